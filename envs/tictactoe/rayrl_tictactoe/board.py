@@ -11,13 +11,16 @@ from functools import cache
 
 __all__ = [
     "FREE",
+    "INVALID",
     "LINES",
+    "STARTED",
     "SYSTEM",
     "Board",
     "best_moves",
     "format_ok",
     "other",
     "parse_move",
+    "played",
     "prompt",
     "winner",
 ]
@@ -43,6 +46,12 @@ SYSTEM = (
     "You may reason first. Answer in this form: <think>reasoning</think><move>position</move>"
 )
 """The default system prompt."""
+
+STARTED = "Game started. You are X."
+"""Status when X makes the first move of the game."""
+
+INVALID = "Invalid move."
+"""Status after a reply that named no position, or one that is not free."""
 
 RULE = "---------"
 _THOUGHT = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
@@ -116,6 +125,11 @@ class Board:
         return "\n".join([RULE, *rows, RULE])
 
 
+def played(cell: int) -> str:
+    """Status after a move of the opponent."""
+    return f"Opponent (O) played at position {cell}."
+
+
 def prompt(status: str, board: Board) -> str:
     """A user message: what happened, the board, where X may play."""
     available = ", ".join(map(str, board.free()))
@@ -132,9 +146,10 @@ def parse_move(text: str) -> int | None:
 
 
 def format_ok(text: str) -> bool:
-    """Whether the whole message is one thought and then one move: `<think>…</think>…<move>…</move>`.
+    """Whether all of `text` is one thought, then one move: `<think>…</think>…<move>…</move>`.
 
     What the move says is not judged here: an occupied position is an invalid move, not bad form.
+    A second thought or a second move is bad form: it leaves open which one is meant.
     """
     return _FORMAT.fullmatch(text) is not None
 
@@ -159,7 +174,7 @@ def _moves(key: str, mark: str) -> list[tuple[int, str]]:
 
 @cache
 def best_moves(key: str, mark: str) -> tuple[int, ...]:
-    """All equally good moves of perfect play for `mark` on the unfinished board `key`, ascending."""
+    """All equally good moves of perfect play for `mark` on the unfinished board `key`."""
     if winner(key) is not None or FREE not in key:
         raise ValueError(f"the game {key!r} is over")
     values = {cell: -_value(after, other(mark)) for cell, after in _moves(key, mark)}

@@ -1,0 +1,140 @@
+"""Players without a model: each reads the board from the last user message and writes a full reply.
+
+A `Policy` says with which probability a player makes which move and what it thinks then; a player
+draws from it. So a player's strength can be computed exactly instead of sampled
+(`strength.py`).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from rayrl.types import Message
+
+from .board import FREE, Board, best_moves, winner
+
+__all__ = [
+    "POLICIES",
+    "SEES_BLOCK",
+    "SEES_WIN",
+    "Choice",
+    "Policy",
+    "optimal",
+    "random_legal",
+    "read_board",
+    "teacher",
+]
+
+SEES_WIN = 0.97
+"""How often the teacher notices that it can win at once."""
+
+SEES_BLOCK = 0.97
+"""How often the teacher notices that it must block."""
+
+LIKES_CENTRE = 0.6
+"""How often the teacher, with nothing to win or block, takes a free centre before a corner."""
+
+CENTRE = 4
+CORNERS = (0, 2, 6, 8)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One thing a player may do: with this `probability` it thinks `thought` and plays `cell`."""
+
+    probability: float
+    cell: int
+    thought: str
+
+
+Policy = Callable[[str], Sequence[Choice]]
+"""From a board's key, X to move, to everything a player may do there; probabilities sum to 1."""
+
+
+def read_board(messages: Sequence[Message]) -> str:
+    """The key of the board in the last user message.
+
+    Raises:
+        ValueError: there is no user message, or it shows no board.
+    """
+    last = next((m.content for m in reversed(messages) if m.role == "user"), "")
+    rows = [line.split(" | ") for line in last.splitlines() if line.count(" | ") == 2]
+    if len(rows) != 3:
+        raise ValueError(f"no board in the last user message: {last!r}")
+    return "".join(cell if cell in ("X", "O") else FREE for row in rows for cell in row)
+
+
+def _completing(key: str, mark: str) -> list[int]:
+    """Free cells that give `mark` three in a line at once."""
+    after = ((cell, key[:cell] + mark + key[cell + 1 :]) for cell in Board(key).free())
+    return [cell for cell, board in after if winner(board) == mark]
+
+
+def _even(probability: float, cells: Sequence[int], thought: str) -> list[Choice]:
+    """`probability` split evenly; "{}" in the thought is the cell."""
+    return [Choice(probability / len(cells), cell, thought.format(cell)) for cell in cells]
+
+
+def random_policy(key: str) -> Sequence[Choice]:
+    """Any free cell."""
+    return _even(1.0, Board(key).free(), "{} is free.")
+
+
+def optimal_policy(key: str) -> Sequence[Choice]:
+    """Perfect play, evenly among equally good moves."""
+    moves = best_moves(key, "X")
+    if set(moves) <= set(_completing(key, "X")):
+        return _even(1.0, moves, "I can win at {}.")
+    if set(moves) <= set(_completing(key, "O")):
+        return _even(1.0, moves, "I must block {}.")
+    return _even(1.0, moves, "{} is best.")
+
+
+def teacher_policy(key: str) -> Sequence[Choice]:
+    """Good but fallible: mostly sees wins and threats, never forks, likes centre and corners."""
+    choices: list[Choice] = []
+    left = 1.0
+    for chance, mark, thought in (
+        (SEES_WIN, "X", "I can win at {}."),
+        (SEES_BLOCK, "O", "I must block {}."),
+    ):
+        if cells := _completing(key, mark):
+            choices += _even(left * chance, cells, thought)
+            left *= 1 - chance
+    free = Board(key).free()
+    if CENTRE in free:
+        choices.append(Choice(left * LIKES_CENTRE, CENTRE, "Centre is free."))
+        left *= 1 - LIKES_CENTRE
+    if corners := [cell for cell in CORNERS if cell in free]:
+        return [*choices, *_even(left, corners, "Corner {} is free.")]
+    return [*choices, *_even(left, free, f"Free: {', '.join(map(str, free))}.")]
+
+
+POLICIES: dict[str, Policy] = {
+    "optimal": optimal_policy,
+    "random": random_policy,
+    "teacher": teacher_policy,
+}
+
+
+def _reply(policy: Policy, messages: Sequence[Message], rng: random.Random) -> str:
+    choices = policy(read_board(messages))
+    choice = rng.choices(choices, [c.probability for c in choices])[0]
+    return f"<think>{choice.thought}</think><move>{choice.cell}</move>"
+
+
+def optimal(messages: Sequence[Message], rng: random.Random) -> str:
+    """Never loses."""
+    return _reply(optimal_policy, messages, rng)
+
+
+def random_legal(messages: Sequence[Message], rng: random.Random) -> str:
+    """Plays any free cell."""
+    return _reply(random_policy, messages, rng)
+
+
+def teacher(messages: Sequence[Message], rng: random.Random) -> str:
+    """Good, never perfect: strong enough to imitate, weak enough to be overtaken."""
+    return _reply(teacher_policy, messages, rng)
