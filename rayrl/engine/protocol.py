@@ -1,0 +1,69 @@
+"""What the act half asks of whoever generates, and what a replica asks of its engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+from rayrl.types import Completion, Request
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from rayrl.weights import Manifest
+
+__all__ = ["Engine", "Generator"]
+
+
+@runtime_checkable
+class Generator(Protocol):
+    """What a `PolicyPlayer` needs: an engine in this process, or a client of a remote one.
+
+    A generator may also have `release(sessions: Sequence[str]) -> None`. It is called once for a
+    conversation that is over and must return at once. It is a hint: nothing breaks if it is lost.
+    """
+
+    async def generate(self, request: Request) -> Completion:
+        """Answer one request; hundreds are in flight at once.
+
+        `request.prompt_ids` is the whole context. If it leaves no room for a single new id the
+        answer has no ids and finish "length". The same request on the same weights gives the same
+        ids, whatever else is in flight.
+
+        Raises:
+            InfraError: the engine is gone or did not answer in time; the episode is played again.
+            StaleWeights: it holds weights older than `request.min_version`.
+        """
+        ...
+
+
+@runtime_checkable
+class Engine(Generator, Protocol):
+    """What a replica wraps.
+
+    Attributes:
+        version: weights version it generates with.
+    """
+
+    version: int
+
+    async def generate(self, request: Request) -> Completion:
+        """As `Generator.generate`, batched continuously with everything else in flight."""
+        ...
+
+    async def load_weights(self, version: int, flat: NDArray[np.uint8], manifest: Manifest) -> str:
+        """Take over new weights (see `rayrl.weights`), and forget any KV made with the old ones.
+
+        Returns:
+            The checksum of what it holds *now*, computed from its own parameters.
+        """
+        ...
+
+    def release(self, sessions: Sequence[str]) -> None:
+        """Free what is kept for conversations that are over; unknown names are fine."""
+        ...
+
+    async def close(self) -> None:
+        """Stop, failing what is in flight with InfraError. Closing twice is fine."""
+        ...
