@@ -1,0 +1,206 @@
+"""Results: one evaluation as data (`eval.json`), and several of them as one table.
+
+Rows are players (teacher, base, after SFT, …); columns are the figures of each cell and of each
+exhaustive check, in the order they first appear. A figure a row lacks is shown as a dash.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from rayrl.errors import DataError
+from rayrl.figures import Figure, figure_from_dict
+
+__all__ = ["Cell", "Column", "Result", "columns", "entry", "markdown", "rich_table"]
+
+MISSING = "–"
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One setting of the environment that was played.
+
+    Attributes:
+        args: the environment's keywords in this cell.
+        episodes: how many ended with a score; the figures are of these.
+        failed: how many did not.
+    """
+
+    args: Mapping[str, Any]
+    episodes: int
+    failed: int
+    figures: Mapping[str, Figure]
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One evaluation of one player.
+
+    Attributes:
+        name: the row's label.
+        cells: by name.
+        checks: exhaustive checks by name, each with its counts by name.
+        settings: what else is needed to run the same evaluation again.
+    """
+
+    name: str
+    cells: Mapping[str, Cell]
+    checks: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "name": self.name,
+            "settings": dict(self.settings),
+            "cells": {
+                name: {
+                    "args": dict(cell.args),
+                    "episodes": cell.episodes,
+                    "failed": cell.failed,
+                    "figures": {key: figure.to_dict() for key, figure in cell.figures.items()},
+                }
+                for name, cell in self.cells.items()
+            },
+            "checks": {name: dict(counts) for name, counts in self.checks.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Result:
+        """The inverse of `to_dict`.
+
+        Raises:
+            DataError: if `data` is not a result.
+        """
+        try:
+            cells = {
+                name: Cell(
+                    dict(cell["args"]),
+                    int(cell["episodes"]),
+                    int(cell["failed"]),
+                    {key: figure_from_dict(value) for key, value in cell["figures"].items()},
+                )
+                for name, cell in data["cells"].items()
+            }
+            checks = {
+                name: {key: float(value) for key, value in counts.items()}
+                for name, counts in data["checks"].items()
+            }
+            return cls(str(data["name"]), cells, checks, dict(data["settings"]))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DataError(f"not an evaluation's result: {error!r}") from error
+
+    @classmethod
+    def load(cls, path: Path) -> Result:
+        """Read `eval.json`.
+
+        Raises:
+            DataError: naming the file, if it is missing or malformed.
+        """
+        try:
+            return cls.from_dict(json.loads(path.read_text()))
+        except FileNotFoundError as error:
+            raise DataError(f"{path}: no such file; `rayrl eval` writes it") from error
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}:{error.lineno}: not JSON: {error.msg}") from error
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from error
+
+    def save(self, path: Path) -> None:
+        """Write `eval.json`, whole or not at all."""
+        part = path.with_name(path.name + ".part")
+        part.write_text(json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n")
+        part.replace(path)
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One column: `group` is a cell or check, `name` a figure or count of it."""
+
+    group: str
+    name: str
+    is_check: bool = False
+
+
+def columns(results: Sequence[Result]) -> list[Column]:
+    """Every column that some row fills, cells before checks."""
+    found: dict[Column, None] = {}
+    for group in dict.fromkeys(group for result in results for group in result.cells):
+        for result in results:
+            if group in result.cells:
+                found.update({Column(group, name): None for name in result.cells[group].figures})
+    for group in dict.fromkeys(group for result in results for group in result.checks):
+        for result in results:
+            found.update({Column(group, name, True): None for name in result.checks.get(group, {})})
+    return list(found)
+
+
+def entry(result: Result, column: Column) -> tuple[str, str]:
+    """What stands in a row's column, and its interval (empty for a count: it is exact)."""
+    if column.is_check:
+        count = result.checks.get(column.group, {}).get(column.name)
+        return (MISSING if count is None else f"{count:,.10g}", "")
+    cell = result.cells.get(column.group)
+    if cell is None or column.name not in cell.figures:
+        return (MISSING, "")
+    figure = cell.figures[column.name]
+    return (figure.text(), figure.interval_text())
+
+
+def rich_table(results: Sequence[Result], title: str = "") -> Table:
+    """The table for a terminal, intervals in the second line of each entry."""
+    table = Table(title=title or None, title_justify="left", show_lines=True)
+    table.add_column("")
+    shown = columns(results)
+    for column in shown:
+        table.add_column(f"{column.group}\n{column.name}", justify="right")
+    for result in results:
+        entries = []
+        for column in shown:
+            value, interval = entry(result, column)
+            text = Text(value, style="bold")
+            if interval:
+                text.append("\n" + interval.replace(" · ", "\n"), style="dim")
+            entries.append(text)
+        table.add_row(Text(result.name), *entries)
+    return table
+
+
+def markdown(results: Sequence[Result]) -> str:
+    """The table as Markdown, with what was played and how intervals were made beneath it."""
+    shown = columns(results)
+    head = ["", *(f"{column.group}: {column.name}" for column in shown)]
+    lines = [_row(head), _row(["---", *("---:" for _ in shown)])]
+    for result in results:
+        entries = (entry(result, column) for column in shown)
+        cells = [value + (f" ({interval})" if interval else "") for value, interval in entries]
+        lines.append(_row([result.name, *cells]))
+    lines += ["", *notes(results)]
+    return "\n".join(lines) + "\n"
+
+
+def notes(results: Sequence[Result]) -> list[str]:
+    """What a reader of the table must know: what each cell is, how many episodes, failures."""
+    lines = []
+    for group in dict.fromkeys(group for result in results for group in result.cells):
+        cells = [result.cells[group] for result in results if group in result.cells]
+        settings = ", ".join(f"{key}={value}" for key, value in cells[0].args.items())
+        counts = sorted({cell.episodes for cell in cells})
+        sizes = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+        failed = sum(cell.failed for cell in cells)
+        lost = f"; {failed} failed and are not counted" if failed else ""
+        lines.append(f"- {group}: {settings or 'default settings'}; {sizes} episodes a row{lost}.")
+    lines.append("- In brackets: 95% intervals (Wilson for shares, normal for means).")
+    return lines
+
+
+def _row(cells: Sequence[str]) -> str:
+    escaped = (cell.replace("|", "\\|").replace("\n", " ") for cell in cells)
+    return "| " + " | ".join(escaped) + " |"
