@@ -36,6 +36,8 @@ PlayerFunction = Callable[[Sequence[Message], random.Random], str]
 """Answers a conversation; its randomness comes from the generator it is given."""
 CheckFunction = Callable[..., Awaitable[dict[str, float]]]
 """`async def check(new_agent, args)`: figures by name (see `Environment.check`)."""
+FiguresFunction = Callable[[Episode], Mapping[str, bool | float | str]]
+"""What is worth reporting of one episode; `rayrl/figures.py` says what each type means."""
 GroupRewardFunction = Callable[[Sequence[Episode]], Sequence[float]]
 """Episodes of one group in index order -> one score each."""
 TaskSource = Callable[..., Task] | Sequence[Task]
@@ -88,6 +90,7 @@ class Environment:
         group_rewards: rewards computed over a whole group, by name.
         players: scripted players by name.
         checks: exhaustive checks by name.
+        reported: what is reported of an episode instead of its scores, or None (see `figures`).
         slots: most episodes it can play at once, or None.
         ref: what `load_env` finds it by.
     """
@@ -110,6 +113,7 @@ class Environment:
         self.args = _defaults(name, source)
         self.players: dict[str, PlayerFunction] = {}
         self.checks: dict[str, CheckFunction] = {}
+        self.reported: FiguresFunction | None = None
         self.slots: int | None = None
         self.ref = ref or _reference(play)
         self._set: tuple[dict[str, Any], dict[str, float]] = ({}, {})
@@ -259,6 +263,16 @@ class Environment:
         `new_agent()` gives a fresh agent, `args` are the keywords of the task source.
         """
         return functools.partial(_register, self.name, "check", self.checks, name)
+
+    def figures(self, function: FiguresFunction) -> FiguresFunction:
+        """Register what evaluations report of an episode: `def figures(episode) -> dict`.
+
+        The type of a value says how episodes are put together: a bool becomes a share, a number a
+        mean, and for `{"win/draw/loss": "draw"}` each outcome is counted. Without it, evaluations
+        report the mean of every score.
+        """
+        self.reported = function
+        return function
 
 
 def env(
