@@ -1,0 +1,56 @@
+"""The configuration: frozen dataclasses, how they are read from plain data, and their checks.
+
+Below `cli.py` nothing else exists: no YAML, no Hydra, no strings to look up.
+"""
+
+from __future__ import annotations
+
+from .check import validate
+from .convert import (
+    differences,
+    from_dict,
+    leaves,
+    stage_config,
+    to_dict,
+)
+from .schema import (
+    AlgoConfig,
+    ClusterConfig,
+    Config,
+    EndpointConfig,
+    EngineConfig,
+    EnvConfig,
+    EvalConfig,
+    LearnerConfig,
+    ModelConfig,
+    RunConfig,
+    SamplingConfig,
+    SftConfig,
+    Stage,
+    SynthConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "AlgoConfig",
+    "ClusterConfig",
+    "Config",
+    "EndpointConfig",
+    "EngineConfig",
+    "EnvConfig",
+    "EvalConfig",
+    "LearnerConfig",
+    "ModelConfig",
+    "RunConfig",
+    "SamplingConfig",
+    "SftConfig",
+    "Stage",
+    "SynthConfig",
+    "TrainConfig",
+    "differences",
+    "from_dict",
+    "leaves",
+    "stage_config",
+    "to_dict",
+    "validate",
+]

@@ -1,0 +1,222 @@
+"""Every setting, its default and what it means. YAML in `conf/` holds only differences."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = [
+    "AlgoConfig",
+    "ClusterConfig",
+    "Config",
+    "EndpointConfig",
+    "EngineConfig",
+    "EnvConfig",
+    "EvalConfig",
+    "LearnerConfig",
+    "ModelConfig",
+    "RunConfig",
+    "SamplingConfig",
+    "SftConfig",
+    "Stage",
+    "SynthConfig",
+    "TrainConfig",
+]
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run keeps what it makes, and how it is reproduced."""
+
+    dir: str = "runs/${run.name}"  # folder of config, metrics, episodes and checkpoints
+    name: str = "run"
+    seed: int = 0  # everything random comes from it
+    keep_checkpoints: int = 2  # older ones are deleted; the last is always kept
+    checkpoint_every: int = 10  # steps
+    episodes_every: int = 10  # steps between batches whose episodes are written out
+    wandb_project: str = ""  # set to log to Weights & Biases as well
+
+
+@dataclass(frozen=True)
+class EnvConfig:
+    """Which environment, with what settings, and what happens when its code fails."""
+
+    name: str = ""  # entry point, path/to/file.py[:attribute] or module:attribute
+    args: dict[str, Any] = field(default_factory=dict)  # keywords of the environment's task source
+    rewards: dict[str, float] = field(default_factory=dict)  # overrides of reward weights
+    seats: dict[str, str] = field(default_factory=dict)  # seat -> policy | player:NAME | model:PATH
+    deadline_s: float = 120.0  # wall time for one episode
+    retries: int = 2  # times an episode is played again after an infrastructure failure
+    failure_budget: float = 0.05  # share of a step's episodes whose env code may fail
+    isolated: bool = False  # run each episode's env code in a child process that can be killed
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model a stage starts from."""
+
+    path: str = "embedded"  # the base that ships with rayrl; else a Hugging Face directory
+    dtype: str = "float32"  # float32 | bfloat16
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What generates."""
+
+    kind: str = "embedded"  # embedded | vllm
+    max_live: int = 256  # conversations decoded at once by a replica
+    max_len: int = 0  # ids of one conversation; 0: what the model's config allows
+    kv_cache_gb: float = 1.0
+    threads: int = 1  # torch threads of a replica
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How completions are drawn in training."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_tokens: int = 48
+    stop: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class AlgoConfig:
+    """Advantages and losses; sources in `advantage.py` and `loss.py`."""
+
+    advantage: str = "grpo"  # grpo | rloo | gigpo
+    normalize: str = "std"  # none | std | batch_std : what centred group rewards are divided by
+    step_weight: float = 1.0  # gigpo: weight of the step-level advantage
+    gamma: float = 0.95  # gigpo: discount from a turn to the end of its episode
+    loss: str = "cispo"  # grpo | cispo | gspo
+    aggregation: str = "token"  # token | sequence | constant
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    cispo_max: float = 5.0  # upper bound of the CISPO importance weight
+    kl_coef: float = 0.0
+    kl_estimator: str = "k3"  # k1 | k2 | k3
+    tis_max: float = 2.0  # truncated importance sampling of rollout against learner; 0 is off
+    mismatch_alarm: float = 0.1  # mean |logprob difference| that is worth an alarm
+    epochs: int = 1  # passes over a batch
+    minibatches: int = 1  # optimizer steps a pass
+
+
+@dataclass(frozen=True)
+class LearnerConfig:
+    """DeepSpeed and the optimizer."""
+
+    kind: str = "deepspeed"  # deepspeed | reference (plain torch, one process)
+    world_size: int = 1
+    threads: int = 1  # torch threads of a rank
+    zero_stage: int = 0
+    lr: float = 3e-4
+    schedule: str = "constant"  # constant | linear | cosine
+    warmup_steps: int = 0
+    min_lr_ratio: float = 0.1  # of lr, at the end of a falling schedule
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    micro_batch_tokens: int = 8192  # distinct tokens a forward pass
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """Processes on Ray and where they go."""
+
+    address: str = ""  # "" joins the cluster this runs in, or starts a local one
+    env_hosts: int = 1
+    concurrency: int = 512  # live episodes a host
+    env_host_cpus: float = 0.0
+    replicas: int = 1
+    replica_cpus: float = 0.0
+    replica_gpus: float = 0.0
+    learner_cpus: float = 0.0
+    learner_gpus: float = 0.0
+    placement: str = "PACK"  # of the learners: PACK | SPREAD | STRICT_PACK | STRICT_SPREAD
+    push_deadline_s: float = 60.0  # for every live replica to confirm new weights
+    request_deadline_s: float = 120.0  # for one batch of generations
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The reinforcement-learning loop."""
+
+    steps: int = 100
+    groups: int = 16  # tasks a step; one stratum of the task source each
+    group_size: int = 16  # episodes a task
+    max_lag: int = 0  # weights an episode may be older than the learner's
+
+
+@dataclass(frozen=True)
+class SftConfig:
+    """Supervised fine-tuning on episodes."""
+
+    data: str = ""  # JSONL written by synth
+    steps: int = 100
+    batch_size: int = 32  # episodes
+    loss_on: str = "replies"  # replies | all
+
+
+@dataclass(frozen=True)
+class SynthConfig:
+    """Playing a teacher and keeping its good games."""
+
+    player: str = "teacher"  # a player of the environment, "model" (model.path) or "endpoint"
+    episodes: int = 300
+    keep: dict[str, float] = field(default_factory=dict)  # score name -> least value kept
+    out: str = ""  # default: RUN/episodes.jsonl
+    show: int = 3  # samples printed
+
+
+@dataclass(frozen=True)
+class EndpointConfig:
+    """An OpenAI-compatible server."""
+
+    url: str = ""  # https://host/v1
+    model: str = ""
+    api_key_env: str = "OPENAI_API_KEY"  # environment variable that holds the key
+    concurrency: int = 16
+    timeout_s: float = 60.0
+    retries: int = 4
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Playing without learning."""
+
+    player: str = "model"  # model (model.path) | endpoint | a player of the environment
+    episodes: int = 400  # a row
+    temperature: float = 0.0
+    cells: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> env.args of that cell
+    exhaustive: bool = True  # run the environment's own exhaustive check, if it has one
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a recipe: a verb, and the settings it differs in."""
+
+    name: str = "???"
+    verb: str = "???"  # synth | sft | train | eval
+    set: dict[str, Any] = field(default_factory=dict)  # dotted key -> value
+
+
+@dataclass(frozen=True)
+class Config:
+    """The whole configuration."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    env: EnvConfig = field(default_factory=EnvConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    algo: AlgoConfig = field(default_factory=AlgoConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    sft: SftConfig = field(default_factory=SftConfig)
+    synth: SynthConfig = field(default_factory=SynthConfig)
+    endpoint: EndpointConfig = field(default_factory=EndpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    recipe: list[Stage] = field(default_factory=list)
