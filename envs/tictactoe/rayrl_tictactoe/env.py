@@ -1,0 +1,163 @@
+"""The environment: task source, game, scripted players and the exhaustive check."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import rayrl
+from rayrl import ConfigError, Message, Scores, Task, assistant, system, user
+
+from . import players
+from .board import SYSTEM, Board, best_moves
+from .match import Match
+
+if TYPE_CHECKING:
+    from rayrl.agent import Agent
+
+__all__ = ["Game", "games", "opponent_move", "tictactoe", "unbeatable"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Game(Task):
+    """One game's start.
+
+    Attributes:
+        first: who moves first, "X" (the model) or "O".
+        random_move_prob: how often the opponent plays any free cell instead of a best move.
+        max_turns: messages the model may write before the game counts as lost.
+        system_prompt: what the model is told before the first message.
+    """
+
+    first: str
+    random_move_prob: float
+    max_turns: int
+    system_prompt: str
+
+
+def games(
+    seed: int,
+    u: float,
+    *,
+    random_min: float = 0.0,
+    random_max: float = 1.0,
+    max_turns: int = 8,
+    system_prompt: str = SYSTEM,
+) -> Game:
+    """The game of this seed, its opponent's randomness at `u` of the way from min to max.
+
+    Raises:
+        ConfigError: the range is empty or not of probabilities, or there are no turns.
+    """
+    if not 0.0 <= random_min <= random_max <= 1.0:
+        raise ConfigError(
+            f"random_min={random_min} and random_max={random_max} do not give a range of "
+            "probabilities: choose 0 <= random_min <= random_max <= 1."
+        )
+    if max_turns < 1:
+        raise ConfigError(f"max_turns={max_turns} leaves no turn to play: choose at least 1.")
+    return Game(
+        seed=seed,
+        first="X" if Task(seed=seed).rng("first").random() < 0.5 else "O",
+        random_move_prob=random_min + u * (random_max - random_min),
+        max_turns=max_turns,
+        system_prompt=system_prompt,
+    )
+
+
+def opponent_move(task: Game, key: str) -> int:
+    """O's move on the board `key`: in the same task always the same one."""
+    rng = task.rng("opponent", key)
+    if rng.random() < task.random_move_prob:
+        return rng.choice(Board(key).free())
+    return rng.choice(best_moves(key, "O"))
+
+
+@rayrl.env(tasks=games, rewards={"win": 1.0, "format": 0.2, "invalid": 1.0})
+async def tictactoe(task: Game, agent: Agent) -> Scores:
+    """The model plays X against an opponent of adjustable strength."""
+    match = Match(max_turns=task.max_turns, to_move=task.first)
+    new = [system(task.system_prompt)]
+    while not match.over:
+        if match.to_move == "O":
+            match = match.reply(opponent_move(task, match.key))
+            continue
+        new.append(user(match.prompt()))
+        match = match.hear(await agent(new, state=match.state))
+        new = []
+    return match.scores()
+
+
+@tictactoe.player("optimal")
+def optimal(messages: Sequence[Message], rng: random.Random) -> str:
+    """Never loses; does not punish mistakes on purpose."""
+    return players.optimal(messages, rng)
+
+
+@tictactoe.player("random")
+def random_legal(messages: Sequence[Message], rng: random.Random) -> str:
+    """Plays any free cell."""
+    return players.random_legal(messages, rng)
+
+
+@tictactoe.player("teacher")
+def teacher(messages: Sequence[Message], rng: random.Random) -> str:
+    """Good, never perfect; its games are the data to imitate."""
+    return players.teacher(messages, rng)
+
+
+@tictactoe.check("unbeatable")
+async def unbeatable(new_agent: Callable[[], Agent], args: Mapping[str, Any]) -> dict[str, float]:
+    """Plays every line an opponent can play: both starts, every free cell at every turn of O.
+
+    For an agent whose reply is a function of the conversation (greedy decoding) this proves what
+    games can only suggest: no losing line, no way to beat it.
+
+    The lines form a tree. Each of its conversations is put to a fresh agent once, as messages, and
+    all of one depth at the same time, so that an engine can batch them.
+
+    Args:
+        new_agent: gives an agent at the start of a conversation.
+        args: `max_turns` and `system_prompt` of the task source are used.
+
+    Returns:
+        The number of `lines`, how many were `wins`, `draws` and `losing`, and how many held an
+        `invalid` move (of any result).
+    """
+    results: Counter[str] = Counter()
+    talk: tuple[Message, ...] = (system(args["system_prompt"]),)
+    level = [
+        (match, talk)
+        for first in "XO"
+        for match in _openings(Match(max_turns=args["max_turns"], to_move=first))
+    ]
+    while level:
+        asked = [(match, (*talk, user(match.prompt()))) for match, talk in level]
+        replies = await asyncio.gather(
+            *(new_agent()(talk, state=match.state) for match, talk in asked)
+        )
+        level = []
+        for (match, talk), reply in zip(asked, replies, strict=True):
+            for after in _openings(match.hear(reply)):
+                if after.over:
+                    results.update([after.result, *(["invalid"] if after.invalid else [])])
+                else:
+                    level.append((after, (*talk, assistant(reply))))
+    return {
+        "lines": float(results["win"] + results["draw"] + results["loss"]),
+        "losing": float(results["loss"]),
+        "draws": float(results["draw"]),
+        "wins": float(results["win"]),
+        "invalid": float(results["invalid"]),
+    }
+
+
+def _openings(match: Match) -> list[Match]:
+    """What X may find when it is next asked, or the game's end: one match for each reply of O."""
+    if match.over or match.to_move == "X":
+        return [match]
+    return [match.reply(cell) for cell in Board(match.key).free()]
