@@ -169,6 +169,8 @@ def _check_shared(config: Config) -> None:
         raise _wrong(
             "env.name", "", "no environment is chosen; try env=tictactoe or env.name=NAME."
         )
+    if not config.model.path:
+        raise _wrong("model.path", "", "name a Hugging Face directory, or model.path=embedded.")
     for seat, who in env.seats.items():
         kind = who.split(":", 1)[0]
         if who not in ("policy", "endpoint") and not (

@@ -1,0 +1,315 @@
+"""The command line: a verb, settings as `key=value`, and errors that say what to do.
+
+The only importer of Hydra. Composition is Hydra's (files of `conf/` over the dataclass defaults,
+groups chosen on the command line); the settings themselves are merged and checked by
+`rayrl.config`, so that a file, a stage of a recipe and the command line fail with the same words.
+Nothing heavy is imported before the configuration is known to be good.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rayrl.errors import ConfigError, RayrlError, did_you_mean
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from rayrl.config import Config
+
+__all__ = ["compose", "main"]
+
+VERBS = {
+    "recipe": ("rayrl.recipe", "run every stage of a recipe, and resume where it stopped"),
+    "synth": ("rayrl.synth", "play a teacher and keep its good episodes"),
+    "sft": ("rayrl.sft", "fine-tune on kept episodes"),
+    "train": ("rayrl.train", "reinforcement learning"),
+    "eval": ("rayrl.evaluate", "play without learning and print the table"),
+    "play": ("rayrl.play", "play against a model in this terminal, or watch it"),
+    "report": ("rayrl.report", "write RUN/report.html: rayrl report RUN"),
+    "plan": ("rayrl.plan", "print what would run and what will not fit; starts nothing"),
+    "env": ("rayrl.envcheck", "check an environment: rayrl env check [NAME]"),
+}
+
+USAGE = """\
+usage: rayrl VERB [key=value ...] [--config-dir DIR]
+       rayrl recipe experiment=tictactoe
+
+verbs:
+{verbs}
+
+settings:
+  experiment=NAME, env=NAME, algo=NAME, ...   choose a file of that folder in conf/
+  train.steps=50                              change one setting
+  recipe.rl1.train.steps=50                   change it for one stage of a recipe
+  --config-dir DIR                            look for such files in DIR as well
+  rayrl plan [key=value ...]                  shows every setting and what it comes to
+
+environment:
+  RAYRL_DEBUG=1                               show tracebacks
+"""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """A command line, taken apart."""
+
+    verb: str
+    settings: tuple[str, ...]
+    words: tuple[str, ...]  # what is neither a setting nor an option: a run folder, a name
+    config_dir: Path | None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit status (0, 1 failed, 2 wrong use, 130 interrupted)."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = os.environ.get("RAYRL_DEBUG", "") not in ("", "0")
+    try:
+        if not words or words[0] in ("-h", "--help", "help") or "--help" in words:
+            print(usage())
+            return 0
+        arguments = parse(words)
+        config = configuration(arguments)
+    except RayrlError as error:
+        if debug:
+            raise
+        return _complain(error, 2)
+    try:
+        importlib.import_module(VERBS[arguments.verb][0]).run(config)
+    except KeyboardInterrupt:
+        again = shlex.join(["rayrl", *words])
+        print(
+            f"\nStopped. The same command resumes from {config.run.dir}:\n  {again}",
+            file=sys.stderr,
+        )
+        return 130
+    except RayrlError as error:
+        if debug:
+            raise
+        return _complain(error, 2 if isinstance(error, ConfigError) else 1)
+    return 0
+
+
+def usage() -> str:
+    """The help page."""
+    return USAGE.format(verbs="\n".join(f"  {verb:8}{what}" for verb, (_, what) in VERBS.items()))
+
+
+def parse(words: Sequence[str]) -> Arguments:
+    """Take a command line apart.
+
+    Raises:
+        ConfigError: an unknown verb or option, or a word that belongs nowhere.
+    """
+    verb, *rest = words
+    if verb not in VERBS:
+        near = did_you_mean(verb, VERBS) or f" There are: {', '.join(VERBS)}."
+        raise ConfigError(f"{verb}: there is no such verb.{near}")
+    settings: list[str] = []
+    others: list[str] = []
+    config_dir: Path | None = None
+    while rest:
+        word = rest.pop(0)
+        if word == "--config-dir" or word.startswith("--config-dir="):
+            _, _, value = word.partition("=")
+            value = value or (rest.pop(0) if rest else "")
+            config_dir = Path(value).resolve()
+            if not value or not config_dir.is_dir():
+                raise ConfigError(f"--config-dir {value}: there is no such folder.")
+        elif word.startswith("-"):
+            near = did_you_mean(word, ["--config-dir", "--help"])
+            raise ConfigError(f"{word}: there is no such option.{near} See rayrl --help.")
+        elif "=" in word:
+            settings.append(word)
+        else:
+            others.append(word)
+    allowed = {"report": 1, "env": 2}.get(verb, 0)
+    if len(others) > allowed:
+        raise ConfigError(
+            f"{others[allowed]}: not understood. A setting is written key=value, as train.steps=50."
+        )
+    return Arguments(verb, tuple(settings), tuple(others), config_dir)
+
+
+def configuration(arguments: Arguments) -> Config:
+    """The checked configuration that a command runs with."""
+    from rayrl.config import validate
+
+    settings = list(arguments.settings)
+    if arguments.verb == "report":
+        return _of_run(arguments)
+    if arguments.verb == "env":
+        if arguments.words and arguments.words[0] != "check":
+            near = did_you_mean(arguments.words[0], ["check"])
+            raise ConfigError(f"env {arguments.words[0]}: write rayrl env check [NAME].{near}")
+        settings += [f"env.name={name}" for name in arguments.words[1:]]
+    verb = arguments.verb
+    config = compose(settings, arguments.config_dir, recipe=verb in ("recipe", "plan"))
+    if verb == "plan":
+        verb = "recipe" if config.recipe else "train"
+    validate(config, verb)
+    return config
+
+
+def _of_run(arguments: Arguments) -> Config:
+    from rayrl.config.convert import from_node, nest, schema, to_dict, update
+    from rayrl.rundir import read_config
+
+    if not arguments.words:
+        raise ConfigError("report: which run? Write rayrl report RUN, as runs/tictactoe.")
+    stored = update(schema(), to_dict(read_config(Path(arguments.words[0]))))
+    changes = {**dict(map(_setting, arguments.settings)), "run.dir": arguments.words[0]}
+    return from_node(update(stored, nest(changes)))
+
+
+def conf_dir() -> Path:
+    """The folder of the YAML that ships with rayrl: in the package, or beside it in a checkout."""
+    here = Path(__file__).resolve().parent
+    for folder in (here.parent / "conf", here / "conf"):
+        if (folder / "config.yaml").is_file():
+            return folder
+    raise ConfigError(f"conf/ was not installed with rayrl (looked beside {here}); reinstall it.")
+
+
+def compose(
+    settings: Sequence[str] = (), config_dir: Path | None = None, *, recipe: bool = False
+) -> Config:
+    """The configuration of `key=value` settings over the files they choose.
+
+    Args:
+        settings: as on the command line, in Hydra's grammar: `experiment=tictactoe`,
+            `train.steps=5`, `recipe.rl1.learner.lr=1e-4`.
+        config_dir: a folder with groups of your own (`experiment/mine.yaml`).
+        recipe: the recipe will run, so a setting that one of its stages overrides is refused.
+
+    Raises:
+        ConfigError: naming what is unknown or wrong and the nearest that is right.
+    """
+    from rayrl.config.convert import from_node, nest, update
+
+    folders = [conf_dir(), *([config_dir] if config_dir else [])]
+    groups = {path.name for folder in folders for path in folder.iterdir() if path.is_dir()}
+    chosen, stages = [], {}
+    values: dict[str, Any] = {}
+    for text in settings:
+        key, value = _setting(text)
+        if key in groups:
+            _check_option(key, value, folders)
+            chosen.append(f"{key}={'null' if value is None else value}")
+        elif key.startswith("recipe."):
+            stages[key] = value
+        else:
+            values[key] = value
+    node = update(_composed(chosen, folders), nest(values))
+    _set_stages(node, stages)
+    config = from_node(node)
+    if recipe:
+        _refuse_hidden(config, values)
+    return config
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    """Key and value of one `key=value`."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        override = OverridesParser.create().parse_override(text)
+    except HydraException as error:
+        raise ConfigError(
+            f"{text}: cannot be read. Write key=value, and a value with spaces or any of "
+            f",:[]{{}}() in quotes, as '{text.split('=')[0]}=\"a: b\"'."
+        ) from error
+    if override.is_sweep_override():
+        raise ConfigError(f"{text}: several values; a list is written in brackets, as [1,2].")
+    if override.is_delete():
+        raise ConfigError(f"{text}: settings cannot be deleted; give it another value.")
+    return override.key_or_group, override.value()
+
+
+def _check_option(group: str, value: Any, folders: Sequence[Path]) -> None:
+    options = sorted({path.stem for folder in folders for path in folder.glob(f"{group}/*.yaml")})
+    if value is None or value in options:
+        return
+    if not isinstance(value, str):
+        raise ConfigError(f"{group}={value}: choose one of {', '.join(options)}.")
+    near = did_you_mean(value, options)
+    raise ConfigError(
+        f"{group}={value}: there is no conf/{group}/{value}.yaml.{near} "
+        f"There are: {', '.join(options)}."
+    )
+
+
+def _composed(chosen: Sequence[str], folders: Sequence[Path]) -> DictConfig:
+    """What Hydra makes of the chosen files, typed by the dataclasses."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.config_store import ConfigStore
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from rayrl.config.convert import schema, unknown_key, wrong_type
+
+    ConfigStore.instance().store(name="schema", node=schema(), provider="rayrl")
+    search = [f"hydra.searchpath=[{','.join(f'file://{one}' for one in folders[1:])}]"]
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(folders[0]), version_base="1.3", job_name="rayrl"):
+            node = hydra_compose("config", [*chosen, *(search if len(folders) > 1 else [])])
+    except (HydraException, OmegaConfBaseException) as error:
+        cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
+        where = str(error).splitlines()[0]
+        if isinstance(cause, OmegaConfBaseException) and cause.full_key:
+            what = wrong_type(cause)
+            if "not in" in str(cause):
+                what = unknown_key(str(cause.full_key))
+            raise ConfigError(f"{what} ({where})") from error
+        raise ConfigError(str(error)) from error
+    OmegaConf.set_struct(node, None)
+    return node
+
+
+def _set_stages(node: DictConfig, settings: dict[str, Any]) -> None:
+    """Apply `recipe.STAGE.KEY=VALUE` to the stages of a composed node."""
+    from rayrl.config.convert import check_keys, nest
+
+    names = [stage.name for stage in node.recipe]
+    for key, value in settings.items():
+        _, name, *rest = key.split(".", 2)
+        if name not in names:
+            near = did_you_mean(name, names) or f" There are: {', '.join(names) or 'none'}."
+            raise ConfigError(f"{key}: the recipe has no stage {name!r}.{near}")
+        if not rest:
+            raise ConfigError(f"{key}: write recipe.{name}.KEY=VALUE, as recipe.{name}.run.seed=1.")
+        try:
+            check_keys(nest({rest[0]: value}))
+        except ConfigError as error:
+            raise ConfigError(f"recipe.{name}.{error}") from error
+        stage = node.recipe[names.index(name)]
+        stage["set"] = {**stage["set"], rest[0]: value}
+
+
+def _refuse_hidden(config: Config, values: dict[str, Any]) -> None:
+    """Refuse a setting that a stage of the recipe sets itself: there it would do nothing."""
+    for key, value in values.items():
+        hiding = [stage.name for stage in config.recipe if key in stage.set]
+        if hiding:
+            ways = " ".join(f"recipe.{name}.{key}={value}" for name in hiding)
+            raise ConfigError(
+                f"{key}={value}: the recipe sets this itself for {' and '.join(hiding)}; say which "
+                f"you mean: {ways}"
+            )
+
+
+def _complain(error: RayrlError, status: int) -> int:
+    print(f"rayrl: {error}", file=sys.stderr)
+    return status
