@@ -10,16 +10,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import rayrl
-from rayrl import ConfigError, Message, Scores, Task, assistant, system, user
+from rayrl import ConfigError, Message, Scores, Task, system, user
 
 from . import players
 from .board import SYSTEM, Board, best_moves
 from .match import Match
 
 if TYPE_CHECKING:
+    from rayrl import Episode
     from rayrl.agent import Agent
 
-__all__ = ["Game", "games", "opponent_move", "tictactoe", "unbeatable"]
+__all__ = ["Game", "game_figures", "games", "opponent_move", "tictactoe", "unbeatable"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +111,21 @@ def teacher(messages: Sequence[Message], rng: random.Random) -> str:
     return players.teacher(messages, rng)
 
 
+@tictactoe.figures
+def figures(episode: Episode) -> dict[str, bool | float | str]:
+    """What evaluations report: the result, the form, and whether any move was invalid."""
+    return game_figures(episode.scores["agent"])
+
+
+def game_figures(scores: Mapping[str, float]) -> dict[str, bool | float | str]:
+    """Figures of one game from its player's scores."""
+    return {
+        "win/draw/loss": {1.0: "win", 0.5: "draw", 0.0: "loss"}[scores["win"]],
+        "format %": scores["format"],
+        "invalid %": scores["invalid"] < 0,
+    }
+
+
 @tictactoe.check("unbeatable")
 async def unbeatable(new_agent: Callable[[], Agent], args: Mapping[str, Any]) -> dict[str, float]:
     """Plays every line an opponent can play: both starts, every free cell at every turn of O.
@@ -117,8 +133,9 @@ async def unbeatable(new_agent: Callable[[], Agent], args: Mapping[str, Any]) ->
     For an agent whose reply is a function of the conversation (greedy decoding) this proves what
     games can only suggest: no losing line, no way to beat it.
 
-    The lines form a tree. Each of its conversations is put to a fresh agent once, as messages, and
-    all of one depth at the same time, so that an engine can batch them.
+    The lines form a tree. Each of its conversations is asked once, by an agent forked from the one
+    before, so the model sees the very ids it would see in a game; and all of one depth are asked at
+    the same time, so that an engine can batch them.
 
     Args:
         new_agent: gives an agent at the start of a conversation.
@@ -129,24 +146,29 @@ async def unbeatable(new_agent: Callable[[], Agent], args: Mapping[str, Any]) ->
         `invalid` move (of any result).
     """
     results: Counter[str] = Counter()
-    talk: tuple[Message, ...] = (system(args["system_prompt"]),)
-    level = [
-        (match, talk)
+    rules = system(args["system_prompt"])
+    level: list[tuple[Match, Agent, list[Message]]] = [
+        (match, new_agent(), [rules])
         for first in "XO"
-        for match in _openings(Match(max_turns=args["max_turns"], to_move=first))
+        for match in _next_decisions(Match(max_turns=args["max_turns"], to_move=first))
     ]
     while level:
-        asked = [(match, (*talk, user(match.prompt()))) for match, talk in level]
         replies = await asyncio.gather(
-            *(new_agent()(talk, state=match.state) for match, talk in asked)
+            *(agent([*new, user(m.prompt())], state=m.state) for m, agent, new in level)
         )
+        after = [(m.hear(r), agent) for (m, agent, _), r in zip(level, replies, strict=True)]
         level = []
-        for (match, talk), reply in zip(asked, replies, strict=True):
-            for after in _openings(match.hear(reply)):
-                if after.over:
-                    results.update([after.result, *(["invalid"] if after.invalid else [])])
-                else:
-                    level.append((after, (*talk, assistant(reply))))
+        for match, agent in after:
+            children = _next_decisions(match)
+            ended = [child for child in children if child.over]
+            results.update(child.result for child in ended)
+            results["invalid"] += sum(child.invalid > 0 for child in ended)
+            going_on = [child for child in children if not child.over]
+            level += [(child, agent.fork(), []) for child in going_on[1:]]
+            if going_on:  # one of them goes on with the agent itself and what is cached for it
+                level.append((going_on[0], agent, []))
+            else:
+                agent.close()
     return {
         "lines": float(results["win"] + results["draw"] + results["loss"]),
         "losing": float(results["loss"]),
@@ -156,8 +178,8 @@ async def unbeatable(new_agent: Callable[[], Agent], args: Mapping[str, Any]) ->
     }
 
 
-def _openings(match: Match) -> list[Match]:
-    """What X may find when it is next asked, or the game's end: one match for each reply of O."""
+def _next_decisions(match: Match) -> list[Match]:
+    """What X may find when next asked, or the game's end: one match for each reply of O."""
     if match.over or match.to_move == "X":
         return [match]
     return [match.reply(cell) for cell in Board(match.key).free()]

@@ -1,0 +1,78 @@
+"""Two players at one board: self-play, model against model, or a person against a model.
+
+Each seat sees the board as X, the way the model was trained: what is O for one is X for the other.
+So a model can take either seat, or both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import rayrl
+from rayrl import Message, Scores, system, user
+
+from . import env, players
+from .board import FREE, other, winner
+from .env import Game, games
+from .match import INVALID_SCORE, Match
+
+if TYPE_CHECKING:
+    from rayrl import Episode
+    from rayrl.agent import Agent
+
+__all__ = ["versus"]
+
+POINTS = {"win": 1.0, "draw": 0.5, "loss": 0.0}
+
+
+@rayrl.env(
+    name="tictactoe_versus", tasks=games, rewards={"win": 1.0, "format": 0.2, "invalid": 1.0}
+)
+async def versus(task: Game, x: Agent, o: Agent) -> Scores:
+    """Seat `x` against seat `o`; the task's seed says who starts, its built-in opponent is unused.
+
+    A seat that runs out of turns has lost and its rival has won.
+    """
+    agents = {"x": x, "o": o}
+    views = {
+        "x": Match(max_turns=task.max_turns, to_move=task.first),
+        "o": Match(max_turns=task.max_turns, to_move=other(task.first)),
+    }
+    new: dict[str, list[Message]] = {seat: [system(task.system_prompt)] for seat in agents}
+    while not any(view.over for view in views.values()):
+        seat, rival = ("x", "o") if views["x"].to_move == "X" else ("o", "x")
+        before = views[seat]
+        new[seat].append(user(before.prompt()))
+        after = views[seat] = before.hear(await agents[seat](new[seat], state=before.state))
+        new[seat] = []
+        if after.to_move == "O":  # the move was made: the rival sees it as O's
+            cell = next(i for i in range(9) if before.key[i] != after.key[i])
+            views[rival] = views[rival].reply(cell)
+    return {seat: _scores(view, _result(view)) for seat, view in views.items()}
+
+
+def _result(view: Match) -> str:
+    """Win, draw or loss of this seat; whoever ran out of turns before the end has lost."""
+    if winner(view.key) is None and FREE in view.key:
+        return "loss" if view.turns >= view.max_turns else "win"
+    return view.result
+
+
+def _scores(view: Match, result: str) -> Mapping[str, float]:
+    return {
+        "win": POINTS[result],
+        "format": view.formatted / view.turns if view.turns else 1.0,
+        "invalid": INVALID_SCORE if view.invalid else 0.0,
+    }
+
+
+@versus.figures
+def figures(episode: Episode) -> dict[str, bool | float | str]:
+    """Seat x's game, as in `tictactoe`."""
+    return env.game_figures(episode.scores["x"])
+
+
+versus.player("optimal")(players.optimal)
+versus.player("random")(players.random_legal)
+versus.player("teacher")(players.teacher)
