@@ -1,5 +1,7 @@
 """The environment: tasks, the opponent's seeding, whole games, the exhaustive check."""
 
+import asyncio
+import itertools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -10,6 +12,9 @@ from rayrl_tictactoe.env import Game, games, opponent_move, tictactoe, unbeatabl
 from rayrl_tictactoe.players import read_board
 
 from rayrl import ConfigError, Message, Reply
+from rayrl.agent import Agent
+from rayrl.players import ScriptedPlayer
+from rayrl.rollout import play_group
 
 ARGS = {"max_turns": 8, "system_prompt": SYSTEM}
 PlayerFunction = Callable[[Sequence[Message], random.Random], str]
@@ -185,6 +190,12 @@ def lowest_best(messages: Sequence[Message], rng: random.Random) -> str:
     return say(best_moves(read_board(messages), "X")[0])
 
 
+def scripted(function: PlayerFunction) -> Callable[[], Agent]:
+    """Makes agents that answer by `function`, each with its own seed."""
+    player, numbers = ScriptedPlayer(function), itertools.count()
+    return lambda: Agent(player, episode=str(number := next(numbers)), seed=number)
+
+
 def lowest(messages: Sequence[Message], rng: random.Random) -> str:
     """Always the lowest free cell."""
     free = messages[-1].content.split("Available positions: ")[1]
@@ -192,15 +203,13 @@ def lowest(messages: Sequence[Message], rng: random.Random) -> str:
 
 
 async def test_a_perfect_player_loses_no_line() -> None:
-    figures = await unbeatable(lambda: Fake(lowest_best), ARGS)
+    figures = await unbeatable(scripted(lowest_best), ARGS)
     # Every line counted once is checked below; these are the README's figures.
     assert figures == {"lines": 642, "losing": 0, "draws": 185, "wins": 457, "invalid": 0}
 
 
 async def test_a_random_player_loses_lines() -> None:
-    seeds = iter(range(100_000))
-    new_agent = lambda: Fake(tictactoe.players["random"], next(seeds))  # noqa: E731
-    figures = await unbeatable(new_agent, ARGS)
+    figures = await unbeatable(scripted(tictactoe.players["random"]), ARGS)
     assert figures["losing"] > 0
     assert figures["lines"] == figures["wins"] + figures["draws"] + figures["losing"]
 
@@ -219,7 +228,7 @@ def count_by_hand(key: str, mark: str) -> list[int]:
 async def test_every_line_is_counted_once() -> None:
     first, second = count_by_hand(FREE * 9, "X"), count_by_hand(FREE * 9, "O")
     wins, draws, losses = (a + b for a, b in zip(first, second, strict=True))
-    figures = await unbeatable(lambda: Fake(lowest), ARGS)
+    figures = await unbeatable(scripted(lowest), ARGS)
     assert figures == {
         "lines": wins + draws + losses,
         "losing": losses,
@@ -232,34 +241,51 @@ async def test_every_line_is_counted_once() -> None:
 
 
 async def test_a_player_that_never_answers_loses_each_opening_at_the_turn_limit() -> None:
-    agents: list[Fake] = []
+    talks: list[Sequence[Message]] = []
 
-    def new_agent() -> Fake:
-        agents.append(Fake(["no"]))
-        return agents[-1]
+    def mute(messages: Sequence[Message], rng: random.Random) -> str:
+        talks.append(messages)
+        return "no"
 
-    figures = await unbeatable(new_agent, {**ARGS, "max_turns": 3, "system_prompt": "Rules."})
+    figures = await unbeatable(scripted(mute), {**ARGS, "max_turns": 3, "system_prompt": "Rules."})
     # One opening when X starts, nine when O does; each is asked three times.
     assert figures == {"lines": 10, "losing": 10, "draws": 0, "wins": 0, "invalid": 10}
-    assert len(agents) == 30
-    talk = agents[-1].asked[0]
-    assert [m.role for m in talk] == ["system", *["user", "assistant"] * 2, "user"]
-    assert talk[0].content == "Rules."
+    assert len(talks) == 30
+    assert [m.role for m in talks[-1]] == ["system", *["user", "assistant"] * 2, "user"]
+    assert talks[-1][0].content == "Rules."
 
 
-async def test_one_depth_is_asked_at_once() -> None:
-    import asyncio
-
+async def test_each_conversation_is_asked_once_and_one_depth_at_the_same_time() -> None:
     live = most = 0
+    asked: list[tuple[str, ...]] = []
 
-    class Slow(Fake):
-        async def __call__(self, new: Sequence[Message], *, state: str | None = None) -> Reply:
-            nonlocal live, most
-            live += 1
-            most = max(most, live)
-            await asyncio.sleep(0)
-            live -= 1
-            return await super().__call__(new, state=state)
+    async def slow(messages: Sequence[Message], rng: random.Random) -> str:
+        nonlocal live, most
+        asked.append(tuple(m.content for m in messages))
+        live += 1
+        most = max(most, live)
+        await asyncio.sleep(0)
+        live -= 1
+        return lowest(messages, rng)
 
-    await unbeatable(lambda: Slow(lowest), ARGS)
+    figures = await unbeatable(scripted(slow), ARGS)
+    assert figures["lines"] == 822
     assert most > 200
+    assert len(set(asked)) == len(asked)
+
+
+# --- in rayrl's own loop --------------------------------------------------------------------
+
+
+async def test_the_teacher_plays_a_whole_group() -> None:
+    env = tictactoe.configure({"random_max": 0.0})
+    player = ScriptedPlayer(env.players["teacher"])
+    task = env.tasks(seed=0, n=1)[0]
+    group = await play_group(env, task, {"agent": player}, id="g", size=8, seed=0)
+    assert group.complete
+    for episode in group.episodes:
+        scores = episode.scores["agent"]
+        assert scores["win"] in (0.0, 0.5)
+        assert scores["format"] == 1.0
+        assert episode.rewards["agent"] == pytest.approx(scores["win"] + 0.2)
+        assert episode.turns[0].state.endswith("/0")
