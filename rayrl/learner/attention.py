@@ -1,0 +1,134 @@
+"""Attention over a packed trie, as an attention function of transformers.
+
+The model runs on flat ids (1, U). Here alone rows exist: each row's owned queries attend to the
+keys on the row's whole path. Everything else (embeddings, norms, linear layers) touches every
+distinct token once and no padding. transformers builds no mask for an attention implementation
+without a registered mask function, which is what this wants.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface
+
+from rayrl.errors import ConfigError
+from rayrl.packing import Bucket, Packed
+
+__all__ = ["IMPLEMENTATION", "Plan", "plan"]
+
+IMPLEMENTATION = "rayrl_trie"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Rectangle:
+    """One `Bucket` as tensors; `mask` is (b, 1, s, k), or None where plain causal does."""
+
+    shape: tuple[int, int, int]  # b, s, k
+    queries: torch.Tensor
+    keys: torch.Tensor
+    mask: torch.Tensor | None
+    valid: torch.Tensor
+    owned: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """The attention work of a `Packed`, as tensors; passed to the model as `plan=`."""
+
+    longest: int
+    rectangles: tuple[_Rectangle, ...]
+
+
+def plan(packed: Packed, device: torch.device | str, dtype: torch.dtype) -> Plan:
+    """Move the attention work of `packed` to `device`; `dtype` is the queries'."""
+    return Plan(
+        int(packed.lengths.max()),
+        tuple(_rectangle(bucket, torch.device(device), dtype) for bucket in packed.buckets),
+    )
+
+
+def _rectangle(bucket: Bucket, device: torch.device, dtype: torch.dtype) -> _Rectangle:
+    b, s = bucket.queries.shape
+    k = bucket.keys.shape[1]
+    mask = None
+    if bucket.starts.any() or s != k:
+        starts = torch.from_numpy(bucket.starts).to(device)
+        last = starts[:, None] + torch.arange(s, device=device)  # (b, s) last visible key
+        hidden = torch.arange(k, device=device) > last[:, :, None]
+        mask = torch.zeros(b, 1, s, k, device=device, dtype=dtype)
+        mask.masked_fill_(hidden[:, None], float("-inf"))
+
+    def tensor(array: Any) -> torch.Tensor:
+        return torch.from_numpy(array.reshape(-1)).to(device)
+
+    return _Rectangle(
+        (b, s, k),
+        tensor(bucket.queries),
+        tensor(bucket.keys),
+        mask,
+        tensor(bucket.valid),
+        tensor(bucket.owned),
+    )
+
+
+def _attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,  # (1, H, U, D)
+    key: torch.Tensor,  # (1, Hkv, U, D)
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    plan: Plan | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """One layer. Returns (1, U, H, D), as transformers wants it."""
+    if plan is None:
+        raise ConfigError(
+            f"model.path: the attention of {type(module).__name__} does not pass keywords on, so "
+            "the learner cannot use it; choose a model that supports attention backends"
+        )
+    softcap = kwargs.get("softcap")
+    if softcap is not None or kwargs.get("s_aux") is not None:
+        raise ConfigError(
+            f"model.path: {type(module).__name__} uses soft-capping or attention sinks, which the "
+            "learner's attention does not know; choose another model"
+        )
+    if sliding_window is not None and sliding_window < plan.longest:
+        raise ConfigError(
+            f"model.path: a row of {plan.longest} ids is longer than the sliding window "
+            f"({sliding_window}); use shorter episodes or a model with full attention"
+        )
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (U, H, D)
+    flat_out = query.new_empty(query.shape[0], query.shape[1] * value.shape[2])
+    pieces, owners = [], []
+    for r in plan.rectangles:
+        b, s, k = r.shape
+        out = F.scaled_dot_product_attention(
+            _gather(query, r.queries, b, s),
+            _gather(key, r.keys, b, k),
+            _gather(value, r.keys, b, k),
+            attn_mask=r.mask,
+            dropout_p=dropout,
+            is_causal=r.mask is None,
+            scale=scaling,
+            enable_gqa=key.shape[1] != query.shape[1],
+        )  # (b, H, s, D)
+        pieces.append(out.transpose(1, 2).reshape(b * s, -1).index_select(0, r.valid))
+        owners.append(r.owned)
+    flat_out = flat_out.index_copy(0, torch.cat(owners), torch.cat(pieces))
+    return flat_out.view(1, *query.shape[:2], value.shape[2]), None
+
+
+def _gather(x: torch.Tensor, index: torch.Tensor, b: int, n: int) -> torch.Tensor:
+    """(U, H, D) at `index` (b·n,) as (b, H, n, D)."""
+    rows = x.reshape(x.shape[0], -1).index_select(0, index)
+    return rows.view(b, n, *x.shape[1:]).transpose(1, 2)
+
+
+AttentionInterface.register(IMPLEMENTATION, _attend)

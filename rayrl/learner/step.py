@@ -1,0 +1,283 @@
+"""One forward pass over packed rows, its loss, and the figures of a step.
+
+Shared by every learner, so that they can only differ in how gradients become an update.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from rayrl.batch import Totals, Trajectory, micro_batches
+from rayrl.config import LearnerConfig
+from rayrl.errors import ConfigError
+from rayrl.learner.attention import IMPLEMENTATION, plan
+from rayrl.loss import LossTokens, Objective, objective_loss
+from rayrl.packing import Packed, pack
+
+__all__ = [
+    "Tally",
+    "filler",
+    "load_model",
+    "loss_of",
+    "rate",
+    "row_logprobs",
+    "token_logprobs",
+    "with_logprobs",
+]
+
+
+def load_model(path: str | Path, device: torch.device | str = "cpu") -> Any:
+    """The causal LM in the Hugging Face directory `path`: fp32, no dropout, the trie's attention.
+
+    Dropout would make the learner another policy than the one that was sampled from.
+    """
+    if not (Path(path) / "config.json").is_file():
+        raise ConfigError(
+            f"model.path={str(path)!r} has no config.json; give a Hugging Face model directory"
+        )
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, attn_implementation=IMPLEMENTATION
+    )
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+    model.train()
+    return model.to(device)
+
+
+def rate(cfg: LearnerConfig, step: int, total: int) -> float:
+    """The learning rate of step `step` (from 0) of `total`.
+
+    Rises linearly over `warmup_steps`, then stays, or falls to `min_lr_ratio` of `lr` at the last
+    step along a line or half a cosine.
+    """
+    if step < cfg.warmup_steps:
+        return cfg.lr * (step + 1) / (cfg.warmup_steps + 1)
+    if cfg.schedule == "constant":
+        return cfg.lr
+    done = min(1.0, (step - cfg.warmup_steps) / max(1, total - 1 - cfg.warmup_steps))
+    if cfg.schedule == "linear":
+        left = 1 - done
+    elif cfg.schedule == "cosine":
+        left = (1 + math.cos(math.pi * done)) / 2
+    else:
+        raise ConfigError(
+            f"learner.schedule={cfg.schedule!r} is not one of constant, linear, cosine"
+        )
+    return cfg.lr * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * left)
+
+
+def token_logprobs(model: Any, packed: Packed, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the loss tokens under the *sampling* distribution, and its entropy.
+
+    Logits are computed at the distinct source tokens only and divided by `temperature` before the
+    softmax, as the engine did. top-p and top-k are not applied: with them, the rollout's are of a
+    truncated distribution, and the mismatch shows it.
+
+    Returns:
+        (N,) with gradient, in `packed`'s order, and (N,) entropies in nats, detached.
+    """
+    device = model.device
+    logits = model(
+        input_ids=torch.from_numpy(packed.ids).to(device)[None],
+        position_ids=torch.from_numpy(packed.positions).to(device)[None],
+        logits_to_keep=torch.from_numpy(packed.sources).to(device),
+        use_cache=False,
+        plan=plan(packed, device, torch.float32),
+    ).logits[0]  # (S, V)
+    if temperature != 1.0:
+        logits = logits / temperature
+    slot = torch.from_numpy(packed.slot).to(device)
+    target = torch.from_numpy(packed.target).to(device)
+    normalizer = logits.logsumexp(-1)  # (S,)
+    # Flat 1-D selection: its backward adds up in a fixed order on the CPU, and quickly.
+    chosen = logits.reshape(-1).index_select(0, slot * logits.shape[-1] + target)
+    with torch.no_grad():
+        expected = ((logits - normalizer[:, None]).exp() * logits).sum(-1)
+        entropy = (normalizer - expected).index_select(0, slot)
+    return chosen - normalizer.index_select(0, slot), entropy
+
+
+def _pack(rows: Sequence[Trajectory]) -> Packed:
+    return pack([row.ids for row in rows], [row.loss_mask for row in rows])
+
+
+def _flat(rows: Sequence[Trajectory], packed: Packed, name: str, device: Any) -> Tensor:
+    """Field `name` of the rows at the packed loss tokens, (N,)."""
+    parts = [getattr(rows[i], name)[rows[i].loss_mask] for i in packed.order]
+    return torch.from_numpy(np.concatenate(parts)).to(device)
+
+
+def row_logprobs(
+    model: Any, rows: Sequence[Trajectory], max_tokens: int, temperature: float
+) -> dict[int, NDArray[np.float32]]:
+    """(T,) log-probabilities of each row, 0 where `loss_mask` is False; keyed by `id(row)`."""
+    out: dict[int, NDArray[np.float32]] = {}
+    for micro in micro_batches(rows, max_tokens):
+        packed = _pack(micro)
+        with torch.no_grad():
+            values = token_logprobs(model, packed, temperature)[0].cpu().numpy()
+        for b, i in enumerate(packed.order):
+            line = np.zeros(len(micro[i].ids), np.float32)
+            mine = packed.row == b
+            line[packed.position[mine]] = values[mine]
+            out[id(micro[i])] = line
+    return out
+
+
+def with_logprobs(
+    rows: Iterable[Trajectory],
+    field: Literal["proximal", "reference"],
+    values: dict[int, NDArray[np.float32]],
+) -> list[Trajectory]:
+    """The rows with `field` filled in from `row_logprobs`."""
+    if field == "proximal":
+        return [replace(row, proximal=values[id(row)]) for row in rows]
+    return [replace(row, reference=values[id(row)]) for row in rows]
+
+
+def filler() -> Trajectory:
+    """The smallest row there is, with no weight: keeps a rank without work in step with others."""
+    zero = np.zeros(2, np.float32)
+    return Trajectory(np.zeros(2, np.int32), np.array([False, True]), zero, zero)
+
+
+class Tally:
+    """Figures of a step as two small vectors that can be reduced over ranks: sums and maxima."""
+
+    SUMS = (
+        "tokens",
+        "loss",
+        "entropy",
+        "ratio",
+        "clipped",
+        "approx_kl",
+        "tis_truncated",
+        "kl",
+        "mismatch_tokens",
+        "mismatch",
+        "mismatch_kl",
+        "distinct_tokens",
+        "row_tokens",
+    )
+    MAXIMA = ("ratio_max", "mismatch_max")
+
+    def __init__(self) -> None:
+        self.sums = torch.zeros(len(self.SUMS), dtype=torch.float64)
+        self.maxima = torch.zeros(len(self.MAXIMA), dtype=torch.float64)
+
+    def add(self, name: str, value: Tensor | float) -> None:
+        """Add to a sum."""
+        self.sums[self.SUMS.index(name)] += float(value)
+
+    def most(self, name: str, value: Tensor | float) -> None:
+        """Raise a maximum."""
+        at = self.MAXIMA.index(name)
+        self.maxima[at] = max(float(self.maxima[at]), float(value))
+
+    def merge(self, other: Tally) -> None:
+        """Add another's figures."""
+        self.sums += other.sums
+        self.maxima = torch.maximum(self.maxima, other.maxima)
+
+    def metrics(self) -> dict[str, float]:
+        """What is logged: means over loss tokens, and maxima."""
+        total = dict(zip(self.SUMS, self.sums.tolist(), strict=True))
+        top = dict(zip(self.MAXIMA, self.maxima.tolist(), strict=True))
+        n = max(1.0, total["tokens"])
+        m = max(1.0, total["mismatch_tokens"])
+        return {
+            "loss": total["loss"],
+            "entropy": total["entropy"] / n,
+            "ratio_mean": total["ratio"] / n,
+            "ratio_max": top["ratio_max"],
+            "clip_fraction": total["clipped"] / n,
+            "approx_kl": total["approx_kl"] / n,
+            "tis_truncated": total["tis_truncated"] / n,
+            "kl": total["kl"] / n,
+            "mismatch_mean": total["mismatch"] / m,
+            "mismatch_max": top["mismatch_max"],
+            "mismatch_kl": total["mismatch_kl"] / m,
+            "computed_loss_tokens": total["tokens"],
+            "distinct_tokens": total["distinct_tokens"],
+            "row_tokens": total["row_tokens"],
+        }
+
+
+def loss_of(
+    model: Any,
+    rows: Sequence[Trajectory],
+    objective: Objective,
+    totals: Totals,
+    temperature: float,
+    *,
+    first: bool,
+) -> tuple[Tensor, Tally]:
+    """Forward one micro-batch: its part of the batch's loss (to differentiate), and its figures.
+
+    Args:
+        first: these weights are the ones the step began with, so the difference between learner
+            and rollout log-probabilities is the mismatch and not what the step has learned.
+    """
+    packed = _pack(rows)
+    device = model.device
+    logprobs, entropy = token_logprobs(model, packed, temperature)
+    fields = {
+        name: _flat(rows, packed, name, device)
+        for name in ("proximal", "reference")
+        if getattr(rows[0], name) is not None
+    }
+    tokens = LossTokens(
+        row=torch.from_numpy(packed.row).to(device),
+        n_rows=len(rows),
+        advantages=_flat(rows, packed, "advantages", device),
+        rollout=_flat(rows, packed, "old_logprobs", device),
+        **fields,
+    )
+    loss, terms = objective_loss(objective, logprobs, tokens, totals)
+    tally = Tally()
+    tally.add("tokens", len(packed.row))
+    tally.add("loss", loss.detach())
+    tally.add("entropy", entropy.sum())
+    tally.add("distinct_tokens", len(packed.ids))
+    tally.add("row_tokens", packed.lengths.sum())
+    if objective.loss != "sft":
+        _figures(tally, terms, objective, logprobs.detach(), tokens.rollout, first)
+    return loss, tally
+
+
+def _figures(
+    tally: Tally,
+    terms: dict[str, Tensor],
+    objective: Objective,
+    logprobs: Tensor,
+    rollout: Tensor,
+    first: bool,
+) -> None:
+    ratio = terms["ratio"]
+    tally.add("ratio", ratio.sum())
+    tally.most("ratio_max", ratio.max())
+    tally.add("clipped", terms["clipped"].sum())
+    tally.add("approx_kl", (ratio - 1 - terms["log_ratio"]).sum())
+    if "tis" in terms:
+        tally.add("tis_truncated", (terms["tis"] >= objective.tis_max).sum())
+    if "kl" in terms:
+        tally.add("kl", terms["kl"].sum())
+    if first:
+        d = logprobs - rollout
+        tally.add("mismatch_tokens", len(d))
+        tally.add("mismatch", d.abs().sum())
+        tally.add("mismatch_kl", (d.exp() - 1 - d).sum())
+        tally.most("mismatch_max", d.abs().max())
