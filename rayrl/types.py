@@ -1,0 +1,281 @@
+"""The vocabulary: task, turn, episode, group, and what passes between an agent and an engine.
+
+Standard library only. Everything here is frozen and pickles to plain data, so that it can cross
+processes and be written to a file. Ragged shapes are tuples; nothing is padded before the learner.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+__all__ = [
+    "Completion",
+    "Episode",
+    "Failure",
+    "Finish",
+    "Group",
+    "Message",
+    "Reply",
+    "Request",
+    "Sampling",
+    "Scores",
+    "Task",
+    "ToolCall",
+    "Turn",
+    "VersionSpan",
+    "assistant",
+    "derive_seed",
+    "system",
+    "tool",
+    "user",
+]
+
+Role = Literal["system", "user", "assistant", "tool"]
+Finish = Literal["stop", "length", "abort"]
+Scores = Mapping[str, float] | Mapping[str, Mapping[str, float]]
+"""What an environment returns: scores by name, or with several seats, by seat and name."""
+
+
+def derive_seed(*parts: object) -> int:
+    """A 63-bit seed from any parts with a stable `str`: the same on every machine and Python."""
+    text = "\x1f".join(map(str, parts)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What an episode starts from. Subclass it as a frozen dataclass with the task's own fields.
+
+    Attributes:
+        seed: all of the task's randomness comes from it; every episode of a group shares it.
+    """
+
+    seed: int = 0
+
+    def rng(self, *state: object) -> random.Random:
+        """Randomness of this task *at this state*: the same state always gets the same draws.
+
+        So inside a group an episode's luck differs only where its play differed.
+        """
+        return random.Random(derive_seed(self.seed, *state))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain data, for the episode log."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """One call a model asked for: `arguments` are parsed JSON."""
+
+    id: str
+    name: str
+    arguments: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message of a conversation."""
+
+    role: Role
+    content: str
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+
+
+def system(content: str) -> Message:
+    """A system message."""
+    return Message("system", content)
+
+
+def user(content: str) -> Message:
+    """A user message."""
+    return Message("user", content)
+
+
+def assistant(content: str) -> Message:
+    """An assistant message."""
+    return Message("assistant", content)
+
+
+def tool(content: str, call_id: str) -> Message:
+    """The result of the tool call `call_id`."""
+    return Message("tool", content, tool_call_id=call_id)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How a completion is drawn. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 are off."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_tokens: int = 64
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class VersionSpan:
+    """Completion ids `[start, end)` were sampled from weights `version`."""
+
+    version: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One generation for an engine.
+
+    Attributes:
+        session: conversation this belongs to; an engine may keep its KV between turns.
+        prompt_ids: the *whole* context so far, so that any replica can answer.
+        stop_ids: ids that end the completion (they are part of it), e.g. the end-of-turn token.
+        seed: the same request, seed and weights give the same completion.
+        min_version: weights older than this must not answer.
+    """
+
+    session: str
+    prompt_ids: tuple[int, ...]
+    sampling: Sampling
+    stop_ids: tuple[int, ...] = ()
+    seed: int = 0
+    min_version: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What an engine answers.
+
+    Attributes:
+        ids: sampled ids, the stop id included when one ended it.
+        logprobs: natural-log probability of each id under the distribution it was *sampled* from
+            (after temperature, top-k and top-p), one per id. All 0.0 when greedy.
+        versions: spans that cover `ids` exactly.
+        finish: "stop" (stop id or stop string), "length", or "abort".
+        cached: prompt ids whose KV was reused instead of computed.
+    """
+
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    versions: tuple[VersionSpan, ...]
+    finish: Finish
+    cached: int = 0
+
+
+class Reply(str):
+    """The text an agent answered with: a plain string that also knows how it ended."""
+
+    finish: Finish
+    tool_calls: tuple[ToolCall, ...]
+
+    def __new__(
+        cls, text: str, finish: Finish = "stop", tool_calls: tuple[ToolCall, ...] = ()
+    ) -> Reply:
+        self = super().__new__(cls, text)
+        self.finish = finish
+        self.tool_calls = tool_calls
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One call of a model by one seat.
+
+    A conversation's ids are the concatenation, in order, of each turn's `prompt_ids` and
+    `completion_ids`; `offset` is how many ids of the conversation precede this turn's. A turn with
+    offset 0 starts a new conversation. Turns by players without tokens (scripts, people, remote
+    endpoints) have empty ids and are never trained on.
+
+    Attributes:
+        seat: who acted.
+        prompt: messages added before this call, for people to read.
+        text: the reply as text.
+        prompt_ids: ids *appended* for this call.
+        completion_ids: ids the model sampled.
+        logprobs: one per completion id, under the sampling distribution.
+        versions: weight versions, as spans over `completion_ids`.
+        state: key of the state the model acted in; equal keys inside a group are the same decision
+            (GiGPO compares there).
+    """
+
+    seat: str
+    prompt: tuple[Message, ...]
+    text: str
+    finish: Finish
+    offset: int = 0
+    prompt_ids: tuple[int, ...] = ()
+    completion_ids: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
+    versions: tuple[VersionSpan, ...] = ()
+    state: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why an episode has no reward. `kind` is "env" (its code) or "infra" (around it)."""
+
+    kind: Literal["env", "infra"]
+    message: str
+    traceback: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Episode:
+    """One task played to its end.
+
+    Attributes:
+        id: unique in a run and the same whenever the run is repeated.
+        env: the environment's name.
+        task: what it started from.
+        index: place inside its group.
+        turns: all seats' turns in the order they happened.
+        scores: by seat, then name.
+        rewards: by seat: weighted sum of its scores. Empty when the episode failed.
+        failure: None, or why it ended without a reward. Such an episode is never trained on.
+        seconds: wall time, for the timing report only.
+    """
+
+    id: str
+    env: str
+    task: Task
+    index: int
+    turns: tuple[Turn, ...]
+    scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    rewards: Mapping[str, float] = field(default_factory=dict)
+    failure: Failure | None = None
+    seconds: float = field(default=0.0, compare=False)
+
+    def turns_of(self, seat: str) -> tuple[Turn, ...]:
+        """The turns `seat` played."""
+        return tuple(turn for turn in self.turns if turn.seat == seat)
+
+    @property
+    def min_version(self) -> int | None:
+        """The oldest weights any of its tokens came from; None without sampled tokens."""
+        versions = [span.version for turn in self.turns for span in turn.versions]
+        return min(versions) if versions else None
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Episodes of the same task, in index order. Rewards are compared only inside a group.
+
+    Attributes:
+        id: unique in a run and the same whenever the run is repeated.
+        trainable: seats whose tokens are trained on.
+    """
+
+    id: str
+    task: Task
+    episodes: tuple[Episode, ...]
+    trainable: tuple[str, ...] = ("agent",)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every episode has a reward."""
+        return all(episode.failure is None for episode in self.episodes)
