@@ -1,0 +1,261 @@
+"""What would run, what it comes to, and what will not fit: before anything starts."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rayrl.config import Config, differences, leaves, stage_config
+from rayrl.errors import ConfigError, RunFailed
+from rayrl.models import model_dir
+
+__all__ = ["Machine", "describe", "problems", "run", "this_machine"]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What there is to run on. Memory in GiB."""
+
+    cpus: int
+    gpus: int
+    memory_gb: float
+
+
+def run(config: Config) -> None:
+    """Print the plan.
+
+    Raises:
+        RunFailed: something will not fit; it is named in the plan.
+    """
+    machine = this_machine()
+    print(describe(config, machine))
+    found = [one for _, _, stage in _stages(config) for one in problems(stage, machine)]
+    found = list(dict.fromkeys(found))
+    if found:
+        print("\nWill not fit")
+        print("\n".join(f"  - {one}" for one in found))
+        raise RunFailed(f"{len(found)} thing{'s' * (len(found) > 1)} will not fit; see the list.")
+    print("\nEverything fits.")
+
+
+def this_machine() -> Machine:
+    """The machine this process runs on, within its container's limits."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+        memory = min(memory, int(text))
+    gpus = len([one for one in Path("/dev").glob("nvidia[0-9]*") if one.name[6:].isdigit()])
+    return Machine(len(os.sched_getaffinity(0)), gpus, memory / 2**30)
+
+
+def describe(config: Config, machine: Machine) -> str:
+    """The plan as text: settings, resources, the batch, the stages."""
+    parts = [_settings(config), _resources(config, machine)]
+    if config.recipe:
+        parts.append(_recipe(config))
+    for name, verb, stage in _stages(config):
+        if verb == "train":
+            parts.append(f"A step of {name}\n{_batch(stage)}")
+    return "\n\n".join(parts)
+
+
+def _stages(config: Config) -> Iterator[tuple[str, str, Config]]:
+    """Name, verb and settings of what runs: the recipe's stages, or else the training loop."""
+    if not config.recipe:
+        yield "training", "train", config
+    for stage in config.recipe:
+        yield stage.name, stage.verb, stage_config(config, stage)
+
+
+def _value(config: Config, key: str) -> Any:
+    node: Any = config
+    for part in key.split("."):
+        node = getattr(node, part)
+    return node
+
+
+def _settings(config: Config) -> str:
+    changed = differences(config)
+    lines = ["Settings (* differs from the default, which stands behind it)"]
+    section = ""
+    for key, _ in leaves():
+        if key == "recipe":
+            continue
+        head, name = key.split(".", 1)
+        if head != section:
+            lines.append(f"  {head}")
+            section = head
+        mark, was = " ", ""
+        if key in changed:
+            mark, was = "*", f"   (default {_short(changed[key][0])})"
+        lines.append(f"  {mark} {name}: {_short(_value(config, key))}{was}")
+    return "\n".join(lines)
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 90 else text[:87] + "..."
+
+
+def _asked(config: Config) -> tuple[float, float]:
+    """CPUs and GPUs that the actors reserve."""
+    cluster, ranks = config.cluster, config.learner.world_size
+    cpus = (
+        cluster.env_hosts * cluster.env_host_cpus
+        + cluster.replicas * cluster.replica_cpus
+        + ranks * cluster.learner_cpus
+    )
+    return cpus, cluster.replicas * cluster.replica_gpus + ranks * cluster.learner_gpus
+
+
+def _resources(config: Config, machine: Machine) -> str:
+    cluster, learner = config.cluster, config.learner
+    cpus, gpus = _asked(config)
+    where = f"the cluster at {cluster.address}" if cluster.address else "this machine"
+    here = f"{machine.cpus} cpus, {machine.gpus} gpus, {machine.memory_gb:.0f} GiB"
+    rows = [
+        f"Resources on {where}" + ("" if cluster.address else f" ({here})"),
+        (
+            f"  env hosts {cluster.env_hosts} × {cluster.env_host_cpus:g} cpu, "
+            f"{cluster.concurrency} live episodes each"
+        ),
+        (
+            f"  replicas  {cluster.replicas} × {cluster.replica_cpus:g} cpu, {cluster.replica_gpus:g} "
+            f"gpu, {config.engine.kind}, {config.engine.threads} threads, "
+            f"{config.engine.kv_cache_gb:g} GiB of cache"
+        ),
+        (
+            f"  learners  {learner.world_size} × {cluster.learner_cpus:g} cpu, "
+            f"{cluster.learner_gpus:g} gpu, {learner.kind} ZeRO {learner.zero_stage}, "
+            f"{learner.threads} threads"
+        ),
+        f"  reserved  {cpus:g} cpus, {gpus:g} gpus",
+    ]
+    return "\n".join(rows)
+
+
+def _batch(config: Config) -> str:
+    train, algo = config.train, config.algo
+    episodes = train.groups * train.group_size
+    live = min(episodes, config.cluster.env_hosts * config.cluster.concurrency)
+    slots = config.cluster.replicas * config.engine.max_live
+    rows = [
+        f"  {train.groups} groups × {train.group_size} episodes = {episodes} episodes",
+        f"  {live} live at once, {min(live, slots)} decoded at once",
+        (
+            f"  about {episodes / config.learner.world_size:g} episodes a rank, in micro-batches "
+            f"of at most {config.learner.micro_batch_tokens} tokens"
+        ),
+        (
+            f"  {algo.epochs} × {algo.minibatches} optimizer steps (passes × minibatches) of about "
+            f"{episodes / algo.minibatches:g} episodes"
+        ),
+        (
+            f"  replies of at most {config.sampling.max_tokens} tokens at temperature "
+            f"{config.sampling.temperature:g}"
+        ),
+        (
+            f"  {train.steps} steps = {train.steps * episodes} episodes, at most {train.max_lag} "
+            "versions behind"
+        ),
+    ]
+    return "\n".join(rows)
+
+
+def _recipe(config: Config) -> str:
+    lines = ["Recipe (each stage with what it changes)"]
+    for number, stage in enumerate(config.recipe, 1):
+        lines.append(f"  {number}. {stage.name} ({stage.verb})")
+        ready = stage_config(config, stage)
+        for key, (_, now) in differences(ready, config).items():
+            lines.append(f"       {key}: {_short(now)}")
+    return "\n".join(lines)
+
+
+def problems(config: Config, machine: Machine | None = None) -> list[str]:
+    """What `config` asks for that is not there, one sentence each with the remedy."""
+    machine = machine or this_machine()
+    return [*_too_much(config, machine), *_missing(config)]
+
+
+def _too_much(config: Config, machine: Machine) -> Iterator[str]:
+    cluster, engine = config.cluster, config.engine
+    if not cluster.address:
+        cpus, gpus = _asked(config)
+        if cpus > machine.cpus:
+            yield (
+                f"{cpus:g} cpus are reserved and this machine has {machine.cpus}: lower "
+                "cluster.*_cpus, cluster.replicas or learner.world_size."
+            )
+        if gpus > machine.gpus:
+            yield (
+                f"{gpus:g} gpus are reserved and this machine has {machine.gpus}: lower "
+                "cluster.replica_gpus or cluster.learner_gpus."
+            )
+        cache = cluster.replicas * engine.kv_cache_gb
+        if cache > 0.8 * machine.memory_gb and not cluster.replica_gpus:
+            yield (
+                f"engine.kv_cache_gb={engine.kv_cache_gb:g} × {cluster.replicas} replicas is more "
+                f"than 80% of {machine.memory_gb:.0f} GiB: lower it."
+            )
+    room = shutil.disk_usage(_existing(Path(config.run.dir))).free / 2**30
+    if room < 1:
+        yield f"run.dir={config.run.dir}: {room:.1f} GiB left on that disk; make room for 1 GiB."
+    longest = _positions(config.model.path)
+    if longest and engine.max_len > longest:
+        yield (
+            f"engine.max_len={engine.max_len}: the model at {config.model.path} has positions for "
+            f"{longest}; lower it, or 0 for what the model allows."
+        )
+    if longest and config.sampling.max_tokens >= longest:
+        yield (
+            f"sampling.max_tokens={config.sampling.max_tokens}: the model at {config.model.path} "
+            f"has positions for {longest}, prompt included; lower it."
+        )
+
+
+def _missing(config: Config) -> Iterator[str]:
+    if config.engine.kind == "vllm" and importlib.util.find_spec("vllm") is None:
+        yield "engine.kind=vllm: vllm is not installed; pip install 'rayrl[vllm]'."
+    if config.sft.data and not Path(config.sft.data).is_file():
+        yield f"sft.data={config.sft.data}: there is no such file; rayrl synth writes one."
+    uses_endpoint = "endpoint" in (config.synth.player, config.eval.player)
+    if uses_endpoint and not os.environ.get(config.endpoint.api_key_env):
+        yield (
+            f"endpoint.api_key_env={config.endpoint.api_key_env}: that variable is not set; export "
+            "it, with any text for a server that wants no key."
+        )
+    for check in (lambda: model_dir(config.model.path), lambda: _configured(config)):
+        try:
+            check()
+        except ConfigError as error:
+            yield str(error)
+
+
+def _configured(config: Config) -> None:
+    from rayrl.registry import load_env
+
+    environment = load_env(config.env.name)
+    environment.configure(config.env.args, config.env.rewards)
+    for args in config.eval.cells.values():
+        environment.configure({**config.env.args, **args}, config.env.rewards)
+
+
+def _existing(path: Path) -> Path:
+    path = path.absolute()
+    return path if path.exists() else _existing(path.parent)
+
+
+def _positions(model: str) -> int:
+    """How many ids the model at `model` has positions for; 0 where that cannot be told."""
+    try:
+        text = (model_dir(model) / "config.json").read_text("utf-8")
+        return int(json.loads(text).get("max_position_embeddings", 0))
+    except (ConfigError, ValueError, AttributeError, TypeError):
+        return 0

@@ -1,0 +1,433 @@
+"""The folder of a run: what it was, what it measured, and what it can be resumed from.
+
+    RUN/config.yaml              every setting, so that a resumed run is the same run
+    RUN/metrics.jsonl            one line a `log` call: {"step": 3, "reward/mean": 0.4, …}
+    RUN/tensorboard/             the same numbers
+    RUN/episodes/step_000010.jsonl
+    RUN/checkpoints/step_000010/ what the learner saved, and run.json: the state of the loop
+    RUN/result.json              what the run came to, once it is finished
+
+A process killed at any moment leaves either the old file or the new one, never half of one: files
+are written beside their place, flushed to the disk and renamed. On resume the metrics are cut back
+to what they were when the checkpoint was made, so that an interrupted run's file equals an unbroken
+one's (but for the figures that are wall times).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import math
+import os
+import re
+import shutil
+import time
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from rayrl.config import Config, differences, from_dict, to_dict
+from rayrl.errors import ConfigError, DataError, RunFailed
+from rayrl.types import Group
+
+__all__ = ["Checkpoint", "RunDir", "read_config", "write_atomic"]
+
+_MAY_CHANGE = (
+    "run.dir",
+    "run.keep_checkpoints",
+    "run.checkpoint_every",
+    "run.episodes_every",
+    "run.wandb_project",
+    "cluster.",
+    "endpoint.",
+    "recipe",  # the stages are runs of their own, with folders and settings of their own
+)
+"""Settings (or sections) that may differ when a run is resumed; `*.steps` may also be raised."""
+
+_NAME = re.compile(r"step_(\d+)")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint.
+
+    Attributes:
+        step: finished steps when it was made; a resumed loop starts at this step.
+        path: its folder.
+        state: what was given to `RunDir.checkpoint`.
+        metrics_bytes: length of metrics.jsonl when it was made.
+    """
+
+    step: int
+    path: Path
+    state: Mapping[str, Any] = field(default_factory=dict)
+    metrics_bytes: int = 0
+
+
+class RunDir:
+    """A run's folder: made when it is not there, resumed when it is. One process at a time.
+
+    Args:
+        path: the folder; usually `config.run.dir`.
+        config: what the run runs with; stored, and compared with what is stored.
+
+    Raises:
+        ConfigError: the folder's run had other settings; the message lists them.
+        RunFailed: another process is writing there.
+    """
+
+    def __init__(self, path: str | Path, config: Config) -> None:
+        self.path = Path(path)
+        self._config = config
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock()
+        self.resumed = (self.path / "config.yaml").is_file()
+        if self.resumed:
+            stored = read_config(self.path)
+            if _more_steps(self.path, stored, config):
+                (self.path / "result.json").unlink(missing_ok=True)
+        write_atomic(self.path / "config.yaml", _as_yaml(config).encode())
+        self._clear_partial()
+        self._next_step = self._cut_metrics()
+        self._tensorboard: _TensorBoard | None = None
+        self._wandb: Any = None
+
+    # --- what the run measured -------------------------------------------------------------------
+
+    def log(self, step: int, metrics: Mapping[str, float | int | str | None]) -> None:
+        """Append one line of figures; on the disk for `tail -f` when this returns.
+
+        Args:
+            step: the step they belong to.
+            metrics: name -> figure; a NaN or an infinity is written as null.
+        """
+        row = {"step": step, **{name: _plain(value) for name, value in metrics.items()}}
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, allow_nan=False) + "\n")
+        numbers = {
+            name: float(value)
+            for name, value in row.items()
+            if name != "step" and isinstance(value, int | float)
+        }
+        if self._tensorboard is None:
+            self._tensorboard = _TensorBoard(self.path / "tensorboard", self._next_step)
+        self._tensorboard.add(step, numbers)
+        if self._config.run.wandb_project:
+            self._log_wandb(step, numbers)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Every line logged so far."""
+        file = self.path / "metrics.jsonl"
+        if not file.is_file():
+            return []
+        return [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+
+    def write_episodes(self, step: int, groups: Sequence[Group]) -> Path:
+        """Write the episodes of `groups` to `episodes/step_….jsonl`, for people and the report."""
+        from rayrl.episodes import episode_to_json
+
+        lines = [
+            json.dumps(episode_to_json(episode), ensure_ascii=False) + "\n"
+            for group in groups
+            for episode in group.episodes
+        ]
+        file = self.path / "episodes" / f"{_step_name(step)}.jsonl"
+        file.parent.mkdir(exist_ok=True)
+        write_atomic(file, "".join(lines).encode())
+        return file
+
+    def write_json(self, name: str, data: object) -> Path:
+        """Write `data` as RUN/name, readable and whole."""
+        file = self.path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(file, (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode())
+        return file
+
+    def read_json(self, name: str) -> Any:
+        """What `write_json` wrote, or None if it never did."""
+        file = self.path / name
+        if not file.is_file():
+            return None
+        try:
+            return json.loads(file.read_text("utf-8"))
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"{file}, line {error.lineno}: {error.msg}; remove the file."
+            ) from error
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """Mark the run as finished, with what it came to; opened again, it has nothing to do."""
+        self.write_json("result.json", dict(result))
+
+    @property
+    def finished(self) -> dict[str, Any] | None:
+        """What `finish` was given, or None while there is something left to do."""
+        result: dict[str, Any] | None = self.read_json("result.json")
+        return result
+
+    # --- what it can be resumed from -------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def checkpoint(self, step: int, state: Mapping[str, Any] | None = None) -> Iterator[Path]:
+        """A folder to save into; when the block ends it is this run's newest checkpoint.
+
+        It appears whole or not at all, and only then are older ones deleted
+        (`run.keep_checkpoints`). Saving the same step again replaces it.
+
+        Args:
+            step: finished steps: the resumed loop starts with this one.
+            state: plain data the loop needs to go on (sampler position, weights version, …).
+
+        Raises:
+            RunFailed: the disk is full. The previous checkpoint is intact.
+        """
+        folder = self.path / "checkpoints"
+        folder.mkdir(exist_ok=True)
+        partial = folder / f".partial-{_step_name(step)}-{os.getpid()}"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        try:
+            yield partial
+            self._seal(partial, step, state or {})
+        except BaseException as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            if isinstance(error, Exception) and _disk_is_full(error, self.path):
+                raise RunFailed(self._about_full_disk(step)) from error
+            raise
+        final = folder / _step_name(step)
+        if final.exists():  # the same step again, after a resume: make way without a gap
+            os.replace(final, folder / f".old-{_step_name(step)}")
+        os.replace(partial, final)
+        _sync(folder)
+        self._prune(keep=final)
+
+    def checkpoints(self) -> list[Path]:
+        """Folders of the complete checkpoints, oldest first."""
+        found = [
+            path
+            for path in (self.path / "checkpoints").glob("step_*")
+            if _NAME.fullmatch(path.name) and (path / "run.json").is_file()
+        ]
+        return sorted(found, key=_step_of)
+
+    def latest_checkpoint(self) -> Checkpoint | None:
+        """The newest complete checkpoint; partial ones do not count."""
+        paths = self.checkpoints()
+        if not paths:
+            return None
+        record = self.read_json(str(paths[-1].relative_to(self.path) / "run.json"))
+        return Checkpoint(record["step"], paths[-1], record["state"], record["metrics_bytes"])
+
+    def close(self) -> None:
+        """Flush, and let another process write here."""
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+        self._unlock()
+
+    def __enter__(self) -> RunDir:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # --- within ----------------------------------------------------------------------------------
+
+    def _lock(self) -> None:
+        handle = os.open(self.path / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            owner = os.pread(handle, 32, 0).decode() or "unknown"
+            os.close(handle)
+            raise RunFailed(
+                f"{self.path}: process {owner} is writing there. Wait for it, or choose another "
+                "run.name."
+            ) from error
+        os.truncate(handle, 0)
+        os.pwrite(handle, str(os.getpid()).encode(), 0)
+        self._unlock = weakref.finalize(self, os.close, handle)
+
+    def _seal(self, partial: Path, step: int, state: Mapping[str, Any]) -> None:
+        metrics = self.path / "metrics.jsonl"
+        size = 0
+        if metrics.is_file():
+            _sync(metrics)
+            size = metrics.stat().st_size
+        record = {"step": step, "metrics_bytes": size, "state": dict(state)}
+        (partial / "run.json").write_text(json.dumps(record, indent=2), "utf-8")
+        for path in sorted(partial.rglob("*")):
+            _sync(path)
+        _sync(partial)
+
+    def _prune(self, keep: Path) -> None:
+        for old in (self.path / "checkpoints").glob(".old-*"):
+            shutil.rmtree(old)
+        for path in self.checkpoints()[: -self._config.run.keep_checkpoints]:
+            if path != keep:
+                shutil.rmtree(path)
+
+    def _clear_partial(self) -> None:
+        """Remove what an earlier process left half done."""
+        for partial in self.path.glob("checkpoints/.partial-*"):
+            shutil.rmtree(partial)
+        for old in self.path.glob("checkpoints/.old-*"):
+            final = old.with_name(old.name.removeprefix(".old-"))
+            if final.exists():
+                shutil.rmtree(old)
+            else:  # it was stopped between the two renames
+                os.replace(old, final)
+
+    def _cut_metrics(self) -> int:
+        """Cut metrics.jsonl back to the checkpoint; returns the first step with no line left."""
+        file = self.path / "metrics.jsonl"
+        if not file.is_file():
+            return 0
+        if self.finished is None:
+            checkpoint = self.latest_checkpoint()
+            size = checkpoint.metrics_bytes if checkpoint else 0
+            os.truncate(file, min(size, file.stat().st_size))
+        return max((int(row["step"]) for row in self.metrics()), default=-1) + 1
+
+    def _about_full_disk(self, step: int) -> str:
+        last = self.latest_checkpoint()
+        kept = f"The one of step {last.step} is intact" if last else "There is none before it"
+        return (
+            f"{self.path}: the disk is full, so the checkpoint of step {step} was not kept. "
+            f"{kept}. Free some space and run the same command again: it resumes."
+        )
+
+    def _log_wandb(self, step: int, numbers: Mapping[str, float]) -> None:
+        if self._wandb is None:
+            try:
+                import wandb
+            except ImportError as error:
+                raise ConfigError(
+                    f"run.wandb_project={self._config.run.wandb_project}: wandb is not installed; "
+                    "pip install 'rayrl[wandb]', or leave the setting empty."
+                ) from error
+            self._wandb = wandb.init(
+                project=self._config.run.wandb_project,
+                name=self._config.run.name,
+                dir=str(self.path),
+                config=to_dict(self._config),
+            )
+        self._wandb.log(dict(numbers), step=step)
+
+
+class _TensorBoard:
+    """Scalars in TensorBoard's own format, without importing torch."""
+
+    def __init__(self, folder: Path, forget_from: int) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        self._event = Event
+        self._writer = EventFileWriter(str(folder))
+        self.close = weakref.finalize(self, self._writer.close)
+        start = SessionLog(status=SessionLog.START)  # what an earlier process wrote from here on
+        self._writer.add_event(Event(wall_time=time.time(), step=forget_from, session_log=start))
+
+    def add(self, step: int, numbers: Mapping[str, float]) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in numbers.items()]
+        summary = Summary(value=values)
+        self._writer.add_event(self._event(wall_time=time.time(), step=step, summary=summary))
+        self._writer.flush()
+
+
+def read_config(run: Path) -> Config:
+    """The configuration a run folder was made with.
+
+    Raises:
+        DataError: there is no run in that folder, or its config.yaml cannot be read.
+    """
+    file = run / "config.yaml"
+    if not file.is_file():
+        raise DataError(f"{run}: there is no run here (no config.yaml).")
+    try:
+        data = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+        return from_dict(data if isinstance(data, dict) else {})  # type: ignore[arg-type]
+    except ConfigError as error:
+        raise DataError(f"{file}: {error}") from error
+
+
+def write_atomic(file: Path, data: bytes) -> None:
+    """Write a file that is there whole, or as it was before, whatever happens meanwhile."""
+    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        with partial.open("wb") as out:
+            out.write(data)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(partial, file)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    _sync(file.parent)
+
+
+def _as_yaml(config: Config) -> str:
+    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+
+
+def _more_steps(path: Path, stored: Config, config: Config) -> bool:
+    """Whether `config` has more steps than the run at `path`; any other change is refused."""
+    changed = []
+    more = False
+    for key, (before, now) in differences(config, stored).items():
+        if key.endswith(".steps") and now > before:
+            more = True
+        elif not key.startswith(_MAY_CHANGE):
+            changed.append(f"  {key}: {before!r} there, {now!r} now")
+    if changed:
+        raise ConfigError(
+            f"{path} holds a run with other settings:\n" + "\n".join(changed) + "\n"
+            "Use the old ones to resume it, or another run.name (or run.dir) to start a new run."
+        )
+    return more
+
+
+def _plain(value: object) -> float | int | str | None:
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    number = float(value)  # type: ignore[arg-type]  # numpy and torch scalars as well
+    return number if math.isfinite(number) else None
+
+
+def _step_name(step: int) -> str:
+    return f"step_{step:06d}"
+
+
+def _step_of(path: Path) -> int:
+    match = _NAME.fullmatch(path.name)
+    return int(match.group(1)) if match else -1
+
+
+def _disk_is_full(error: Exception, path: Path) -> bool:
+    """Whether `error` comes from a full disk; libraries wrap it in errors of their own."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return "No space left" in str(error) or shutil.disk_usage(path).free < 1 << 20
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
