@@ -126,8 +126,8 @@ def _resources(config: Config, machine: Machine) -> str:
             f"{cluster.concurrency} live episodes each"
         ),
         (
-            f"  replicas  {cluster.replicas} × {cluster.replica_cpus:g} cpu, {cluster.replica_gpus:g} "
-            f"gpu, {config.engine.kind}, {config.engine.threads} threads, "
+            f"  replicas  {cluster.replicas} × {cluster.replica_cpus:g} cpu, "
+            f"{cluster.replica_gpus:g} gpu, {config.engine.kind}, {config.engine.threads} threads, "
             f"{config.engine.kv_cache_gb:g} GiB of cache"
         ),
         (
