@@ -97,6 +97,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _program() -> list[str]:
+    """How this program was started, to be typed again."""
+    if Path(sys.argv[0]).name == "rayrl":
+        return ["rayrl"]
+    python = min(sys.executable, os.path.relpath(sys.executable), key=len)
+    return [python, "-m", "rayrl"]
+
+
 def usage() -> str:
     """The help page."""
     return USAGE.format(verbs="\n".join(f"  {verb:8}{what}" for verb, (_, what) in VERBS.items()))
