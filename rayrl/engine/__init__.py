@@ -1,0 +1,27 @@
+"""Engines: what generates. `open_engine` makes the one a configuration asks for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rayrl.config import EngineConfig
+from rayrl.engine.protocol import Engine, Generator
+from rayrl.errors import ConfigError, did_you_mean
+
+__all__ = ["Engine", "Generator", "open_engine"]
+
+
+def open_engine(path: str | Path, config: EngineConfig, *, version: int = 0) -> Engine:
+    """The engine `config.kind` for a Hugging Face directory whose weights are `version`.
+
+    Raises:
+        ConfigError: no such kind, or the engine cannot run this model.
+    """
+    if config.kind == "embedded":
+        # not at the top: it imports torch, and the act half reads only the protocol
+        from rayrl.engine.embedded import EmbeddedEngine
+
+        return EmbeddedEngine.load(path, config, version=version)
+    raise ConfigError(
+        f"engine.kind={config.kind!r}: no such engine.{did_you_mean(config.kind, ['embedded'])}"
+    )

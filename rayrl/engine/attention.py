@@ -1,0 +1,325 @@
+"""Attention of flat tokens over a slab of keys and values, through transformers' own interface.
+
+A step runs the tokens of many conversations as one row of a batch, (1, T), so no padding ever goes
+through a linear layer; only the attention below knows which token belongs to which conversation.
+transformers hands it q, k and v after the rotary embedding, it writes k and v to the slab
+(`KVSlab`), and attends there. A step is a `Prefill` (several new tokens a conversation) or a
+`Decode` (one each).
+
+**Every token's result has the same bits in both, whatever else is in the step.** Measured on this
+library's kernels (MKL, fp32), each of these is needed and together they are enough:
+
+- a matrix product's row does not depend on the other rows once there are at least 4 of them in a
+  batched product and 8 in a linear layer (below that, other kernels are used). Hence `MIN_ROWS`
+  for attention and the padding of the flat batch to 16 in `model.py`;
+- scores reduce over the head dimension in order, so zeros before and after a head change nothing,
+  and `Decode` may fold several heads into one product (below) where `Prefill` does not;
+- softmax and values reduce over the context, padded with exact zeros up to a multiple of 16; the
+  product with the values is cut into blocks of 128 keys, since the library itself cuts longer ones
+  at a point that depends on their total length.
+
+**Folding.** One decode token and head is a (1, D) by (D, L) product: 3 us of call for 0.3 us of
+memory traffic, and the wrong kernel. `fold` key heads become one (fold * group, fold * D) product
+with a block-diagonal query: more multiplications, by exact zeros, and a quarter of the time.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rayrl.errors import ConfigError
+
+__all__ = ["NAME", "Decode", "Geometry", "KVSlab", "Prefill", "Step", "attention"]
+
+NAME = "rayrl_slab"  # what the function is registered as
+MIN_ROWS = 4
+PAD = 16  # contexts are padded to a multiple of it
+KEY_BLOCK = 128
+TILE = 32  # new tokens of one conversation in one prefill product
+TILES = 16  # tiles in one prefill product
+SLOTS = 32  # conversations in one decode product: their keys fit a core's cache
+GAP = 3  # idle slots in a row that end a decode block: cheaper to compute fewer than to split
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """Shapes of a model's attention; `fold` key heads share one decode product."""
+
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    @property
+    def group(self) -> int:
+        """Query heads of one key head."""
+        return self.heads // self.kv_heads
+
+    @property
+    def fold(self) -> int:
+        """The fewest key heads that give a decode product `MIN_ROWS` query rows, if any do."""
+        for fold in range(1, self.kv_heads + 1):
+            if self.kv_heads % fold == 0 and fold * self.group >= MIN_ROWS:
+                return fold
+        return self.kv_heads
+
+    @property
+    def folds(self) -> int:
+        """Products a token needs: key heads / fold."""
+        return self.kv_heads // self.fold
+
+    def slot_bytes(self, max_len: int) -> int:
+        """fp32 keys and values of one conversation."""
+        return self.layers * 2 * self.kv_heads * self.head_dim * 4 * max_len
+
+
+class KVSlab:
+    """Keys and values of every conversation: per layer (slots, folds, max_len, fold * D) fp32.
+
+    Memory is taken from the system as it is first written, not when the slab is made.
+    """
+
+    def __init__(self, geometry: Geometry, slots: int, max_len: int) -> None:
+        self.geometry = geometry
+        self.slots = slots
+        self.max_len = _padded(max_len)
+        g = geometry
+        shape = (2, g.layers, slots, g.folds, self.max_len, g.fold * g.head_dim)
+        count = int(np.prod(shape))
+        self._memory = mmap.mmap(-1, count * 4)
+        both = torch.frombuffer(self._memory, dtype=torch.float32, count=count).view(shape)
+        self.keys, self.values = both[0], both[1]
+
+    def copy_prefix(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` positions of one slot to another, in all layers."""
+        for slab in (self.keys, self.values):
+            slab[:, target, :, :length].copy_(slab[:, source, :, :length])
+
+    def rows(self, slots: Ints, positions: Ints) -> Tensor:
+        """Where positions lie, (n * folds,), in a layer seen as rows of fold * D numbers."""
+        folds = self.geometry.folds
+        heads = slots[:, None] * folds + np.arange(folds)  # (n, folds)
+        return torch.from_numpy((heads * self.max_len + positions[:, None]).reshape(-1))
+
+    def write(self, layer: int, at: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Write keys and values (n, kv_heads, D) to `at`, from `rows`."""
+        width = self.keys.shape[-1]
+        for slab, new in ((self.keys, keys), (self.values, values)):
+            slab[layer].view(-1, width).index_copy_(0, at, new.reshape(-1, width))
+
+
+class Step(Protocol):
+    """The conversations of one forward pass."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Store k, v (T, kv_heads, D), attend with scaled q (T, heads, D); gives (T, heads, D)."""
+        ...
+
+
+def _values(probs: Tensor, values: Tensor) -> Tensor:
+    """`probs` (B, M, L) times `values` (B, L, D) in blocks of keys: the same bits for any L."""
+    length = values.shape[1]
+    first = min(KEY_BLOCK, length)
+    total = torch.bmm(probs[:, :, :first], values[:, :first])
+    for start in range(first, length, KEY_BLOCK):
+        stop = min(start + KEY_BLOCK, length)
+        total.baddbmm_(probs[:, :, start:stop], values[:, start:stop])
+    return total
+
+
+def _padded(length: int) -> int:
+    return -(-length // PAD) * PAD
+
+
+class Decode:
+    """One new token for each of `slots`, which ascend; `positions` is where each token goes.
+
+    Slots are taken in blocks of neighbours, as views of the slab: nothing is gathered.
+    """
+
+    def __init__(self, slab: KVSlab, slots: Ints, positions: Ints) -> None:
+        self.slab = slab
+        g = slab.geometry
+        self._write_at = slab.rows(slots, positions)
+        self._blocks: list[tuple[int, int, int, int]] = []  # first slot, rows [a, b), context
+        starts = [0]
+        for i in range(1, len(slots)):
+            jumps = slots[i] - slots[i - 1] > GAP
+            if jumps or slots[i] - slots[starts[-1]] >= SLOTS:
+                starts.append(i)
+        place = np.empty(len(slots), dtype=np.int64)
+        size = 0
+        for start, stop in zip(starts, [*starts[1:], len(slots)], strict=True):
+            first, last = int(slots[start]), int(slots[stop - 1])
+            place[start:stop] = size + slots[start:stop] - first
+            context = _padded(int(positions[start:stop].max()) + 1)
+            self._blocks.append((first, size, size + last - first + 1, context))
+            size += last - first + 1
+        self._place = torch.from_numpy(place)
+        seen = np.zeros(size, dtype=np.int64)
+        seen[place] = positions
+        longest = max(block[3] for block in self._blocks)
+        hidden = np.arange(longest) > seen[:, None]  # (size, L)
+        mask = np.where(hidden, np.float32(-np.inf), np.float32(0)).repeat(g.folds, axis=0)
+        self._mask = torch.from_numpy(mask)[:, None]  # (size * folds, 1, L)
+        rows = max(g.fold * g.group, MIN_ROWS)
+        width = g.fold * g.head_dim
+        self._rows = rows
+        self._q = torch.zeros(size, g.folds, rows, width)
+        self._out = torch.empty(size * g.folds, rows, width)
+
+    def _diagonal(self, folded: Tensor) -> Tensor:
+        """Each head's own part of (n, folds, rows, fold * D), a view (n, folds, group, D, fold)."""
+        g = self.slab.geometry
+        heads = folded[:, :, : g.fold * g.group]
+        parts = heads.view(len(folded), g.folds, g.fold, g.group, g.fold, g.head_dim)
+        return parts.diagonal(dim1=2, dim2=4)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See `Step.attend`."""
+        slab, g = self.slab, self.slab.geometry
+        slab.write(layer, self._write_at, k, v)
+        count = len(q)
+        query = q.reshape(count, g.folds, g.fold, g.group, g.head_dim).permute(0, 1, 3, 4, 2)
+        self._diagonal(self._q)[self._place] = query
+        folded = self._q.view(-1, self._rows, self._q.shape[-1])
+        keys, values = slab.keys[layer], slab.values[layer]
+        for first, start, stop, context in self._blocks:
+            part = slice(start * g.folds, stop * g.folds)
+            block = slice(first, first + stop - start)
+            key = keys[block, :, :context].flatten(0, 1)  # (B, L, fold * D), a view
+            value = values[block, :, :context].flatten(0, 1)
+            mask = self._mask[part, :, :context].expand(-1, self._rows, -1)
+            probs = torch.baddbmm(mask, folded[part], key.transpose(1, 2)).softmax(-1)
+            self._out[part] = _values(probs, value)
+        own = self._diagonal(self._out.view(-1, g.folds, self._rows, self._q.shape[-1]))
+        return own[self._place].permute(0, 1, 4, 2, 3).reshape(count, g.heads, g.head_dim)
+
+
+@dataclass(frozen=True, slots=True)
+class _Tiles:
+    """Tiles of one prefill product: n conversations' pieces of at most TILE tokens."""
+
+    tokens: Tensor  # (n, tile) flat index of each token; padding repeats the last one
+    kept: Tensor  # places in (n * tile,) that are not padding
+    targets: Tensor  # their flat index
+    slots: Tensor  # (n,)
+    context: int
+    mask: Tensor  # (n * folds, tile * group, L)
+
+
+class Prefill:
+    """New tokens of several conversations, each computed once however many of them share it.
+
+    Args:
+        runs: per conversation with tokens of its own: (slot, position of its first, flat index of
+            its first, how many).
+        source, slots, positions: (W,) each: token `source` of the flat batch belongs to that slot
+            at that position; a token shared by siblings appears once for each.
+    """
+
+    def __init__(
+        self,
+        slab: KVSlab,
+        runs: Sequence[tuple[int, int, int, int]],
+        source: Ints,
+        slots: Ints,
+        positions: Ints,
+    ) -> None:
+        self.slab = slab
+        self._source = torch.from_numpy(source)
+        self._write_at = slab.rows(slots, positions)
+        size = max(TILE // slab.geometry.group, MIN_ROWS)
+        pieces = [
+            (slot, position + done, token + done, min(size, count - done))
+            for slot, position, token, count in runs
+            for done in range(0, count, size)
+        ]
+        pieces.sort(key=lambda piece: piece[1] + piece[3])
+        self._products = [
+            self._tiles(pieces[at : at + TILES]) for at in range(0, len(pieces), TILES)
+        ]
+
+    def _tiles(self, pieces: list[tuple[int, int, int, int]]) -> _Tiles:
+        g = self.slab.geometry
+        slot, position, token, count = np.array(pieces, dtype=np.int64).T
+        tile = max(int(count.max()), MIN_ROWS)
+        step = np.minimum(np.arange(tile), count[:, None] - 1)  # (n, tile)
+        kept = np.flatnonzero(np.arange(tile) < count[:, None])
+        tokens = token[:, None] + step
+        context = _padded(int((position + count).max()))
+        hidden = np.arange(context) > (position[:, None] + step)[..., None]  # (n, tile, L)
+        mask = np.where(hidden, np.float32(-np.inf), np.float32(0))
+        mask = mask.repeat(g.group, axis=1).repeat(g.folds, axis=0)
+        return _Tiles(
+            torch.from_numpy(tokens),
+            torch.from_numpy(kept),
+            torch.from_numpy(tokens.reshape(-1)[kept]),
+            torch.from_numpy(slot),
+            context,
+            torch.from_numpy(mask),
+        )
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See `Step.attend`."""
+        slab, g = self.slab, self.slab.geometry
+        slab.write(layer, self._write_at, k[self._source], v[self._source])
+        out = torch.empty(len(q), g.folds, g.fold, g.group, g.head_dim)
+        q = q.reshape(out.shape)
+        for t in self._products:
+            n, tile = t.tokens.shape
+            key = slab.keys[layer, :, :, : t.context].index_select(0, t.slots).flatten(0, 1)
+            value = slab.values[layer, :, :, : t.context].index_select(0, t.slots).flatten(0, 1)
+            for head in range(g.fold):
+                part = slice(head * g.head_dim, (head + 1) * g.head_dim)
+                query = q[:, :, head][t.tokens].transpose(1, 2)  # (n, folds, tile, group, D)
+                query = query.reshape(n * g.folds, tile * g.group, g.head_dim)
+                scores = torch.baddbmm(t.mask, query, key[:, :, part].transpose(1, 2))
+                mixed = _values(scores.softmax(-1), value[:, :, part])
+                mixed = mixed.view(n, g.folds, tile, g.group, g.head_dim).transpose(1, 2)
+                out[:, :, head][t.targets] = mixed.flatten(0, 1)[t.kept]
+        return out.view(-1, g.heads, g.head_dim)
+
+
+def attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    rayrl_step: Step | None = None,
+    rayrl_tokens: int = 0,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """The function registered with transformers: q (1, heads, T, D), k and v (1, kv_heads, T, D).
+
+    The last rows beyond `rayrl_tokens` only pad the batch, and get zeros.
+
+    Raises:
+        ConfigError: the model wants something of its attention that this one does not have.
+    """
+    wanted = [n for n in ("sliding_window", "softcap", "s_aux") if options.get(n) is not None]
+    if rayrl_step is None or attention_mask is not None or wanted:
+        raise ConfigError(
+            f"model: {type(module).__name__} needs attention the embedded engine does not have"
+            + (f" ({', '.join(wanted)})" if wanted else "")
+            + "; use engine.kind=vllm"
+        )
+    q, k, v = (x[0].transpose(0, 1)[:rayrl_tokens] for x in (query, key, value))
+    scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+    attended = rayrl_step.attend(module.layer_idx, q * scale, k, v)
+    out = attended.new_zeros(1, query.shape[2], *attended.shape[1:])
+    out[0, :rayrl_tokens] = attended
+    return out, None

@@ -1,0 +1,113 @@
+"""Drawing the next ids: vectorised over rows, and each row's draw depends on that row alone.
+
+A draw's only randomness is one number in [0, 1) hashed from the request's seed and the position in
+its completion (splitmix64; Steele, Lea and Flood 2014, "Fast splittable pseudorandom number
+generators"), so it does not matter what else is in the batch or when the request came.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rayrl.errors import NumericsError
+
+__all__ = ["Draws", "sample", "uniform"]
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
+_MIX_2 = np.uint64(0x94D049BB133111EB)
+
+
+def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    x = (x ^ (x >> np.uint64(30))) * _MIX_1
+    x = (x ^ (x >> np.uint64(27))) * _MIX_2
+    return x ^ (x >> np.uint64(31))
+
+
+def uniform(seeds: NDArray[np.uint64], positions: NDArray[np.int64]) -> NDArray[np.float64]:
+    """One number in [0, 1) for each seed and position, (n,); multiples of 2**-52.
+
+    52 bits and not 53, so that u * total < total for every float64 total after rounding.
+    """
+    count = positions.astype(np.uint64) + np.uint64(1)
+    bits = _mix(_mix(seeds + _GOLDEN) + count * _GOLDEN)
+    return (bits >> np.uint64(12)).astype(np.float64) * 2.0**-52
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """How each of n rows is drawn, all (n,). Temperature 0 is greedy; top_k 0, top_p 1 are off."""
+
+    temperature: NDArray[np.float32]
+    top_k: NDArray[np.int64]
+    top_p: NDArray[np.float64]
+    seeds: NDArray[np.uint64]
+    positions: NDArray[np.int64]
+
+
+def sample(logits: Tensor, draws: Draws) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """The next id of each row and its log-probability under the distribution it was drawn from.
+
+    top-k keeps the k most probable ids (ties: the smaller id); then top-p keeps the fewest most
+    probable ids that have at least probability top_p together.
+
+    Args:
+        logits: (n, vocabulary) fp32.
+
+    Returns:
+        ids (n,), and natural-log probabilities (n,), 0 where greedy.
+
+    Raises:
+        NumericsError: a logit is not a number, or infinite.
+    """
+    best, argmax = logits.max(-1)
+    if not bool(best.isfinite().all()):
+        raise NumericsError("the model's logits are not finite; its weights have diverged")
+    greedy = draws.temperature == 0
+    if greedy.all():
+        return argmax.numpy(), np.zeros(len(logits), dtype=np.float32)
+    warm = np.where(greedy, np.float32(1), draws.temperature)
+    logits = logits / torch.from_numpy(warm)[:, None]
+    u = torch.from_numpy(uniform(draws.seeds, draws.positions))
+    cut = ~greedy & ((draws.top_k > 0) | (draws.top_p < 1))
+    if not cut.any():
+        ids, logprobs = _draw(logits.log_softmax(-1), u)
+    else:
+        ids = torch.empty(len(logits), dtype=torch.int64)
+        logprobs = torch.empty(len(logits))
+        whole, part = torch.from_numpy(np.flatnonzero(~cut)), torch.from_numpy(np.flatnonzero(cut))
+        if len(whole):
+            ids[whole], logprobs[whole] = _draw(logits[whole].log_softmax(-1), u[whole])
+        top_k, top_p = torch.from_numpy(draws.top_k)[part], torch.from_numpy(draws.top_p)[part]
+        kept, order = _truncate(logits[part], top_k, top_p)
+        places, logprobs[part] = _draw(kept, u[part])
+        ids[part] = order.gather(1, places[:, None])[:, 0]
+    if greedy.any():
+        cold = torch.from_numpy(greedy)
+        ids = torch.where(cold, argmax, ids)
+        logprobs = logprobs.masked_fill(cold, 0.0)
+    return ids.numpy(), logprobs.numpy()
+
+
+def _draw(logprobs: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Inverse of the cumulative distribution, in float64: ids (n,) and their logprobs (n,)."""
+    cumulative = logprobs.double().exp_().cumsum(-1)
+    ids = torch.searchsorted(cumulative, (u * cumulative[:, -1])[:, None], right=True)
+    return ids[:, 0], logprobs.gather(1, ids)[:, 0]
+
+
+def _truncate(logits: Tensor, top_k: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities in falling order, -inf where cut, and the ids in that order."""
+    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+    rank = torch.arange(logits.shape[1])
+    limit = torch.where(top_k > 0, top_k, logits.shape[1])
+    ordered = ordered.masked_fill(rank >= limit[:, None], -torch.inf)
+    probs = ordered.double().softmax(-1)
+    before = probs.cumsum(-1) - probs
+    beyond = (before >= top_p[:, None]) & (rank > 0)
+    return ordered.masked_fill(beyond, -torch.inf).log_softmax(-1), order
