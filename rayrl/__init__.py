@@ -5,6 +5,8 @@ What an environment needs is here; everything else is imported from its own modu
 
 from __future__ import annotations
 
+from rayrl.agent import Agent, Player
+from rayrl.checker import check_env
 from rayrl.env import Environment, GroupReward, env, group_reward
 from rayrl.errors import (
     ConfigError,
@@ -17,7 +19,9 @@ from rayrl.errors import (
     StaleWeights,
 )
 from rayrl.gymnasium import from_gymnasium
+from rayrl.players import HumanPlayer, PolicyPlayer, ScriptedPlayer
 from rayrl.registry import installed_envs, load_env
+from rayrl.rollout import GroupPlan, play_episode, play_group, play_groups
 from rayrl.types import (
     Completion,
     Episode,
@@ -40,6 +44,7 @@ from rayrl.types import (
 )
 
 __all__ = [
+    "Agent",
     "Completion",
     "ConfigError",
     "DataError",
@@ -48,28 +53,37 @@ __all__ = [
     "Episode",
     "Failure",
     "Group",
+    "GroupPlan",
     "GroupReward",
+    "HumanPlayer",
     "InfraError",
     "Message",
     "NumericsError",
+    "Player",
+    "PolicyPlayer",
     "RayrlError",
     "Reply",
     "Request",
     "RunFailed",
     "Sampling",
     "Scores",
+    "ScriptedPlayer",
     "StaleWeights",
     "Task",
     "ToolCall",
     "Turn",
     "VersionSpan",
     "assistant",
+    "check_env",
     "derive_seed",
     "env",
     "from_gymnasium",
     "group_reward",
     "installed_envs",
     "load_env",
+    "play_episode",
+    "play_group",
+    "play_groups",
     "system",
     "tool",
     "user",

@@ -6,6 +6,7 @@ source, the arguments of a tool.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import types
 import typing
@@ -81,6 +82,8 @@ def fit(value: Any, hint: Any) -> Any:
             return {fit(k, of_key): fit(v, of_value) for k, v in value.items()}
     elif not isinstance(base, type) or isinstance(value, base):
         return value
+    elif dataclasses.is_dataclass(base) and isinstance(value, Mapping):
+        return _fit_dataclass(value, base)
     raise TypeError(f"expected {hint_name(hint)}, got {value!r}")
 
 
@@ -121,6 +124,21 @@ def _fit_array(value: Any, hint: Any, base: Any, args: tuple[Any, ...]) -> Any:
     return make(fit(item, of_item) for item in items)
 
 
+def _fit_dataclass(value: Mapping[str, Any], base: Any) -> Any:
+    hints = typing.get_type_hints(base)
+    fields = [field.name for field in dataclasses.fields(base) if field.init]
+    for key in value:
+        if key not in fields:
+            raise TypeError(f"{base.__name__} has no field {key!r}.{suggestion(key, fields)}")
+    fitted = {}
+    for key, part in value.items():
+        try:
+            fitted[key] = fit(part, hints[key])
+        except TypeError as error:
+            raise TypeError(f"field {key!r}: {error}") from None
+    return base(**fitted)
+
+
 def schema(hint: Any) -> dict[str, Any]:
     """The JSON schema of a hint; `{}` (anything) where JSON schema has no word for it."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
@@ -148,6 +166,19 @@ def schema(hint: Any) -> dict[str, Any]:
                 "maxItems": len(args),
             }
         return {"type": "array"} | ({"items": schema(args[0])} if args else {})
+    if isinstance(base, type) and dataclasses.is_dataclass(base):
+        hints = typing.get_type_hints(base)
+        fields = [field for field in dataclasses.fields(base) if field.init]
+        missing = dataclasses.MISSING
+        return {
+            "type": "object",
+            "properties": {field.name: schema(hints[field.name]) for field in fields},
+            "required": [
+                field.name
+                for field in fields
+                if field.default is missing and field.default_factory is missing
+            ],
+        }
     if base is dict or base is Mapping:
         return {"type": "object"} | ({"additionalProperties": schema(args[1])} if args else {})
     return {}

@@ -1,0 +1,286 @@
+"""What an environment talks to: one seat's conversation with whoever answers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from rayrl.errors import EnvError
+from rayrl.tools import ParsedCall, Toolkit, parse_calls
+from rayrl.types import Message, Reply, ToolCall, Turn, assistant, derive_seed, tool, user
+
+__all__ = ["Agent", "Conversation", "Options", "Player"]
+
+_BREATHE = 64  # turns after which other coroutines get the event loop even if nothing ever waits
+_LAST_ROUND = "No more tool calls are possible: answer now."
+
+
+class Conversation:
+    """What has been said between one seat and its player. Players may keep their own state here.
+
+    Attributes:
+        session: name of the conversation, unique in a run.
+        seat: who answers.
+        messages: everything said so far, replies included.
+        ids: the same as ids, for players that have tokens.
+        finished: whether the last completion ended its turn itself.
+        tools: names of the tools the model has been told about.
+    """
+
+    __slots__ = ("finished", "ids", "messages", "seat", "session", "tools")
+
+    def __init__(self, session: str, seat: str) -> None:
+        self.session = session
+        self.seat = seat
+        self.messages: list[Message] = []
+        self.ids: list[int] = []
+        self.finished = True
+        self.tools: set[str] = set()
+
+    def copy(self, session: str) -> Conversation:
+        """The same words under another name."""
+        new = Conversation(session, self.seat)
+        new.messages, new.ids = list(self.messages), list(self.ids)
+        new.finished, new.tools = self.finished, set(self.tools)
+        return new
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How one turn is to be answered.
+
+    Attributes:
+        seed: for whatever is random in the answer.
+        state: key of the state the model acts in.
+        max_tokens: instead of the player's own limit.
+        tools: JSON schemas of the functions offered.
+    """
+
+    seed: int
+    state: str = ""
+    max_tokens: int | None = None
+    tools: tuple[Mapping[str, Any], ...] = ()
+
+
+class Player(Protocol):
+    """Whoever answers: a policy, a script, a remote model, a person.
+
+    A player serves many conversations at once and keeps what it knows of one in the conversation.
+    It may have `end(conversation)`, called once when a conversation is over.
+    """
+
+    async def answer(
+        self, conversation: Conversation, new: Sequence[Message], options: Options
+    ) -> Turn:
+        """Answer `new`, which is not yet in `conversation.messages`; the caller adds both.
+
+        Raises:
+            InfraError: no answer could be had; the episode is played again.
+        """
+        ...
+
+
+class Agent:
+    """One seat of an episode. Calling it says something and returns the reply.
+
+    Args:
+        player: who answers.
+        seat: name of the parameter of the environment's coroutine.
+        episode: id of the episode, the beginning of the sessions' names.
+        seed: of the episode; turn k is answered with `derive_seed(seed, seat, k)`.
+        record: list that every turn is added to; the seats of an episode share one.
+        max_tool_rounds: times a call may run tools before the model must answer.
+
+    Attributes:
+        turns: times the model was asked.
+        tool_calls: tool calls it made.
+        tool_errors: those that went wrong.
+        waiting: whether it waits for the player right now.
+        error: what the player raised, if it did.
+    """
+
+    def __init__(
+        self,
+        player: Player,
+        *,
+        seat: str = "agent",
+        episode: str = "episode",
+        seed: int = 0,
+        record: list[Turn] | None = None,
+        max_tool_rounds: int = 8,
+    ) -> None:
+        self.player = player
+        self.seat = seat
+        self.episode = episode
+        self.seed = seed
+        self.record = [] if record is None else record
+        self.max_tool_rounds = max_tool_rounds
+        self.turns = 0
+        self.tool_calls = 0
+        self.tool_errors = 0
+        self.used_tools = False
+        self.waiting = False
+        self.closed = False
+        self.error: Exception | None = None
+        self._number = 0
+        self._named = 0
+        self._conversation = Conversation(f"{episode}/{seat}/0", seat)
+        self._sessions = [self._conversation]
+
+    @property
+    def session(self) -> str:
+        """Name of the current conversation."""
+        return self._conversation.session
+
+    @property
+    def messages(self) -> list[Message]:
+        """The current conversation, replies included."""
+        return self._conversation.messages
+
+    async def __call__(
+        self,
+        prompt: str | Message | Sequence[Message],
+        *,
+        tools: Sequence[Callable[..., Any]] = (),
+        state: str | None = None,
+        max_tokens: int | None = None,
+    ) -> Reply:
+        """Say something and wait for the reply.
+
+        Args:
+            prompt: a text from the user, a message, or several.
+            tools: typed functions, sync or async, that the model may call before it answers. What
+                they raise is told to the model and counted.
+            state: key of the state the model acts in, for comparing decisions inside a group; by
+                default the text of the new messages.
+            max_tokens: of each completion, instead of the player's own limit.
+
+        Returns:
+            The last text the model wrote, with all tool calls made on the way.
+        """
+        new: tuple[Message, ...]
+        if isinstance(prompt, str):
+            new = (user(str(prompt)),)
+        elif isinstance(prompt, Message):
+            new = (prompt,)
+        else:
+            new = tuple(prompt)
+        if tools:
+            return await self._call_with_tools(new, Toolkit(tools), state, max_tokens)
+        turn = await self.turn(new, state, max_tokens, ())
+        return Reply(turn.text, turn.finish)
+
+    async def turn(
+        self,
+        new: tuple[Message, ...],
+        state: str | None,
+        max_tokens: int | None,
+        tools: tuple[Mapping[str, Any], ...],
+    ) -> Turn:
+        """One call of the model: the part of `__call__` below tools."""
+        if self.closed:
+            raise EnvError(f"the episode is over: {self.seat!r} cannot be asked any more")
+        if self.waiting:
+            raise EnvError(f"{self.seat!r} was asked again before it answered: await it first")
+        if not new:
+            raise EnvError(f"{self.seat!r} was asked without a message: pass at least one")
+        if state is None:
+            state = new[0].content if len(new) == 1 else "\n".join([m.content for m in new])
+        conversation = self._conversation
+        seed = derive_seed(self.seed, self.seat, self.turns)
+        self.waiting = True
+        try:
+            turn = await self.player.answer(
+                conversation, new, Options(seed, state, max_tokens, tools)
+            )
+        except Exception as error:
+            self.error = error
+            raise
+        finally:
+            self.waiting = False
+        self.turns += 1
+        conversation.messages += new
+        reply = assistant(turn.text)
+        if tools:
+            reply = replace(reply, tool_calls=self._name_calls(parse_calls(turn.text)))
+        conversation.messages.append(reply)
+        self.record.append(turn)
+        if self.turns % _BREATHE == 0:
+            await asyncio.sleep(0)
+        return turn
+
+    async def _call_with_tools(
+        self,
+        new: tuple[Message, ...],
+        toolkit: Toolkit,
+        state: str | None,
+        max_tokens: int | None,
+    ) -> Reply:
+        self.used_tools = True
+        made: list[ToolCall] = []
+        for left in range(self.max_tool_rounds, -1, -1):
+            turn = await self.turn(new, state, max_tokens, toolkit.schemas)
+            calls = parse_calls(turn.text)
+            if not calls or not left:
+                break
+            new, state = await self._run_tools(calls, toolkit, made), None
+            if left == 1:
+                new = (*new[:-1], replace(new[-1], content=f"{new[-1].content}\n{_LAST_ROUND}"))
+        return Reply(turn.text, turn.finish, tuple(made))
+
+    async def _run_tools(
+        self, calls: list[ParsedCall], toolkit: Toolkit, made: list[ToolCall]
+    ) -> tuple[Message, ...]:
+        named = self.messages[-1].tool_calls
+        made += named
+        results = []
+        for call, label in zip(calls, named, strict=True):
+            text, failed = await toolkit.run(call)
+            self.tool_calls += 1
+            self.tool_errors += failed
+            results.append(tool(text, label.id))
+        return tuple(results)
+
+    def _name_calls(self, calls: Sequence[ParsedCall]) -> tuple[ToolCall, ...]:
+        start = self._named
+        self._named += len(calls)
+        return tuple(
+            ToolCall(f"call_{start + k}", call.name, call.arguments) for k, call in enumerate(calls)
+        )
+
+    def restart(self) -> None:
+        """Begin a new conversation: the model forgets, the episode goes on."""
+        self._open(Conversation(self._next_session(), self.seat))
+
+    def fork(self) -> Agent:
+        """An agent that has heard the same and goes on by itself, for checks that branch."""
+        new = Agent(
+            self.player,
+            seat=self.seat,
+            episode=self.episode,
+            seed=self.seed,
+            max_tool_rounds=self.max_tool_rounds,
+        )
+        new.turns = self.turns
+        new._conversation = self._conversation.copy(f"{self._next_session()}f")
+        new._sessions = [new._conversation]
+        return new
+
+    def close(self) -> None:
+        """End its conversations; asking it again raises EnvError."""
+        self.closed = True
+        sessions, self._sessions = self._sessions, []
+        end = getattr(self.player, "end", None)
+        if end is not None:
+            for conversation in sessions:
+                end(conversation)
+
+    def _next_session(self) -> str:
+        self._number += 1
+        return f"{self.episode}/{self.seat}/{self._number}"
+
+    def _open(self, conversation: Conversation) -> None:
+        self._conversation = conversation
+        self._sessions.append(conversation)

@@ -1,0 +1,310 @@
+"""Messages into ids and back: the only module that tokenizes.
+
+A conversation grows by appending ids. Nothing a model wrote is ever tokenized again, so the ids the
+learner trains on are the ids that were sampled. The template's own pieces (role headers, end of
+turn) are found by rendering it with sentinels in place of contents; contents are tokenized apart
+from them, with control tokens split, so that `<|im_end|>` typed by a user stays text.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from rayrl.errors import ConfigError
+from rayrl.models import model_dir
+from rayrl.tools import describe
+from rayrl.types import Message, Turn
+
+__all__ = ["Chat", "Ids"]
+
+Ids = tuple[int, ...]
+
+_CACHED_CONTENTS = 4096  # encodings and decodings kept
+_CACHED_LENGTH = 4096  # characters or ids of the longest one kept
+_REMEDY = "use a model whose tokenizer has a chat template that only appends (ChatML does)"
+_NO_PARAMETERS = {"type": "object", "properties": {}}
+_PROBE = {
+    "type": "function",
+    "function": {"name": "PROBETOOL", "description": "", "parameters": _NO_PARAMETERS},
+}
+
+
+def _sentinel(index: int) -> str:
+    return f"RAYRLSENTINEL{index}X"
+
+
+class Chat:
+    """A tokenizer and its chat template, as functions from messages to ids.
+
+    Args:
+        tokenizer: a fast Hugging Face tokenizer that has a chat template.
+
+    Attributes:
+        stop_ids: ids that end a model's turn; the first is the template's own end of turn.
+
+    Raises:
+        ConfigError: no chat template, no end-of-turn token, or a template that rewrites history.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None or not getattr(tokenizer, "chat_template", None):
+            what = "fast tokenizer" if backend is None else "chat template"
+            raise ConfigError(f"tokenizer {_name(tokenizer)} has no {what}: {_REMEDY}")
+        self.tokenizer = tokenizer
+        self._control = _copy(backend)
+        self._pieces: dict[tuple[Any, ...], tuple[Ids, ...]] = {}
+        self._trims = False
+        tail = self._probe()
+        self._text = self._content_tokenizer(tail)
+        first = self._encode_control(tail)[:1]
+        if not first or first[0] not in self._control.get_added_tokens_decoder():
+            raise ConfigError(
+                f"the chat template of {_name(tokenizer)} ends an assistant's turn with {tail!r}, "
+                f"which does not start with a special token: {_REMEDY}"
+            )
+        eos: int | None = getattr(tokenizer, "eos_token_id", None)
+        self.stop_ids: Ids = first if eos is None or eos in first else (*first, eos)
+        self._encode_cached = functools.lru_cache(_CACHED_CONTENTS)(self._encode_text)
+        self._decode_cached = functools.lru_cache(_CACHED_CONTENTS)(self._decode)
+
+    @classmethod
+    def load(cls, path: str) -> Chat:
+        """The chat of the model in directory `path`, or of the base that ships with rayrl.
+
+        Raises:
+            ConfigError: no tokenizer there, or one that cannot be used.
+        """
+        from transformers import AutoTokenizer
+
+        folder = model_dir(path)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+        except Exception as error:
+            raise ConfigError(f"model.path={path!r}: cannot load a tokenizer: {error}") from error
+        return cls(tokenizer)
+
+    # ---- messages to ids
+
+    def start(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> Ids:
+        """Ids of a new conversation, up to where the model is to answer.
+
+        Args:
+            messages: everything said so far.
+            tools: JSON schemas of the functions the model may call; if the template has no place
+                for them, they are described in the first message.
+        """
+        if tools:
+            if self._shows_tools():
+                return self._with_template_tools(messages, tools)
+            messages = _describe_tools(messages, tools)
+        roles = tuple(message.role for message in messages)
+        pieces = self._pieces.get(("start", roles))
+        if pieces is None:
+            pieces = self._find_start(roles)
+        return self._weave(pieces, messages)
+
+    def extend(
+        self,
+        messages: Sequence[Message],
+        last_ids_finished: bool,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> Ids:
+        """Ids to append after a completion: end of turn if it lacks it, messages, next header.
+
+        Args:
+            messages: what is said next.
+            last_ids_finished: whether the completion ended with `stop_ids[0]`. A truncated one gets
+                it here, as part of the next prompt, so that it is not trained on.
+            tools: functions offered only from now on; they are described in the first message.
+        """
+        if tools:
+            messages = _describe_tools(messages, tools)
+        key = ("extend", last_ids_finished, *[message.role for message in messages])
+        pieces = self._pieces.get(key)
+        if pieces is None:
+            pieces = self._find_extension(key, last_ids_finished, messages)
+        return self._weave(pieces, messages)
+
+    def encode(self, text: str) -> Ids:
+        """Ids of a content: control tokens written in it are split into text."""
+        return self._encode_cached(text) if len(text) <= _CACHED_LENGTH else self._encode_text(text)
+
+    def reply(self, text: str) -> Ids:
+        """Ids of a model's whole reply, end of turn included: what supervised training wants."""
+        return (*self.encode(text), self.stop_ids[0])
+
+    def render(self, turns: Sequence[Turn]) -> tuple[Ids, tuple[bool, ...]]:
+        """One conversation of a player without ids (a teacher), as if a model had played it.
+
+        Args:
+            turns: turns of one seat and one conversation, in order.
+
+        Returns:
+            ids (T,) of the whole conversation, and (T,) True where a reply stands.
+        """
+        ids: list[int] = []
+        is_reply: list[bool] = []
+        for turn in turns:
+            prompt = self.extend(turn.prompt, True) if ids else self.start(turn.prompt)
+            reply = self.reply(turn.text)
+            ids += prompt + reply
+            is_reply += [False] * len(prompt) + [True] * len(reply)
+        return tuple(ids), tuple(is_reply)
+
+    def text(self, ids: Sequence[int]) -> str:
+        """A completion as text, without the id that ended it."""
+        end = len(ids)
+        while end and ids[end - 1] in self.stop_ids:
+            end -= 1
+        kept = tuple(ids[:end])
+        return self._decode_cached(kept) if end <= _CACHED_LENGTH else self._decode(kept)
+
+    def _weave(self, pieces: tuple[Ids, ...], messages: Sequence[Message]) -> Ids:
+        ids = list(pieces[0])
+        for message, piece in zip(messages, pieces[1:], strict=True):
+            content = message.content.strip() if self._trims else message.content
+            ids += (
+                self._encode_cached(content)
+                if len(content) <= _CACHED_LENGTH
+                else (self._encode_text(content))
+            )
+            ids += piece
+        return tuple(ids)
+
+    def _encode_text(self, text: str) -> Ids:
+        return tuple(self._text.encode(text, add_special_tokens=False).ids)
+
+    def _encode_control(self, text: str) -> Ids:
+        return tuple(self._control.encode(text, add_special_tokens=False).ids)
+
+    def _decode(self, ids: Ids) -> str:
+        return str(self._control.decode(ids, skip_special_tokens=False))
+
+    # ---- what the template is made of
+
+    def _template(
+        self,
+        roles: Sequence[str],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        first: int = 0,
+        pad: str = "",
+    ) -> str:
+        """The template with sentinel number `first + k` as the content of message k."""
+        contents = [f"{pad}{_sentinel(first + k)}{pad}" for k in range(len(roles))]
+        messages = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)]
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages, tools=tools, add_generation_prompt=True, tokenize=False
+            )
+        except Exception as error:
+            raise ConfigError(
+                f"the chat template of {_name(self.tokenizer)} cannot render messages by "
+                f"{', '.join(roles)}: {error}. Send other roles or {_REMEDY}"
+            ) from error
+        return str(text)
+
+    def _probe(self) -> str:
+        """What follows an assistant's content; notes whether the template trims contents."""
+        padded = self._template(["user"], pad="  ")
+        self._trims = f"  {_sentinel(0)}  " not in padded
+        return self._split_history(["user"])[0]
+
+    def _content_tokenizer(self, tail: str) -> Any:
+        """A copy of the tokenizer for which everything the template is made of is mere text."""
+        glue = tail + self._template(["user"])
+        with contextlib.suppress(ConfigError):  # a template without system messages
+            glue += self._template(["system", "user"])
+        state = json.loads(self._control.to_str())
+        for token in state.get("added_tokens", []):
+            # some tokenizers do not mark the tokens of their template as special
+            token["special"] = token["special"] or token["content"] in glue
+        text = type(self._control).from_str(json.dumps(state))
+        text.encode_special_tokens = True
+        return text
+
+    def _find_start(self, roles: tuple[str, ...]) -> tuple[Ids, ...]:
+        pieces = self._cut(self._template(roles), range(len(roles)))
+        self._pieces["start", roles] = pieces
+        return pieces
+
+    def _find_extension(
+        self, key: tuple[Any, ...], finished: bool, messages: Sequence[Message]
+    ) -> tuple[Ids, ...]:
+        texts = self._split_history([message.role for message in messages])
+        pieces = tuple(self._encode_control(text) for text in texts)
+        if finished:
+            pieces = (pieces[0][1:], *pieces[1:])
+        self._pieces[key] = pieces
+        return pieces
+
+    def _split_history(self, roles: Sequence[str]) -> list[str]:
+        """Template text after an assistant's reply, cut at the contents of messages by `roles`."""
+        before = self._template(["user"]) + _sentinel(1)
+        whole = self._template(["user", "assistant", *roles])
+        if not whole.startswith(before):
+            raise ConfigError(
+                f"the chat template of {_name(self.tokenizer)} rewrites earlier messages, so ids "
+                f"cannot be appended: it renders {whole[: len(before)]!r} where {before!r} stood "
+                f"when the model answered. {_REMEDY.capitalize()}"
+            )
+        return self._cut_text(whole[len(before) :], range(2, 2 + len(roles)))
+
+    def _cut(self, text: str, sentinels: range) -> tuple[Ids, ...]:
+        return tuple(self._encode_control(piece) for piece in self._cut_text(text, sentinels))
+
+    def _cut_text(self, text: str, sentinels: range) -> list[str]:
+        pieces = []
+        for index in sentinels:
+            piece, found, text = text.partition(_sentinel(index))
+            if not found or _sentinel(index) in text:
+                raise ConfigError(
+                    f"the chat template of {_name(self.tokenizer)} does not show every message "
+                    f"exactly once and in order: {_REMEDY}"
+                )
+            pieces.append(piece)
+        return [*pieces, text]
+
+    # ---- tools
+
+    def _shows_tools(self) -> bool:
+        return "PROBETOOL" in self._template(["user"], tools=[_PROBE])
+
+    def _with_template_tools(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]
+    ) -> Ids:
+        roles = tuple(message.role for message in messages)
+        listing = json.dumps(list(tools), sort_keys=True)
+        pieces = self._pieces.get(("start", roles, listing))
+        if pieces is None:
+            for token in self._text.get_added_tokens_decoder().values():
+                if token.special and token.content in listing:
+                    raise ConfigError(f"a tool's description contains {token.content!r}: remove it")
+            text = self._template(roles, tools=list(tools))
+            pieces = self._cut(text, range(len(roles)))
+            self._pieces["start", roles, listing] = pieces
+        return self._weave(pieces, messages)
+
+
+def _describe_tools(
+    messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]
+) -> list[Message]:
+    first, text = messages[0], describe(tools)
+    joined = [first.content, text] if first.role == "system" else [text, first.content]
+    return [replace(first, content="\n\n".join(joined)), *messages[1:]]
+
+
+def _copy(backend: Any) -> Any:
+    copy = type(backend).from_str(backend.to_str())
+    copy.no_truncation()
+    copy.no_padding()
+    return copy
+
+
+def _name(tokenizer: Any) -> str:
+    return repr(getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__)

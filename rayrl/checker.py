@@ -1,0 +1,133 @@
+"""What is wrong with an environment that its author would want to know before a run."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import pickle
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rayrl.env import Environment
+from rayrl.errors import RayrlError
+from rayrl.players import ScriptedPlayer
+from rayrl.rollout import play_episode
+from rayrl.types import Episode, Message, Task
+
+__all__ = ["check_env", "find_problems"]
+
+_TASKS = 8
+_REPLIES = ("", "0", "yes", "<answer>1</answer>", "I do not know.")
+
+
+def check_env(
+    env: Environment, args: Mapping[str, Any] | None = None, deadline_s: float = 10.0
+) -> list[str]:
+    """Problems of an environment, in words; an empty list if none was found.
+
+    Tasks are drawn twice, and each is played twice with a player whose replies are fixed, and once
+    with each scripted player of the environment. Nothing is sent to a model.
+
+    Args:
+        env: what to check.
+        args: keywords of its task source.
+        deadline_s: wall time for one episode.
+    """
+    return asyncio.run(find_problems(env, args or {}, deadline_s))
+
+
+async def find_problems(
+    env: Environment, args: Mapping[str, Any], deadline_s: float = 10.0
+) -> list[str]:
+    """`check_env` for those who are in an event loop already."""
+    try:
+        env = env.configure(args)
+        tasks = env.tasks(seed=0, n=_TASKS)
+        again = env.tasks(seed=0, n=_TASKS)
+    except RayrlError as error:
+        return [str(error)]
+    problems = _task_problems(env, tasks, again)
+    if not any(weight for weight in env.rewards.values()) and not env.group_rewards:
+        problems.append("every reward has weight 0: there is nothing to learn from")
+    for task in tasks:
+        found = await _play_problems(env, task, deadline_s)
+        if found:
+            problems += found
+            break
+    for name, function in sorted(env.players.items()):
+        player = ScriptedPlayer(function)
+        for task in tasks:
+            episode = await _play(env, task, player, deadline_s)
+            if episode.failure is not None:
+                problems.append(f"with player {name!r}: {episode.failure.message}")
+                break
+    return problems
+
+
+def _task_problems(env: Environment, tasks: Sequence[Task], again: Sequence[Task]) -> list[str]:
+    problems = []
+    kind = type(tasks[0])
+    frozen = dataclasses.is_dataclass(kind) and kind.__dataclass_params__.frozen  # type: ignore[attr-defined]
+    if not frozen or (kind is not Task and "__dataclass_fields__" not in vars(kind)):
+        problems.append(f"{kind.__name__} must be a frozen dataclass: @dataclass(frozen=True)")
+    elif tasks != again:
+        first = next(k for k in range(_TASKS) if tasks[k] != again[k])
+        problems.append(
+            f"the task source is not deterministic: the same seed and u gave {tasks[first]!r} and "
+            f"{again[first]!r}; draw everything from random.Random(seed)"
+        )
+    if callable(env.source) and len({task.seed for task in tasks}) == 1:
+        problems.append(
+            "every task has the same seed: the source must pass its `seed` on to the task, or "
+            "task.rng() gives the same luck everywhere"
+        )
+    try:
+        json.dumps(tasks[0].to_dict())
+    except (TypeError, ValueError) as error:
+        problems.append(f"{kind.__name__} cannot be written to the episode log as JSON: {error}")
+    try:
+        same = pickle.loads(pickle.dumps(tasks[0])) == tasks[0]
+    except Exception as error:
+        problems.append(f"{kind.__name__} cannot be sent to another process: {error}")
+    else:
+        if not same:
+            problems.append(f"{kind.__name__} is not equal to itself after pickling")
+    return problems
+
+
+async def _play_problems(env: Environment, task: Task, deadline_s: float) -> list[str]:
+    first = await _play(env, task, ScriptedPlayer(_fixed), deadline_s)
+    if first.failure is not None:
+        return [first.failure.message]
+    problems = []
+    if not first.turns:
+        problems.append(f"no model was asked anything on task {task!r}")
+    second = await _play(env, task, ScriptedPlayer(_fixed), deadline_s)
+    for k, (one, other) in enumerate(zip(first.turns, second.turns, strict=False)):
+        if one.prompt != other.prompt:
+            problems.append(
+                "not deterministic: the same task and replies led to different messages at turn "
+                f"{k} ({_shown(one.prompt)} and {_shown(other.prompt)}); use task.rng(state)"
+            )
+            return problems
+    if len(first.turns) != len(second.turns) or first.scores != second.scores:
+        problems.append(
+            f"not deterministic: the same task and replies were scored {dict(first.scores)} and "
+            f"{dict(second.scores)}; use task.rng(state)"
+        )
+    return problems
+
+
+async def _play(env: Environment, task: Task, player: ScriptedPlayer, deadline_s: float) -> Episode:
+    players = dict.fromkeys(env.seats, player)
+    return await play_episode(env, task, players, id="check", deadline_s=deadline_s)
+
+
+def _fixed(messages: Sequence[Message], rng: random.Random) -> str:
+    return rng.choice(_REPLIES)
+
+
+def _shown(prompt: Sequence[Message]) -> str:
+    return repr(" | ".join(message.content for message in prompt)[-120:])

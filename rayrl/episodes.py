@@ -1,0 +1,231 @@
+"""Episodes as JSON lines: first what a person reads, then the ids a learner needs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO, get_args
+
+from rayrl.errors import DataError
+from rayrl.hints import fit
+from rayrl.types import Episode, Failure, Finish, Message, Task, ToolCall, Turn, VersionSpan
+
+__all__ = [
+    "LoggedTask",
+    "episode_from_json",
+    "episode_to_json",
+    "message_from_json",
+    "message_to_json",
+    "read_episodes",
+    "write_episodes",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggedTask(Task):
+    """A task read from a file whose class is not loaded here: its fields as plain data."""
+
+    type: str = ""
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The original task's fields."""
+        return dict(self.fields)
+
+
+def message_to_json(message: Message) -> dict[str, Any]:
+    """A message as plain data; keys that say nothing are left out."""
+    data: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.tool_calls:
+        data["tool_calls"] = [
+            {"id": call.id, "name": call.name, "arguments": dict(call.arguments)}
+            for call in message.tool_calls
+        ]
+    if message.tool_call_id is not None:
+        data["tool_call_id"] = message.tool_call_id
+    return data
+
+
+def message_from_json(data: Mapping[str, Any]) -> Message:
+    """The message `message_to_json` wrote."""
+    calls = tuple(
+        ToolCall(call["id"], call["name"], call["arguments"]) for call in data.get("tool_calls", ())
+    )
+    content = _typed(data["content"], str, "content")
+    return Message(data["role"], content, calls, data.get("tool_call_id"))
+
+
+def episode_to_json(episode: Episode) -> dict[str, Any]:
+    """An episode as plain data, in the order a person wants to read it."""
+    data: dict[str, Any] = {
+        "id": episode.id,
+        "env": episode.env,
+        "index": episode.index,
+        "rewards": dict(episode.rewards),
+        "scores": {seat: dict(scores) for seat, scores in episode.scores.items()},
+        "task": {"type": _type_name(episode.task), **episode.task.to_dict()},
+        "turns": [_turn_to_json(turn) for turn in episode.turns],
+    }
+    if episode.failure is not None:
+        data["failure"] = {
+            "kind": episode.failure.kind,
+            "message": episode.failure.message,
+            "traceback": episode.failure.traceback,
+        }
+    data["seconds"] = round(episode.seconds, 4)
+    return data
+
+
+def episode_from_json(data: Mapping[str, Any]) -> Episode:
+    """The episode `episode_to_json` wrote, equal to the original (but for `seconds`).
+
+    The task gets its own class if that is loaded (load the environment first), else `LoggedTask`.
+
+    Raises:
+        DataError: a key is missing or a value cannot be; says which.
+    """
+    try:
+        failed = data.get("failure")
+        return Episode(
+            id=_typed(data["id"], str, "id"),
+            env=_typed(data["env"], str, "env"),
+            task=_task_from_json(data["task"]),
+            index=_typed(data["index"], int, "index"),
+            turns=tuple(
+                _turn_from_json(turn, f"turn {k}")
+                for k, turn in enumerate(_typed(data["turns"], list, "turns"))
+            ),
+            scores=fit(data["scores"], dict[str, dict[str, float]]),
+            rewards=fit(data["rewards"], dict[str, float]),
+            failure=None if failed is None else Failure(**failed),
+            seconds=float(data.get("seconds", 0.0)),
+        )
+    except KeyError as error:
+        raise DataError(f"an episode needs the key {error}") from None
+    except (TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"not an episode: {error}") from None
+
+
+def write_episodes(path: str | Path, episodes: Iterable[Episode], append: bool = False) -> int:
+    """Write one episode a line; returns how many."""
+    count = 0
+    with Path(path).open("a" if append else "w", encoding="utf-8") as file:
+        for episode in episodes:
+            json.dump(episode_to_json(episode), file, ensure_ascii=False)
+            file.write("\n")
+            count += 1
+    return count
+
+
+def read_episodes(path: str | Path) -> Iterator[Episode]:
+    """The episodes of a file, one after the other; empty lines are skipped.
+
+    Raises:
+        DataError: there is no such file, or a line is malformed; names the file and the line.
+    """
+    with _opened(path) as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    episode = _episode_of(line)
+                except DataError as error:
+                    raise DataError(f"{path}:{number}: {error}") from None
+                yield episode
+
+
+def _opened(path: str | Path) -> TextIO:
+    try:
+        return Path(path).open(encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"{path}: cannot read episodes: {error.strerror}") from error
+
+
+def _episode_of(line: str) -> Episode:
+    try:
+        data = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"not valid JSON: {error.msg} at column {error.colno}") from None
+    if not isinstance(data, dict):
+        raise DataError(f"expected an object, got {line.strip()[:40]!r}")
+    return episode_from_json(data)
+
+
+def _default_state(prompt: Iterable[Message]) -> str:
+    return "\n".join([message.content for message in prompt])
+
+
+def _turn_to_json(turn: Turn) -> dict[str, Any]:
+    data: dict[str, Any] = {
+        "seat": turn.seat,
+        "prompt": [message_to_json(message) for message in turn.prompt],
+        "text": turn.text,
+        "finish": turn.finish,
+    }
+    if turn.state != _default_state(turn.prompt):
+        data["state"] = turn.state
+    if turn.prompt_ids or turn.completion_ids:
+        data["offset"] = turn.offset
+        data["prompt_ids"] = list(turn.prompt_ids)
+        data["completion_ids"] = list(turn.completion_ids)
+        data["logprobs"] = list(turn.logprobs)
+        data["versions"] = [[span.version, span.start, span.end] for span in turn.versions]
+    return data
+
+
+def _turn_from_json(data: Mapping[str, Any], where: str) -> Turn:
+    finish = data["finish"]
+    if finish not in get_args(Finish):
+        raise DataError(f"{where}: finish must be one of {get_args(Finish)}, got {finish!r}")
+    prompt = tuple(message_from_json(message) for message in data["prompt"])
+    completion_ids = fit(data.get("completion_ids", ()), tuple[int, ...])
+    logprobs = fit(data.get("logprobs", ()), tuple[float, ...])
+    if len(completion_ids) != len(logprobs):
+        raise DataError(
+            f"{where}: {len(completion_ids)} completion_ids but {len(logprobs)} logprobs"
+        )
+    return Turn(
+        seat=_typed(data["seat"], str, f"{where}: seat"),
+        prompt=prompt,
+        text=_typed(data["text"], str, f"{where}: text"),
+        finish=finish,
+        offset=_typed(data.get("offset", 0), int, f"{where}: offset"),
+        prompt_ids=fit(data.get("prompt_ids", ()), tuple[int, ...]),
+        completion_ids=completion_ids,
+        logprobs=logprobs,
+        versions=tuple(VersionSpan(*span) for span in data.get("versions", ())),
+        state=data.get("state", _default_state(prompt)),
+    )
+
+
+def _typed(value: Any, kind: type, where: str) -> Any:
+    if not isinstance(value, kind):
+        raise DataError(f"{where} must be {kind.__name__}, got {value!r}")
+    return value
+
+
+def _type_name(task: Task) -> str:
+    if isinstance(task, LoggedTask):
+        return task.type
+    return f"{type(task).__module__}:{type(task).__qualname__}"
+
+
+def _task_from_json(data: Mapping[str, Any]) -> Task:
+    fields = {key: value for key, value in data.items() if key != "type"}
+    found = _loaded_tasks().get(data["type"])
+    if found is not None:
+        task: Task = fit(fields, found)
+        return task
+    return LoggedTask(seed=fields.get("seed", 0), type=data["type"], fields=fields)
+
+
+def _loaded_tasks() -> dict[str, type[Task]]:
+    """Only classes that are loaded: reading a file must not import what it names."""
+    loaded: dict[str, type[Task]] = {}
+    left: list[type[Task]] = [Task]
+    while left:
+        kind = left.pop()
+        loaded[f"{kind.__module__}:{kind.__qualname__}"] = kind
+        left += kind.__subclasses__()
+    return loaded

@@ -1,0 +1,170 @@
+"""Who can answer: the policy in training, a script, a remote endpoint, a person."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import random
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
+from typing import TextIO
+
+from rayrl.agent import Conversation, Options
+from rayrl.chat import Chat
+from rayrl.engine.protocol import Generator
+from rayrl.errors import EnvError, InfraError
+from rayrl.types import Message, Request, Sampling, Turn
+
+__all__ = ["HumanPlayer", "PolicyPlayer", "ScriptedPlayer"]
+
+
+class PolicyPlayer:
+    """A model behind a generator: its turns have ids and logprobs, and can be trained on.
+
+    Args:
+        chat: of the model's tokenizer.
+        client: what generates.
+        sampling: how completions are drawn.
+        min_version: oldest weights that may answer; may be set between episodes.
+        trainable: whether its seat is trained.
+    """
+
+    def __init__(
+        self,
+        chat: Chat,
+        client: Generator,
+        sampling: Sampling,
+        *,
+        min_version: int = 0,
+        trainable: bool = True,
+    ) -> None:
+        self.chat = chat
+        self.client = client
+        self.sampling = sampling
+        self.min_version = min_version
+        self.trainable = trainable
+        self._release = getattr(client, "release", None)
+
+    async def answer(
+        self, conversation: Conversation, new: Sequence[Message], options: Options
+    ) -> Turn:
+        """Append the new messages' ids, generate, and keep exactly what was sampled."""
+        chat, ids = self.chat, conversation.ids
+        prompt_ids, offset = self._prompt(conversation, new, options), len(ids)
+        sampling = self.sampling
+        if options.max_tokens is not None:
+            sampling = replace(sampling, max_tokens=options.max_tokens)
+        whole = (*ids, *prompt_ids)
+        done = await self.client.generate(
+            Request(
+                session=conversation.session,
+                prompt_ids=whole,
+                sampling=sampling,
+                stop_ids=chat.stop_ids,
+                seed=options.seed,
+                min_version=self.min_version,
+            )
+        )
+        completion_ids = done.ids
+        if done.finish == "abort":
+            raise InfraError(f"generation of {conversation.session} was aborted")
+        if len(done.logprobs) != len(completion_ids):
+            raise InfraError(
+                f"{conversation.session}: the engine gave {len(completion_ids)} ids but "
+                f"{len(done.logprobs)} logprobs"
+            )
+        ids += prompt_ids
+        ids += completion_ids
+        conversation.finished = bool(completion_ids) and completion_ids[-1] == chat.stop_ids[0]
+        conversation.tools.update([schema["function"]["name"] for schema in options.tools])
+        return Turn(
+            seat=conversation.seat,
+            prompt=tuple(new),
+            text=chat.text(completion_ids),
+            finish=done.finish,
+            offset=offset,
+            prompt_ids=prompt_ids,
+            completion_ids=completion_ids,
+            logprobs=done.logprobs,
+            versions=done.versions,
+            state=options.state,
+        )
+
+    def _prompt(
+        self, conversation: Conversation, new: Sequence[Message], options: Options
+    ) -> tuple[int, ...]:
+        if not conversation.ids:
+            return self.chat.start(new, options.tools)
+        told = conversation.tools
+        unknown = [tool for tool in options.tools if tool["function"]["name"] not in told]
+        return self.chat.extend(new, conversation.finished, unknown)
+
+    def end(self, conversation: Conversation) -> None:
+        """Let the generator forget the conversation."""
+        if self._release is not None and conversation.ids:
+            self._release([conversation.session])
+
+
+ScriptedFunction = Callable[[Sequence[Message], random.Random], str | Awaitable[str]]
+
+
+class ScriptedPlayer:
+    """A function of the conversation, such as an environment's teacher.
+
+    Args:
+        function: gets all messages and a generator for its randomness; may be async.
+    """
+
+    trainable = False
+
+    def __init__(self, function: ScriptedFunction) -> None:
+        self.function = function
+
+    async def answer(
+        self, conversation: Conversation, new: Sequence[Message], options: Options
+    ) -> Turn:
+        """Call the function. What it raises is the environment's failure."""
+        messages = [*conversation.messages, *new]
+        name = getattr(self.function, "__name__", "scripted player")
+        try:
+            text = self.function(messages, random.Random(options.seed))
+            if inspect.isawaitable(text):
+                text = await text
+        except Exception as error:
+            raise EnvError(f"player {name} raised {type(error).__name__}: {error}") from error
+        if not isinstance(text, str):
+            raise EnvError(f"player {name} returned {text!r}: it must return a text")
+        return Turn(conversation.seat, tuple(new), text, "stop", state=options.state)
+
+
+class HumanPlayer:
+    """A person at a terminal.
+
+    Args:
+        read: gives one line; runs in a thread, so that other episodes go on. By default `input`.
+        out: where messages are shown.
+        form: turns the line into the reply, e.g. puts a move into its tags.
+    """
+
+    trainable = False
+
+    def __init__(
+        self,
+        read: Callable[[str], str] = input,
+        out: TextIO | None = None,
+        form: Callable[[str], str] = str,
+    ) -> None:
+        self.read = read
+        self.out = out or sys.stdout
+        self.form = form
+
+    async def answer(
+        self, conversation: Conversation, new: Sequence[Message], options: Options
+    ) -> Turn:
+        """Show the new messages and read a line."""
+        for message in new:
+            label = "" if message.role == "user" else f"[{message.role}] "
+            print(f"{label}{message.content}\n", file=self.out, flush=True)
+        line = await asyncio.to_thread(self.read, f"{conversation.seat}> ")
+        return Turn(conversation.seat, tuple(new), self.form(line), "stop", state=options.state)

@@ -1,0 +1,70 @@
+"""What the tests of the act half share: a real little tokenizer, and generators that need no model."""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from rayrl.chat import Chat
+from rayrl.types import Completion, Request, VersionSpan
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TRAINING_TEXT = [
+    "the quick brown fox jumps over the lazy dog",
+    "Your turn. Choose a position: 0 1 2 3 4 5 6 7 8",
+    "<think>I take the centre</think><move>4</move>",
+    "user assistant system tool",
+] * 5
+
+
+def build_tokenizer(template: str = CHATML, special: bool = True) -> Any:
+    """A byte-level BPE trained on the spot, with ChatML's control tokens."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<|endoftext|>"],
+        show_progress=False,
+    )
+    backend.train_from_iterator(TRAINING_TEXT, trainer)
+    control = ["<|im_start|>", "<|im_end|>"]
+    backend.add_tokens([AddedToken(token, special=special) for token in control])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@functools.cache
+def chat() -> Chat:
+    return Chat(build_tokenizer())
+
+
+class Instant:
+    """Answers at once with texts drawn from the request's seed; keeps the requests."""
+
+    def __init__(self, chat: Chat, texts: Sequence[str], version: int = 3) -> None:
+        self.replies = [chat.reply(text) for text in texts]
+        self.version = version
+        self.requests: list[Request] = []
+        self.released: list[str] = []
+
+    async def generate(self, request: Request) -> Completion:
+        self.requests.append(request)
+        ids = self.replies[random.Random(request.seed).randrange(len(self.replies))]
+        ids = ids[: request.sampling.max_tokens]
+        finish = "stop" if ids[-1] in request.stop_ids else "length"
+        spans = (VersionSpan(self.version, 0, len(ids)),)
+        return Completion(ids, (-0.5,) * len(ids), spans, finish)
+
+    def release(self, sessions: Sequence[str]) -> None:
+        self.released += sessions
