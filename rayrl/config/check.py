@@ -78,6 +78,8 @@ _AT_LEAST: dict[str, float] = {
     "endpoint.retries": 0,
     "eval.episodes": 1,
     "eval.temperature": 0,
+    "play.episodes": 1,
+    "play.temperature": 0,
 }
 
 _ABOVE_ZERO = (

@@ -15,6 +15,7 @@ __all__ = [
     "EvalConfig",
     "LearnerConfig",
     "ModelConfig",
+    "PlayConfig",
     "RunConfig",
     "SamplingConfig",
     "SftConfig",
@@ -194,6 +195,16 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class PlayConfig:
+    """Playing in a terminal."""
+
+    seat: str = ""  # seat of the environment that the person takes; empty: only watch
+    form: str = "{}"  # the reply that is sent for what the person types, {}
+    episodes: int = 1
+    temperature: float = 0.0  # of models
+
+
+@dataclass(frozen=True)
 class Stage:
     """One step of a recipe: a verb, and the settings it differs in."""
 
@@ -219,4 +230,5 @@ class Config:
     synth: SynthConfig = field(default_factory=SynthConfig)
     endpoint: EndpointConfig = field(default_factory=EndpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    play: PlayConfig = field(default_factory=PlayConfig)
     recipe: list[Stage] = field(default_factory=list)
