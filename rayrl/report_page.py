@@ -42,7 +42,6 @@ class Phase:
         metrics: one mapping a step, each with `step`.
         episodes: of the last batch that was written out.
         about: where those episodes are from, in words.
-        result: its evaluation, if it is one.
     """
 
     name: str
@@ -91,13 +90,18 @@ KNOWN = (
     Known("reward", "Reward", "mean over the batch", size="wide"),
     Known("score/*", "{}", "score, mean over the batch", unit=True),
     Known("loss", "Loss", "what the optimizer minimises"),
-    Known("val_loss", "Validation loss", "on episodes not trained on"),
     Known("entropy", "Entropy", "of the policy, nats a token"),
     Known("reward_std", "Spread of rewards", "standard deviation over the batch"),
     Known("mismatch/mean", "Mismatch", "mean |log p(learner) − log p(engine)| of sampled tokens"),
     Known("grad_norm", "Gradient norm", "before clipping"),
-    Known("kl", "KL to the reference", "nats a token"),
-    Known("clip_fraction", "Clipped", "share of tokens", unit=True),
+    Known(
+        "groups/dead_share",
+        "Groups without spread",
+        "share of groups; they teach nothing",
+        unit=True,
+    ),
+    Known("turns", "Turns", "an episode"),
+    Known("clip_fraction", "Clipped", "share of tokens"),
     Known("reply_tokens", "Reply length", "tokens a turn"),
 )
 
@@ -176,9 +180,7 @@ def _table_cell(result: Result, column: Column) -> dict[str, Any]:
             for i, name in enumerate(figure.counts)
         ]
         cell["bar_title"] = ", ".join(f"{name} {n}" for name, n in figure.counts.items())
-        cell["small"] = [
-            f"{name} {figure.share(name).interval_text()}" for name in figure.counts
-        ]
+        cell["small"] = [f"{name} {figure.share(name).interval_text()}" for name in figure.counts]
     return cell
 
 
@@ -191,7 +193,9 @@ def _charts(phases: Sequence[Phase]) -> tuple[list[dict[str, Any]], dict[str, An
         for name in row
         if name != "step" and not name.startswith(TIME)
     }
-    ranked = sorted(names, key=lambda name: (_rank(name), name if _rank(name) == len(KNOWN) else ""))
+    ranked = sorted(
+        names, key=lambda name: (_rank(name), name if _rank(name) == len(KNOWN) else "")
+    )
     charts, payload = [], {}
     for number, name in enumerate(ranked):
         lines = [line for i, phase in enumerate(phases) if (line := _line(phase, name, i))]

@@ -1,0 +1,103 @@
+"""How far a stage is, with the figures that matter: a bar in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Any, TextIO
+
+__all__ = ["Bar", "figure"]
+
+
+def figure(value: float | int | str) -> str:
+    """A figure as people read it: three significant digits, whole numbers whole."""
+    if isinstance(value, str | int):
+        return str(value)
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+class Bar:
+    """Progress of one stage, to be used in a `with` block.
+
+    In a terminal it is one line that redraws itself. Elsewhere (a log, `ray job logs`) it is a line
+    every `every_s` seconds, and the first and the last, so that a log stays readable.
+
+    Args:
+        title: what is going on, as "rl1".
+        total: steps (or episodes) until it is done.
+        stream: where to write.
+        every_s: least time between plain lines.
+    """
+
+    def __init__(
+        self, title: str, total: int, *, stream: TextIO | None = None, every_s: float = 5.0
+    ) -> None:
+        self.title, self.total, self.done = title, total, 0
+        self._stream = sys.stderr if stream is None else stream
+        self._every_s = every_s
+        self._began = time.monotonic()
+        self._last_line = float("-inf")
+        self._figures: dict[str, float | int | str] = {}
+        self._written = -1
+        self._bar: Any = None
+        self._task: Any = None
+
+    def __enter__(self) -> Bar:
+        self._began = time.monotonic()
+        if self._stream.isatty():
+            self._start_bar()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        elif self._written != self.done:
+            self._write_line()
+
+    def update(self, done: int, **figures: float | int | str) -> None:
+        """Say that `done` of `total` are done, and the newest figures (older ones stay shown)."""
+        self.done = done
+        self._figures.update(figures)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, figures=self._in_words())
+            return
+        if time.monotonic() - self._last_line >= self._every_s or done >= self.total:
+            self._write_line()
+
+    def note(self, text: str) -> None:
+        """Write a line that stays, above the bar if there is one."""
+        if self._bar is not None:
+            self._bar.console.print(text, highlight=False, markup=False)
+        else:
+            print(text, file=self._stream, flush=True)
+
+    def _start_bar(self) -> None:
+        from rich import progress
+        from rich.console import Console
+
+        self._bar = progress.Progress(
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(bar_width=24),
+            progress.MofNCompleteColumn(),
+            progress.TimeElapsedColumn(),
+            progress.TimeRemainingColumn(),
+            progress.TextColumn("{task.fields[figures]}"),
+            console=Console(file=self._stream),
+        )
+        self._task = self._bar.add_task(self.title, total=self.total, figures="")
+        self._bar.start()
+
+    def _in_words(self) -> str:
+        return "  ".join(f"{name} {figure(value)}" for name, value in self._figures.items())
+
+    def _write_line(self) -> None:
+        self._last_line, self._written = time.monotonic(), self.done
+        seconds = self._last_line - self._began
+        line = f"{self.title} {self.done}/{self.total}  {seconds:.0f} s  {self._in_words()}"
+        print(line.rstrip(), file=self._stream, flush=True)

@@ -1,0 +1,161 @@
+"""`rayrl eval`: play without learning, and say what it came to with intervals.
+
+Every cell plays the same tasks whoever is evaluated, and never a training task: their seeds come
+from `run.seed` and the cell's name only. An environment's exhaustive checks follow, if the player
+is a model that decodes greedily: only then its play is a function that can be checked to the end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from rayrl.agent import Agent, Player
+from rayrl.bar import Bar
+from rayrl.cluster.actors import make_environment, open_rollouts
+from rayrl.cluster.parts import players_here
+from rayrl.cluster.rollouts import Collection, Rollouts
+from rayrl.config import Config
+from rayrl.env import Environment
+from rayrl.figures import measure
+from rayrl.results import Cell, Result, rich_table
+from rayrl.rollout import GroupPlan
+from rayrl.rundir import RunDir
+from rayrl.stage import row_name, seats_of
+from rayrl.types import Sampling, derive_seed
+
+__all__ = ["cell_of", "check_args", "evaluate", "evaluation_plans", "run"]
+
+FILE = "eval.json"
+DEFAULT_CELL = "tasks"  # the one cell there is when `eval.cells` is empty
+
+
+def run(config: Config) -> None:
+    """Evaluate, print the table, write eval.json and the episodes."""
+    console = Console()
+    with RunDir(config.run.dir, config) as folder:
+        if folder.finished is not None and (folder.path / FILE).is_file():
+            result = Result.load(folder.path / FILE)
+        else:
+            result = asyncio.run(evaluate(config, folder))
+            result.save(folder.path / FILE)
+            folder.finish({"figures": FILE})
+    console.print(rich_table([result]))
+    console.print(f"Written to {Path(config.run.dir) / FILE}", highlight=False, markup=False)
+
+
+async def evaluate(config: Config, folder: RunDir | None = None) -> Result:
+    """Play every cell of `config.eval`, then the environment's checks.
+
+    Args:
+        config: `eval.player` says who plays the seats that `env.seats` leaves to the policy.
+        folder: where the episodes are written; None writes none.
+
+    Raises:
+        RunFailed: the environment fails too often (`env.failure_budget`).
+    """
+    environment = make_environment(config)
+    cells = dict(config.eval.cells) or {DEFAULT_CELL: {}}
+    total = len(cells) * config.eval.episodes
+    s = config.sampling
+    sampling = Sampling(config.eval.temperature, s.top_p, s.top_k, s.max_tokens, tuple(s.stop))
+    name = row_name(config, config.eval.player)
+    done = 0
+    measured: dict[str, Cell] = {}
+    checks: dict[str, Mapping[str, float]] = {}
+    async with open_rollouts(
+        config, seats=seats_of(environment, config, config.eval.player), sampling=sampling
+    ) as rollouts:
+        with Bar(f"eval {name}", total) as progress:
+
+            def count(group: object) -> None:
+                nonlocal done
+                done += 1
+                progress.update(done)
+
+            for number, (cell, args) in enumerate(cells.items()):
+                configured = environment.configure(args)
+                played = await rollouts.collect(
+                    evaluation_plans(configured, config, cell), on_group=count
+                )
+                measured[cell] = cell_of(configured, args, played)
+                if folder is not None:
+                    folder.write_episodes(number, (*played.groups, *played.dropped))
+        if _checkable(config):
+            checks = await run_checks(environment, cells, rollouts)
+    return Result(name, measured, checks, _settings(config))
+
+
+def evaluation_plans(environment: Environment, config: Config, cell: str) -> list[GroupPlan]:
+    """One episode of each task of a cell."""
+    seed = derive_seed(config.run.seed, "eval", cell)
+    tasks = environment.tasks(seed, config.eval.episodes)
+    return [
+        GroupPlan(f"{cell}-{k}", task, 1, derive_seed(seed, "play", k))
+        for k, task in enumerate(tasks)
+    ]
+
+
+def cell_of(environment: Environment, args: Mapping[str, Any], played: Collection) -> Cell:
+    """A cell's figures. Failed episodes are counted, never measured."""
+    episodes = [episode for group in played.groups for episode in group.episodes]
+    failed = sum(len(group.episodes) for group in played.dropped)
+    return Cell(dict(args), len(episodes), failed, measure(episodes, environment.reported))
+
+
+def _checkable(config: Config) -> bool:
+    return config.eval.exhaustive and config.eval.player == "model" and config.eval.temperature == 0
+
+
+def check_args(environment: Environment, cells: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Settings a check runs with: the environment's, and what all cells agree on."""
+    args = dict(environment.args)
+    rows = list(cells.values())
+    for key in args:
+        if rows and all(key in row for row in rows) and all(r[key] == rows[0][key] for r in rows):
+            args[key] = rows[0][key]
+    return args
+
+
+async def run_checks(
+    environment: Environment, cells: Mapping[str, Mapping[str, Any]], rollouts: Rollouts
+) -> dict[str, Mapping[str, float]]:
+    """Every exhaustive check of the environment; none for several seats."""
+    if len(environment.seats) > 1 or not environment.checks:
+        return {}
+    args = check_args(environment, cells)
+    (player,) = players_here(rollouts).values()
+    found: dict[str, Mapping[str, float]] = {}
+    for name, check in environment.checks.items():
+        new_agent, made = agents(player, environment.seats[0], name)
+        found[name] = await check(new_agent, args)
+        for agent in made:
+            agent.close()
+    return found
+
+
+def agents(player: Player, seat: str, name: str) -> tuple[Callable[[], Agent], Sequence[Agent]]:
+    """A maker of fresh agents for a check, and the list of those it has made."""
+    made: list[Agent] = []
+
+    def new_agent() -> Agent:
+        made.append(Agent(player, seat=seat, episode=f"check-{name}-{len(made)}"))
+        return made[-1]
+
+    return new_agent, made
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    return {
+        "env": config.env.name,
+        "env_args": dict(config.env.args),
+        "player": config.eval.player,
+        "model": config.model.path if config.eval.player == "model" else "",
+        "temperature": config.eval.temperature,
+        "max_tokens": config.sampling.max_tokens,
+        "seed": config.run.seed,
+    }

@@ -1,0 +1,128 @@
+"""`rayrl play`: watch a model in this terminal, or take one of its seats.
+
+rayrl play model.path=runs/tictactoe/rl2/model                     watch it play a task
+rayrl play play.seat=agent                                         be the agent yourself
+rayrl play env=tictactoe_versus play.seat=o model.path=…           play against it
+rayrl play env.seats.agent=player:teacher                          watch a scripted player
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import TextIO, cast
+
+from rich.console import Console
+
+from rayrl.agent import Conversation, Options, Player
+from rayrl.cluster.actors import make_environment
+from rayrl.cluster.parts import open_players
+from rayrl.config import Config
+from rayrl.env import Environment
+from rayrl.errors import ConfigError, did_you_mean
+from rayrl.players import HumanPlayer
+from rayrl.rollout import play_episode
+from rayrl.show import message_text, reply_text, scores_text
+from rayrl.stage import POLICY
+from rayrl.types import Episode, Message, Sampling, Turn, derive_seed
+
+__all__ = ["Shown", "human", "play", "run", "seats_for"]
+
+
+class Shown:
+    """A player whose conversation is printed as it happens."""
+
+    trainable = False
+
+    def __init__(self, player: Player, seat: str, console: Console) -> None:
+        self.player, self.seat, self.console = player, seat, console
+
+    async def answer(
+        self, conversation: Conversation, new: Sequence[Message], options: Options
+    ) -> Turn:
+        """Print what is said, wait for the answer, print it."""
+        for message in new:
+            self.console.print(message_text(message))
+        turn = await self.player.answer(conversation, new, options)
+        self.console.print(reply_text(turn, self.seat))
+        self.console.print()
+        return turn
+
+    def end(self, conversation: Conversation) -> None:
+        """Pass on that the conversation is over."""
+        end = getattr(self.player, "end", None)
+        if end is not None:
+            end(conversation)
+
+
+def run(config: Config) -> None:
+    """Play until the person has had enough, or `play.episodes` were watched."""
+    console = Console()
+    with suppress(EOFError):
+        asyncio.run(play(config, console))
+
+
+async def play(
+    config: Config, console: Console, read: Callable[[str], str] = input
+) -> list[Episode]:
+    """Play `play.episodes` tasks one after the other and print them.
+
+    With a person in a seat only that seat's messages are shown: the rival's thoughts are its own.
+
+    Returns:
+        The episodes.
+    """
+    environment = make_environment(config)
+    seats = seats_for(environment, config)
+    s = config.sampling
+    sampling = Sampling(config.play.temperature, s.top_p, s.top_k, s.max_tokens, tuple(s.stop))
+    mine = config.play.seat
+    seed = derive_seed(config.run.seed, "play")
+    tasks = environment.tasks(seed, config.play.episodes)
+    played = []
+    async with open_players(config, seats, sampling) as others:
+        players: dict[str, Player] = dict(others)
+        if mine:
+            players[mine] = human(config, console, read)
+        else:
+            players = {seat: Shown(one, seat, console) for seat, one in players.items()}
+        for number, task in enumerate(tasks):
+            console.rule(f"episode {number + 1} of {len(tasks)}", align="left")
+            episode = await play_episode(
+                environment,
+                task,
+                players,
+                id=f"play-{number}",
+                seed=derive_seed(seed, number),
+                deadline_s=None if mine else config.env.deadline_s,
+            )
+            played.append(episode)
+            if episode.failure is not None:
+                console.print(episode.failure.message, style="red", markup=False)
+            else:
+                console.print(scores_text(episode.scores, episode.rewards))
+    return played
+
+
+def seats_for(environment: Environment, config: Config) -> dict[str, str]:
+    """Who plays the seats that are not the person's: as `env.seats` says, else the model.
+
+    Raises:
+        ConfigError: `play.seat` is not a seat.
+    """
+    mine = config.play.seat
+    if mine and mine not in environment.seats:
+        near = did_you_mean(mine, environment.seats)
+        known = ", ".join(environment.seats)
+        raise ConfigError(
+            f"play.seat={mine}: {environment.name!r} has no such seat.{near} It has: {known}."
+        )
+    others = [seat for seat in environment.seats if seat != mine]
+    return {seat: config.env.seats.get(seat, POLICY) for seat in others}
+
+
+def human(config: Config, console: Console, read: Callable[[str], str]) -> HumanPlayer:
+    """The person at this terminal; what is typed is put into `play.form`."""
+    form, out = config.play.form, cast(TextIO, console.file)
+    return HumanPlayer(read, out, form=lambda line: form.replace("{}", line.strip()))

@@ -1,0 +1,57 @@
+"""An episode for a person to read in a terminal. Text of models is never taken for markup."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rich.console import Group
+from rich.padding import Padding
+from rich.panel import Panel
+from rich.text import Text
+
+from rayrl.types import Episode, Message, Turn
+
+__all__ = ["episode_panel", "message_text", "reply_text", "scores_text"]
+
+
+def message_text(message: Message) -> Text:
+    """What was said to the model."""
+    style = "dim italic" if message.role == "system" else ""
+    label = "" if message.role == "user" else f"[{message.role}] "
+    return Text(f"{label}{message.content}", style=style)
+
+
+def reply_text(turn: Turn, seat: str = "") -> Text:
+    """What the model said."""
+    text = Text(f"{seat or turn.seat} ▸ ", style="bold cyan")
+    text.append(turn.text, style="not bold cyan")
+    if turn.finish != "stop":
+        text.append(f"  (cut off: {turn.finish})", style="not bold yellow")
+    return text
+
+
+def scores_text(scores: Mapping[str, Mapping[str, float]], rewards: Mapping[str, float]) -> Text:
+    """Scores and reward of each seat in one line."""
+    text = Text()
+    for seat, of_seat in scores.items():
+        if len(scores) > 1:
+            text.append(f"{seat}: ", style="bold")
+        for name, value in of_seat.items():
+            text.append(f"{name} ", style="dim")
+            text.append(f"{value:.3g}  ", style="bold")
+        text.append("reward ", style="dim")
+        text.append(f"{rewards.get(seat, 0.0):.3g}  ", style="bold green")
+    return text
+
+
+def episode_panel(episode: Episode, title: str = "") -> Panel:
+    """The whole conversation, and beneath it the scores or what went wrong."""
+    parts: list[Text | Padding] = []
+    for turn in episode.turns:
+        parts += [message_text(message) for message in turn.prompt]
+        parts.append(Padding(reply_text(turn), (0, 0, 1, 2)))
+    if episode.failure is not None:
+        parts.append(Text(f"{episode.failure.kind} failure: {episode.failure.message}", "red"))
+    else:
+        parts.append(scores_text(episode.scores, episode.rewards))
+    return Panel(Group(*parts), title=Text(title or episode.id), title_align="left", expand=False)

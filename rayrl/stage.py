@@ -1,0 +1,79 @@
+"""What the programs share: names of what a stage writes, and who is called what in a table."""
+
+from __future__ import annotations
+
+import json
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from rayrl.config import Config
+from rayrl.env import Environment
+from rayrl.models import EMBEDDED
+
+__all__ = [
+    "EPISODES",
+    "MODEL",
+    "POLICY",
+    "is_finished",
+    "model_row",
+    "positions",
+    "row_name",
+    "seats_of",
+    "versions",
+]
+
+POLICY = "policy"  # who plays a seat: the model in `model.path`
+MODEL = "model"  # folder of a stage's exported checkpoint
+EPISODES = "episodes.jsonl"  # what synth writes
+
+
+def positions(model: Path) -> int:
+    """How many ids the model in that directory has positions for; 0 where it does not say."""
+    found = json.loads((model / "config.json").read_text("utf-8")).get("max_position_embeddings")
+    return found if isinstance(found, int) else 0
+
+
+def is_finished(folder: str | Path) -> bool:
+    """Whether the run in that folder has nothing left to do."""
+    return (Path(folder) / "result.json").is_file()
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that results depend on."""
+    found = {"python": platform.python_version()}
+    for name in ("rayrl", "torch", "transformers", "tokenizers", "deepspeed", "ray", "vllm"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def model_row(path: str) -> str:
+    """What a table calls the model at `path`: the base, or the stage that made it.
+
+    `runs/x/rl1/model` is rl1; any other folder goes by its own name.
+    """
+    if path == EMBEDDED:
+        return "base"
+    folder = Path(path)
+    return folder.parent.name if folder.name == MODEL and folder.parent.name else folder.name
+
+
+def row_name(config: Config, player: str) -> str:
+    """What a table calls `player` ("model", "endpoint" or a player of the environment)."""
+    if player == "model":
+        return model_row(config.model.path)
+    return config.endpoint.model if player == "endpoint" else player
+
+
+def seats_of(environment: Environment, config: Config, player: str) -> dict[str, str]:
+    """Who plays each seat: `player` wherever `env.seats` says policy, or nothing.
+
+    Args:
+        player: "model" (of `model.path`), "endpoint" or a player of the environment.
+    """
+    who = {"model": POLICY, "endpoint": "endpoint"}.get(player, f"player:{player}")
+    given = {seat: config.env.seats.get(seat, POLICY) for seat in environment.seats}
+    return {seat: who if by == POLICY else by for seat, by in given.items()}
