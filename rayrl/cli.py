@@ -13,7 +13,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,11 +84,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         importlib.import_module(VERBS[arguments.verb][0]).run(config)
     except KeyboardInterrupt:
-        again = shlex.join(["rayrl", *words])
-        print(
-            f"\nStopped. The same command resumes from {config.run.dir}:\n  {again}",
-            file=sys.stderr,
-        )
+        again = shlex.join([*_program(), *words])
+        print(f"\nStopped. The same command resumes from {config.run.dir}:", file=sys.stderr)
+        print(f"  {again}", file=sys.stderr)
         return 130
     except RayrlError as error:
         if debug:
@@ -216,8 +214,7 @@ def compose(
         else:
             values[key] = value
     node = update(_composed(chosen, folders), nest(values))
-    _set_stages(node, stages)
-    config = from_node(node)
+    config = _with_stages(from_node(node), stages)
     if recipe:
         _refuse_hidden(config, values)
     return config
@@ -263,7 +260,7 @@ def _composed(chosen: Sequence[str], folders: Sequence[Path]) -> DictConfig:
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+    from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
     from rayrl.config.convert import schema, unknown_key, wrong_type
 
@@ -274,27 +271,28 @@ def _composed(chosen: Sequence[str], folders: Sequence[Path]) -> DictConfig:
         with initialize_config_dir(str(folders[0]), version_base="1.3", job_name="rayrl"):
             node = hydra_compose("config", [*chosen, *(search if len(folders) > 1 else [])])
     except (HydraException, OmegaConfBaseException) as error:
-        cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
-        where = str(error).splitlines()[0]
-        if isinstance(cause, OmegaConfBaseException) and cause.full_key:
-            what = wrong_type(cause)
-            if "not in" in str(cause):
-                what = unknown_key(str(cause.full_key))
-            raise ConfigError(f"{what} ({where})") from error
-        raise ConfigError(str(error)) from error
+        where = str(error).splitlines()[0].partition(":")[0]
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OmegaConfBaseException):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None or not cause.full_key:
+            raise ConfigError(str(error)) from error
+        unknown = isinstance(cause, ConfigKeyError | ConfigAttributeError)
+        what = unknown_key(str(cause.full_key)) if unknown else wrong_type(cause)
+        raise ConfigError(f"{where}: {what}") from error
     OmegaConf.set_struct(node, None)
     return node
 
 
-def _set_stages(node: DictConfig, settings: dict[str, Any]) -> None:
-    """Apply `recipe.STAGE.KEY=VALUE` to the stages of a composed node."""
+def _with_stages(config: Config, settings: dict[str, Any]) -> Config:
+    """`config` with `recipe.STAGE.KEY=VALUE` applied to the stages of its recipe."""
     from rayrl.config.convert import check_keys, nest
 
-    names = [stage.name for stage in node.recipe]
+    stages = {stage.name: stage for stage in config.recipe}
     for key, value in settings.items():
         _, name, *rest = key.split(".", 2)
-        if name not in names:
-            near = did_you_mean(name, names) or f" There are: {', '.join(names) or 'none'}."
+        if name not in stages:
+            near = did_you_mean(name, stages) or f" There are: {', '.join(stages) or 'none'}."
             raise ConfigError(f"{key}: the recipe has no stage {name!r}.{near}")
         if not rest:
             raise ConfigError(f"{key}: write recipe.{name}.KEY=VALUE, as recipe.{name}.run.seed=1.")
@@ -302,8 +300,8 @@ def _set_stages(node: DictConfig, settings: dict[str, Any]) -> None:
             check_keys(nest({rest[0]: value}))
         except ConfigError as error:
             raise ConfigError(f"recipe.{name}.{error}") from error
-        stage = node.recipe[names.index(name)]
-        stage["set"] = {**stage["set"], rest[0]: value}
+        stages[name] = replace(stages[name], set={**stages[name].set, rest[0]: value})
+    return replace(config, recipe=list(stages.values())) if settings else config
 
 
 def _refuse_hidden(config: Config, values: dict[str, Any]) -> None:

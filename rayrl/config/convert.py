@@ -60,10 +60,13 @@ def unknown_key(key: str) -> ConfigError:
     same = [one for one in known if one.rsplit(".", 1)[-1] == leaf]
     likeness = {one: SequenceMatcher(None, key, one).ratio() for one in known}
     best = max(known, key=likeness.__getitem__)
-    if "." in key or not same:
-        near = [best] if likeness[best] >= 0.65 else same[:3]
+    close = [best] if likeness[best] >= 0.65 else []
+    if close and best in same and "." in key:
+        near = close
+    elif "." in key:
+        near = [*close, *same][:3]
     else:
-        near = same[:3]
+        near = same[:3] or close
     hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
     if not hint:
         section = key.split(".", 1)[0]

@@ -1,0 +1,305 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import pytest
+import yaml
+from omegaconf import OmegaConf
+
+from rayrl import cli
+from rayrl.cli import compose, main
+from rayrl.config import Config, from_dict, to_dict, validate
+from rayrl.errors import ConfigError, RunFailed
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+FILES = sorted(file for file in CONF.glob("*/*.yaml"))
+
+
+def program(monkeypatch: pytest.MonkeyPatch, verb: str, run: object) -> None:
+    """Put `run` where the program of `verb` is."""
+    module = types.ModuleType("stand_in")
+    module.run = run  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "stand_in", module)
+    monkeypatch.setitem(cli.VERBS, verb, ("stand_in", ""))
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """What a wrong command line prints; it must exit with 2 and without a traceback."""
+    assert main(words) == 2
+    out, err = capsys.readouterr()
+    assert "Traceback" not in err
+    assert not out
+    return err
+
+
+# --- composition ---------------------------------------------------------------------------------
+
+
+def test_defaults_and_an_override() -> None:
+    config = compose(["train.steps=5"])
+    assert config.train.steps == 5
+    assert config.env.name == "tictactoe"
+    assert config.train.groups == Config().train.groups
+
+
+def test_experiment_overrides_a_group() -> None:
+    config = compose(["experiment=copyword"])
+    assert (config.env.name, config.run.dir) == ("copyword", "runs/copyword")
+
+
+def test_command_line_beats_the_experiment() -> None:
+    config = compose(
+        ["experiment=tictactoe", "run.name=mine", "algo=rloo", "sampling.max_tokens=9"]
+    )
+    assert (config.run.dir, config.sampling.max_tokens) == ("runs/mine", 9)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("env.args.random_min=0.25", {"random_min": 0.25}),
+        ("env.args={random_min: 0.25}", {"random_min": 0.25}),
+        ("env.args.words=[a,b]", {"words": ["a", "b"]}),
+    ],
+)
+def test_free_mappings_take_any_name(text: str, value: object) -> None:
+    assert compose([text]).env.args == value
+
+
+def test_group_by_its_own_key() -> None:
+    config = compose(["env.name=path/to/file.py:game", "learner.lr=1e-4"])
+    assert (config.env.name, config.learner.lr) == ("path/to/file.py:game", 1e-4)
+
+
+def test_own_folder_of_files(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - override /algo: gspo\ntrain: {steps: 3}\n"
+    )
+    config = compose(["experiment=mine"], tmp_path)
+    assert (config.train.steps, config.algo.loss) == (3, "gspo")
+    with pytest.raises(ConfigError, match=r"'mine'.*copyword, mine, tictactoe"):
+        compose(["experiment=mien"], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: {step: 3}", r"train\.step: .*'train\.steps'"),
+        ("train: {steps: many}", r"train\.steps.*whole number"),
+        ("recipe: [{name: a, verb: train, set: {train.step: 1}}]", r"'a': .*'train\.steps'"),
+    ],
+)
+def test_wrong_file_is_an_error_with_a_suggestion(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(f"# @package _global_\n{text}\n")
+    with pytest.raises(ConfigError, match=message):
+        validate(compose(["experiment=mine"], tmp_path))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}/{file.stem}")
+def test_every_file_composes(file: Path) -> None:
+    extra = ["model.path=somewhere"] if file.stem == "pretrained" else []
+    config = compose([f"{file.parent.name}={file.stem}", *extra])
+    validate(config, "recipe" if config.recipe else "train")
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}/{file.stem}")
+def test_files_hold_only_differences(file: Path) -> None:
+    data = yaml.safe_load(file.read_text("utf-8")) or {}
+    data.pop("defaults", None)
+    if "# @package _global_" not in file.read_text("utf-8"):
+        data = {file.parent.name: data}
+    given, defaults = from_dict(data), from_dict({})
+    for section, values in data.items():
+        if section == "recipe":
+            continue
+        for name in values or {}:
+            key = f"{section}.{name}"
+            value, default = (getattr(getattr(c, section), name) for c in (given, defaults))
+            assert value != default, f"{key}: {value} is the default"
+
+
+# --- a stage of the recipe -----------------------------------------------------------------------
+
+
+def test_setting_of_one_stage() -> None:
+    config = compose(["experiment=copyword", "recipe.rl.train.steps=2", "recipe.rl.learner.lr=0.1"])
+    stage = next(stage for stage in config.recipe if stage.name == "rl")
+    assert stage.set == {"train.steps": 2, "learner.lr": 0.1}
+
+
+def test_setting_that_a_stage_hides_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["experiment=copyword", "train.steps=2"]
+    assert compose(words).train.steps == 2  # rayrl train uses it
+    error = error_of(capsys, "recipe", *words)
+    assert "recipe.rl.train.steps=2" in error
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("recipe.lr.train.steps=2", "no stage 'lr'. Did you mean 'rl'?"),
+        ("recipe.rl.train.step=2", "Did you mean 'train.steps'?"),
+        ("recipe.rl=2", "write recipe.rl.KEY=VALUE"),
+    ],
+)
+def test_wrong_setting_of_a_stage(
+    capsys: pytest.CaptureFixture[str], text: str, message: str
+) -> None:
+    assert message in error_of(capsys, "recipe", "experiment=copyword", text)
+
+
+# --- errors --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "messages"),
+    [
+        (["tarin"], ["no such verb", "'train'"]),
+        (["train", "train.step=5"], ["train.step:", "Did you mean 'train.steps'?"]),
+        (["train", "trian.steps=5"], ["Did you mean 'train.steps'?"]),
+        (["train", "train.steps=many"], ["train.steps='many': expected a whole number"]),
+        (["train", "train.steps=1,2"], ["[1,2]"]),
+        (["train", "experiment=tictacto"], ["Did you mean 'tictactoe'?", "copyword, tictactoe"]),
+        (["train", "algo=[a]"], ["choose one of"]),
+        (["train", "model=pretrained"], ["model.path=: name a Hugging Face directory"]),
+        (["train", "train.groups=0"], ["train.groups=0: must be 1 or more"]),
+        (["train", "env.args={a: b"], ["cannot be read", "quotes"]),
+        (["train", "~train.steps"], ["not understood"]),
+        (["train", "--confg-dir", "x"], ["Did you mean '--config-dir'?"]),
+        (["train", "--config-dir", "nowhere"], ["no such folder"]),
+        (["train", "tictactoe"], ["written key=value"]),
+        (["report"], ["which run?"]),
+        (["report", "nowhere"], ["there is no run here"]),
+        (["env", "chek"], ["Did you mean 'check'?"]),
+    ],
+)
+def test_wrong_use_says_what_to_do(
+    capsys: pytest.CaptureFixture[str], words: list[str], messages: list[str]
+) -> None:
+    error = error_of(capsys, *words)
+    for message in messages:
+        assert message in error
+
+
+def test_failure_exits_with_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(config: Config) -> None:
+        raise RunFailed("the environment failed too often; mend it")
+
+    program(monkeypatch, "train", run)
+    assert main(["train"]) == 1
+    assert capsys.readouterr().err == "rayrl: the environment failed too often; mend it\n"
+    monkeypatch.setenv("RAYRL_DEBUG", "1")
+    with pytest.raises(RunFailed):
+        main(["train"])
+
+
+def test_interrupt_says_how_to_resume(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(config: Config) -> None:
+        raise KeyboardInterrupt
+
+    program(monkeypatch, "train", run)
+    monkeypatch.setattr(sys, "argv", ["/somewhere/bin/rayrl"])
+    assert main(["train", "run.name=it's"]) == 2  # quotes are Hydra's
+    assert main(["train", "run.name=mine"]) == 130
+    error = capsys.readouterr().err
+    assert "resumes from runs/mine" in error
+    assert error.endswith("  rayrl train run.name=mine\n")
+
+
+def test_program_gets_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Config] = []
+    program(monkeypatch, "train", seen.append)
+    assert main(["train", "train.steps=3"]) == 0
+    assert seen[0].train.steps == 3
+
+
+def test_report_reads_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: list[Config] = []
+    program(monkeypatch, "report", seen.append)
+    stored = to_dict(compose(["experiment=copyword", "train.groups=5"]))
+    OmegaConf.save(OmegaConf.create(stored), tmp_path / "config.yaml")
+    assert main(["report", str(tmp_path)]) == 0
+    assert seen[0].run.dir == str(tmp_path)
+    assert (seen[0].train.groups, len(seen[0].recipe)) == (5, 4)
+
+
+def test_env_check_names_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Config] = []
+    program(monkeypatch, "env", seen.append)
+    assert main(["env", "check", "copyword"]) == 0
+    assert main(["env", "check", "dir/my file.py"]) == 0
+    assert [config.env.name for config in seen] == ["copyword", "dir/my file.py"]
+
+
+# --- the program as people start it --------------------------------------------------------------
+
+
+def started(*words: str) -> tuple[subprocess.CompletedProcess[str], float]:
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "rayrl", *words],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=CONF.parent,
+        env={**os.environ, "PYTHONWARNINGS": "ignore"},
+        check=False,
+    )
+    return done, time.monotonic() - began
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "train.step=3"], ["recipe", "--help"]])
+def test_help_and_errors_come_at_once(words: list[str]) -> None:
+    tries = []
+    for _ in range(3):  # the machine may be busy with other things
+        done, seconds = started(*words)
+        tries.append(seconds)
+        if seconds < 1.5:
+            break
+    imported = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines()}
+    assert not imported & {"torch", "ray", "transformers", "deepspeed", "numpy"}
+    assert min(tries) < 1.5
+    assert done.returncode == (0 if "--help" in words else 2)
+
+
+def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"\n  {verb} " in out for verb in cli.VERBS)
+
+
+def test_every_verb_has_its_program() -> None:
+    package = Path(cli.__file__).parent
+    missing = [
+        module
+        for module, _ in cli.VERBS.values()
+        if not (package / f"{module.removeprefix('rayrl.')}.py").is_file()
+    ]
+    assert not missing
+
+
+def test_plan_prints_what_would_run(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["plan", "experiment=copyword", "train.group_size=4"])
+    out = capsys.readouterr().out
+    assert "* group_size: 4   (default 16)" in out
+    assert "8 groups × 4 episodes = 32 episodes" in out
+    assert "3. rl (train)\n       train.steps: 4" in out
+
+
+def test_plan_names_what_will_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "cluster.replica_cpus=4096", "env.args.random_mix=1"]) == 1
+    out, err = capsys.readouterr()
+    assert "4096 cpus are reserved and this machine has" in out
+    assert "env.args.random_mix" in out
+    assert "will not fit" in err
