@@ -1,0 +1,175 @@
+"""What a program opens: an environment's hosts, the models that play in it, and the learner."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine, Mapping
+from contextlib import ExitStack, asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.serve.handle import DeploymentHandle
+
+from rayrl.cluster.hosts import POLICY, HostJob
+from rayrl.cluster.learners import Learners
+from rayrl.cluster.replica import deploy, undeploy
+from rayrl.cluster.rollouts import Rollouts
+from rayrl.cluster.session import Session, open_session
+from rayrl.cluster.weights import Weights, open_store
+from rayrl.config import Config, EngineConfig
+from rayrl.engine.protocol import Engine
+from rayrl.env import Environment
+from rayrl.errors import ConfigError, did_you_mean
+from rayrl.models import model_dir
+from rayrl.registry import load_env
+from rayrl.types import Sampling
+
+__all__ = [
+    "make_engine",
+    "make_environment",
+    "open_learners",
+    "open_rollouts",
+    "open_training",
+    "seat_players",
+]
+
+
+def make_environment(config: Config) -> Environment:
+    """The environment of a configuration, with its settings and reward weights."""
+    return load_env(config.env.name).configure(config.env.args, config.env.rewards)
+
+
+def make_engine(engine: EngineConfig, model: str) -> Engine:
+    """The engine of a kind, on the model in a directory; runs in the replica's process."""
+    if engine.kind == "embedded":
+        from rayrl.engine.embedded import EmbeddedEngine
+
+        return EmbeddedEngine.load(model, engine)
+    raise ConfigError(f"engine.kind={engine.kind}: this version has only the embedded engine.")
+
+
+def seat_players(environment: Environment, seats: Mapping[str, str]) -> dict[str, str]:
+    """Who plays each seat; the policy where nothing is said.
+
+    Raises:
+        ConfigError: a seat the environment does not have.
+    """
+    for seat in seats:
+        if seat not in environment.seats:
+            near = did_you_mean(seat, environment.seats) or f" It has: {environment.seats}."
+            raise ConfigError(f"env.seats.{seat}: {environment.name!r} has no such seat.{near}")
+    return {seat: seats.get(seat, POLICY) for seat in environment.seats}
+
+
+def _sampling(config: Config) -> Sampling:
+    s = config.sampling
+    return Sampling(s.temperature, s.top_p, s.top_k, s.max_tokens, tuple(s.stop))
+
+
+@asynccontextmanager
+async def open_rollouts(
+    config: Config,
+    *,
+    seats: Mapping[str, str] | None = None,
+    sampling: Sampling | None = None,
+) -> AsyncIterator[Rollouts]:
+    """Hosts of `config.env` and replicas of the models that play in it; nothing learns.
+
+    Args:
+        config: `model.path` is the policy.
+        seats: who plays, instead of `config.env.seats`, e.g. `{"agent": "player:teacher"}`; without
+            a seat for a model no engine is started.
+        sampling: instead of `config.sampling`.
+    """
+    with ExitStack() as stack:
+        session = stack.enter_context(open_session(config.cluster))
+        job = _job(config, session, seats, sampling)
+        rollouts = Rollouts(job)
+        stack.callback(rollouts.close)
+        await _together(rollouts.ready(), _deploy(job, session, stack, pushed=False))
+        yield rollouts
+
+
+@asynccontextmanager
+async def open_learners(config: Config, total_steps: int) -> AsyncIterator[Learners]:
+    """Learners on `config.model`, and nothing that plays."""
+    with ExitStack() as stack:
+        stack.enter_context(open_session(config.cluster, config.run.dir))
+        learners = Learners(config)
+        stack.callback(learners.close)
+        await learners.start(str(model_dir(config.model.path)), total_steps)
+        yield learners
+
+
+@asynccontextmanager
+async def open_training(
+    config: Config, total_steps: int
+) -> AsyncIterator[tuple[Rollouts, Learners, Weights]]:
+    """Hosts, replicas and learners, all on `config.model`; replicas get weights by `push`."""
+    with ExitStack() as stack:
+        session = stack.enter_context(open_session(config.cluster, config.run.dir))
+        job = _job(config, session, None, None)
+        learners = Learners(config)
+        stack.callback(learners.close)
+        rollouts = Rollouts(job)
+        stack.callback(rollouts.close)
+        store = open_store(session)
+        stack.callback(ray.kill, store)
+        model = str(model_dir(config.model.path))
+        *_, handles = await _together(
+            learners.start(model, total_steps),
+            rollouts.ready(),
+            _deploy(job, session, stack, pushed=True),
+        )
+        deadline = config.cluster.push_deadline_s
+        yield rollouts, learners, Weights(learners.publish, store, handles[POLICY], deadline)
+
+
+def _job(
+    config: Config,
+    session: Session,
+    seats: Mapping[str, str] | None,
+    sampling: Sampling | None,
+) -> HostJob:
+    """Who plays where, with every model in a Serve app of its own."""
+    environment = make_environment(config)
+    players = seat_players(environment, config.env.seats if seats is None else seats)
+    models = {who: str(_model_of(who, config)) for who in players.values() if _is_model(who)}
+    apps = {who: f"{session.name}-{number}" for number, who in enumerate(models)}
+    return HostJob(environment.spec, players, sampling or _sampling(config), config, models, apps)
+
+
+async def _deploy(
+    job: HostJob, session: Session, stack: ExitStack, *, pushed: bool
+) -> dict[str, DeploymentHandle]:
+    """Start the replicas of every model; those of the policy get weights by push if `pushed`."""
+    handles = {}
+    for who, app in job.apps.items():
+        if not session.local:  # the cluster outlives us
+            stack.callback(undeploy, app)
+        factory = partial(make_engine, job.config.engine, job.models[who])
+        store = pushed and who == POLICY
+        handles[who] = await asyncio.to_thread(
+            deploy, session, job.config, factory, app=app, store=store
+        )
+    return handles
+
+
+async def _together(*parts: Coroutine[Any, Any, Any]) -> list[Any]:
+    """Run all at once; the first error cancels the others."""
+    tasks = [asyncio.ensure_future(part) for part in parts]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def _is_model(who: str) -> bool:
+    return who == POLICY or who.startswith("model:")
+
+
+def _model_of(who: str, config: Config) -> Path:
+    return model_dir(config.model.path if who == POLICY else who.removeprefix("model:"))

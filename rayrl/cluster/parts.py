@@ -1,0 +1,46 @@
+"""Parts of what `actors` opens, by themselves: the players of some seats, in this process."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import ExitStack, asynccontextmanager
+
+from rayrl.agent import Player
+from rayrl.cluster.actors import _deploy, _is_model, _model_of, make_environment, open_learners
+from rayrl.cluster.hosts import EnvHost, HostJob
+from rayrl.cluster.rollouts import Rollouts
+from rayrl.cluster.session import open_session
+from rayrl.config import Config
+from rayrl.types import Sampling
+
+__all__ = ["open_learners", "open_players", "players_here"]
+
+
+@asynccontextmanager
+async def open_players(
+    config: Config, seats: Mapping[str, str], sampling: Sampling
+) -> AsyncIterator[Mapping[str, Player]]:
+    """Players in this process for some seats of `config.env`; the models behind them on replicas.
+
+    Args:
+        seats: who plays them; without a model among these, Ray is not started at all.
+    """
+    spec = make_environment(config).spec
+    models = {who: str(_model_of(who, config)) for who in seats.values() if _is_model(who)}
+    with ExitStack() as stack:
+        job = HostJob(spec, dict(seats), sampling, config)
+        if models:
+            session = stack.enter_context(open_session(config.cluster))
+            apps = {who: f"{session.name}-{number}" for number, who in enumerate(models)}
+            job = HostJob(spec, dict(seats), sampling, config, models, apps)
+            await _deploy(job, session, stack, pushed=False)
+        yield EnvHost(job).players
+
+
+def players_here(rollouts: Rollouts) -> Mapping[str, Player]:
+    """Who plays each seat, as the hosts have them; models answer from the same replicas.
+
+    For exhaustive checks, whose tree grows by the answers. To be called inside an event loop, which
+    the players then belong to.
+    """
+    return EnvHost(rollouts.job).players

@@ -1,0 +1,166 @@
+"""A replica: an engine behind Serve, with weights admitted by version."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
+from typing import Protocol
+
+import ray
+from ray import serve
+from ray.serve.config import RequestRouterConfig
+from ray.serve.handle import DeploymentHandle
+
+from rayrl.cluster.client import DEPLOYMENT, Answer
+from rayrl.cluster.router import LaneRouter
+from rayrl.cluster.session import SERVE_LOGGING, Session, set_threads
+from rayrl.cluster.store import Published, store_name
+from rayrl.config import Config
+from rayrl.engine.protocol import Engine
+from rayrl.errors import InfraError, RayrlError, StaleWeights
+from rayrl.types import Completion, Request
+
+__all__ = ["Replica", "deploy", "undeploy"]
+
+MAX_ONGOING = 100_000  # calls a replica; admission is the engine's, which queues
+HEALTH_PERIOD_S = 2.0
+
+
+class EngineFactory(Protocol):
+    """Makes the engine inside the replica's process."""
+
+    def __call__(self) -> Engine: ...
+
+
+class Replica:
+    """What Serve runs. Methods are thin: the engine does the work.
+
+    Args:
+        factory: makes the engine.
+        store: name of the weights store's actor, or "" for weights that never change.
+        threads: of the engine.
+
+    Serve calls `check_health` before a replica takes traffic, and it loads the newest weights: so
+    one that restarts never answers with the weights its constructor read from disk.
+    """
+
+    def __init__(self, factory: EngineFactory, store: str, threads: int) -> None:
+        set_threads(threads)
+        self._engine = factory()
+        self._store = ray.get_actor(store) if store else None
+        self._id = serve.get_replica_context().replica_id.unique_id
+        self._loading = asyncio.Lock()
+        self._loaded = (self._engine.version, "")
+
+    async def generate(
+        self, requests: Sequence[Request], release: Sequence[str] = ()
+    ) -> AsyncIterator[list[Answer]]:
+        """Answers in lists, as they finish: whatever is ready when the caller can take more."""
+        self._engine.release(release)
+        ready: asyncio.Queue[Answer] = asyncio.Queue()
+        tasks = [
+            asyncio.create_task(self._answer(index, request, ready))
+            for index, request in enumerate(requests)
+        ]
+        try:
+            left = len(tasks)
+            while left:
+                answers = [await ready.get()]
+                await asyncio.sleep(0)  # let what finished in the same engine step come along
+                while not ready.empty():
+                    answers.append(ready.get_nowait())
+                left -= len(answers)
+                yield answers
+        finally:  # the caller is gone
+            for task in tasks:
+                task.cancel()
+
+    async def _answer(self, index: int, request: Request, ready: asyncio.Queue[Answer]) -> None:
+        answer: Completion | Exception
+        try:
+            if self._engine.version < request.min_version:
+                await self._reach(request.min_version)
+            answer = await self._engine.generate(request)
+        except RayrlError as error:
+            answer = error
+        except Exception as error:
+            answer = InfraError(f"the engine failed: {type(error).__name__}: {error}")
+        ready.put_nowait((index, answer))
+
+    async def _reach(self, version: int) -> None:
+        await self.catch_up()
+        if self._engine.version < version:
+            raise StaleWeights(
+                f"replica {self._id} holds weights version {self._engine.version}, the newest "
+                f"there is; version {version} was asked for"
+            )
+
+    async def catch_up(self) -> None:
+        """Load the newest weights, if they are newer."""
+        newest: Published | None = await self._store.newest.remote() if self._store else None
+        if newest is not None and newest.version > self._engine.version:
+            await self.load(newest)
+
+    async def load(self, published: Published) -> tuple[str, int, str]:
+        """Take over weights; returns who we are, and the version and checksum we hold now."""
+        async with self._loading:
+            if self._loaded != (published.version, published.checksum):
+                flat = await published.buffer[0]
+                checksum = await self._engine.load_weights(
+                    published.version, flat, published.manifest
+                )
+                self._loaded = (self._engine.version, checksum)
+        return self._id, *self._loaded
+
+    async def check_health(self) -> None:
+        """Healthy is: the engine works, and holds the newest weights."""
+        await self.catch_up()
+
+
+def deploy(
+    session: Session,
+    config: Config,
+    factory: EngineFactory,
+    *,
+    app: str,
+    store: bool,
+) -> DeploymentHandle:
+    """Start replicas as a Serve app of their own and return the handle; returns when they serve.
+
+    Args:
+        session: where.
+        config: number of replicas and their resources (`cluster`), threads (`engine`).
+        factory: makes the engine in the replica's process.
+        app: its name; an app that is left of this name is replaced.
+        store: whether its weights are pushed to it.
+    """
+    if not session.local:
+        undeploy(app)
+    cluster = config.cluster
+    deployment = serve.deployment(
+        name=DEPLOYMENT,
+        num_replicas=cluster.replicas,
+        max_ongoing_requests=MAX_ONGOING,
+        health_check_period_s=HEALTH_PERIOD_S,
+        health_check_timeout_s=max(60.0, cluster.push_deadline_s),
+        graceful_shutdown_timeout_s=1.0,
+        graceful_shutdown_wait_loop_s=0.1,
+        request_router_config=RequestRouterConfig(request_router_class=LaneRouter),
+        logging_config=SERVE_LOGGING,
+        ray_actor_options={
+            "num_cpus": cluster.replica_cpus,
+            "num_gpus": cluster.replica_gpus,
+        },
+    )(Replica)
+    bound = deployment.bind(
+        factory, store_name(session.name) if store else "", config.engine.threads
+    )
+    return serve.run(bound, name=app, route_prefix=None)
+
+
+def undeploy(app: str) -> None:
+    """Delete an app, if it is there; other apps of the cluster stay."""
+    with suppress(Exception):  # leaving: the cluster may be gone already
+        if app in serve.status().applications:
+            serve.delete(app)

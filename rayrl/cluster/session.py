@@ -1,0 +1,139 @@
+"""Ray for as long as a program needs it: the cluster we are in, or a small local one."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rayrl.config import ClusterConfig
+from rayrl.errors import InfraError
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when ray is imported
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's future default; it warns
+
+import ray
+from ray import serve
+from ray.serve.schema import LoggingConfig
+
+__all__ = ["SERVE_LOGGING", "Session", "open_session", "run_name", "set_threads"]
+
+OBJECT_STORE_BYTES = (
+    512 << 20
+)  # of a local cluster; it holds two versions of the weights and groups
+SERVE_LOGGING = LoggingConfig(log_level="WARNING", enable_access_log=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """A connection to Ray.
+
+    Attributes:
+        name: prefix of everything this program creates; two runs on one cluster have two names.
+        local: whether the cluster is ours and ends with us.
+    """
+
+    name: str
+    local: bool
+
+
+def run_name(directory: str | None = None) -> str:
+    """A name for a program's actors and Serve app.
+
+    A run folder always gets the same one, so that a resumed run replaces what a killed one left on
+    a long-lived cluster. Without a folder it is a new one each time.
+    """
+    key = str(Path(directory).resolve()) if directory else uuid.uuid4().hex
+    return f"rayrl-{hashlib.blake2b(key.encode(), digest_size=5).hexdigest()}"
+
+
+def set_threads(threads: int) -> None:
+    """Prepare an actor's process for that many compute threads; to be called before torch is there.
+
+    Idle OpenMP threads sleep instead of spinning: on a small machine the processes take turns. Set
+    here and not in a `runtime_env`, for which Ray would start every process anew.
+    """
+    os.environ.update(
+        OMP_NUM_THREADS=str(threads),
+        MKL_NUM_THREADS=str(threads),
+        OMP_WAIT_POLICY="PASSIVE",
+        TOKENIZERS_PARALLELISM="false",
+        HF_HUB_DISABLE_PROGRESS_BARS="1",
+        TRANSFORMERS_VERBOSITY="error",
+    )
+
+
+@contextmanager
+def open_session(cluster: ClusterConfig, directory: str | None = None) -> Iterator[Session]:
+    """Join or start Ray and Serve; on leaving, undo what was started and nothing else.
+
+    Args:
+        cluster: `address` names a cluster to join. Empty: the cluster this process runs in
+            (RAY_ADDRESS, as `ray job submit` sets it), else a local one that ends with us.
+        directory: the run's folder, if the program has one.
+
+    Raises:
+        InfraError: the cluster cannot be reached.
+    """
+    if ray.is_initialized():
+        local = joined = False
+    else:
+        local = _connect(cluster.address)
+        joined = not local
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    started_serve = False
+    try:
+        started_serve = _start_serve()
+        yield Session(run_name(directory), local)
+    finally:
+        if started_serve and not local:
+            _stop_serve_if_unused()
+        if local or joined:
+            ray.shutdown()
+
+
+def _connect(address: str) -> bool:
+    """Connect; returns whether the cluster is ours."""
+    address = address or os.environ.get("RAY_ADDRESS", "")
+    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "namespace": "rayrl"}
+    if address and address != "local":
+        try:
+            ray.init(address=address, **quiet)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise InfraError(
+                f"no Ray cluster answers at {address!r} ({error}). Start one with `ray start "
+                "--head`, or leave cluster.address and RAY_ADDRESS empty for a local one."
+            ) from error
+        return False
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # on by default: good
+    ray.init(
+        address="local",
+        num_cpus=os.cpu_count(),
+        include_dashboard=False,
+        object_store_memory=OBJECT_STORE_BYTES,
+        _temp_dir=os.environ.get("RAY_TMPDIR") or str(Path(tempfile.gettempdir()) / "ray"),
+        **quiet,
+    )
+    return True
+
+
+def _start_serve() -> bool:
+    """Start Serve without HTTP proxies, unless it runs already; returns whether we did."""
+    with suppress(ValueError):
+        ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+        return False
+    serve.start(proxy_location="Disabled", logging_config=SERVE_LOGGING)
+    return True
+
+
+def _stop_serve_if_unused() -> None:
+    with suppress(Exception):  # leaving: the cluster may be gone already
+        if not serve.status().applications:
+            serve.shutdown()

@@ -1,0 +1,44 @@
+"""The weights store: a small actor that knows the newest version. Imports little, to stay small."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from rayrl.weights import Manifest
+
+__all__ = ["Published", "WeightsStore", "store_name"]
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """One version of the weights.
+
+    Attributes:
+        buffer: one reference to the flat buffer, in a tuple so that Ray passes it on unfetched.
+    """
+
+    version: int
+    buffer: tuple[Any, ...]
+    manifest: Manifest
+    checksum: str
+
+
+class WeightsStore:
+    """Holds the newest version; the buffer of the one before is freed when it forgets it."""
+
+    def __init__(self) -> None:
+        self._newest: Published | None = None
+
+    def publish(self, published: Published) -> None:
+        """Make this the newest version."""
+        self._newest = published
+
+    def newest(self) -> Published | None:
+        """The newest version, or None before the first push."""
+        return self._newest
+
+
+def store_name(run: str) -> str:
+    """The actor's name, by which replicas find it."""
+    return f"{run}-weights"
