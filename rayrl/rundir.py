@@ -179,7 +179,8 @@ class RunDir:
         """A folder to save into; when the block ends it is this run's newest checkpoint.
 
         It appears whole or not at all, and only then are older ones deleted
-        (`run.keep_checkpoints`). Saving the same step again replaces it.
+        (`run.keep_checkpoints`). Saving the same step again replaces it. Log what belongs to the
+        finished steps before it: lines logged later are cut off on resume, to be made again.
 
         Args:
             step: finished steps: the resumed loop starts with this one.

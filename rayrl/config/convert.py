@@ -5,10 +5,11 @@ Nothing here knows files or the command line: `cli.py` composes those and calls 
 
 from __future__ import annotations
 
+import functools
 import types
 import typing
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass, replace
 from difflib import SequenceMatcher
 from typing import Any
 
@@ -128,8 +129,12 @@ def nest(dotted: Mapping[str, Any]) -> dict[str, Any]:
     return nested
 
 
+@functools.cache
 def schema() -> DictConfig:
-    """The defaults as a typed OmegaConf node that takes values (frozen dataclasses do not)."""
+    """The defaults as a typed OmegaConf node that takes values (frozen dataclasses do not).
+
+    It is shared: merge into it with `update`, which copies.
+    """
     node = OmegaConf.structured(Config)
     assert isinstance(node, DictConfig)
     _thaw(node)
@@ -240,8 +245,21 @@ def stage_config(config: Config, stage: Stage) -> Config:
     Raises:
         ConfigError: naming the stage, for an unknown key or a value of the wrong type.
     """
+    data = to_dict(replace(config, recipe=[]))
     try:
-        node = update(schema(), to_dict(config))
-        return from_node(update(node, nest(stage.set)))
+        changes = nest(stage.set)
+        check_keys(changes)
+        return replace(from_dict(_over(data, changes)), recipe=config.recipe)
     except ConfigError as error:
         raise ConfigError(f"recipe stage {stage.name!r}: {error}") from error
+
+
+def _over(data: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`data` with `changes` merged in: mappings key by key, everything else replaced."""
+    merged = dict(data)
+    for key, value in changes.items():
+        old = merged.get(key)
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            value = _over(old, value)
+        merged[key] = value
+    return merged
