@@ -87,7 +87,8 @@ class Learner(ABC):
         self.steps = 0
         self.objective = Objective.of(cfg.algo, constant=float(cfg.sampling.max_tokens))
         self._reference: Any = None
-        self.model: Any = load_model(model_path, device)
+        self.module: Any = load_model(model_path, device)
+        self.model: Any = self.module  # what is called; a subclass may wrap it
 
     # What a subclass adds.
 
@@ -129,7 +130,7 @@ class Learner(ABC):
         algo = self.cfg.algo
         rows = list(rows)
         if algo.epochs * algo.minibatches > 1 and self.objective.tis_max > 0:
-            rows = with_logprobs(rows, "proximal", self._each_row(self.model, rows))
+            rows = with_logprobs(rows, "proximal", self._each_row(rows))
         if self.objective.kl_coef > 0:
             if self._reference is None:
                 self._reference = load_model(self.model_path, self.device).requires_grad_(False)
@@ -143,7 +144,7 @@ class Learner(ABC):
 
     def logprobs(self, rows: Sequence[Trajectory]) -> list[NDArray[np.float32]]:
         """(T,) of each row under the current weights and sampling temperature; 0 off its loss."""
-        values = self._each_row(self.model, rows)
+        values = self._each_row(rows)
         return [values[id(row)] for row in rows]
 
     def flat_weights(self) -> tuple[NDArray[np.uint8], Manifest]:
@@ -184,11 +185,15 @@ class Learner(ABC):
         weights = self._state_dict()
         if self.rank == 0:
             folder = Path(folder)
-            self.model.save_pretrained(folder, state_dict=weights)
+            self.module.save_pretrained(folder, state_dict=weights)
             for pattern in TOKENIZER_FILES:
                 for file in self.model_path.glob(pattern):
                     shutil.copy2(file, folder / file.name)
         self._reduce(torch.zeros(1), "sum")
+
+    def close(self) -> None:
+        """Let go of what outlives a step."""
+        self._reference = None
 
     def _layout(self) -> dict[str, Any]:
         """Settings that a saved state can only be loaded under, by their `learner.` keys."""
@@ -198,9 +203,10 @@ class Learner(ABC):
     def _limits(self) -> tuple[int, float]:
         return self.cfg.learner.micro_batch_tokens, self.cfg.sampling.temperature
 
-    def _each_row(self, model: Any, rows: Sequence[Trajectory]) -> dict[int, NDArray[np.float32]]:
-        """`row_logprobs`; a subclass whose forward is a collective keeps ranks in step."""
-        return row_logprobs(model, rows, *self._limits)
+    def _each_row(self, rows: Sequence[Trajectory]) -> dict[int, NDArray[np.float32]]:
+        limit, temperature = self._limits
+        passes = int(self._reduce(torch.tensor([float(len(micro_batches(rows, limit)))]), "max"))
+        return row_logprobs(self.model, rows, limit, temperature, passes=passes)
 
     def _train(
         self,

@@ -29,7 +29,7 @@ class ReferenceLearner(Learner):
         super().__init__(cfg, model_path, total_steps=total_steps, device=device)
         learner = cfg.learner
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
+            self.module.parameters(),
             lr=learner.lr,
             betas=(learner.betas[0], learner.betas[1]),
             eps=learner.eps,
@@ -41,7 +41,7 @@ class ReferenceLearner(Learner):
 
     def _update(self, lr: float, *, finite: bool) -> float:
         limit = self.cfg.learner.max_grad_norm or math.inf
-        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
+        norm = float(torch.nn.utils.clip_grad_norm_(self.module.parameters(), limit))
         finite = finite and math.isfinite(norm)
         if finite:
             for group in self.optimizer.param_groups:
@@ -54,14 +54,14 @@ class ReferenceLearner(Learner):
         return vector
 
     def _state_dict(self) -> dict[str, Tensor]:
-        state: dict[str, Tensor] = self.model.state_dict()
+        state: dict[str, Tensor] = self.module.state_dict()
         return state
 
     def _save_state(self, folder: Path) -> None:
-        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        state = {"model": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
         torch.save(state, folder / "state.pt")
 
     def _load_state(self, folder: Path) -> None:
         state: dict[str, Any] = torch.load(folder / "state.pt", weights_only=True)
-        self.model.load_state_dict(state["model"])
+        self.module.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])

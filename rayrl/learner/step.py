@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from rayrl.batch import Totals, Trajectory, micro_batches
 from rayrl.config import LearnerConfig
@@ -45,6 +46,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> Any:
         raise ConfigError(
             f"model.path={str(path)!r} has no config.json; give a Hugging Face model directory"
         )
+    disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(
         path, dtype=torch.float32, attn_implementation=IMPLEMENTATION
     )
@@ -121,11 +123,20 @@ def _flat(rows: Sequence[Trajectory], packed: Packed, name: str, device: Any) ->
 
 
 def row_logprobs(
-    model: Any, rows: Sequence[Trajectory], max_tokens: int, temperature: float
+    model: Any,
+    rows: Sequence[Trajectory],
+    max_tokens: int,
+    temperature: float,
+    *,
+    passes: int = 0,
 ) -> dict[int, NDArray[np.float32]]:
-    """(T,) log-probabilities of each row, 0 where `loss_mask` is False; keyed by `id(row)`."""
+    """(T,) log-probabilities of each row, 0 where `loss_mask` is False; keyed by `id(row)`.
+
+    Makes at least `passes` forward passes: where one is a collective, all ranks make as many.
+    """
     out: dict[int, NDArray[np.float32]] = {}
-    for micro in micro_batches(rows, max_tokens):
+    micros = micro_batches(rows, max_tokens)
+    for micro in micros + [[filler()]] * (passes - len(micros)):
         packed = _pack(micro)
         with torch.no_grad():
             values = token_logprobs(model, packed, temperature)[0].cpu().numpy()

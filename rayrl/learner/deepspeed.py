@@ -1,0 +1,215 @@
+"""The learner on DeepSpeed: one rank, ZeRO 0 to 3, CPU (gloo) or GPU (nccl).
+
+DeepSpeed accumulates, reduces, clips and applies gradients; what the loss is and how rows are
+divided is `base.py`'s and `step.py`'s. Three things DeepSpeed does its own way:
+
+- It averages gradients over ranks, while a rank's loss is its part of a *sum*: the loss is
+  multiplied by the world size.
+- Gradient accumulation has no fixed length here, so its boundary is set by hand for every pass.
+- In fp32 it looks for no overflow. The client optimizer does: it is the one place that every ZeRO
+  stage passes with reduced gradients, once an update, before weights or moments change.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rayrl.config import Config, LearnerConfig
+from rayrl.errors import ConfigError
+from rayrl.learner.base import Learner
+
+__all__ = ["DeepSpeedLearner"]
+
+TAG = "state"  # name DeepSpeed gives a checkpoint inside its folder
+TIMEOUT = timedelta(minutes=10)  # for one collective, when a rank has died without closing
+
+
+class _GuardedAdamW(torch.optim.AdamW):
+    """AdamW that does nothing where `veto` is set or any rank's gradient is not finite."""
+
+    veto = False
+    skipped = False
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Update, unless there is a reason not to; `skipped` says which happened."""
+        grads = [p.grad for group in self.param_groups for p in group["params"]]
+        present = [grad for grad in grads if grad is not None and grad.numel()]
+        bad = torch.zeros(1)
+        if present:
+            # A sum is not finite where a term is not; norms in fp32 could overflow, so in fp64.
+            norms = torch.stack([grad.double().norm() for grad in present])
+            bad[0] = float(not math.isfinite(float(norms.sum())))
+        if dist.get_world_size() > 1:
+            bad = bad.to(present[0].device) if dist.get_backend() == "nccl" and present else bad
+            dist.all_reduce(bad, op=dist.ReduceOp.MAX)
+        if self.veto or bool(bad):
+            self.skipped = True
+        else:
+            super().step()
+
+
+class DeepSpeedLearner(Learner):
+    """Rank `rank` of `world_size`; all ranks construct it and call every method together.
+
+    Args:
+        master_addr: host of rank 0.
+        master_port: a free port there, the same for all ranks.
+
+    The rest are `Learner`'s. All learners of a process share its process group.
+    """
+
+    def __init__(
+        self,
+        cfg: Config,
+        model_path: str | Path,
+        rank: int = 0,
+        world_size: int = 1,
+        master_addr: str = "127.0.0.1",
+        master_port: int = 29500,
+        *,
+        total_steps: int | None = None,
+        device: str = "cpu",
+    ) -> None:
+        super().__init__(
+            cfg,
+            model_path,
+            rank=rank,
+            world_size=world_size,
+            total_steps=total_steps,
+            device=device,
+        )
+        if cfg.learner.zero_stage not in (0, 1, 2, 3):
+            raise ConfigError(f"learner.zero_stage={cfg.learner.zero_stage}: choose 0, 1, 2 or 3")
+        os.environ.update(
+            RANK=str(rank),
+            LOCAL_RANK="0",
+            WORLD_SIZE=str(world_size),
+            DS_ACCELERATOR="cpu" if device == "cpu" else "cuda",
+        )
+        if not dist.is_initialized():
+            dist.init_process_group(
+                "gloo" if device == "cpu" else "nccl",
+                # One rank needs no port, so it cannot meet one that is taken.
+                store=dist.HashStore() if world_size == 1 else None,  # type: ignore[attr-defined]
+                init_method=None if world_size == 1 else f"tcp://{master_addr}:{master_port}",
+                rank=rank,
+                world_size=world_size,
+                timeout=TIMEOUT,
+            )
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+        with _quiet():
+            import deepspeed
+
+            self._deepspeed = deepspeed
+            # Its shared-memory collectives are a C++ extension compiled on first use; gloo will do.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+            self.optimizer = self._make_optimizer(cfg.learner)
+            self.model, *_ = deepspeed.initialize(
+                model=self.module,
+                optimizer=self.optimizer,
+                config=self._settings(cfg.learner),
+            )
+
+    def _make_optimizer(self, learner: LearnerConfig) -> _GuardedAdamW:
+        return _GuardedAdamW(
+            self.module.parameters(),
+            lr=learner.lr,
+            betas=(learner.betas[0], learner.betas[1]),
+            eps=learner.eps,
+            weight_decay=learner.weight_decay,
+        )
+
+    def _settings(self, learner: LearnerConfig) -> dict[str, Any]:
+        numel = sum(p.numel() for p in self.module.parameters())
+        bucket = min(500_000_000, numel + 1024)  # the default would allocate 2 GB for any model
+        return {
+            "train_micro_batch_size_per_gpu": 1,  # unused: rows are divided before they get here
+            "gradient_accumulation_steps": 1,
+            # Without ZeRO it clips but does not tell the norm; with, it needs a bound to have one.
+            "gradient_clipping": (learner.max_grad_norm or 1e30) if learner.zero_stage else 0.0,
+            "steps_per_print": 1 << 62,
+            "zero_allow_untested_optimizer": True,  # a subclass of AdamW
+            "zero_force_ds_cpu_optimizer": False,
+            "zero_optimization": {
+                "stage": learner.zero_stage,
+                "overlap_comm": False,
+                "reduce_bucket_size": bucket,
+                "allgather_bucket_size": bucket,
+                "sub_group_size": 10**12,
+            },
+        }
+
+    def _backward(self, loss: Tensor, *, last: bool) -> None:
+        self.model.set_gradient_accumulation_boundary(last)
+        self.model.backward(loss * self.world_size)
+
+    def _update(self, lr: float, *, finite: bool) -> float:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.veto, self.optimizer.skipped = not finite, False
+        norm: Any = None
+        if self.cfg.learner.zero_stage == 0:
+            limit = self.cfg.learner.max_grad_norm or math.inf
+            norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), limit)
+        self.model.step()
+        if norm is None:
+            norm = self.model.get_global_grad_norm()
+        return math.nan if self.optimizer.skipped or norm is None else float(norm)
+
+    def _reduce(self, vector: Tensor, op: str) -> Tensor:
+        if self.world_size > 1:
+            vector = vector.to(self.device)
+            dist.all_reduce(vector, op=dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX)
+        return vector.cpu()
+
+    def _state_dict(self) -> dict[str, Tensor]:
+        if self.cfg.learner.zero_stage < 3:
+            state: dict[str, Tensor] = self.module.state_dict()
+            return state
+        parameters = list(self.module.parameters())
+        with self._deepspeed.zero.GatheredParameters(parameters):
+            copies: dict[int, Tensor] = {}  # tied names keep sharing one tensor
+            return {
+                name: copies.setdefault(id(tensor), tensor.detach().clone())
+                for name, tensor in self.module.state_dict(keep_vars=True).items()
+            }
+
+    def _save_state(self, folder: Path) -> None:
+        with _quiet():
+            self.model.save_checkpoint(str(folder), tag=TAG)
+
+    def _load_state(self, folder: Path) -> None:
+        with _quiet():
+            self.model.load_checkpoint(str(folder), tag=TAG)
+
+    def close(self) -> None:
+        """Leave the process group; the last thing a process does with learners."""
+        super().close()
+        dist.destroy_process_group()
+
+    def _layout(self) -> dict[str, Any]:
+        return {**super()._layout(), "zero_stage": self.cfg.learner.zero_stage}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """DeepSpeed says a page about itself at every start; keep errors."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(previous)
