@@ -251,7 +251,7 @@ class Chat:
             raise ConfigError(
                 f"the chat template of {_name(self.tokenizer)} rewrites earlier messages, so ids "
                 f"cannot be appended: it renders {whole[: len(before)]!r} where {before!r} stood "
-                f"when the model answered. {_REMEDY.capitalize()}"
+                f"when the model answered; {_REMEDY}"
             )
         return self._cut_text(whole[len(before) :], range(2, 2 + len(roles)))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -101,9 +102,11 @@ def _fit_union(value: Any, hint: Any, args: tuple[Any, ...]) -> Any:
 
 def _fit_scalar(value: Any, kind: Any) -> Any:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if kind is float and is_number:
+    if kind is float and is_number and abs(value) <= sys.float_info.max:
         return float(value)
-    if kind is int and is_number and value == int(value):
+    if kind is float and isinstance(value, float):  # infinite or not a number
+        return value
+    if kind is int and is_number and value % 1 == 0:
         return int(value)
     if kind in (str, bool) and isinstance(value, kind):
         return value

@@ -1,4 +1,4 @@
-"""What the tests of the act half share: a real little tokenizer, and generators that need no model."""
+"""What the tests of the act half share: a real tokenizer, and generators without a model."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
+from rayrl.agent import Conversation, Options
 from rayrl.chat import Chat
-from rayrl.types import Completion, Request, VersionSpan
+from rayrl.errors import InfraError
+from rayrl.players import PolicyPlayer, ScriptedPlayer
+from rayrl.rollout import play_groups
+from rayrl.types import Completion, Group, Message, Request, Sampling, Turn, VersionSpan
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -68,3 +72,41 @@ class Instant:
 
     def release(self, sessions: Sequence[str]) -> None:
         self.released += sessions
+
+
+class Flaky:
+    """A player that fails its first `fails` answers, then says yes."""
+
+    trainable = True
+
+    def __init__(self, fails: int, error: Exception | None = None) -> None:
+        self.left = fails
+        self.error = error or InfraError("replica died")
+        self.sessions: list[str] = []
+        self.seeds: list[int] = []
+
+    async def answer(
+        self, conversation: Conversation, new: Sequence[Message], options: Options
+    ) -> Turn:
+        self.sessions.append(conversation.session)
+        self.seeds.append(options.seed)
+        if self.left:
+            self.left -= 1
+            raise self.error
+        return Turn("agent", tuple(new), "yes", "stop")
+
+
+def says(text: str = "yes") -> dict[str, Any]:
+    """Players of an episode whose one seat always says the same."""
+    return {"agent": ScriptedPlayer(lambda messages, rng: text)}
+
+
+def instant(**keywords: Any) -> dict[str, Any]:
+    """Players of an episode whose one seat is a policy that answers at once."""
+    engine = Instant(chat(), ["one", "the lazy dog", "three"])
+    return {"agent": PolicyPlayer(chat(), engine, Sampling(), **keywords)}
+
+
+async def collect(*args: Any, **keywords: Any) -> list[Group]:
+    """All groups of `play_groups`."""
+    return [group async for group in play_groups(*args, **keywords)]

@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import itertools
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+import rayrl
+from rayrl import Scores, Task, check_env
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plain(Task):
+    word: str = ""
+    thing: Any = None
+
+
+def plain(seed: int, u: float, size: int = 3) -> Plain:
+    return Plain(seed=seed, word="ab" * size)
+
+
+def made(source: Any = plain, play: Any = None, **rewards: float) -> rayrl.Environment:
+    async def echo(task: Any, agent: Any) -> Scores:
+        reply = await agent(f"{getattr(task, 'word', '')} {task.rng('start').random()}")
+        return {"right": float(reply == "yes")}
+
+    return rayrl.env(tasks=source, rewards=rewards or {"right": 1.0}, name="made")(play or echo)
+
+
+def test_a_good_environment_has_no_problems() -> None:
+    env = made()
+    env.player("teacher")(lambda messages, rng: "yes")
+    assert check_env(env) == []
+    assert check_env(env, {"size": 5}) == []
+
+
+def test_settings_are_checked() -> None:
+    (problem,) = check_env(made(), {"szie": 5})
+    assert "Did you mean 'size'" in problem
+
+
+_count = itertools.count()
+
+
+class Loose(Task):
+    """No dataclass of its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Holder(Task):
+    thing: Any = None
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        (lambda seed, u: Plain(seed=seed, word=str(random.random())), "not deterministic"),
+        (lambda seed, u: Plain(word="a"), "every task has the same seed"),
+        (lambda seed, u: Loose(seed=seed), "must be a frozen dataclass"),
+        (lambda seed, u: Holder(seed=seed, thing={1, 2}), "episode log as JSON"),
+        (lambda seed, u: Holder(seed=seed, thing=len), "episode log as JSON"),
+        (lambda seed, u: Holder(seed=seed, thing=lambda: 0), "sent to another process"),
+        (lambda seed, u: None, "must return a rayrl.Task"),
+    ],
+)
+def test_problems_of_tasks(source: Any, said: str) -> None:
+    assert any(said in problem for problem in check_env(made(source)))
+
+
+async def _silent(task: Task, agent: Any) -> Scores:
+    return {"right": 1.0}
+
+
+async def _fails(task: Task, agent: Any) -> Scores:
+    raise KeyError("board")
+
+
+async def _forgets(task: Task, agent: Any) -> Scores:
+    await agent("a")
+    return {"rigth": 1.0}
+
+
+async def _talks_at_random(task: Task, agent: Any) -> Scores:
+    await agent(str(next(_count)))
+    return {"right": 1.0}
+
+
+async def _scores_at_random(task: Task, agent: Any) -> Scores:
+    await agent("a")
+    return {"right": next(_count)}
+
+
+async def _hangs(task: Task, agent: Any) -> Scores:
+    import asyncio
+
+    await agent("a")
+    await asyncio.Event().wait()
+    return {"right": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("play", "said"),
+    [
+        (_silent, "no model was asked anything"),
+        (_fails, "KeyError: 'board'"),
+        (_forgets, "Did you mean 'right'"),
+        (_talks_at_random, "different messages at turn 0"),
+        (_scores_at_random, "not deterministic: the same task and replies were scored"),
+        (_hangs, "did not end within 0.1 s"),
+    ],
+)
+def test_problems_of_play(play: Any, said: str) -> None:
+    (problem,) = check_env(made(play=play), deadline_s=0.1)
+    assert said in problem
+
+
+def test_weights_that_teach_nothing() -> None:
+    assert "every reward has weight 0" in check_env(made(right=0.0))[0]
+
+
+def test_a_teacher_that_cannot_play() -> None:
+    env = made()
+    env.player("broken")(lambda messages, rng: messages[7].content)
+    (problem,) = check_env(env)
+    assert "with player 'broken'" in problem
+    assert "IndexError" in problem
