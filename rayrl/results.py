@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
+from rich.console import Group as RichGroup
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -154,22 +157,35 @@ def entry(result: Result, column: Column) -> tuple[str, str]:
     return (figure.text(), figure.interval_text())
 
 
-def rich_table(results: Sequence[Result], title: str = "") -> Table:
-    """The table for a terminal, intervals in the second line of each entry."""
-    table = Table(title=title or None, title_justify="left", show_lines=True)
-    table.add_column("")
+def rich_table(results: Sequence[Result]) -> RenderableType:
+    """The table for a terminal: a part for each cell and check, so that 80 columns are enough."""
     shown = columns(results)
+    parts: list[RenderableType] = []
+    for group in dict.fromkeys((column.group, column.is_check) for column in shown):
+        own = [column for column in shown if (column.group, column.is_check) == group]
+        parts.append(_part(results, own))
+    return RichGroup(*parts, Text("Beneath each figure: its 95% interval.", style="dim"))
+
+
+def _part(results: Sequence[Result], shown: Sequence[Column]) -> Table:
+    title = shown[0].group
+    cells = [result.cells[title] for result in results if title in result.cells]
+    if cells and not shown[0].is_check:
+        settings = ", ".join(f"{key}={value}" for key, value in cells[0].args.items())
+        title += f" ({settings})" if settings else ""
+    table = Table(title=Text(title, style="bold"), title_justify="left", box=SIMPLE_HEAD)
+    table.add_column("", style="bold")
     for column in shown:
-        table.add_column(f"{column.group}\n{column.name}", justify="right")
+        table.add_column(Text(column.name), justify="right")
     for result in results:
-        entries = []
-        for column in shown:
-            value, interval = entry(result, column)
+        entries = [entry(result, column) for column in shown]
+        if all(value == MISSING for value, _ in entries):
+            continue
+        texts = []
+        for value, interval in entries:
             text = Text(value, style="bold")
-            if interval:
-                text.append("\n" + interval.replace(" · ", "\n"), style="dim")
-            entries.append(text)
-        table.add_row(Text(result.name), *entries)
+            texts.append(text.append(f"\n{interval}", style="not bold dim") if interval else text)
+        table.add_row(Text(result.name), *texts)
     return table
 
 

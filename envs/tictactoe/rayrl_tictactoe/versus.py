@@ -18,8 +18,7 @@ from .env import Game, games
 from .match import INVALID_SCORE, Match
 
 if TYPE_CHECKING:
-    from rayrl import Episode
-    from rayrl.agent import Agent
+    from rayrl import Agent, Episode
 
 __all__ = ["versus"]
 
