@@ -45,6 +45,7 @@ PAD = 16  # contexts are padded to a multiple of it
 KEY_BLOCK = 128
 TILE = 32  # new tokens of one conversation in one prefill product
 TILES = 16  # tiles in one prefill product
+NEIGHBOURS = 4  # conversations side by side that are worth a prefill product without a copy
 SLOTS = 32  # conversations in one decode product: their keys fit a core's cache
 GAP = 3  # idle slots in a row that end a decode block: cheaper to compute fewer than to split
 
@@ -208,14 +209,35 @@ class Decode:
 
 @dataclass(frozen=True, slots=True)
 class _Tiles:
-    """Tiles of one prefill product: n conversations' pieces of at most TILE tokens."""
+    """One prefill product: n pieces, each at most TILE new tokens of one conversation."""
 
-    tokens: Tensor  # (n, tile) flat index of each token; padding repeats the last one
+    tokens: Tensor  # (n, tile) flat index of each token; padding repeats the piece's last one
     kept: Tensor  # places in (n * tile,) that are not padding
     targets: Tensor  # their flat index
-    slots: Tensor  # (n,)
+    slots: slice | Tensor  # neighbours in the slab, or (n,)
     context: int
     mask: Tensor  # (n * folds, tile * group, L)
+
+
+_Piece = tuple[int, int, int, int]  # slot, position of its first token, its flat index, how many
+
+
+def _together(pieces: list[_Piece]) -> list[list[_Piece]]:
+    """Pieces for each product: neighbours in the slab, which need no copy, then what is left."""
+    products: list[list[_Piece]] = []
+    alone: list[_Piece] = []
+    run: list[_Piece] = []
+    for piece in [*sorted(pieces), None]:
+        if run and (piece is None or piece[0] != run[-1][0] + 1 or len(run) == TILES):
+            if len(run) >= NEIGHBOURS:
+                products.append(run)
+            else:
+                alone += run
+            run = []
+        if piece is not None:
+            run.append(piece)
+    alone.sort(key=lambda piece: piece[1] + piece[3])  # alike contexts: less padding
+    return products + [alone[at : at + TILES] for at in range(0, len(alone), TILES)]
 
 
 class Prefill:
@@ -231,7 +253,7 @@ class Prefill:
     def __init__(
         self,
         slab: KVSlab,
-        runs: Sequence[tuple[int, int, int, int]],
+        runs: Sequence[_Piece],
         source: Ints,
         slots: Ints,
         positions: Ints,
@@ -245,12 +267,9 @@ class Prefill:
             for slot, position, token, count in runs
             for done in range(0, count, size)
         ]
-        pieces.sort(key=lambda piece: piece[1] + piece[3])
-        self._products = [
-            self._tiles(pieces[at : at + TILES]) for at in range(0, len(pieces), TILES)
-        ]
+        self._products = [self._tiles(part) for part in _together(pieces)]
 
-    def _tiles(self, pieces: list[tuple[int, int, int, int]]) -> _Tiles:
+    def _tiles(self, pieces: list[_Piece]) -> _Tiles:
         g = self.slab.geometry
         slot, position, token, count = np.array(pieces, dtype=np.int64).T
         tile = max(int(count.max()), MIN_ROWS)
@@ -261,11 +280,12 @@ class Prefill:
         hidden = np.arange(context) > (position[:, None] + step)[..., None]  # (n, tile, L)
         mask = np.where(hidden, np.float32(-np.inf), np.float32(0))
         mask = mask.repeat(g.group, axis=1).repeat(g.folds, axis=0)
+        neighbours = bool((np.diff(slot) == 1).all())
         return _Tiles(
             torch.from_numpy(tokens),
             torch.from_numpy(kept),
             torch.from_numpy(tokens.reshape(-1)[kept]),
-            torch.from_numpy(slot),
+            slice(int(slot[0]), int(slot[-1]) + 1) if neighbours else torch.from_numpy(slot),
             context,
             torch.from_numpy(mask),
         )
@@ -274,21 +294,25 @@ class Prefill:
         """See `Step.attend`."""
         slab, g = self.slab, self.slab.geometry
         slab.write(layer, self._write_at, k[self._source], v[self._source])
-        out = torch.empty(len(q), g.folds, g.fold, g.group, g.head_dim)
-        q = q.reshape(out.shape)
+        out = torch.empty(len(q), g.heads, g.head_dim)
         for t in self._products:
             n, tile = t.tokens.shape
-            key = slab.keys[layer, :, :, : t.context].index_select(0, t.slots).flatten(0, 1)
-            value = slab.values[layer, :, :, : t.context].index_select(0, t.slots).flatten(0, 1)
+            # head by head, each (n * folds, tile * group, D)
+            query = q[t.tokens].view(n, tile, g.folds, g.fold, g.group, g.head_dim)
+            query = query.permute(3, 0, 2, 1, 4, 5).reshape(
+                g.fold, n * g.folds, tile * g.group, g.head_dim
+            )
+            key = slab.keys[layer, :, :, : t.context][t.slots].flatten(0, 1)
+            value = slab.values[layer, :, :, : t.context][t.slots].flatten(0, 1)
+            mixed = torch.empty(g.fold, n * g.folds, tile * g.group, g.head_dim)
             for head in range(g.fold):
                 part = slice(head * g.head_dim, (head + 1) * g.head_dim)
-                query = q[:, :, head][t.tokens].transpose(1, 2)  # (n, folds, tile, group, D)
-                query = query.reshape(n * g.folds, tile * g.group, g.head_dim)
-                scores = torch.baddbmm(t.mask, query, key[:, :, part].transpose(1, 2))
-                mixed = _values(scores.softmax(-1), value[:, :, part])
-                mixed = mixed.view(n, g.folds, tile, g.group, g.head_dim).transpose(1, 2)
-                out[:, :, head][t.targets] = mixed.flatten(0, 1)[t.kept]
-        return out.view(-1, g.heads, g.head_dim)
+                scores = torch.baddbmm(t.mask, query[head], key[:, :, part].transpose(1, 2))
+                mixed[head] = _values(scores.softmax(-1), value[:, :, part])
+            mixed = mixed.view(g.fold, n, g.folds, tile, g.group, g.head_dim)
+            mixed = mixed.permute(1, 3, 2, 0, 4, 5).reshape(n * tile, g.heads, g.head_dim)
+            out[t.targets] = mixed[t.kept]
+        return out
 
 
 def attention(

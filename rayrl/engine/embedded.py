@@ -25,7 +25,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,8 +35,11 @@ import torch
 from rayrl.config import EngineConfig
 from rayrl.engine.attention import Decode, KVSlab, Prefill
 from rayrl.engine.kv import SlotTable, slots_for
+from rayrl.engine.mail import Answer, Job, Load, Release, deliver
 from rayrl.engine.model import FlatModel
-from rayrl.engine.sampler import Draws, sample
+from rayrl.engine.prompts import flatten_prompts
+from rayrl.engine.rows import Rows
+from rayrl.engine.sampler import sample
 from rayrl.errors import ConfigError, InfraError, RayrlError, StaleWeights
 from rayrl.types import Completion, Finish, Request, VersionSpan
 
@@ -48,34 +51,8 @@ if TYPE_CHECKING:
 __all__ = ["EmbeddedEngine"]
 
 PREFILL_TOKENS = 1024  # distinct tokens a prefill step: more fall out of the core's cache
-STOP_IDS = 8  # columns of the table of stop ids; it grows when a request has more
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True, eq=False)
-class _Job:
-    """A request on its way; `prompt` (n,)."""
-
-    request: Request
-    prompt: NDArray[np.int64]
-    future: asyncio.Future[Completion]
-    slot: int = -1
-    cached: int = 0
-    cancelled: bool = False
-
-
-@dataclass(slots=True, eq=False)
-class _Load:
-    version: int
-    flat: NDArray[np.uint8]
-    manifest: Manifest
-    future: asyncio.Future[str]
-
-
-@dataclass(slots=True, eq=False)
-class _Release:
-    sessions: Sequence[str]
 
 
 @dataclass(slots=True)
@@ -89,64 +66,6 @@ class _Stats:
     decode_seconds: float = 0.0
     load_seconds: float = 0.0
     completions: int = 0
-
-
-@dataclass(slots=True)
-class _Rows:
-    """What is being generated in each slot; arrays (slots,) so that no step loops over rows."""
-
-    slots: int
-    max_len: int
-    prompt: NDArray[np.int64] = field(init=False)
-    sampled: NDArray[np.int64] = field(init=False)
-    most: NDArray[np.int64] = field(init=False)
-    seed: NDArray[np.uint64] = field(init=False)
-    temperature: NDArray[np.float32] = field(init=False)
-    top_k: NDArray[np.int64] = field(init=False)
-    top_p: NDArray[np.float64] = field(init=False)
-    stop_ids: NDArray[np.int64] = field(init=False)
-    has_stop: NDArray[np.bool_] = field(init=False)
-    logprobs: NDArray[np.float32] = field(init=False)
-
-    def __post_init__(self) -> None:
-        n = self.slots
-        self.prompt = np.zeros(n, dtype=np.int64)
-        self.sampled = np.zeros(n, dtype=np.int64)
-        self.most = np.zeros(n, dtype=np.int64)
-        self.seed = np.zeros(n, dtype=np.uint64)
-        self.temperature = np.zeros(n, dtype=np.float32)
-        self.top_k = np.zeros(n, dtype=np.int64)
-        self.top_p = np.ones(n, dtype=np.float64)
-        self.stop_ids = np.full((n, STOP_IDS), -1, dtype=np.int64)
-        self.has_stop = np.zeros(n, dtype=np.bool_)
-        self.logprobs = np.zeros((n, self.max_len), dtype=np.float32)
-
-    def start(self, job: _Job, max_len: int) -> None:
-        """Set a slot up for a request."""
-        slot, sampling, stop_ids = job.slot, job.request.sampling, job.request.stop_ids
-        self.prompt[slot] = len(job.prompt)
-        self.sampled[slot] = 0
-        self.most[slot] = min(sampling.max_tokens, max_len - len(job.prompt))
-        self.seed[slot] = job.request.seed & 0xFFFFFFFFFFFFFFFF
-        self.temperature[slot] = sampling.temperature
-        self.top_k[slot] = sampling.top_k
-        self.top_p[slot] = sampling.top_p
-        short = len(stop_ids) - self.stop_ids.shape[1]
-        if short > 0:
-            self.stop_ids = np.pad(self.stop_ids, ((0, 0), (0, short)), constant_values=-1)
-        self.stop_ids[slot] = -1
-        self.stop_ids[slot, : len(stop_ids)] = stop_ids
-        self.has_stop[slot] = bool(sampling.stop)
-
-    def draws(self, slots: NDArray[np.int64]) -> Draws:
-        """How the next id of each of `slots` is drawn."""
-        return Draws(
-            self.temperature[slots],
-            self.top_k[slots],
-            self.top_p[slots],
-            self.seed[slots],
-            self.sampled[slots],
-        )
 
 
 class EmbeddedEngine:
@@ -194,17 +113,17 @@ class EmbeddedEngine:
         slots = slots_for(geometry, self.max_len, kv_cache_gb, max_live)
         self._slab = KVSlab(geometry, slots, self.max_len)
         self._table = SlotTable(self._slab)
-        self._rows = _Rows(slots, self._slab.max_len)
+        self._rows = Rows(slots, self._slab.max_len)
         self._tokenizer = tokenizer
         self._threads = threads
-        self._jobs: dict[int, _Job] = {}  # by slot
-        self._waiting: deque[_Job] = deque()
-        self._load: _Load | None = None
-        self._inbox: deque[_Job | _Load | _Release] = deque()
+        self._jobs: dict[int, Job] = {}  # by slot
+        self._waiting: deque[Job] = deque()
+        self._load: Load | None = None
+        self._inbox: deque[Job | Load | Release] = deque()
         self._wake = threading.Event()
         self._mail = threading.Lock()  # so that nothing is posted after the last look
         self._closing = False
-        self._done: list[tuple[asyncio.Future[Any], Any]] = []
+        self._done: list[Answer] = []
         self._stats = _Stats()
         self._thread = threading.Thread(target=self._run, name="rayrl-engine", daemon=True)
         self._thread.start()
@@ -242,7 +161,7 @@ class EmbeddedEngine:
         prompt = self._check(request)
         if len(prompt) >= self.max_len or request.sampling.max_tokens == 0:
             return Completion((), (), (), "length")
-        job = _Job(request, prompt, asyncio.get_running_loop().create_future())
+        job = Job(request, prompt, asyncio.get_running_loop().create_future())
         self._send(job)
         try:
             return await job.future
@@ -261,13 +180,13 @@ class EmbeddedEngine:
         Raises:
             DataError: the weights are not this model's; the old ones are kept.
         """
-        load = _Load(version, flat, manifest, asyncio.get_running_loop().create_future())
+        load = Load(version, flat, manifest, asyncio.get_running_loop().create_future())
         self._send(load)
         return await load.future
 
     def release(self, sessions: Sequence[str]) -> None:
         """Free what is kept for conversations that are over; unknown names are fine."""
-        self._inbox.append(_Release(tuple(sessions)))
+        self._inbox.append(Release(tuple(sessions)))
 
     async def close(self) -> None:
         """Stop; what is in flight fails with InfraError. Closing twice is fine."""
@@ -319,7 +238,7 @@ class EmbeddedEngine:
             )
         return prompt
 
-    def _send(self, message: _Job | _Load) -> None:
+    def _send(self, message: Job | Load) -> None:
         with self._mail:
             if self._closing:
                 raise InfraError("the engine is closed")
@@ -337,9 +256,10 @@ class EmbeddedEngine:
                 except Exception as error:  # a step failed: its requests are told, never left
                     _log.exception("embedded engine: a step failed")
                     self._fail(error)
-                self._deliver()
+                done, self._done = self._done, []
+                deliver(done)
         self._fail(InfraError("the engine was closed"))
-        self._deliver()
+        deliver(self._done)
 
     def _turn(self) -> None:
         """One step, or a wait for something to do."""
@@ -366,9 +286,9 @@ class EmbeddedEngine:
         # a load stops the mail: what comes after it waits for the new weights
         while self._inbox and self._load is None:
             message = self._inbox.popleft()
-            if isinstance(message, _Job):
+            if isinstance(message, Job):
                 self._waiting.append(message)
-            elif isinstance(message, _Load):
+            elif isinstance(message, Load):
                 self._load = message
             else:
                 self._table.release(message.sessions)
@@ -378,12 +298,12 @@ class EmbeddedEngine:
             del self._jobs[slot]
             self._table.finish(np.array([slot]))
 
-    def _take_weights(self, load: _Load) -> None:
+    def _take_weights(self, load: Load) -> None:
         self._load = None
         began = time.perf_counter()
         try:
             digest = self._model.load(load.flat, load.manifest)
-        except RayrlError as error:
+        except Exception as error:  # not one of ours either may leave the caller waiting
             self._done.append((load.future, error))
             return
         self._table.clear()
@@ -391,9 +311,9 @@ class EmbeddedEngine:
         self._done.append((load.future, digest))
         self._stats.load_seconds += time.perf_counter() - began
 
-    def _admit(self) -> list[_Job]:
+    def _admit(self) -> list[Job]:
         """Waiting requests that get a slot now, for at most about `PREFILL_TOKENS` new tokens."""
-        admitted: list[_Job] = []
+        admitted: list[Job] = []
         tokens = 0
         seen: set[bytes] = set()
         while self._waiting and tokens < PREFILL_TOKENS and len(self._jobs) < self.max_live:
@@ -412,7 +332,7 @@ class EmbeddedEngine:
             self._waiting.popleft()
             job.slot, job.cached = claim
             self._jobs[job.slot] = job
-            self._rows.start(job, self.max_len)
+            self._rows.start(job.slot, job.request, self.max_len)
             admitted.append(job)
             key = job.prompt.tobytes()
             if key not in seen:
@@ -420,43 +340,15 @@ class EmbeddedEngine:
                 seen.add(key)
         return admitted
 
-    def _prefill(self, jobs: list[_Job]) -> None:
+    def _prefill(self, jobs: list[Job]) -> None:
         """Compute the admitted prompts' new tokens, each distinct one once, and sample."""
-        # A node is a distinct (all ids before, id); it is also the token's flat index. Roots are
-        # the cached prefixes, numbered below zero.
-        nodes: dict[tuple[int, int], int] = {}
-        roots: dict[bytes, int] = {}
-        ids: list[int] = []
-        positions: list[int] = []
-        runs: list[tuple[int, int, int, int]] = []
-        sources: list[int] = []
-        last: list[int] = []
-        for job in jobs:
-            node = roots.setdefault(job.prompt[: job.cached].tobytes(), -1 - len(roots))
-            first = len(ids)
-            for position, token in enumerate(job.prompt[job.cached :].tolist(), job.cached):
-                node = nodes.setdefault((node, token), len(ids))
-                if node == len(ids):
-                    ids.append(token)
-                    positions.append(position)
-                sources.append(node)
-            if len(ids) > first:
-                runs.append((job.slot, positions[first], first, len(ids) - first))
-            last.append(node)
-        new = np.array([len(job.prompt) - job.cached for job in jobs])
+        flat = flatten_prompts([(job.slot, job.prompt, job.cached) for job in jobs])
         slots = np.array([job.slot for job in jobs])
-        start = np.repeat(np.array([job.cached for job in jobs]) - np.cumsum(new) + new, new)
-        step = Prefill(
-            self._slab,
-            runs,
-            np.array(sources),
-            np.repeat(slots, new),
-            np.arange(len(sources)) + start,
-        )
-        logits = self._model.logits(step, np.array(ids), np.array(positions), np.array(last))
+        step = Prefill(self._slab, flat.runs, flat.source, flat.slots, flat.places)
+        logits = self._model.logits(step, flat.ids, flat.positions, flat.last)
         self._table.held[slots] = self._rows.prompt[slots]
         self._stats.prompt_tokens += int(self._rows.prompt[slots].sum())
-        self._stats.computed_tokens += len(ids)
+        self._stats.computed_tokens += len(flat.ids)
         order = np.argsort(slots)
         self._emit(slots[order], logits[torch.from_numpy(order)])
 
@@ -518,7 +410,7 @@ class EmbeddedEngine:
             error = InfraError(f"the engine's step failed: {type(error).__name__}: {error}")
         while self._inbox:
             message = self._inbox.popleft()
-            if not isinstance(message, _Release):
+            if not isinstance(message, Release):
                 self._done.append((message.future, error))
         if self._load is not None:
             self._done.append((self._load.future, error))
@@ -529,27 +421,3 @@ class EmbeddedEngine:
         self._waiting.clear()
         self._table.finish(np.flatnonzero(self._table.live))
         self._table.clear()
-
-    def _deliver(self) -> None:
-        """Hand results to the event loops they are awaited on, in one call for each loop."""
-        if not self._done:
-            return
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Future[Any], Any]]] = {}
-        for future, result in self._done:
-            by_loop.setdefault(future.get_loop(), []).append((future, result))
-        self._done = []
-        for loop, results in by_loop.items():
-            try:
-                loop.call_soon_threadsafe(_resolve, results)
-            except RuntimeError:  # that loop is closed: nobody waits there any more
-                continue
-
-
-def _resolve(results: list[tuple[asyncio.Future[Any], Any]]) -> None:
-    for future, result in results:
-        if future.done():
-            continue
-        if isinstance(result, Exception):
-            future.set_exception(result)
-        else:
-            future.set_result(result)

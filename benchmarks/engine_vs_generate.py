@@ -1,0 +1,150 @@
+"""The embedded engine against transformers' `generate`, on the same multi-turn episodes.
+
+    python benchmarks/engine_vs_generate.py --batch 64 256 --turns 8 --threads 1
+
+Both play the same conversations, side by side in one process: each turn adds about 30 prompt ids
+(their lengths vary, and are the same for both) and samples 8. `generate` is used as a program
+without an engine would: a batch of whole histories, left-padded, its own cache within a call.
+A token is a new prompt id or a sampled id: what a conversation is made of, not what was computed.
+Each side is played once to warm up; then turns alternate in order, and the fastest run counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+import time
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from rayrl.engine.embedded import EmbeddedEngine
+from rayrl.types import Request, Sampling
+
+SAMPLED = 8
+Added = list[list[tuple[int, ...]]]  # [turn][conversation] prompt ids
+
+
+def load(path: str | None) -> Any:
+    """The model at `path`, or one of the embedded model's shape with random weights."""
+    if path:
+        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=128,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            intermediate_size=384,
+            vocab_size=400,
+            max_position_embeddings=1024,
+        )
+    )
+
+
+def prompts(vocabulary: int, batch: int, turns: int, new: int) -> Added:
+    """What each turn adds to each conversation: new ± a third ids."""
+    rng = random.Random(0)
+    spread = new // 3
+    return [
+        [
+            tuple(rng.randrange(vocabulary) for _ in range(rng.randint(new - spread, new + spread)))
+            for _ in range(batch)
+        ]
+        for _ in range(turns)
+    ]
+
+
+async def play_engine(engine: EmbeddedEngine, added: Added, run: int) -> float:
+    """Seconds for all conversations, each going on as soon as it is answered."""
+
+    async def talk(i: int) -> None:
+        context: tuple[int, ...] = ()
+        for turn, new in enumerate(added):
+            context += new[i]
+            sampling = Sampling(max_tokens=SAMPLED)
+            asked = Request(f"{run}/{i}", context, sampling, seed=1000 * i + turn)
+            context += (await engine.generate(asked)).ids
+        engine.release([f"{run}/{i}"])
+
+    began = time.perf_counter()
+    await asyncio.gather(*(talk(i) for i in range(len(added[0]))))
+    return time.perf_counter() - began
+
+
+@torch.inference_mode()
+def play_generate(model: Any, added: Added) -> float:
+    """Seconds for the same with one call of `generate` a turn."""
+    contexts: list[list[int]] = [[] for _ in added[0]]
+    began = time.perf_counter()
+    for new in added:
+        for context, ids in zip(contexts, new, strict=True):
+            context += ids
+        longest = max(map(len, contexts))
+        short = [longest - len(context) for context in contexts]
+        padded = [[0] * pad + context for pad, context in zip(short, contexts, strict=True)]
+        mask = [[0] * pad + [1] * (longest - pad) for pad in short]
+        out = model.generate(
+            torch.tensor(padded),
+            attention_mask=torch.tensor(mask),
+            max_new_tokens=SAMPLED,
+            min_new_tokens=SAMPLED,
+            do_sample=True,
+            top_k=0,
+            pad_token_id=0,
+            eos_token_id=None,
+        )
+        for context, ids in zip(contexts, out[:, longest:].tolist(), strict=True):
+            context += ids
+    return time.perf_counter() - began
+
+
+async def compare(args: argparse.Namespace, batch: int) -> None:
+    """Print one line for a batch size."""
+    model, other = load(args.model), load(args.model)
+    other.eval()
+    vocabulary = model.config.vocab_size
+    added = prompts(vocabulary, batch, args.turns, args.new)
+    tokens = sum(len(ids) + SAMPLED for new in added for ids in new)
+    torch.set_num_threads(args.threads)
+    longest = max(sum(len(new[i]) + SAMPLED for new in added) for i in range(batch))
+    engine = EmbeddedEngine(model, max_live=batch, threads=args.threads, max_len=longest + 1)
+    ours, theirs = [], []
+    await play_engine(engine, added[:1], -1)
+    play_generate(other, added[:1])
+    for run in range(args.runs):
+        before = engine.stats()
+        ours.append(await play_engine(engine, added, run))
+        after = engine.stats()
+        theirs.append(play_generate(other, added))
+    await engine.close()
+    spent = {name: after[name] - before[name] for name in after}
+    print(
+        f"batch {batch:4d}  engine {tokens / min(ours):8.0f} tokens/s  "
+        f"generate {tokens / min(theirs):8.0f} tokens/s  ratio {min(theirs) / min(ours):5.1f}  "
+        f"| engine, last run: prefill {spent['computed_tokens'] / spent['prefill_seconds']:.0f} "
+        f"tokens/s, decode step {1e3 * spent['decode_seconds'] / spent['decode_steps']:.1f} ms, "
+        f"{spent['reused_tokens'] / spent['prompt_tokens']:.0%} of prompt ids reused",
+        flush=True,
+    )
+
+
+def main() -> None:
+    """Read the options and compare at each batch size."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", help="a Hugging Face directory; default: random weights")
+    parser.add_argument("--batch", type=int, nargs="+", default=[64, 256])
+    parser.add_argument("--turns", type=int, default=8)
+    parser.add_argument("--new", type=int, default=30, help="prompt ids a turn, about")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--runs", type=int, default=2)
+    args = parser.parse_args()
+    for batch in args.batch:
+        asyncio.run(compare(args, batch))
+
+
+if __name__ == "__main__":
+    main()
