@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+
+import pytest
+from rich.console import Console
+
+from rayrl import load_env
+from rayrl.config import Config, from_dict
+from rayrl.errors import ConfigError
+from rayrl.play import play, seats_for
+
+
+def config(env: str = "tictactoe", seat: str = "", seats: dict[str, str] | None = None) -> Config:
+    form = "<think></think><move>{}</move>"
+    return from_dict(
+        {
+            "env": {"name": env, "seats": seats or {}, "args": {"random_min": 1.0}},
+            "play": {"seat": seat, "form": form, "episodes": 2},
+        }
+    )
+
+
+def console() -> Console:
+    return Console(width=100, file=io.StringIO(), color_system=None)
+
+
+def typed(*lines: str) -> Iterator[str]:
+    while True:
+        yield from lines
+
+
+def shown(screen: Console) -> str:
+    assert isinstance(screen.file, io.StringIO)
+    return screen.file.getvalue()
+
+
+async def test_watching_shows_both_sides_and_the_scores() -> None:
+    screen = console()
+    played = await play(config(seats={"agent": "player:teacher"}), screen)
+    assert len(played) == 2
+    assert played[0].task != played[1].task
+    text = shown(screen)
+    assert "Your turn." in text
+    assert "agent ▸ <think>" in text
+    assert "reward" in text
+    assert text.count("episode ") == 2
+
+
+async def test_a_person_types_a_move_and_it_is_put_into_its_form() -> None:
+    lines = typed(*[f" {cell} " for cell in range(9)])
+    screen = console()
+    played = await play(config(seat="agent"), screen, read=lambda prompt: next(lines))
+    assert [e.failure for e in played] == [None, None]
+    assert played[0].turns[0].text == "<think></think><move>0</move>"
+    assert played[0].scores["agent"]["format"] == 1.0
+    assert "Your turn." in shown(screen)
+
+
+async def test_a_person_sees_only_their_own_side() -> None:
+    lines = typed(*"012345678")
+    screen = console()
+    cfg = config("tictactoe_versus", seat="o", seats={"x": "player:teacher"})
+    played = await play(cfg, screen, read=lambda prompt: next(lines))
+    assert {turn.seat for turn in played[0].turns} == {"x", "o"}
+    text = shown(screen)
+    assert "Opponent (O) played" in text
+    assert "<think>" not in text.replace("<think>reasoning</think>", "")  # its thoughts are its own
+
+
+def test_who_plays_the_other_seats() -> None:
+    env = load_env("tictactoe_versus")
+    assert seats_for(env, config("tictactoe_versus")) == {"x": "policy", "o": "policy"}
+    assert seats_for(env, config("tictactoe_versus", seat="o")) == {"x": "policy"}
+    with pytest.raises(ConfigError, match=r"play.seat=xx: .*Did you mean 'x'\? It has: x, o"):
+        seats_for(env, config("tictactoe_versus", seat="xx"))
+
+
+async def test_a_failure_is_shown() -> None:
+    def broken(prompt: str) -> str:
+        raise OSError("no terminal")
+
+    screen = console()
+    played = await play(config(seat="agent"), screen, read=broken)
+    assert played[0].failure is not None
+    assert "no terminal" in shown(screen)

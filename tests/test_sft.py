@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayrl import load_env
+from rayrl.config import Config, from_dict
+from rayrl.episodes import write_episodes
+from rayrl.errors import ConfigError, DataError
+from rayrl.players import ScriptedPlayer
+from rayrl.rollout import play_group
+from rayrl.sft import batch_indices, conversations, load_rows, rows_of
+from rayrl.types import Episode, Failure, Message, Sampling, Task, Turn, system, user
+from tests.act import Instant, chat
+
+
+def config(data: Path | str, **sections: Any) -> Config:
+    base = {"env": {"name": "tictactoe"}, "sft": {"data": str(data)}}
+    return from_dict({**base, **sections})
+
+
+async def games(n: int) -> list[Episode]:
+    """Games of the scripted teacher."""
+    env = load_env("tictactoe")
+    player = {"agent": ScriptedPlayer(env.players["teacher"])}
+    tasks = env.tasks(seed=5, n=n)
+    groups = [await play_group(env, t, player, id=f"g{k}", size=1) for k, t in enumerate(tasks)]
+    return [group.episodes[0] for group in groups]
+
+
+# --- which rows a batch has ----------------------------------------------------------------------
+
+
+def test_batches_go_through_one_shuffle_after_another() -> None:
+    n, size, seed = 10, 4, 7
+    seen = [i for step in range(5) for i in batch_indices(n, size, step, seed)]
+    assert sorted(seen[:10]) == list(range(10))  # the first epoch
+    assert sorted(seen[10:]) == list(range(10))  # the second, from the middle of a batch on
+    assert seen[:10] != seen[10:]
+    assert batch_indices(n, size, 3, seed) == seen[12:16]  # a function of the step alone
+
+
+def test_a_batch_may_be_larger_than_the_data() -> None:
+    assert Counter(batch_indices(3, 7, 0, seed=0)).most_common()[-1][1] == 2
+    assert len(batch_indices(3, 7, 5, seed=0)) == 7
+    assert batch_indices(3, 3, 0, seed=0) != batch_indices(3, 3, 0, seed=2)
+
+
+# --- ids and masks -------------------------------------------------------------------------------
+
+
+async def test_a_row_has_the_ids_that_playing_it_gives() -> None:
+    """The same words said by a policy and by a script end up as the same training row."""
+    from rayrl.batch import make_batch
+    from rayrl.players import PolicyPlayer
+
+    (scripted,) = await games(1)
+    replies = iter([turn.text for turn in scripted.turns])
+
+    class Repeats(Instant):
+        async def generate(self, request):  # type: ignore[no-untyped-def]
+            self.replies = [chat().reply(next(replies))]
+            return await super().generate(request)
+
+    policy = PolicyPlayer(chat(), Repeats(chat(), [""]), Sampling(max_tokens=99))
+    env = load_env("tictactoe")
+    group = await play_group(env, scripted.task, {"agent": policy}, id="g", size=1)
+    played = make_batch([group], [{(0, "agent"): [1.0] * len(scripted.turns)}]).rows[0]
+
+    (row,) = rows_of(scripted, ["agent"], chat())
+    assert row.ids.tolist() == played.ids.tolist()
+    assert row.loss_mask.tolist() == played.loss_mask.tolist()
+
+
+async def test_the_loss_is_on_replies_and_their_end_of_turn() -> None:
+    (one,) = await games(1)
+    (row,) = rows_of(one, ["agent"], chat())
+    learned = row.ids[row.loss_mask].tolist()
+    end = chat().stop_ids[0]
+    texts = [chat().text(part) for part in split_after(learned, end)]
+    assert texts == [turn.text for turn in one.turns]
+    (everything,) = rows_of(one, ["agent"], chat(), loss_on_all=True)
+    assert everything.n_loss == len(row.ids) - 1  # nothing predicts the first id
+
+
+def split_after(ids: list[int], end: int) -> list[list[int]]:
+    parts: list[list[int]] = [[]]
+    for i in ids:
+        parts[-1].append(i)
+        if i == end:
+            parts.append([])
+    assert parts[-1] == []
+    return parts[:-1]
+
+
+def turn(*said: Message, ids: tuple[int, ...] = (), offset: int = 0) -> Turn:
+    return Turn("agent", said, "ok", "stop", offset=offset, prompt_ids=ids)
+
+
+def test_conversations_are_cut_where_one_starts() -> None:
+    with_ids = [turn(user("a"), ids=(1,)), turn(user("b"), ids=(2,), offset=5), turn(ids=(3,))]
+    assert [len(talk) for talk in conversations(with_ids)] == [2, 1]
+    without = [turn(system("s"), user("a")), turn(user("b")), turn(system("s"), user("c"))]
+    assert [len(talk) for talk in conversations(without)] == [2, 1]
+    assert list(conversations([])) == []
+
+
+# --- the data file -------------------------------------------------------------------------------
+
+
+async def test_rows_of_a_file(tmp_path: Path) -> None:
+    played = await games(6)
+    failed = Episode("f", "tictactoe", Task(), 0, (), failure=Failure("env", "broke"))
+    write_episodes(tmp_path / "d.jsonl", [*played, failed])
+    rows = load_rows(config(tmp_path / "d.jsonl"), chat())
+    assert [row.id for row in rows] == [f"{e.id}/agent/0" for e in played]
+    assert all(row.n_loss > 0 for row in rows)
+
+
+async def test_only_the_seats_of_the_policy_are_learned(tmp_path: Path) -> None:
+    env = load_env("tictactoe_versus")
+    players = {seat: ScriptedPlayer(env.players["random"]) for seat in env.seats}
+    group = await play_group(env, env.tasks(seed=1, n=1)[0], players, id="g", size=1)
+    write_episodes(tmp_path / "d.jsonl", group.episodes)
+    seats = {"x": "policy", "o": "player:optimal"}
+    both = load_rows(config(tmp_path / "d.jsonl", env={"name": "tictactoe_versus"}), chat())
+    named = {"name": "tictactoe_versus", "seats": seats}
+    one = load_rows(config(tmp_path / "d.jsonl", env=named), chat())
+    assert sorted(row.id for row in both) == ["g/0/o/0", "g/0/x/0"]
+    assert [row.id for row in one] == ["g/0/x/0"]
+    wrong = {"name": "tictactoe_versus", "seats": {"y": "policy"}}
+    with pytest.raises(ConfigError, match=r"env.seats.y: .* has no such seat"):
+        load_rows(config(tmp_path / "d.jsonl", env=wrong), chat())
+
+
+async def test_a_conversation_too_long_for_the_model_is_named(tmp_path: Path) -> None:
+    write_episodes(tmp_path / "d.jsonl", await games(1))
+    with pytest.raises(DataError, match=r"d\.jsonl: g0/0/agent/0 has \d+ ids.*positions for 20"):
+        load_rows(config(tmp_path / "d.jsonl"), chat(), longest=20)
+
+
+@pytest.mark.parametrize(
+    ("lines", "complaint"),
+    [
+        ("", "no reply to learn from"),
+        ("\n{\n", r"d\.jsonl:2: not valid JSON"),
+        ('{"id": "a"}\n', r"d\.jsonl:1: an episode needs the key"),
+    ],
+)
+def test_a_bad_file_names_file_and_line(tmp_path: Path, lines: str, complaint: str) -> None:
+    (tmp_path / "d.jsonl").write_text(lines)
+    with pytest.raises(DataError, match=complaint):
+        load_rows(config(tmp_path / "d.jsonl"), chat())
+
+
+def test_no_data_says_how_to_get_some(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"rayrl synth"):
+        load_rows(config(""), chat())
+    with pytest.raises(DataError, match=r"none\.jsonl"):
+        load_rows(config(tmp_path / "none.jsonl"), chat())
+
+
+def test_rows_survive_the_file(tmp_path: Path) -> None:
+    """What synth writes is text only: a scripted episode has no ids in its file."""
+    one = Episode("e", "g", Task(), 0, (turn(user("a")),), {"agent": {"s": 1.0}}, {"agent": 1.0})
+    write_episodes(tmp_path / "d.jsonl", [one])
+    assert "prompt_ids" not in json.loads((tmp_path / "d.jsonl").read_text())["turns"][0]
+    (row,) = load_rows(config(tmp_path / "d.jsonl"), chat())
+    (direct,) = rows_of(one, ["agent"], chat())
+    assert row.ids.tolist() == direct.ids.tolist()
