@@ -24,7 +24,7 @@ LAYERS: list[dict[str, str]] = [
     },
     {"engine": "engine", "learner": "learner"},
     {"cluster": "cluster"},
-    {"output": "rundir figures results show report_page stage bar progress"},
+    {"output": "rundir figures results show report_page stage bar progress memory"},
     {
         "programs": "synth sft train evaluate play report recipe plan envcheck",
     },
