@@ -54,6 +54,8 @@ TOKENIZER_FILES = (
 class Learner(ABC):
     """Trains one model. Rank `rank` of `world_size`; every method is called on every rank.
 
+    Constructing one sets this process's torch threads to `learner.threads`.
+
     Args:
         cfg: the whole configuration.
         model_path: Hugging Face directory the stage starts from (also the KL reference).
