@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import sys
 import tomllib
@@ -72,10 +73,12 @@ def imports(tree: ast.AST, module: str, is_package: bool) -> Iterator[tuple[str,
                 yield (whole if whole in known_modules() else base), node.lineno
 
 
+@functools.cache
 def known_modules() -> set[str]:
     return {name_of(file) for file in modules()}
 
 
+@functools.cache
 def imports_of(file: Path) -> list[tuple[str, int]]:
     tree = ast.parse(file.read_text("utf-8"))
     return list(imports(tree, name_of(file), file.name == "__init__.py"))
