@@ -1,0 +1,88 @@
+"""Where the time of one reinforcement-learning step goes: seconds and share of each stage.
+
+    python benchmarks/rl_step.py runs/tictactoe/rl1       from a run's metrics.jsonl
+    python benchmarks/rl_step.py --steps 3 model.path=…   runs that many steps of the main job
+
+The second form trains with the settings of `experiment=tictactoe`, stage rl1, in a temporary
+folder; any `key=value` overrides them. The first step warms up and is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+PREFIX = "time/"
+WARM_UP = 1
+
+
+def read(run: Path) -> list[dict[str, float]]:
+    """The lines of a run's metrics."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def table(rows: Sequence[Mapping[str, float]]) -> str:
+    """Median seconds and share of each stage, and what a step works through."""
+    stages = [key for key in rows[0] if key.startswith(PREFIX) and key != f"{PREFIX}total"]
+    total = statistics.median(row[f"{PREFIX}total"] for row in rows)
+    lines = [f"{'stage':<10} {'seconds':>8} {'share':>7}"]
+    left = total
+    for key in stages:
+        seconds = statistics.median(row.get(key, 0.0) for row in rows)
+        left -= seconds
+        lines.append(f"{key.removeprefix(PREFIX):<10} {seconds:>8.2f} {seconds / total:>7.1%}")
+    lines.append(f"{'rest':<10} {left:>8.2f} {left / total:>7.1%}")
+    lines.append(f"{'step':<10} {total:>8.2f}  (median of {len(rows)} steps)")
+    for key, per, name in (
+        ("episodes", "time/collect", "episodes a second of play"),
+        ("tokens", "time/collect", "sampled tokens a second of play"),
+        ("row_tokens", "time/update", "tokens of rows a second of learning"),
+        ("distinct_tokens", "time/update", "distinct tokens a second of learning"),
+    ):
+        if all(key in row and row.get(per, 0.0) > 0 for row in rows):
+            rate = statistics.median(row[key] / row[per] for row in rows)
+            lines.append(f"{rate:>10,.0f} {name}")
+    return "\n".join(lines)
+
+
+def train(steps: int, settings: Sequence[str], folder: Path) -> Path:
+    """Run some steps of the main job's first phase; returns the run's folder."""
+    from rayrl.cli import compose
+    from rayrl.config import stage_config, validate
+    from rayrl.train import run
+
+    config = compose(["experiment=tictactoe", *settings])
+    stage = next(stage for stage in config.recipe if stage.verb == "train")
+    config = replace(stage_config(config, stage), recipe=[])
+    config = replace(
+        config,
+        run=replace(config.run, dir=str(folder / "run"), name="rl_step", checkpoint_every=10**6),
+        train=replace(config.train, steps=steps + WARM_UP),
+    )
+    validate(config, "train")
+    run(config)
+    return folder / "run"
+
+
+def main() -> None:
+    """Measure or read, then print the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("run", nargs="?", type=Path, help="folder of a training run")
+    parser.add_argument("--steps", type=int, default=3)
+    options, settings = parser.parse_known_args()
+    if options.run is not None and "=" in str(options.run):
+        settings, options.run = [str(options.run), *settings], None
+    if options.run is not None:
+        print(table(read(options.run)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        print(table(read(train(options.steps, settings, Path(folder)))[WARM_UP:]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""Turns a second of the rollout stack alone: a 4-turn environment, an engine that takes no time.
+
+    python benchmarks/rollouts.py                                  rayrl in one process
+    python benchmarks/rollouts.py --ray                            and through env hosts and Serve
+    python benchmarks/rollouts.py --peer .venv-verifiers/bin/python   and the same on `verifiers`
+
+For the peer: `python -m venv .venv-verifiers && .venv-verifiers/bin/pip install 'verifiers<0.4'`
+(0.3 is the last release of its v0 interface, the faster one).
+
+Both sides play the same conversation with the same texts. rayrl does more in a turn: it keeps the
+conversation as ids (tokenizes what is new, decodes the reply) with a log-probability for each;
+verifiers passes messages on as text. One run of each warms up; then they alternate and the best of
+`--repeat` counts, because a busy machine only ever makes a run slower.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import rayrl
+from rayrl import Agent, Completion, Request, Sampling, Scores, Task, VersionSpan
+from rayrl.chat import Chat
+from rayrl.engine.protocol import Engine
+from rayrl.models import model_dir
+from rayrl.players import PolicyPlayer
+from rayrl.rollout import GroupPlan, play_groups
+
+TURNS = 4
+REPLY = "<move>4</move>"
+HERE = Path(__file__).resolve()
+PEER = HERE.parent / "peers" / "verifiers_rollouts.py"
+
+
+@rayrl.env(tasks=[Task()], rewards={"turns": 1.0})
+async def game(task: Task, agent: Agent) -> Scores:
+    """Four turns, whatever is answered."""
+    for k in range(TURNS):
+        await agent(f"turn {k}: your move")
+    return {"turns": float(agent.turns)}
+
+
+class InstantEngine:
+    """Answers every request at once with the same ids."""
+
+    version = 0
+
+    def __init__(self, ids: tuple[int, ...]) -> None:
+        self._done = Completion(ids, (-0.5,) * len(ids), (VersionSpan(0, 0, len(ids)),), "stop")
+
+    async def generate(self, request: Request) -> Completion:
+        """The same answer as ever."""
+        return self._done
+
+    def release(self, sessions: Sequence[str]) -> None:
+        """Keeps nothing."""
+
+    async def load_weights(self, version: int, flat: object, manifest: object) -> str:
+        """Has no weights."""
+        raise NotImplementedError
+
+    async def close(self) -> None:
+        """Holds nothing."""
+
+
+def plans(n: int) -> list[GroupPlan]:
+    """One episode each, as verifiers counts them."""
+    return [GroupPlan(str(k), Task(seed=k), 1, k) for k in range(n)]
+
+
+async def in_process(chat: Chat, n: int, concurrency: int) -> float:
+    """Seconds for `n` episodes in this process."""
+    player = PolicyPlayer(chat, InstantEngine(chat.reply(REPLY)), Sampling())
+    began = time.perf_counter()
+    async for group in play_groups(game, plans(n), {"agent": player}, concurrency=concurrency):
+        assert group.complete, group
+    return time.perf_counter() - began
+
+
+async def on_ray(chat: Chat, model: str, n: int, concurrency: int, repeat: int) -> float:
+    """Seconds for `n` episodes through one env host and one replica; the best of `repeat`."""
+    from rayrl.cluster.hosts import HostJob
+    from rayrl.cluster.replica import deploy
+    from rayrl.cluster.rollouts import Rollouts
+    from rayrl.cluster.session import open_session
+    from rayrl.config import from_dict
+
+    where = f"{HERE}:game"
+    config = from_dict(
+        {
+            "env": {"name": where},
+            "cluster": {"concurrency": concurrency},
+            "model": {"path": model},
+        }
+    )
+    reply = chat.reply(REPLY)
+
+    def make() -> Engine:
+        return InstantEngine(reply)
+
+    with open_session(config.cluster) as session:
+        app = f"{session.name}-instant"
+        await asyncio.to_thread(deploy, session, config, make, app=app, store=False)
+        models, apps = {"policy": str(model_dir(model))}, {"policy": app}
+        spec = rayrl.load_env(where).spec
+        job = HostJob(spec, {"agent": "policy"}, Sampling(), config, models, apps)
+        rollouts = Rollouts(job)
+        try:
+            await rollouts.ready()
+            await rollouts.collect(plans(64))  # warm-up
+            seconds = []
+            for _ in range(repeat):
+                began = time.perf_counter()
+                played = await rollouts.collect(plans(n))
+                seconds.append(time.perf_counter() - began)
+                assert len(played.groups) == n
+        finally:
+            rollouts.close()
+    return min(seconds)
+
+
+def on_peer(python: str, n: int, concurrency: int) -> float:
+    """Seconds for `n` episodes on verifiers, measured inside its own process after a warm-up."""
+    command = [python, str(PEER), "--episodes", str(n), "--concurrency", str(concurrency)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(
+            f"the peer failed; is verifiers<0.4 installed for {python}?\n{done.stderr[-2000:]}"
+        )
+    return float(json.loads(done.stdout.splitlines()[-1])["seconds"])
+
+
+def main() -> None:
+    """Measure, then print a table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="embedded", help="whose tokenizer is used")
+    parser.add_argument("--episodes", type=int, default=1000)
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[64, 256])
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--ray", action="store_true", help="also through hosts and Serve")
+    parser.add_argument("--peer", default="", help="a Python that has verifiers<0.4")
+    options = parser.parse_args()
+    n, repeat = options.episodes, options.repeat
+    chat = Chat.load(str(model_dir(options.model)))
+
+    print(f"{n} episodes of {TURNS} turns; turns a second, best of {repeat}")
+    print(f"{'live':>6} {'rayrl':>9} {'on Ray':>9} {'verifiers':>10} {'ratio':>7}")
+    for live in options.concurrency:
+        ours, theirs = [], []
+        asyncio.run(in_process(chat, 64, live))  # warm-up
+        for _ in range(repeat):
+            ours.append(asyncio.run(in_process(chat, n, live)))
+            if options.peer:
+                theirs.append(on_peer(options.peer, n, live))
+        rate = n * TURNS / min(ours)
+        line = f"{live:>6} {rate:>9,.0f}"
+        if options.ray:
+            seconds = asyncio.run(on_ray(chat, options.model, n, live, repeat))
+            line += f" {n * TURNS / seconds:>9,.0f}"
+        else:
+            line += f" {'–':>9}"
+        if theirs:
+            peer = n * TURNS / min(theirs)
+            line += f" {peer:>10,.0f} {rate / peer:>6.1f}x"
+        else:
+            line += f" {'–':>10} {'–':>7}"
+        print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
