@@ -7,13 +7,9 @@ import re
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import rayrl
-from rayrl import ConfigError, Message, Scores, Task
-
-if TYPE_CHECKING:
-    from rayrl.agent import Agent
+from rayrl import Agent, ConfigError, Message, Scores, Task
 
 __all__ = ["Word", "copyword", "score", "words"]
 

@@ -17,8 +17,7 @@ from .board import SYSTEM, Board, best_moves
 from .match import Match
 
 if TYPE_CHECKING:
-    from rayrl import Episode
-    from rayrl.agent import Agent
+    from rayrl import Agent, Episode
 
 __all__ = ["Game", "game_figures", "games", "opponent_move", "tictactoe", "unbeatable"]
 

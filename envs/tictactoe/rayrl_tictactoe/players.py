@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from rayrl.types import Message
+from rayrl import Message
 
 from .board import FREE, Board, best_moves, winner
 
@@ -19,6 +19,7 @@ __all__ = [
     "POLICIES",
     "SEES_BLOCK",
     "SEES_WIN",
+    "WANDERS",
     "Choice",
     "Policy",
     "optimal",
@@ -27,14 +28,15 @@ __all__ = [
     "teacher",
 ]
 
-SEES_WIN = 0.97
+SEES_WIN = 0.95
 """How often the teacher notices that it can win at once."""
 
-SEES_BLOCK = 0.97
+SEES_BLOCK = 0.95
 """How often the teacher notices that it must block."""
 
-LIKES_CENTRE = 0.6
-"""How often the teacher, with nothing to win or block, takes a free centre before a corner."""
+WANDERS = 0.25
+"""How often the teacher plays anywhere when it sees neither. A student of a teacher that always
+prefers the same cells would never try the others, and could not find out that some are better."""
 
 CENTRE = 4
 CORNERS = (0, 2, 6, 8)
@@ -104,12 +106,14 @@ def teacher_policy(key: str) -> Sequence[Choice]:
             choices += _even(left * chance, cells, thought)
             left *= 1 - chance
     free = Board(key).free()
+    corners = [cell for cell in CORNERS if cell in free]
+    if CENTRE not in free and not corners:
+        return [*choices, *_even(left, free, "{} is free.")]
+    choices += _even(left * WANDERS, free, "{} is free.")
+    left *= 1 - WANDERS
     if CENTRE in free:
-        choices.append(Choice(left * LIKES_CENTRE, CENTRE, "Centre is free."))
-        left *= 1 - LIKES_CENTRE
-    if corners := [cell for cell in CORNERS if cell in free]:
-        return [*choices, *_even(left, corners, "Corner {} is free.")]
-    return [*choices, *_even(left, free, f"Free: {', '.join(map(str, free))}.")]
+        return [*choices, Choice(left, CENTRE, "Centre is free.")]
+    return [*choices, *_even(left, corners, "Corner {} is free.")]
 
 
 POLICIES: dict[str, Policy] = {

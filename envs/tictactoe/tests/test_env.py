@@ -11,8 +11,7 @@ from rayrl_tictactoe.board import FREE, SYSTEM, Board, best_moves
 from rayrl_tictactoe.env import Game, games, opponent_move, tictactoe, unbeatable
 from rayrl_tictactoe.players import read_board
 
-from rayrl import ConfigError, Message, Reply
-from rayrl.agent import Agent
+from rayrl import Agent, ConfigError, Message, Reply
 from rayrl.players import ScriptedPlayer
 from rayrl.rollout import play_group
 

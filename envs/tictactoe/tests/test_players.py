@@ -17,7 +17,7 @@ from rayrl_tictactoe.players import (
 )
 from rayrl_tictactoe.strength import most_wins, strength
 
-from rayrl.types import Message, assistant, system, user
+from rayrl import Message, assistant, system, user
 
 
 def messages(key: str) -> list[Message]:
@@ -47,22 +47,27 @@ def test_what_the_players_say() -> None:
         f"<think>{cell} is best.</think><move>{cell}</move>" for cell in (3, 4, 6)
     }
     assert replies(random_legal, "XOXOXOO.X").keys() == {"<think>7 is free.</think><move>7</move>"}
-    assert replies(teacher, "X.O......").keys() == {
+    assert replies(teacher, "X.O......", 1000).keys() == {
         "<think>Centre is free.</think><move>4</move>",
-        "<think>Corner 6 is free.</think><move>6</move>",
-        "<think>Corner 8 is free.</think><move>8</move>",
+        *(f"<think>{cell} is free.</think><move>{cell}</move>" for cell in (1, 3, 4, 5, 6, 7, 8)),
     }
-    assert replies(teacher, "XXOOOXX.O").keys() == {"<think>Free: 7.</think><move>7</move>"}
+    assert replies(teacher, "XXOOOXX.O").keys() == {"<think>7 is free.</think><move>7</move>"}
 
 
 def test_the_teacher_sees_most_wins_and_threats_but_not_all() -> None:
     said = replies(teacher, "XX.OO....", 4000)
     share = {text: count / 4000 for text, count in said.items()}
-    assert share["<think>I can win at 2.</think><move>2</move>"] == pytest.approx(0.97, abs=0.01)
-    assert share["<think>I must block 5.</think><move>5</move>"] == pytest.approx(0.029, abs=0.01)
+    assert share["<think>I can win at 2.</think><move>2</move>"] == pytest.approx(0.95, abs=0.015)
+    assert share["<think>I must block 5.</think><move>5</move>"] == pytest.approx(0.0475, abs=0.01)
     said = replies(teacher, "X...OO...", 4000)
     share = {text: count / 4000 for text, count in said.items()}
-    assert share["<think>I must block 3.</think><move>3</move>"] == pytest.approx(0.97, abs=0.01)
+    assert share["<think>I must block 3.</think><move>3</move>"] == pytest.approx(0.95, abs=0.015)
+
+
+def test_the_teacher_wanders_a_quarter_of_the_time() -> None:
+    said = replies(teacher, ".........", 4000)
+    wandered = sum(count for text, count in said.items() if "Centre" not in text) / 4000
+    assert wandered == pytest.approx(0.25, abs=0.03)
 
 
 def boards_with_x_to_move() -> list[str]:
@@ -127,12 +132,12 @@ def test_the_most_wins_against_random() -> None:
 
 
 def test_the_teacher_is_as_strong_as_the_references() -> None:
-    """Theirs: 0/76/24 against optimal, 90/9/1 against random, over 100 games each."""
+    """Theirs: 0/76/24 against optimal, 90/9/1 against random; 100 games each are good to ±6."""
     against_optimal = strength(POLICIES["teacher"], 0.0)
     assert against_optimal.win == 0
     assert against_optimal.draw == pytest.approx(0.76, abs=0.01)
     against_random = strength(POLICIES["teacher"], 1.0)
-    assert against_random.win == pytest.approx(0.90, abs=0.015)
+    assert against_random.win == pytest.approx(0.90, abs=0.03)
     assert against_random.draw == pytest.approx(0.09, abs=0.01)
     assert against_random.loss == pytest.approx(0.01, abs=0.01)
 
