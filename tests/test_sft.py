@@ -2,20 +2,25 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rayrl import load_env
+from rayrl import load_env, sft
+from rayrl.batch import Batch
 from rayrl.config import Config, from_dict
 from rayrl.episodes import write_episodes
 from rayrl.errors import ConfigError, DataError
 from rayrl.players import ScriptedPlayer
 from rayrl.rollout import play_group
+from rayrl.rundir import RunDir
 from rayrl.sft import batch_indices, conversations, load_rows, rows_of
 from rayrl.types import Episode, Failure, Message, Sampling, Task, Turn, system, user
 from tests.act import Instant, chat
+from tests.tiny import save_tiny_model
 
 
 def config(data: Path | str, **sections: Any) -> Config:
@@ -172,3 +177,85 @@ def test_rows_survive_the_file(tmp_path: Path) -> None:
     (row,) = load_rows(config(tmp_path / "d.jsonl"), chat())
     (direct,) = rows_of(one, ["agent"], chat())
     assert row.ids.tolist() == direct.ids.tolist()
+
+
+# --- the loop ------------------------------------------------------------------------------------
+
+
+class Stopped(BaseException):
+    """What kill -9 looks like from inside."""
+
+
+@pytest.fixture
+def learner_here(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """The plain learner in this process; `dies` is after how many steps it takes the run down."""
+    fate = {"dies": 10**9, "steps": 0}
+
+    class Here:
+        def __init__(self, cfg: Config, total: int) -> None:
+            from rayrl.learner.reference import ReferenceLearner
+
+            self.learner = ReferenceLearner(cfg, cfg.model.path, total_steps=total)
+
+        async def sft_step(self, batch: Batch) -> dict[str, float]:
+            if fate["steps"] >= fate["dies"]:
+                raise Stopped
+            fate["steps"] += 1
+            return self.learner.sft_step(batch.rows, batch.totals)
+
+        async def save(self, folder: Path) -> None:
+            self.learner.save(folder)
+
+        async def load(self, folder: Path) -> None:
+            self.learner.load(folder)
+
+        async def export(self, folder: Path) -> None:
+            self.learner.export(folder)
+
+    @asynccontextmanager
+    async def open_here(cfg: Config, total: int) -> AsyncIterator[Here]:
+        yield Here(cfg, total)
+
+    monkeypatch.setattr(sft, "open_learners", open_here)
+    return fate
+
+
+async def test_a_killed_run_ends_as_if_it_had_not_stopped(
+    tmp_path: Path, learner_here: dict[str, int]
+) -> None:
+    write_episodes(tmp_path / "d.jsonl", await games(6))
+    model = save_tiny_model(tmp_path / "model")
+
+    def cfg(name: str) -> Config:
+        return config(
+            tmp_path / "d.jsonl",
+            run={"dir": str(tmp_path / name), "name": "same", "checkpoint_every": 2},
+            model={"path": str(model)},
+            learner={"kind": "reference", "lr": 0.01, "schedule": "cosine"},
+            sft={"data": str(tmp_path / "d.jsonl"), "steps": 7, "batch_size": 4},
+        )
+
+    async def whole(name: str) -> None:
+        with RunDir(tmp_path / name, cfg(name)) as folder:
+            await sft.sft(cfg(name), folder)
+
+    await whole("unbroken")
+    learner_here.update(steps=0, dies=5)  # after the checkpoint of step 4
+    with pytest.raises(Stopped):
+        await whole("killed")
+    learner_here.update(steps=0, dies=10**9)
+    await whole("killed")
+    assert learner_here["steps"] == 3  # steps 4, 5 and 6
+
+    def written(name: str) -> tuple[bytes, list[dict[str, float]]]:
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        untimed = [{k: v for k, v in r.items() if not k.startswith("time/")} for r in rows]
+        return (tmp_path / name / "model" / "model.safetensors").read_bytes(), untimed
+
+    weights, rows = written("unbroken")
+    assert written("killed") == (weights, rows)
+    assert [row["step"] for row in rows] == list(range(7))
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert weights != (model / "model.safetensors").read_bytes()
+    assert (tmp_path / "killed" / "model" / "tokenizer.json").is_file()
