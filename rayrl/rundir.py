@@ -23,7 +23,6 @@ import math
 import os
 import re
 import shutil
-import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +32,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from rayrl.boards import TensorBoard, Wandb
 from rayrl.config import Config, differences, from_dict, to_dict
 from rayrl.errors import ConfigError, DataError, RunFailed
 from rayrl.types import Group
@@ -96,8 +96,8 @@ class RunDir:
         write_atomic(self.path / "config.yaml", _as_yaml(config).encode())
         self._clear_partial()
         self._next_step = self._cut_metrics()
-        self._tensorboard: _TensorBoard | None = None
-        self._wandb: Any = None
+        self._tensorboard: TensorBoard | None = None
+        self._wandb: Wandb | None = None
 
     # --- what the run measured -------------------------------------------------------------------
 
@@ -117,10 +117,11 @@ class RunDir:
             if name != "step" and isinstance(value, int | float)
         }
         if self._tensorboard is None:
-            self._tensorboard = _TensorBoard(self.path / "tensorboard", self._next_step)
+            self._tensorboard = TensorBoard(self.path / "tensorboard", self._next_step)
         self._tensorboard.add(step, numbers)
         if self._config.run.wandb_project:
-            self._log_wandb(step, numbers)
+            self._wandb = self._wandb or Wandb(self.path, self._config)
+            self._wandb.add(step, numbers)
 
     def metrics(self) -> list[dict[str, Any]]:
         """Every line logged so far."""
@@ -231,7 +232,7 @@ class RunDir:
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:
-            self._wandb.finish()
+            self._wandb.close()
         self._unlock()
 
     def __enter__(self) -> RunDir:
@@ -310,45 +311,6 @@ class RunDir:
             f"{self.path}: the disk is full, so the checkpoint of step {step} was not kept. "
             f"{kept}. Free some space and run the same command again: it resumes."
         )
-
-    def _log_wandb(self, step: int, numbers: Mapping[str, float]) -> None:
-        if self._wandb is None:
-            try:
-                import wandb
-            except ImportError as error:
-                raise ConfigError(
-                    f"run.wandb_project={self._config.run.wandb_project}: wandb is not installed; "
-                    "pip install 'rayrl[wandb]', or leave the setting empty."
-                ) from error
-            self._wandb = wandb.init(
-                project=self._config.run.wandb_project,
-                name=self._config.run.name,
-                dir=str(self.path),
-                config=to_dict(self._config),
-            )
-        self._wandb.log(dict(numbers), step=step)
-
-
-class _TensorBoard:
-    """Scalars in TensorBoard's own format, without importing torch."""
-
-    def __init__(self, folder: Path, forget_from: int) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
-
-        self._event = Event
-        self._writer = EventFileWriter(str(folder))
-        self.close = weakref.finalize(self, self._writer.close)
-        start = SessionLog(status=SessionLog.START)  # what an earlier process wrote from here on
-        self._writer.add_event(Event(wall_time=time.time(), step=forget_from, session_log=start))
-
-    def add(self, step: int, numbers: Mapping[str, float]) -> None:
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
-        values = [Summary.Value(tag=name, simple_value=value) for name, value in numbers.items()]
-        summary = Summary(value=values)
-        self._writer.add_event(self._event(wall_time=time.time(), step=step, summary=summary))
-        self._writer.flush()
 
 
 def read_config(run: Path) -> Config:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -202,6 +203,27 @@ def test_killed_while_saving(folder: Path) -> None:
         assert found is not None
         assert found.step == 2
         assert run.metrics() == [{"step": 1, "reward": 1.0}]
+
+
+def test_wandb_gets_the_numbers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of(run={"wandb_project": "games", "name": "a"})
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with RunDir(folder, config) as run, pytest.raises(ConfigError, match=r"rayrl\[wandb\]"):
+        run.log(0, {"reward": 0.5})
+    calls: list[Any] = []
+
+    class Run:
+        def log(self, numbers: dict[str, float], step: int) -> None:
+            calls.append((step, numbers))
+
+        def finish(self) -> None:
+            calls.append("finished")
+
+    stand_in = SimpleNamespace(init=lambda **given: calls.append(given["project"]) or Run())
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    with RunDir(folder, config) as run:
+        run.log(3, {"reward": 0.5, "bad": float("nan")})
+    assert calls == ["games", (3, {"reward": 0.5}), "finished"]
 
 
 # --- the same run or another ---------------------------------------------------------------------
