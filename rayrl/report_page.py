@@ -338,7 +338,8 @@ def _episode(label: str, episode: Episode) -> dict[str, Any]:
 def _settings(phases: Sequence[Phase]) -> dict[str, Any]:
     """One row for each key some phase sets, one column a phase."""
     changed = [differences(phase.config) for phase in phases]
-    keys = sorted({key for change in changed for key in change} - {"recipe", "run.dir"})
+    hidden = ("recipe", "run.dir", "play.")  # of the machine or of a person, not of the run
+    keys = sorted({k for change in changed for k in change if not k.startswith(hidden)})
     rows = []
     for key in keys:
         default = next(change[key][0] for change in changed if key in change)
