@@ -10,8 +10,9 @@ transformers hands it q, k and v after the rotary embedding, it writes k and v t
 library's kernels (MKL, fp32), each of these is needed and together they are enough:
 
 - a matrix product's row does not depend on the other rows once there are at least 4 of them in a
-  batched product and 8 in a linear layer (below that, other kernels are used). Hence `MIN_ROWS`
-  for attention and the padding of the flat batch to 16 in `model.py`;
+  batched product and 8 in a linear layer (below that, other kernels are used); 8 for each thread
+  where rows are shared out to threads. Hence `_min_rows`, and the flat batch's padding in
+  `model.py`;
 - scores reduce over the head dimension in order, so zeros before and after a head change nothing,
   and `Decode` may fold several heads into one product (below) where `Prefill` does not;
 - softmax and values reduce over the context, padded with exact zeros up to a multiple of 16; the
@@ -142,6 +143,12 @@ def _padded(length: int) -> int:
     return -(-length // PAD) * PAD
 
 
+def _min_rows(batches: int) -> int:
+    """Query rows a product needs; the library cuts the rows of one that has few batches."""
+    threads = torch.get_num_threads()
+    return MIN_ROWS if batches >= threads else 8 * threads
+
+
 class Decode:
     """One new token for each of `slots`, which ascend; `positions` is where each token goes.
 
@@ -173,7 +180,8 @@ class Decode:
         hidden = np.arange(longest) > seen[:, None]  # (size, L)
         mask = np.where(hidden, np.float32(-np.inf), np.float32(0)).repeat(g.folds, axis=0)
         self._mask = torch.from_numpy(mask)[:, None]  # (size * folds, 1, L)
-        rows = max(g.fold * g.group, MIN_ROWS)
+        fewest = min(stop - start for _, start, stop, _ in self._blocks) * g.folds
+        rows = max(g.fold * g.group, _min_rows(fewest))
         width = g.fold * g.head_dim
         self._rows = rows
         self._q = torch.zeros(size, g.folds, rows, width)
@@ -272,7 +280,7 @@ class Prefill:
     def _tiles(self, pieces: list[_Piece]) -> _Tiles:
         g = self.slab.geometry
         slot, position, token, count = np.array(pieces, dtype=np.int64).T
-        tile = max(int(count.max()), MIN_ROWS)
+        tile = max(int(count.max()), _min_rows(len(pieces) * g.folds))
         step = np.minimum(np.arange(tile), count[:, None] - 1)  # (n, tile)
         kept = np.flatnonzero(np.arange(tile) < count[:, None])
         tokens = token[:, None] + step

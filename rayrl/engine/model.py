@@ -17,7 +17,7 @@ from rayrl.weights import Manifest, checksum, flatten, unflatten
 __all__ = ["FlatModel"]
 
 Ints = NDArray[np.int64]
-MIN_TOKENS = 16  # rows of every linear layer: fewer use other kernels, with other bits
+MIN_TOKENS = 16  # rows of every linear layer: with fewer, or 8 a thread, the bits change
 PROBE_TOLERANCE = 1e-3
 
 
@@ -54,10 +54,11 @@ class FlatModel:
     ) -> Tensor:
         """Logits (n, vocabulary) after the flat tokens `at` (n,), of tokens ids, positions (T,)."""
         count, kept = len(ids), len(at)
-        short = max(MIN_TOKENS - count, 0)
+        least = max(MIN_TOKENS, 8 * torch.get_num_threads())
+        short = max(least - count, 0)
         flat = torch.from_numpy(np.pad(ids, (0, short)))[None]
         where = torch.from_numpy(np.pad(positions, (0, short)))[None]
-        keep = torch.from_numpy(np.pad(at, (0, max(MIN_TOKENS - kept, 0))))
+        keep = torch.from_numpy(np.pad(at, (0, max(least - kept, 0))))
         out = self.model(
             input_ids=flat,
             position_ids=where,
