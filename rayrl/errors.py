@@ -1,13 +1,13 @@
 """Every error rayrl raises on purpose.
 
-    RayrlError
-    ├── ConfigError      a key or value is wrong; names the key, the value and what to do
-    ├── DataError        a file is malformed; names the file and the line
-    ├── EnvError         an environment's own code went wrong; recorded, counted against a budget
-    ├── InfraError       a process, connection or deadline failed; retried with the same task and seed
-    │   └── StaleWeights a replica could not reach the version a request asked for
-    ├── NumericsError    a loss, gradient or logprob that cannot be trained on
-    └── RunFailed        the run stops; what is on disk can be resumed
+RayrlError
+├── ConfigError      a key or value is wrong; names the key, the value and what to do
+├── DataError        a file is malformed; names the file and the line
+├── EnvError         an environment's own code went wrong; recorded, counted against a budget
+├── InfraError       a process, connection or deadline failed; retried with the same task and seed
+│   └── StaleWeights a replica could not reach the version a request asked for
+├── NumericsError    a loss, gradient or logprob that cannot be trained on
+└── RunFailed        the run stops; what is on disk can be resumed
 """
 
 from __future__ import annotations

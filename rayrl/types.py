@@ -176,6 +176,7 @@ class Reply(str):
     def __new__(
         cls, text: str, finish: Finish = "stop", tool_calls: tuple[ToolCall, ...] = ()
     ) -> Reply:
+        """A string with `finish` and `tool_calls`."""
         self = super().__new__(cls, text)
         self.finish = finish
         self.tool_calls = tool_calls
