@@ -1,8 +1,8 @@
 """Synthetic conversations that teach a base model to read and to answer, and no strategy.
 
 Every item is a list of messages. Games are between two players who pick any free cell; the other
-tasks are copying, reversing, small sums, calling a calculator and reading cells off a board. What
-wins a game is never said and never favoured.
+tasks are copying, reversing, small sums, calling a calculator and reading cells, rows, columns and
+diagonals off a board. What wins a game is never said and never favoured.
 """
 
 from __future__ import annotations
@@ -65,6 +65,37 @@ def read_cells(rng: random.Random) -> Conversation:
     return [user(question), assistant(" | ".join(shown))]
 
 
+LINES = {
+    "top row": (0, 1, 2),
+    "middle row": (3, 4, 5),
+    "bottom row": (6, 7, 8),
+    "left column": (0, 3, 6),
+    "middle column": (1, 4, 7),
+    "right column": (2, 5, 8),
+    "falling diagonal": (0, 4, 8),
+    "rising diagonal": (6, 4, 2),
+}
+
+
+def _line(rng: random.Random) -> tuple[str, str, list[str]]:
+    board = _board(rng)
+    name, cells = rng.choice(list(LINES.items()))
+    return board.render(), name, [board.key()[c].replace(".", str(c)) for c in cells]
+
+
+def read_line(rng: random.Random) -> Conversation:
+    """Reads a row, column or diagonal."""
+    shown, name, cells = _line(rng)
+    return [user(f"{shown}\nRead the {name}."), assistant(" | ".join(cells))]
+
+
+def count_line(rng: random.Random) -> Conversation:
+    """Counts the marks in a row, column or diagonal."""
+    shown, name, cells = _line(rng)
+    counts = f"{cells.count('X')} X, {cells.count('O')} O"
+    return [user(f"{shown}\nCount the marks in the {name}."), assistant(counts)]
+
+
 def find_mark(rng: random.Random) -> Conversation:
     """Lists the cells of one mark, or the free ones."""
     board = _board(rng)
@@ -116,12 +147,14 @@ def calculator(rng: random.Random) -> Conversation:
 
 SHARES: dict[Callable[[random.Random], Conversation], float] = {
     game: 0.40,
-    read_cells: 0.20,
-    find_mark: 0.10,
-    copy_word: 0.08,
-    reverse: 0.10,
-    sums: 0.07,
-    calculator: 0.05,
+    read_line: 0.15,
+    count_line: 0.12,
+    read_cells: 0.08,
+    find_mark: 0.08,
+    copy_word: 0.05,
+    reverse: 0.06,
+    sums: 0.04,
+    calculator: 0.02,
 }
 """Share of the conversations, by task."""
 

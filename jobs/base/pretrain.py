@@ -11,14 +11,14 @@ import argparse
 import math
 import random
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
 from corpus import Conversation, draw
 from tokenizer import build
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 
 def model_for(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
@@ -47,7 +47,9 @@ def encode(tokenizer: PreTrainedTokenizerFast, conversation: Conversation) -> li
     return tokenizer.encode(text, add_special_tokens=False)
 
 
-def batches(tokenizer: PreTrainedTokenizerFast, seed: int, size: int):
+def batches(
+    tokenizer: PreTrainedTokenizerFast, seed: int, size: int
+) -> Iterator[list[torch.Tensor]]:
     """Endless batches of `size` conversations, in parts of like length: ids (B, T), -1 pads."""
     rng = random.Random(seed)
     while True:
@@ -62,6 +64,7 @@ def batches(tokenizer: PreTrainedTokenizerFast, seed: int, size: int):
 
 
 def main() -> None:
+    """Pretrain and save."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, default=1200)
@@ -78,10 +81,12 @@ def main() -> None:
         model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.05, fused=True
     )
     start, seen = time.monotonic(), 0
-    for step, parts in zip(range(args.steps), batches(tokenizer, args.seed, args.batch)):
+    stream = batches(tokenizer, args.seed, args.batch)
+    for step in range(args.steps):
+        parts = next(stream)
         done = step / args.steps
-        rate = args.lr * min(1.0, (step + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
-        optimizer.param_groups[0]["lr"] = rate
+        falling = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done))
+        optimizer.param_groups[0]["lr"] = args.lr * min(1.0, (step + 1) / 50) * falling
         count = sum(int((ids[:, 1:] >= 0).sum()) for ids in parts)
         total = 0.0
         for ids in parts:

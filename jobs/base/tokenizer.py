@@ -11,12 +11,11 @@ import random
 import re
 from collections import Counter
 
+from corpus import draw
 from rayrl_tictactoe.board import SYSTEM
 from rayrl_tictactoe.players import POLICIES
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
-
-from corpus import draw
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHAT_TEMPLATE = (
