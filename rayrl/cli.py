@@ -88,6 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\nStopped. The same command resumes from {config.run.dir}:", file=sys.stderr)
         print(f"  {again}", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read our output has had enough of it (`| head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except RayrlError as error:
         if debug:
             raise

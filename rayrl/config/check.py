@@ -20,7 +20,6 @@ VERBS = ("synth", "sft", "train", "eval")
 """What a stage of a recipe can be."""
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
-    "model.dtype": ("float32", "bfloat16"),
     "engine.kind": ("embedded", "vllm"),
     "algo.advantage": ("grpo", "rloo", "gigpo"),
     "algo.normalize": ("none", "std", "batch_std"),

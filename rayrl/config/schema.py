@@ -57,7 +57,6 @@ class ModelConfig:
     """The model a stage starts from."""
 
     path: str = "embedded"  # the base that ships with rayrl; else a Hugging Face directory
-    dtype: str = "float32"  # float32 | bfloat16
 
 
 @dataclass(frozen=True)

@@ -131,7 +131,7 @@ def _refusal(model: Any, why: str) -> ConfigError:
 def _geometry(model: Any, config: Any) -> Geometry:
     """The attention's shapes, or a refusal that says what the engine does not have."""
     if any(p.dtype != torch.float32 or p.device.type != "cpu" for p in model.parameters()):
-        raise ConfigError("model.dtype: the embedded engine runs float32 on the CPU")
+        raise _refusal(model, "it is not float32 on the CPU")
     if "logits_to_keep" not in inspect.signature(model.forward).parameters:
         raise _refusal(model, "its forward has no logits_to_keep")
     kinds = {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}
