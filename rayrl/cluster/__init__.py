@@ -1,1 +1,16 @@
 """Everything that runs on Ray; the only package that imports it."""
+
+from __future__ import annotations
+
+import os
+
+# Ray and Serve read these when they are imported, in every process; what is set already stays.
+for _name, _value in {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray's future default; it warns otherwise
+    # A replica is asked how busy it is before it is sent anything. On a machine with more to do
+    # than cores it may take longer than Serve's 0.1 to 1 s to say so; it would be left out.
+    "RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "5",
+    "RAY_SERVE_MAX_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "30",
+}.items():
+    os.environ.setdefault(_name, _value)

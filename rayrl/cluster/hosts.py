@@ -107,6 +107,7 @@ class EnvHost:
 
     async def ping(self) -> int:
         """Answers only while the event loop runs: env code that blocks it is found by this."""
+        assert self.environment.seats  # now: the plans to come hold tasks of its classes
         assert self.players
         return os.getpid()
 

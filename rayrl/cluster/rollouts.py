@@ -12,7 +12,7 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from rayrl.cluster.hosts import HostJob, start_host, trainable_seats
-from rayrl.errors import RayrlError, RunFailed
+from rayrl.errors import InfraError, RayrlError, RunFailed
 from rayrl.rollout import GroupPlan
 from rayrl.types import Episode, Failure, Group
 
@@ -20,6 +20,7 @@ __all__ = ["Collection", "Rollouts", "sort_out"]
 
 GRACE_S = 5.0  # a host may be silent this much longer than env.deadline_s before it counts as hung
 PING_EVERY_S = 1.0
+START_DEADLINE_S = 300.0
 BLAMED_AFTER = 2  # host deaths, the last one alone on the host, after which a group is to blame
 
 
@@ -127,7 +128,7 @@ class Rollouts:
         Raises:
             ConfigError: a setting the hosts cannot work with.
         """
-        await asyncio.gather(*(_result(host.ping.remote()) for host in self._hosts))
+        await asyncio.gather(*(self._started(host) for host in self._hosts))
 
     async def collect(
         self,
@@ -190,7 +191,7 @@ class Rollouts:
                     del left[group.id]
                     keep(group)
             except HostGone as gone:
-                self._replace(slot)
+                await self._replace(slot)
                 one_by_one = True
                 for plan in now:
                     deaths[plan.id] += plan.id in left
@@ -230,11 +231,22 @@ class Rollouts:
                 return f"its host process died: {error}"
             await asyncio.sleep(PING_EVERY_S)
 
-    def _replace(self, slot: int) -> None:
+    async def _replace(self, slot: int) -> None:
         with suppress(Exception):  # it may be dead already
             ray.kill(self._hosts[slot])
         self._hosts[slot] = self._start(self.job)
         self.restarts += 1
+        await self._started(self._hosts[slot])
+
+    async def _started(self, host: Any) -> None:
+        """Wait until a host has its imports and players: this time is not its environment's."""
+        try:
+            async with asyncio.timeout(START_DEADLINE_S):
+                await _result(host.ping.remote())
+        except TimeoutError:
+            raise InfraError(f"an env host did not start within {START_DEADLINE_S:g} s") from None
+        except HostGone as gone:
+            raise RunFailed(f"an env host cannot start: {gone}") from gone
 
     def _blamed(self, plan: GroupPlan, why: str) -> Group:
         name = self.job.config.env.name

@@ -13,21 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rayrl.config import ClusterConfig
-from rayrl.errors import InfraError
-
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when ray is imported
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's future default; it warns
-
 import ray
 from ray import serve
 from ray.serve.schema import LoggingConfig
 
+from rayrl.config import ClusterConfig
+from rayrl.errors import InfraError
+
 __all__ = ["SERVE_LOGGING", "Session", "open_session", "run_name", "set_threads"]
 
-OBJECT_STORE_BYTES = (
-    512 << 20
-)  # of a local cluster; it holds two versions of the weights and groups
+OBJECT_STORE_BYTES = 512 << 20  # of a local cluster: two versions of the weights, and groups
+START_ATTEMPTS = 2
 SERVE_LOGGING = LoggingConfig(log_level="WARNING", enable_access_log=False)
 
 
@@ -112,15 +108,26 @@ def _connect(address: str) -> bool:
                 "--head`, or leave cluster.address and RAY_ADDRESS empty for a local one."
             ) from error
         return False
+    # Ray gives its workers niceness 15: beside anything else that computes they would starve.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # on by default: good
-    ray.init(
-        address="local",
-        num_cpus=os.cpu_count(),
-        include_dashboard=False,
-        object_store_memory=OBJECT_STORE_BYTES,
-        _temp_dir=os.environ.get("RAY_TMPDIR") or str(Path(tempfile.gettempdir()) / "ray"),
+    settings = {
+        "address": "local",
+        "num_cpus": os.cpu_count(),
+        "include_dashboard": False,
+        "object_store_memory": OBJECT_STORE_BYTES,
+        "_temp_dir": os.environ.get("RAY_TMPDIR") or str(Path(tempfile.gettempdir()) / "ray"),
         **quiet,
-    )
+    }
+    for attempt in range(START_ATTEMPTS):
+        try:
+            ray.init(**settings)
+        except Exception as error:  # on a busy machine its raylet may miss a deadline Ray has fixed
+            ray.shutdown()
+            if attempt + 1 == START_ATTEMPTS:
+                raise InfraError(f"a local Ray could not be started: {error}") from error
+        else:
+            break
     return True
 
 
