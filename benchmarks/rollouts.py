@@ -10,7 +10,8 @@ For the peer: `python -m venv .venv-verifiers && .venv-verifiers/bin/pip install
 Both sides play the same conversation with the same texts. rayrl does more in a turn: it keeps the
 conversation as ids (tokenizes what is new, decodes the reply) with a log-probability for each;
 verifiers passes messages on as text. One run of each warms up; then they alternate and the best of
-`--repeat` counts, because a busy machine only ever makes a run slower.
+`--repeat` counts, because a busy machine only ever makes a run slower. On a busy machine compare
+turns per CPU second: both sides are one thread that never waits.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import rayrl
@@ -36,6 +38,14 @@ TURNS = 4
 REPLY = "<move>4</move>"
 HERE = Path(__file__).resolve()
 PEER = HERE.parent / "peers" / "verifiers_rollouts.py"
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Seconds of a clock on the wall, and of the processor."""
+
+    wall: float
+    cpu: float
 
 
 @rayrl.env(tasks=[Task()], rewards={"turns": 1.0})
@@ -74,13 +84,13 @@ def plans(n: int) -> list[GroupPlan]:
     return [GroupPlan(str(k), Task(seed=k), 1, k) for k in range(n)]
 
 
-async def in_process(chat: Chat, n: int, concurrency: int) -> float:
-    """Seconds for `n` episodes in this process."""
+async def in_process(chat: Chat, n: int, concurrency: int) -> Spent:
+    """Time for `n` episodes in this process."""
     player = PolicyPlayer(chat, InstantEngine(chat.reply(REPLY)), Sampling())
-    began = time.perf_counter()
+    began, cpu = time.perf_counter(), time.process_time()
     async for group in play_groups(game, plans(n), {"agent": player}, concurrency=concurrency):
         assert group.complete, group
-    return time.perf_counter() - began
+    return Spent(time.perf_counter() - began, time.process_time() - cpu)
 
 
 async def on_ray(chat: Chat, model: str, n: int, concurrency: int, repeat: int) -> float:
@@ -125,15 +135,15 @@ async def on_ray(chat: Chat, model: str, n: int, concurrency: int, repeat: int) 
     return min(seconds)
 
 
-def on_peer(python: str, n: int, concurrency: int) -> float:
-    """Seconds for `n` episodes on verifiers, measured inside its own process after a warm-up."""
+def on_peer(python: str, n: int, concurrency: int) -> Spent:
+    """Time for `n` episodes on verifiers, measured inside its own process after a warm-up."""
     command = [python, str(PEER), "--episodes", str(n), "--concurrency", str(concurrency)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(
             f"the peer failed; is verifiers<0.4 installed for {python}?\n{done.stderr[-2000:]}"
         )
-    return float(json.loads(done.stdout.splitlines()[-1])["seconds"])
+    return Spent(**json.loads(done.stdout.splitlines()[-1]))
 
 
 def main() -> None:
@@ -150,7 +160,7 @@ def main() -> None:
     chat = Chat.load(str(model_dir(options.model)))
 
     print(f"{n} episodes of {TURNS} turns; turns a second, best of {repeat}")
-    print(f"{'live':>6} {'rayrl':>9} {'on Ray':>9} {'verifiers':>10} {'ratio':>7}")
+    print(f"{'live':>5} {'':<18} {'wall':>9} {'cpu':>9}")
     for live in options.concurrency:
         ours, theirs = [], []
         asyncio.run(in_process(chat, 64, live))  # warm-up
@@ -158,19 +168,21 @@ def main() -> None:
             ours.append(asyncio.run(in_process(chat, n, live)))
             if options.peer:
                 theirs.append(on_peer(options.peer, n, live))
-        rate = n * TURNS / min(ours)
-        line = f"{live:>6} {rate:>9,.0f}"
+        wall, cpu = show(live, "rayrl", n, ours)
         if options.ray:
             seconds = asyncio.run(on_ray(chat, options.model, n, live, repeat))
-            line += f" {n * TURNS / seconds:>9,.0f}"
-        else:
-            line += f" {'–':>9}"
+            print(f"{live:>5} {'rayrl on Ray':<18} {n * TURNS / seconds:>9,.0f}", flush=True)
         if theirs:
-            peer = n * TURNS / min(theirs)
-            line += f" {peer:>10,.0f} {rate / peer:>6.1f}x"
-        else:
-            line += f" {'–':>10} {'–':>7}"
-        print(line, flush=True)
+            peer_wall, peer_cpu = show(live, "verifiers", n, theirs)
+            print(f"{live:>5} {'ratio':<18} {wall / peer_wall:>8.1f}x {cpu / peer_cpu:>8.1f}x")
+
+
+def show(live: int, name: str, n: int, runs: Sequence[Spent]) -> tuple[float, float]:
+    """Print and return turns a second of the wall clock and of the processor."""
+    wall = n * TURNS / min(run.wall for run in runs)
+    cpu = n * TURNS / min(run.cpu for run in runs)
+    print(f"{live:>5} {name:<18} {wall:>9,.0f} {cpu:>9,.0f}", flush=True)
+    return wall, cpu
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ class Instant(Client):
         return Response(id="r", created=0, model=model, usage=usage, message=message)
 
 
-async def measure(episodes: int, concurrency: int) -> float:
+async def measure(episodes: int, concurrency: int) -> dict[str, float]:
     rows = [{"question": "turn 0: your move", "answer": ""} for _ in range(episodes)]
     rubric = vf.Rubric(funcs=[turns])
     env = Game(dataset=Dataset.from_list(rows), rubric=rubric, max_turns=TURNS)
@@ -84,13 +84,13 @@ async def measure(episodes: int, concurrency: int) -> float:
             return await env.run_rollout(row, client, "model", {})
 
     await asyncio.gather(*(play(row) for row in inputs[:WARM_UP]))
-    began = time.perf_counter()
+    began, cpu = time.perf_counter(), time.process_time()
     done = await asyncio.gather(*(play(row) for row in inputs))
-    seconds = time.perf_counter() - began
+    spent = {"wall": time.perf_counter() - began, "cpu": time.process_time() - cpu}
     for one in done:
         assert one["error"] is None, one["error"]
         assert one["metrics"]["num_turns"] == TURNS, one["metrics"]
-    return seconds
+    return spent
 
 
 def main() -> None:
@@ -99,8 +99,7 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, default=64)
     options = parser.parse_args()
     logging.disable(logging.CRITICAL)
-    seconds = asyncio.run(measure(options.episodes, options.concurrency))
-    print(json.dumps({"seconds": seconds}))
+    print(json.dumps(asyncio.run(measure(options.episodes, options.concurrency))))
 
 
 if __name__ == "__main__":
