@@ -264,7 +264,8 @@ class Agent:
             max_tool_rounds=self.max_tool_rounds,
         )
         new.turns = self.turns
-        new._conversation = self._conversation.copy(f"{self._next_session()}f")
+        self._number += 1  # the parent's name is in the child's, so that forks of forks differ too
+        new._conversation = self._conversation.copy(f"{self._conversation.session}+{self._number}")
         new._sessions = [new._conversation]
         return new
 

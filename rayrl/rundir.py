@@ -47,6 +47,8 @@ _MAY_CHANGE = (
     "run.wandb_project",
     "cluster.",
     "endpoint.",
+    "play.",
+    "synth.show",
     "recipe",  # the stages are runs of their own, with folders and settings of their own
 )
 """Settings (or sections) that may differ when a run is resumed; `*.steps` may also be raised."""

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from rayrl.bar import Bar
 from rayrl.batch import Trajectory, batch_of, supervised_row
 from rayrl.chat import Chat
-from rayrl.cluster.parts import open_learners
+from rayrl.cluster.actors import open_learners
 from rayrl.config import Config
 from rayrl.episodes import read_episodes
 from rayrl.errors import ConfigError, DataError, did_you_mean

@@ -109,6 +109,16 @@ async def test_fork_goes_on_by_itself() -> None:
     assert (agent.turns, other.turns, len(agent.record), len(other.record)) == (2, 2, 2, 1)
 
 
+async def test_forks_of_forks_have_sessions_of_their_own() -> None:
+    player, engine = policy("one")
+    agent = Agent(player, episode="e")
+    await agent("a")
+    one, two = agent.fork(), agent.fork()
+    for name, fork in enumerate((one, two, one.fork(), two.fork(), one.fork().fork())):
+        await fork(f"said to {name}")
+    assert len({request.session for request in engine.requests}) == 6
+
+
 class Broken:
     """A generator that fails as told."""
 

@@ -27,8 +27,11 @@ from rayrl.registry import load_env
 from rayrl.types import Sampling
 
 __all__ = [
+    "deploy_models",
+    "is_model",
     "make_engine",
     "make_environment",
+    "model_of",
     "open_learners",
     "open_rollouts",
     "open_training",
@@ -88,7 +91,7 @@ async def open_rollouts(
         job = _job(config, session, seats, sampling)
         rollouts = Rollouts(job)
         stack.callback(rollouts.close)
-        await _together(rollouts.ready(), _deploy(job, session, stack, pushed=False))
+        await _together(rollouts.ready(), deploy_models(job, session, stack, pushed=False))
         yield rollouts
 
 
@@ -121,7 +124,7 @@ async def open_training(
         *_, handles = await _together(
             learners.start(model, total_steps),
             rollouts.ready(),
-            _deploy(job, session, stack, pushed=True),
+            deploy_models(job, session, stack, pushed=True),
         )
         deadline = config.cluster.push_deadline_s
         yield rollouts, learners, Weights(learners.publish, store, handles[POLICY], deadline)
@@ -136,12 +139,12 @@ def _job(
     """Who plays where, with every model in a Serve app of its own."""
     environment = make_environment(config)
     players = seat_players(environment, config.env.seats if seats is None else seats)
-    models = {who: str(_model_of(who, config)) for who in players.values() if _is_model(who)}
+    models = {who: str(model_of(who, config)) for who in players.values() if is_model(who)}
     apps = {who: f"{session.name}-{number}" for number, who in enumerate(models)}
     return HostJob(environment.spec, players, sampling or _sampling(config), config, models, apps)
 
 
-async def _deploy(
+async def deploy_models(
     job: HostJob, session: Session, stack: ExitStack, *, pushed: bool
 ) -> dict[str, DeploymentHandle]:
     """Start the replicas of every model; those of the policy get weights by push if `pushed`."""
@@ -151,9 +154,7 @@ async def _deploy(
             stack.callback(undeploy, app)
         factory = partial(make_engine, job.config.engine, job.models[who])
         store = pushed and who == POLICY
-        handles[who] = await asyncio.to_thread(
-            deploy, session, job.config, factory, app=app, store=store
-        )
+        handles[who] = await deploy(session, job.config, factory, app=app, store=store)
     return handles
 
 
@@ -167,9 +168,11 @@ async def _together(*parts: Coroutine[Any, Any, Any]) -> list[Any]:
             task.cancel()
 
 
-def _is_model(who: str) -> bool:
+def is_model(who: str) -> bool:
+    """Whether `who` (a value of `env.seats`) is a model: the policy, or `model:PATH`."""
     return who == POLICY or who.startswith("model:")
 
 
-def _model_of(who: str, config: Config) -> Path:
+def model_of(who: str, config: Config) -> Path:
+    """The Hugging Face directory of a model in a seat."""
     return model_dir(config.model.path if who == POLICY else who.removeprefix("model:"))

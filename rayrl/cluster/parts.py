@@ -6,14 +6,14 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import ExitStack, asynccontextmanager
 
 from rayrl.agent import Player
-from rayrl.cluster.actors import _deploy, _is_model, _model_of, make_environment, open_learners
+from rayrl.cluster.actors import deploy_models, is_model, make_environment, model_of
 from rayrl.cluster.hosts import EnvHost, HostJob
 from rayrl.cluster.rollouts import Rollouts
 from rayrl.cluster.session import open_session
 from rayrl.config import Config
 from rayrl.types import Sampling
 
-__all__ = ["open_learners", "open_players", "players_here"]
+__all__ = ["open_players", "players_here"]
 
 
 @asynccontextmanager
@@ -26,14 +26,14 @@ async def open_players(
         seats: who plays them; without a model among these, Ray is not started at all.
     """
     spec = make_environment(config).spec
-    models = {who: str(_model_of(who, config)) for who in seats.values() if _is_model(who)}
+    models = {who: str(model_of(who, config)) for who in seats.values() if is_model(who)}
     with ExitStack() as stack:
         job = HostJob(spec, dict(seats), sampling, config)
         if models:
             session = stack.enter_context(open_session(config.cluster))
             apps = {who: f"{session.name}-{number}" for number, who in enumerate(models)}
             job = HostJob(spec, dict(seats), sampling, config, models, apps)
-            await _deploy(job, session, stack, pushed=False)
+            await deploy_models(job, session, stack, pushed=False)
         yield EnvHost(job).players
 
 
