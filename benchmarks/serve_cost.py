@@ -142,7 +142,9 @@ def main() -> None:
     config: Config = from_dict({})
     step_s = args.step_ms / 1000
     with open_session(config.cluster) as session:
-        deploy(session, config, partial(StandIn, step_s), app="serve-cost", store=False)
+        asyncio.run(
+            deploy(session, config, partial(StandIn, step_s), app="serve-cost", store=False)
+        )
         host = ray.remote(num_cpus=0)(Host).remote()
         found = {
             kind: ray.get(host.play.remote(kind, "serve-cost", args.live, args.turns, step_s))

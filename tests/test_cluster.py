@@ -270,7 +270,7 @@ async def test_replicas_admit_weights_by_version(
     with ExitStack() as stack:
         stack.callback(ray.kill, store)
         stack.callback(undeploy, app)
-        handle = await asyncio.to_thread(deploy, session, settings, engine, app=app, store=True)
+        handle = await deploy(session, settings, engine, app=app, store=True)
         weights = Weights(publish, store, handle, deadline_s=30)
         one = client(ServeCall(app, 2), lanes=2, deadline_s=60)
         requests = [request(f"s{k}", k) for k in range(16)]

@@ -25,6 +25,8 @@ __all__ = ["Replica", "deploy", "undeploy"]
 
 MAX_ONGOING = 100_000  # calls a replica; admission is the engine's, which queues
 HEALTH_PERIOD_S = 2.0
+POLL_S = 0.2
+START_ATTEMPTS = 3
 
 
 class EngineFactory(Protocol):
@@ -118,7 +120,7 @@ class Replica:
         await self.catch_up()
 
 
-def deploy(
+async def deploy(
     session: Session,
     config: Config,
     factory: EngineFactory,
@@ -126,7 +128,7 @@ def deploy(
     app: str,
     store: bool,
 ) -> DeploymentHandle:
-    """Start replicas as a Serve app of their own and return the handle; returns when they serve.
+    """Start replicas as a Serve app of their own; returns the handle when all of them serve.
 
     Args:
         session: where.
@@ -134,6 +136,9 @@ def deploy(
         factory: makes the engine in the replica's process.
         app: its name; an app that is left of this name is replaced.
         store: whether its weights are pushed to it.
+
+    Raises:
+        InfraError: a replica cannot start; the message ends with its traceback.
     """
     if not session.local:
         undeploy(app)
@@ -142,6 +147,7 @@ def deploy(
         name=DEPLOYMENT,
         num_replicas=cluster.replicas,
         max_ongoing_requests=MAX_ONGOING,
+        max_constructor_retry_count=START_ATTEMPTS,
         health_check_period_s=HEALTH_PERIOD_S,
         health_check_timeout_s=max(60.0, cluster.push_deadline_s),
         graceful_shutdown_timeout_s=1.0,
@@ -153,14 +159,25 @@ def deploy(
             "num_gpus": cluster.replica_gpus,
         },
     )(Replica)
-    bound = deployment.bind(
+    target = deployment.bind(
         factory, store_name(session.name) if store else "", config.engine.threads
     )
-    return serve.run(bound, name=app, route_prefix=None)
+    # not serve.run, which blocks: an interrupted program must be able to leave
+    (handle,) = serve.run_many(
+        [serve.RunTarget(target, name=app, route_prefix=None)],
+        wait_for_ingress_deployment_creation=False,
+        wait_for_applications_running=False,
+    )
+    while (status := serve.status().applications[app]).status != "RUNNING":
+        if status.status == "DEPLOY_FAILED":
+            reasons = [d.message for d in status.deployments.values()]
+            raise InfraError("\n".join([f"the replicas of {app} cannot start:", *reasons]))
+        await asyncio.sleep(POLL_S)
+    return handle
 
 
 def undeploy(app: str) -> None:
     """Delete an app, if it is there; other apps of the cluster stay."""
     with suppress(Exception):  # leaving: the cluster may be gone already
-        if app in serve.status().applications:
+        if ray.is_initialized() and app in serve.status().applications:
             serve.delete(app)
