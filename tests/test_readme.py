@@ -3,34 +3,18 @@
 from __future__ import annotations
 
 import os
-import re
-import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from rayrl import cli
-from rayrl.config import Config
 from rayrl.envcheck import run as check_env
+from tests.documents import ROOT, blocks, commands, settings, understand
 
-ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text("utf-8")
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-COMMANDS = [
-    line
-    for kind, text in BLOCKS
-    if kind in ("bash", "sh", "console")
-    for line in text.splitlines()
-    if line and not line.startswith("#")
-]
-SETTINGS = [
-    (shlex.split(line)[at + 1 :], line)
-    for line in COMMANDS
-    for words in [shlex.split(line)]
-    for at in [next((i for i, word in enumerate(words) if word == "rayrl"), -1)]
-    if at >= 0
-]
+BLOCKS = blocks("README.md")
+COMMANDS = commands(BLOCKS)
+SETTINGS = settings(COMMANDS)
 
 
 def test_blocks_say_what_they_are() -> None:
@@ -49,11 +33,7 @@ def test_command_is_understood(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    arguments = cli.parse(words)
-    if arguments.verb == "report":
-        assert len(arguments.words) == 1
-        return
-    assert isinstance(cli.configuration(arguments), Config)
+    understand(words)
 
 
 def test_example_is_an_environment(

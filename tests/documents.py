@@ -1,0 +1,48 @@
+"""Markdown as tests see it: its code blocks, and the commands in them."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterable
+from pathlib import Path
+
+from rayrl import cli
+from rayrl.config import Config
+
+__all__ = ["ROOT", "blocks", "commands", "settings", "understand"]
+
+ROOT = Path(__file__).resolve().parent.parent
+SHELL = ("bash", "sh", "console")
+
+
+def blocks(file: str) -> list[tuple[str, str]]:
+    """Kind and text of each code block of a file of this repository."""
+    text = (ROOT / file).read_text("utf-8")
+    return re.findall(r"^```(\w*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def commands(found: Iterable[tuple[str, str]]) -> list[str]:
+    """Every command of the shell blocks, continued lines put together."""
+    return [
+        line
+        for kind, text in found
+        if kind in SHELL
+        for line in text.replace("\\\n", " ").splitlines()
+        if line and not line.startswith("#")
+    ]
+
+
+def settings(lines: Iterable[str]) -> list[tuple[list[str], str]]:
+    """Of the commands that run rayrl: the words that go to it, and the whole line."""
+    words = [(shlex.split(line, comments=True), line) for line in lines]
+    return [(all_[all_.index("rayrl") + 1 :], line) for all_, line in words if "rayrl" in all_]
+
+
+def understand(words: list[str]) -> None:
+    """Compose and check the configuration of a command line; starts nothing."""
+    arguments = cli.parse(words)
+    if arguments.verb == "report":  # of a run that is not there
+        assert len(arguments.words) == 1
+        return
+    assert isinstance(cli.configuration(arguments), Config)

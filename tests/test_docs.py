@@ -1,0 +1,164 @@
+"""What docs/ shows works: its code runs, its commands and settings exist, its lists are whole."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import shlex
+import subprocess
+import tomllib
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from rayrl import Agent, Environment, ScriptedPlayer, check_env, load_env, play_group
+from rayrl.advantage import advantages
+from rayrl.batch import make_batch
+from rayrl.cluster.rollouts import Collection
+from rayrl.config import from_dict, leaves
+from rayrl.learner.step import Tally
+from rayrl.progress import Clock, step_metrics
+from rayrl.registry import _from_file
+from tests.act import instant
+from tests.documents import ROOT, blocks, commands, settings, understand
+
+DOCS = ("docs/environments.md", "docs/training.md", "docs/cluster.md")
+PYTHON = [text for kind, text in blocks(DOCS[0]) if kind == "python"]
+COMMANDS = [line for file in DOCS for line in commands(blocks(file))]
+SETTINGS = settings(COMMANDS)
+OTHERS = ("ray start", "ray job submit", "export", "python benchmarks/", "tensorboard")
+
+
+def name_of(block: str) -> str:
+    """The file a block of Python is to be saved as: its first line says it."""
+    found = re.fullmatch(r"# (\w+\.py)", block.splitlines()[0])
+    assert found, f"a block of Python must begin with the name of its file: {block[:60]!r}"
+    return found[1]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("docs")
+    for block in PYTHON:
+        (folder / name_of(block)).write_text(block)
+    return folder
+
+
+def environments(module: ModuleType) -> list[Environment]:
+    return [value for value in vars(module).values() if isinstance(value, Environment)]
+
+
+@pytest.mark.parametrize("file", [name_of(block) for block in PYTHON])
+def test_python_runs(file: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    module = _from_file(file)
+    tests = [one for name, one in vars(module).items() if name.startswith("test_")]
+    assert tests or environments(module)
+    for test in tests:
+        test()
+    if not tests:
+        asyncio.run(play(load_env(file)))
+
+
+async def play(env: Environment) -> None:
+    """A group by a model that answers at once, and every check by every scripted player."""
+    (task,) = env.tasks(0, 1)
+    policy = instant()["agent"]
+    group = await play_group(env, task, dict.fromkeys(env.seats, policy), id="docs", size=4)
+    assert group.complete, group.episodes[0].failure
+    assert group.trainable == env.seats
+    for check in env.checks.values():
+        for function in env.players.values():
+            player = ScriptedPlayer(function)
+            figures = await check(lambda player=player: Agent(player), env.args)
+            assert sum(figures.values()) > 0
+
+
+@pytest.mark.parametrize("file", [name for name in map(name_of, PYTHON) if "test_" not in name])
+def test_environments_have_no_problems(
+    file: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    assert check_env(load_env(file)) == []
+
+
+def test_the_scripted_players_do_what_they_are_for(folder: Path) -> None:
+    nim, till = (load_env(str(folder / name)) for name in ("nim.py", "till.py"))
+    for env, name, best in ((nim, "perfect", 1.2), (till, "clerk", 1.0)):
+        players = {"agent": ScriptedPlayer(env.players[name])}
+        (task,) = env.tasks(0, 1)
+        group = asyncio.run(play_group(env, task, players, id="docs", size=2))
+        assert [episode.rewards["agent"] for episode in group.episodes] == [best, best]
+    assert group.episodes[0].scores["agent"] == {"right": 1, "tool_errors": 0, "tool_calls": 1}
+
+
+def test_each_heap_size_is_there_once(folder: Path) -> None:
+    tasks = load_env(str(folder / "nim.py")).tasks(seed=7, n=8)
+    assert [task.stones for task in tasks] == list(range(5, 13))  # type: ignore[attr-defined]
+
+
+def test_the_package_is_valid() -> None:
+    (text,) = [text for kind, text in blocks(DOCS[0]) if kind == "toml"]
+    assert "rayrl.envs" in tomllib.loads(text)["project"]["entry-points"]
+
+
+@pytest.mark.parametrize("words", [words for words, _ in SETTINGS], ids=" ".join)
+def test_command_is_understood(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    understand(words)
+
+
+def test_every_other_command_is_known() -> None:
+    for line in set(COMMANDS) - {line for _, line in SETTINGS}:
+        assert line.startswith(OTHERS), line
+        for word in shlex.split(line):
+            assert not word.startswith("benchmarks/") or (ROOT / word).is_file(), line
+
+
+@pytest.mark.parametrize("file", DOCS)
+def test_blocks_are_of_a_known_kind_and_parse(file: str) -> None:
+    for kind, text in blocks(file):
+        assert kind in ("python", "bash", "text", "toml", "yaml")
+        if kind == "bash":
+            subprocess.run(["bash", "-n"], input=text, text=True, check=True, timeout=20)
+
+
+@pytest.mark.parametrize("file", DOCS)
+def test_lines_links_and_settings(file: str) -> None:
+    text = (ROOT / file).read_text("utf-8")
+    assert max(map(len, text.splitlines())) <= 100
+    titles = re.findall(r"^#+ (.*)", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), re.M)
+    anchors = {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        place, _, anchor = target.partition("#")
+        if place and "://" not in place:
+            assert (ROOT / file).parent.joinpath(place).exists(), target
+        elif not place:
+            assert anchor in anchors, target
+    keys = dict(leaves())
+    sections = {key.split(".")[0] for key in keys if "." in key}
+    for key in re.findall(r"`([a-z]+\.[a-z_*]+(?:\.\w+)?)[`=]", text):
+        section, name, *_ = key.split(".")
+        if section in sections and name not in ("py", "*", "json", "jsonl", "html"):
+            assert f"{section}.{name}" in keys, f"{file}: there is no setting {key}"
+
+
+def test_every_figure_of_a_step_is_explained() -> None:
+    env = load_env("copyword")
+    (task,) = env.tasks(0, 1)
+    group = asyncio.run(play_group(env, task, instant(), id="docs", size=2))
+    algo = from_dict({}).algo
+    batch = make_batch([group], advantages([group], algo))
+    learned = {**Tally().metrics(), "lr": 0, "grad_norm": 0, "updates": 0, "skipped": 0}
+    clock = Clock()
+    for stage in re.findall(r'clock\("(\w+)"\)', (ROOT / "rayrl/train.py").read_text()):
+        with clock(stage):
+            pass
+    metrics = step_metrics(Collection((group,)), batch, learned, clock, algo)
+    text = (ROOT / "docs/training.md").read_text("utf-8")
+    rows = set(re.findall(r"`([\w/]+)`", "".join(re.findall(r"^\| `.*?\|", text, re.M))))
+    names = {name for name in metrics if not name.startswith("score/")}
+    assert names <= rows, f"not explained: {sorted(names - rows)}"
