@@ -192,22 +192,24 @@ def test_submitted_to_a_cluster(tiny: Path, tmp_path: Path) -> None:
 
     bin_ = Path(sys.executable).parent
     port, dashboard = free(), free()
-    env = {**os.environ, "RAY_ADDRESS": f"http://127.0.0.1:{dashboard}"}
+    env = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 32}
     temp = Path(os.environ.get("TMPDIR", "/tmp")) / f"ray-{os.getpid()}"
     start = [bin_ / "ray", "start", "--head", "--block", f"--port={port}", "--num-cpus=2"]
     start += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
     start += ["--include-dashboard=true", f"--temp-dir={temp}", "--object-store-memory=200000000"]
     start += [f"--dashboard-agent-listen-port={free()}"]
-    log = (tmp_path / "ray.log").open("w")
-    with subprocess.Popen(start, stdout=log, stderr=log, start_new_session=True) as cluster:
+    with (
+        (tmp_path / "ray.log").open("w") as log,
+        subprocess.Popen(start, stdout=log, stderr=log, env=env, start_new_session=True) as cluster,
+    ):
         try:
-            submit = [bin_ / "ray", "job", "submit", "--"]
+            submit = [bin_ / "ray", "job", "submit", f"--address=http://127.0.0.1:{dashboard}"]
 
             def job(*words: str) -> subprocess.CompletedProcess[str]:
                 line = ["env", f"PYTHONPATH={ROOT}", *map(str, words)]
                 for _ in range(60):
                     done = subprocess.run(
-                        [*submit, *line], env=env, capture_output=True, text=True, check=False
+                        [*submit, "--", *line], env=env, capture_output=True, text=True, check=False
                     )
                     if "Failed to connect" not in done.stdout + done.stderr:
                         break
