@@ -187,7 +187,8 @@ class Environment:
         `start=s * n`, so that no two batches meet the same tasks.
 
         Raises:
-            EnvError: the source raised, or returned something that is no Task.
+            ConfigError: a setting has no value, or the source refuses one.
+            EnvError: the source raised anything else, or returned something that is no Task.
         """
         return [self._task(seed, k, n, start) for k in range(n)]
 
@@ -205,6 +206,8 @@ class Environment:
                 )
             try:
                 task = self.source(seed=task_seed, u=u, **self.args)
+            except ConfigError:  # a setting it refuses, in words for whoever set it
+                raise
             except Exception as error:
                 raise EnvError(
                     f"the task source of {self.name!r} raised {type(error).__name__}: {error} "

@@ -163,6 +163,15 @@ def test_a_source_that_fails_is_named() -> None:
         rayrl.env(tasks=wrong, rewards={"win": 1})(game.play).tasks(0, 1)
 
 
+def test_a_setting_that_the_source_refuses_is_its_own_message() -> None:
+    def strict(seed: int, u: float, hard: float = 2.0) -> Level:
+        raise ConfigError(f"env.args.hard={hard}: must be at most 1.")
+
+    refusing = rayrl.env(tasks=strict, rewards={"win": 1.0}, name="strict")(game.play)
+    with pytest.raises(ConfigError, match=r"^env\.args\.hard=2\.0: must be at most 1\.$"):
+        refusing.tasks(0, 1)
+
+
 def test_two_players_of_one_name() -> None:
     env = rayrl.env(tasks=levels, rewards={"win": 1})(game.play)
     env.player("teacher")(lambda messages, rng: "a")
