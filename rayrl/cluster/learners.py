@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -51,18 +50,17 @@ class LearnerRank:
 
             self._learner = ReferenceLearner(config, model, total_steps=total_steps)
             return
-        os.environ.update(
-            MASTER_ADDR=master[0],
-            MASTER_PORT=str(master[1]),
-            RANK=str(self._rank),
-            WORLD_SIZE=str(world),
-            LOCAL_RANK="0",  # Ray shows an actor its own devices only
-            DS_ACCELERATOR="cuda" if config.cluster.learner_gpus else "cpu",
-        )
         from rayrl.learner.deepspeed import DeepSpeedLearner
 
         self._learner = DeepSpeedLearner(
-            config, model, rank=self._rank, world_size=world, total_steps=total_steps
+            config,
+            model,
+            rank=self._rank,
+            world_size=world,
+            master_addr=master[0],
+            master_port=master[1],
+            total_steps=total_steps,
+            device="cuda" if config.cluster.learner_gpus else "cpu",
         )
 
     def step(self, part: Batch, supervised: bool = False) -> dict[str, float]:
