@@ -91,6 +91,7 @@ class Environment:
         players: scripted players by name.
         checks: exhaustive checks by name.
         reported: what is reported of an episode instead of its scores, or None (see `figures`).
+        form: the reply that is sent for what a person types in a seat, which stands for `{}`.
         slots: most episodes it can play at once, or None.
         ref: what `load_env` finds it by.
     """
@@ -102,8 +103,13 @@ class Environment:
         name: str,
         source: TaskSource,
         rewards: Mapping[str, float | GroupReward],
+        form: str = "{}",
         ref: str = "",
     ) -> None:
+        if "{}" not in form:
+            raise ConfigError(
+                f"form={form!r} of environment {name!r}: put {{}} where the line goes"
+            )
         self.name = name
         self.play = play
         self.seats = _seats(name, play)
@@ -114,6 +120,7 @@ class Environment:
         self.players: dict[str, PlayerFunction] = {}
         self.checks: dict[str, CheckFunction] = {}
         self.reported: FiguresFunction | None = None
+        self.form = form
         self.slots: int | None = None
         self.ref = ref or _reference(play)
         self._set: tuple[dict[str, Any], dict[str, float]] = ({}, {})
@@ -283,6 +290,7 @@ def env(
     tasks: TaskSource,
     rewards: Mapping[str, float | GroupReward],
     name: str | None = None,
+    form: str = "{}",
 ) -> Callable[[Play], Environment]:
     """Turn a coroutine function `(task, agent, ...) -> Scores` into an `Environment`.
 
@@ -292,14 +300,17 @@ def env(
             difficulty, say) to draw from; or a sequence of tasks.
         rewards: weight of every score; a `group_reward` for those over a whole group.
         name: by default the function's.
+        form: the reply that is sent for what a person types in a seat, which stands for `{}`, e.g.
+            `"<move>{}</move>"`.
 
     Raises:
-        ConfigError: not a coroutine function, no seats, or a source without `seed` and `u`.
+        ConfigError: not a coroutine function, no seats, a source without `seed` and `u`, or a form
+            without `{}`.
     """
 
     def decorate(play: Play) -> Environment:
         label = name or str(getattr(play, "__name__", type(play).__name__))
-        return Environment(play, name=label, source=tasks, rewards=rewards)
+        return Environment(play, name=label, source=tasks, rewards=rewards, form=form)
 
     return decorate
 

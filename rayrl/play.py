@@ -84,7 +84,8 @@ async def play(
     async with open_players(config, seats, sampling) as others:
         players: dict[str, Player] = dict(others)
         if mine:
-            players[mine] = human(config, console, read)
+            form = config.play.form or environment.form
+            players[mine] = human(form, console, read)
         else:
             players = {seat: Shown(one, seat, console) for seat, one in players.items()}
         for number, task in enumerate(tasks):
@@ -122,7 +123,7 @@ def seats_for(environment: Environment, config: Config) -> dict[str, str]:
     return {seat: config.env.seats.get(seat, POLICY) for seat in others}
 
 
-def human(config: Config, console: Console, read: Callable[[str], str]) -> HumanPlayer:
-    """The person at this terminal; what is typed is put into `play.form`."""
-    form, out = config.play.form, cast(TextIO, console.file)
+def human(form: str, console: Console, read: Callable[[str], str]) -> HumanPlayer:
+    """The person at this terminal; what is typed takes the place of `{}` in `form`."""
+    out = cast(TextIO, console.file)
     return HumanPlayer(read, out, form=lambda line: form.replace("{}", line.strip()))

@@ -144,6 +144,8 @@ def test_what_cannot_be_an_environment() -> None:
         async def alone(task: Task) -> Any:
             return {}
 
+    with pytest.raises(ConfigError, match=r"form='<move>' of environment 'game': put \{\}"):
+        rayrl.env(tasks=levels, rewards={}, form="<move>", name="game")(game.play)
     with pytest.raises(ConfigError, match="`seed` and `u`"):
         rayrl.env(tasks=lambda seed: Task(), rewards={})(game.play)
     with pytest.raises(ConfigError, match="`tasks` is empty"):

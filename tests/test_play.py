@@ -7,17 +7,17 @@ import pytest
 from rich.console import Console
 
 from rayrl import load_env
+from rayrl.cli import compose
 from rayrl.config import Config, from_dict
 from rayrl.errors import ConfigError
 from rayrl.play import play, seats_for
 
 
 def config(env: str = "tictactoe", seat: str = "", seats: dict[str, str] | None = None) -> Config:
-    form = "<think></think><move>{}</move>"
     return from_dict(
         {
             "env": {"name": env, "seats": seats or {}, "args": {"random_min": 1.0}},
-            "play": {"seat": seat, "form": form, "episodes": 2},
+            "play": {"seat": seat, "episodes": 2},
         }
     )
 
@@ -56,6 +56,19 @@ async def test_a_person_types_a_move_and_it_is_put_into_its_form() -> None:
     assert played[0].turns[0].text == "<think></think><move>0</move>"
     assert played[0].scores["agent"]["format"] == 1.0
     assert "Your turn." in shown(screen)
+
+
+async def test_another_environment_hears_what_was_typed() -> None:
+    words = [task.word for task in load_env("copyword").tasks(0, 1)]  # type: ignore[attr-defined]
+    cfg = compose(["env.name=copyword", "play.seat=agent"])
+    played = await play(cfg, console(), read=lambda prompt: words[0])
+    assert played[0].turns[0].text == words[0]
+    played = await play(
+        compose(["env.name=copyword", "play.seat=agent", "play.form='<{}>'"]),
+        console(),
+        read=lambda prompt: words[0],
+    )
+    assert played[0].turns[0].text == f"<{words[0]}>"
 
 
 async def test_a_person_sees_only_their_own_side() -> None:

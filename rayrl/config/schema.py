@@ -198,7 +198,7 @@ class PlayConfig:
     """Playing in a terminal."""
 
     seat: str = ""  # seat of the environment that the person takes; empty: only watch
-    form: str = "{}"  # the reply that is sent for what the person types, {}
+    form: str = ""  # the reply sent for what the person types, {}; empty: the environment's own
     episodes: int = 1
     temperature: float = 0.0  # of models
 

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 __all__ = ["Game", "game_figures", "games", "opponent_move", "tictactoe", "unbeatable"]
 
 
+FORM = "<think></think><move>{}</move>"  # a person types the position only
+
+
 @dataclass(frozen=True, kw_only=True)
 class Game(Task):
     """One game's start.
@@ -77,7 +80,7 @@ def opponent_move(task: Game, key: str) -> int:
     return rng.choice(best_moves(key, "O"))
 
 
-@rayrl.env(tasks=games, rewards={"win": 1.0, "format": 0.2, "invalid": 1.0})
+@rayrl.env(tasks=games, rewards={"win": 1.0, "format": 0.2, "invalid": 1.0}, form=FORM)
 async def tictactoe(task: Game, agent: Agent) -> Scores:
     """The model plays X against an opponent of adjustable strength."""
     match = Match(max_turns=task.max_turns, to_move=task.first)

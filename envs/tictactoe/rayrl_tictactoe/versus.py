@@ -26,7 +26,10 @@ POINTS = {"win": 1.0, "draw": 0.5, "loss": 0.0}
 
 
 @rayrl.env(
-    name="tictactoe_versus", tasks=games, rewards={"win": 1.0, "format": 0.2, "invalid": 1.0}
+    name="tictactoe_versus",
+    tasks=games,
+    rewards={"win": 1.0, "format": 0.2, "invalid": 1.0},
+    form=env.FORM,
 )
 async def versus(task: Game, x: Agent, o: Agent) -> Scores:
     """Seat `x` against seat `o`; the task's seed says who starts, its built-in opponent is unused.
