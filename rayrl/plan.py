@@ -14,6 +14,7 @@ from typing import Any
 from rayrl.config import Config, differences, leaves, stage_config
 from rayrl.errors import ConfigError, RunFailed
 from rayrl.models import model_dir
+from rayrl.stage import check_trained
 
 __all__ = ["Machine", "describe", "problems", "run", "this_machine"]
 
@@ -35,7 +36,7 @@ def run(config: Config) -> None:
     """
     machine = this_machine()
     print(describe(config, machine))
-    found = [one for _, _, stage in _stages(config) for one in problems(stage, machine)]
+    found = [one for _, verb, stage in _stages(config) for one in problems(stage, machine, verb)]
     found = list(dict.fromkeys(found))
     if found:
         print("\nWill not fit")
@@ -178,10 +179,10 @@ def _recipe(config: Config) -> str:
     return "\n".join(lines)
 
 
-def problems(config: Config, machine: Machine | None = None) -> list[str]:
-    """What `config` asks for that is not there, one sentence each with the remedy."""
+def problems(config: Config, machine: Machine | None = None, verb: str = "") -> list[str]:
+    """What `verb` would ask for by `config` that is not there, a sentence each with the remedy."""
     machine = machine or this_machine()
-    return [*_too_much(config, machine), *_missing(config)]
+    return [*_too_much(config, machine), *_missing(config, verb)]
 
 
 def _too_much(config: Config, machine: Machine) -> Iterator[str]:
@@ -220,7 +221,7 @@ def _too_much(config: Config, machine: Machine) -> Iterator[str]:
         )
 
 
-def _missing(config: Config) -> Iterator[str]:
+def _missing(config: Config, verb: str) -> Iterator[str]:
     if config.engine.kind == "vllm" and importlib.util.find_spec("vllm") is None:
         yield "engine.kind=vllm: vllm is not installed; pip install 'rayrl[vllm]'."
     if config.sft.data and not Path(config.sft.data).is_file():
@@ -231,18 +232,20 @@ def _missing(config: Config) -> Iterator[str]:
             f"endpoint.api_key_env={config.endpoint.api_key_env}: that variable is not set; export "
             "it, with any text for a server that wants no key."
         )
-    for check in (lambda: model_dir(config.model.path), lambda: _configured(config)):
+    for check in (lambda: model_dir(config.model.path), lambda: _configured(config, verb)):
         try:
             check()
         except ConfigError as error:
             yield str(error)
 
 
-def _configured(config: Config) -> None:
+def _configured(config: Config, verb: str) -> None:
     from rayrl.registry import load_env
 
     environment = load_env(config.env.name)
     environment.configure(config.env.args, config.env.rewards)
+    if verb == "train":
+        check_trained(environment, config)
     for args in config.eval.cells.values():
         environment.configure({**config.env.args, **args}, config.env.rewards)
 

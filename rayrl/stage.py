@@ -9,12 +9,14 @@ from pathlib import Path
 
 from rayrl.config import Config
 from rayrl.env import Environment
+from rayrl.errors import ConfigError
 from rayrl.models import EMBEDDED
 
 __all__ = [
     "EPISODES",
     "MODEL",
     "POLICY",
+    "check_trained",
     "is_finished",
     "model_row",
     "positions",
@@ -77,3 +79,13 @@ def seats_of(environment: Environment, config: Config, player: str) -> dict[str,
     who = {"model": POLICY, "endpoint": "endpoint"}.get(player, f"player:{player}")
     given = {seat: config.env.seats.get(seat, POLICY) for seat in environment.seats}
     return {seat: who if by == POLICY else by for seat, by in given.items()}
+
+
+def check_trained(environment: Environment, config: Config) -> None:
+    """Raise ConfigError if no seat is left to the policy: there would be nothing to train."""
+    seats = seats_of(environment, config, "model")
+    if POLICY not in seats.values():
+        raise ConfigError(
+            f"env.seats={seats}: no seat of {environment.name!r} is the policy, so there is nothing "
+            f"to train; set env.seats.{environment.seats[0]}=policy."
+        )

@@ -17,6 +17,7 @@ from rayrl.errors import ConfigError
 from rayrl.progress import Clock, headline, step_metrics, warnings
 from rayrl.rollout import GroupPlan
 from rayrl.rundir import RunDir
+from rayrl.stage import check_trained
 from rayrl.types import derive_seed
 
 __all__ = ["run", "train"]
@@ -31,12 +32,13 @@ async def train(config: Config) -> None:
     """The loop: collect, batch, update, push, log.
 
     Raises:
-        ConfigError: a setting this version does not have.
+        ConfigError: a setting this version does not have, or no seat that the policy plays.
         RunFailed: the environment, the cluster or the numbers do not allow to go on.
     """
     cfg = config.train
     if cfg.max_lag > 0:
         raise ConfigError(f"train.max_lag={cfg.max_lag}: not in this version; set train.max_lag=0.")
+    check_trained(make_environment(config), config)
     with RunDir(config.run.dir, config) as folder:
         if folder.finished is not None and folder.finished["steps"] >= cfg.steps:
             return

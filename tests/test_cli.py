@@ -300,3 +300,10 @@ def test_plan_names_what_will_not_fit(capsys: pytest.CaptureFixture[str]) -> Non
     assert "4096 cpus are reserved and this machine has" in out
     assert "env.args.random_mix" in out
     assert "will not fit" in err
+
+
+def test_plan_says_that_nobody_would_be_trained(capsys: pytest.CaptureFixture[str]) -> None:
+    versus = ["plan", "env=tictactoe_versus", "env.seats.x=player:optimal"]
+    assert main(versus) == 0
+    assert main([*versus, "env.seats.o=player:random"]) == 1
+    assert "no seat of 'tictactoe_versus' is the policy" in capsys.readouterr().out

@@ -160,7 +160,6 @@ def test_every_number_has_a_rule() -> None:
         ("train", {"learner__warmup_steps": 101}, r"warmup_steps=101: .*train\.steps=100"),
         ("train", {"learner__kind": "reference", "learner__world_size": 2}, "one plain process"),
         ("train", {"learner__kind": "reference", "learner__zero_stage": 1}, "one plain process"),
-        ("train", {"env__seats": {"x": "player:a"}}, "no seat is the policy"),
         ("train", {"env__seats": {"x": "plyer:a"}}, r"env\.seats\.x=plyer:a: must be policy"),
         ("train", {"engine__max_len": 40, "sampling__max_tokens": 40}, "no room for a prompt"),
         ("train", {"env__name": ""}, "no environment is chosen"),
@@ -184,6 +183,10 @@ def test_what_makes_no_sense_is_refused_with_a_remedy(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         validate(config_of(**settings), verb)
+
+
+def test_a_seat_that_is_not_named_is_the_policys() -> None:
+    validate(config_of(env__name="tictactoe_versus", env__seats={"x": "player:optimal"}), "train")
 
 
 def test_truncated_sampling_is_fine_without_learning() -> None:

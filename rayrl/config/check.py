@@ -250,12 +250,6 @@ def _check_train(config: Config) -> None:
             config.learner.warmup_steps,
             f"the warm-up would not end within train.steps={train.steps}; shorten it.",
         )
-    if config.env.seats and not any(who == "policy" for who in config.env.seats.values()):
-        raise _wrong(
-            "env.seats",
-            dict(config.env.seats),
-            "no seat is the policy; set one to policy to train.",
-        )
 
 
 def _check_sft(config: Config, chained: bool) -> None:
