@@ -15,6 +15,7 @@ import pytest
 
 from rayrl.cluster.actors import make_engine, make_environment, open_rollouts, seat_players
 from rayrl.cluster.client import Answer, BatchingClient, ReplicaGone, ServeCall
+from rayrl.cluster.learners import LearnerRank, Learners
 from rayrl.cluster.replica import deploy, undeploy
 from rayrl.cluster.rollouts import sort_out
 from rayrl.cluster.router import LaneRouter
@@ -192,6 +193,64 @@ def test_a_run_folder_always_has_the_same_name_and_no_folder_a_new_one(tmp_path:
     assert run_name(str(tmp_path)) == run_name(str(tmp_path / "x" / ".."))
     assert run_name(str(tmp_path)) != run_name(str(tmp_path / "x"))
     assert run_name() != run_name()
+
+
+class Rank:
+    """An actor of `LearnerRank` as the driver sees it; writes into `into`, or where it is told."""
+
+    def __init__(self, into: Path | None = None) -> None:
+        self.into = into
+        self.told: list[str] = []
+        self.save = self.export = self.load = SimpleNamespace(remote=self._write)
+
+    async def _write(self, folder: str) -> None:
+        self.told.append(folder)
+        for name in ("learner.json", "config.json"):
+            ((self.into or Path(folder)) / name).touch()
+
+
+def learners_of(*ranks: Rank) -> Learners:
+    learners = Learners(from_dict({}))
+    learners._ranks = list(ranks)
+    return learners
+
+
+async def test_ranks_are_told_where_the_drivers_folders_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    learners = learners_of(rank := Rank())
+    await learners.save(".")
+    await learners.load(".")
+    await learners.export(Path("."))
+    assert rank.told == [str(tmp_path)] * 3
+
+
+async def test_a_checkpoint_the_driver_cannot_see_is_refused(tmp_path: Path) -> None:
+    """Or it would be sealed without its weights, and could not be resumed from."""
+    learners = learners_of(Rank(into=tmp_path))
+    with pytest.raises(RunFailed, match=r"run\.dir.*learner\.json.*storage that all nodes share"):
+        await learners.save(tmp_path / "run")
+    with pytest.raises(RunFailed, match=r"config\.json"):
+        await learners.export(tmp_path / "run")
+
+
+@pytest.mark.parametrize("kind", ["reference", "deepspeed"])
+def test_a_learner_computes_on_the_gpu_it_reserves(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Any] = []
+
+    def learner(*_: object, device: str, **__: object) -> None:
+        made.append(device)
+
+    monkeypatch.setattr("rayrl.learner.reference.ReferenceLearner", learner)
+    monkeypatch.setattr("rayrl.learner.deepspeed.DeepSpeedLearner", learner)
+    monkeypatch.setattr("rayrl.cluster.learners.set_threads", lambda _: None)
+    for gpus in (0, 1):
+        settings = from_dict({"learner": {"kind": kind}, "cluster": {"learner_gpus": gpus}})
+        LearnerRank(0, 1).start(settings, "", 1, 1, ("", 0))
+    assert made == ["cpu", "cuda"]
 
 
 # --- on Ray ------------------------------------------------------------------------------------

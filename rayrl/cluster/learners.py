@@ -45,10 +45,11 @@ class LearnerRank:
         self, config: Config, model: str, total_steps: int, world: int, master: tuple[str, int]
     ) -> None:
         """Load the model; with DeepSpeed, meet the other ranks."""
+        device = "cuda" if config.cluster.learner_gpus else "cpu"
         if config.learner.kind == "reference":
             from rayrl.learner.reference import ReferenceLearner
 
-            self._learner = ReferenceLearner(config, model, total_steps=total_steps)
+            self._learner = ReferenceLearner(config, model, total_steps=total_steps, device=device)
             return
         from rayrl.learner.deepspeed import DeepSpeedLearner
 
@@ -60,7 +61,7 @@ class LearnerRank:
             master_addr=master[0],
             master_port=master[1],
             total_steps=total_steps,
-            device="cuda" if config.cluster.learner_gpus else "cpu",
+            device=device,
         )
 
     def step(self, part: Batch, supervised: bool = False) -> dict[str, float]:
@@ -149,15 +150,29 @@ class Learners:
 
     async def save(self, folder: str | Path) -> None:
         """Write a checkpoint to resume from."""
-        await self._all("save", str(folder))
+        await self._write("save", folder, "learner.json")
 
     async def load(self, folder: str | Path) -> None:
         """Continue from a checkpoint."""
-        await self._all("load", str(folder))
+        await self._all("load", str(_absolute(folder)))
 
     async def export(self, folder: str | Path) -> None:
         """Write a Hugging Face directory."""
-        await self._all("export", str(folder))
+        await self._write("export", folder, "config.json")
+
+    async def _write(self, method: str, folder: str | Path, proof: str) -> None:
+        """Let the ranks write into `folder`, which has the file `proof` afterwards.
+
+        Raises:
+            RunFailed: the ranks wrote somewhere else: what they call `folder` is not ours.
+        """
+        here = _absolute(folder)
+        await self._all(method, str(here))
+        if not (here / proof).is_file():
+            raise RunFailed(
+                f"run.dir: the learner has written {proof} into {here}, but it is not there for "
+                "the driver. Choose a run.dir on storage that all nodes share."
+            )
 
     async def _parts(self, method: str, batch: Batch, *args: object) -> Mapping[str, float]:
         world = len(self._ranks)
@@ -178,6 +193,11 @@ class Learners:
         if self._group is not None:
             remove_placement_group(self._group)
         self._ranks, self._group = [], None
+
+
+def _absolute(folder: str | Path) -> Path:
+    """The same for the driver and for ranks, which have working directories of their own."""
+    return Path(folder).resolve()
 
 
 async def _together(calls: Sequence[Any]) -> Sequence[Any]:
