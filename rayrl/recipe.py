@@ -2,12 +2,14 @@
 
 Each stage is a run of its own in RUN/<stage>. It gets from the stages before it what its own
 settings leave open: the newest exported model (`model.path`) and the newest data (`sft.data`).
-A finished stage is not run again, so the same command resumes a stopped recipe.
+A finished stage is not run again, so the same command resumes a stopped recipe. Its settings cannot
+be changed any more, nor its steps raised: what came after it was made from what it left.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,9 +21,10 @@ from rich.console import Console
 from rayrl import evaluate, report, sft, synth, train
 from rayrl.cluster.session import open_session
 from rayrl.config import Config, Stage, stage_config, validate
+from rayrl.files import write_atomic
 from rayrl.memory import PeakMemory
 from rayrl.results import Result, markdown, rich_table
-from rayrl.rundir import RunDir, write_atomic
+from rayrl.rundir import RunDir, refuse_changes
 from rayrl.stage import EPISODES, MODEL, is_finished, row_name, versions
 
 __all__ = ["Link", "chain", "rows", "run"]
@@ -54,12 +57,14 @@ def run(config: Config) -> None:
     """Run what is not finished yet, then print and write the table and the report.
 
     Raises:
+        ConfigError: a finished stage would now have other settings.
         RayrlError: of the stage that cannot go on; the ones before it stay finished.
     """
     console = Console()
     links = chain(config)
     for link in links:
         validate(link.config, link.stage.verb, chained=True)
+    _refuse_changes(links)
     with RunDir(config.run.dir, config) as folder:
         if not all(is_finished(link.config.run.dir) for link in links):
             with PeakMemory() as memory, open_session(config.cluster, config.run.dir):
@@ -116,6 +121,17 @@ def rows(links: Sequence[Link]) -> list[Result]:
         if link.row and file.is_file():
             found.append(replace(Result.load(file), name=link.row))
     return found
+
+
+def _refuse_changes(links: Sequence[Link]) -> None:
+    for number, link in enumerate(links):
+        if is_finished(link.config.run.dir):
+            folders = filter(os.path.exists, [one.config.run.dir for one in links[number:]])
+            remedy = (
+                "Use the old ones, or give the recipe another run.name, or delete this folder and "
+                f"what was made after it to make them again: {' '.join(folders)}"
+            )
+            refuse_changes(Path(link.config.run.dir), link.config, remedy)
 
 
 def _record(folder: RunDir, stage: str, seconds: float, peak_bytes: int) -> None:

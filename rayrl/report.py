@@ -14,9 +14,10 @@ from typing import Any
 from rayrl.config import Config
 from rayrl.episodes import read_episodes
 from rayrl.errors import DataError
+from rayrl.files import write_atomic
 from rayrl.report_page import Book, Phase, render
 from rayrl.results import MISSING, Result, columns, entry
-from rayrl.rundir import read_config, write_atomic
+from rayrl.rundir import read_config
 from rayrl.stage import EPISODES
 
 __all__ = ["gather", "run", "write"]

@@ -1,11 +1,15 @@
 """The folder of a run: what it was, what it measured, and what it can be resumed from.
 
     RUN/config.yaml              every setting, so that a resumed run is the same run
-    RUN/metrics.jsonl            one line a `log` call: {"step": 3, "reward/mean": 0.4, …}
+    RUN/metrics.jsonl            one line a `log` call: {"step": 3, "reward": 0.4, …}
     RUN/tensorboard/             the same numbers
     RUN/episodes/step_000010.jsonl
     RUN/checkpoints/step_000010/ what the learner saved, and run.json: the state of the loop
     RUN/result.json              what the run came to, once it is finished
+
+Programs add what they make: model/ (sft, train), episodes.jsonl and played.jsonl (synth), eval.json
+(eval), report.html; and a recipe, whose stages are folders within, recipe.json, table.md and
+table.json.
 
 A process killed at any moment leaves either the old file or the new one, never half of one: files
 are written beside their place, flushed to the disk and renamed. On resume the metrics are cut back
@@ -16,7 +20,6 @@ one's (but for the figures that are wall times).
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import json
 import math
@@ -35,9 +38,10 @@ from omegaconf import OmegaConf
 from rayrl.boards import TensorBoard, Wandb
 from rayrl.config import Config, differences, from_dict, to_dict
 from rayrl.errors import ConfigError, DataError, RunFailed
+from rayrl.files import disk_is_full, sync, write_atomic
 from rayrl.types import Group
 
-__all__ = ["Checkpoint", "RunDir", "read_config", "write_atomic"]
+__all__ = ["Checkpoint", "RunDir", "read_config", "refuse_changes"]
 
 _MAY_CHANGE = (
     "run.dir",
@@ -53,6 +57,7 @@ _MAY_CHANGE = (
 )
 """Settings (or sections) that may differ when a run is resumed; `*.steps` may also be raised."""
 
+_REMEDY = "Use the old ones to resume it, or another run.name (or run.dir) to start a new run."
 _NAME = re.compile(r"step_(\d+)")
 
 
@@ -91,10 +96,8 @@ class RunDir:
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock()
         self.resumed = (self.path / "config.yaml").is_file()
-        if self.resumed:
-            stored = read_config(self.path)
-            if _more_steps(self.path, stored, config):
-                (self.path / "result.json").unlink(missing_ok=True)
+        if self.resumed and refuse_changes(self.path, config, _REMEDY, more_steps=True):
+            (self.path / "result.json").unlink(missing_ok=True)
         write_atomic(self.path / "config.yaml", _as_yaml(config).encode())
         self._clear_partial()
         self._next_step = self._cut_metrics()
@@ -202,14 +205,14 @@ class RunDir:
             self._seal(partial, step, state or {})
         except BaseException as error:
             shutil.rmtree(partial, ignore_errors=True)
-            if isinstance(error, Exception) and _disk_is_full(error, self.path):
+            if isinstance(error, Exception) and disk_is_full(error, self.path):
                 raise RunFailed(self._about_full_disk(step)) from error
             raise
         final = folder / _step_name(step)
         if final.exists():  # the same step again, after a resume: make way without a gap
             os.replace(final, folder / f".old-{_step_name(step)}")
         os.replace(partial, final)
-        _sync(folder)
+        sync(folder)
         self._prune(keep=final)
 
     def checkpoints(self) -> list[Path]:
@@ -269,13 +272,13 @@ class RunDir:
         metrics = self.path / "metrics.jsonl"
         size = 0
         if metrics.is_file():
-            _sync(metrics)
+            sync(metrics)
             size = metrics.stat().st_size
         record = {"step": step, "metrics_bytes": size, "state": dict(state)}
         (partial / "run.json").write_text(json.dumps(record, indent=2), "utf-8")
         for path in sorted(partial.rglob("*")):
-            _sync(path)
-        _sync(partial)
+            sync(path)
+        sync(partial)
 
     def _prune(self, keep: Path) -> None:
         for old in (self.path / "checkpoints").glob(".old-*"):
@@ -331,38 +334,34 @@ def read_config(run: Path) -> Config:
         raise DataError(f"{file}: {error}") from error
 
 
-def write_atomic(file: Path, data: bytes) -> None:
-    """Write a file that is there whole, or as it was before, whatever happens meanwhile."""
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        with partial.open("wb") as out:
-            out.write(data)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(partial, file)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    _sync(file.parent)
-
-
 def _as_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
 
 
-def _more_steps(path: Path, stored: Config, config: Config) -> bool:
-    """Whether `config` has more steps than the run at `path`; any other change is refused."""
+def refuse_changes(path: Path, config: Config, remedy: str, *, more_steps: bool = False) -> bool:
+    """Refuse settings that make another run than the one at `path` was started with.
+
+    Args:
+        config: what is asked for now.
+        remedy: what to do about a change, the last words of the error.
+        more_steps: whether there may be more steps than before.
+
+    Returns:
+        Whether there are.
+
+    Raises:
+        ConfigError: there is a change; the message lists all.
+    """
     changed = []
     more = False
-    for key, (before, now) in differences(config, stored).items():
-        if key.endswith(".steps") and now > before:
+    for key, (before, now) in differences(config, read_config(path)).items():
+        if more_steps and key.endswith(".steps") and now > before:
             more = True
         elif not key.startswith(_MAY_CHANGE):
             changed.append(f"  {key}: {before!r} there, {now!r} now")
     if changed:
         raise ConfigError(
-            f"{path} holds a run with other settings:\n" + "\n".join(changed) + "\n"
-            "Use the old ones to resume it, or another run.name (or run.dir) to start a new run."
+            f"{path} holds a run with other settings:\n" + "\n".join(changed) + f"\n{remedy}"
         )
     return more
 
@@ -381,18 +380,3 @@ def _step_name(step: int) -> str:
 def _step_of(path: Path) -> int:
     match = _NAME.fullmatch(path.name)
     return int(match.group(1)) if match else -1
-
-
-def _disk_is_full(error: Exception, path: Path) -> bool:
-    """Whether `error` comes from a full disk; libraries wrap it in errors of their own."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    return "No space left" in str(error) or shutil.disk_usage(path).free < 1 << 20
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

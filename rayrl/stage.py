@@ -86,6 +86,6 @@ def check_trained(environment: Environment, config: Config) -> None:
     seats = seats_of(environment, config, "model")
     if POLICY not in seats.values():
         raise ConfigError(
-            f"env.seats={seats}: no seat of {environment.name!r} is the policy, so there is nothing "
-            f"to train; set env.seats.{environment.seats[0]}=policy."
+            f"env.seats={seats}: no seat of {environment.name!r} is the policy, so nothing would "
+            f"be trained; set env.seats.{environment.seats[0]}=policy."
         )

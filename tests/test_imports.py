@@ -25,7 +25,7 @@ LAYERS: list[dict[str, str]] = [
     },
     {"engine": "engine", "learner": "learner"},
     {"cluster": "cluster"},
-    {"output": "rundir figures results show report_page stage bar boards progress memory"},
+    {"output": "files rundir figures results show report_page stage bar boards progress memory"},
     {
         "programs": "synth sft train evaluate play report recipe plan envcheck",
     },

@@ -134,6 +134,24 @@ def test_a_stopped_recipe_goes_on_where_it_stopped(
     assert "teacher" in capsys.readouterr().out
 
 
+def test_changed_settings_of_a_finished_stage_are_refused(tmp_path: Path, fakes: list[str]) -> None:
+    def changed(**settings: object) -> Config:
+        rl1 = {"name": "rl1", "verb": "train", "set": settings}
+        return config(tmp_path / "a", [*STAGES[:4], rl1, STAGES[6]])
+
+    recipe.run(changed(**{"train.steps": 3}))
+    fakes.clear()
+    for settings, said in (
+        ({"train.steps": 9}, r"a/rl1 holds .*\n  train\.steps: 3 there, 9 now\n.*run\.name"),
+        ({"train.steps": 3, "learner.lr": 0.5}, r"learner\.lr: 0\.0003 there, 0\.5 now"),
+    ):
+        with pytest.raises(ConfigError, match=said) as caught:
+            recipe.run(changed(**settings))
+        assert str(caught.value).endswith(f"again: {tmp_path}/a/rl1 {tmp_path}/a/eval_rl2")
+    recipe.run(changed(**{"train.steps": 3, "cluster.replicas": 2, "run.checkpoint_every": 1}))
+    assert fakes == []
+
+
 def test_the_table_is_written_as_markdown_and_json(tmp_path: Path, fakes: list[str]) -> None:
     cfg = config(tmp_path / "a", [stage for stage in STAGES if stage["name"] != "rl2"])
     recipe.run(cfg)

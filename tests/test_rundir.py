@@ -15,7 +15,8 @@ import pytest
 
 from rayrl.config import Config, from_dict
 from rayrl.errors import ConfigError, DataError, RunFailed
-from rayrl.rundir import RunDir, read_config, write_atomic
+from rayrl.files import write_atomic
+from rayrl.rundir import RunDir, read_config
 from rayrl.types import Episode, Group, Task
 
 
