@@ -365,6 +365,20 @@ async def test_replicas_admit_weights_by_version(
         assert len(await weights.push(2)) == 2
 
 
+async def test_replicas_without_a_place_are_given_up(
+    session: Session, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rayrl.cluster.replica.START_DEADLINE_S", 1.0)
+    settings = config(tiny, cluster={"replica_cpus": 64})
+    engine = partial(make_engine, settings.engine, str(tiny))
+    with ExitStack() as stack:
+        stack.callback(undeploy, "test-no-place")
+        with pytest.raises(InfraError) as stopped:
+            await deploy(session, settings, engine, app="test-no-place", store=False)
+    for part in ("cluster.replicas=1", "within 1 s", "replica_cpus=64", "GPUs (0 free)", "Lower"):
+        assert part in str(stopped.value)
+
+
 @pytest.mark.parametrize("fault", ["hang", "exit"])
 async def test_a_task_that_takes_its_host_down_is_the_environments_failure(
     session: Session, tiny: Path, fault: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from typing import Protocol
@@ -16,7 +17,7 @@ from rayrl.cluster.client import DEPLOYMENT, Answer
 from rayrl.cluster.router import LaneRouter
 from rayrl.cluster.session import SERVE_LOGGING, Session, set_threads
 from rayrl.cluster.store import Published, store_name
-from rayrl.config import Config
+from rayrl.config import ClusterConfig, Config
 from rayrl.engine.protocol import Engine
 from rayrl.errors import InfraError, RayrlError, StaleWeights
 from rayrl.types import Completion, Request
@@ -26,6 +27,7 @@ __all__ = ["Replica", "deploy", "undeploy"]
 MAX_ONGOING = 100_000  # calls a replica; admission is the engine's, which queues
 HEALTH_PERIOD_S = 2.0
 POLL_S = 0.2
+START_DEADLINE_S = 300.0  # for all replicas of an app, loading the model included
 START_ATTEMPTS = 3
 
 
@@ -138,7 +140,7 @@ async def deploy(
         store: whether its weights are pushed to it.
 
     Raises:
-        InfraError: a replica cannot start; the message ends with its traceback.
+        InfraError: a replica cannot start (the message ends with its traceback), or has no place.
     """
     if not session.local:
         undeploy(app)
@@ -168,12 +170,28 @@ async def deploy(
         wait_for_ingress_deployment_creation=False,
         wait_for_applications_running=False,
     )
+    end = time.monotonic() + START_DEADLINE_S
     while (status := serve.status().applications[app]).status != "RUNNING":
         if status.status == "DEPLOY_FAILED":
             reasons = [d.message for d in status.deployments.values()]
             raise InfraError("\n".join([f"the replicas of {app} cannot start:", *reasons]))
+        if time.monotonic() > end:
+            raise InfraError(_no_place(cluster))
         await asyncio.sleep(POLL_S)
     return handle
+
+
+def _no_place(cluster: ClusterConfig) -> str:
+    there, free = ray.cluster_resources(), ray.available_resources()
+    has = " and ".join(
+        f"{there.get(kind, 0):g} {kind}s ({free.get(kind, 0):g} free)" for kind in ("CPU", "GPU")
+    )
+    return (
+        f"cluster.replicas={cluster.replicas}: they did not all start within {START_DEADLINE_S:g} "
+        f"s. Each reserves cluster.replica_cpus={cluster.replica_cpus:g} and "
+        f"cluster.replica_gpus={cluster.replica_gpus:g}; the cluster has {has}. Lower one of these "
+        "keys, or give the cluster more nodes."
+    )
 
 
 def undeploy(app: str) -> None:
