@@ -180,7 +180,9 @@ def scores_of(episode: Episode) -> dict[str, float]:
 def measure(episodes: Sequence[Episode], hook: Hook | None = None) -> dict[str, Figure]:
     """Figures of the episodes that ended with a score, in the order the hook names them.
 
-    Failed episodes have no scores and are left out; callers report how many there were.
+    Failed episodes have no scores and are left out; callers report how many there were. Without a
+    hook, the mean of a score is over the episodes that have it: tool calls are counted only where
+    tools were offered.
 
     Raises:
         EnvError: if the hook names different figures for different episodes, gives an outcome that
@@ -189,15 +191,15 @@ def measure(episodes: Sequence[Episode], hook: Hook | None = None) -> dict[str, 
     rows = [dict((hook or scores_of)(e)) for e in episodes if e.failure is None]
     if not rows:
         return {}
-    names = list(rows[0])
-    for row in rows:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    for row in rows if hook else ():
         if row.keys() != rows[0].keys():
             odd = sorted(row.keys() ^ rows[0].keys())
             raise EnvError(
                 f"figures differ between episodes: {', '.join(odd)} not in all of them; "
                 "return every figure for every episode"
             )
-    return {name: _combine(name, [row[name] for row in rows]) for name in names}
+    return {name: _combine(name, [row[name] for row in rows if name in row]) for name in names}
 
 
 def _combine(name: str, values: Sequence[Value]) -> Figure:

@@ -10,7 +10,7 @@ import asyncio
 import re
 import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -141,29 +141,32 @@ def _nothing_kept(config: Config, played: Sequence[Episode]) -> str:
 
 
 def kept(episodes: Sequence[Episode], least: Mapping[str, float]) -> list[Episode]:
-    """Episodes that did not fail and have every score of `least` at or above its value.
+    """Episodes that did not fail and have every score of `least`, at or above its value.
 
     With several seats a score counts for each (`win`) or for one (`x.win`).
 
     Raises:
-        ConfigError: a score that the episodes do not have.
+        ConfigError: a score that no episode has.
     """
-    good = [episode for episode in episodes if episode.failure is None]
-    return [episode for episode in good if _good_enough(episode, least)]
-
-
-def _good_enough(episode: Episode, least: Mapping[str, float]) -> bool:
-    scores = scores_of(episode)
-    for name, value in least.items():
-        found = [v for key, v in scores.items() if key == name or key.endswith(f".{name}")]
-        if not found:
-            near = did_you_mean(name, scores) or f" There are: {', '.join(scores)}."
+    good = [(episode, scores_of(episode)) for episode in episodes if episode.failure is None]
+    known = dict.fromkeys(name for _, scores in good for name in scores)
+    for name, value in least.items() if good else ():
+        if not _called(name, known):
+            near = did_you_mean(name, known) or f" There are: {', '.join(known)}."
             raise ConfigError(
                 f"synth.keep.{name}={value:g}: the environment gives no such score.{near}"
             )
-        if min(found) < value:
-            return False
-    return True
+    return [episode for episode, scores in good if _good_enough(scores, least)]
+
+
+def _called(name: str, scores: Iterable[str]) -> list[str]:
+    """The scores that `name` means: of that name, or every seat's."""
+    return [score for score in scores if score == name or score.endswith(f".{name}")]
+
+
+def _good_enough(scores: Mapping[str, float], least: Mapping[str, float]) -> bool:
+    found = {name: [scores[score] for score in _called(name, scores)] for name in least}
+    return all(values and min(values) >= least[name] for name, values in found.items())
 
 
 def statistics_of(episodes: Sequence[Episode]) -> Statistics:

@@ -43,6 +43,13 @@ def test_without_a_hook_every_score_is_a_mean() -> None:
     assert figures["format"] == Mean(0.5, 0.5, 0.5, 2)
 
 
+def test_a_count_of_tools_is_over_the_episodes_that_offered_some() -> None:
+    figures = measure([episode(1), episode(0, tool_calls=3.0), episode(0, tool_calls=1.0)])
+    assert list(figures) == ["win", "tool_calls"]
+    assert (figures["win"].text(), figures["win"].n) == ("0.333", 3)
+    assert (figures["tool_calls"].text(), figures["tool_calls"].n) == ("2.000", 2)
+
+
 def test_seats_are_named() -> None:
     both = Episode("e", "g", Task(), 0, (), {"x": {"win": 1.0}, "o": {"win": 0.0}})
     assert scores_of(both) == {"x.win": 1.0, "o.win": 0.0}

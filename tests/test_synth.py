@@ -39,6 +39,11 @@ def test_with_several_seats_a_score_counts_for_each_or_for_one() -> None:
     assert kept([both], {"x.win": 1.0}) == [both]
 
 
+def test_an_episode_without_a_score_that_others_have_is_not_kept() -> None:
+    used = replace(episode("b", 1), scores={"agent": {"win": 1.0, "tool_calls": 2.0}})
+    assert kept([episode("a", 1), used], {"tool_calls": 1}) == [used]
+
+
 def test_an_unknown_score_is_named_with_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"synth.keep.wins=1.*Did you mean 'win'"):
         kept([episode("a", 1)], {"wins": 1})
