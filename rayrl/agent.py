@@ -205,6 +205,7 @@ class Agent:
         reply = assistant(turn.text)
         if tools:
             reply = replace(reply, tool_calls=self._name_calls(parse_calls(turn.text)))
+            turn = replace(turn, tools=tools)
         conversation.messages.append(reply)
         self.record.append(turn)
         if self.turns % _BREATHE == 0:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from rayrl.models import model_dir
 from rayrl.tools import describe
 from rayrl.types import Message, Turn
 
-__all__ = ["Chat", "Ids"]
+__all__ = ["Chat", "Ids", "tool_name", "untold"]
 
 Ids = tuple[int, ...]
 
@@ -150,8 +150,13 @@ class Chat:
         """
         ids: list[int] = []
         is_reply: list[bool] = []
+        told: set[str] = set()
         for turn in turns:
-            prompt = self.extend(turn.prompt, True) if ids else self.start(turn.prompt)
+            tools = untold(turn.tools, told)
+            told.update(map(tool_name, tools))
+            prompt = (
+                self.extend(turn.prompt, True, tools) if ids else self.start(turn.prompt, tools)
+            )
             reply = self.reply(turn.text)
             ids += prompt + reply
             is_reply += [False] * len(prompt) + [True] * len(reply)
@@ -289,6 +294,16 @@ class Chat:
             pieces = self._cut(text, range(len(roles)))
             self._pieces["start", roles, listing] = pieces
         return self._weave(pieces, messages)
+
+
+def tool_name(schema: Mapping[str, Any]) -> str:
+    """The name in a tool's JSON schema."""
+    return str(schema["function"]["name"])
+
+
+def untold(tools: Sequence[Mapping[str, Any]], told: Container[str]) -> list[Mapping[str, Any]]:
+    """Of the tools offered, those that the model has not been told about in this conversation."""
+    return [schema for schema in tools if tool_name(schema) not in told]
 
 
 def _describe_tools(

@@ -163,6 +163,8 @@ def _turn_to_json(turn: Turn) -> dict[str, Any]:
         "text": turn.text,
         "finish": turn.finish,
     }
+    if turn.tools:
+        data["tools"] = [dict(schema) for schema in turn.tools]
     if turn.state != _default_state(turn.prompt):
         data["state"] = turn.state
     if turn.prompt_ids or turn.completion_ids:
@@ -196,6 +198,7 @@ def _turn_from_json(data: Mapping[str, Any], where: str) -> Turn:
         logprobs=logprobs,
         versions=tuple(VersionSpan(*span) for span in data.get("versions", ())),
         state=data.get("state", _default_state(prompt)),
+        tools=fit(data.get("tools", ()), tuple[dict[str, Any], ...]),
     )
 
 

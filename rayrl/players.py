@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TextIO
 
 from rayrl.agent import Conversation, Options
-from rayrl.chat import Chat
+from rayrl.chat import Chat, tool_name, untold
 from rayrl.engine.protocol import Generator
 from rayrl.errors import EnvError, InfraError
 from rayrl.types import Message, Request, Sampling, Turn
@@ -77,7 +77,7 @@ class PolicyPlayer:
         ids += prompt_ids
         ids += completion_ids
         conversation.finished = bool(completion_ids) and completion_ids[-1] == chat.stop_ids[0]
-        conversation.tools.update([schema["function"]["name"] for schema in options.tools])
+        conversation.tools.update(map(tool_name, options.tools))
         return Turn(
             seat=conversation.seat,
             prompt=tuple(new),
@@ -94,11 +94,10 @@ class PolicyPlayer:
     def _prompt(
         self, conversation: Conversation, new: Sequence[Message], options: Options
     ) -> tuple[int, ...]:
+        tools = untold(options.tools, conversation.tools)
         if not conversation.ids:
-            return self.chat.start(new, options.tools)
-        told = conversation.tools
-        unknown = [tool for tool in options.tools if tool["function"]["name"] not in told]
-        return self.chat.extend(new, conversation.finished, unknown)
+            return self.chat.start(new, tools)
+        return self.chat.extend(new, conversation.finished, tools)
 
     def end(self, conversation: Conversation) -> None:
         """Let the generator forget the conversation."""

@@ -202,6 +202,7 @@ class Turn:
         versions: weight versions, as spans over `completion_ids`.
         state: key of the state the model acted in; equal keys inside a group are the same decision
             (GiGPO compares there).
+        tools: JSON schemas of the tools that were offered.
     """
 
     seat: str
@@ -214,6 +215,7 @@ class Turn:
     logprobs: tuple[float, ...] = ()
     versions: tuple[VersionSpan, ...] = ()
     state: str = ""
+    tools: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,10 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+WITH_TOOLS = (
+    "{% if tools %}<|im_start|>system\nTools:{% for t in tools %} {{ t | tojson }}{% endfor %}"
+    "<|im_end|>\n{% endif %}" + CHATML
+)
 TRAINING_TEXT = [
     "the quick brown fox jumps over the lazy dog",
     "Your turn. Choose a position: 0 1 2 3 4 5 6 7 8",

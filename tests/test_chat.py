@@ -5,7 +5,7 @@ import pytest
 from rayrl.chat import Chat
 from rayrl.errors import ConfigError
 from rayrl.types import Message, Turn, assistant, system, tool, user
-from tests.act import CHATML, build_tokenizer, chat
+from tests.act import CHATML, WITH_TOOLS, build_tokenizer, chat
 
 TRIMMING = CHATML.replace("m['content']", "m['content'] | trim")
 # rewrites what the model said before: drops its thoughts
@@ -15,10 +15,6 @@ FORGETFUL = (
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 THINKING = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
-WITH_TOOLS = (
-    "{% if tools %}<|im_start|>system\nTools:{% for t in tools %} {{ t | tojson }}{% endfor %}"
-    "<|im_end|>\n{% endif %}" + CHATML
-)
 ADD = {
     "type": "function",
     "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object"}},

@@ -9,17 +9,20 @@ from typing import Any
 
 import pytest
 
-from rayrl import load_env, sft
+import rayrl
+from rayrl import Agent, Scores, load_env, sft
 from rayrl.batch import Batch
+from rayrl.chat import Chat
 from rayrl.config import Config, from_dict
-from rayrl.episodes import write_episodes
+from rayrl.episodes import read_episodes, write_episodes
 from rayrl.errors import ConfigError, DataError
-from rayrl.players import ScriptedPlayer
+from rayrl.players import PolicyPlayer, ScriptedPlayer
 from rayrl.rollout import play_group
 from rayrl.rundir import RunDir
 from rayrl.sft import batch_indices, conversations, load_rows, rows_of
+from rayrl.tools import format_call
 from rayrl.types import Episode, Failure, Message, Sampling, Task, Turn, system, user
-from tests.act import Instant, chat
+from tests.act import CHATML, WITH_TOOLS, Instant, build_tokenizer, chat
 from tests.tiny import save_tiny_model
 
 
@@ -61,7 +64,6 @@ def test_a_batch_may_be_larger_than_the_data() -> None:
 async def test_a_row_has_the_ids_that_playing_it_gives() -> None:
     """The same words said by a policy and by a script end up as the same training row."""
     from rayrl.batch import make_batch
-    from rayrl.players import PolicyPlayer
 
     (scripted,) = await games(1)
     replies = iter([turn.text for turn in scripted.turns])
@@ -79,6 +81,61 @@ async def test_a_row_has_the_ids_that_playing_it_gives() -> None:
     (row,) = rows_of(scripted, ["agent"], chat())
     assert row.ids.tolist() == played.ids.tolist()
     assert row.loss_mask.tolist() == played.loss_mask.tolist()
+
+
+def add(a: int, b: int) -> int:
+    """Add two numbers."""
+    return a + b
+
+
+def negate(a: int) -> int:
+    """Change the sign."""
+    return -a
+
+
+@rayrl.env(tasks=[Task()], rewards={"right": 1.0})
+async def sums(task: Task, agent: Agent) -> Scores:
+    await agent([system("be brief"), user("Ready?")])
+    await agent("1 + 2?", tools=[add])
+    return {"right": float(await agent("and its negative?", tools=[add, negate]) == "-3")}
+
+
+CALLS = [
+    "yes",
+    format_call("add", {"a": 1, "b": 2}),
+    "3",
+    format_call("negate", {"a": 3}),
+    "-3",
+]
+
+
+@pytest.mark.parametrize("template", [CHATML, WITH_TOOLS])
+async def test_tools_are_in_the_prompts_as_in_play(tmp_path: Path, template: str) -> None:
+    talk = Chat(build_tokenizer(template))
+    replies = iter(CALLS)
+    teacher = {"agent": ScriptedPlayer(lambda messages, rng: next(replies))}
+    shown = await play_group(sums, Task(), teacher, id="g", size=1)
+    write_episodes(tmp_path / "d.jsonl", shown.episodes)
+    (scripted,) = read_episodes(tmp_path / "d.jsonl")
+    assert [[t["function"]["name"] for t in turn.tools] for turn in scripted.turns] == [
+        [],
+        *[["add"]] * 2,
+        *[["add", "negate"]] * 2,
+    ]
+    (row,) = rows_of(scripted, ["agent"], talk)
+
+    said = iter(CALLS)
+
+    class Repeats(Instant):
+        async def generate(self, request):  # type: ignore[no-untyped-def]
+            self.replies = [talk.reply(next(said))]
+            return await super().generate(request)
+
+    policy = PolicyPlayer(talk, Repeats(talk, [""]), Sampling(max_tokens=99))
+    played = await play_group(sums, Task(), {"agent": policy}, id="g", size=1)
+    turns = played.episodes[0].turns
+    assert row.ids.tolist() == [i for t in turns for i in (*t.prompt_ids, *t.completion_ids)]
+    assert "Change the sign." in talk.tokenizer.decode(row.ids)
 
 
 async def test_the_loss_is_on_replies_and_their_end_of_turn() -> None:
