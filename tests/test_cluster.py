@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -251,6 +254,39 @@ def test_a_learner_computes_on_the_gpu_it_reserves(
         settings = from_dict({"learner": {"kind": kind}, "cluster": {"learner_gpus": gpus}})
         LearnerRank(0, 1).start(settings, "", 1, 1, ("", 0))
     assert made == ["cpu", "cuda"]
+
+
+def test_a_cluster_that_wants_a_token_is_not_said_to_be_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**_: object) -> None:
+        why = "GCS: Unauthenticated: RPC error: InvalidAuthToken: Authentication token is missing"
+        raise ConnectionError("Failed to connect to Ray cluster at here") from RuntimeError(why)
+
+    def away(**_: object) -> None:
+        raise ConnectionError("Failed to connect to Ray cluster at here")
+
+    cluster = from_dict({"cluster": {"address": "here:1"}}).cluster
+    for init, said in ((refuse, "asks for a token.*RAY_AUTH_MODE=token"), (away, "no Ray cluster")):
+        monkeypatch.setattr("ray.init", init)
+        with pytest.raises(InfraError, match=said), open_session(cluster):
+            pass
+
+
+@pytest.mark.parametrize(("there", "mode"), [(True, "token"), (False, "None")])
+def test_a_token_that_is_there_is_sent(tmp_path: Path, there: bool, mode: str) -> None:
+    if there:
+        (tmp_path / ".ray").mkdir()
+        (tmp_path / ".ray" / "auth_token").write_text("0" * 32)
+    env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    done = subprocess.run(
+        [sys.executable, "-c", "import os, rayrl.cluster; print(os.environ.get('RAY_AUTH_MODE'))"],
+        env={**env, "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == mode
 
 
 # --- on Ray ------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 # Ray and Serve read these when they are imported, in every process; what is set already stays.
 for _name, _value in {
@@ -14,3 +15,12 @@ for _name, _value in {
     "RAY_SERVE_MAX_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "30",
 }.items():
     os.environ.setdefault(_name, _value)
+
+# `ray start` lets in only who sends the token, where there is one. Ray's clients send it in this
+# mode only (to a cluster without a token as well), and an explicit address does not turn it on.
+if (
+    os.environ.get("RAY_AUTH_TOKEN")
+    or os.environ.get("RAY_AUTH_TOKEN_PATH")
+    or (Path.home() / ".ray" / "auth_token").is_file()
+):
+    os.environ.setdefault("RAY_AUTH_MODE", "token")

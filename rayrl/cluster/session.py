@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import secrets
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.exceptions import AuthenticationError
 from ray.serve.schema import LoggingConfig
 
 from rayrl.config import ClusterConfig
@@ -102,15 +104,13 @@ def _connect(address: str) -> bool:
     if address and address != "local":
         try:
             ray.init(address=address, **quiet)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise InfraError(
-                f"no Ray cluster answers at {address!r} ({error}). Start one with `ray start "
-                "--head`, or leave cluster.address and RAY_ADDRESS empty for a local one."
-            ) from error
+        except (AuthenticationError, ConnectionError, RuntimeError, ValueError) as error:
+            raise InfraError(_refused(address, error)) from error
         return False
     # Ray gives its workers niceness 15: beside anything else that computes they would starve.
     os.environ.setdefault("RAY_worker_niceness", "0")
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # on by default: good
+    _bring_token()
     settings = {
         "address": "local",
         "num_cpus": os.cpu_count(),
@@ -129,6 +129,29 @@ def _connect(address: str) -> bool:
         else:
             break
     return True
+
+
+def _refused(address: str, error: Exception) -> str:
+    if isinstance(error, AuthenticationError) or "InvalidAuthToken" in str(error.__cause__):
+        mode = os.environ.get("RAY_AUTH_MODE", "")
+        return (
+            f"the Ray cluster at {address!r} asks for a token, and RAY_AUTH_MODE={mode} with the "
+            "token here did not satisfy it. Copy ~/.ray/auth_token from the machine where `ray "
+            "start --head` ran, or set RAY_AUTH_TOKEN, and export RAY_AUTH_MODE=token."
+        )
+    return (
+        f"no Ray cluster answers at {address!r} ({error}). Start one with `ray start --head`, or "
+        "leave cluster.address and RAY_ADDRESS empty for a local one."
+    )
+
+
+def _bring_token() -> None:
+    """Give a local Ray a token for its lifetime.
+
+    It would write one to ~/.ray/auth_token, where every later `ray start` finds it and asks for it.
+    """
+    if not any(os.environ.get(f"RAY_AUTH_{name}") for name in ("MODE", "TOKEN", "TOKEN_PATH")):
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
 def _start_serve() -> bool:

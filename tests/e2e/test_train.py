@@ -54,9 +54,9 @@ def command(tiny: Path, folder: Path, *more: str) -> list[str]:
     return [sys.executable, "-m", "rayrl", "train", *words, *more]
 
 
-def train(tiny: Path, folder: Path, *more: str) -> None:
+def train(tiny: Path, folder: Path, *more: str, env: dict[str, str] | None = None) -> None:
     done = subprocess.run(
-        command(tiny, folder, *more), cwd=ROOT, capture_output=True, text=True, check=False
+        command(tiny, folder, *more), cwd=ROOT, env=env, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
 
@@ -82,7 +82,8 @@ def episodes(folder: Path) -> dict[str, list[Any]]:
 @pytest.fixture(scope="module")
 def unbroken(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("unbroken") / "run"
-    train(tiny, folder)
+    env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_AUTH_")}
+    train(tiny, folder, env={**env, "HOME": str(folder.parent)})
     return folder
 
 
@@ -100,6 +101,7 @@ def test_it_learns_and_says_so(tiny: Path, unbroken: Path) -> None:
     assert all(row["grad_norm"] > 0 and row["entropy"] > 0 for row in rows)
     assert all(row["mismatch/mean"] < 1e-4 for row in rows), "engine and learner agree"
     assert weights(unbroken) != (tiny / "model.safetensors").read_bytes()
+    assert not (unbroken.parent / ".ray").exists(), "later `ray start`s would ask for its token"
 
 
 def test_same_seed_same_episodes_and_weights(tiny: Path, unbroken: Path, tmp_path: Path) -> None:
