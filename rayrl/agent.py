@@ -126,7 +126,8 @@ class Agent:
         self.error: Exception | None = None
         self._number = 0
         self._named = 0
-        self._conversation = Conversation(f"{episode}/{seat}/0", seat)
+        self._path = f"{episode}/{seat}"  # what the names of its conversations begin with
+        self._conversation = Conversation(f"{self._path}/0", seat)
         self._sessions = [self._conversation]
 
     @property
@@ -257,7 +258,7 @@ class Agent:
 
     def fork(self) -> Agent:
         """An agent that has heard the same and goes on by itself, for checks that branch."""
-        new = Agent(
+        new = type(self)(
             self.player,
             seat=self.seat,
             episode=self.episode,
@@ -266,7 +267,8 @@ class Agent:
         )
         new.turns = self.turns
         self._number += 1  # the parent's name is in the child's, so that forks of forks differ too
-        new._conversation = self._conversation.copy(f"{self._conversation.session}+{self._number}")
+        new._path = f"{self._conversation.session}+{self._number}"
+        new._conversation = self._conversation.copy(new._path)
         new._sessions = [new._conversation]
         return new
 
@@ -281,7 +283,7 @@ class Agent:
 
     def _next_session(self) -> str:
         self._number += 1
-        return f"{self.episode}/{self.seat}/{self._number}"
+        return f"{self._path}/{self._number}"
 
     def _open(self, conversation: Conversation) -> None:
         self._conversation = conversation

@@ -23,7 +23,7 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -136,7 +136,6 @@ class _Child:
     async def play(self, task: Task, agents: Sequence[Agent]) -> Scores:
         """Let the process play one episode, and answer for its agents."""
         by_seat = {agent.seat: agent for agent in agents}
-        sessions = {agent.seat: agent.session for agent in agents}
         if self.writer is None:
             self.reader, self.writer = await asyncio.open_connection(sock=self.socket)
             await self._send(self.spec)
@@ -146,21 +145,30 @@ class _Child:
                     f"environment {self.spec.ref!r} cannot run in a process of its own: "
                     f"{ready['failed']}"
                 )
-        await self._send((task, sessions))
+        await self._send((task, {agent.seat: agent.session for agent in agents}))
+        holders = {agent.session: agent for agent in agents}  # of conversations, forks' included
+        try:
+            return await self._answer(by_seat, holders)
+        finally:
+            for fork in set(holders.values()) - set(agents):
+                fork.close()
+
+    async def _answer(self, by_seat: Mapping[str, Agent], holders: dict[str, Agent]) -> Scores:
         while True:
             said = await self._receive()
             if "ask" in said:
-                agent = by_seat[said["seat"]]
-                if said["session"] != sessions[agent.seat]:
-                    sessions[agent.seat] = said["session"]
-                    agent.restart()
-                turn = await agent.turn(
+                turn = await holders[said["session"]].turn(
                     tuple(message_from_json(message) for message in said["messages"]),
                     said["state"],
                     said["max_tokens"],
                     tuple(said["tools"]),
                 )
                 await self._send((said["ask"], turn.text, turn.finish))
+            elif "fork" in said:
+                holders[said["fork"]] = holders[said["of"]].fork()
+            elif "restart" in said:
+                agent = holders[said["restart"]] = holders[said["of"]]
+                agent.restart()
             elif "failed" in said:
                 raise _CodeFailed(said["failed"], said["traceback"])
             else:
@@ -298,7 +306,6 @@ class _Parent:
         pipe.send(
             {
                 "ask": pipe.asked,
-                "seat": conversation.seat,
                 "session": conversation.session,
                 "messages": [message_to_json(message) for message in new],
                 "state": options.state,
@@ -310,8 +317,29 @@ class _Parent:
         return Turn(conversation.seat, tuple(new), text, finish, state=options.state)
 
 
+class _Remote(Agent):
+    """A child's agent; the parent's one forgets and branches when it does, not at its next turn."""
+
+    def restart(self) -> None:
+        """Begin a new conversation, here and in the parent."""
+        of = self.session
+        super().restart()
+        self._tell("restart", self.session, of)
+
+    def fork(self) -> Agent:
+        """Branch, here and in the parent."""
+        new = super().fork()
+        self._tell("fork", new.session, self.session)
+        return new
+
+    def _tell(self, what: str, session: str, of: str) -> None:
+        player = self.player
+        assert isinstance(player, _Parent)
+        player.pipe.send({what: session, "of": of})
+
+
 def _remote(pipe: _Pipe, seat: str, session: str) -> Agent:
-    return Agent(_Parent(pipe), seat=seat, episode=session.rsplit("/", 2)[0])
+    return _Remote(_Parent(pipe), seat=seat, episode=session.rsplit("/", 2)[0])
 
 
 def _plain(value: object) -> object:

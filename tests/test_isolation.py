@@ -52,6 +52,14 @@ FAR = """
             return {"n": float("nan"), "pid": 0}
         if task.act == "tool":
             await agent("which?", tools=[pid])
+        if task.act == "fork":
+            side = agent.fork()
+            await agent("on")
+            deeper = side.fork()
+            said = [await side("aside"), await deeper("deeper")]
+            side.restart()
+            said.append(await side("anew"))
+            await agent(" ".join(said))
         if task.act == "restart":
             agent.restart()
             await agent("anew")
@@ -142,6 +150,32 @@ async def test_isolated_tools_and_conversations(far: rayrl.Environment) -> None:
         again = await play_far(env, "restart", engine_players, deadline_s=60)
         assert [turn.offset == 0 for turn in again.turns] == [True, False, False, True]
         assert engine_players["agent"].client.released == ["e/agent/0", "e/agent/1"]
+
+
+async def test_isolated_forks_have_heard_the_same(far: rayrl.Environment) -> None:
+    def counts(messages: Sequence[Message], rng: Any) -> str:
+        return str(len(messages))
+
+    async with Isolated(far, slots=1) as env:
+        there = await play_far(env, "fork", {"agent": ScriptedPlayer(counts)}, deadline_s=60)
+        here = await play_far(far, "fork", {"agent": ScriptedPlayer(counts)}, deadline_s=60)
+        assert here.turns == there.turns
+        assert here.turns[-1].prompt[0].content == "7 7 1"
+        players = instant()
+        there = await play_far(env, "fork", players, deadline_s=60)
+        asked = {r.session: r.prompt_ids for r in players["agent"].client.requests}
+        ended = players["agent"].client.released
+        players = instant()
+        here = await play_far(far, "fork", players, deadline_s=60)
+        assert asked == {r.session: r.prompt_ids for r in players["agent"].client.requests}
+    assert there.turns == here.turns
+    assert sorted(ended) == sorted(asked)
+    assert sorted(asked) == [
+        "e/agent/0",
+        "e/agent/0+1",
+        "e/agent/0+1+1",
+        "e/agent/0+1/2",
+    ]
 
 
 async def test_a_child_ends_with_its_parent(far: rayrl.Environment, tmp_path: Path) -> None:
