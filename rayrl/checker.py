@@ -18,12 +18,13 @@ from rayrl.types import Episode, Message, Task
 
 __all__ = ["check_env", "find_problems"]
 
+DEADLINE_S = 10.0  # for an episode in which nobody thinks
 _TASKS = 8
 _REPLIES = ("", "0", "yes", "<answer>1</answer>", "I do not know.")
 
 
 def check_env(
-    env: Environment, args: Mapping[str, Any] | None = None, deadline_s: float = 10.0
+    env: Environment, args: Mapping[str, Any] | None = None, deadline_s: float = DEADLINE_S
 ) -> list[str]:
     """Problems of an environment, in words; an empty list if none was found.
 
@@ -39,7 +40,7 @@ def check_env(
 
 
 async def find_problems(
-    env: Environment, args: Mapping[str, Any], deadline_s: float = 10.0
+    env: Environment, args: Mapping[str, Any], deadline_s: float = DEADLINE_S
 ) -> list[str]:
     """`check_env` for those who are in an event loop already."""
     try:
@@ -49,7 +50,8 @@ async def find_problems(
     except RayrlError as error:
         return [str(error)]
     problems = _task_problems(env, tasks, again)
-    if not any(weight for weight in env.rewards.values()) and not env.group_rewards:
+    group_weights = [group.weight for group in env.group_rewards.values()]
+    if not any((*env.rewards.values(), *group_weights)):
         problems.append("every reward has weight 0: there is nothing to learn from")
     for task in tasks:
         found = await _play_problems(env, task, deadline_s)

@@ -6,7 +6,7 @@ import asyncio
 import statistics
 import textwrap
 
-from rayrl.checker import check_env
+from rayrl.checker import DEADLINE_S, check_env
 from rayrl.config import Config
 from rayrl.env import Environment
 from rayrl.errors import EnvError
@@ -32,12 +32,14 @@ def run(config: Config) -> None:
     for key, value in environment.args.items():
         print(f"  env.args.{key}: {textwrap.shorten(repr(value), 80)}")
     print(f"  installed besides: {', '.join(_others(environment.name)) or 'none'}")
-    problems = check_env(environment, deadline_s=config.env.deadline_s)
+    problems = check_env(environment)
+    for name in sorted(environment.players) if not problems else ():
+        row, failed = asyncio.run(_row(environment, name, config.run.seed))
+        print(row)
+        problems += failed
     if problems:
         listed = "\n".join(f"  - {problem}" for problem in problems)
         raise EnvError(f"{environment.name} is not ready to train on:\n{listed}")
-    for name in sorted(environment.players):
-        print(asyncio.run(_row(environment, name, config.run.seed)))
     print("ready to train on")
 
 
@@ -45,8 +47,9 @@ def _others(name: str) -> list[str]:
     return [other for other in installed_envs() if other != name]
 
 
-async def _row(environment: Environment, name: str, seed: int) -> str:
-    """How a scripted player of the environment does in every seat."""
+async def _row(environment: Environment, name: str, seed: int) -> tuple[str, list[str]]:
+    """How a scripted player of the environment does in every seat, and the first failure."""
+    failures: list[str] = []
     rewards: list[float] = []
     turns: list[int] = []
     for number, task in enumerate(environment.tasks(seed, _TASKS)):
@@ -57,10 +60,19 @@ async def _row(environment: Environment, name: str, seed: int) -> str:
             dict.fromkeys(environment.seats, player),
             id=f"check/{name}/{number}",
             seed=task.seed,
+            deadline_s=DEADLINE_S,
         )
+        if episode.failure is not None:
+            failures.append(f"with player {name!r}: {episode.failure.message}")
+            continue
         rewards += episode.rewards.values()
         turns.append(len(episode.turns))
-    return (
-        f"  player {name}: reward {statistics.fmean(rewards):.2f} "
-        f"({min(rewards):.2f} to {max(rewards):.2f}), {statistics.fmean(turns):.1f} turns"
-    )
+    row = f"  player {name}:"
+    if rewards:
+        row += (
+            f" reward {statistics.fmean(rewards):.2f} ({min(rewards):.2f} to {max(rewards):.2f}), "
+            f"{statistics.fmean(turns):.1f} turns"
+        )
+    if failures:
+        row += f"{',' if rewards else ''} {len(failures)} of {_TASKS} episodes failed"
+    return row, failures[:1]

@@ -21,7 +21,7 @@ def plain(seed: int, u: float, size: int = 3) -> Plain:
     return Plain(seed=seed, word="ab" * size)
 
 
-def made(source: Any = plain, play: Any = None, **rewards: float) -> rayrl.Environment:
+def made(source: Any = plain, play: Any = None, **rewards: Any) -> rayrl.Environment:
     async def echo(task: Any, agent: Any) -> Scores:
         reply = await agent(f"{getattr(task, 'word', '')} {task.rng('start').random()}")
         return {"right": float(reply == "yes")}
@@ -118,6 +118,9 @@ def test_problems_of_play(play: Any, said: str) -> None:
 
 def test_weights_that_teach_nothing() -> None:
     assert "every reward has weight 0" in check_env(made(right=0.0))[0]
+    group = rayrl.group_reward(lambda episodes: [0.0] * len(episodes), 0.0)
+    assert "every reward has weight 0" in check_env(made(right=0.0, rank=group))[0]
+    assert check_env(made(right=0.0, rank=group).configure({}, {"rank": 0.5})) == []
 
 
 def test_a_teacher_that_cannot_play() -> None:
