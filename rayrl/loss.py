@@ -57,6 +57,7 @@ class Objective:
     clip_low: float = 0.2
     clip_high: float = 0.2
     cispo_max: float = 5.0
+    entropy_coef: float = 0.0
     kl_coef: float = 0.0
     kl_estimator: str = "k3"
     tis_max: float = 0.0
@@ -83,6 +84,7 @@ class Objective:
             clip_low=algo.clip_low,
             clip_high=algo.clip_high,
             cispo_max=algo.cispo_max,
+            entropy_coef=algo.entropy_coef,
             kl_coef=algo.kl_coef,
             kl_estimator=algo.kl_estimator,
             tis_max=algo.tis_max,
@@ -100,6 +102,8 @@ class LossTokens:
         rollout: (N,) log-probabilities the engine recorded.
         proximal: (N,), or None where the step has one update and they equal the current ones.
         reference: (N,) of the reference policy, or None without a KL term.
+        entropy: (N,) of the current policy where each was drawn, in nats and with gradient; None
+            without an entropy bonus.
     """
 
     row: Tensor
@@ -108,6 +112,7 @@ class LossTokens:
     rollout: Tensor
     proximal: Tensor | None = None
     reference: Tensor | None = None
+    entropy: Tensor | None = None
 
 
 # (objective, logprobs, old, advantages, row, n_rows) -> loss a token (N,), where clipped (N,)
@@ -252,4 +257,6 @@ def objective_loss(
         divergence = kl(logprobs, tokens.reference, objective.kl_estimator)
         loss = loss + objective.kl_coef * divergence
         terms["kl"] = divergence.detach()
+    if tokens.entropy is not None:  # the bonus of A3C (arXiv 1602.01783, section 4)
+        loss = loss - objective.entropy_coef * tokens.entropy
     return (weights * loss).sum(), terms

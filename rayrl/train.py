@@ -7,6 +7,7 @@ killed goes on from its last checkpoint and ends as if it had not stopped.
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 from rayrl.advantage import advantages
 from rayrl.bar import Bar
@@ -17,7 +18,7 @@ from rayrl.errors import ConfigError
 from rayrl.progress import Clock, headline, step_metrics, warnings
 from rayrl.rollout import GroupPlan
 from rayrl.rundir import RunDir
-from rayrl.stage import check_trained
+from rayrl.stage import MODEL, check_trained
 from rayrl.types import derive_seed
 
 __all__ = ["run", "train"]
@@ -26,6 +27,7 @@ __all__ = ["run", "train"]
 def run(config: Config) -> None:
     """Train `config.model` on `config.env`; resumes if the run folder has a checkpoint."""
     asyncio.run(train(config))
+    print(f"Model in {Path(config.run.dir) / MODEL}")
 
 
 async def train(config: Config) -> None:
@@ -55,7 +57,7 @@ async def train(config: Config) -> None:
                         played = await rollouts.collect(plans(config, step), step - cfg.max_lag)
                     with clock("batch"):
                         scored = advantages(played.groups, config.algo)
-                        batch = make_batch(played.groups, scored, keep_zero=config.algo.kl_coef > 0)
+                        batch = make_batch(played.groups, scored, keep_zero=needs_every_row(config))
                     with clock("update"):
                         learned = await learner.step(batch)
                     with clock("push"):
@@ -71,8 +73,13 @@ async def train(config: Config) -> None:
                     bar.update(step + 1, **headline(metrics))
                     for warning in warnings(metrics, config.algo):
                         bar.note(f"step {step + 1}: {warning}")
-            await learner.export(folder.path / "model")
-            folder.finish({"steps": cfg.steps, "model": "model"})
+            await learner.export(folder.path / MODEL)
+            folder.finish({"steps": cfg.steps, "model": MODEL})
+
+
+def needs_every_row(config: Config) -> bool:
+    """Whether the loss has terms that act where the advantage is zero."""
+    return config.algo.kl_coef > 0 or config.algo.entropy_coef > 0
 
 
 def plans(config: Config, step: int) -> list[GroupPlan]:

@@ -159,6 +159,24 @@ def test_division_into_micro_batches_changes_nothing(model_dir, loss, aggregatio
     assert got[0]["distinct_tokens"] > got[1]["distinct_tokens"]
 
 
+def test_the_entropy_bonus_climbs_the_entropy_of_the_sampling_distribution(model_dir):
+    """Without advantages its gradient is that of the mean entropy, row by row, by plain torch."""
+    rows = [replace(row, advantages=row.advantages * 0) for row in make_rows(0)]
+    totals = batch_of(rows).totals
+    learner = ReferenceLearner(config(entropy_coef=0.5), model_dir)
+    module = load_model(model_dir, "cpu")
+    module.set_attn_implementation("eager")
+    for row in rows:
+        logits = module(torch.from_numpy(row.ids.astype(np.int64))[None]).logits[0, :-1]
+        drawn = (logits / learner.cfg.sampling.temperature)[torch.from_numpy(row.loss_mask[1:])]
+        entropy = torch.distributions.Categorical(logits=drawn).entropy()
+        (-0.5 * entropy.sum() / totals.tokens).backward()
+    plain = torch.nn.utils.get_total_norm([p.grad for p in module.parameters()])
+    before = learner.step(rows, totals)
+    assert before["grad_norm"] == pytest.approx(float(plain), rel=1e-4)
+    assert learner.step(rows, totals)["entropy"] > before["entropy"]
+
+
 def test_dropped_rows_change_nothing(model_dir):
     rows = make_rows(0)
     zeroed = [replace(r, advantages=r.advantages * 0) if i % 3 else r for i, r in enumerate(rows)]
@@ -206,13 +224,20 @@ def test_logprobs_follow_the_sampling_temperature(model_dir):
     for row, values in zip(rows, got, strict=True):
         want = plain_logprobs(plain, row.ids, 1.3).detach().numpy() * row.loss_mask
         assert np.abs(values - want).max() <= 1e-5
+    greedy = replace(cfg, sampling=SamplingConfig(temperature=0.0))
     with pytest.raises(ConfigError, match=r"sampling\.temperature"):
-        ReferenceLearner(replace(cfg, sampling=SamplingConfig(temperature=0.0)), model_dir)
+        ReferenceLearner(greedy, model_dir).logprobs(rows)
 
 
 def test_sft_learns_what_it_is_shown(model_dir):
     learner = ReferenceLearner(
-        replace(config(), learner=LearnerConfig(lr=1e-2)), model_dir, total_steps=30
+        replace(
+            config(),
+            learner=LearnerConfig(lr=1e-2),
+            sampling=SamplingConfig(temperature=0.0),  # not its business
+        ),
+        model_dir,
+        total_steps=30,
     )
     rows = [supervised_row([1, 2, 3, 20 + i], [False, True, True, True]) for i in range(2)]
     batch = batch_of(rows)

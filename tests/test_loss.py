@@ -184,6 +184,16 @@ def test_objective_equals_the_loop(loss, aggregation, tis, estimator):
     assert got.item() == pytest.approx(loop(o, logprobs, t, Totals(9, 4)), rel=1e-12)
 
 
+def test_an_entropy_bonus_is_taken_off_each_tokens_loss():
+    """Two tokens of a batch of four: −(1/4)·(0.5·0.2 + 0.5·0.6) = −0.1 beside the other terms."""
+    zero = torch.zeros(2)
+    t = LossTokens(
+        torch.zeros(2, dtype=torch.int64), 1, zero, zero, entropy=torch.tensor([0.2, 0.6])
+    )
+    got, _ = objective_loss(Objective("grpo", entropy_coef=0.5), zero, t, Totals(4, 1))
+    assert got.item() == pytest.approx(-0.1)
+
+
 @pytest.mark.parametrize("loss", ["grpo", "gspo"])
 def test_gradients_by_finite_differences(loss):
     logprobs, t = tokens(proximal=-torch.rand(6, generator=torch.Generator().manual_seed(1)))

@@ -20,7 +20,7 @@ VERBS = ("synth", "sft", "train", "eval")
 """What a stage of a recipe can be."""
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
-    "engine.kind": ("embedded", "vllm"),
+    "engine.kind": ("embedded",),
     "algo.advantage": ("grpo", "rloo", "gigpo"),
     "algo.normalize": ("none", "std", "batch_std"),
     "algo.loss": ("grpo", "cispo", "gspo"),
@@ -47,6 +47,7 @@ _AT_LEAST: dict[str, float] = {
     "algo.step_weight": 0,
     "algo.clip_high": 0,
     "algo.cispo_max": 1,
+    "algo.entropy_coef": 0,
     "algo.kl_coef": 0,
     "algo.tis_max": 0,
     "algo.mismatch_alarm": 0,

@@ -63,7 +63,7 @@ class ModelConfig:
 class EngineConfig:
     """What generates."""
 
-    kind: str = "embedded"  # embedded | vllm
+    kind: str = "embedded"  # embedded
     max_live: int = 256  # conversations decoded at once by a replica
     max_len: int = 0  # ids of one conversation; 0: what the model's config allows
     kv_cache_gb: float = 1.0
@@ -90,10 +90,11 @@ class AlgoConfig:
     step_weight: float = 1.0  # gigpo: weight of the step-level advantage
     gamma: float = 0.95  # gigpo: discount from a turn to the end of its episode
     loss: str = "cispo"  # grpo | cispo | gspo
-    aggregation: str = "token"  # token | sequence | constant
+    aggregation: str = "token"  # token | sequence | constant: sampling.max_tokens
     clip_low: float = 0.2
     clip_high: float = 0.28
     cispo_max: float = 5.0  # upper bound of the CISPO importance weight
+    entropy_coef: float = 0.0  # what a nat of the policy's entropy is worth; keeps it exploring
     kl_coef: float = 0.0
     kl_estimator: str = "k3"  # k1 | k2 | k3
     tis_max: float = 2.0  # truncated importance sampling of rollout against learner; 0 is off

@@ -81,7 +81,9 @@ def rate(cfg: LearnerConfig, step: int, total: int) -> float:
     return cfg.lr * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * left)
 
 
-def token_logprobs(model: Any, packed: Packed, temperature: float) -> tuple[Tensor, Tensor]:
+def token_logprobs(
+    model: Any, packed: Packed, temperature: float, *, entropy_gradient: bool = False
+) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the loss tokens under the *sampling* distribution, and its entropy.
 
     Logits are computed at the distinct source tokens only and divided by `temperature` before the
@@ -89,7 +91,8 @@ def token_logprobs(model: Any, packed: Packed, temperature: float) -> tuple[Tens
     truncated distribution, and the mismatch shows it.
 
     Returns:
-        (N,) with gradient, in `packed`'s order, and (N,) entropies in nats, detached.
+        (N,) with gradient, in `packed`'s order, and (N,) entropies in nats, with gradient if
+        `entropy_gradient`.
     """
     device = model.device
     logits = model(
@@ -106,8 +109,8 @@ def token_logprobs(model: Any, packed: Packed, temperature: float) -> tuple[Tens
     normalizer = logits.logsumexp(-1)  # (S,)
     # Flat 1-D selection: its backward adds up in a fixed order on the CPU, and quickly.
     chosen = logits.reshape(-1).index_select(0, slot * logits.shape[-1] + target)
-    with torch.no_grad():
-        expected = ((logits - normalizer[:, None]).exp() * logits).sum(-1)
+    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
+        expected = (logits.softmax(-1) * logits).sum(-1)
         entropy = (normalizer - expected).index_select(0, slot)
     return chosen - normalizer.index_select(0, slot), entropy
 
@@ -244,7 +247,8 @@ def loss_of(
     """
     packed = _pack(rows)
     device = model.device
-    logprobs, entropy = token_logprobs(model, packed, temperature)
+    bonus = objective.entropy_coef > 0
+    logprobs, entropy = token_logprobs(model, packed, temperature, entropy_gradient=bonus)
     fields = {
         name: _flat(rows, packed, name, device)
         for name in ("proximal", "reference")
@@ -255,13 +259,14 @@ def loss_of(
         n_rows=len(rows),
         advantages=_flat(rows, packed, "advantages", device),
         rollout=_flat(rows, packed, "old_logprobs", device),
+        entropy=entropy if bonus else None,
         **fields,
     )
     loss, terms = objective_loss(objective, logprobs, tokens, totals)
     tally = Tally()
     tally.add("tokens", len(packed.row))
     tally.add("loss", loss.detach())
-    tally.add("entropy", entropy.sum())
+    tally.add("entropy", entropy.detach().sum())
     tally.add("distinct_tokens", len(packed.ids))
     tally.add("row_tokens", packed.lengths.sum())
     if objective.loss != "sft":
