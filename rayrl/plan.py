@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -222,8 +221,6 @@ def _too_much(config: Config, machine: Machine) -> Iterator[str]:
 
 
 def _missing(config: Config, verb: str) -> Iterator[str]:
-    if config.engine.kind == "vllm" and importlib.util.find_spec("vllm") is None:
-        yield "engine.kind=vllm: vllm is not installed; pip install 'rayrl[vllm]'."
     if config.sft.data and not Path(config.sft.data).is_file():
         yield f"sft.data={config.sft.data}: there is no such file; rayrl synth writes one."
     uses_endpoint = "endpoint" in (config.synth.player, config.eval.player)

@@ -44,7 +44,7 @@ def is_finished(folder: str | Path) -> bool:
 def versions() -> dict[str, str]:
     """Versions of Python and of the libraries that results depend on."""
     found = {"python": platform.python_version()}
-    for name in ("rayrl", "torch", "transformers", "tokenizers", "deepspeed", "ray", "vllm"):
+    for name in ("rayrl", "torch", "transformers", "tokenizers", "deepspeed", "ray"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

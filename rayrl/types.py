@@ -164,7 +164,7 @@ class Completion:
     logprobs: tuple[float, ...]
     versions: tuple[VersionSpan, ...]
     finish: Finish
-    cached: int = 0
+    cached: int = field(default=0, compare=False)
 
 
 class Reply(str):

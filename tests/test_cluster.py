@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from rayrl.cluster.actors import make_engine, make_environment, open_rollouts, seat_players
+from rayrl.cluster.actors import make_environment, open_rollouts, seat_players
 from rayrl.cluster.client import Answer, BatchingClient, ReplicaGone, ServeCall
 from rayrl.cluster.learners import LearnerRank, Learners
 from rayrl.cluster.replica import deploy, undeploy
@@ -26,6 +25,7 @@ from rayrl.cluster.session import Session, open_session, run_name
 from rayrl.cluster.store import Published
 from rayrl.cluster.weights import Weights, confirmations, open_store
 from rayrl.config import Config, from_dict
+from rayrl.engine import open_engine
 from rayrl.errors import ConfigError, InfraError, RunFailed, StaleWeights
 from rayrl.rollout import GroupPlan
 from rayrl.types import (
@@ -360,7 +360,7 @@ async def test_replicas_admit_weights_by_version(
 
     settings = config(tiny, cluster={"replicas": 2})
     store = open_store(session)
-    engine = partial(make_engine, settings.engine, str(tiny))
+    engine = partial(open_engine, tiny, settings.engine)
     app = "test-weights"
     with ExitStack() as stack:
         stack.callback(ray.kill, store)
@@ -371,8 +371,7 @@ async def test_replicas_admit_weights_by_version(
         requests = [request(f"s{k}", k) for k in range(16)]
 
         async def answers() -> list[Completion]:
-            made = await asyncio.gather(*(one.generate(r) for r in requests))
-            return [replace(answer, cached=0) for answer in made]
+            return await asyncio.gather(*(one.generate(r) for r in requests))
 
         first = await answers()
         assert {span.version for answer in first for span in answer.versions} == {0}
@@ -406,7 +405,7 @@ async def test_replicas_without_a_place_are_given_up(
 ) -> None:
     monkeypatch.setattr("rayrl.cluster.replica.START_DEADLINE_S", 1.0)
     settings = config(tiny, cluster={"replica_cpus": 64})
-    engine = partial(make_engine, settings.engine, str(tiny))
+    engine = partial(open_engine, tiny, settings.engine)
     with ExitStack() as stack:
         stack.callback(undeploy, "test-no-place")
         with pytest.raises(InfraError) as stopped:

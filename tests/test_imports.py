@@ -43,7 +43,6 @@ ONLY = {
     "ray": ("rayrl/cluster/",),
     "hydra": ("rayrl/cli.py",),
     "deepspeed": ("rayrl/learner/deepspeed.py",),
-    "vllm": ("rayrl/engine/vllm.py",),
 }
 
 

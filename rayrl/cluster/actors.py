@@ -18,8 +18,8 @@ from rayrl.cluster.replica import deploy, undeploy
 from rayrl.cluster.rollouts import Rollouts
 from rayrl.cluster.session import Session, open_session
 from rayrl.cluster.weights import Weights, open_store
-from rayrl.config import Config, EngineConfig
-from rayrl.engine.protocol import Engine
+from rayrl.config import Config
+from rayrl.engine import open_engine
 from rayrl.env import Environment
 from rayrl.errors import ConfigError, did_you_mean
 from rayrl.models import model_dir
@@ -29,7 +29,6 @@ from rayrl.types import Sampling
 __all__ = [
     "deploy_models",
     "is_model",
-    "make_engine",
     "make_environment",
     "model_of",
     "open_learners",
@@ -42,15 +41,6 @@ __all__ = [
 def make_environment(config: Config) -> Environment:
     """The environment of a configuration, with its settings and reward weights."""
     return load_env(config.env.name).configure(config.env.args, config.env.rewards)
-
-
-def make_engine(engine: EngineConfig, model: str) -> Engine:
-    """The engine of a kind, on the model in a directory; runs in the replica's process."""
-    if engine.kind == "embedded":
-        from rayrl.engine.embedded import EmbeddedEngine
-
-        return EmbeddedEngine.load(model, engine)
-    raise ConfigError(f"engine.kind={engine.kind}: this version has only the embedded engine.")
 
 
 def seat_players(environment: Environment, seats: Mapping[str, str]) -> dict[str, str]:
@@ -152,7 +142,7 @@ async def deploy_models(
     for who, app in job.apps.items():
         if not session.local:  # the cluster outlives us
             stack.callback(undeploy, app)
-        factory = partial(make_engine, job.config.engine, job.models[who])
+        factory = partial(open_engine, job.models[who], job.config.engine)
         store = pushed and who == POLICY
         handles[who] = await deploy(session, job.config, factory, app=app, store=store)
     return handles

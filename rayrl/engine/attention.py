@@ -345,9 +345,9 @@ def attention(
     wanted = [n for n in ("sliding_window", "softcap", "s_aux") if options.get(n) is not None]
     if rayrl_step is None or attention_mask is not None or wanted:
         raise ConfigError(
-            f"model: {type(module).__name__} needs attention the embedded engine does not have"
+            f"model.path: {type(module).__name__} needs attention the embedded engine does not have"
             + (f" ({', '.join(wanted)})" if wanted else "")
-            + "; use engine.kind=vllm"
+            + "; choose a model with plain causal attention in every layer, such as a Llama"
         )
     q, k, v = (x[0].transpose(0, 1)[:rayrl_tokens] for x in (query, key, value))
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling

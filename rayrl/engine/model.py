@@ -123,8 +123,8 @@ class FlatModel:
 
 def _refusal(model: Any, why: str) -> ConfigError:
     return ConfigError(
-        f"model: the embedded engine cannot run {type(model).__name__} ({why}); "
-        "use engine.kind=vllm"
+        f"model.path: the embedded engine cannot run {type(model).__name__} ({why}); choose a "
+        "model with plain causal attention in every layer, such as a Llama"
     )
 
 
