@@ -75,11 +75,6 @@ class Learner(ABC):
         total_steps: int | None = None,
         device: str = "cpu",
     ) -> None:
-        if cfg.sampling.temperature <= 0:
-            raise ConfigError(
-                f"sampling.temperature={cfg.sampling.temperature}: training needs samples; set it "
-                "above 0"
-            )
         torch.set_num_threads(cfg.learner.threads)
         self.cfg = cfg
         self.model_path = Path(model_path)
@@ -203,7 +198,13 @@ class Learner(ABC):
 
     @property
     def _limits(self) -> tuple[int, float]:
-        return self.cfg.learner.micro_batch_tokens, self.cfg.sampling.temperature
+        """Tokens of a micro-batch, and the temperature that the rows were sampled at."""
+        temperature = self.cfg.sampling.temperature
+        if temperature <= 0:
+            raise ConfigError(
+                f"sampling.temperature={temperature}: training needs samples; set it above 0"
+            )
+        return self.cfg.learner.micro_batch_tokens, temperature
 
     def _each_row(self, rows: Sequence[Trajectory]) -> dict[int, NDArray[np.float32]]:
         limit, temperature = self._limits
@@ -246,9 +247,9 @@ class Learner(ABC):
         self, rows: Sequence[Trajectory], totals: Totals, objective: Objective, *, first: bool
     ) -> Tally | None:
         """Add up the gradient of one update; None where no rank has a row."""
-        limit, temperature = self._limits
-        if objective.loss == "sft":
-            temperature = 1.0
+        limit, temperature = self.cfg.learner.micro_batch_tokens, 1.0
+        if objective.loss != "sft":
+            limit, temperature = self._limits
         micros = micro_batches(rows, limit)
         n = int(self._reduce(torch.tensor([float(len(micros))]), "max"))
         if n == 0:
