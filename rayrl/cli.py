@@ -84,9 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         importlib.import_module(VERBS[arguments.verb][0]).run(config)
     except KeyboardInterrupt:
-        again = shlex.join([*_program(), *words])
-        print(f"\nStopped. The same command resumes from {config.run.dir}:", file=sys.stderr)
-        print(f"  {again}", file=sys.stderr)
+        print(_stopped(arguments.verb, config, words), file=sys.stderr)
         return 130
     except BrokenPipeError:  # whoever read our output has had enough of it (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -95,6 +93,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _complain(error, 2 if isinstance(error, ConfigError) else 1)
     return 0
+
+
+def _stopped(verb: str, config: Config, words: Sequence[str]) -> str:
+    """What to say after Ctrl-C."""
+    if verb in ("recipe", "sft", "train"):
+        what = f"resumes from {config.run.dir}"
+    elif verb in ("synth", "eval"):  # they have no checkpoints
+        what = "starts over"
+    else:
+        return "\nStopped."
+    return f"\nStopped. The same command {what}:\n  {shlex.join([*_program(), *words])}"
 
 
 def _program() -> list[str]:

@@ -217,6 +217,31 @@ def test_interrupt_says_how_to_resume(
     assert error.endswith("  rayrl train run.name=mine\n")
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["play"], "\nStopped.\n"),
+        (["plan"], "\nStopped.\n"),
+        (["env", "check"], "\nStopped.\n"),
+        (["eval"], "\nStopped. The same command starts over:\n  rayrl eval\n"),
+        (["sft", "sft.data=x"], "\nStopped. The same command resumes from runs/run:\n  rayrl sft"),
+    ],
+)
+def test_interrupt_promises_what_is_true(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    said: str,
+) -> None:
+    def run(config: Config) -> None:
+        raise KeyboardInterrupt
+
+    program(monkeypatch, words[0], run)
+    monkeypatch.setattr(sys, "argv", ["/somewhere/bin/rayrl"])
+    assert main(words) == 130
+    assert capsys.readouterr().err.startswith(said)
+
+
 def test_program_gets_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Config] = []
     program(monkeypatch, "train", seen.append)

@@ -7,6 +7,18 @@ import pytest
 from rayrl import train
 from rayrl.config import from_dict
 from rayrl.errors import ConfigError
+from rayrl.rundir import RunDir
+
+
+def test_a_finished_run_says_where_its_model_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = {"name": "copyword"}
+    config = from_dict({"run": {"dir": str(tmp_path)}, "env": data, "train": {"steps": 2}})
+    with RunDir(tmp_path, config) as folder:
+        folder.finish({"steps": 2, "model": "model"})
+    train.run(config)
+    assert capsys.readouterr().out == f"Model in {tmp_path / 'model'}\n"
 
 
 def test_nobody_to_train_is_said_before_anything_starts(tmp_path: Path) -> None:
