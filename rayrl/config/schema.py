@@ -90,7 +90,7 @@ class AlgoConfig:
     step_weight: float = 1.0  # gigpo: weight of the step-level advantage
     gamma: float = 0.95  # gigpo: discount from a turn to the end of its episode
     loss: str = "cispo"  # grpo | cispo | gspo
-    aggregation: str = "token"  # token | sequence | constant: sampling.max_tokens: sampling.max_tokens
+    aggregation: str = "token"  # token | sequence | constant: sampling.max_tokens
     clip_low: float = 0.2
     clip_high: float = 0.28
     cispo_max: float = 5.0  # upper bound of the CISPO importance weight
