@@ -223,11 +223,12 @@ def _too_much(config: Config, machine: Machine) -> Iterator[str]:
 def _missing(config: Config, verb: str) -> Iterator[str]:
     if config.sft.data and not Path(config.sft.data).is_file():
         yield f"sft.data={config.sft.data}: there is no such file; rayrl synth writes one."
-    uses_endpoint = "endpoint" in (config.synth.player, config.eval.player)
-    if uses_endpoint and not os.environ.get(config.endpoint.api_key_env):
+    players = (config.synth.player, config.eval.player, *config.env.seats.values())
+    key = config.endpoint.api_key_env
+    if "endpoint" in players and key and not os.environ.get(key):
         yield (
-            f"endpoint.api_key_env={config.endpoint.api_key_env}: that variable is not set; export "
-            "it, with any text for a server that wants no key."
+            f"endpoint.api_key_env={key}: that variable is not set; export it, or set "
+            "endpoint.api_key_env='' for a server that wants no key."
         )
     for check in (lambda: model_dir(config.model.path), lambda: _configured(config, verb)):
         try:

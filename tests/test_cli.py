@@ -327,6 +327,17 @@ def test_plan_names_what_will_not_fit(capsys: pytest.CaptureFixture[str]) -> Non
     assert "will not fit" in err
 
 
+def test_plan_knows_who_wants_a_key(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("MY_KEY", raising=False)
+    server = ["endpoint.url=http://x", "endpoint.model=m", "endpoint.api_key_env=MY_KEY"]
+    words = ["plan", "env=tictactoe_versus", "env.seats.x=endpoint", *server]
+    assert main(words) == 1
+    assert "endpoint.api_key_env=MY_KEY: that variable is not set" in capsys.readouterr().out
+    assert main([*words, "endpoint.api_key_env=''"]) == 0
+
+
 def test_plan_says_that_nobody_would_be_trained(capsys: pytest.CaptureFixture[str]) -> None:
     versus = ["plan", "env=tictactoe_versus", "env.seats.x=player:optimal"]
     assert main(versus) == 0

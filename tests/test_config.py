@@ -128,6 +128,11 @@ def test_defaults_are_valid(verb: str) -> None:
     validate(config_of(), verb)
 
 
+def test_a_replica_that_does_not_answer_is_found_out_before_the_episode_is_late() -> None:
+    config = config_of()
+    assert config.cluster.request_deadline_s < config.env.deadline_s
+
+
 def test_every_rule_is_about_a_setting() -> None:
     keys = {key for key, _ in leaves()}
     assert {*_CHOICES, *_AT_LEAST, *_ABOVE_ZERO, *_SHARES} <= keys
@@ -168,6 +173,8 @@ def test_every_number_has_a_rule() -> None:
         ("sft", {}, r"sft\.data=: name the JSONL"),
         ("synth", {"synth__player": "endpoint"}, r"endpoint\.url=: synth\.player=endpoint needs"),
         ("eval", {"eval__player": "endpoint", "endpoint__url": "http://x"}, r"endpoint\.model"),
+        ("train", {"env__seats": {"x": "endpoint"}}, r"url=: env\.seats\.x=endpoint needs"),
+        ("play", {"env__seats": {"x": "endpoint"}}, r"url=: env\.seats\.x=endpoint needs"),
         ("recipe", {}, "there are no stages"),
         ("recipe", {"recipe": [{"name": "a", "verb": "tarin"}]}, "Did you mean 'train'"),
         ("recipe", {"recipe": [{"name": "a", "verb": "synth"}] * 2}, "there twice"),
@@ -188,6 +195,14 @@ def test_what_makes_no_sense_is_refused_with_a_remedy(
 
 def test_a_seat_that_is_not_named_is_the_policys() -> None:
     validate(config_of(env__name="tictactoe_versus", env__seats={"x": "player:optimal"}), "train")
+
+
+def test_a_server_is_needed_only_by_what_asks_it() -> None:
+    seats = {"x": "endpoint"}
+    validate(config_of(env__seats=seats, sft__data="a"), "sft")
+    validate(config_of(env__seats=seats, play__seat="x"), "play")
+    server = {"endpoint__url": "http://x", "endpoint__model": "m"}
+    validate(config_of(env__seats=seats, **server), "eval")
 
 
 def test_truncated_sampling_is_fine_without_learning() -> None:

@@ -118,10 +118,8 @@ def validate(config: Config, verb: str = "", *, chained: bool = False) -> None:
         _check_train(config)
     if verb == "sft":
         _check_sft(config, chained)
-    if verb == "synth" and config.synth.player == "endpoint":
-        _check_endpoint(config, "synth")
-    if verb == "eval" and config.eval.player == "endpoint":
-        _check_endpoint(config, "eval")
+    for asking in _asking(config, verb):
+        _check_endpoint(config, asking)
     if verb == "recipe" and not config.recipe:
         raise ConfigError(
             "recipe=[]: there are no stages. Choose some, as experiment=tictactoe has."
@@ -268,16 +266,28 @@ def _check_sft(config: Config, chained: bool) -> None:
         )
 
 
-def _check_endpoint(config: Config, verb: str) -> None:
+def _asking(config: Config, verb: str) -> list[str]:
+    """Settings by which `verb` asks the server of `endpoint.*`."""
+    players = {"synth": config.synth.player, "eval": config.eval.player, "train": "", "play": ""}
+    if verb not in players:
+        return []
+    given = {f"env.seats.{seat}": who for seat, who in config.env.seats.items()}
+    if verb == "play":
+        given.pop(f"env.seats.{config.play.seat}", None)  # a person sits there
+    given[f"{verb}.player"] = players[verb]
+    return [f"{key}={who}" for key, who in given.items() if who == "endpoint"]
+
+
+def _check_endpoint(config: Config, asking: str) -> None:
     endpoint = config.endpoint
     if not endpoint.url.startswith(("http://", "https://")):
         raise _wrong(
             "endpoint.url",
             endpoint.url,
-            f"{verb}.player=endpoint needs the address of a server, as https://host/v1.",
+            f"{asking} needs the address of a server, as https://host/v1.",
         )
     if not endpoint.model:
-        raise _wrong("endpoint.model", "", f"{verb}.player=endpoint needs the name of a model.")
+        raise _wrong("endpoint.model", "", f"{asking} needs the name of a model.")
 
 
 def _check_stages(config: Config) -> None:

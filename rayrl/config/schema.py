@@ -31,7 +31,7 @@ class RunConfig:
 
     dir: str = "runs/${run.name}"  # folder of config, metrics, episodes and checkpoints
     name: str = "run"
-    seed: int = 0  # everything random comes from it
+    seed: int = 0  # everything random comes from it; in train together with the run's name
     keep_checkpoints: int = 2  # older ones are deleted; the last is always kept
     checkpoint_every: int = 10  # steps
     episodes_every: int = 10  # steps between batches whose episodes are written out
@@ -45,11 +45,15 @@ class EnvConfig:
     name: str = ""  # entry point, path/to/file.py[:attribute] or module:attribute
     args: dict[str, Any] = field(default_factory=dict)  # keywords of the environment's task source
     rewards: dict[str, float] = field(default_factory=dict)  # overrides of reward weights
-    seats: dict[str, str] = field(default_factory=dict)  # seat -> policy | player:NAME | model:PATH
+    # seat -> policy | player:NAME | model:PATH | endpoint; the policy where nothing is said
+    seats: dict[str, str] = field(default_factory=dict)
     deadline_s: float = 120.0  # wall time for one episode
-    retries: int = 2  # times an episode is played again after an infrastructure failure
+    # times an episode is played again after an infrastructure failure; a group that is still short
+    # is then played once more as a whole
+    retries: int = 2
     failure_budget: float = 0.05  # share of a step's episodes whose env code may fail
-    isolated: bool = False  # run each episode's env code in a child process that can be killed
+    # run each episode's env code in a child process that can be killed; at most 16 at once a host
+    isolated: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,9 +76,9 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How completions are drawn in training."""
+    """How models draw completions, in every seat; eval and play have temperatures of their own."""
 
-    temperature: float = 1.0
+    temperature: float = 1.0  # of train and synth
     top_p: float = 1.0
     top_k: int = 0
     max_tokens: int = 48
@@ -137,7 +141,7 @@ class ClusterConfig:
     learner_gpus: float = 0.0
     placement: str = "PACK"  # of the learners: PACK | SPREAD | STRICT_PACK | STRICT_SPREAD
     push_deadline_s: float = 60.0  # for every live replica to confirm new weights
-    request_deadline_s: float = 120.0  # for one batch of generations
+    request_deadline_s: float = 60.0  # for one completion, from asking to its last id
 
 
 @dataclass(frozen=True)
@@ -177,7 +181,7 @@ class EndpointConfig:
 
     url: str = ""  # https://host/v1
     model: str = ""
-    api_key_env: str = "OPENAI_API_KEY"  # environment variable that holds the key
+    api_key_env: str = "OPENAI_API_KEY"  # environment variable that holds the key; empty: none
     concurrency: int = 16
     timeout_s: float = 60.0
     retries: int = 4
@@ -188,7 +192,7 @@ class EvalConfig:
     """Playing without learning."""
 
     player: str = "model"  # model (model.path) | endpoint | a player of the environment
-    episodes: int = 400  # a row
+    episodes: int = 400  # a cell
     temperature: float = 0.0
     cells: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> env.args of that cell
     exhaustive: bool = True  # run the environment's own exhaustive check, if it has one
