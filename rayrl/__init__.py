@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from rayrl.agent import Agent, Player
 from rayrl.checker import check_env
-from rayrl.env import Environment, GroupReward, env, group_reward
+from rayrl.env import Environment, env
 from rayrl.errors import (
     ConfigError,
     DataError,
@@ -18,6 +18,7 @@ from rayrl.errors import (
     RunFailed,
     StaleWeights,
 )
+from rayrl.groups import GroupReward, group_reward
 from rayrl.gymnasium import from_gymnasium
 from rayrl.players import HumanPlayer, PolicyPlayer, ScriptedPlayer
 from rayrl.registry import installed_envs, load_env

@@ -18,54 +18,29 @@ from dataclasses import dataclass
 from typing import Any
 
 from rayrl.errors import ConfigError, EnvError
+from rayrl.groups import GroupReward
 from rayrl.hints import fit, keyword_hints, suggestion
 from rayrl.types import Episode, Message, Scores, Task, derive_seed
 
 __all__ = [
     "EnvSpec",
     "Environment",
-    "GroupReward",
+    "PlayerFunction",
     "TaskSource",
     "env",
-    "group_reward",
 ]
 
 Play = Callable[..., Awaitable[Scores]]
 """`async def play(task, agent)`, with one more parameter for each further seat."""
-PlayerFunction = Callable[[Sequence[Message], random.Random], str]
-"""Answers a conversation; its randomness comes from the generator it is given."""
+PlayerFunction = Callable[[Sequence[Message], random.Random], str | Awaitable[str]]
+"""Answers a conversation, may be async; its randomness comes from the generator it is given."""
 CheckFunction = Callable[..., Awaitable[dict[str, float]]]
 """`async def check(new_agent, args)`: figures by name (see `Environment.check`)."""
 FiguresFunction = Callable[[Episode], Mapping[str, bool | float | str]]
 """What is worth reporting of one episode; `rayrl/figures.py` says what each type means."""
-GroupRewardFunction = Callable[[Sequence[Episode]], Sequence[float]]
-"""Episodes of one group in index order -> one score each."""
 TaskSource = Callable[..., Task] | Sequence[Task]
 
 _BELOW_ONE = math.nextafter(1.0, 0.0)
-
-
-@dataclass(frozen=True)
-class GroupReward:
-    """A reward that compares the episodes of a group; made by `group_reward`."""
-
-    function: GroupRewardFunction
-    weight: float = 1.0
-    seat: str | None = None  # None: the same score for every seat
-
-
-def group_reward(
-    function: GroupRewardFunction, weight: float = 1.0, *, seat: str | None = None
-) -> GroupReward:
-    """A reward computed over a whole group, for the `rewards` of `env`.
-
-    Args:
-        function: gets the group's episodes that have scores, in index order, and returns one finite
-            score for each.
-        weight: what the score is multiplied by in the reward.
-        seat: who gets it; by default every seat.
-    """
-    return GroupReward(function, weight, seat)
 
 
 @dataclass(frozen=True)
@@ -93,7 +68,7 @@ class Environment:
         reported: what is reported of an episode instead of its scores, or None (see `figures`).
         form: the reply that is sent for what a person types in a seat, which stands for `{}`.
         slots: most episodes it can play at once, or None.
-        ref: what `load_env` finds it by.
+        ref: what `load_env` finds it by; empty if that is not known.
     """
 
     def __init__(
@@ -104,7 +79,7 @@ class Environment:
         source: TaskSource,
         rewards: Mapping[str, float | GroupReward],
         form: str = "{}",
-        ref: str = "",
+        ref: str | None = None,
     ) -> None:
         if "{}" not in form:
             raise ConfigError(
@@ -122,7 +97,7 @@ class Environment:
         self.reported: FiguresFunction | None = None
         self.form = form
         self.slots: int | None = None
-        self.ref = ref or _reference(play)
+        self.ref = _reference(play) if ref is None else ref
         self._set: tuple[dict[str, Any], dict[str, float]] = ({}, {})
 
     def __repr__(self) -> str:
@@ -134,7 +109,16 @@ class Environment:
 
     @property
     def spec(self) -> EnvSpec:
-        """How to make this environment again in another process."""
+        """How to make this environment again in another process.
+
+        Raises:
+            ConfigError: it is not known what to find it by.
+        """
+        if not self.ref:
+            raise ConfigError(
+                f"environment {self.name!r} cannot be found by another process: get it by "
+                "rayrl.load_env, or give from_gymnasium its ref='module:attribute'"
+            )
         return EnvSpec(self.ref, *self._set)
 
     def configure(
@@ -191,7 +175,8 @@ class Environment:
 
         Task k gets u = (k + jitter) / n with jitter in [0, 1) drawn from `derive_seed(seed, start +
         k)`, and the seed `derive_seed(seed, "task", start + k)`. A batch at step s passes
-        `start=s * n`, so that no two batches meet the same tasks.
+        `start=s * n`, so that no two batches get the same seeds. A sequence of tasks has seeds of
+        its own; its tasks come again.
 
         Raises:
             ConfigError: a setting has no value, or the source refuses one.
@@ -250,6 +235,12 @@ class Environment:
                     f"environment {self.name!r} returned {of_seat!r}{where}: with several seats it "
                     "must return scores by seat, then name"
                 )
+            for name in self.group_rewards:
+                if name in of_seat:
+                    raise EnvError(
+                        f"environment {self.name!r} returned {name!r}{where}, which is a reward "
+                        "over the group: its function gives that score, so leave it out"
+                    )
             _same_names(self.name, "score", of_seat, tuple(self.rewards), where)
             checked[seat] = {
                 name: _finite(self.name, name, of_seat[name], where) for name in self.rewards
@@ -264,7 +255,7 @@ class Environment:
         return total
 
     def player(self, name: str) -> Callable[[PlayerFunction], PlayerFunction]:
-        """Register a scripted player: `def teacher(messages, rng) -> str`."""
+        """Register a scripted player: `def teacher(messages, rng) -> str`, or `async def`."""
         return functools.partial(_register, self.name, "player", self.players, name)
 
     def check(self, name: str) -> Callable[[CheckFunction], CheckFunction]:

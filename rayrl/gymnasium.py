@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from rayrl.env import Environment, GroupReward, TaskSource
+from rayrl.env import Environment, TaskSource
+from rayrl.groups import GroupReward
 from rayrl.types import Message, Scores, Task, user
 
 __all__ = ["TextWorld", "from_gymnasium"]
@@ -35,6 +36,7 @@ def from_gymnasium(
     tasks: TaskSource,
     rewards: Mapping[str, float | GroupReward] | None = None,
     name: str | None = None,
+    ref: str = "",
 ) -> Environment:
     """An `Environment` out of a class with `reset` and `step`.
 
@@ -44,6 +46,8 @@ def from_gymnasium(
         rewards: weights of `reward` (the sum of the steps' rewards; 1.0 unless given) and of the
             scores the class puts into `info["scores"]` of its last step.
         name: by default that of `make`.
+        ref: what `rayrl.load_env` finds the environment by (`module:attribute`). Another process
+            needs it; `load_env` sets it.
     """
     label = name or str(getattr(make, "__name__", type(make).__name__))
 
@@ -64,8 +68,7 @@ def from_gymnasium(
                 close()
 
     declared: dict[str, float | GroupReward] = {"reward": 1.0, **(rewards or {})}
-    module = getattr(make, "__module__", "")
-    return Environment(play, name=label, source=tasks, rewards=declared, ref=f"{module}:{label}")
+    return Environment(play, name=label, source=tasks, rewards=declared, ref=ref)
 
 
 def _prompt(observation: Any) -> Any:

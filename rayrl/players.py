@@ -6,13 +6,14 @@ import asyncio
 import inspect
 import random
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TextIO
 
 from rayrl.agent import Conversation, Options
 from rayrl.chat import Chat, tool_name, untold
 from rayrl.engine.protocol import Generator
+from rayrl.env import PlayerFunction
 from rayrl.errors import EnvError, InfraError
 from rayrl.types import Message, Request, Sampling, Turn
 
@@ -105,9 +106,6 @@ class PolicyPlayer:
             self._release([conversation.session])
 
 
-ScriptedFunction = Callable[[Sequence[Message], random.Random], str | Awaitable[str]]
-
-
 class ScriptedPlayer:
     """A function of the conversation, such as an environment's teacher.
 
@@ -117,7 +115,7 @@ class ScriptedPlayer:
 
     trainable = False
 
-    def __init__(self, function: ScriptedFunction) -> None:
+    def __init__(self, function: PlayerFunction) -> None:
         self.function = function
 
     async def answer(

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import math
 import time
 import traceback
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from rayrl.agent import Agent, Player
-from rayrl.env import Environment, GroupReward
+from rayrl.env import Environment
 from rayrl.errors import ConfigError, EnvError, InfraError
+from rayrl.groups import with_group_rewards
 from rayrl.hints import suggestion
 from rayrl.types import Episode, Failure, Group, Scores, Task, Turn, derive_seed
 
-__all__ = ["GroupPlan", "play_episode", "play_group", "play_groups", "with_group_rewards"]
+__all__ = ["GroupPlan", "play_episode", "play_group", "play_groups"]
 
 _GRACE_S = 1.0  # for a cancelled environment to clean up after itself
 _INFRA = (InfraError, OSError, TimeoutError)
@@ -368,53 +368,3 @@ def _closed(env: Environment, opening: _Opening, seats: tuple[str, ...]) -> Grou
     episodes = [episode for episode in opening.episodes if episode is not None]
     episodes = with_group_rewards(env, episodes)
     return Group(opening.plan.id, opening.plan.task, tuple(episodes), seats)
-
-
-def with_group_rewards(env: Environment, episodes: Sequence[Episode]) -> list[Episode]:
-    """Episodes of one group with its group rewards in `scores` and `rewards`.
-
-    They are computed over the episodes that did not fail, always from scratch: call it again when a
-    group was repaired. If a group reward's own code fails, so does every episode of the group.
-    """
-    valid = [episode for episode in episodes if episode.failure is None]
-    if not env.group_rewards or not valid:
-        return list(episodes)
-    added: list[dict[str, dict[str, float]]] = [
-        {seat: dict(of_seat) for seat, of_seat in episode.scores.items()} for episode in valid
-    ]
-    for name, group in env.group_rewards.items():
-        try:
-            values = _group_scores(env, name, group, valid)
-        except Exception as error:
-            text = "".join(traceback.format_exception(error))
-            message = f"group reward {name!r} of environment {env.name!r} on {valid[0].task!r}"
-            failure = Failure("env", f"{message}: {type(error).__name__}: {error}", text)
-            return [
-                replace(episode, scores={}, rewards={}, failure=episode.failure or failure)
-                for episode in episodes
-            ]
-        for scores, value in zip(added, values, strict=True):
-            for seat in scores if group.seat is None else (group.seat,):
-                scores[seat][name] = value
-    new = {
-        episode.index: replace(
-            episode,
-            scores=scores,
-            rewards={seat: env.reward(of_seat) for seat, of_seat in scores.items()},
-        )
-        for episode, scores in zip(valid, added, strict=True)
-    }
-    return [new.get(episode.index, episode) for episode in episodes]
-
-
-def _group_scores(
-    env: Environment, name: str, group: GroupReward, episodes: Sequence[Episode]
-) -> list[float]:
-    values = [float(value) for value in group.function(tuple(episodes))]
-    if len(values) != len(episodes):
-        raise EnvError(f"returned {len(values)} scores for {len(episodes)} episodes")
-    if not all(math.isfinite(value) for value in values):
-        raise EnvError(f"returned a score that is not finite: {values}")
-    if group.seat is not None and group.seat not in env.seats:
-        raise EnvError(f"is for seat {group.seat!r}, which {env.name!r} does not have")
-    return values

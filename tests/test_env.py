@@ -14,6 +14,7 @@ import rayrl
 from rayrl import ConfigError, EnvError, Scores, Task
 from rayrl.agent import Agent
 from rayrl.env import EnvSpec
+from rayrl.isolation import Isolated
 from rayrl.types import derive_seed
 
 
@@ -120,6 +121,13 @@ def test_scores_that_cannot_be_used(returned: Any, said: str) -> None:
         game.scores(returned)
 
 
+def test_a_group_reward_is_not_returned() -> None:
+    rank = rayrl.group_reward(lambda episodes: [0.0] * len(episodes))
+    ranked = rayrl.env(tasks=levels, rewards={"win": 1.0, "rank": rank}, name="ranked")(game.play)
+    with pytest.raises(EnvError, match=r"'rank', which is a reward over the group: .*leave it out"):
+        ranked.scores({"win": 1.0, "rank": 0.0})
+
+
 def test_scores_of_seats() -> None:
     assert game.scores({"win": True, "format": 0}) == {"agent": {"win": 1.0, "format": 0.0}}
     assert duel.scores({"x": {"win": 1}, "o": {"win": 0}}) == {"x": {"win": 1.0}, "o": {"win": 0.0}}
@@ -215,6 +223,22 @@ async def test_gymnasium_adapter() -> None:
     assert episode.scores == {"agent": {"reward": 0.75, "tries": 2.0}}
     assert episode.rewards == {"agent": 0.75}
     assert [turn.prompt[0].content for turn in episode.turns] == ["guess 0 to 2", "again"]
+
+
+guessing = rayrl.from_gymnasium(
+    Guess, tasks=[Task(seed=1)], rewards={"tries": 0.0}, ref=f"{__file__}:guessing"
+)
+
+
+async def test_an_adapted_environment_is_made_in_another_process() -> None:
+    nowhere = rayrl.from_gymnasium(Guess, tasks=[Task()])
+    with pytest.raises(ConfigError, match=r"'Guess' .* by rayrl\.load_env, or .* ref="):
+        _ = nowhere.spec
+    async with Isolated(guessing, slots=1) as env:
+        player = rayrl.ScriptedPlayer(lambda messages, rng: "1")
+        episode = await rayrl.play_episode(env, Task(seed=1), {"agent": player}, id="e")
+    assert episode.failure is None
+    assert episode.scores == {"agent": {"reward": 1.0, "tries": 1.0}}
 
 
 FILE = """

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "rayrl"
 # From the bottom up. Families on one line are neighbours: they do not import each other.
 LAYERS: list[dict[str, str]] = [
     {"words": "types errors hints"},
-    {"ground": "config env registry gymnasium intervals models weights engine.protocol"},
+    {"ground": "config env groups registry gymnasium intervals models weights engine.protocol"},
     {
         "act": "chat agent players tools rollout episodes isolation endpoint checker",
         "learn": "advantage batch packing loss",

@@ -15,8 +15,9 @@ import pytest
 import rayrl
 from rayrl import ConfigError, GroupPlan, InfraError, Scores, Task
 from rayrl.agent import Agent, Conversation, Options
+from rayrl.groups import with_group_rewards
 from rayrl.players import PolicyPlayer, ScriptedPlayer
-from rayrl.rollout import play_episode, play_group, play_groups, with_group_rewards
+from rayrl.rollout import play_episode, play_group, play_groups
 from rayrl.types import Episode, Failure, Message, Sampling, Turn
 from tests.act import Flaky, Instant, chat, collect, instant, says
 
