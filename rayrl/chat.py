@@ -13,6 +13,7 @@ import functools
 import json
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from rayrl.errors import ConfigError
@@ -27,6 +28,7 @@ Ids = tuple[int, ...]
 _CACHED_CONTENTS = 4096  # encodings and decodings kept
 _CACHED_LENGTH = 4096  # characters or ids of the longest one kept
 _REMEDY = "use a model whose tokenizer has a chat template that only appends (ChatML does)"
+_GENERIC = ("TokenizersBackend", "PreTrainedTokenizerFast")  # `tokenizer_class` of no model's own
 _NO_PARAMETERS = {"type": "object", "properties": {}}
 _PROBE = {
     "type": "function",
@@ -80,11 +82,9 @@ class Chat:
         Raises:
             ConfigError: no tokenizer there, or one that cannot be used.
         """
-        from transformers import AutoTokenizer
-
         folder = model_dir(path)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+            tokenizer = _load_tokenizer(folder)
         except Exception as error:
             raise ConfigError(f"model.path={path!r}: cannot load a tokenizer: {error}") from error
         return cls(tokenizer)
@@ -312,6 +312,20 @@ def _describe_tools(
     first, text = messages[0], describe(tools)
     joined = [first.content, text] if first.role == "system" else [text, first.content]
     return [replace(first, content="\n\n".join(joined)), *messages[1:]]
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    """A tokenizer without a class of its own does not need AutoTokenizer, which imports torch.
+
+    That would cost every env host 260 MB and 2 s of a core.
+    """
+    import transformers
+
+    file = folder / "tokenizer_config.json"
+    settings = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    if settings.get("tokenizer_class") in _GENERIC:
+        return transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    return transformers.AutoTokenizer.from_pretrained(folder)
 
 
 def _copy(backend: Any) -> Any:

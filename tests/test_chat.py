@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from rayrl.chat import Chat
@@ -174,6 +177,14 @@ def test_render_is_what_playing_gives() -> None:
     assert ids == played
     replies = tuple(i for i, mine in zip(ids, is_reply, strict=True) if mine)
     assert replies == chat().reply("one") + chat().reply("two")
+
+
+def test_the_chat_of_the_base_does_without_torch() -> None:
+    """Every env host loads one."""
+    code = "import sys; from rayrl.chat import Chat; Chat.load('embedded'); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "tokenizers" in done.stdout.split()
+    assert "torch" not in done.stdout.split()
 
 
 def test_load(tmp_path: object) -> None:
