@@ -22,7 +22,7 @@ from rayrl.cluster.replica import deploy, undeploy
 from rayrl.cluster.rollouts import sort_out
 from rayrl.cluster.router import LaneRouter
 from rayrl.cluster.session import Session, open_session, run_name
-from rayrl.cluster.store import Published
+from rayrl.cluster.store import NAMESPACE, Published, store_name
 from rayrl.cluster.weights import Weights, confirmations, open_store
 from rayrl.config import Config, from_dict
 from rayrl.engine import open_engine
@@ -360,6 +360,7 @@ async def test_replicas_admit_weights_by_version(
 
     settings = config(tiny, cluster={"replicas": 2})
     store = open_store(session)
+    assert ray.get_actor(store_name(session.name), namespace=NAMESPACE)
     engine = partial(open_engine, tiny, settings.engine)
     app = "test-weights"
     with ExitStack() as stack:
@@ -398,6 +399,12 @@ async def test_replicas_admit_weights_by_version(
         assert replicas_of(app) != before
         assert await answers() == second
         assert len(await weights.push(2)) == 2
+
+        ray.kill(store)
+        one.min_version = 2
+        assert await answers(), "who has the weights needs no store"
+        with pytest.raises(RunFailed, match=r"(?s)weights store.*the same command again"):
+            await weights.push(3)
 
 
 async def test_replicas_without_a_place_are_given_up(
@@ -460,6 +467,8 @@ async def test_results_do_not_depend_on_hosts_or_replicas(session: Session, tiny
         settings = config(tiny, cluster={"env_hosts": hosts, "replicas": replicas})
         async with open_rollouts(settings) as rollouts:
             found.append(await rollouts.collect(plans(settings)))
+            app = rollouts.job.apps["policy"]
+        assert app == f"{run_name(settings.run.dir)}-0", "the same run replaces what it left"
     assert found[0] == found[1]
     assert found[0].groups[0].trainable == ("agent",)
     replies = {turn.text for g in found[0].groups for e in g.episodes for turn in e.turns}

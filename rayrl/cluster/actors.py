@@ -77,7 +77,7 @@ async def open_rollouts(
         sampling: instead of `config.sampling`.
     """
     with ExitStack() as stack:
-        session = stack.enter_context(open_session(config.cluster))
+        session = stack.enter_context(open_session(config.cluster, config.run.dir))
         job = _job(config, session, seats, sampling)
         rollouts = Rollouts(job)
         stack.callback(rollouts.close)

@@ -10,13 +10,14 @@ from typing import Protocol
 
 import ray
 from ray import serve
+from ray.exceptions import RayActorError
 from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
 from rayrl.cluster.client import DEPLOYMENT, Answer
 from rayrl.cluster.router import LaneRouter
 from rayrl.cluster.session import SERVE_LOGGING, Session, set_threads
-from rayrl.cluster.store import Published, store_name
+from rayrl.cluster.store import NAMESPACE, Published, store_name
 from rayrl.config import ClusterConfig, Config
 from rayrl.engine.protocol import Engine
 from rayrl.errors import InfraError, RayrlError, StaleWeights
@@ -52,7 +53,7 @@ class Replica:
     def __init__(self, factory: EngineFactory, store: str, threads: int) -> None:
         set_threads(threads)
         self._engine = factory()
-        self._store = ray.get_actor(store) if store else None
+        self._store = ray.get_actor(store, namespace=NAMESPACE) if store else None
         self._id = serve.get_replica_context().replica_id.unique_id
         self._loading = asyncio.Lock()
         self._loaded = (self._engine.version, "")
@@ -102,7 +103,10 @@ class Replica:
 
     async def catch_up(self) -> None:
         """Load the newest weights, if they are newer."""
-        newest: Published | None = await self._store.newest.remote() if self._store else None
+        newest: Published | None = None
+        if self._store:
+            with suppress(RayActorError):  # nothing newer can come; the driver's push says so
+                newest = await self._store.newest.remote()
         if newest is not None and newest.version > self._engine.version:
             await self.load(newest)
 

@@ -19,6 +19,7 @@ from ray import serve
 from ray.exceptions import AuthenticationError
 from ray.serve.schema import LoggingConfig
 
+from rayrl.cluster.store import NAMESPACE
 from rayrl.config import ClusterConfig
 from rayrl.errors import InfraError
 
@@ -100,7 +101,7 @@ def open_session(cluster: ClusterConfig, directory: str | None = None) -> Iterat
 def _connect(address: str) -> bool:
     """Connect; returns whether the cluster is ours."""
     address = address or os.environ.get("RAY_ADDRESS", "")
-    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "namespace": "rayrl"}
+    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "namespace": NAMESPACE}
     if address and address != "local":
         try:
             ray.init(address=address, **quiet)

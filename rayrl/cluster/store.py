@@ -7,7 +7,9 @@ from typing import Any
 
 from rayrl.weights import Manifest
 
-__all__ = ["Published", "WeightsStore", "store_name"]
+__all__ = ["NAMESPACE", "Published", "WeightsStore", "store_name"]
+
+NAMESPACE = "rayrl"  # of our named actors; a replica's own is Serve's or whatever the driver had
 
 
 @dataclass(frozen=True, slots=True)

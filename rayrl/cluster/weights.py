@@ -13,11 +13,12 @@ from contextlib import suppress
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError
 from ray.serve.handle import DeploymentHandle
 
 from rayrl.cluster.session import Session
-from rayrl.cluster.store import Published, WeightsStore, store_name
-from rayrl.errors import InfraError
+from rayrl.cluster.store import NAMESPACE, Published, WeightsStore, store_name
+from rayrl.errors import InfraError, RunFailed
 
 __all__ = ["Weights", "confirmations", "open_store"]
 
@@ -28,8 +29,9 @@ def open_store(session: Session) -> Any:
     """Start the store's actor; it lives as long as this program."""
     name = store_name(session.name)
     with suppress(ValueError):  # of a run in this folder that was killed a moment ago
-        ray.kill(ray.get_actor(name))
-    return ray.remote(num_cpus=0)(WeightsStore).options(name=name).remote()
+        ray.kill(ray.get_actor(name, namespace=NAMESPACE))
+    actor = ray.remote(num_cpus=0)(WeightsStore)
+    return actor.options(name=name, namespace=NAMESPACE).remote()
 
 
 def confirmations(results: list[Any], published: Published) -> tuple[dict[str, str], list[str]]:
@@ -81,9 +83,16 @@ class Weights:
 
         Raises:
             InfraError: not everybody confirmed version and checksum within the deadline.
+            RunFailed: the store died; nothing can be pushed any more.
         """
         published = await self._publish(version)
-        await self._store.publish.remote(published)
+        try:
+            await self._store.publish.remote(published)
+        except RayActorError as error:
+            raise RunFailed(
+                f"the weights store, an actor that knows the newest version, died ({error}). Run "
+                "the same command again to go on from the last checkpoint."
+            ) from error
         loop = asyncio.get_running_loop()
         end = loop.time() + self._deadline_s
         wrong = ["no replica is running"]
