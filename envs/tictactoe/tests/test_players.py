@@ -138,7 +138,7 @@ def test_the_teacher_is_as_strong_as_the_references() -> None:
     assert against_optimal.draw == pytest.approx(0.76, abs=0.01)
     against_random = strength(POLICIES["teacher"], 1.0)
     assert against_random.win == pytest.approx(0.90, abs=0.03)
-    assert against_random.draw == pytest.approx(0.09, abs=0.01)
+    assert against_random.draw == pytest.approx(0.09, abs=0.03)
     assert against_random.loss == pytest.approx(0.01, abs=0.01)
 
 
