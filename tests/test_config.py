@@ -184,6 +184,11 @@ def test_every_number_has_a_rule() -> None:
             {"recipe": [{"name": "a", "verb": "train", "set": {"train.groups": 0}}]},
             r"stage 'a': train\.groups=0",
         ),
+        (
+            "recipe",
+            {"recipe": [{"name": "a", "verb": "synth", "set": {"cluster.address": "b:1"}}]},
+            r"stage 'a': cluster\.address=b:1: all stages share it; set it for the whole recipe",
+        ),
     ],
 )
 def test_what_makes_no_sense_is_refused_with_a_remedy(

@@ -103,6 +103,10 @@ _SHARES = (
 )
 
 
+_WHOLE_RECIPE = ("cluster.address", "run.dir", "run.name")
+"""Settings that would do nothing in one stage: Ray is open already, and folders have its name."""
+
+
 def validate(config: Config, verb: str = "", *, chained: bool = False) -> None:
     """Raise ConfigError if `config` cannot do what `verb` needs of it.
 
@@ -309,6 +313,12 @@ def _check_stages(config: Config) -> None:
         if any(key.split(".")[0] == "recipe" for key in stage.set):
             raise ConfigError(f"{where}: a stage cannot change the recipe; remove that key.")
         ready = replace(stage_config(config, stage), recipe=[])
+        for key in _WHOLE_RECIPE:
+            if _at(ready, key) != _at(config, key):
+                raise ConfigError(
+                    f"{where}: {key}={_at(ready, key)}: all stages share it; set it for the whole "
+                    "recipe."
+                )
         try:
             validate(ready, stage.verb, chained=True)
         except ConfigError as error:
