@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rayrl.cluster import cluster_address
 from rayrl.config import Config, differences, leaves, stage_config
 from rayrl.errors import ConfigError, RunFailed
 from rayrl.models import model_dir
 from rayrl.stage import check_trained
 
 __all__ = ["Machine", "describe", "problems", "run", "this_machine"]
+
+LEARNING = ("sft", "train")  # verbs with learners
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ def this_machine() -> Machine:
 
 def describe(config: Config, machine: Machine) -> str:
     """The plan as text: settings, resources, the batch, the stages."""
-    parts = [_settings(config), _resources(config, machine)]
+    parts = [_settings(config), *_resources(config, machine)]
     if config.recipe:
         parts.append(_recipe(config))
     for name, verb, stage in _stages(config):
@@ -103,41 +106,54 @@ def _short(value: object) -> str:
     return text if len(text) <= 90 else text[:87] + "..."
 
 
-def _asked(config: Config) -> tuple[float, float]:
-    """CPUs and GPUs that the actors reserve."""
-    cluster, ranks = config.cluster, config.learner.world_size
+def _asked(config: Config, verb: str) -> tuple[float, float]:
+    """CPUs and GPUs that the actors of `verb` reserve."""
+    cluster = config.cluster
+    hosts, replicas = (0, 0) if verb == "sft" else (cluster.env_hosts, cluster.replicas)
+    ranks = config.learner.world_size if verb in LEARNING else 0
     cpus = (
-        cluster.env_hosts * cluster.env_host_cpus
-        + cluster.replicas * cluster.replica_cpus
+        hosts * cluster.env_host_cpus
+        + replicas * cluster.replica_cpus
         + ranks * cluster.learner_cpus
     )
-    return cpus, cluster.replicas * cluster.replica_gpus + ranks * cluster.learner_gpus
+    return cpus, replicas * cluster.replica_gpus + ranks * cluster.learner_gpus
 
 
-def _resources(config: Config, machine: Machine) -> str:
-    cluster, learner = config.cluster, config.learner
-    cpus, gpus = _asked(config)
-    where = f"the cluster at {cluster.address}" if cluster.address else "this machine"
+def _resources(config: Config, machine: Machine) -> Iterator[str]:
+    """What the stages have on Ray, those together that have the same."""
+    address = cluster_address(config.cluster.address)
     here = f"{machine.cpus} cpus, {machine.gpus} gpus, {machine.memory_gb:.0f} GiB"
-    rows = [
-        f"Resources on {where}" + ("" if cluster.address else f" ({here})"),
-        (
-            f"  env hosts {cluster.env_hosts} × {cluster.env_host_cpus:g} cpu, "
-            f"{cluster.concurrency} live episodes each"
-        ),
-        (
-            f"  replicas  {cluster.replicas} × {cluster.replica_cpus:g} cpu, "
-            f"{cluster.replica_gpus:g} gpu, {config.engine.kind}, {config.engine.threads} threads, "
-            f"{config.engine.kv_cache_gb:g} GiB of cache"
-        ),
-        (
+    where = f"the cluster at {address}" if address else f"this machine ({here})"
+    alike: dict[str, list[str]] = {}
+    for name, verb, stage in _stages(config):
+        alike.setdefault(_processes(stage, verb), []).append(name)
+    for text, names in alike.items():
+        yield f"Resources of {', '.join(names)} on {where}\n{text}"
+
+
+def _processes(config: Config, verb: str) -> str:
+    cluster, learner = config.cluster, config.learner
+    rows = []
+    if verb != "sft":
+        rows += [
+            (
+                f"  env hosts {cluster.env_hosts} × {cluster.env_host_cpus:g} cpu, "
+                f"{cluster.concurrency} live episodes each"
+            ),
+            (
+                f"  replicas  {cluster.replicas} × {cluster.replica_cpus:g} cpu, "
+                f"{cluster.replica_gpus:g} gpu, {config.engine.kind}, {config.engine.threads} "
+                f"threads, {config.engine.kv_cache_gb:g} GiB of cache"
+            ),
+        ]
+    if verb in LEARNING:
+        rows.append(
             f"  learners  {learner.world_size} × {cluster.learner_cpus:g} cpu, "
             f"{cluster.learner_gpus:g} gpu, {learner.kind} ZeRO {learner.zero_stage}, "
             f"{learner.threads} threads"
-        ),
-        f"  reserved  {cpus:g} cpus, {gpus:g} gpus",
-    ]
-    return "\n".join(rows)
+        )
+    cpus, gpus = _asked(config, verb)
+    return "\n".join([*rows, f"  reserved  {cpus:g} cpus, {gpus:g} gpus"])
 
 
 def _batch(config: Config) -> str:
@@ -178,16 +194,16 @@ def _recipe(config: Config) -> str:
     return "\n".join(lines)
 
 
-def problems(config: Config, machine: Machine | None = None, verb: str = "") -> list[str]:
+def problems(config: Config, machine: Machine | None = None, verb: str = "train") -> list[str]:
     """What `verb` would ask for by `config` that is not there, a sentence each with the remedy."""
     machine = machine or this_machine()
-    return [*_too_much(config, machine), *_missing(config, verb)]
+    return [*_too_much(config, machine, verb), *_missing(config, verb)]
 
 
-def _too_much(config: Config, machine: Machine) -> Iterator[str]:
+def _too_much(config: Config, machine: Machine, verb: str) -> Iterator[str]:
     cluster, engine = config.cluster, config.engine
-    if not cluster.address:
-        cpus, gpus = _asked(config)
+    if not cluster_address(cluster.address):
+        cpus, gpus = _asked(config, verb)
         if cpus > machine.cpus:
             yield (
                 f"{cpus:g} cpus are reserved and this machine has {machine.cpus}: lower "

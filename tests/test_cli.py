@@ -327,6 +327,28 @@ def test_plan_names_what_will_not_fit(capsys: pytest.CaptureFixture[str]) -> Non
     assert "will not fit" in err
 
 
+def test_plan_shows_what_each_stage_reserves(capsys: pytest.CaptureFixture[str]) -> None:
+    base = ["plan", "experiment=copyword", "cluster.replica_cpus=0.25", "cluster.learner_cpus=0.5"]
+    stage = "recipe=[{name: a, verb: sft}, {name: b, verb: eval}, {name: c, verb: train, set: "
+    main([*base, stage + "{cluster.replicas: 2}}, {name: d, verb: eval}]"])
+    blocks = capsys.readouterr().out.split("\n\n")
+    found = {block.split(" on ")[0]: block for block in blocks if block.startswith("Resources of ")}
+    assert list(found) == [f"Resources of {names}" for names in ("a", "b, d", "c")]
+    reserved = [block.splitlines()[-1].split()[1] for block in found.values()]
+    assert reserved == ["0.5", "0.25", "1"]
+
+
+def test_plan_asks_this_machine_only_where_the_run_is_here(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["plan", "experiment=copyword", "cluster.replica_cpus=4096"]
+    monkeypatch.setenv("RAY_ADDRESS", "elsewhere:6379")
+    assert main(command) == 0
+    assert "on the cluster at elsewhere:6379\n" in capsys.readouterr().out
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    assert main(command) == 1
+
+
 def test_plan_knows_who_wants_a_key(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

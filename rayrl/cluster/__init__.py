@@ -24,3 +24,12 @@ if (
     or (Path.home() / ".ray" / "auth_token").is_file()
 ):
     os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+def cluster_address(configured: str) -> str:
+    """The cluster that `cluster.address` means; empty for a local one that ends with the program.
+
+    Where it says nothing it is the one we run in, which `ray job submit` names in RAY_ADDRESS.
+    """
+    address = configured or os.environ.get("RAY_ADDRESS", "")
+    return "" if address == "local" else address

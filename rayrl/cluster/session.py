@@ -19,6 +19,7 @@ from ray import serve
 from ray.exceptions import AuthenticationError
 from ray.serve.schema import LoggingConfig
 
+from rayrl.cluster import cluster_address
 from rayrl.cluster.store import NAMESPACE
 from rayrl.config import ClusterConfig
 from rayrl.errors import InfraError
@@ -100,9 +101,9 @@ def open_session(cluster: ClusterConfig, directory: str | None = None) -> Iterat
 
 def _connect(address: str) -> bool:
     """Connect; returns whether the cluster is ours."""
-    address = address or os.environ.get("RAY_ADDRESS", "")
+    address = cluster_address(address)
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "namespace": NAMESPACE}
-    if address and address != "local":
+    if address:
         try:
             ray.init(address=address, **quiet)
         except (AuthenticationError, ConnectionError, RuntimeError, ValueError) as error:
