@@ -206,7 +206,8 @@ def test_a_whole_recipe_on_ray(tmp_path: Path, capsys: pytest.CaptureFixture[str
     found = {row.name: row.cells["tasks"] for row in rows(chain(cfg))}
     assert found["perfect"].figures["copied"].value == 1.0  # type: ignore[union-attr]
     assert found["rl"].episodes == 6
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "run/sft/metrics.jsonl").open()]
+    lines = (tmp_path / "run/sft/metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["loss"] for line in lines]
     assert losses[-1] < losses[0]
     assert (tmp_path / "run" / "rl" / "model" / "config.json").is_file()
     assert "Repeat this word" in (tmp_path / "run" / "report.html").read_text()
