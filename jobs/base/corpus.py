@@ -12,32 +12,59 @@ import random
 import string
 from collections.abc import Callable
 
-from rayrl_tictactoe.board import INVALID, STARTED, SYSTEM, Board, played, prompt
+from rayrl_tictactoe.board import (
+    FREE,
+    INVALID,
+    LINES,
+    STARTED,
+    SYSTEM,
+    Board,
+    played,
+    prompt,
+)
 
 from rayrl.types import Message, assistant, system, user
 
 Conversation = list[Message]
 
 
+def twos(key: str) -> str:
+    """For either mark, the lines with two of it and a free cell, and that cell."""
+    notes = []
+    for mark in "XO":
+        shown = {name: [key[cell] for cell in cells] for name, cells in LINES.items()}
+        found = [
+            f"{name}: {LINES[name][marks.index(FREE)]}"
+            for name, marks in shown.items()
+            if marks.count(mark) == 2 and FREE in marks
+        ]
+        notes.append(f"{mark}: {'; '.join(found) or 'none'}")
+    return "; ".join(notes)
+
+
 def game(rng: random.Random) -> Conversation:
-    """A game between two players who pick free cells blindly; now and then X errs and is told."""
+    """A game between two blind players. X mostly says what it sees, but never acts on it.
+
+    Now and then X picks a taken cell and is told.
+    """
     board = Board()
     status = STARTED
     if rng.random() < 0.5:
         cell = rng.choice(board.free())
         board.play(cell, "O")
         status = played(cell)
+    looks = rng.random() < 0.7
     messages = [system(SYSTEM)]
     while not board.over:
         messages.append(user(prompt(status, board)))
         taken = [cell for cell in range(9) if cell not in board.free()]
-        if taken and rng.random() < 0.01:
-            cell = rng.choice(taken)
-            messages.append(assistant(f"<think>{cell} is free.</think><move>{cell}</move>"))
+        errs = bool(taken) and rng.random() < 0.01
+        cell = rng.choice(taken if errs else board.free())
+        notes = f"{twos(board.key())}. " if looks else ""
+        messages.append(assistant(f"<think>{notes}Take {cell}.</think><move>{cell}</move>"))
+        if errs:
             status = INVALID
             continue
-        cell = rng.choice(board.free())
-        messages.append(assistant(f"<think>{cell} is free.</think><move>{cell}</move>"))
         board.play(cell, "X")
         if board.over:
             break
@@ -47,63 +74,81 @@ def game(rng: random.Random) -> Conversation:
     return messages
 
 
-def _board(rng: random.Random) -> Board:
+def read_cells(board: str, rng: random.Random) -> tuple[str, str]:
+    """Any three cells."""
+    cells = rng.sample(range(9), 3)
+    shown = " | ".join(board[cell] for cell in cells)
+    return f"Read positions {', '.join(map(str, cells))}.", shown
+
+
+def read_line(board: str, rng: random.Random) -> tuple[str, str]:
+    """A row, column or diagonal."""
+    name, cells = rng.choice(list(LINES.items()))
+    return f"Read the {name}.", " | ".join(board[cell] for cell in cells)
+
+
+def count_line(board: str, rng: random.Random) -> tuple[str, str]:
+    """How often either mark stands in a row, column or diagonal."""
+    name, cells = rng.choice(list(LINES.items()))
+    shown = [board[cell] for cell in cells]
+    return f"Count the marks in the {name}.", f"{shown.count('X')} X, {shown.count('O')} O"
+
+
+def find_mark(board: str, rng: random.Random) -> tuple[str, str]:
+    """The cells of one mark, or the free ones."""
+    name = rng.choice(("X", "O", "free"))
+    cells = [str(i) for i, shown in enumerate(board) if shown == (name if name in "XO" else str(i))]
+    return f"Which positions are {name}?", ", ".join(cells) or "none"
+
+
+def find_lines(board: str, rng: random.Random) -> tuple[str, str]:
+    """The rows, columns and diagonals with so many of either mark, and their free cells."""
+    wanted = rng.choice([(x, o) for x in range(3) for o in range(3) if 0 < x + o < 3])
+    found = []
+    for name, cells in LINES.items():
+        shown = [board[cell] for cell in cells]
+        if (shown.count("X"), shown.count("O")) == wanted:
+            free = [cell for cell in shown if cell not in ("X", "O")]
+            found.append(f"{name}: {', '.join(free)}")
+    question = f"Which lines hold {wanted[0]} X and {wanted[1]} O?"
+    return question, "; ".join(found) or "none"
+
+
+def describe(board: str, rng: random.Random) -> tuple[str, str]:
+    """The rows, columns and diagonals with two of a mark and a free cell."""
+    key = "".join(shown if shown in "XO" else FREE for shown in board)
+    return "Which lines hold two marks and a free cell?", twos(key)
+
+
+QUESTIONS: dict[Callable[[str, random.Random], tuple[str, str]], float] = {
+    read_cells: 0.15,
+    read_line: 0.2,
+    count_line: 0.15,
+    find_mark: 0.15,
+    find_lines: 0.2,
+    describe: 0.15,
+}
+"""Share of the questions about a board, by kind."""
+
+
+def reading(rng: random.Random) -> Conversation:
+    """Questions about the newest board, while two players fill it blindly."""
     board = Board()
-    for turn in range(rng.randrange(9)):
+    messages: Conversation = []
+    marks = "XO"[:: rng.choice((1, -1))]
+    moves = 0
+    for _ in range(rng.randint(1, 4)):
+        for _ in range(rng.randint(0 if moves == 0 else 1, 3)):
+            if not board.over:
+                board.play(rng.choice(board.free()), marks[moves % 2])
+                moves += 1
+        shown = "".join(str(i) if c == FREE else c for i, c in enumerate(board.key()))
+        kind = rng.choices(list(QUESTIONS), list(QUESTIONS.values()))[0]
+        question, answer = kind(shown, rng)
+        messages += [user(f"{board.render()}\n{question}"), assistant(answer)]
         if board.over:
             break
-        board.play(rng.choice(board.free()), "XO"[turn % 2])
-    return board
-
-
-def read_cells(rng: random.Random) -> Conversation:
-    """Reads any three cells off a board."""
-    board = _board(rng)
-    cells = rng.sample(range(9), 3)
-    shown = [board.key()[cell].replace(".", str(cell)) for cell in cells]
-    question = f"{board.render()}\nRead positions {', '.join(map(str, cells))}."
-    return [user(question), assistant(" | ".join(shown))]
-
-
-LINES = {
-    "top row": (0, 1, 2),
-    "middle row": (3, 4, 5),
-    "bottom row": (6, 7, 8),
-    "left column": (0, 3, 6),
-    "middle column": (1, 4, 7),
-    "right column": (2, 5, 8),
-    "falling diagonal": (0, 4, 8),
-    "rising diagonal": (6, 4, 2),
-}
-
-
-def _line(rng: random.Random) -> tuple[str, str, list[str]]:
-    board = _board(rng)
-    name, cells = rng.choice(list(LINES.items()))
-    return board.render(), name, [board.key()[c].replace(".", str(c)) for c in cells]
-
-
-def read_line(rng: random.Random) -> Conversation:
-    """Reads a row, column or diagonal."""
-    shown, name, cells = _line(rng)
-    return [user(f"{shown}\nRead the {name}."), assistant(" | ".join(cells))]
-
-
-def count_line(rng: random.Random) -> Conversation:
-    """Counts the marks in a row, column or diagonal."""
-    shown, name, cells = _line(rng)
-    counts = f"{cells.count('X')} X, {cells.count('O')} O"
-    return [user(f"{shown}\nCount the marks in the {name}."), assistant(counts)]
-
-
-def find_mark(rng: random.Random) -> Conversation:
-    """Lists the cells of one mark, or the free ones."""
-    board = _board(rng)
-    mark = rng.choice("XO.")
-    cells = [str(cell) for cell, owner in enumerate(board.key()) if owner == mark]
-    name = {"X": "X", "O": "O", ".": "free"}[mark]
-    question = f"{board.render()}\nWhich positions are {name}?"
-    return [user(question), assistant(", ".join(cells) or "none")]
+    return messages
 
 
 def word(rng: random.Random, low: int = 2, high: int = 8) -> str:
@@ -147,10 +192,7 @@ def calculator(rng: random.Random) -> Conversation:
 
 SHARES: dict[Callable[[random.Random], Conversation], float] = {
     game: 0.40,
-    read_line: 0.15,
-    count_line: 0.12,
-    read_cells: 0.08,
-    find_mark: 0.08,
+    reading: 0.43,
     copy_word: 0.05,
     reverse: 0.06,
     sums: 0.04,

@@ -1,14 +1,16 @@
 """Makes the embedded base: a Llama of about a million parameters, pretrained on `corpus.py`.
 
-    python jobs/base/pretrain.py OUT [--steps 1200] [--seed 0]
+    python jobs/base/pretrain.py OUT [--steps 6000] [--seed 0] [--device cuda --workers 8]
 
-The loss is on *all* tokens. Takes about 20 minutes on one core; the result ships in `rayrl/base`.
+The loss is on *all* tokens. The result ships in `rayrl/base`.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import math
+import multiprocessing
 import random
 import time
 from collections.abc import Iterator
@@ -19,6 +21,9 @@ from corpus import Conversation, draw
 from tokenizer import build
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+SHARD = 4096
+"""Conversations in a piece of the corpus."""
 
 
 def model_for(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
@@ -47,65 +52,100 @@ def encode(tokenizer: PreTrainedTokenizerFast, conversation: Conversation) -> li
     return tokenizer.encode(text, add_special_tokens=False)
 
 
-def batches(
-    tokenizer: PreTrainedTokenizerFast, seed: int, size: int
-) -> Iterator[list[torch.Tensor]]:
-    """Endless batches of `size` conversations, in parts of like length: ids (B, T), -1 pads."""
-    rng = random.Random(seed)
-    while True:
-        rows = sorted((encode(tokenizer, draw(rng)) for _ in range(size)), key=len)
-        parts, cut = [], [row for row in rows if len(row) < 64]
-        for part in (cut, rows[len(cut) :]):
-            ids = torch.full((len(part), max(map(len, part))), -1)
-            for row, tokens in zip(ids, part, strict=True):
-                row[: len(tokens)] = torch.tensor(tokens)
-            parts.append(ids)
-        yield parts
+def shard(tokenizer: PreTrainedTokenizerFast, seed: int, index: int) -> list[list[int]]:
+    """The `index`-th piece of the corpus, encoded; the same on any machine, by any worker."""
+    rng = random.Random(f"{seed}/{index}")
+    return [encode(tokenizer, draw(rng)) for _ in range(SHARD)]
+
+
+def shards(
+    tokenizer: PreTrainedTokenizerFast, seed: int, count: int, workers: int
+) -> Iterator[list[list[int]]]:
+    """The first `count` pieces in order, made by `workers` processes, or in this one if 0."""
+    make = functools.partial(shard, tokenizer, seed)
+    if not workers:
+        yield from map(make, range(count))
+        return
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        yield from pool.imap(make, range(count))
+
+
+def padded(rows: list[list[int]], parts: int) -> Iterator[torch.Tensor]:
+    """The rows in `parts` of like length: ids (B, T), -1 pads."""
+    rows = sorted(rows, key=len)
+    size = math.ceil(len(rows) / parts)
+    for start in range(0, len(rows), size):
+        part = rows[start : start + size]
+        ids = torch.full((len(part), len(part[-1])), -1)
+        for row, tokens in zip(ids, part, strict=True):
+            row[: len(tokens)] = torch.tensor(tokens)
+        yield ids
+
+
+def update(
+    model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, rows: list[list[int]], parts: int
+) -> float:
+    """One step on the mean cross entropy of all tokens but each row's first; returns that loss."""
+    count = sum(len(row) - 1 for row in rows)
+    total = torch.zeros((), device=model.device)
+    for ids in padded(rows, parts):
+        ids = ids.to(model.device)
+        logits = model(input_ids=ids.clamp(min=0), use_cache=False).logits[:, :-1]
+        loss = F.cross_entropy(
+            logits.flatten(0, 1), ids[:, 1:].flatten(), ignore_index=-1, reduction="sum"
+        )
+        (loss / count).backward()
+        total += loss.detach() / count
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return float(total)
 
 
 def main() -> None:
     """Pretrain and save."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=1200)
-    parser.add_argument("--batch", type=int, default=128, help="conversations a step")
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--batch", type=int, default=128, help=f"rows a step, divides {SHARD}")
+    parser.add_argument("--parts", type=int, default=4, help="passes of rows of like length a step")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--workers", type=int, default=0, help="processes that write the corpus")
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
     tokenizer = build(args.seed)
-    model = model_for(tokenizer)
+    model = model_for(tokenizer).to(args.device)
     print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens", flush=True)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.05, fused=True
     )
-    start, seen = time.monotonic(), 0
-    stream = batches(tokenizer, args.seed, args.batch)
-    for step in range(args.steps):
-        parts = next(stream)
-        done = step / args.steps
-        falling = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done))
-        optimizer.param_groups[0]["lr"] = args.lr * min(1.0, (step + 1) / 50) * falling
-        count = sum(int((ids[:, 1:] >= 0).sum()) for ids in parts)
-        total = 0.0
-        for ids in parts:
-            logits = model(input_ids=ids.clamp(min=0), use_cache=False).logits[:, :-1]
-            loss = F.cross_entropy(
-                logits.flatten(0, 1), ids[:, 1:].flatten(), ignore_index=-1, reduction="sum"
-            )
-            (loss / count).backward()
-            total += loss.item() / count
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        seen += count
-        if step % 20 == 0 or step == args.steps - 1:
-            speed = seen / (time.monotonic() - start)
-            print(f"step {step} loss {total:.4f} tokens {seen:,} ({speed:,.0f}/s)", flush=True)
-        if step % 200 == 199 or step == args.steps - 1:
-            model.save_pretrained(args.out)
-            tokenizer.save_pretrained(args.out)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: (
+            min(1.0, (step + 1) / 50)
+            * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / args.steps)))
+        ),
+    )
+    start, seen, step = time.monotonic(), 0, 0
+    needed = math.ceil(args.steps * args.batch / SHARD)
+    for rows in shards(tokenizer, args.seed, needed, args.workers):
+        for first in range(0, SHARD, args.batch):
+            if step == args.steps:
+                break
+            batch = rows[first : first + args.batch]
+            loss = update(model, optimizer, batch, args.parts)
+            schedule.step()
+            step += 1
+            seen += sum(len(row) - 1 for row in batch)
+            if step % 100 == 0 or step == args.steps:
+                speed = seen / (time.monotonic() - start)
+                print(f"step {step} loss {loss:.4f} tokens {seen:,} ({speed:,.0f}/s)", flush=True)
+            if step % 1000 == 0 or step == args.steps:
+                model.save_pretrained(args.out)
+                tokenizer.save_pretrained(args.out)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import re
 from collections import Counter
 
 from corpus import draw
-from rayrl_tictactoe.board import SYSTEM
+from rayrl_tictactoe.board import LINES, SYSTEM
 from rayrl_tictactoe.players import POLICIES
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -26,7 +26,8 @@ CHAT_TEMPLATE = (
 LONGEST = 40  # characters of a phrase
 CELL = r"(?:\n| \| |, )?(?:\d|[XO](?= \||\n|$))"
 TAGS = r"(?:</?[a-z_]+>)+"
-FIXED = re.compile(f"({CELL}|{TAGS}|: )")  # a piece of text ends before and after each of these
+NOTES = f"X: |; O: |none|{'|'.join(LINES)}"  # as in a player's thoughts
+FIXED = re.compile(f"({NOTES}|{CELL}|{TAGS}|: )")  # a piece of text ends before and after each
 ROLES = ("system\n", "user\n", "assistant\n", "tool\n")
 
 
@@ -51,10 +52,12 @@ def phrases(samples: int, least: int, seed: int) -> list[str]:
                     counts.update([part] if FIXED.fullmatch(part) else _chunks(part))
     found = {phrase for phrase, count in counts.items() if count >= least and len(phrase) > 1}
     thoughts = {
-        re.sub(r"\d.*", "", choice.thought)
+        part
         for policy in POLICIES.values()
         for key in (".........", "XX.OO....", "OO.X.....", "XOXOXOO..", "X...O....")
         for choice in policy(key)
+        for part in FIXED.split(choice.thought)
+        if len(part) > 1
     }
     cells = {f"{glue}{cell}" for glue in ("\n", " | ", ", ") for cell in "012345678XO"}
     cells -= {", X", ", O"}

@@ -28,16 +28,16 @@ __all__ = [
 FREE = "."
 """How a free cell is written in a board's key."""
 
-LINES = (
-    (0, 1, 2),
-    (3, 4, 5),
-    (6, 7, 8),
-    (0, 3, 6),
-    (1, 4, 7),
-    (2, 5, 8),
-    (0, 4, 8),
-    (2, 4, 6),
-)
+LINES = {
+    "top row": (0, 1, 2),
+    "middle row": (3, 4, 5),
+    "bottom row": (6, 7, 8),
+    "left column": (0, 3, 6),
+    "middle column": (1, 4, 7),
+    "right column": (2, 5, 8),
+    "falling diagonal": (0, 4, 8),
+    "rising diagonal": (6, 4, 2),
+}
 """The eight rows, columns and diagonals that win."""
 
 SYSTEM = (
@@ -70,7 +70,7 @@ def other(mark: str) -> str:
 
 def winner(key: str) -> str | None:
     """The mark that has three in a line on the board `key`, or None."""
-    for a, b, c in LINES:
+    for a, b, c in LINES.values():
         if key[a] != FREE and key[a] == key[b] == key[c]:
             return key[a]
     return None

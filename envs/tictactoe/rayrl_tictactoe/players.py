@@ -8,12 +8,12 @@ draws from it. So a player's strength can be computed exactly instead of sampled
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from rayrl import Message
 
-from .board import FREE, Board, best_moves, winner
+from .board import FREE, LINES, Board, best_moves
 
 __all__ = [
     "POLICIES",
@@ -68,52 +68,66 @@ def read_board(messages: Sequence[Message]) -> str:
     return "".join(cell if cell in ("X", "O") else FREE for row in rows for cell in row)
 
 
-def _completing(key: str, mark: str) -> list[int]:
-    """Free cells that give `mark` three in a line at once."""
-    after = ((cell, key[:cell] + mark + key[cell + 1 :]) for cell in Board(key).free())
-    return [cell for cell, board in after if winner(board) == mark]
+def _completing(key: str, mark: str) -> dict[int, str]:
+    """Free cells that give `mark` three in a line at once, each with the name of such a line."""
+    found: dict[int, str] = {}
+    for name, cells in LINES.items():
+        shown = [key[cell] for cell in cells]
+        if shown.count(mark) == 2 and FREE in shown:
+            found.setdefault(cells[shown.index(FREE)], name)
+    return found
 
 
-def _even(probability: float, cells: Sequence[int], thought: str) -> list[Choice]:
+def _even(probability: float, cells: Collection[int], thought: str) -> list[Choice]:
     """`probability` split evenly; "{}" in the thought is the cell."""
     return [Choice(probability / len(cells), cell, thought.format(cell)) for cell in cells]
 
 
+def _seen(probability: float, found: Mapping[int, str], thought: str) -> list[Choice]:
+    """`probability` split evenly over cells found, the thought naming the line of each."""
+    each = probability / len(found)
+    return [Choice(each, cell, thought.format(f"{name}: {cell}")) for cell, name in found.items()]
+
+
+WIN = "X: {}. Win."
+BLOCK = "X: none; O: {}. Block."
+CALM = "X: none; O: none. "
+"""A player first notes a line where X has two marks and a free cell, then one where O has. Writing it
+down before the move gives a model room to look for one thing at a time."""
+
+
 def random_policy(key: str) -> Sequence[Choice]:
     """Any free cell."""
-    return _even(1.0, Board(key).free(), "{} is free.")
+    return _even(1.0, Board(key).free(), "Take {}.")
 
 
 def optimal_policy(key: str) -> Sequence[Choice]:
     """Perfect play, evenly among equally good moves."""
     moves = best_moves(key, "X")
-    if set(moves) <= set(_completing(key, "X")):
-        return _even(1.0, moves, "I can win at {}.")
-    if set(moves) <= set(_completing(key, "O")):
-        return _even(1.0, moves, "I must block {}.")
-    return _even(1.0, moves, "{} is best.")
+    for mark, thought in (("X", WIN), ("O", BLOCK)):
+        found = _completing(key, mark)
+        if set(moves) <= set(found):
+            return _seen(1.0, {move: found[move] for move in moves}, thought)
+    return _even(1.0, moves, CALM + "Best {}.")
 
 
 def teacher_policy(key: str) -> Sequence[Choice]:
     """Good but fallible: mostly sees wins and threats, never forks, likes centre and corners."""
     choices: list[Choice] = []
     left = 1.0
-    for chance, mark, thought in (
-        (SEES_WIN, "X", "I can win at {}."),
-        (SEES_BLOCK, "O", "I must block {}."),
-    ):
-        if cells := _completing(key, mark):
-            choices += _even(left * chance, cells, thought)
+    for chance, mark, thought in ((SEES_WIN, "X", WIN), (SEES_BLOCK, "O", BLOCK)):
+        if found := _completing(key, mark):
+            choices += _seen(left * chance, found, thought)
             left *= 1 - chance
     free = Board(key).free()
     corners = [cell for cell in CORNERS if cell in free]
     if CENTRE not in free and not corners:
-        return [*choices, *_even(left, free, "{} is free.")]
-    choices += _even(left * WANDERS, free, "{} is free.")
+        return [*choices, *_even(left, free, CALM + "Take {}.")]
+    choices += _even(left * WANDERS, free, CALM + "Take {}.")
     left *= 1 - WANDERS
     if CENTRE in free:
-        return [*choices, Choice(left, CENTRE, "Centre is free.")]
-    return [*choices, *_even(left, corners, "Corner {} is free.")]
+        return [*choices, Choice(left, CENTRE, CALM + f"Centre {CENTRE}.")]
+    return [*choices, *_even(left, corners, CALM + "Corner {}.")]
 
 
 POLICIES: dict[str, Policy] = {

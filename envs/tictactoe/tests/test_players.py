@@ -40,28 +40,34 @@ def replies(player: object, key: str, n: int = 200) -> Counter[str]:
     return Counter(player(messages(key), random.Random(seed)) for seed in range(n))
 
 
+def reply(thought: str, cell: int) -> str:
+    return f"<think>{thought}</think><move>{cell}</move>"
+
+
 def test_what_the_players_say() -> None:
-    assert replies(optimal, "XX.OO....").keys() == {"<think>I can win at 2.</think><move>2</move>"}
-    assert replies(optimal, "X...OO...").keys() == {"<think>I must block 3.</think><move>3</move>"}
+    assert replies(optimal, "XX.OO....").keys() == {reply("X: top row: 2. Win.", 2)}
+    block = reply("X: none; O: middle row: 3. Block.", 3)
+    assert replies(optimal, "X...OO...").keys() == {block}
+    calm = "X: none; O: none."
     assert replies(optimal, "XO.......").keys() == {
-        f"<think>{cell} is best.</think><move>{cell}</move>" for cell in (3, 4, 6)
+        reply(f"{calm} Best {cell}.", cell) for cell in (3, 4, 6)
     }
-    assert replies(random_legal, "XOXOXOO.X").keys() == {"<think>7 is free.</think><move>7</move>"}
+    assert replies(random_legal, "XOXOXOO.X").keys() == {reply("Take 7.", 7)}
     assert replies(teacher, "X.O......", 1000).keys() == {
-        "<think>Centre is free.</think><move>4</move>",
-        *(f"<think>{cell} is free.</think><move>{cell}</move>" for cell in (1, 3, 4, 5, 6, 7, 8)),
+        reply(f"{calm} Centre 4.", 4),
+        *(reply(f"{calm} Take {cell}.", cell) for cell in (1, 3, 4, 5, 6, 7, 8)),
     }
-    assert replies(teacher, "XXOOOXX.O").keys() == {"<think>7 is free.</think><move>7</move>"}
+    assert replies(teacher, "XXOOOXX.O").keys() == {reply(f"{calm} Take 7.", 7)}
 
 
 def test_the_teacher_sees_most_wins_and_threats_but_not_all() -> None:
     said = replies(teacher, "XX.OO....", 4000)
     share = {text: count / 4000 for text, count in said.items()}
-    assert share["<think>I can win at 2.</think><move>2</move>"] == pytest.approx(0.95, abs=0.015)
-    assert share["<think>I must block 5.</think><move>5</move>"] == pytest.approx(0.0475, abs=0.01)
+    assert share[reply("X: top row: 2. Win.", 2)] == pytest.approx(0.95, abs=0.015)
+    assert share[reply("X: none; O: middle row: 5. Block.", 5)] == pytest.approx(0.0475, abs=0.01)
     said = replies(teacher, "X...OO...", 4000)
     share = {text: count / 4000 for text, count in said.items()}
-    assert share["<think>I must block 3.</think><move>3</move>"] == pytest.approx(0.95, abs=0.015)
+    assert share[reply("X: none; O: middle row: 3. Block.", 3)] == pytest.approx(0.95, abs=0.015)
 
 
 def test_the_teacher_wanders_a_quarter_of_the_time() -> None:
