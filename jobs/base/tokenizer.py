@@ -28,6 +28,7 @@ CELL = r"(?:\n| \| |, )?(?:\d|[XO](?= \||\n|$))"
 TAGS = r"(?:</?[a-z_]+>)+"
 NOTES = f"X: |; O: |none|{'|'.join(LINES)}"  # as in a player's thoughts
 FIXED = re.compile(f"({NOTES}|{CELL}|{TAGS}|: )")  # a piece of text ends before and after each
+WORDS = (". Centre ", ". Corner ")  # a player may say these of a cell
 ROLES = ("system\n", "user\n", "assistant\n", "tool\n")
 
 
@@ -62,7 +63,7 @@ def phrases(samples: int, least: int, seed: int) -> list[str]:
     cells = {f"{glue}{cell}" for glue in ("\n", " | ", ", ") for cell in "012345678XO"}
     cells -= {", X", ", O"}
     words = {chunk for text in (SYSTEM, *thoughts) for chunk in _chunks(text)}
-    return sorted(found | cells | words | set(ROLES))
+    return sorted(found | cells | words | set(ROLES) | set(WORDS))
 
 
 def build(seed: int = 0, samples: int = 20_000) -> PreTrainedTokenizerFast:

@@ -92,8 +92,10 @@ def _seen(probability: float, found: Mapping[int, str], thought: str) -> list[Ch
 WIN = "X: {}. Win."
 BLOCK = "X: none; O: {}. Block."
 CALM = "X: none; O: none. "
-"""A player first notes a line where X has two marks and a free cell, then one where O has. Writing it
-down before the move gives a model room to look for one thing at a time."""
+"""A player first notes a line where X has two marks and a free cell, then one where O has. Writing
+it down before the move gives a model room to look for one thing at a time. What follows says only
+which cell: a word for the kind of cell ("corner") would be chosen before it, and a student that
+learns that corners are better than the rest on average then forgets the rest where it is needed."""
 
 
 def random_policy(key: str) -> Sequence[Choice]:
@@ -126,8 +128,8 @@ def teacher_policy(key: str) -> Sequence[Choice]:
     choices += _even(left * WANDERS, free, CALM + "Take {}.")
     left *= 1 - WANDERS
     if CENTRE in free:
-        return [*choices, Choice(left, CENTRE, CALM + f"Centre {CENTRE}.")]
-    return [*choices, *_even(left, corners, CALM + "Corner {}.")]
+        return [*choices, *_even(left, [CENTRE], CALM + "Take {}.")]
+    return [*choices, *_even(left, corners, CALM + "Take {}.")]
 
 
 POLICIES: dict[str, Policy] = {
