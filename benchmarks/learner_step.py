@@ -1,6 +1,7 @@
 """Learner step: packed trie against right-padded rows of the same model, tokens a second.
 
     python benchmarks/learner_step.py [--rows 256] [--group 16] [--repeats 3] [--profile]
+    python benchmarks/learner_step.py --device cuda --hidden 1024 --layers 16
 
 Rows look like tic-tac-toe: a prompt shared by a group, then turns of a few sampled ids and a few of
 the environment's, where siblings that moved alike share the next turn too. Both sides run the same
@@ -16,7 +17,7 @@ import time
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from rayrl.batch import Totals, Trajectory, batch_of, micro_batches
 from rayrl.learner.attention import IMPLEMENTATION
@@ -73,9 +74,10 @@ def packed_step(
 
 
 def padded_step(
-    model: torch.nn.Module, rows: list[Trajectory], totals: Totals, tokens: int = 8192
+    model: PreTrainedModel, rows: list[Trajectory], totals: Totals, tokens: int = 8192
 ) -> float:
     """The usual way: right-padded rows, an attention mask, logits everywhere."""
+    device = model.device
     rows = sorted(rows, key=lambda row: len(row.ids))
     total, at = 0.0, 0
     while at < len(rows):
@@ -87,7 +89,8 @@ def padded_step(
         width = len(part[-1].ids)
 
         def pad(arrays: list[np.ndarray], width: int = width) -> torch.Tensor:
-            return torch.from_numpy(np.stack([np.pad(a, (0, width - len(a))) for a in arrays]))
+            wide = np.stack([np.pad(a, (0, width - len(a))) for a in arrays])
+            return torch.from_numpy(wide).to(device)
 
         ids = pad([row.ids.astype(np.int64) for row in part])
         mask = pad([row.loss_mask for row in part])[:, 1:]
@@ -104,17 +107,34 @@ def padded_step(
     return total
 
 
+def finish(device: str) -> None:
+    """Wait for the accelerator, which runs behind."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--group", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--hidden", type=int, default=SHAPE["hidden_size"])
+    parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"])
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE), attn_implementation="sdpa")
+    shape = SHAPE | {
+        "hidden_size": args.hidden,
+        "num_hidden_layers": args.layers,
+        "intermediate_size": 3 * args.hidden,
+        "num_attention_heads": args.hidden // 32,
+        "num_key_value_heads": args.hidden // 32,
+    }
+    config = LlamaConfig(**shape)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").to(args.device)
     rows = make_rows(args.rows, args.group)
     batch = batch_of(rows)
     objective = Objective("cispo", tis_max=2.0)
@@ -136,20 +156,24 @@ def main() -> None:
         for name in best:
             model.set_attn_implementation(IMPLEMENTATION if name == "packed" else "sdpa")
             model.zero_grad()
+            finish(args.device)
             begin = time.perf_counter()
             if name == "packed":
                 losses[name] = packed_step(model, rows, objective, batch.totals)
             else:
                 losses[name] = padded_step(model, rows, batch.totals)
+            finish(args.device)
             best[name] = min(best[name], time.perf_counter() - begin)
     assert abs(losses["packed"] - losses["padded"]) < 1e-4, losses
     for name, seconds in best.items():
         print(f"{name}: {seconds:.2f} s, {row_tokens / seconds:,.0f} row tokens/s")
-    floor = 6 * params * distinct / (80e9 * args.threads)
-    print(
-        f"ratio {best['padded'] / best['packed']:.2f}; floor of the packed step's linear layers at "
-        f"80 GFLOP/s a thread {floor:.2f} s ({floor / best['packed']:.0%} of it used)"
-    )
+    print(f"ratio {best['padded'] / best['packed']:.2f}")
+    if args.device == "cpu":
+        floor = 6 * params * distinct / (80e9 * args.threads)
+        print(
+            f"floor of the packed step's linear layers at 80 GFLOP/s a thread {floor:.2f} s "
+            f"({floor / best['packed']:.0%} of it used)"
+        )
     if args.profile:
         model.set_attn_implementation(IMPLEMENTATION)
         with torch.profiler.profile() as profile:

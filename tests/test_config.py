@@ -153,7 +153,7 @@ def test_every_number_has_a_rule() -> None:
         ("train", {"train__groups": 0}, r"train\.groups=0: must be 1 or more"),
         ("train", {"train__group_size": 1}, r"train\.group_size=1: .*2 or more"),
         ("train", {"learner__zero_stage": 4}, r"learner\.zero_stage=4: must be one of 0, 1, 2, 3"),
-        ("train", {"engine__kind": "vllm"}, r"engine\.kind=vllm: must be one of embedded"),
+        ("train", {"engine__kind": "vlm"}, r"engine\.kind=vlm: must be one of embedded, vllm"),
         ("train", {"algo__loss": "cipso"}, r"algo\.loss=cipso: .*Did you mean 'cispo'"),
         ("train", {"algo__clip_low": 1.5}, r"algo\.clip_low=1\.5: must be from 0 to 1"),
         ("train", {"algo__clip_high": -0.1}, r"algo\.clip_high=-0\.1: must be 0 or more"),

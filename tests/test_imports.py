@@ -43,6 +43,7 @@ ONLY = {
     "ray": ("rayrl/cluster/",),
     "hydra": ("rayrl/cli.py",),
     "deepspeed": ("rayrl/learner/deepspeed.py",),
+    "vllm": ("rayrl/engine/vllm.py", "rayrl/engine/vllm_worker.py"),
 }
 
 

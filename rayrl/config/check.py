@@ -20,7 +20,9 @@ VERBS = ("synth", "sft", "train", "eval")
 """What a stage of a recipe can be."""
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
-    "engine.kind": ("embedded",),
+    "engine.kind": ("embedded", "vllm"),
+    "engine.dtype": ("auto", "float32", "bfloat16", "float16"),
+    "engine.on_update": ("wait", "keep", "abort"),
     "algo.advantage": ("grpo", "rloo", "gigpo"),
     "algo.normalize": ("none", "std", "batch_std"),
     "algo.loss": ("grpo", "cispo", "gspo"),
@@ -85,6 +87,7 @@ _AT_LEAST: dict[str, float] = {
 _ABOVE_ZERO = (
     "env.deadline_s",
     "engine.kv_cache_gb",
+    "engine.gpu_memory",
     "sampling.top_p",
     "learner.lr",
     "learner.eps",
@@ -96,6 +99,7 @@ _ABOVE_ZERO = (
 
 _SHARES = (
     "env.failure_budget",
+    "engine.gpu_memory",
     "sampling.top_p",
     "algo.gamma",
     "algo.clip_low",

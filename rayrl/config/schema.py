@@ -67,11 +67,14 @@ class ModelConfig:
 class EngineConfig:
     """What generates."""
 
-    kind: str = "embedded"  # embedded
+    kind: str = "embedded"  # embedded | vllm
     max_live: int = 256  # conversations decoded at once by a replica
     max_len: int = 0  # ids of one conversation; 0: what the model's config allows
     kv_cache_gb: float = 1.0
     threads: int = 1  # torch threads of a replica
+    dtype: str = "auto"  # vllm: auto (the model's own) | float32 | bfloat16 | float16
+    gpu_memory: float = 0.9  # vllm: share of a GPU's memory that a replica may take
+    on_update: str = "wait"  # vllm: wait | keep | abort : generations in flight at a weight push
 
 
 @dataclass(frozen=True)

