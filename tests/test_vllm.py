@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +35,8 @@ pytestmark = [
 
 CONFIG = EngineConfig(kind="vllm", dtype="float32", max_live=32, max_len=256)
 END = 2  # <|im_end|> of the embedded base
-PROMPTS = [tuple(int(i) for i in range(3, 3 + n)) for n in (5, 40, 90, 33)]
+RNG = random.Random(0)
+PROMPTS = [tuple(RNG.randrange(3, 360) for _ in range(n)) for n in (5, 40, 90, 33)]
 
 
 def load() -> Any:
@@ -113,10 +115,10 @@ async def test_ids_and_logprobs_are_those_of_transformers_before_and_after_a_pus
 
 
 async def test_a_seed_gives_the_same_answer_in_any_company(engine: Engine) -> None:
-    together = await answers(engine, temperature=3.0)
-    alone = [await engine.generate(request(p, i, temperature=3.0)) for i, p in enumerate(PROMPTS)]
+    together = await answers(engine, temperature=2.0)
+    alone = [await engine.generate(request(p, i, temperature=2.0)) for i, p in enumerate(PROMPTS)]
     assert [a.ids for a in together] == [a.ids for a in alone]
-    other = await engine.generate(request(PROMPTS[1], 99, temperature=3.0))
+    other = await engine.generate(request(PROMPTS[1], 99, temperature=2.0))
     assert other.ids != together[1].ids
 
 
