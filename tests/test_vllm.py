@@ -167,6 +167,17 @@ async def test_requests_that_cannot_be_answered(engine: Engine) -> None:
     assert (await engine.generate(request(PROMPTS[0]))).ids  # it lives on
 
 
+async def test_weights_that_do_not_fit_close_it() -> None:
+    engine = open_engine(model_dir(EMBEDDED), CONFIG)
+    flat, manifest = flatten({"model.no_such_weight": torch.zeros(3)})
+    with pytest.raises(InfraError, match="could not load weights version 1"):
+        await engine.load_weights(1, flat, manifest)
+    with pytest.raises(InfraError, match="closed"):
+        await engine.generate(request(PROMPTS[0]))
+    with pytest.raises(InfraError, match="closed"):
+        await engine.load_weights(2, flat, manifest)
+
+
 async def test_a_model_it_cannot_run_is_said_so(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "nothing_known"}')
     with pytest.raises(ConfigError, match=r"model\.path=.*vLLM cannot run it"):

@@ -187,11 +187,14 @@ class VllmEngine:
             The checksum of the buffer as the worker mapped it, every tensor of which it loaded.
 
         Raises:
-            InfraError: the worker could not load them; the replica must be replaced.
+            InfraError: the worker could not load them. The engine is closed then, so that Serve's
+                health check fails and the replica is replaced.
         """
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
         async with self._loading:
+            if self._closed:
+                raise InfraError("the engine is closed")
             file = await asyncio.to_thread(_write, flat)
             try:
                 await self._llm.pause_generation(mode=self._on_update, clear_cache=True)
@@ -204,9 +207,8 @@ class VllmEngine:
                     raise InfraError(f"workers hold different weights: {[digest, *others]}")
                 self.version = version
                 await self._llm.resume_generation()
-            except InfraError:
-                raise
-            except Exception as error:
+            except Exception as error:  # half loaded: nothing may be answered from this any more
+                await self.close()
                 raise InfraError(
                     f"vLLM could not load weights version {version}: {error}"
                 ) from error
