@@ -71,6 +71,9 @@ class InstantEngine:
     def release(self, sessions: Sequence[str]) -> None:
         """Keeps nothing."""
 
+    async def check(self) -> None:
+        pass
+
     async def load_weights(self, version: int, flat: object, manifest: object) -> str:
         """Has no weights."""
         raise NotImplementedError

@@ -62,6 +62,9 @@ class StandIn:
     def release(self, sessions: Sequence[str]) -> None:
         pass
 
+    async def check(self) -> None:
+        pass
+
     async def load_weights(self, *_: Any) -> str:
         return ""
 

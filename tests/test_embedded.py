@@ -264,12 +264,15 @@ async def test_new_weights_replace_the_old_ones_and_their_keys() -> None:
     prompt = ids_of(random.Random(6), 40)
     async with engine_of(model) as engine:
         assert isinstance(engine, Engine)
+        await engine.check()
         old = await engine.generate(request("a", prompt, max_tokens=5))
         assert await engine.load_weights(3, flat, manifest) == checksum(flat)
         assert engine.version == 3
         new = await engine.generate(request("a", prompt, max_tokens=5))
         assert new.cached == 0
         assert [span.version for span in old.versions + new.versions] == [0, 3]
+    with pytest.raises(InfraError, match="closed"):
+        await engine.check()
     assert close_to(new.logprobs, reference_logprobs(newer, prompt, new.ids, 1.0))
     assert not close_to(new.logprobs, reference_logprobs(llama(seed=0), prompt, new.ids, 1.0))
 

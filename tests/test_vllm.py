@@ -176,6 +176,8 @@ async def test_weights_that_do_not_fit_close_it() -> None:
         await engine.generate(request(PROMPTS[0]))
     with pytest.raises(InfraError, match="closed"):
         await engine.load_weights(2, flat, manifest)
+    with pytest.raises(InfraError, match="closed"):
+        await engine.check()
 
 
 async def test_a_model_it_cannot_run_is_said_so(tmp_path: Path) -> None:

@@ -123,6 +123,7 @@ class Replica:
 
     async def check_health(self) -> None:
         """Healthy is: the engine works, and holds the newest weights."""
+        await self._engine.check()
         await self.catch_up()
 
 

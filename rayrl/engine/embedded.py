@@ -184,6 +184,11 @@ class EmbeddedEngine:
         self._send(load)
         return await load.future
 
+    async def check(self) -> None:
+        """Raise InfraError if the step thread has ended."""
+        if self._closing or not self._thread.is_alive():
+            raise InfraError("the engine is closed")
+
     def release(self, sessions: Sequence[str]) -> None:
         """Free what is kept for conversations that are over; unknown names are fine."""
         self._inbox.append(Release(tuple(sessions)))

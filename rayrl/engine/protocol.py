@@ -60,6 +60,14 @@ class Engine(Generator, Protocol):
         """
         ...
 
+    async def check(self) -> None:
+        """Return if it can still answer; a replica whose engine cannot is replaced.
+
+        Raises:
+            InfraError: it cannot.
+        """
+        ...
+
     def release(self, sessions: Sequence[str]) -> None:
         """Free what is kept for conversations that are over; unknown names are fine."""
         ...

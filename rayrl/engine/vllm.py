@@ -217,6 +217,17 @@ class VllmEngine:
                     os.unlink(file)
         return str(digest)
 
+    async def check(self) -> None:
+        """Raise InfraError if vLLM's process has died."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        if self._closed:
+            raise InfraError("the engine is closed")
+        try:
+            await self._llm.check_health()
+        except EngineDeadError as error:
+            raise InfraError(f"vLLM's process died: {error}") from error
+
     def release(self, sessions: Sequence[str]) -> None:
         """Nothing to do: vLLM's prefix cache evicts what is not used."""
 
