@@ -21,6 +21,7 @@ from rayrl_tictactoe.board import (
     Board,
     played,
     prompt,
+    twos,
 )
 
 from rayrl.types import Message, assistant, system, user
@@ -28,18 +29,10 @@ from rayrl.types import Message, assistant, system, user
 Conversation = list[Message]
 
 
-def twos(key: str) -> str:
+def notes(key: str) -> str:
     """For either mark, the lines with two of it and a free cell, and that cell."""
-    notes = []
-    for mark in "XO":
-        shown = {name: [key[cell] for cell in cells] for name, cells in LINES.items()}
-        found = [
-            f"{name}: {LINES[name][marks.index(FREE)]}"
-            for name, marks in shown.items()
-            if marks.count(mark) == 2 and FREE in marks
-        ]
-        notes.append(f"{mark}: {'; '.join(found) or 'none'}")
-    return "; ".join(notes)
+    found = {mark: [f"{name}: {cell}" for name, cell in twos(key, mark)] for mark in "XO"}
+    return "; ".join(f"{mark}: {'; '.join(lines) or 'none'}" for mark, lines in found.items())
 
 
 def game(rng: random.Random) -> Conversation:
@@ -60,8 +53,8 @@ def game(rng: random.Random) -> Conversation:
         taken = [cell for cell in range(9) if cell not in board.free()]
         errs = bool(taken) and rng.random() < 0.01
         cell = rng.choice(taken if errs else board.free())
-        notes = f"{twos(board.key())}. " if looks else ""
-        messages.append(assistant(f"<think>{notes}Take {cell}.</think><move>{cell}</move>"))
+        seen = f"{notes(board.key())}. " if looks else ""
+        messages.append(assistant(f"<think>{seen}Take {cell}.</think><move>{cell}</move>"))
         if errs:
             status = INVALID
             continue
@@ -117,7 +110,7 @@ def find_lines(board: str, rng: random.Random) -> tuple[str, str]:
 def describe(board: str, rng: random.Random) -> tuple[str, str]:
     """The rows, columns and diagonals with two of a mark and a free cell."""
     key = "".join(shown if shown in "XO" else FREE for shown in board)
-    return "Which lines hold two marks and a free cell?", twos(key)
+    return "Which lines hold two marks and a free cell?", notes(key)
 
 
 QUESTIONS: dict[Callable[[str, random.Random], tuple[str, str]], float] = {

@@ -22,6 +22,7 @@ __all__ = [
     "parse_move",
     "played",
     "prompt",
+    "twos",
     "winner",
 ]
 
@@ -74,6 +75,16 @@ def winner(key: str) -> str | None:
         if key[a] != FREE and key[a] == key[b] == key[c]:
             return key[a]
     return None
+
+
+def twos(key: str, mark: str) -> list[tuple[str, int]]:
+    """The lines that hold two of `mark` and a free cell: their names, and that cell."""
+    found = []
+    for name, cells in LINES.items():
+        shown = [key[cell] for cell in cells]
+        if shown.count(mark) == 2 and FREE in shown:
+            found.append((name, cells[shown.index(FREE)]))
+    return found
 
 
 class Board:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from rayrl import Message
 
-from .board import FREE, LINES, Board, best_moves
+from .board import FREE, Board, best_moves, twos
 
 __all__ = [
     "POLICIES",
@@ -71,10 +71,8 @@ def read_board(messages: Sequence[Message]) -> str:
 def _completing(key: str, mark: str) -> dict[int, str]:
     """Free cells that give `mark` three in a line at once, each with the name of such a line."""
     found: dict[int, str] = {}
-    for name, cells in LINES.items():
-        shown = [key[cell] for cell in cells]
-        if shown.count(mark) == 2 and FREE in shown:
-            found.setdefault(cells[shown.index(FREE)], name)
+    for name, cell in twos(key, mark):
+        found.setdefault(cell, name)
     return found
 
 
