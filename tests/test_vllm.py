@@ -163,6 +163,17 @@ async def test_what_is_in_flight_at_a_push(
         assert spans == [({"wait": old, "abort": new}[policy], 0, 200)]
 
 
+async def test_more_prompt_tokens_than_one_pass_takes(engine: Engine) -> None:
+    rng = random.Random(1)
+    prompts = [tuple(rng.randrange(3, 360) for _ in range(230)) for _ in range(64)]
+    found = await asyncio.gather(
+        *(engine.generate(request(p, i, max_tokens=4)) for i, p in enumerate(prompts))
+    )
+    alone = await engine.generate(request(prompts[40], 40, max_tokens=4))
+    assert found[40].ids == alone.ids
+    assert all(answer.ids for answer in found)
+
+
 async def test_requests_that_cannot_be_answered(engine: Engine) -> None:
     assert (await engine.generate(request(range(3, 259)))).finish == "length"
     near = await engine.generate(replace(request(range(3, 256)), stop_ids=()))
