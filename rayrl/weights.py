@@ -6,6 +6,7 @@ One contiguous array goes through shared memory without a copy and without pickl
 from __future__ import annotations
 
 import hashlib
+import math
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-__all__ = ["Entry", "Manifest", "checksum", "flatten", "unflatten"]
+__all__ = ["Entry", "Manifest", "checksum", "flatten", "layout", "put", "unflatten"]
 
 _ALIGN = 64  # bytes; every tensor starts on a cache line, so that its view is aligned for any dtype
 
@@ -61,24 +62,38 @@ def flatten(
     import torch
 
     pairs = list(tensors.items() if isinstance(tensors, Mapping) else tensors)
-    kept: list[tuple[Entry, torch.Tensor]] = []
+    kept: list[tuple[str, torch.Tensor]] = []
     seen: set[tuple[object, ...]] = set()
-    offset = 0
     for name, tensor in pairs:
         tensor = tensor.detach()
         key = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
         if tensor.numel() and key in seen:
             continue
         seen.add(key)
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        kept.append((Entry(name, dtype, tuple(tensor.shape), offset), tensor))
-        size = tensor.numel() * tensor.element_size()
+        kept.append((name, tensor))
+    manifest = layout((name, tensor.dtype, tuple(tensor.shape)) for name, tensor in kept)
+    flat = np.zeros(manifest.nbytes, dtype=np.uint8)
+    for entry, (_, tensor) in zip(manifest.entries, kept, strict=True):
+        put(flat, entry, tensor)
+    return flat, manifest
+
+
+def layout(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> Manifest:
+    """Where tensors of these names, dtypes and shapes lie in a flat buffer."""
+    entries = []
+    offset = 0
+    for name, dtype, shape in tensors:
+        entries.append(Entry(name, str(dtype).removeprefix("torch."), shape, offset))
+        size = math.prod(shape) * dtype.itemsize
         offset += (size + _ALIGN - 1) // _ALIGN * _ALIGN
-    flat = np.zeros(offset, dtype=np.uint8)
-    target = torch.from_numpy(flat)
-    for entry, tensor in kept:
-        _view(target, entry).copy_(tensor)
-    return flat, Manifest(tuple(entry for entry, _ in kept), offset)
+    return Manifest(tuple(entries), offset)
+
+
+def put(flat: NDArray[np.uint8], entry: Entry, tensor: torch.Tensor) -> None:
+    """Copy one tensor, from any device, to its place in a flat buffer."""
+    import torch
+
+    _view(torch.from_numpy(flat), entry).copy_(tensor)
 
 
 def unflatten(flat: NDArray[np.uint8], manifest: Manifest) -> dict[str, torch.Tensor]:
@@ -105,10 +120,7 @@ def _view(flat: torch.Tensor, entry: Entry) -> torch.Tensor:
     import torch
 
     dtype: torch.dtype = getattr(torch, entry.dtype)
-    count = 1
-    for size in entry.shape:
-        count *= size
-    part = flat[entry.offset : entry.offset + count * dtype.itemsize]
+    part = flat[entry.offset : entry.offset + math.prod(entry.shape) * dtype.itemsize]
     return part.view(dtype).view(entry.shape)
 
 

@@ -30,6 +30,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "algo.kl_estimator": ("k1", "k2", "k3"),
     "learner.kind": ("deepspeed", "reference"),
     "learner.zero_stage": (0, 1, 2, 3),
+    "learner.dtype": ("float32", "bfloat16"),
     "learner.schedule": ("constant", "linear", "cosine"),
     "cluster.placement": ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"),
     "sft.loss_on": ("replies", "all"),
@@ -60,6 +61,7 @@ _AT_LEAST: dict[str, float] = {
     "learner.warmup_steps": 0,
     "learner.weight_decay": 0,
     "learner.micro_batch_tokens": 1,
+    "lora.rank": 0,
     "cluster.env_hosts": 1,
     "cluster.concurrency": 1,
     "cluster.env_host_cpus": 0,
@@ -92,6 +94,7 @@ _ABOVE_ZERO = (
     "learner.lr",
     "learner.eps",
     "learner.max_grad_norm",
+    "lora.alpha",
     "cluster.push_deadline_s",
     "cluster.request_deadline_s",
     "endpoint.timeout_s",
@@ -195,6 +198,12 @@ def _check_shared(config: Config) -> None:
         raise _wrong(
             "learner.betas", learner.betas, "must be two numbers in [0, 1), as [0.9, 0.95]."
         )
+    if learner.kind == "deepspeed" and learner.dtype == "bfloat16" and learner.zero_stage == 0:
+        raise _wrong(
+            "learner.dtype",
+            "bfloat16",
+            "DeepSpeed keeps the fp32 copy of the weights in ZeRO only; set learner.zero_stage=1.",
+        )
     if learner.kind == "reference":
         for key, value, only in (
             ("learner.world_size", learner.world_size, 1),
@@ -218,6 +227,12 @@ def _check_shared(config: Config) -> None:
 
 def _check_train(config: Config) -> None:
     sampling, train, algo = config.sampling, config.train, config.algo
+    if config.learner.dtype == "bfloat16" and config.engine.kind == "embedded":
+        raise _wrong(
+            "learner.dtype",
+            "bfloat16",
+            "the embedded engine computes in fp32; choose engine=vllm, or learner.dtype=float32.",
+        )
     if sampling.temperature == 0:
         raise _wrong(
             "sampling.temperature", 0, "greedy play explores nothing; train with about 1.0."

@@ -14,6 +14,7 @@ __all__ = [
     "EnvConfig",
     "EvalConfig",
     "LearnerConfig",
+    "LoraConfig",
     "ModelConfig",
     "PlayConfig",
     "RunConfig",
@@ -127,6 +128,19 @@ class LearnerConfig:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     micro_batch_tokens: int = 8192  # distinct tokens a forward pass
+    # float32 | bfloat16: of weights, activations and what is pushed; the optimizer's copy of the
+    # weights, its moments and the sum of the gradients are fp32 in both
+    dtype: str = "float32"
+    gradient_checkpointing: bool = False  # compute activations twice instead of keeping them
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters instead of all weights; `learner/lora.py`."""
+
+    rank: int = 0  # 0: all weights are trained
+    alpha: float = 16.0  # the adapters' part is scaled by alpha / rank
+    targets: list[str] = field(default_factory=lambda: ["all-linear"])  # layers' names
 
 
 @dataclass(frozen=True)
@@ -231,6 +245,7 @@ class Config:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     algo: AlgoConfig = field(default_factory=AlgoConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     sft: SftConfig = field(default_factory=SftConfig)

@@ -11,7 +11,8 @@ import json
 import math
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from rayrl.batch import Totals, Trajectory, micro_batches, minibatches
 from rayrl.config import Config
 from rayrl.errors import ConfigError, DataError
+from rayrl.learner.lora import ADAPTER, Piece, pieces, save_adapter, with_adapters
 from rayrl.learner.step import (
     Tally,
     filler,
@@ -33,13 +35,14 @@ from rayrl.learner.step import (
 )
 from rayrl.loss import SFT, Objective
 from rayrl.types import derive_seed
-from rayrl.weights import Manifest, flatten
+from rayrl.weights import Manifest, layout, put, unflatten
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["Learner"]
 
+BUCKET_BYTES = 64 << 20  # of sharded weights that are whole at once
 TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -84,7 +87,12 @@ class Learner(ABC):
         self.steps = 0
         self.objective = Objective.of(cfg.algo, constant=float(cfg.sampling.max_tokens))
         self._reference: Any = None
-        self.module: Any = load_model(model_path, device)
+        self.dtype: torch.dtype = getattr(torch, cfg.learner.dtype)
+        self.module: Any = load_model(model_path, device, self.dtype)
+        if cfg.lora.rank:
+            self.module = with_adapters(self.module, cfg.lora, derive_seed(cfg.run.seed, "lora"))
+        if cfg.learner.gradient_checkpointing:
+            self.module.gradient_checkpointing_enable({"use_reentrant": False})
         self.model: Any = self.module  # what is called; a subclass may wrap it
 
     # What a subclass adds.
@@ -105,9 +113,9 @@ class Learner(ABC):
     def _reduce(self, vector: Tensor, op: str) -> Tensor:
         """`vector` reduced over ranks by "sum" or "max"."""
 
-    @abstractmethod
-    def _state_dict(self) -> dict[str, Tensor]:
-        """All weights by name, on every rank."""
+    def _whole(self, parameters: Sequence[Tensor]) -> AbstractContextManager[None]:
+        """While it is open, these parameters are whole on this rank; entered on all ranks."""
+        return nullcontext()
 
     @abstractmethod
     def _save_state(self, folder: Path) -> None: ...
@@ -129,10 +137,7 @@ class Learner(ABC):
         if algo.epochs * algo.minibatches > 1 and self.objective.tis_max > 0:
             rows = with_logprobs(rows, "proximal", self._each_row(rows))
         if self.objective.kl_coef > 0:
-            if self._reference is None:
-                self._reference = load_model(self.model_path, self.device).requires_grad_(False)
-            values = row_logprobs(self._reference, rows, *self._limits)
-            rows = with_logprobs(rows, "reference", values)
+            rows = with_logprobs(rows, "reference", self._reference_logprobs(rows))
         return self._train(rows, totals, self.objective, algo.epochs, algo.minibatches)
 
     def sft_step(self, rows: Sequence[Trajectory], totals: Totals) -> dict[str, float]:
@@ -144,9 +149,32 @@ class Learner(ABC):
         values = self._each_row(rows)
         return [values[id(row)] for row in rows]
 
+    def named_weights(self, *, adapters: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """The weights one after the other, under the plain model's names; on all ranks together.
+
+        Sharded weights are gathered a few at a time, so no rank ever holds the whole model. A
+        tensor is valid until the next one is asked for. Tied weights come once, under the first
+        name; adapters are merged into their layers.
+
+        Args:
+            adapters: only the adapters, under peft's names.
+        """
+        for bucket in _buckets(pieces(self.module, adapters=adapters)):
+            with self._whole([one for piece in bucket for one in piece.parameters]):
+                for piece in bucket:
+                    yield piece.name, piece.tensor()
+
     def flat_weights(self) -> tuple[NDArray[np.uint8], Manifest]:
-        """All weights as one buffer, for the replicas."""
-        return flatten(self._state_dict())
+        """All weights as one buffer in this process's memory, for the replicas.
+
+        Called on all ranks; those but rank 0 get an empty buffer.
+        """
+        manifest = layout((one.name, one.dtype, one.shape) for one in pieces(self.module))
+        flat = np.zeros(0 if self.rank else manifest.nbytes, dtype=np.uint8)
+        for entry, (_, tensor) in zip(manifest.entries, self.named_weights(), strict=True):
+            if self.rank == 0:
+                put(flat, entry, tensor)
+        return flat, manifest
 
     def save(self, folder: str | Path) -> None:
         """Write weights, optimizer and step into `folder`, for an exact resume by `load`."""
@@ -154,7 +182,7 @@ class Learner(ABC):
         folder.mkdir(parents=True, exist_ok=True)
         self._save_state(folder)
         if self.rank == 0:
-            state = {"steps": self.steps, "world_size": self.world_size, **self._layout()}
+            state = {"steps": self.steps, **self._layout()}
             (folder / "learner.json").write_text(json.dumps(state))
         self._reduce(torch.zeros(1), "sum")  # nobody returns before everybody has written
 
@@ -167,22 +195,31 @@ class Learner(ABC):
             raise DataError(
                 f"{folder / 'learner.json'}: not a learner checkpoint ({error})"
             ) from None
-        here = {"world_size": self.world_size, **self._layout()}
-        for key, value in here.items():
+        for key, value in self._layout().items():
             if state.get(key) != value:
                 raise ConfigError(
-                    f"{folder} was saved with learner.{key}={state.get(key)}, but now it is "
+                    f"{folder} was saved with {key}={state.get(key)}, but now it is "
                     f"{value}; resume with the saved value, or start from an exported model"
                 )
         self._load_state(folder)
         self.steps = state["steps"]
 
     def export(self, folder: str | Path) -> None:
-        """Write a Hugging Face directory: config, safetensors and the start model's tokenizer."""
-        weights = self._state_dict()
+        """Write a Hugging Face directory: config, safetensors and the start model's tokenizer.
+
+        Adapters are merged, and written once more alone into its folder `adapter`.
+        """
+        folder = Path(folder)
+        flat, manifest = self.flat_weights()
+        adapter = {
+            name: tensor.cpu().clone()
+            for name, tensor in (self.named_weights(adapters=True) if self.cfg.lora.rank else ())
+        }
         if self.rank == 0:
-            folder = Path(folder)
-            self.module.save_pretrained(folder, state_dict=weights)
+            plain = self.module.get_base_model() if adapter else self.module
+            plain.save_pretrained(folder, state_dict=unflatten(flat, manifest))
+            if adapter:
+                save_adapter(self.module, folder / ADAPTER, adapter)
             for pattern in TOKENIZER_FILES:
                 for file in self.model_path.glob(pattern):
                     shutil.copy2(file, folder / file.name)
@@ -193,8 +230,30 @@ class Learner(ABC):
         self._reference = None
 
     def _layout(self) -> dict[str, Any]:
-        """Settings that a saved state can only be loaded under, by their `learner.` keys."""
-        return {"kind": self.cfg.learner.kind}
+        """Settings that a saved state can only be loaded under, by their keys."""
+        learner, lora = self.cfg.learner, self.cfg.lora
+        return {
+            "learner.world_size": self.world_size,
+            "learner.kind": learner.kind,
+            "learner.dtype": learner.dtype,
+            "lora.rank": lora.rank,
+        }
+
+    def _reference_logprobs(self, rows: Sequence[Trajectory]) -> dict[int, NDArray[np.float32]]:
+        """The rows under the model the stage starts from: with adapters, the one without them."""
+        if self.cfg.lora.rank:
+            passes = self._passes(rows)
+            with self.module.disable_adapter():
+                return row_logprobs(self.model, rows, *self._limits, passes=passes)
+        if self._reference is None:
+            model = load_model(self.model_path, self.device, self.dtype)
+            self._reference = model.requires_grad_(False)
+        return row_logprobs(self._reference, rows, *self._limits)
+
+    def _passes(self, rows: Sequence[Trajectory]) -> int:
+        """Forward passes of the rank that has most to do."""
+        mine = len(micro_batches(rows, self.cfg.learner.micro_batch_tokens))
+        return int(self._reduce(torch.tensor([float(mine)]), "max"))
 
     @property
     def _limits(self) -> tuple[int, float]:
@@ -207,9 +266,7 @@ class Learner(ABC):
         return self.cfg.learner.micro_batch_tokens, temperature
 
     def _each_row(self, rows: Sequence[Trajectory]) -> dict[int, NDArray[np.float32]]:
-        limit, temperature = self._limits
-        passes = int(self._reduce(torch.tensor([float(len(micro_batches(rows, limit)))]), "max"))
-        return row_logprobs(self.model, rows, limit, temperature, passes=passes)
+        return row_logprobs(self.model, rows, *self._limits, passes=self._passes(rows))
 
     def _train(
         self,
@@ -251,7 +308,7 @@ class Learner(ABC):
         if objective.loss != "sft":
             limit, temperature = self._limits
         micros = micro_batches(rows, limit)
-        n = int(self._reduce(torch.tensor([float(len(micros))]), "max"))
+        n = self._passes(rows)
         if n == 0:
             return None
         tally = Tally()
@@ -265,3 +322,18 @@ class Learner(ABC):
         tally.sums = self._reduce(tally.sums, "sum")
         tally.maxima = self._reduce(tally.maxima, "max")
         return tally
+
+
+def _buckets(found: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """Consecutive pieces, as many as fit into `BUCKET_BYTES`, at least one."""
+    bucket: list[Piece] = []
+    size = 0
+    for piece in found:
+        more = math.prod(piece.shape) * piece.dtype.itemsize
+        if bucket and size + more > BUCKET_BYTES:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(piece)
+        size += more
+    if bucket:
+        yield bucket

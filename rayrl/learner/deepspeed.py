@@ -1,11 +1,12 @@
 """The learner on DeepSpeed: one rank, ZeRO 0 to 3, CPU (gloo) or GPU (nccl).
 
 DeepSpeed accumulates, reduces, clips and applies gradients; what the loss is and how rows are
-divided is `base.py`'s and `step.py`'s. Three things DeepSpeed does its own way:
+divided is `base.py`'s and `step.py`'s. Four things DeepSpeed does its own way:
 
 - It averages gradients over ranks, while a rank's loss is its part of a *sum*: the loss is
   multiplied by the world size.
 - Gradient accumulation has no fixed length here, so its boundary is set by hand for every pass.
+- bf16 with fp32 masters and sums of gradients is part of its ZeRO, so it needs a stage of 1 or more.
 - In fp32 it looks for no overflow. The client optimizer does: it is the one place that every ZeRO
   stage passes with reduced gradients, once an update, before weights or moments change.
 """
@@ -17,7 +18,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -125,7 +126,7 @@ class DeepSpeedLearner(Learner):
 
     def _make_optimizer(self, learner: LearnerConfig) -> _GuardedAdamW:
         return _GuardedAdamW(
-            self.module.parameters(),
+            [one for one in self.module.parameters() if one.requires_grad],
             lr=learner.lr,
             betas=(learner.betas[0], learner.betas[1]),
             eps=learner.eps,
@@ -133,13 +134,15 @@ class DeepSpeedLearner(Learner):
         )
 
     def _settings(self, learner: LearnerConfig) -> dict[str, Any]:
-        numel = sum(p.numel() for p in self.module.parameters())
+        numel = sum(p.numel() for p in self.module.parameters() if p.requires_grad)
         bucket = min(500_000_000, numel + 1024)  # the default would allocate 2 GB for any model
         return {
             "train_micro_batch_size_per_gpu": 1,  # unused: rows are divided before they get here
             "gradient_accumulation_steps": 1,
             # Without ZeRO it clips but does not tell the norm; with, it needs a bound to have one.
             "gradient_clipping": (learner.max_grad_norm or 1e30) if learner.zero_stage else 0.0,
+            "bf16": {"enabled": self.dtype == torch.bfloat16},
+            "data_types": {"grad_accum_dtype": "fp32"},
             "steps_per_print": 1 << 62,
             "zero_allow_untested_optimizer": True,  # a subclass of AdamW
             "zero_force_ds_cpu_optimizer": False,
@@ -175,17 +178,13 @@ class DeepSpeedLearner(Learner):
             dist.all_reduce(vector, op=dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX)
         return vector.cpu()
 
-    def _state_dict(self) -> dict[str, Tensor]:
+    @contextlib.contextmanager
+    def _whole(self, parameters: Sequence[Tensor]) -> Iterator[None]:
         if self.cfg.learner.zero_stage < 3:
-            state: dict[str, Tensor] = self.module.state_dict()
-            return state
-        parameters = list(self.module.parameters())
-        with self._deepspeed.zero.GatheredParameters(parameters):
-            copies: dict[int, Tensor] = {}  # tied names keep sharing one tensor
-            return {
-                name: copies.setdefault(id(tensor), tensor.detach().clone())
-                for name, tensor in self.module.state_dict(keep_vars=True).items()
-            }
+            yield
+            return
+        with self._deepspeed.zero.GatheredParameters(list(parameters)):
+            yield
 
     def _save_state(self, folder: Path) -> None:
         with _quiet():
@@ -201,7 +200,7 @@ class DeepSpeedLearner(Learner):
         dist.destroy_process_group()
 
     def _layout(self) -> dict[str, Any]:
-        return {**super()._layout(), "zero_stage": self.cfg.learner.zero_stage}
+        return {**super()._layout(), "learner.zero_stage": self.cfg.learner.zero_stage}
 
 
 @contextlib.contextmanager

@@ -28,8 +28,15 @@ class ReferenceLearner(Learner):
     ) -> None:
         super().__init__(cfg, model_path, total_steps=total_steps, device=device)
         learner = cfg.learner
+        self._parameters = [one for one in self.module.parameters() if one.requires_grad]
+        # Updates of a bf16 weight are mostly smaller than its rounding: they are summed in fp32.
+        self._masters = (
+            self._parameters
+            if self.dtype == torch.float32
+            else [one.detach().float().requires_grad_() for one in self._parameters]
+        )
         self.optimizer = torch.optim.AdamW(
-            self.module.parameters(),
+            self._masters,
             lr=learner.lr,
             betas=(learner.betas[0], learner.betas[1]),
             eps=learner.eps,
@@ -38,30 +45,47 @@ class ReferenceLearner(Learner):
 
     def _backward(self, loss: Tensor, *, last: bool) -> None:
         loss.backward()  # type: ignore[no-untyped-call]
+        if self._masters is not self._parameters:
+            for master, parameter in zip(self._masters, self._parameters, strict=True):
+                if parameter.grad is not None:
+                    grad = parameter.grad.float()
+                    master.grad = grad if master.grad is None else master.grad + grad
+                    parameter.grad = None
 
     def _update(self, lr: float, *, finite: bool) -> float:
         limit = self.cfg.learner.max_grad_norm or math.inf
-        norm = float(torch.nn.utils.clip_grad_norm_(self.module.parameters(), limit))
+        norm = float(torch.nn.utils.clip_grad_norm_(self._masters, limit))
         finite = finite and math.isfinite(norm)
         if finite:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
+            self._round()
         self.optimizer.zero_grad(set_to_none=True)
         return norm if finite else math.nan
+
+    def _round(self) -> None:
+        """Bring the weights that are computed with up to the masters."""
+        if self._masters is not self._parameters:
+            with torch.no_grad():
+                for master, parameter in zip(self._masters, self._parameters, strict=True):
+                    parameter.copy_(master)
 
     def _reduce(self, vector: Tensor, op: str) -> Tensor:
         return vector
 
-    def _state_dict(self) -> dict[str, Tensor]:
-        state: dict[str, Tensor] = self.module.state_dict()
-        return state
-
     def _save_state(self, folder: Path) -> None:
-        state = {"model": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
+        state = {
+            "model": self.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "masters": [] if self._masters is self._parameters else self._masters,
+        }
         torch.save(state, folder / "state.pt")
 
     def _load_state(self, folder: Path) -> None:
         state: dict[str, Any] = torch.load(folder / "state.pt", weights_only=True)
         self.module.load_state_dict(state["model"])
+        with torch.no_grad():
+            for master, saved in zip(self._masters, state["masters"], strict=False):
+                master.copy_(saved)
         self.optimizer.load_state_dict(state["optimizer"])

@@ -37,8 +37,10 @@ __all__ = [
 ]
 
 
-def load_model(path: str | Path, device: torch.device | str = "cpu") -> Any:
-    """The causal LM in the Hugging Face directory `path`: fp32, no dropout, the trie's attention.
+def load_model(
+    path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Any:
+    """The causal LM in the Hugging Face directory `path`: no dropout, the trie's attention.
 
     Dropout would make the learner another policy than the one that was sampled from.
     """
@@ -48,7 +50,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> Any:
         )
     disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float32, attn_implementation=IMPLEMENTATION
+        path, dtype=dtype, attn_implementation=IMPLEMENTATION
     )
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -95,13 +97,17 @@ def token_logprobs(
         `entropy_gradient`.
     """
     device = model.device
-    logits = model(
-        input_ids=torch.from_numpy(packed.ids).to(device)[None],
-        position_ids=torch.from_numpy(packed.positions).to(device)[None],
-        logits_to_keep=torch.from_numpy(packed.sources).to(device),
-        use_cache=False,
-        plan=plan(packed, device, torch.float32),
-    ).logits[0]  # (S, V)
+    logits = (
+        model(
+            input_ids=torch.from_numpy(packed.ids).to(device)[None],
+            position_ids=torch.from_numpy(packed.positions).to(device)[None],
+            logits_to_keep=torch.from_numpy(packed.sources).to(device),
+            use_cache=False,
+            plan=plan(packed, device, model.dtype),
+        )
+        .logits[0]
+        .float()
+    )  # (S, V)
     if temperature != 1.0:
         logits = logits / temperature
     slot = torch.from_numpy(packed.slot).to(device)
