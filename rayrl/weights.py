@@ -59,7 +59,6 @@ def flatten(
         `flat` (nbytes,) uint8, with zeros between aligned tensors, and its manifest.
     """
     import numpy as np
-    import torch
 
     pairs = list(tensors.items() if isinstance(tensors, Mapping) else tensors)
     kept: list[tuple[str, torch.Tensor]] = []

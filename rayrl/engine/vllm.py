@@ -95,8 +95,8 @@ class VllmEngine:
         if config.max_len:
             args["max_model_len"] = config.max_len
         if current_platform.is_cpu():
-            # A prompt cut in two would end a seeded request: vLLM 0.32 then winds its generator back,
-            # which torch's CPU generators cannot.
+            # A prompt cut in two would end vLLM 0.32 where a request has a seed: it winds the
+            # request's generator back, which torch's CPU generators cannot.
             args |= {"enforce_eager": True, "block_size": BLOCK, "enable_chunked_prefill": False}
         else:
             args["gpu_memory_utilization"] = config.gpu_memory

@@ -6,7 +6,7 @@ divided is `base.py`'s and `step.py`'s. Four things DeepSpeed does its own way:
 - It averages gradients over ranks, while a rank's loss is its part of a *sum*: the loss is
   multiplied by the world size.
 - Gradient accumulation has no fixed length here, so its boundary is set by hand for every pass.
-- bf16 with fp32 masters and sums of gradients is part of its ZeRO, so it needs a stage of 1 or more.
+- bf16 with fp32 masters and sums of gradients is part of its ZeRO, so it needs stage 1 or more.
 - In fp32 it looks for no overflow. The client optimizer does: it is the one place that every ZeRO
   stage passes with reduced gradients, once an update, before weights or moments change.
 """
