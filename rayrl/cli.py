@@ -36,6 +36,7 @@ VERBS = {
     "report": ("rayrl.report", "write RUN/report.html: rayrl report RUN"),
     "plan": ("rayrl.plan", "print what would run and what will not fit; starts nothing"),
     "env": ("rayrl.envcheck", "check an environment: rayrl env check [NAME]"),
+    "model": ("rayrl.fetch", "fetch a small pretrained model: rayrl model fetch smollm2-135m"),
 }
 
 USAGE = """\
@@ -147,7 +148,7 @@ def parse(words: Sequence[str]) -> Arguments:
             settings.append(word)
         else:
             others.append(word)
-    allowed = {"report": 1, "env": 2}.get(verb, 0)
+    allowed = {"report": 1, "env": 2, "model": 3}.get(verb, 0)
     if len(others) > allowed:
         raise ConfigError(
             f"{others[allowed]}: not understood. A setting is written key=value, as train.steps=50."
@@ -162,6 +163,8 @@ def configuration(arguments: Arguments) -> Config:
     settings = list(arguments.settings)
     if arguments.verb == "report":
         return _of_run(arguments)
+    if arguments.verb == "model":
+        return _of_fetch(arguments)
     if arguments.verb == "env":
         if arguments.words and arguments.words[0] != "check":
             near = did_you_mean(arguments.words[0], ["check"])
@@ -184,6 +187,13 @@ def _of_run(arguments: Arguments) -> Config:
     stored = update(schema(), to_dict(read_config(Path(arguments.words[0]))))
     changes = {**dict(map(_setting, arguments.settings)), "run.dir": arguments.words[0]}
     return from_node(update(stored, nest(changes)))
+
+
+def _of_fetch(arguments: Arguments) -> Config:
+    if len(arguments.words) < 2 or arguments.words[0] != "fetch":
+        raise ConfigError("model: write rayrl model fetch NAME [FOLDER], as smollm2-135m.")
+    keys = zip(("fetch.name", "fetch.out"), arguments.words[1:], strict=False)
+    return compose([*arguments.settings, *(f"{key}={value}" for key, value in keys)])
 
 
 def conf_dir() -> Path:

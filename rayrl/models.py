@@ -21,6 +21,7 @@ def model_dir(path: str) -> Path:
     if not (folder / "config.json").is_file():
         raise ConfigError(
             f"model.path={path}: {folder} has no config.json; give a Hugging Face model directory, "
-            f"or {EMBEDDED!r} for the base that ships with rayrl."
+            f"{EMBEDDED!r} for the base that ships with rayrl, or fetch one: rayrl model fetch "
+            "smollm2-135m."
         )
     return folder

@@ -27,7 +27,7 @@ LAYERS: list[dict[str, str]] = [
     {"cluster": "cluster"},
     {"output": "files rundir figures results show report_page stage bar boards progress memory"},
     {
-        "programs": "synth sft train evaluate play report recipe plan envcheck",
+        "programs": "synth sft train evaluate play report recipe plan envcheck fetch",
     },
     {"command": "cli __main__"},
 ]
@@ -43,6 +43,7 @@ ONLY = {
     "ray": ("rayrl/cluster/",),
     "hydra": ("rayrl/cli.py",),
     "deepspeed": ("rayrl/learner/deepspeed.py",),
+    "peft": ("rayrl/learner/lora.py",),
     "vllm": ("rayrl/engine/vllm.py", "rayrl/engine/vllm_worker.py"),
 }
 

@@ -13,6 +13,7 @@ __all__ = [
     "EngineConfig",
     "EnvConfig",
     "EvalConfig",
+    "FetchConfig",
     "LearnerConfig",
     "LoraConfig",
     "ModelConfig",
@@ -216,6 +217,14 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class FetchConfig:
+    """`rayrl model fetch NAME [FOLDER]`."""
+
+    name: str = ""  # of a model rayrl knows where to find, e.g. smollm2-135m
+    out: str = ""  # folder; default: models/NAME
+
+
+@dataclass(frozen=True)
 class PlayConfig:
     """Playing in a terminal."""
 
@@ -252,5 +261,6 @@ class Config:
     synth: SynthConfig = field(default_factory=SynthConfig)
     endpoint: EndpointConfig = field(default_factory=EndpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    fetch: FetchConfig = field(default_factory=FetchConfig)
     play: PlayConfig = field(default_factory=PlayConfig)
     recipe: list[Stage] = field(default_factory=list)
