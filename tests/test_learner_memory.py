@@ -256,3 +256,15 @@ def test_sharded_weights_are_whole_a_bucket_at_a_time(
     assert len(parameters) == 6
     assert max(whole) == 2 * matrix <= bucket
     assert all(p.ds_status.name == "NOT_AVAILABLE" for p in parameters)
+
+
+def test_bf16_attention_sees_what_fp32_attention_sees(tmp_path: Path) -> None:
+    """Head by head and mask by mask: values far apart, so that a wrong key would show."""
+    for shape in ({}, {"num_key_value_heads": 4}, {"num_key_value_heads": 1}):
+        folder = make_model(tmp_path / str(len(shape)), initializer_range=0.5, **shape)
+        rows = make_rows(3)
+        exact = make("reference", folder).logprobs(rows)
+        rounded = make("reference", folder, dtype="bfloat16").logprobs(rows)
+        gaps = np.concatenate([np.abs(a - b) for a, b in zip(exact, rounded, strict=True)])
+        spread = np.concatenate(exact).std()
+        assert gaps.mean() < 0.02 * spread

@@ -22,6 +22,7 @@ from rayrl.batch import Totals, Trajectory, micro_batches
 from rayrl.config import LearnerConfig
 from rayrl.errors import ConfigError
 from rayrl.learner.attention import IMPLEMENTATION, plan
+from rayrl.learner.logits import chosen_logprobs
 from rayrl.loss import LossTokens, Objective, objective_loss
 from rayrl.packing import Packed, pack
 
@@ -97,28 +98,16 @@ def token_logprobs(
         `entropy_gradient`.
     """
     device = model.device
-    logits = (
-        model(
-            input_ids=torch.from_numpy(packed.ids).to(device)[None],
-            position_ids=torch.from_numpy(packed.positions).to(device)[None],
-            logits_to_keep=torch.from_numpy(packed.sources).to(device),
-            use_cache=False,
-            plan=plan(packed, device, model.dtype),
-        )
-        .logits[0]
-        .float()
-    )  # (S, V)
-    if temperature != 1.0:
-        logits = logits / temperature
+    logits = model(
+        input_ids=torch.from_numpy(packed.ids).to(device)[None],
+        position_ids=torch.from_numpy(packed.positions).to(device)[None],
+        logits_to_keep=torch.from_numpy(packed.sources).to(device),
+        use_cache=False,
+        plan=plan(packed, device, model.dtype),
+    ).logits[0]  # (S, V)
     slot = torch.from_numpy(packed.slot).to(device)
     target = torch.from_numpy(packed.target).to(device)
-    normalizer = logits.logsumexp(-1)  # (S,)
-    # Flat 1-D selection: its backward adds up in a fixed order on the CPU, and quickly.
-    chosen = logits.reshape(-1).index_select(0, slot * logits.shape[-1] + target)
-    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
-        expected = (logits.softmax(-1) * logits).sum(-1)
-        entropy = (normalizer - expected).index_select(0, slot)
-    return chosen - normalizer.index_select(0, slot), entropy
+    return chosen_logprobs(logits, slot, target, temperature, entropy_gradient=entropy_gradient)
 
 
 def _pack(rows: Sequence[Trajectory]) -> Packed:
