@@ -1,0 +1,91 @@
+"""Whether an answer is right: in a form that is an answer, and equal by the library math-verify.
+
+What a model writes is not given to a computer algebra system as it is. `9^9^9^9` would never come
+back, and neither would the event loop on which hundreds of episodes are played; the library's own
+time limits are signals, which work in no thread and would make a score depend on how busy a machine
+is. And `12 * 7` equals 84, so that repeating the question would be an answer to it. So an answer
+must first be *finished*: a number or a sum of terms in x, with no more terms and no more fractions
+than the right answer. Whatever has that form is small, and is compared within milliseconds.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from functools import lru_cache
+from typing import Any
+
+from math_verify import LatexExtractionConfig, parse, verify
+
+__all__ = ["LONGEST", "finished", "is_right", "normal"]
+
+LONGEST = 80
+"""Characters of the longest answer that is looked at."""
+
+_INTEGER = r"(?:\d{1,3}(?:,\d{3}){1,3}|\d{1,12})"
+_DECIMAL = rf"{_INTEGER}(?:\.\d{{1,12}})?"
+_FRACTION = rf"(?:\\frac\{{[+-]?{_INTEGER}\}}\{{{_INTEGER}\}}|{_DECIMAL}\s?/\s?{_INTEGER})"
+_POWER = r"x(?:\^(?:\d{1,2}|\{\d{1,2}\}))?"
+_NUMBER = rf"(?:{_FRACTION}|{_DECIMAL})"
+_TIMES = r"\s?(?:\*|\\cdot|\\times)?\s?"
+_TERM = rf"(?:{_NUMBER}(?:{_TIMES}{_POWER})?|{_POWER}(?:\s?/\s?{_INTEGER})?)"
+_FINISHED = re.compile(rf"(?:x\s?=\s?)?[+-]?\s?{_TERM}(?:\s?[+-]\s?{_TERM})*")
+_TERMS = re.compile(_TERM)
+_SPACES = re.compile(r"\s+")
+_EXPONENT = re.compile(r"\^(\d+)")
+
+# It warns that it has been told to do without its time limits, which is what the form is for.
+for _name in ("math_verify.parser", "math_verify.grader"):
+    logging.getLogger(_name).addFilter(lambda record: "Timeout is disabled" not in str(record.msg))
+
+
+def normal(answer: str) -> str:
+    """An answer in one spelling: no dollar signs, single spaces, `^` for `**`, x in lower case."""
+    text = _SPACES.sub(" ", answer).strip().removeprefix("$").removesuffix("$").strip()
+    text = text.replace("−", "-").replace("×", "*").replace("**", "^").replace("X", "x")
+    return text.replace("\\dfrac", "\\frac")
+
+
+def finished(answer: str, expected: str) -> bool:
+    """Whether an answer, as `normal` gives it, is one and not a sum still to be done.
+
+    It is if it is a whole number, a decimal, a fraction (`3/4`, `\\frac{3}{4}`) or a sum of such
+    multiples of powers of x, may be with `x =` before it, and has no more terms and no more
+    fractions than `expected`.
+    """
+    return (
+        len(answer) <= LONGEST
+        and _FINISHED.fullmatch(answer) is not None
+        and _size(answer) <= _size(expected)
+        and _fractions(answer) <= _fractions(expected)
+    )
+
+
+@lru_cache(maxsize=4096)
+def is_right(answer: str, expected: str) -> bool:
+    """Whether an answer is finished and equals the expected one.
+
+    Decimals equal a number if they agree in six places; everything else is compared exactly.
+    """
+    text = normal(answer)
+    if not finished(text, expected):
+        return False
+    return bool(verify(_parsed(expected), _parsed(text), timeout_seconds=None))
+
+
+def _parsed(text: str) -> Any:
+    latex = _EXPONENT.sub(r"^{\1}", text)  # in LaTeX, x^12 is x to the first, times 2
+    return parse(
+        f"${latex}$",
+        [LatexExtractionConfig()],
+        fallback_mode="no_fallback",
+        parsing_timeout=None,
+    )
+
+
+def _size(text: str) -> int:
+    return len(_TERMS.findall(text.split("=")[-1]))
+
+
+def _fractions(text: str) -> int:
+    return text.count("/") + text.count("\\frac")
