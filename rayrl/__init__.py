@@ -23,6 +23,8 @@ from rayrl.gymnasium import from_gymnasium
 from rayrl.players import HumanPlayer, PolicyPlayer, ScriptedPlayer
 from rayrl.registry import installed_envs, load_env
 from rayrl.rollout import GroupPlan, play_episode, play_group, play_groups
+from rayrl.textcalls import format_line
+from rayrl.tools import format_call
 from rayrl.types import (
     Completion,
     Episode,
@@ -78,6 +80,8 @@ __all__ = [
     "check_env",
     "derive_seed",
     "env",
+    "format_call",
+    "format_line",
     "from_gymnasium",
     "group_reward",
     "installed_envs",

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from rayrl.errors import EnvError
-from rayrl.tools import ParsedCall, Toolkit, parse_calls
+from rayrl.textcalls import describe_lines, parse_lines, results_text
+from rayrl.tools import ParsedCall, Toolkit, introduce, parse_calls
 from rayrl.types import Message, Reply, ToolCall, Turn, assistant, derive_seed, tool, user
 
 __all__ = ["Agent", "Conversation", "Options", "Player"]
@@ -91,7 +92,6 @@ class Agent:
         episode: id of the episode, the beginning of the sessions' names.
         seed: of the episode; turn k is answered with `derive_seed(seed, seat, k)`.
         record: list that every turn is added to; the seats of an episode share one.
-        max_tool_rounds: times a call may run tools before the model must answer.
 
     Attributes:
         turns: times the model was asked.
@@ -109,14 +109,12 @@ class Agent:
         episode: str = "episode",
         seed: int = 0,
         record: list[Turn] | None = None,
-        max_tool_rounds: int = 8,
     ) -> None:
         self.player = player
         self.seat = seat
         self.episode = episode
         self.seed = seed
         self.record = [] if record is None else record
-        self.max_tool_rounds = max_tool_rounds
         self.turns = 0
         self.tool_calls = 0
         self.tool_errors = 0
@@ -145,6 +143,8 @@ class Agent:
         prompt: str | Message | Sequence[Message],
         *,
         tools: Sequence[Callable[..., Any]] = (),
+        protocol: Literal["native", "text"] = "native",
+        tool_rounds: int = 8,
         state: str | None = None,
         max_tokens: int | None = None,
     ) -> Reply:
@@ -154,6 +154,10 @@ class Agent:
             prompt: a text from the user, a message, or several.
             tools: typed functions, sync or async, that the model may call before it answers. What
                 they raise is told to the model and counted.
+            protocol: how it calls them. "native" is the player's own way: the chat template's or
+                the server's, with JSON arguments. "text" is a line, `CALL name: argument`, which
+                every model and every template can do.
+            tool_rounds: times it may call tools before it must answer.
             state: key of the state the model acts in, for comparing decisions inside a group; by
                 default the text of the new messages.
             max_tokens: of each completion, instead of the player's own limit.
@@ -169,7 +173,10 @@ class Agent:
         else:
             new = tuple(prompt)
         if tools:
-            return await self._call_with_tools(new, Toolkit(tools), state, max_tokens)
+            as_lines = protocol == "text"
+            return await self._tool_loop(
+                new, Toolkit(tools), as_lines, tool_rounds, state, max_tokens
+            )
         turn = await self.turn(new, state, max_tokens, ())
         return Reply(turn.text, turn.finish)
 
@@ -213,37 +220,48 @@ class Agent:
             await asyncio.sleep(0)
         return turn
 
-    async def _call_with_tools(
+    async def _tool_loop(
         self,
         new: tuple[Message, ...],
         toolkit: Toolkit,
+        as_lines: bool,
+        rounds: int,
         state: str | None,
         max_tokens: int | None,
     ) -> Reply:
         self.used_tools = True
+        schemas, conversation = toolkit.schemas, self._conversation
+        told = {f"CALL {name}" for name in toolkit.tools} if as_lines else set()
+        if told - conversation.tools:
+            new = tuple(introduce(new, describe_lines(schemas)))
         made: list[ToolCall] = []
-        for left in range(self.max_tool_rounds, -1, -1):
-            turn = await self.turn(new, state, max_tokens, toolkit.schemas)
-            calls = parse_calls(turn.text)
+        for left in range(rounds, -1, -1):
+            turn = await self.turn(new, state, max_tokens, () if as_lines else schemas)
+            conversation.tools |= told
+            cut = turn.finish == "length"
+            if as_lines:
+                calls = parse_lines(turn.text, schemas, cut=cut)
+            else:
+                calls = parse_calls(turn.text, cut=cut)
             if not calls or not left:
                 break
-            new, state = await self._run_tools(calls, toolkit, made), None
+            named = self._name_calls(calls) if as_lines else self.messages[-1].tool_calls
+            made += named
+            results = [await self._run_tool(call, toolkit) for call in calls]
             if left == 1:
-                new = (*new[:-1], replace(new[-1], content=f"{new[-1].content}\n{_LAST_ROUND}"))
+                results[-1] += f"\n{_LAST_ROUND}"
+            if as_lines:
+                new = (user(results_text(calls, results)),)
+            else:
+                new = tuple(tool(r, call.id) for r, call in zip(results, named, strict=True))
+            state = None
         return Reply(turn.text, turn.finish, tuple(made))
 
-    async def _run_tools(
-        self, calls: list[ParsedCall], toolkit: Toolkit, made: list[ToolCall]
-    ) -> tuple[Message, ...]:
-        named = self.messages[-1].tool_calls
-        made += named
-        results = []
-        for call, label in zip(calls, named, strict=True):
-            text, failed = await toolkit.run(call)
-            self.tool_calls += 1
-            self.tool_errors += failed
-            results.append(tool(text, label.id))
-        return tuple(results)
+    async def _run_tool(self, call: ParsedCall, toolkit: Toolkit) -> str:
+        text, failed = await toolkit.run(call)
+        self.tool_calls += 1
+        self.tool_errors += failed
+        return text
 
     def _name_calls(self, calls: Sequence[ParsedCall]) -> tuple[ToolCall, ...]:
         start = self._named
@@ -263,7 +281,6 @@ class Agent:
             seat=self.seat,
             episode=self.episode,
             seed=self.seed,
-            max_tool_rounds=self.max_tool_rounds,
         )
         new.turns = self.turns
         self._number += 1  # the parent's name is in the child's, so that forks of forks differ too

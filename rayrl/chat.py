@@ -12,13 +12,19 @@ import contextlib
 import functools
 import json
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rayrl.errors import ConfigError
 from rayrl.models import model_dir
-from rayrl.tools import describe
+from rayrl.tools import (
+    CALL_MARKS,
+    ParsedCall,
+    as_user_messages,
+    describe,
+    introduce,
+    parse_calls,
+)
 from rayrl.types import Message, Turn
 
 __all__ = ["Chat", "Ids", "tool_name", "untold"]
@@ -33,6 +39,11 @@ _NO_PARAMETERS = {"type": "object", "properties": {}}
 _PROBE = {
     "type": "function",
     "function": {"name": "PROBETOOL", "description": "", "parameters": _NO_PARAMETERS},
+}
+_PROBE_CALL = {
+    "id": "call_0",
+    "type": "function",
+    "function": {"name": "PROBETOOL", "arguments": {"x": 1}},
 }
 
 
@@ -63,7 +74,7 @@ class Chat:
         self._pieces: dict[tuple[Any, ...], tuple[Ids, ...]] = {}
         self._trims = False
         tail = self._probe()
-        self._text = self._content_tokenizer(tail)
+        self._text, self._own = self._content_tokenizers(tail)
         first = self._encode_control(tail)[:1]
         if not first or first[0] not in self._control.get_added_tokens_decoder():
             raise ConfigError(
@@ -96,13 +107,15 @@ class Chat:
 
         Args:
             messages: everything said so far.
-            tools: JSON schemas of the functions the model may call; if the template has no place
-                for them, they are described in the first message.
+            tools: JSON schemas of the functions the model may call; if the template does not tell
+                of them as `rayrl.tools` hears calls, they are described in the first message, and
+                results are a user's messages.
         """
+        messages = self._as_shown(messages)
         if tools:
-            if self._shows_tools():
+            if self._speaks_tools:
                 return self._with_template_tools(messages, tools)
-            messages = _describe_tools(messages, tools)
+            messages = introduce(messages, describe(tools))
         roles = tuple(message.role for message in messages)
         pieces = self._pieces.get(("start", roles))
         if pieces is None:
@@ -123,8 +136,9 @@ class Chat:
                 it here, as part of the next prompt, so that it is not trained on.
             tools: functions offered only from now on; they are described in the first message.
         """
+        messages = self._as_shown(messages)
         if tools:
-            messages = _describe_tools(messages, tools)
+            messages = introduce(messages, describe(tools))
         key = ("extend", last_ids_finished, *[message.role for message in messages])
         pieces = self._pieces.get(key)
         if pieces is None:
@@ -137,7 +151,7 @@ class Chat:
 
     def reply(self, text: str) -> Ids:
         """Ids of a model's whole reply, end of turn included: what supervised training wants."""
-        return (*self.encode(text), self.stop_ids[0])
+        return (*self._encode_own(text), self.stop_ids[0])
 
     def render(self, turns: Sequence[Turn]) -> tuple[Ids, tuple[bool, ...]]:
         """One conversation of a player without ids (a teacher), as if a model had played it.
@@ -174,16 +188,22 @@ class Chat:
         ids = list(pieces[0])
         for message, piece in zip(messages, pieces[1:], strict=True):
             content = message.content.strip() if self._trims else message.content
-            ids += (
-                self._encode_cached(content)
-                if len(content) <= _CACHED_LENGTH
-                else (self._encode_text(content))
-            )
+            if message.role == "assistant":
+                ids += self._encode_own(content)
+            elif len(content) <= _CACHED_LENGTH:
+                ids += self._encode_cached(content)
+            else:
+                ids += self._encode_text(content)
             ids += piece
         return tuple(ids)
 
     def _encode_text(self, text: str) -> Ids:
         return tuple(self._text.encode(text, add_special_tokens=False).ids)
+
+    def _encode_own(self, text: str) -> Ids:
+        if self._own is self._text:
+            return self.encode(text)
+        return tuple(self._own.encode(text, add_special_tokens=False).ids)
 
     def _encode_control(self, text: str) -> Ids:
         return tuple(self._control.encode(text, add_special_tokens=False).ids)
@@ -220,18 +240,24 @@ class Chat:
         self._trims = f"  {_sentinel(0)}  " not in padded
         return self._split_history(["user"])[0]
 
-    def _content_tokenizer(self, tail: str) -> Any:
-        """A copy of the tokenizer for which everything the template is made of is mere text."""
-        glue = tail + self._template(["user"])
+    def _content_tokenizers(self, tail: str) -> tuple[Any, Any]:
+        """Copies of the tokenizer for which what the template is made of is mere text.
+
+        The first is for what is said to the model, the second for its replies: some models write
+        `<tool_call>` as one token, which nobody else's text may become.
+        """
+        glue = tail + self._template(["user"]) + self._tool_talk
         with contextlib.suppress(ConfigError):  # a template without system messages
             glue += self._template(["system", "user"])
         state = json.loads(self._control.to_str())
         for token in state.get("added_tokens", []):
             # some tokenizers do not mark the tokens of their template as special
             token["special"] = token["special"] or token["content"] in glue
-        text = type(self._control).from_str(json.dumps(state))
-        text.encode_special_tokens = True
-        return text
+        text = _mere_text(self._control, state)
+        marks = [token for token in state.get("added_tokens", []) if token["content"] in CALL_MARKS]
+        for token in marks:
+            token["special"] = False
+        return text, _mere_text(self._control, state) if marks else text
 
     def _find_start(self, roles: tuple[str, ...]) -> tuple[Ids, ...]:
         pieces = self._cut(self._template(roles), range(len(roles)))
@@ -277,8 +303,32 @@ class Chat:
 
     # ---- tools
 
-    def _shows_tools(self) -> bool:
-        return "PROBETOOL" in self._template(["user"], tools=[_PROBE])
+    @functools.cached_property
+    def _tool_talk(self) -> str:
+        """A talk with a tool as the template writes it; empty if it refuses or lists no tools."""
+        talk = [
+            {"role": "user", "content": "u"},
+            {"role": "assistant", "content": "", "tool_calls": [_PROBE_CALL]},
+            {"role": "tool", "content": "t", "tool_call_id": "call_0", "name": "PROBETOOL"},
+        ]
+        try:
+            listed = "PROBETOOL" in self._template(["user"], tools=[_PROBE])
+            self._template(["user", "assistant", "tool"])
+            text = self.tokenizer.apply_chat_template(talk, tools=[_PROBE], tokenize=False)
+        except Exception:  # templates raise what they like about messages that they do not know
+            return ""
+        return str(text) if listed else ""
+
+    @functools.cached_property
+    def _speaks_tools(self) -> bool:
+        """Whether the template writes calls as they are parsed here."""
+        return ParsedCall("PROBETOOL", {"x": 1}) in parse_calls(self._tool_talk)
+
+    def _as_shown(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """Without the role `tool` where the template knows nothing of it."""
+        if all(message.role != "tool" for message in messages) or self._speaks_tools:
+            return messages
+        return as_user_messages(messages)
 
     def _with_template_tools(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]
@@ -306,14 +356,6 @@ def untold(tools: Sequence[Mapping[str, Any]], told: Container[str]) -> list[Map
     return [schema for schema in tools if tool_name(schema) not in told]
 
 
-def _describe_tools(
-    messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]
-) -> list[Message]:
-    first, text = messages[0], describe(tools)
-    joined = [first.content, text] if first.role == "system" else [text, first.content]
-    return [replace(first, content="\n\n".join(joined)), *messages[1:]]
-
-
 def _load_tokenizer(folder: Path) -> Any:
     """A tokenizer without a class of its own does not need AutoTokenizer, which imports torch.
 
@@ -332,6 +374,12 @@ def _copy(backend: Any) -> Any:
     copy = type(backend).from_str(backend.to_str())
     copy.no_truncation()
     copy.no_padding()
+    return copy
+
+
+def _mere_text(backend: Any, state: Mapping[str, Any]) -> Any:
+    copy = type(backend).from_str(json.dumps(state))
+    copy.encode_special_tokens = True
     return copy
 
 

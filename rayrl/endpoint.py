@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rayrl.agent import Conversation, Options
 from rayrl.config import EndpointConfig
 from rayrl.errors import ConfigError, InfraError
-from rayrl.tools import format_call, without_calls
+from rayrl.tools import as_user_messages, format_call, without_calls
 from rayrl.types import Finish, Message, Sampling, Turn
 
 if TYPE_CHECKING:
@@ -163,18 +163,25 @@ def _retry_after(response: httpx.Response) -> float | None:
 
 
 def _to_openai(messages: Sequence[Message], native: bool) -> list[dict[str, Any]]:
-    """Messages as the API wants them; calls and results become text where no tools are offered."""
+    """Messages as the API wants them; calls and results become text where no tools are offered.
+
+    So do those of a reply with a call whose name could not be read: servers refuse the request.
+    """
     answered = {message.tool_call_id for message in messages if message.role == "tool"}
+    sent = {
+        call.id
+        for message in messages
+        for call in message.tool_calls
+        if native and all(c.name and c.id in answered for c in message.tool_calls)
+    }
     data: list[dict[str, Any]] = []
-    for message in messages:
-        if message.role == "tool" and not native:
-            content = f"<tool_response>{message.content}</tool_response>"
-            data.append({"role": "user", "content": content})
-        elif message.role == "tool":
-            entry = {"role": "tool", "content": message.content}
-            data.append(entry | {"tool_call_id": message.tool_call_id})
-        elif native and message.tool_calls and answered >= {c.id for c in message.tool_calls}:
-            calls = [
+    for message in as_user_messages(messages, keep=sent):
+        entry: dict[str, Any] = {"role": message.role, "content": message.content}
+        if message.role == "tool":
+            entry["tool_call_id"] = message.tool_call_id
+        elif message.tool_calls and message.tool_calls[0].id in sent:
+            entry["content"] = without_calls(message.content) or None
+            entry["tool_calls"] = [
                 {
                     "id": call.id,
                     "type": "function",
@@ -182,10 +189,7 @@ def _to_openai(messages: Sequence[Message], native: bool) -> list[dict[str, Any]
                 }
                 for call in message.tool_calls
             ]
-            content = without_calls(message.content)
-            data.append({"role": "assistant", "content": content or None, "tool_calls": calls})
-        else:
-            data.append({"role": message.role, "content": message.content})
+        data.append(entry)
     return data
 
 
@@ -197,13 +201,21 @@ def _from_openai(data: Mapping[str, Any], url: str) -> tuple[str, Finish]:
         text = message.get("content") or ""
         for call in message.get("tool_calls") or ():
             function = call["function"]
-            try:
-                arguments = json.loads(function.get("arguments") or "{}")
-            except json.JSONDecodeError:
-                arguments = {}
-                text += f"<tool_call>{function['name']}{function['arguments']}</tool_call>"
-                continue
-            text += ("\n" if text else "") + format_call(function["name"], arguments)
+            text += ("\n" if text else "") + _call_text(function)
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise InfraError(f"{url}: not a chat completion: {json.dumps(data)[:300]}") from error
     return text, "length" if choice.get("finish_reason") == "length" else "stop"
+
+
+def _call_text(function: Mapping[str, Any]) -> str:
+    """A native call as text; arguments that are no JSON object are left for the parser to judge."""
+    written = function.get("arguments") or "{}"
+    try:
+        arguments = json.loads(written)
+    except json.JSONDecodeError:
+        return f"<tool_call>{function['name']}{written}</tool_call>"
+    if isinstance(arguments, dict):
+        return format_call(function["name"], arguments)
+    return (
+        f'<tool_call>{{"name": {json.dumps(function["name"])}, "arguments": {written}}}</tool_call>'
+    )

@@ -6,15 +6,17 @@ import asyncio
 import inspect
 import random
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TextIO
+from typing import Any, TextIO
 
 from rayrl.agent import Conversation, Options
 from rayrl.chat import Chat, tool_name, untold
 from rayrl.engine.protocol import Generator
 from rayrl.env import PlayerFunction
 from rayrl.errors import EnvError, InfraError
+from rayrl.textcalls import describe_lines, parse_lines
+from rayrl.tools import format_call
 from rayrl.types import Message, Request, Sampling, Turn
 
 __all__ = ["HumanPlayer", "PolicyPlayer", "ScriptedPlayer"]
@@ -141,7 +143,8 @@ class HumanPlayer:
     Args:
         read: gives one line; runs in a thread, so that other episodes go on. By default `input`.
         out: where messages are shown.
-        form: turns the line into the reply, e.g. puts a move into its tags.
+        form: turns the line into the reply, e.g. puts a move into its tags. A line that calls a
+            tool, `CALL name: argument`, is sent as the call.
     """
 
     trainable = False
@@ -163,5 +166,20 @@ class HumanPlayer:
         for message in new:
             label = "" if message.role == "user" else f"[{message.role}] "
             print(f"{label}{message.content}\n", file=self.out, flush=True)
+        tools = untold(options.tools, conversation.tools)
+        if tools:
+            print(f"{describe_lines(tools)}\n", file=self.out, flush=True)
+            conversation.tools.update(map(tool_name, tools))
         line = await asyncio.to_thread(self.read, f"{conversation.seat}> ")
-        return Turn(conversation.seat, tuple(new), self.form(line), "stop", state=options.state)
+        text = self._reply(line, options.tools)
+        return Turn(conversation.seat, tuple(new), text, "stop", state=options.state)
+
+    def _reply(self, line: str, tools: Sequence[Mapping[str, Any]]) -> str:
+        calls = parse_lines(line, tools)
+        if not calls:
+            return self.form(line)
+        if not tools:  # none, or they are called by such lines
+            return line
+        call = calls[0]
+        good = format_call(call.name, call.arguments)
+        return f"<tool_call>{line}</tool_call>" if call.error else good

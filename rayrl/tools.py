@@ -1,9 +1,11 @@
-"""Typed Python functions as tools of a model: schemas, the text protocol, safe calls.
+"""Typed Python functions as tools of a model: schemas, how calls are written, safe calls.
 
-The protocol is text (as Hermes and Qwen models write it), so that any player speaks it and a call
-is trained on like every other word:
+A call is text (as Hermes and Qwen models write it), so that any player speaks it and it is trained
+on like every other word:
 
-    <tool_call>{"name": "add", "arguments": {"a": 1, "b": 2}}</tool_call>
+    <tool_call>
+    {"name": "add", "arguments": {"a": 1, "b": 2}}
+    </tool_call>
 """
 
 from __future__ import annotations
@@ -13,26 +15,33 @@ import functools
 import inspect
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rayrl.errors import ConfigError, did_you_mean
 from rayrl.hints import fit, keyword_hints, schema, suggestion
+from rayrl.types import Message
 
 __all__ = [
+    "CALL_MARKS",
+    "CUT_OFF",
     "ParsedCall",
     "Tool",
     "Toolkit",
+    "as_user_messages",
     "describe",
     "format_call",
+    "introduce",
     "parse_calls",
     "without_calls",
 ]
 
 ToolFunction = Callable[..., Any]
 
-_OPEN, _CLOSE = "<tool_call>", "</tool_call>"
+CUT_OFF = "the reply was cut off in this call, so it was not run: write less before it"
+
+CALL_MARKS = _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 _BLOCK = re.compile(re.escape(_OPEN) + r"(.*?)(?:" + re.escape(_CLOSE) + r"|\Z)", re.DOTALL)
 _FENCE = re.compile(r"^```(?:json)?\s*|\s*```$")
 _GOOGLE_ARG = re.compile(r"^\s*\*{0,2}(\w+)\s*(?:\([^)]*\))?\s*:\s*(.*)$")
@@ -164,9 +173,17 @@ def _as_text(result: object) -> str:
         return str(result)
 
 
-def parse_calls(text: str) -> list[ParsedCall]:
-    """Every `<tool_call>` of a reply, in order; a malformed one carries its error."""
-    return [_parse(block) for block in _BLOCK.findall(text)]
+def parse_calls(text: str, *, cut: bool = False) -> list[ParsedCall]:
+    """Every `<tool_call>` of a reply, in order; a malformed one carries its error.
+
+    Args:
+        text: the reply.
+        cut: whether the reply was cut off; if that broke its last call, the error says so.
+    """
+    calls = [_parse(block) for block in _BLOCK.findall(text)]
+    if cut and calls and calls[-1].error and _CLOSE not in text[text.rindex(_OPEN) :]:
+        calls[-1] = replace(calls[-1], error=CUT_OFF)
+    return calls
 
 
 def without_calls(text: str) -> str:
@@ -177,7 +194,7 @@ def without_calls(text: str) -> str:
 def format_call(name: str, arguments: Mapping[str, Any]) -> str:
     """A call as a model writes it."""
     body = json.dumps({"name": name, "arguments": dict(arguments)}, ensure_ascii=False)
-    return f"{_OPEN}{body}{_CLOSE}"
+    return f"{_OPEN}\n{body}\n{_CLOSE}"
 
 
 def describe(tools: Sequence[Mapping[str, Any]]) -> str:
@@ -186,8 +203,41 @@ def describe(tools: Sequence[Mapping[str, Any]]) -> str:
     example = format_call("tool_name", {"argument": "value"})
     return (
         f"You can call these tools:\n{lines}\n"
-        f"To call one, write {example}. The results come back in the next message."
+        f"To call one, write\n{example}\nThe results come back in the next message."
     )
+
+
+def introduce(messages: Sequence[Message], text: str) -> list[Message]:
+    """Messages whose first one also describes the tools: after the rules, before a question."""
+    first = messages[0]
+    joined = [first.content, text] if first.role == "system" else [text, first.content]
+    return [replace(first, content="\n\n".join(joined)), *messages[1:]]
+
+
+def as_user_messages(
+    messages: Sequence[Message], keep: Container[str | None] = ()
+) -> list[Message]:
+    """Messages for readers that know no role `tool`: results that stand together become one user's.
+
+    One, because many templates refuse two messages of the same role in a row.
+
+    Args:
+        messages: any.
+        keep: ids of calls whose results stay as they are.
+    """
+    given: list[Message] = []
+    joins = False
+    for message in messages:
+        if message.role != "tool" or message.tool_call_id in keep:
+            given.append(message)
+            joins = False
+            continue
+        content = f"<tool_response>{message.content}</tool_response>"
+        if joins:
+            content = f"{given.pop().content}\n{content}"
+        given.append(Message("user", content))
+        joins = True
+    return given
 
 
 def _parse(block: str) -> ParsedCall:

@@ -18,9 +18,25 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-WITH_TOOLS = (
-    "{% if tools %}<|im_start|>system\nTools:{% for t in tools %} {{ t | tojson }}{% endfor %}"
-    "<|im_end|>\n{% endif %}" + CHATML
+# the template of Hermes and Qwen models, but for their words
+HERMES = (
+    "{% if tools %}<|im_start|>system\n"
+    "{% if messages[0].role == 'system' %}{{ messages[0].content }}\n\n{% endif %}"
+    "Use\n<tools>{% for t in tools %}{{ '\n' }}{{ t | tojson }}{% endfor %}\n</tools>\nTo call:\n"
+    '<tool_call>\n{"name": <name>, "arguments": <object>}\n</tool_call><|im_end|>\n'
+    "{% elif messages[0].role == 'system' %}"
+    "<|im_start|>system\n{{ messages[0].content }}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}{% if m.role == 'tool' %}"
+    "{% if loop.first or messages[loop.index0 - 1].role != 'tool' %}<|im_start|>user{% endif %}"
+    "{{ '\n' }}<tool_response>\n{{ m.content }}\n</tool_response>"
+    "{% if loop.last or messages[loop.index0 + 1].role != 'tool' %}<|im_end|>\n{% endif %}"
+    "{% elif m.role == 'assistant' %}<|im_start|>assistant\n{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}{% if m.content or not loop.first %}{{ '\n' }}{% endif %}"
+    '<tool_call>\n{"name": "{{ call.function.name }}", '
+    '"arguments": {{ call.function.arguments | tojson }}}\n</tool_call>{% endfor %}<|im_end|>\n'
+    "{% elif m.role == 'user' %}<|im_start|>user\n{{ m.content }}<|im_end|>\n"
+    "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 TRAINING_TEXT = [
     "the quick brown fox jumps over the lazy dog",
@@ -30,8 +46,8 @@ TRAINING_TEXT = [
 ] * 5
 
 
-def build_tokenizer(template: str = CHATML, special: bool = True) -> Any:
-    """A byte-level BPE trained on the spot, with ChatML's control tokens."""
+def build_tokenizer(template: str = CHATML, special: bool = True, words: Sequence[str] = ()) -> Any:
+    """A byte-level BPE trained on the spot, with ChatML's control tokens and further `words`."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -47,6 +63,7 @@ def build_tokenizer(template: str = CHATML, special: bool = True) -> Any:
     backend.train_from_iterator(TRAINING_TEXT, trainer)
     control = ["<|im_start|>", "<|im_end|>"]
     backend.add_tokens([AddedToken(token, special=special) for token in control])
+    backend.add_tokens([AddedToken(word, special=False) for word in words])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
     tokenizer.chat_template = template
     return tokenizer
@@ -76,6 +93,20 @@ class Instant:
 
     def release(self, sessions: Sequence[str]) -> None:
         self.released += sessions
+
+
+class InTurn:
+    """Answers the requests with one text after the other, as long as they may be."""
+
+    def __init__(self, chat: Chat, *texts: str) -> None:
+        self.replies = [chat.reply(text) for text in texts]
+        self.requests: list[Request] = []
+
+    async def generate(self, request: Request) -> Completion:
+        ids = self.replies[len(self.requests)][: request.sampling.max_tokens]
+        self.requests.append(request)
+        finish = "stop" if ids[-1] in request.stop_ids else "length"
+        return Completion(ids, (-0.5,) * len(ids), (VersionSpan(0, 0, len(ids)),), finish)
 
 
 class Flaky:

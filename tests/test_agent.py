@@ -2,15 +2,16 @@ from __future__ import annotations
 
 import asyncio
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
 
 from rayrl.agent import Agent, Conversation, Options
+from rayrl.chat import Chat
 from rayrl.errors import EnvError, InfraError
 from rayrl.players import HumanPlayer, PolicyPlayer, ScriptedPlayer
-from rayrl.tools import format_call
+from rayrl.tools import CUT_OFF, Tool, format_call
 from rayrl.types import (
     Completion,
     Message,
@@ -23,7 +24,7 @@ from rayrl.types import (
     system,
     user,
 )
-from tests.act import Instant, chat
+from tests.act import HERMES, Instant, InTurn, build_tokenizer, chat
 
 
 def script(*texts: str) -> ScriptedPlayer:
@@ -196,6 +197,11 @@ def add(a: int, b: int) -> int:
     return a + b
 
 
+def double(number: int) -> int:
+    """Double."""
+    return 2 * number
+
+
 async def divide(a: float, b: float) -> float:
     """Divide."""
     return a / b
@@ -219,8 +225,8 @@ async def test_the_tool_loop() -> None:
 
 async def test_tool_rounds_are_limited() -> None:
     call = format_call("add", {"a": 1, "b": 1})
-    agent = Agent(script(*[call] * 9), max_tool_rounds=2)
-    reply = await agent("?", tools=[add])
+    agent = Agent(script(*[call] * 9))
+    reply = await agent("?", tools=[add], tool_rounds=2)
     assert reply == call
     assert (agent.turns, agent.tool_calls) == (3, 2)
     assert agent.messages[2].content == "2"
@@ -234,16 +240,127 @@ async def test_tools_are_only_parsed_when_offered() -> None:
 
 async def test_a_policy_with_tools_keeps_its_ids() -> None:
     call = format_call("add", {"a": 1, "b": 2})
-    player, engine = policy(call)
-    agent = Agent(player, max_tool_rounds=1)
-    await agent("1 + 2?", tools=[add])
-    await agent("and?", tools=[add, divide])
+    player, engine = policy(call, max_tokens=99)
+    agent = Agent(player)
+    await agent("1 + 2?", tools=[add], tool_rounds=1)
+    await agent("and?", tools=[add, divide], tool_rounds=1)
     prompts = [chat().tokenizer.decode(turn.prompt_ids) for turn in agent.record]
     assert '"name": "add"' in prompts[0]
-    assert prompts[1].startswith("\n<|im_start|>tool\n3\nNo more")
+    assert prompts[1].startswith("\n<|im_start|>user\n<tool_response>3\nNo more")
     assert '"name": "divide"' in prompts[2]
     assert '"name": "add"' not in prompts[2]  # it knows that one
     assert engine.requests[-1].prompt_ids == ids_of(agent.record)[: -len(chat().reply(call))]
+
+
+async def test_a_truncated_call_is_not_run() -> None:
+    begun = '<tool_call>{"name": "add", "arguments": {"a": 1, "b": 2'
+    whole = format_call("add", {"a": 1, "b": 1})
+    room = len(chat().encode(whole + begun))
+    engine = InTurn(chat(), whole + begun + "3}}</tool_call>", "3")
+    agent = Agent(PolicyPlayer(chat(), engine, Sampling(max_tokens=room)))
+    reply = await agent("1 + 23?", tools=[add])
+    assert [message.content for message in agent.messages if message.role == "tool"] == [
+        "2",
+        f"Error: {CUT_OFF}",
+    ]
+    assert (agent.tool_calls, agent.tool_errors, reply) == (2, 1, "3")
+    first, second = agent.record
+    assert (first.finish, second.prompt_ids[0]) == ("length", chat().stop_ids[0])
+
+
+async def test_the_tool_loop_appends_what_the_template_would_write() -> None:
+    one = Chat(build_tokenizer(HERMES))
+    calls = [("add", {"a": 1, "b": 2}), ("divide", {"a": 1, "b": 0})]
+    said = "Both.\n" + "\n".join(format_call(*call) for call in calls)
+    engine = InTurn(one, said, format_call("add", {"a": 3, "b": 4}), "7", "no")
+    agent = Agent(PolicyPlayer(one, engine, Sampling(max_tokens=200)))
+    assert await agent([system("rules"), user("1 + 2, 1 / 0?")], tools=[add, divide]) == "7"
+    await agent("sure?", tools=[add, divide])
+    ids = [i for turn in agent.record for i in (*turn.prompt_ids, *turn.completion_ids)]
+    assert [*engine.requests[-1].prompt_ids, *one.reply("no")] == ids
+
+    def called(number: int, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        function = {"name": name, "arguments": arguments}
+        return {"id": f"call_{number}", "type": "function", "function": function}
+
+    error = "Error: divide raised ZeroDivisionError: float division by zero"
+    talk = [
+        {"role": "system", "content": "rules"},
+        {"role": "user", "content": "1 + 2, 1 / 0?"},
+        {
+            "role": "assistant",
+            "content": "Both.",
+            "tool_calls": [called(k, *call) for k, call in enumerate(calls)],
+        },
+        {"role": "tool", "content": "3", "tool_call_id": "call_0"},
+        {"role": "tool", "content": error, "tool_call_id": "call_1"},
+        {"role": "assistant", "content": "", "tool_calls": [called(2, "add", {"a": 3, "b": 4})]},
+        {"role": "tool", "content": "7", "tool_call_id": "call_2"},
+        {"role": "assistant", "content": "7"},
+        {"role": "user", "content": "sure?"},
+        {"role": "assistant", "content": "no"},
+    ]
+    schemas = [Tool.of(add).schema, Tool.of(divide).schema]
+    text = one.tokenizer.apply_chat_template(talk, tools=schemas, tokenize=False)
+    assert one.tokenizer.decode(ids) + "\n" == text  # a model ends at its end of turn
+    rendered, is_reply = one.render(agent.record)  # what a warm start on this episode learns from
+    assert list(rendered) == ids
+    sampled = [i for turn in agent.record for i in turn.completion_ids]
+    assert [i for i, mine in zip(rendered, is_reply, strict=True) if mine] == sampled
+
+
+# ---- tools as lines
+
+
+async def test_the_tool_loop_with_lines() -> None:
+    calls = 'I need both.\nCALL double: 4\nCALL add: {"a": 1, "b": 2}\nCALL halve: 3'
+    engine = InTurn(chat(), calls, "CALL double: four", "8 and 3", "again")
+    agent = Agent(PolicyPlayer(chat(), engine, Sampling(max_tokens=99)))
+    reply = await agent([system("rules"), user("?")], tools=[add, double], protocol="text")
+    assert reply == "8 and 3"
+    assert [call.name for call in reply.tool_calls] == ["double", "add", "halve", "double"]
+    assert (agent.turns, agent.tool_calls, agent.tool_errors) == (3, 4, 2)
+    await agent("again?", tools=[add, double], protocol="text")
+    rules, question, said, results, _, wrong, *_ = agent.messages
+    assert rules.content == (
+        "rules\n\nYou can use these tools. Write each call as a line of its own and stop:\n"
+        'CALL add: {"a": "integer", "b": "integer"} - Add two numbers.\n'
+        "CALL double: number - Double.\nThe results come back in the next message."
+    )
+    assert (question, said.content) == (user("?"), calls)
+    assert results == user(
+        "RESULT double: 8\nRESULT add: 3\n"
+        "RESULT halve: Error: there is no tool 'halve'. Tools: add, double."
+    )
+    assert wrong.content == (
+        "RESULT double: Error: double: argument 'number': expected int, got 'four'"
+    )
+    assert agent.messages[-2] == user("again?")  # it knows them by now
+    assert all(turn.tools == () for turn in agent.record)
+    ids = ids_of(agent.record)
+    assert ids == (*engine.requests[-1].prompt_ids, *chat().reply("again"))
+
+
+async def test_the_last_round_of_lines_and_a_new_conversation() -> None:
+    agent = Agent(script(*["CALL double: 2"] * 3))
+    reply = await agent("?", tools=[double], protocol="text", tool_rounds=1)
+    assert (reply, agent.turns, agent.tool_calls) == ("CALL double: 2", 2, 1)
+    assert agent.messages[2].content == (
+        "RESULT double: 4\nNo more tool calls are possible: answer now."
+    )
+    agent.restart()
+    await agent("?", tools=[double], protocol="text", tool_rounds=1)
+    assert agent.messages[0].content.startswith("You can use these tools.")
+
+
+async def test_a_truncated_line_is_not_run() -> None:
+    """`double: 12` was going to be `double: 123`."""
+    room = len(chat().encode("CALL double: 12"))
+    engine = InTurn(chat(), "CALL double: 123", "246")
+    agent = Agent(PolicyPlayer(chat(), engine, Sampling(max_tokens=room)))
+    await agent("?", tools=[double], protocol="text")
+    assert agent.messages[2].content == f"RESULT double: Error: {CUT_OFF}"
+    assert agent.tool_errors == 1
 
 
 # ---- other players
@@ -285,3 +402,19 @@ async def test_a_person_at_the_terminal() -> None:
     assert await agent([system("rules"), user("board")]) == "<move>4</move>"
     assert out.getvalue() == "[system] rules\n\nboard\n\n"
     assert asked == ["x> "]
+
+
+async def test_a_person_calls_tools() -> None:
+    lines = iter(["CALL double: 4", "CALL double", "8"])
+    out = io.StringIO()
+    agent = Agent(HumanPlayer(lambda prompt: next(lines), out, lambda line: f"<a>{line}</a>"))
+    assert await agent("2 * 4?", tools=[double]) == "<a>8</a>"
+    assert agent.record[0].text == format_call("double", {"number": 4})
+    assert (agent.tool_calls, agent.tool_errors) == (2, 1)
+    shown = out.getvalue()
+    assert shown.startswith("2 * 4?\n\nYou can use these tools.")
+    assert shown.count("CALL double: number - Double.") == 1
+    assert "[tool] 8\n" in shown
+    lines = iter(["CALL double: 4", "8"])
+    assert await agent("2 * 4?", tools=[double], protocol="text") == "<a>8</a>"
+    assert agent.record[-2].text == "CALL double: 4"

@@ -8,7 +8,7 @@ import pytest
 from rayrl.chat import Chat
 from rayrl.errors import ConfigError
 from rayrl.types import Message, Turn, assistant, system, tool, user
-from tests.act import CHATML, WITH_TOOLS, build_tokenizer, chat
+from tests.act import CHATML, HERMES, build_tokenizer, chat
 
 TRIMMING = CHATML.replace("m['content']", "m['content'] | trim")
 # rewrites what the model said before: drops its thoughts
@@ -48,16 +48,19 @@ def test_start_is_the_template() -> None:
 
 
 def test_appending_is_the_template() -> None:
+    one = Chat(build_tokenizer(HERMES))
     talk = [user("one")]
-    ids = chat().start(talk)
+    ids = one.start(talk)
     for reply, new in [
         ("first", [user("two")]),
         ("", [user("x"), user("y")]),
         ("a\nb", [tool("3", "c0")]),
+        ("c", [tool("3", "c1"), tool("", "c2"), tool("\n5", "c3")]),
+        ("d", [tool("3", "c4"), user("and?")]),
     ]:
-        ids += chat().reply(reply) + chat().extend(new, last_ids_finished=True)
+        ids += one.reply(reply) + one.extend(new, last_ids_finished=True)
         talk += [assistant(reply), *new]
-        assert decoded(ids) == rendered(talk)
+        assert decoded(ids, one) == rendered(talk, one.tokenizer)
 
 
 def test_a_truncated_reply_gets_its_end_of_turn() -> None:
@@ -81,14 +84,15 @@ HOSTILE = [
 @pytest.mark.parametrize("text", HOSTILE)
 @pytest.mark.parametrize("special", [True, False])
 def test_contents_never_give_control_ids(text: str, special: bool) -> None:
-    one = Chat(build_tokenizer(special=special))
+    one = Chat(build_tokenizer(HERMES, special=special))
     assert one.tokenizer("<|im_end|>").input_ids == list(one.stop_ids)  # it is one id elsewhere
     assert control_ids(one.encode(text)) == []
     assert one.text(one.encode(text)) == text
     clean = one.start([system("s"), user("u"), tool("t", "c")])
     dirty = one.start([system(text), user(text), tool(text, "c")])
     assert control_ids(dirty) == control_ids(clean)
-    assert decoded(dirty, one) == rendered([system(text), user(text), tool(text, "c")])
+    told = rendered([system(text), user(text), tool(text, "c")], one.tokenizer)
+    assert decoded(dirty, one) == told
     longer = one.extend([user(text)], True)
     assert control_ids(longer) == control_ids(one.extend([user("u")], True))
     assert control_ids(one.reply(text)) == list(one.stop_ids)
@@ -140,17 +144,17 @@ def test_templates_that_cannot_be_appended_to() -> None:
 
 
 def test_a_role_the_template_refuses() -> None:
-    strict = "{% if messages[0]['role'] == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+    strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no rules') }}{% endif %}"
     one = Chat(build_tokenizer(strict + CHATML))
     one.start([user("u")])
-    with pytest.raises(ConfigError, match="cannot render messages by tool: no tools"):
-        one.start([tool("t", "c")])
+    with pytest.raises(ConfigError, match="cannot render messages by system: no rules"):
+        one.start([system("s")])
 
 
 def test_tools_in_the_template() -> None:
-    one = Chat(build_tokenizer(WITH_TOOLS))
+    one = Chat(build_tokenizer(HERMES))
     text = decoded(one.start([user("u")], [ADD]), one)
-    assert text.startswith("<|im_start|>system\nTools: {")
+    assert text.startswith('<|im_start|>system\nUse\n<tools>\n{"type": "function"')
     assert '"name": "add"' in text
     hostile = {"type": "function", "function": {**ADD["function"], "description": "<|im_end|>"}}  # type: ignore[dict-item]
     with pytest.raises(ConfigError, match=r"contains '<\|im_end\|>'"):
@@ -161,9 +165,56 @@ def test_tools_without_a_place_in_the_template() -> None:
     text = decoded(chat().start([system("be brief"), user("u")], [ADD]))
     assert text.startswith("<|im_start|>system\nbe brief\n\nYou can call these tools:\n")
     assert '{"name": "add", "description": "Adds."' in text
+    assert '<tool_call>\n{"name": "tool_name", "arguments"' in text
     later = decoded(chat().extend([user("u")], True, [ADD]))
     assert "You can call these tools" in later
     assert later.endswith("u<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_results_without_a_place_in_the_template() -> None:
+    """A role header that the model never saw would tell it nothing."""
+    text = decoded(chat().extend([tool("3", "c0"), tool("4", "c1"), user("and?")], True))
+    assert text == (
+        "\n<|im_start|>user\n<tool_response>3</tool_response>\n<tool_response>4</tool_response>"
+        "<|im_end|>\n<|im_start|>user\nand?<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("written", "instead"),
+    [
+        # Llama's, Mistral's and Qwen-Coder's ways to write a call, which nobody here would hear
+        ('<tool_call>\n{"name": "{{', '<|python_tag|>{"name": "{{'),
+        ('<tool_call>\n{"name": "{{', '[TOOL_CALLS] {"name": "{{'),
+        ('<tool_call>\n{"name": "{{', '<tool_call>\n<function={"name": "{{'),
+        ("{% if m.role == 'tool' %}", "{% if m.role == 'tool' %}{{ raise_exception('no') }}"),
+    ],
+)
+def test_a_template_with_other_calls_is_not_used_for_tools(written: str, instead: str) -> None:
+    assert written in HERMES
+    one = Chat(build_tokenizer(HERMES.replace(written, instead)))
+    text = decoded(one.start([user("u")], [ADD]), one)
+    assert text.startswith("<|im_start|>user\nYou can call these tools:\n")
+    assert "user\n<tool_response>3</tool_response><" in decoded(
+        one.extend([tool("3", "c0")], True), one
+    )
+
+
+MARKS = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]
+
+
+def test_marks_of_tools_that_are_tokens() -> None:
+    """Qwen's are: the model writes them as one id each, and nobody else can."""
+    one = Chat(build_tokenizer(HERMES, words=MARKS))
+    call, end, answer, over = (one.tokenizer.convert_tokens_to_ids(mark) for mark in MARKS)
+    reply = one.reply(f"{MARKS[0]}x{MARKS[1]}")
+    assert (reply[0], reply[-2]) == (call, end)
+    assert one.start([user("u"), assistant(MARKS[0]), user("v")]).count(call) == 1
+    hostile = "".join(MARKS)
+    result = one.extend([tool(hostile, "c")], True)
+    assert [i for i in result if i in (call, end, answer, over)] == [answer, over]
+    assert one.text(result).count(hostile) == 1
+    assert call not in one.start([system(hostile), user(hostile)])
 
 
 def test_render_is_what_playing_gives() -> None:

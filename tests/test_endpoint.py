@@ -229,7 +229,7 @@ async def test_native_tool_calls() -> None:
     assert reply == "3"
     assert agent.tool_calls == 1
     # the episode has it as text, which a model can be trained on
-    text = '<tool_call>{"name": "add", "arguments": {"a": 1, "b": 2}}</tool_call>'
+    text = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call>'
     assert agent.record[0].text == text
     first, second, third = [body for _, body in server.seen]
     assert first["tools"][0]["function"]["name"] == "add"
@@ -260,8 +260,34 @@ async def test_native_arguments_that_are_no_json() -> None:
     async with serving(calling, said("3")) as server, endpoint(server) as player:
         agent = Agent(player)
         assert await agent("?", tools=[add]) == "3"
+        # a call without a name would be refused, so this one is sent as text
+        assert server.seen[1][1]["messages"][1:] == [
+            {"role": "assistant", "content": 'hm\n<tool_call>add{"a": 1, </tool_call>'},
+            {
+                "role": "user",
+                "content": f"<tool_response>{agent.messages[2].content}</tool_response>",
+            },
+        ]
     assert agent.tool_errors == 1
     assert "not valid JSON" in agent.messages[2].content
+
+
+async def test_native_arguments_that_are_no_object() -> None:
+    calls = [
+        {"id": "x", "function": {"name": "add", "arguments": "[1]"}},
+        {"id": "y", "function": {"name": "add", "arguments": '{"a": 1, "b": 2}'}},
+    ]
+    calling = said(None, tool_calls=calls)
+    async with serving(calling, said("3")) as server, endpoint(server) as player:
+        agent = Agent(player)
+        assert await agent("?", tools=[add]) == "3"
+        sent = server.seen[1][1]["messages"][1:]
+    assert [call["function"]["name"] for call in sent[0]["tool_calls"]] == ["add", "add"]
+    assert [message["content"] for message in sent[1:]] == [
+        "Error: add: arguments must be an object",
+        "3",
+    ]
+    assert (agent.tool_calls, agent.tool_errors) == (2, 1)
 
 
 def test_settings_that_are_missing() -> None:

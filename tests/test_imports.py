@@ -20,7 +20,7 @@ LAYERS: list[dict[str, str]] = [
     {"words": "types errors hints"},
     {"ground": "config env groups registry gymnasium intervals models weights engine.protocol"},
     {
-        "act": "chat agent players tools rollout episodes isolation endpoint checker",
+        "act": "chat agent players tools textcalls rollout episodes isolation endpoint checker",
         "learn": "advantage batch packing loss",
     },
     {"engine": "engine", "learner": "learner"},

@@ -22,7 +22,7 @@ from rayrl.rundir import RunDir
 from rayrl.sft import batch_indices, conversations, load_rows, rows_of
 from rayrl.tools import format_call
 from rayrl.types import Episode, Failure, Message, Sampling, Task, Turn, system, user
-from tests.act import CHATML, WITH_TOOLS, Instant, build_tokenizer, chat
+from tests.act import CHATML, HERMES, Instant, build_tokenizer, chat
 from tests.tiny import save_tiny_model
 
 
@@ -109,7 +109,7 @@ CALLS = [
 ]
 
 
-@pytest.mark.parametrize("template", [CHATML, WITH_TOOLS])
+@pytest.mark.parametrize("template", [CHATML, HERMES])
 async def test_tools_are_in_the_prompts_as_in_play(tmp_path: Path, template: str) -> None:
     talk = Chat(build_tokenizer(template))
     replies = iter(CALLS)
