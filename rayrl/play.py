@@ -23,7 +23,7 @@ from rayrl.env import Environment
 from rayrl.errors import ConfigError, did_you_mean
 from rayrl.players import HumanPlayer
 from rayrl.rollout import play_episode
-from rayrl.show import message_text, reply_text, scores_text
+from rayrl.show import message_text, reply_text, scores_text, task_text
 from rayrl.stage import POLICY
 from rayrl.types import Episode, Message, Sampling, Turn, derive_seed
 
@@ -103,6 +103,7 @@ async def play(
                 console.print(episode.failure.message, style="red", markup=False)
             else:
                 console.print(scores_text(episode.scores, episode.rewards))
+                console.print(task_text(episode))
     return played
 
 

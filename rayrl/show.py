@@ -11,7 +11,7 @@ from rich.text import Text
 
 from rayrl.types import Episode, Message, Turn
 
-__all__ = ["episode_panel", "message_text", "reply_text", "scores_text"]
+__all__ = ["episode_panel", "message_text", "reply_text", "scores_text", "task_text"]
 
 
 def message_text(message: Message) -> Text:
@@ -44,6 +44,19 @@ def scores_text(scores: Mapping[str, Mapping[str, float]], rewards: Mapping[str,
     return text
 
 
+def task_text(episode: Episode) -> Text:
+    """What the task holds, such as the right answer, without long texts that were said."""
+    said = "\n".join(message.content for turn in episode.turns for message in turn.prompt)
+    fields = {
+        name: value
+        for name, value in episode.task.to_dict().items()
+        if name != "seed" and not (isinstance(value, str) and len(value) > 20 and value in said)
+    }
+    text = Text("task: " if fields else "", style="dim")
+    text.append("  ".join(f"{name} {value}" for name, value in fields.items()))
+    return text
+
+
 def episode_panel(episode: Episode, title: str = "") -> Panel:
     """The whole conversation, and beneath it the scores or what went wrong."""
     parts: list[Text | Padding] = []
@@ -53,5 +66,5 @@ def episode_panel(episode: Episode, title: str = "") -> Panel:
     if episode.failure is not None:
         parts.append(Text(f"{episode.failure.kind} failure: {episode.failure.message}", "red"))
     else:
-        parts.append(scores_text(episode.scores, episode.rewards))
+        parts += [scores_text(episode.scores, episode.rewards), task_text(episode)]
     return Panel(Group(*parts), title=Text(title or episode.id), title_align="left", expand=False)

@@ -96,5 +96,6 @@ def _call(name: str, text: str, properties: Mapping[str, Any]) -> ParsedCall:
     if len(properties) > 1:
         return ParsedCall(name, error=f"{name}: write its arguments as a JSON object")
     for key, hint in properties.items():
-        return ParsedCall(name, {key: text if hint.get("type") == "string" else value})
+        as_it_is = hint.get("type") == "string" and not isinstance(value, str)
+        return ParsedCall(name, {key: text if as_it_is else value})
     return ParsedCall(name, {"argument": text})  # a tool without any, or none of this name

@@ -46,6 +46,8 @@ async def test_watching_shows_both_sides_and_the_scores() -> None:
     assert "agent ▸ <think>" in text
     assert "reward" in text
     assert text.count("episode ") == 2
+    assert text.count("task: first ") == 2
+    assert text.count("You play tic-tac-toe") == 2  # once an episode, not again with its task
 
 
 async def test_a_person_types_a_move_and_it_is_put_into_its_form() -> None:

@@ -33,6 +33,7 @@ TOOLS = [Tool.of(function).schema for function in (search, wait, convert, now)]
     [
         (format_line("search", "red: kites"), ParsedCall("search", {"query": "red: kites"})),
         ("  CALL search : 12 ", ParsedCall("search", {"query": "12"})),  # a text stays a text
+        ('CALL search: "a kite"', ParsedCall("search", {"query": "a kite"})),
         ('CALL search: {"query": "x"}', ParsedCall("search", {"query": "x"})),
         ('CALL search: {"a": 1}', ParsedCall("search", {"query": '{"a": 1}'})),
         ("CALL wait: 1.5", ParsedCall("wait", {"seconds": 1.5})),

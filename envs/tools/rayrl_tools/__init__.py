@@ -149,9 +149,9 @@ def figures(episode: Episode) -> dict[str, bool | float | str]:
     answered = _ANSWER.search(episode.turns[-1].text) is not None
     return {
         "right/wrong/none": "right" if scores["correct"] else "wrong" if answered else "none",
-        "valid calls %": scores["valid"],
+        "valid %": scores["valid"],
         "calls": scores["tool_calls"],
-        "calls needed": scores["needed"],
-        "failed calls": scores["tool_errors"],
+        "needed": scores["needed"],
+        "failed": scores["tool_errors"],
         "format %": scores["format"],
     }

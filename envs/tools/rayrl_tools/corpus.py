@@ -47,6 +47,9 @@ class Corpus:
         self.documents = documents
         self.by_id = {one.id: one for one in documents}
         self.by_title = {one.title: one for one in documents}
+        self._titles: dict[tuple[str, str], list[str]] = {}
+        for one in documents:
+            self._titles.setdefault((one.kind, one.split), []).append(one.title)
         # the title a second time: a town's own document before those that mention the town
         self._index = BM25Okapi([_words(f"{one.title} {one.text}") for one in documents])
 
@@ -59,7 +62,7 @@ class Corpus:
 
     def titles(self, kind: str, split: str) -> list[str]:
         """Titles of a kind in one world, in the order of the file."""
-        return [one.title for one in self.documents if (one.kind, one.split) == (kind, split)]
+        return self._titles[kind, split]
 
     def search(self, query: str, most: int) -> list[Document]:
         """The best documents for a query, best first; only those that share a word with it."""

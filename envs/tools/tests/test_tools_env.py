@@ -240,10 +240,10 @@ async def test_rounds_run_out() -> None:
     assert tools.reported is not None
     assert tools.reported(episode) == {
         "right/wrong/none": "none",
-        "valid calls %": 1.0,
+        "valid %": 1.0,
         "calls": 2.0,
-        "calls needed": 5.0,
-        "failed calls": 0.0,
+        "needed": 5.0,
+        "failed": 0.0,
         "format %": 0.0,
     }
 
