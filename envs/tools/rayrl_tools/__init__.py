@@ -146,12 +146,11 @@ def guesser(messages: Sequence[Message], rng: random.Random) -> str:
 def figures(episode: Episode) -> dict[str, bool | float | str]:
     """What evaluations report."""
     scores = episode.scores["agent"]
-    answered = _ANSWER.search(episode.turns[-1].text) is not None
     return {
-        "right/wrong/none": "right" if scores["correct"] else "wrong" if answered else "none",
+        "correct %": scores["correct"] == 1.0,
+        "answered %": _ANSWER.search(episode.turns[-1].text) is not None,
         "valid %": scores["valid"],
         "calls": scores["tool_calls"],
         "needed": scores["needed"],
-        "failed": scores["tool_errors"],
         "format %": scores["format"],
     }

@@ -239,11 +239,11 @@ async def test_rounds_run_out() -> None:
     assert episode.scores["agent"]["format"] == 0.0
     assert tools.reported is not None
     assert tools.reported(episode) == {
-        "right/wrong/none": "none",
+        "correct %": False,
+        "answered %": False,
         "valid %": 1.0,
         "calls": 2.0,
         "needed": 5.0,
-        "failed": 0.0,
         "format %": 0.0,
     }
 
