@@ -32,7 +32,7 @@ from rayrl_double_check.judge import LONGEST, finished, is_right, normal
         ("3*x**2+2", "3x^2 + 2"),
         ("3 \\cdot x^{2} + 2", "3x^2 + 2"),
         ("3X^2 + 2", "3x^2 + 2"),
-        ("5x^12", "5x^12"),
+        ("5x^{12}", "5x^12"),
         ("0", "0"),
     ],
 )
@@ -55,6 +55,7 @@ def test_right_in_any_spelling(answer: str, expected: str) -> None:
         ("3x^2", "3x^2 + 2"),
         ("3y^2 + 2", "3x^2 + 2"),
         ("5x^1", "5x^12"),
+        ("10x", "5x^12"),  # how LaTeX reads it: x to the first, times 2
         ("84 or 83", "84"),
         ("83 = 84", "84"),
         ("x = 83 = 84", "84"),
