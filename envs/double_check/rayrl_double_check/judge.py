@@ -5,7 +5,7 @@ back, and neither would the event loop on which hundreds of episodes are played;
 time limits are signals, which work in no thread and would make a score depend on how busy a machine
 is. And `12 * 7` equals 84, so that repeating the question would be an answer to it. So an answer
 must first be *finished*: a number or a sum of terms in x, with no more terms and no more fractions
-than the right answer. Whatever has that form is small, and is compared within milliseconds.
+than the right answer. Whatever has that form is small, and is compared in about a hundredth of a second.
 """
 
 from __future__ import annotations
@@ -29,10 +29,9 @@ _POWER = r"x(?:\^(?:\d{1,2}|\{\d{1,2}\}))?"
 _NUMBER = rf"(?:{_FRACTION}|{_DECIMAL})"
 _TIMES = r"\s?(?:\*|\\cdot|\\times)?\s?"
 _TERM = rf"(?:{_NUMBER}(?:{_TIMES}{_POWER})?|{_POWER}(?:\s?/\s?{_INTEGER})?)"
-_FINISHED = re.compile(rf"(?:x\s?=\s?)?[+-]?\s?{_TERM}(?:\s?[+-]\s?{_TERM})*")
-_TERMS = re.compile(_TERM)
+_FINISHED = re.compile(rf"(?:x\s?=\s?)?[+-]?\s?{_TERM}(?:\s?[+-]\s?{_TERM})*", re.ASCII)
+_TERMS = re.compile(_TERM, re.ASCII)
 _SPACES = re.compile(r"\s+")
-_EXPONENT = re.compile(r"\^(\d+)")
 
 # It warns that it has been told to do without its time limits, which is what the form is for.
 for _name in ("math_verify.parser", "math_verify.grader"):
@@ -74,9 +73,8 @@ def is_right(answer: str, expected: str) -> bool:
 
 
 def _parsed(text: str) -> Any:
-    latex = _EXPONENT.sub(r"^{\1}", text)  # in LaTeX, x^12 is x to the first, times 2
     return parse(
-        f"${latex}$",
+        f"${text}$",
         [LatexExtractionConfig()],
         fallback_mode="no_fallback",
         parsing_timeout=None,

@@ -55,7 +55,8 @@ def test_right_in_any_spelling(answer: str, expected: str) -> None:
         ("3x^2", "3x^2 + 2"),
         ("3y^2 + 2", "3x^2 + 2"),
         ("5x^1", "5x^12"),
-        ("10x", "5x^12"),  # how LaTeX reads it: x to the first, times 2
+        ("10x", "5x^12"),  # how TeX reads it: x to the first, times 2
+        ("٨٤", "84"),
         ("84 or 83", "84"),
         ("83 = 84", "84"),
         ("x = 83 = 84", "84"),
