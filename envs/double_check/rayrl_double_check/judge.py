@@ -5,7 +5,7 @@ back, and neither would the event loop on which hundreds of episodes are played;
 time limits are signals, which work in no thread and would make a score depend on how busy a machine
 is. And `12 * 7` equals 84, so that repeating the question would be an answer to it. So an answer
 must first be *finished*: a number or a sum of terms in x, with no more terms and no more fractions
-than the right answer. Whatever has that form is small, and is compared in about a hundredth of a second.
+than the right answer. Whatever has that form is small, and is compared in hundredths of a second.
 """
 
 from __future__ import annotations
