@@ -28,9 +28,10 @@ class Conversation:
         ids: the same as ids, for players that have tokens.
         finished: whether the last completion ended its turn itself.
         tools: names of the tools the model has been told about.
+        held_s: seconds its player held requests back to keep to a limit; no deadline counts them.
     """
 
-    __slots__ = ("finished", "ids", "messages", "seat", "session", "tools")
+    __slots__ = ("finished", "held_s", "ids", "messages", "seat", "session", "tools")
 
     def __init__(self, session: str, seat: str) -> None:
         self.session = session
@@ -39,6 +40,7 @@ class Conversation:
         self.ids: list[int] = []
         self.finished = True
         self.tools: set[str] = set()
+        self.held_s = 0.0
 
     def copy(self, session: str) -> Conversation:
         """The same words under another name."""
@@ -132,6 +134,11 @@ class Agent:
     def session(self) -> str:
         """Name of the current conversation."""
         return self._conversation.session
+
+    @property
+    def held_s(self) -> float:
+        """Seconds its player held requests back to keep to a limit."""
+        return sum(conversation.held_s for conversation in self._sessions)
 
     @property
     def messages(self) -> list[Message]:

@@ -12,7 +12,7 @@ import importlib
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,6 +49,8 @@ verbs:
 settings:
   experiment=NAME, env=NAME, algo=NAME, ...   choose a file of that folder in conf/
   train.steps=50                              change one setting
+  model=DIR                                   the model of a Hugging Face directory
+  endpoint=http://HOST/v1 model=NAME          eval, synth, play: a model behind a server
   recipe.rl1.train.steps=50                   change it for one stage of a recipe
   --config-dir DIR                            look for such files in DIR as well
   rayrl plan [key=value ...]                  shows every setting and what it comes to
@@ -98,13 +100,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _stopped(verb: str, config: Config, words: Sequence[str]) -> str:
     """What to say after Ctrl-C."""
-    if verb in ("recipe", "sft", "train"):
-        what = f"resumes from {config.run.dir}"
-    elif verb in ("synth", "eval"):  # they have no checkpoints
-        what = "starts over"
-    else:
+    if verb not in ("recipe", "synth", "sft", "train", "eval"):
         return "\nStopped."
-    return f"\nStopped. The same command {what}:\n  {shlex.join([*_program(), *words])}"
+    command = shlex.join([*_program(), *words])
+    return f"\nStopped. The same command resumes from {config.run.dir}:\n  {command}"
 
 
 def _program() -> list[str]:
@@ -171,7 +170,7 @@ def configuration(arguments: Arguments) -> Config:
             raise ConfigError(f"env {arguments.words[0]}: write rayrl env check [NAME].{near}")
         settings += [f"env.name={name}" for name in arguments.words[1:]]
     verb = arguments.verb
-    config = compose(settings, arguments.config_dir, recipe=verb in ("recipe", "plan"))
+    config = compose(settings, arguments.config_dir, verb)
     if verb == "plan":
         verb = "recipe" if config.recipe else "train"
     validate(config, verb)
@@ -205,16 +204,15 @@ def conf_dir() -> Path:
     raise ConfigError(f"conf/ was not installed with rayrl (looked beside {here}); reinstall it.")
 
 
-def compose(
-    settings: Sequence[str] = (), config_dir: Path | None = None, *, recipe: bool = False
-) -> Config:
+def compose(settings: Sequence[str] = (), config_dir: Path | None = None, verb: str = "") -> Config:
     """The configuration of `key=value` settings over the files they choose.
 
     Args:
         settings: as on the command line, in Hydra's grammar: `experiment=tictactoe`,
             `train.steps=5`, `recipe.rl1.learner.lr=1e-4`.
         config_dir: a folder with groups of your own (`experiment/mine.yaml`).
-        recipe: the recipe will run, so a setting that one of its stages overrides is refused.
+        verb: what will run. Of a recipe, a setting that one of its stages overrides is refused;
+            `endpoint=URL` and `model=NAME` are about whoever plays.
 
     Raises:
         ConfigError: naming what is unknown or wrong and the nearest that is right.
@@ -225,20 +223,70 @@ def compose(
     groups = {path.name for folder in folders for path in folder.iterdir() if path.is_dir()}
     chosen, stages = [], {}
     values: dict[str, Any] = {}
+    short: dict[str, Any] = {}
     for text in settings:
         key, value = _setting(text)
-        if key in groups:
+        if key == "endpoint" or (key == "model" and _is_no_option(key, value, folders)):
+            short[key] = value
+        elif key in groups:
             _check_option(key, value, folders)
             chosen.append(f"{key}={'null' if value is None else value}")
         elif key.startswith("recipe."):
             stages[key] = value
         else:
             values[key] = value
-    node = update(_composed(chosen, folders), nest(values))
-    config = _with_stages(from_node(node), stages)
-    if recipe:
+    composed = _composed(chosen, folders)
+    if short:
+        options = _options("model", folders)
+        config = from_node(update(composed, nest(values)))
+        values = _in_full(short, values, config, verb, options)
+    config = _with_stages(from_node(update(composed, nest(values))), stages)
+    if verb in ("recipe", "plan"):
         _refuse_hidden(config, values)
     return config
+
+
+def _is_no_option(group: str, value: Any, folders: Sequence[Path]) -> bool:
+    options = _options(group, folders)
+    return value is not None and not isinstance(value, list | dict) and value not in options
+
+
+def _in_full(
+    short: Mapping[str, Any],
+    values: Mapping[str, Any],
+    config: Config,
+    verb: str,
+    models: Sequence[str],
+) -> dict[str, Any]:
+    """`values` with what `endpoint=URL` and `model=NAME` stand for, and no less than was set.
+
+    Args:
+        config: what `values` come to without them.
+        verb: the player it asks for is the endpoint from now on; a plan without stages is read as
+            if it were of an evaluation.
+        models: what conf/model/ has.
+    """
+    full: dict[str, Any] = {}
+    if verb == "plan" and not config.recipe:
+        verb = "eval"
+    player = f"{verb}.player" if verb in ("eval", "synth", "play") else ""
+    if "endpoint" in short:
+        full["endpoint.url"] = short["endpoint"]
+        if player:
+            full[player] = "endpoint"
+    full |= values
+    if "model" in short:
+        asks = player and full.get(player, getattr(config, verb).player) == "endpoint"
+        name = str(short["model"])
+        if not asks and "/" not in name and not Path(name).is_dir():
+            near = did_you_mean(name, models)
+            raise ConfigError(
+                f"model={name}: there is no conf/model/{name}.yaml and no directory {name!r} here."
+                f"{near} There are: {', '.join(models)}; or name a Hugging Face directory, or with "
+                "endpoint=URL a model of that server."
+            )
+        full["endpoint.model" if asks else "model.path"] = name
+    return full
 
 
 def _setting(text: str) -> tuple[str, Any]:
@@ -260,8 +308,12 @@ def _setting(text: str) -> tuple[str, Any]:
     return override.key_or_group, override.value()
 
 
+def _options(group: str, folders: Sequence[Path]) -> list[str]:
+    return sorted({path.stem for folder in folders for path in folder.glob(f"{group}/*.yaml")})
+
+
 def _check_option(group: str, value: Any, folders: Sequence[Path]) -> None:
-    options = sorted({path.stem for folder in folders for path in folder.glob(f"{group}/*.yaml")})
+    options = _options(group, folders)
     if value is None or value in options:
         return
     if not isinstance(value, str):

@@ -4,26 +4,67 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import random
+import sys
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from rayrl.agent import Conversation, Options
 from rayrl.config import EndpointConfig
-from rayrl.errors import ConfigError, InfraError
+from rayrl.errors import ConfigError, InfraError, RunFailed
+from rayrl.limits import LONGEST_HOLD_S, Limiter, retry_after
 from rayrl.tools import as_user_messages, format_call, without_calls
-from rayrl.types import Finish, Message, Sampling, Turn
+from rayrl.types import Finish, Message, Sampling, Turn, Usage
 
 if TYPE_CHECKING:
     import httpx
 
-__all__ = ["EndpointPlayer"]
+__all__ = ["EndpointPlayer", "check_reachable", "share"]
 
 _RETRIED = (408, 409, 425, 429)  # and all 5xx
-_LONGEST_WAIT_S = 60.0
+_PROBE_S = 5.0  # for a server to answer anything at all
+_PROBES = 2
+_OLD_LIMIT, _NEW_LIMIT = "max_tokens", "max_completion_tokens"
+
+
+def share(config: EndpointConfig, n: int) -> EndpointConfig:
+    """The limits of one of `n` hosts that ask the same server."""
+    return replace(
+        config,
+        concurrency=math.ceil(config.concurrency / n),
+        requests_per_minute=config.requests_per_minute / n,
+        tokens_per_minute=config.tokens_per_minute / n,
+    )
+
+
+async def check_reachable(config: EndpointConfig) -> None:
+    """Ask the server for its models, so that a wrong address or key is known within seconds.
+
+    Whatever it answers, it is there; a server need not know that question.
+
+    Raises:
+        ConfigError: nobody answers, or the key is refused.
+    """
+    async with EndpointPlayer(config) as player:
+        code, problem = await player.probe()
+    if problem:
+        raise ConfigError(
+            f"endpoint.url={config.url}: no server answers there ({problem}). Start it, or mend "
+            "the address."
+        )
+    if code in (401, 403):
+        raise ConfigError(_refusal(config.url, config.model, code, ""))
+
+
+@dataclass(frozen=True, slots=True)
+class _Problem:
+    """Why a request has no answer yet, and how long the server asks to wait."""
+
+    text: str
+    wait_s: float | None = None
 
 
 class EndpointPlayer:
@@ -35,11 +76,11 @@ class EndpointPlayer:
             lost connection, with exponential backoff and jitter, or as `Retry-After` says.
         sampling: temperature, top_p, max_tokens and stop are sent.
         backoff_s: about how long the first wait is.
-        extra: further keys of the request's body.
 
     Raises:
         ConfigError: from `answer`, when the server refuses the request as such (4xx).
         InfraError: from `answer`, when it gave no answer in `retries` more tries.
+        RunFailed: from `answer`, when it answers nothing at all any more.
     """
 
     trainable = False
@@ -50,7 +91,6 @@ class EndpointPlayer:
         *,
         sampling: Sampling | None = None,
         backoff_s: float = 0.5,
-        extra: Mapping[str, Any] | None = None,
     ) -> None:
         import httpx
 
@@ -60,12 +100,13 @@ class EndpointPlayer:
         if not config.model:
             raise ConfigError("endpoint.model is empty: name a model the server has")
         key = os.environ.get(config.api_key_env, "") if config.api_key_env else ""
+        self.config = config
         self.url = url.rstrip("/") + "/chat/completions"
-        self.model = config.model
         self.sampling = sampling or Sampling(max_tokens=1024)
-        self.retries = config.retries
         self.backoff_s = backoff_s
-        self.extra = dict(extra or {})
+        self.limiter = Limiter(config.requests_per_minute, config.tokens_per_minute)
+        self._limit_key = _OLD_LIMIT
+        self._said: set[str] = set()
         self._room = asyncio.Semaphore(room)
         self._client = httpx.AsyncClient(
             headers={"Authorization": f"Bearer {key}"} if key else {},
@@ -88,78 +129,169 @@ class EndpointPlayer:
     ) -> Turn:
         """Send the whole conversation and return what the server answers."""
         messages = _to_openai([*conversation.messages, *new], native=bool(options.tools))
+        body = self._body(messages, options)
+        # the jitter must not depend on anything but the seed either
+        data = await self._post(body, random.Random(options.seed), conversation)
+        text, finish = _from_openai(data, self.url)
+        usage = _usage(data.get("usage"))
+        self.limiter.spent(usage.total)
+        if usage.unknown and self.config.tokens_per_minute:
+            self._say_once("it does not count tokens: endpoint.tokens_per_minute does nothing")
+        return Turn(conversation.seat, tuple(new), text, finish, state=options.state, usage=usage)
+
+    def _body(self, messages: list[dict[str, Any]], options: Options) -> dict[str, Any]:
         sampling = self.sampling
         body: dict[str, Any] = {
-            "model": self.model,
+            "model": self.config.model,
             "messages": messages,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
-            "max_tokens": options.max_tokens or sampling.max_tokens,
+            _OLD_LIMIT: options.max_tokens or sampling.max_tokens,
         }
         if sampling.stop:
             body["stop"] = list(sampling.stop)
         if options.tools:
             body["tools"] = list(options.tools)
-        # the jitter must not depend on anything but the seed either
-        data = await self._post(body | self.extra, random.Random(options.seed))
-        text, finish = _from_openai(data, self.url)
-        return Turn(conversation.seat, tuple(new), text, finish, state=options.state)
+        return {k: v for k, v in (body | self.config.extra).items() if v is not None}
 
-    async def _post(self, body: Mapping[str, Any], rng: random.Random) -> dict[str, Any]:
+    async def _post(
+        self, body: Mapping[str, Any], rng: random.Random, conversation: Conversation
+    ) -> dict[str, Any]:
+        problem = _Problem("")
+        for attempt in range(self.config.retries + 1):
+            if attempt:
+                wait = min(self.backoff_s * 2 ** (attempt - 1) * (0.5 + rng.random()), 60.0)
+                if problem.wait_s:  # not all of us at the same moment
+                    wait = problem.wait_s + rng.random() * self.backoff_s
+                await _sleep(wait, conversation, held=bool(problem.wait_s))
+            found = await self._try(body, conversation)
+            if isinstance(found, dict):
+                return found
+            problem = found
+        tries = self.config.retries + 1
+        what = f"{self.url}: no answer in {tries} tries; the last gave {problem.text}"
+        _, nothing = await self.probe()
+        if nothing:  # every other episode would fail as this one did
+            raise RunFailed(
+                f"{what}. The server answers nothing any more ({nothing}). When it is there "
+                "again, the same command resumes."
+            )
+        raise InfraError(what)
+
+    async def _try(
+        self, body: Mapping[str, Any], conversation: Conversation
+    ) -> dict[str, Any] | _Problem:
+        """One request."""
         import httpx
 
-        wait, problem = 0.0, ""
-        for attempt in range(self.retries + 1):
+        try:
+            async with self._room:
+                wait = self.limiter.reserve()
+                while wait > 0:
+                    await _sleep(wait, conversation, held=True)
+                    wait = self.limiter.held_s()
+                response = await self._client.post(self.url, json=self._limited(body))
+                if self._wants_new_limit(response):
+                    response = await self._client.post(self.url, json=self._limited(body))
+        except httpx.TransportError as error:  # timeouts, refused and broken connections
+            return _Problem(f"{type(error).__name__}: {error}".rstrip(": "))
+        self.limiter.heed(response.headers)
+        code, text = response.status_code, response.text
+        final = code not in _RETRIED and code < 500
+        if code >= 400 and (final or "insufficient_quota" in text):
+            raise ConfigError(_refusal(self.url, self.config.model, code, text))
+        if code >= 400:
+            asked = retry_after(response.headers)
+            if asked is not None:
+                self.limiter.hold(asked)
+                asked = min(asked, LONGEST_HOLD_S)
+            return _Problem(f"HTTP {code}: {text[:200]}", asked)
+        try:
+            data = response.json()
+        except json.JSONDecodeError:
+            return _Problem(f"an answer that is not JSON: {text[:200]!r}")
+        if not isinstance(data, dict):
+            return _Problem(f"an answer that is no object: {text[:200]!r}")
+        return data
+
+    def _limited(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """The body, with the limit on tokens called as this server wants it."""
+        named = {_OLD_LIMIT: self._limit_key}
+        return {named.get(key, key): value for key, value in body.items()}
+
+    def _wants_new_limit(self, response: httpx.Response) -> bool:
+        """Whether the server refused the old name of the limit; it gets the new one from now on."""
+        if response.status_code != 400 or _NEW_LIMIT not in response.text:
+            return False
+        if f'"{_NEW_LIMIT}"'.encode() in response.request.content:  # it has had it
+            return False
+        self._limit_key = _NEW_LIMIT
+        self._say_once(f"it wants {_NEW_LIMIT} instead of {_OLD_LIMIT}, and gets it")
+        return True
+
+    async def probe(self) -> tuple[int, str]:
+        """The status of a question any server can answer, and what is wrong if it answers none."""
+        import httpx
+
+        problem = ""
+        for attempt in range(_PROBES):
             if attempt:
-                await asyncio.sleep(wait)
-            wait = min(self.backoff_s * 2**attempt * (0.5 + rng.random()), _LONGEST_WAIT_S)
+                await asyncio.sleep(self.backoff_s)
             try:
-                async with self._room:
-                    response = await self._client.post(self.url, json=body)
-            except httpx.TransportError as error:  # timeouts, refused and broken connections
+                response = await self._client.get(
+                    self.config.url.rstrip("/") + "/models", timeout=_PROBE_S
+                )
+                return response.status_code, ""
+            except (httpx.TransportError, httpx.InvalidURL) as error:
                 problem = f"{type(error).__name__}: {error}".rstrip(": ")
-                continue
-            code = response.status_code
-            if code in _RETRIED or code >= 500:
-                problem = f"HTTP {code}: {response.text[:200]}"
-                asked = _retry_after(response)
-                wait = wait if asked is None else min(asked, _LONGEST_WAIT_S)
-                continue
-            if code >= 400:
-                raise ConfigError(_refusal(self.url, self.model, code, response.text))
-            try:
-                data = response.json()
-            except json.JSONDecodeError:
-                problem = f"an answer that is not JSON: {response.text[:200]!r}"
-                continue
-            if isinstance(data, dict):
-                return data
-            problem = f"an answer that is no object: {response.text[:200]!r}"
-        tries = self.retries + 1
-        raise InfraError(f"{self.url}: no answer in {tries} tries; the last gave {problem}")
+        return 0, problem
+
+    def _say_once(self, what: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            print(f"{self.config.url}: {what}.", file=sys.stderr, flush=True)
+
+
+async def _sleep(seconds: float, conversation: Conversation, *, held: bool) -> None:
+    """Wait; where a limit makes us, the episode's deadline does not count it."""
+    if seconds > 0:
+        if held:
+            conversation.held_s += seconds
+        await asyncio.sleep(seconds)
 
 
 def _refusal(url: str, model: str, code: int, text: str) -> str:
     remedy = {
         401: "check the key in the variable that endpoint.api_key_env names",
         403: "the key may not use this model",
-        404: f"check endpoint.url and endpoint.model={model!r}",
-        400: f"check endpoint.model={model!r} and the sampling settings",
+        404: f"check endpoint.url (does it end in /v1?) and endpoint.model={model!r}",
+        400: (
+            f"check endpoint.model={model!r} and the sampling settings; a key it does not take is "
+            "left out by endpoint.extra.KEY=null"
+        ),
+        429: "the account has nothing left to spend",
     }.get(code, "the server will not answer this request")
-    return f"{url} refused the request (HTTP {code}): {remedy}. It said: {text[:300]}"
+    said = f" It said: {text[:300]}" if text else ""
+    return f"{url} refused the request (HTTP {code}): {remedy}.{said}"
 
 
-def _retry_after(response: httpx.Response) -> float | None:
-    """Seconds a `Retry-After` header asks to wait (RFC 9110, a number or a date)."""
-    value = response.headers.get("retry-after", "")
-    try:
-        return max(float(value), 0.0)
-    except ValueError:
-        pass
-    try:
-        return max((parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds(), 0.0)
-    except (ValueError, TypeError):
-        return None
+def _usage(data: Any) -> Usage:
+    """What the server counted; `unknown` where it did not count both ways."""
+    given = data if isinstance(data, Mapping) else {}
+    prompt, completion = _count(given, "prompt_tokens"), _count(given, "completion_tokens")
+    if prompt is None or completion is None:
+        return Usage(unknown=1)
+    return Usage(
+        prompt=prompt,
+        completion=completion,
+        cached=_count(given.get("prompt_tokens_details"), "cached_tokens"),
+        reasoning=_count(given.get("completion_tokens_details"), "reasoning_tokens"),
+    )
+
+
+def _count(data: Any, key: str) -> int | None:
+    value = data.get(key) if isinstance(data, Mapping) else None
+    return value if isinstance(value, int) and value >= 0 else None
 
 
 def _to_openai(messages: Sequence[Message], native: bool) -> list[dict[str, Any]]:

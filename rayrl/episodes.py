@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO, get_args
 
 from rayrl.errors import DataError
 from rayrl.hints import fit
-from rayrl.types import Episode, Failure, Finish, Message, Task, ToolCall, Turn, VersionSpan
+from rayrl.types import Episode, Failure, Finish, Message, Task, ToolCall, Turn, Usage, VersionSpan
 
 __all__ = [
     "LoggedTask",
@@ -74,6 +74,8 @@ def episode_to_json(episode: Episode) -> dict[str, Any]:
             "message": episode.failure.message,
             "traceback": episode.failure.traceback,
         }
+    if episode.wasted is not None:
+        data["wasted"] = _usage_to_json(episode.wasted)
     data["seconds"] = round(episode.seconds, 4)
     return data
 
@@ -100,6 +102,7 @@ def episode_from_json(data: Mapping[str, Any]) -> Episode:
             scores=fit(data["scores"], dict[str, dict[str, float]]),
             rewards=fit(data["rewards"], dict[str, float]),
             failure=None if failed is None else Failure(**failed),
+            wasted=_usage_from_json(data.get("wasted")),
             seconds=float(data.get("seconds", 0.0)),
         )
     except KeyError as error:
@@ -167,6 +170,8 @@ def _turn_to_json(turn: Turn) -> dict[str, Any]:
         data["tools"] = [dict(schema) for schema in turn.tools]
     if turn.state != _default_state(turn.prompt):
         data["state"] = turn.state
+    if turn.usage is not None:
+        data["usage"] = _usage_to_json(turn.usage)
     if turn.prompt_ids or turn.completion_ids:
         data["offset"] = turn.offset
         data["prompt_ids"] = list(turn.prompt_ids)
@@ -199,7 +204,16 @@ def _turn_from_json(data: Mapping[str, Any], where: str) -> Turn:
         versions=tuple(VersionSpan(*span) for span in data.get("versions", ())),
         state=data.get("state", _default_state(prompt)),
         tools=fit(data.get("tools", ()), tuple[dict[str, Any], ...]),
+        usage=_usage_from_json(data.get("usage")),
     )
+
+
+def _usage_to_json(usage: Usage) -> dict[str, int]:
+    return {key: value for key, value in asdict(usage).items() if value is not None}
+
+
+def _usage_from_json(data: Mapping[str, Any] | None) -> Usage | None:
+    return None if data is None else Usage(**fit(data, dict[str, int]))
 
 
 def _typed(value: Any, kind: type, where: str) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,12 @@ from rayrl.cluster.rollouts import Collection, Rollouts
 from rayrl.config import Config
 from rayrl.env import Environment
 from rayrl.figures import measure
+from rayrl.journal import Journal, Play
 from rayrl.results import Cell, Result, rich_table
 from rayrl.rollout import GroupPlan
 from rayrl.rundir import RunDir
 from rayrl.stage import row_name, seats_of
-from rayrl.types import Sampling, derive_seed
+from rayrl.types import Sampling, Usage, derive_seed
 
 __all__ = ["cell_of", "check_args", "evaluate", "evaluation_plans", "run"]
 
@@ -39,12 +41,20 @@ def run(config: Config) -> None:
     console = Console()
     with RunDir(config.run.dir, config) as folder:
         if folder.finished is not None and (folder.path / FILE).is_file():
-            result = Result.load(folder.path / FILE)
+            result = replace(Result.load(folder.path / FILE), prices=prices(config))
+            result.save(folder.path / FILE)  # prices may be other ones now
         else:
             result = asyncio.run(evaluate(config, folder))
             result.save(folder.path / FILE)
-            folder.finish({"figures": FILE})
+            if not result.unplayed:
+                folder.finish({"figures": FILE})
     console.print(rich_table([result]))
+    if result.unplayed:
+        console.print(
+            f"{result.unplayed} episodes are missing: not their environment failed but what is "
+            "around it. The same command plays them again.",
+            style="yellow",
+        )
     console.print(f"Written to {Path(config.run.dir) / FILE}", highlight=False, markup=False)
 
 
@@ -64,30 +74,31 @@ async def evaluate(config: Config, folder: RunDir | None = None) -> Result:
     s = config.sampling
     sampling = Sampling(config.eval.temperature, s.top_p, s.top_k, s.max_tokens, tuple(s.stop))
     name = row_name(config, config.eval.player)
-    done = 0
+    seats = seats_of(environment, config, config.eval.player)
+    configured = {cell: environment.configure(args) for cell, args in cells.items()}
+    journals = {
+        cell: Journal(
+            folder.episodes_file(number) if folder else None,
+            evaluation_plans(configured[cell], config, cell),
+            seats,
+        )
+        for number, cell in enumerate(cells)
+    }
     measured: dict[str, Cell] = {}
     checks: dict[str, Mapping[str, float]] = {}
-    async with open_rollouts(
-        config, seats=seats_of(environment, config, config.eval.player), sampling=sampling
-    ) as rollouts:
-        with Bar(f"eval {name}", total) as progress:
-
-            def count(group: object) -> None:
-                nonlocal done
-                done += 1
-                progress.update(done)
-
-            for number, (cell, args) in enumerate(cells.items()):
-                configured = environment.configure(args)
-                played = await rollouts.collect(
-                    evaluation_plans(configured, config, cell), on_group=count
-                )
-                measured[cell] = cell_of(configured, args, played)
-                if folder is not None:
-                    folder.write_episodes(number, (*played.groups, *played.dropped))
-        if _checkable(config):
-            checks = await run_checks(environment, cells, rollouts)
-    return Result(name, measured, checks, _settings(config))
+    budget = config.endpoint.max_tokens_total
+    with Bar(f"eval {name}", total) as bar:
+        play = Play([*journals.values()], bar, budget)
+        play.check_budget()
+        async with open_rollouts(config, seats=seats, sampling=sampling) as rollouts:
+            for cell, journal in journals.items():
+                played = await play.collect(rollouts, journal)
+                measured[cell] = cell_of(configured[cell], cells[cell], played, journal.usage)
+                if not played.infra_failures:
+                    journal.seal([*played.groups, *played.dropped])
+            if _checkable(config):
+                checks = await run_checks(environment, cells, rollouts)
+    return Result(name, measured, checks, _settings(config), prices(config))
 
 
 def evaluation_plans(environment: Environment, config: Config, cell: str) -> list[GroupPlan]:
@@ -100,11 +111,17 @@ def evaluation_plans(environment: Environment, config: Config, cell: str) -> lis
     ]
 
 
-def cell_of(environment: Environment, args: Mapping[str, Any], played: Collection) -> Cell:
+def cell_of(
+    environment: Environment,
+    args: Mapping[str, Any],
+    played: Collection,
+    usage: Usage | None = None,
+) -> Cell:
     """A cell's figures. Failed episodes are counted, never measured."""
     episodes = [episode for group in played.groups for episode in group.episodes]
     failed = sum(len(group.episodes) for group in played.dropped)
-    return Cell(dict(args), len(episodes), failed, measure(episodes, environment.reported))
+    figures = measure(episodes, environment.reported)
+    return Cell(dict(args), len(episodes), failed, figures, usage, played.infra_failures)
 
 
 def _checkable(config: Config) -> bool:
@@ -149,12 +166,22 @@ def agents(player: Player, seat: str, name: str) -> tuple[Callable[[], Agent], S
     return new_agent, made
 
 
+def _model(config: Config) -> str:
+    played = {"model": config.model.path, "endpoint": config.endpoint.model}
+    return played.get(config.eval.player, "")
+
+
+def prices(config: Config) -> tuple[float, float]:
+    """Of a million tokens read and written."""
+    return (config.endpoint.price_in, config.endpoint.price_out)
+
+
 def _settings(config: Config) -> dict[str, Any]:
     return {
         "env": config.env.name,
         "env_args": dict(config.env.args),
         "player": config.eval.player,
-        "model": config.model.path if config.eval.player == "model" else "",
+        "model": _model(config),
         "temperature": config.eval.temperature,
         "max_tokens": config.sampling.max_tokens,
         "seed": config.run.seed,

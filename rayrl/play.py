@@ -24,7 +24,7 @@ from rayrl.errors import ConfigError, did_you_mean
 from rayrl.players import HumanPlayer
 from rayrl.rollout import play_episode
 from rayrl.show import message_text, reply_text, scores_text, task_text
-from rayrl.stage import POLICY
+from rayrl.stage import seats_of
 from rayrl.types import Episode, Message, Sampling, Turn, derive_seed
 
 __all__ = ["Shown", "human", "play", "run", "seats_for"]
@@ -108,7 +108,7 @@ async def play(
 
 
 def seats_for(environment: Environment, config: Config) -> dict[str, str]:
-    """Who plays the seats that are not the person's: as `env.seats` says, else the model.
+    """Who plays the seats that are not the person's: as `env.seats` says, else `play.player`.
 
     Raises:
         ConfigError: `play.seat` is not a seat.
@@ -120,8 +120,8 @@ def seats_for(environment: Environment, config: Config) -> dict[str, str]:
         raise ConfigError(
             f"play.seat={mine}: {environment.name!r} has no such seat.{near} It has: {known}."
         )
-    others = [seat for seat in environment.seats if seat != mine]
-    return {seat: config.env.seats.get(seat, POLICY) for seat in others}
+    seats = seats_of(environment, config, config.play.player)
+    return {seat: who for seat, who in seats.items() if seat != mine}
 
 
 def human(form: str, console: Console, read: Callable[[str], str]) -> HumanPlayer:

@@ -21,7 +21,7 @@ from markupsafe import Markup
 
 from rayrl.config import Config, differences
 from rayrl.figures import Split
-from rayrl.results import Column, Result, columns, entry
+from rayrl.results import Column, Result, columns, entry, spending
 from rayrl.types import Episode
 
 __all__ = ["Book", "Phase", "render"]
@@ -162,6 +162,7 @@ def _table(results: Sequence[Result], apart: frozenset[str]) -> dict[str, Any]:
         f"{size} episodes a cell. The small figures are 95% intervals: Wilson's for shares, normal "
         "for means. Counts of exhaustive checks are exact."
     )
+    note = " ".join([note, *spending(results)])
     names = [column.name for column in shown]
     return {"groups": groups, "names": names, "rows": rows, "note": note}
 

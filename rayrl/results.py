@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,18 @@ from rich.text import Text
 
 from rayrl.errors import DataError
 from rayrl.figures import Figure, figure_from_dict
+from rayrl.types import Usage, sum_usage
 
-__all__ = ["Cell", "Column", "Result", "columns", "entry", "markdown", "rich_table"]
+__all__ = [
+    "Cell",
+    "Column",
+    "Result",
+    "columns",
+    "entry",
+    "markdown",
+    "rich_table",
+    "spending",
+]
 
 MISSING = "–"
 
@@ -34,12 +44,16 @@ class Cell:
         args: the environment's keywords in this cell.
         episodes: how many ended with a score; the figures are of these.
         failed: how many did not.
+        usage: tokens that a server's model cost, failed episodes included; None without one.
+        unplayed: of the failed ones, those that did not fail by their environment.
     """
 
     args: Mapping[str, Any]
     episodes: int
     failed: int
     figures: Mapping[str, Figure]
+    usage: Usage | None = None
+    unplayed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +65,30 @@ class Result:
         cells: by name.
         checks: exhaustive checks by name, each with its counts by name.
         settings: what else is needed to run the same evaluation again.
+        prices: of a million tokens read and written; 0 where nobody said.
     """
 
     name: str
     cells: Mapping[str, Cell]
     checks: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    prices: tuple[float, float] = (0.0, 0.0)
+
+    @property
+    def usage(self) -> Usage | None:
+        """Tokens of all cells."""
+        return sum_usage(cell.usage for cell in self.cells.values())
+
+    @property
+    def unplayed(self) -> int:
+        """Episodes of all cells that are to be played again."""
+        return sum(cell.unplayed for cell in self.cells.values())
+
+    def cost(self, usage: Usage) -> float | None:
+        """What tokens cost at this result's prices; None without prices."""
+        if not any(self.prices):
+            return None
+        return (usage.prompt * self.prices[0] + usage.completion * self.prices[1]) / 1e6
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -69,11 +101,21 @@ class Result:
                     "episodes": cell.episodes,
                     "failed": cell.failed,
                     "figures": {key: figure.to_dict() for key, figure in cell.figures.items()},
+                    **({"unplayed": cell.unplayed} if cell.unplayed else {}),
+                    **self._usage_to_dict(cell.usage),
                 }
                 for name, cell in self.cells.items()
             },
             "checks": {name: dict(counts) for name, counts in self.checks.items()},
+            **self._usage_to_dict(self.usage),
+            **({"prices": list(self.prices)} if any(self.prices) else {}),
         }
+
+    def _usage_to_dict(self, usage: Usage | None) -> dict[str, Any]:
+        if usage is None:
+            return {}
+        cost = self.cost(usage)
+        return {"usage": asdict(usage), **({} if cost is None else {"cost": cost})}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Result:
@@ -89,6 +131,8 @@ class Result:
                     int(cell["episodes"]),
                     int(cell["failed"]),
                     {key: figure_from_dict(value) for key, value in cell["figures"].items()},
+                    Usage(**cell["usage"]) if "usage" in cell else None,
+                    int(cell.get("unplayed", 0)),
                 )
                 for name, cell in data["cells"].items()
             }
@@ -96,7 +140,9 @@ class Result:
                 name: {key: float(value) for key, value in counts.items()}
                 for name, counts in data["checks"].items()
             }
-            return cls(str(data["name"]), cells, checks, dict(data["settings"]))
+            price_in, price_out = data.get("prices", (0.0, 0.0))
+            prices = (float(price_in), float(price_out))
+            return cls(str(data["name"]), cells, checks, dict(data["settings"]), prices)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(f"not an evaluation's result: {error!r}") from error
 
@@ -164,7 +210,8 @@ def rich_table(results: Sequence[Result]) -> RenderableType:
     for group in dict.fromkeys((column.group, column.is_check) for column in shown):
         own = [column for column in shown if (column.group, column.is_check) == group]
         parts.append(_part(results, own))
-    return RichGroup(*parts, Text("Beneath each figure: its 95% interval.", style="dim"))
+    lines = ["Beneath each figure: its 95% interval.", *spending(results)]
+    return RichGroup(*parts, Text("\n".join(lines), style="dim"))
 
 
 def _part(results: Sequence[Result], shown: Sequence[Column]) -> Table:
@@ -213,7 +260,29 @@ def notes(results: Sequence[Result]) -> list[str]:
         failed = sum(cell.failed for cell in cells)
         lost = f"; {failed} failed and are not counted" if failed else ""
         lines.append(f"- {group}: {settings or 'default settings'}; {sizes} episodes a row{lost}.")
+    lines += [f"- {line}" for line in spending(results)]
     lines.append("- In brackets: 95% intervals (Wilson for shares, normal for means).")
+    return lines
+
+
+def spending(results: Sequence[Result]) -> list[str]:
+    """What each row cost at a server, a sentence a cell and one for all of them."""
+    lines = []
+    for result in results:
+        costs = [(name, cell.usage) for name, cell in result.cells.items() if cell.usage]
+        if len(costs) > 1 and result.usage:
+            costs.append(("all cells", result.usage))
+        for name, usage in costs:
+            cached = "" if usage.cached is None else f" ({usage.cached:,} cached)"
+            thought = "" if usage.reasoning is None else f" ({usage.reasoning:,} reasoning)"
+            cost = result.cost(usage)
+            least = "at least " if usage.unknown else ""
+            money = "" if cost is None else f", {least}{cost:,.4g} in money"
+            silent = f"; of {usage.unknown:,} calls nothing is known" if usage.unknown else ""
+            lines.append(
+                f"{result.name}, {name}: {usage.calls:,} calls, {usage.prompt:,} tokens "
+                f"read{cached}, {usage.completion:,} written{thought}{money}{silent}."
+            )
     return lines
 
 

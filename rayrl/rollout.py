@@ -7,7 +7,7 @@ import functools
 import time
 import traceback
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rayrl.agent import Agent, Player
@@ -15,7 +15,7 @@ from rayrl.env import Environment
 from rayrl.errors import ConfigError, EnvError, InfraError
 from rayrl.groups import with_group_rewards
 from rayrl.hints import suggestion
-from rayrl.types import Episode, Failure, Group, Scores, Task, Turn, derive_seed
+from rayrl.types import Episode, Failure, Group, Scores, Task, Turn, Usage, derive_seed, sum_usage
 
 __all__ = ["GroupPlan", "play_episode", "play_group", "play_groups"]
 
@@ -53,7 +53,8 @@ async def play_episode(
         id: of the episode.
         index: its place in its group.
         seed: of all the players' randomness.
-        deadline_s: wall time allowed; None is no limit.
+        deadline_s: wall time allowed, without what a player held its own requests back; None is
+            no limit.
         attempt: of this episode; keeps the sessions of a repeated one apart from the first's.
 
     Returns:
@@ -124,8 +125,14 @@ class _Late(Exception):
 async def _within(
     running: asyncio.Future[Scores], deadline_s: float | None, agents: Sequence[Agent]
 ) -> Scores:
+    began = time.monotonic()
+    left = deadline_s
     try:
-        await asyncio.wait((running,), timeout=deadline_s)
+        while not running.done() and (left is None or left > 0):
+            await asyncio.wait((running,), timeout=left)
+            if deadline_s is not None:
+                held = sum(agent.held_s for agent in agents)
+                left = began + deadline_s + held - time.monotonic()
     except asyncio.CancelledError:
         await _stop(running, agents)
         raise
@@ -200,6 +207,7 @@ async def _play_with_retries(
 ) -> Episode:
     """Infrastructure failures are played again with the same task and seed."""
     attempt = 0
+    wasted: Usage | None = None
     while True:
         episode = await play_episode(
             env,
@@ -213,7 +221,8 @@ async def _play_with_retries(
         )
         failed = episode.failure is not None and episode.failure.kind == "infra"
         if not failed or attempt >= rules.retries:
-            return episode
+            return replace(episode, wasted=wasted) if wasted else episode
+        wasted = sum_usage([wasted, episode.usage])
         await asyncio.sleep(min(rules.backoff_s * 2**attempt, 5.0))
         attempt += 1
 

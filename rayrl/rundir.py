@@ -50,7 +50,15 @@ _MAY_CHANGE = (
     "run.episodes_every",
     "run.wandb_project",
     "cluster.",
-    "endpoint.",
+    "endpoint.url",  # the same model may answer elsewhere now
+    "endpoint.api_key_env",
+    "endpoint.concurrency",
+    "endpoint.requests_per_minute",
+    "endpoint.tokens_per_minute",
+    "endpoint.max_tokens_total",
+    "endpoint.timeout_s",
+    "endpoint.retries",
+    "endpoint.price_",
     "play.",
     "synth.show",
     "recipe",  # the stages are runs of their own, with folders and settings of their own
@@ -144,10 +152,14 @@ class RunDir:
             for group in groups
             for episode in group.episodes
         ]
-        file = self.path / "episodes" / f"{_step_name(step)}.jsonl"
+        file = self.episodes_file(step)
         file.parent.mkdir(exist_ok=True)
         write_atomic(file, "".join(lines).encode())
         return file
+
+    def episodes_file(self, step: int) -> Path:
+        """Where the episodes of a step (in an evaluation: of a cell) are."""
+        return self.path / "episodes" / f"{_step_name(step)}.jsonl"
 
     def write_json(self, name: str, data: object) -> Path:
         """Write `data` as RUN/name, readable and whole."""

@@ -25,6 +25,7 @@ from rayrl.env import Environment
 from rayrl.episodes import read_episodes, write_episodes
 from rayrl.errors import ConfigError, RunFailed, did_you_mean
 from rayrl.figures import measure, scores_of
+from rayrl.journal import Journal, Play
 from rayrl.rollout import GroupPlan
 from rayrl.rundir import RunDir
 from rayrl.show import episode_panel
@@ -80,8 +81,7 @@ def run(config: Config) -> None:
         out = Path(config.synth.out) if config.synth.out else folder.path / EPISODES
         everything = folder.path / PLAYED
         if folder.finished is None or not out.is_file():
-            played = asyncio.run(synth(config))
-            write_whole(everything, played)
+            played = asyncio.run(synth(config, everything))
             good = kept(played, config.synth.keep)
             if not good:
                 raise RunFailed(_nothing_kept(config, played))
@@ -99,8 +99,11 @@ def run(config: Config) -> None:
     console.print(f"{len(good)} episodes in {out}", highlight=False, markup=False)
 
 
-async def synth(config: Config) -> list[Episode]:
+async def synth(config: Config, file: Path | None = None) -> list[Episode]:
     """Play `synth.episodes` tasks, one episode each, in the order of the tasks.
+
+    Args:
+        file: where each is written as it ends; those it has already are not played again.
 
     Raises:
         RunFailed: the environment fails too often (`env.failure_budget`).
@@ -112,10 +115,15 @@ async def synth(config: Config) -> list[Episode]:
         GroupPlan(f"synth-{k}", task, 1, derive_seed(seed, "play", k))
         for k, task in enumerate(environment.tasks(seed, config.synth.episodes))
     ]
-    async with open_rollouts(config, seats=seats) as rollouts:
-        with Bar(f"{config.run.name}: {config.synth.player}", len(plans)) as bar:
-            played = await rollouts.collect(plans, on_group=lambda _: bar.update(bar.done + 1))
-    by_id = {group.id: group for group in (*played.groups, *played.dropped)}
+    journal = Journal(file, plans, seats)
+    with Bar(f"{config.run.name}: {config.synth.player}", len(plans)) as bar:
+        play = Play([journal], bar, config.endpoint.max_tokens_total)
+        play.check_budget()
+        async with open_rollouts(config, seats=seats) as rollouts:
+            played = await play.collect(rollouts, journal)
+    groups = [*played.groups, *played.dropped]
+    journal.seal(groups)
+    by_id = {group.id: group for group in groups}
     return [episode for plan in plans for episode in by_id[plan.id].episodes]
 
 

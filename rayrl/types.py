@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -26,9 +26,11 @@ __all__ = [
     "Task",
     "ToolCall",
     "Turn",
+    "Usage",
     "VersionSpan",
     "assistant",
     "derive_seed",
+    "sum_usage",
     "system",
     "tool",
     "user",
@@ -184,6 +186,56 @@ class Reply(str):
 
 
 @dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens that calls of a server's model cost, as the server says; nothing is estimated.
+
+    Attributes:
+        calls: how many calls these are.
+        unknown: those about which the server said nothing.
+        prompt: tokens read.
+        completion: tokens written, those of `reasoning` included.
+        cached: of `prompt`, those the server had read before; None where it never says.
+        reasoning: of `completion`, those it thought with; None where it never says.
+    """
+
+    calls: int = 1
+    unknown: int = 0
+    prompt: int = 0
+    completion: int = 0
+    cached: int | None = None
+    reasoning: int | None = None
+
+    @property
+    def total(self) -> int:
+        """Tokens read and written."""
+        return self.prompt + self.completion
+
+    def __add__(self, other: Usage) -> Usage:
+        """Of both."""
+        return Usage(
+            self.calls + other.calls,
+            self.unknown + other.unknown,
+            self.prompt + other.prompt,
+            self.completion + other.completion,
+            _added(self.cached, other.cached),
+            _added(self.reasoning, other.reasoning),
+        )
+
+
+def sum_usage(costs: Iterable[Usage | None]) -> Usage | None:
+    """The sum of what there is; None if there is nothing."""
+    total = None
+    for cost in costs:
+        if cost is not None:
+            total = cost if total is None else total + cost
+    return total
+
+
+def _added(one: int | None, other: int | None) -> int | None:
+    return other if one is None else one + (other or 0)
+
+
+@dataclass(frozen=True, slots=True)
 class Turn:
     """One call of a model by one seat.
 
@@ -203,6 +255,7 @@ class Turn:
         state: key of the state the model acted in; equal keys inside a group are the same decision
             (GiGPO compares there).
         tools: JSON schemas of the tools that were offered.
+        usage: tokens the call cost at a server; None where none was asked.
     """
 
     seat: str
@@ -216,6 +269,7 @@ class Turn:
     versions: tuple[VersionSpan, ...] = ()
     state: str = ""
     tools: tuple[Mapping[str, Any], ...] = ()
+    usage: Usage | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,6 +294,7 @@ class Episode:
         scores: by seat, then name.
         rewards: by seat: weighted sum of its scores. Empty when the episode failed.
         failure: None, or why it ended without a reward. Such an episode is never trained on.
+        wasted: tokens that earlier attempts at it cost at a server.
         seconds: wall time, for the timing report only.
     """
 
@@ -251,11 +306,18 @@ class Episode:
     scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     rewards: Mapping[str, float] = field(default_factory=dict)
     failure: Failure | None = None
+    wasted: Usage | None = None
     seconds: float = field(default=0.0, compare=False)
 
     def turns_of(self, seat: str) -> tuple[Turn, ...]:
         """The turns `seat` played."""
         return tuple(turn for turn in self.turns if turn.seat == seat)
+
+    @property
+    def usage(self) -> Usage | None:
+        """Tokens it cost at a server, earlier attempts included; None where none was asked."""
+        costs = [turn.usage for turn in self.turns] + [self.wasted]
+        return sum_usage(costs)
 
     @property
     def min_version(self) -> int | None:

@@ -223,7 +223,7 @@ def test_interrupt_says_how_to_resume(
         (["play"], "\nStopped.\n"),
         (["plan"], "\nStopped.\n"),
         (["env", "check"], "\nStopped.\n"),
-        (["eval"], "\nStopped. The same command starts over:\n  rayrl eval\n"),
+        (["eval"], "\nStopped. The same command resumes from runs/run:\n  rayrl eval\n"),
         (["sft", "sft.data=x"], "\nStopped. The same command resumes from runs/run:\n  rayrl sft"),
     ],
 )

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 
+import rayrl
 from rayrl.agent import Agent
 from rayrl.config import EndpointConfig
-from rayrl.endpoint import EndpointPlayer
-from rayrl.errors import ConfigError, InfraError
-from rayrl.types import Sampling, system, user
+from rayrl.endpoint import EndpointPlayer, check_reachable
+from rayrl.episodes import episode_from_json, episode_to_json
+from rayrl.errors import ConfigError, InfraError, RunFailed
+from rayrl.types import Sampling, Usage, sum_usage, system, user
 
 Answer = tuple[int, dict[str, str], Any]  # status, headers, body
 
@@ -24,6 +26,8 @@ class Server:
     def __init__(self, *answers: Answer | Callable[[], Any]) -> None:
         self.answers = list(answers)
         self.seen: list[tuple[dict[str, str], dict[str, Any]]] = []
+        self.asked: list[dict[str, str]] = []
+        self.status = 404  # of any other question
         self.url = ""
         self.live = self.most = 0
         self.handlers: set[asyncio.Task[None]] = set()
@@ -45,6 +49,10 @@ class Server:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode()
                 lines = head.split("\r\n")
                 headers = dict(line.lower().split(": ", 1) for line in lines[1:] if ": " in line)
+                if lines[0].startswith("GET"):  # is anybody there? a server need not know more
+                    self.asked.append(headers)
+                    writer.write(b"HTTP/1.1 %d X\r\nContent-Length: 0\r\n\r\n" % self.status)
+                    continue
                 body = json.loads(await reader.readexactly(int(headers["content-length"])))
                 headers["path"] = lines[0]
                 self.seen.append((headers, body))
@@ -78,23 +86,17 @@ async def serving(*answers: Any) -> AsyncIterator[Server]:
         await asyncio.gather(*server.handlers, return_exceptions=True)
 
 
-def said(content: str | None, finish: str = "stop", **more: Any) -> Answer:
+def said(content: str | None, finish: str = "stop", usage: Any = None, **more: Any) -> Answer:
     message = {"role": "assistant", "content": content, **more}
-    return 200, {}, {"choices": [{"message": message, "finish_reason": finish}]}
+    data = {"choices": [{"message": message, "finish_reason": finish}]}
+    return 200, {}, data | ({"usage": usage} if usage is not None else {})
 
 
 def endpoint(server: Server, retries: int = 3, **more: Any) -> EndpointPlayer:
-    timeout_s = more.pop("timeout_s", 5.0)
-    room = more.pop("concurrency", 16)
-    config = EndpointConfig(
-        url=server.url,
-        model="m",
-        api_key_env="RAYRL_TEST_KEY",
-        retries=retries,
-        timeout_s=timeout_s,
-        concurrency=room,
-    )
-    return EndpointPlayer(config, backoff_s=0.01, **more)
+    sampling = more.pop("sampling", None)
+    settings = {"api_key_env": "RAYRL_TEST_KEY", "timeout_s": 5.0, **more}
+    config = EndpointConfig(url=server.url, model="m", retries=retries, **settings)
+    return EndpointPlayer(config, backoff_s=0.01, sampling=sampling)
 
 
 async def test_a_conversation(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,8 +180,129 @@ async def test_a_server_that_is_not_there() -> None:
     server = Server()
     server.url = "http://127.0.0.1:9/v1"
     async with endpoint(server, retries=0) as player:
-        with pytest.raises(InfraError, match="no answer in 1 tries; the last gave ConnectError"):
+        with pytest.raises(RunFailed, match=r"in 1 tries; .*ConnectError.*same command resumes"):
             await Agent(player)("a")
+    with pytest.raises(ConfigError, match=r"endpoint\.url=http://127.*no server answers there"):
+        await check_reachable(EndpointConfig(url=server.url, model="m"))
+
+
+async def test_a_server_is_there_if_it_answers_anything() -> None:
+    async with serving(said("ok")) as server:
+        await check_reachable(EndpointConfig(url=server.url, model="m"))
+        server.status = 401
+        with pytest.raises(ConfigError, match=r"HTTP 401.*endpoint\.api_key_env"):
+            await check_reachable(EndpointConfig(url=server.url, model="m"))
+    assert not server.seen  # nothing was spent
+
+
+async def test_an_account_without_money_is_not_asked_again() -> None:
+    empty = (429, {"Retry-After": "30"}, {"error": {"code": "insufficient_quota"}})
+    async with serving(empty) as server, endpoint(server) as player:
+        with pytest.raises(ConfigError, match="nothing left to spend"):
+            await Agent(player)("a")
+    assert len(server.seen) == 1
+
+
+COUNTED = {
+    "prompt_tokens": 100,
+    "completion_tokens": 7,
+    "prompt_tokens_details": {"cached_tokens": 64},
+    "completion_tokens_details": {"reasoning_tokens": 5},
+}
+
+
+async def test_what_a_call_cost() -> None:
+    partly = {"prompt_tokens": 10, "completion_tokens": 1, "prompt_tokens_details": None}
+    answers = (said("a", usage=COUNTED), said("b", usage=partly), said("c"))
+    async with serving(*answers) as server, endpoint(server) as player:
+        agent = Agent(player)
+        for _ in range(3):
+            await agent("go")
+    costs = [turn.usage for turn in agent.record]
+    assert costs == [
+        Usage(prompt=100, completion=7, cached=64, reasoning=5),
+        Usage(prompt=10, completion=1),
+        Usage(unknown=1),  # nothing is estimated
+    ]
+    assert sum_usage(costs) == Usage(3, 1, 110, 8, 64, 5)
+
+
+async def test_keys_of_the_body() -> None:
+    extra = {"reasoning_effort": "low", "top_p": None, "temperature": 1.0}
+    async with serving(said("ok")) as server, endpoint(server, extra=extra) as player:
+        await Agent(player)("a", max_tokens=5)
+    assert server.seen[0][1] == {
+        "model": "m",
+        "messages": [{"role": "user", "content": "a"}],
+        "temperature": 1.0,
+        "max_tokens": 5,
+        "reasoning_effort": "low",
+    }
+
+
+async def test_a_server_that_wants_the_new_name_of_the_limit(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."
+    refused = (400, {}, {"error": {"message": words}})
+    answers = (refused, refused, said("ok"))  # two were under way when the first was refused
+    async with serving(*answers) as server, endpoint(server, retries=0) as player:
+        await asyncio.gather(Agent(player)("a", max_tokens=5), Agent(player)("b", max_tokens=5))
+        await Agent(player)("c", max_tokens=5)
+    keys = [next(key for key in body if key.startswith("max_")) for _, body in server.seen]
+    assert keys == ["max_tokens"] * 2 + ["max_completion_tokens"] * 3
+    assert capsys.readouterr().err.count("wants max_completion_tokens instead") == 1
+
+
+async def test_a_retry_after_holds_every_request() -> None:
+    busy = (429, {"Retry-After": "0.4"}, "")
+    async with serving(busy, said("ok")) as server, endpoint(server) as player:
+        first = asyncio.create_task(Agent(player)("a"))
+        while not player.limiter.held_s():
+            await asyncio.sleep(0.01)
+        other = Agent(player)
+        await asyncio.gather(first, other("b"))
+    assert len(server.seen) == 3
+    assert 0.1 < other.held_s <= 0.4
+
+
+async def test_waiting_for_a_limit_is_not_the_episodes_time() -> None:
+    @rayrl.env(tasks=[rayrl.Task()], rewards={"s": 1.0})
+    async def chat(task: rayrl.Task, agent: Agent) -> rayrl.Scores:
+        for _ in range(3):
+            await agent("go")
+        return {"s": 1.0}
+
+    # a request at once, then one each half second
+    limits = {"requests_per_minute": 120}
+    async with serving(said("ok")) as server, endpoint(server, **limits) as player:
+        player.limiter.reserve()
+        player.limiter.reserve()
+        episode = await rayrl.play_episode(
+            chat, rayrl.Task(), {"agent": player}, id="e", deadline_s=0.3
+        )
+    assert episode.failure is None
+    assert episode.seconds > 0.9
+
+
+async def test_earlier_attempts_at_an_episode_are_paid_for() -> None:
+    @rayrl.env(tasks=[rayrl.Task()], rewards={"s": 1.0})
+    async def chat(task: rayrl.Task, agent: Agent) -> rayrl.Scores:
+        await agent("one")
+        await agent("two")
+        return {"s": 1.0}
+
+    paid = said("ok", usage=COUNTED)
+    answers = (paid, (503, {}, "busy"), paid)
+    async with serving(*answers) as server, endpoint(server, retries=0) as player:
+        group = await rayrl.play_group(
+            chat, rayrl.Task(), {"agent": player}, id="g", size=1, backoff_s=0.01
+        )
+    (episode,) = group.episodes
+    assert episode.failure is None
+    assert episode.wasted == Usage(prompt=100, completion=7, cached=64, reasoning=5)
+    assert episode.usage == Usage(3, 0, 300, 21, 192, 15)
+    assert episode_from_json(json.loads(json.dumps(episode_to_json(episode)))) == episode
 
 
 @pytest.mark.parametrize(

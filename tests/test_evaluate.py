@@ -152,9 +152,10 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[Mapping[str, str]]:
             names = {s: who.partition(":")[2] or "optimal" for s, who in seats.items()}
             self.players = {s: ScriptedPlayer(self.env.players[n]) for s, n in names.items()}
 
-        async def collect(self, plans, on_group):  # type: ignore[no-untyped-def]
-            groups = {}
-            async for group in play_groups(self.env, plans, self.players, concurrency=8):
+        async def collect(self, plans, on_group, known):  # type: ignore[no-untyped-def]
+            groups = dict(known)
+            missing = [plan for plan in plans if plan.id not in known]
+            async for group in play_groups(self.env, missing, self.players, concurrency=8):
                 groups[group.id] = group
                 on_group(group)
             return Collection(tuple(groups[plan.id] for plan in plans))

@@ -20,12 +20,15 @@ LAYERS: list[dict[str, str]] = [
     {"words": "types errors hints"},
     {"ground": "config env groups registry gymnasium intervals models weights engine.protocol"},
     {
-        "act": "chat agent players tools textcalls rollout episodes isolation endpoint checker",
+        "act": "chat templates agent players tools textcalls rollout episodes isolation endpoint "
+        "limits checker",
         "learn": "advantage batch packing loss",
     },
     {"engine": "engine", "learner": "learner"},
     {"cluster": "cluster"},
-    {"output": "files rundir figures results show report_page stage bar boards progress memory"},
+    {
+        "output": "files rundir figures results show report_page stage journal bar boards progress memory"
+    },
     {
         "programs": "synth sft train evaluate play report recipe plan envcheck fetch",
     },

@@ -19,6 +19,7 @@ from rayrl.cluster.rollouts import Rollouts
 from rayrl.cluster.session import Session, open_session
 from rayrl.cluster.weights import Weights, open_store
 from rayrl.config import Config
+from rayrl.endpoint import check_reachable
 from rayrl.engine import open_engine
 from rayrl.env import Environment
 from rayrl.errors import ConfigError, did_you_mean
@@ -27,6 +28,7 @@ from rayrl.registry import load_env
 from rayrl.types import Sampling
 
 __all__ = [
+    "check_endpoint",
     "deploy_models",
     "is_model",
     "make_environment",
@@ -76,6 +78,7 @@ async def open_rollouts(
             a seat for a model no engine is started.
         sampling: instead of `config.sampling`.
     """
+    await check_endpoint(config, config.env.seats if seats is None else seats)
     with ExitStack() as stack:
         session = stack.enter_context(open_session(config.cluster, config.run.dir))
         job = _job(config, session, seats, sampling)
@@ -101,6 +104,7 @@ async def open_training(
     config: Config, total_steps: int
 ) -> AsyncIterator[tuple[Rollouts, Learners, Weights]]:
     """Hosts, replicas and learners, all on `config.model`; replicas get weights by `push`."""
+    await check_endpoint(config, config.env.seats)
     with ExitStack() as stack:
         session = stack.enter_context(open_session(config.cluster, config.run.dir))
         job = _job(config, session, None, None)
@@ -118,6 +122,16 @@ async def open_training(
         )
         deadline = config.cluster.push_deadline_s
         yield rollouts, learners, Weights(learners.publish, store, handles[POLICY], deadline)
+
+
+async def check_endpoint(config: Config, seats: Mapping[str, str]) -> None:
+    """If a seat is the endpoint's, find out whether it is there before anything starts.
+
+    Raises:
+        ConfigError: it is not, or it refuses the key.
+    """
+    if "endpoint" in seats.values():
+        await check_reachable(config.endpoint)
 
 
 def _job(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from rayrl.chat import Chat
 from rayrl.cluster.client import BatchingClient, ServeCall
 from rayrl.cluster.session import set_threads
 from rayrl.config import Config
-from rayrl.endpoint import EndpointPlayer
+from rayrl.endpoint import EndpointPlayer, share
 from rayrl.env import Environment, EnvSpec
 from rayrl.errors import ConfigError, did_you_mean
 from rayrl.isolation import Isolated
@@ -64,6 +65,7 @@ class EnvHost:
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         self._job = job
         self._clients: dict[str, BatchingClient] = {}
+        self._winding_down = False
 
     # Made at the first call and not before: its caller gets what is wrong, whole.
 
@@ -87,7 +89,8 @@ class EnvHost:
         job, config = self._job, self._job.config
         kind, _, name = who.partition(":")
         if kind == "endpoint":
-            return EndpointPlayer(config.endpoint, sampling=job.sampling)
+            endpoint = share(config.endpoint, config.cluster.env_hosts)
+            return EndpointPlayer(endpoint, sampling=job.sampling)
         if kind == "player":
             known = self.environment.players
             if name not in known:
@@ -105,6 +108,19 @@ class EnvHost:
         chat = Chat.load(job.models[who])
         return PolicyPlayer(chat, client, job.sampling, trainable=who == POLICY)
 
+    @property
+    def _live(self) -> int:
+        """Episodes at once: what a server is asked for is asked by episodes that soon end."""
+        job, config = self._job, self._job.config
+        most = config.cluster.concurrency
+        if "endpoint" in job.seats.values():
+            most = min(most, share(config.endpoint, config.cluster.env_hosts).concurrency)
+        return most
+
+    def wind_down(self) -> None:
+        """Begin no more of the groups of `collect`."""
+        self._winding_down = True
+
     async def ping(self) -> int:
         """Answers only while the event loop runs: env code that blocks it is found by this."""
         assert self.environment.seats  # now: the plans to come hold tasks of its classes
@@ -118,11 +134,12 @@ class EnvHost:
         players, env = self.players, self._job.config.env
         if POLICY in self._clients:
             self._clients[POLICY].min_version = min_version
+        self._winding_down = False
         async for group in play_groups(
             self.environment,
-            plans,
+            itertools.takewhile(lambda _: not self._winding_down, plans),
             players,
-            concurrency=self._job.config.cluster.concurrency,
+            concurrency=self._live,
             retries=env.retries,
             deadline_s=env.deadline_s,
         ):

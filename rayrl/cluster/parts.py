@@ -6,7 +6,13 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import ExitStack, asynccontextmanager
 
 from rayrl.agent import Player
-from rayrl.cluster.actors import deploy_models, is_model, make_environment, model_of
+from rayrl.cluster.actors import (
+    check_endpoint,
+    deploy_models,
+    is_model,
+    make_environment,
+    model_of,
+)
 from rayrl.cluster.hosts import EnvHost, HostJob
 from rayrl.cluster.rollouts import Rollouts
 from rayrl.cluster.session import open_session
@@ -25,6 +31,7 @@ async def open_players(
     Args:
         seats: who plays them; without a model among these, Ray is not started at all.
     """
+    await check_endpoint(config, seats)
     spec = make_environment(config).spec
     models = {who: str(model_of(who, config)) for who in seats.values() if is_model(who)}
     with ExitStack() as stack:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -121,6 +121,7 @@ class Rollouts:
         self._start = start
         self._hosts = [start(job) for _ in range(job.config.cluster.env_hosts)]
         self.restarts = 0
+        self._winding_down = False
 
     async def ready(self) -> None:
         """Wait until every host can play.
@@ -135,6 +136,7 @@ class Rollouts:
         plans: Sequence[GroupPlan],
         min_version: int = 0,
         on_group: Callable[[Group], None] = lambda group: None,
+        known: Mapping[str, Group] | None = None,
     ) -> Collection:
         """Play all plans.
 
@@ -142,22 +144,33 @@ class Rollouts:
             plans: with ids that differ.
             min_version: no token may come from older weights.
             on_group: called as each group finishes, in any order.
+            known: groups of these plans that were played before, by id.
+
+        Returns:
+            What was played and known; after `wind_down`, of some plans only.
 
         Raises:
             RunFailed: see `sort_out`.
         """
-        done: dict[str, Group] = {}
+        done: dict[str, Group] = dict(known or {})
+        self._winding_down = False
 
         def keep(group: Group) -> None:
             done[group.id] = group
             on_group(group)
 
-        await self._share(plans, min_version, keep)
-        again = [plan for plan in plans if _broken(done[plan.id])]
+        await self._share([p for p in plans if p.id not in done], min_version, keep)
+        again = [plan for plan in plans if plan.id in done and _broken(done[plan.id])]
         await self._share(again, min_version, keep)
         env = self.job.config.env
-        groups = [done[plan.id] for plan in plans]
+        groups = [done[plan.id] for plan in plans if plan.id in done]
         return sort_out(groups, min_version, env.failure_budget, env.name)
+
+    def wind_down(self) -> None:
+        """Let `collect` play what is begun and begin nothing more."""
+        self._winding_down = True
+        for host in self._hosts:
+            host.wind_down.remote()
 
     async def _share(
         self, plans: Sequence[GroupPlan], min_version: int, keep: Callable[[Group], None]
@@ -184,7 +197,7 @@ class Rollouts:
         left = {plan.id: plan for plan in plans}
         deaths = dict.fromkeys(left, 0)
         one_by_one = False
-        while left:
+        while left and not self._winding_down:
             now = list(left.values())[: 1 if one_by_one else None]
             try:
                 async for group in self._stream(slot, now, min_version):

@@ -80,6 +80,11 @@ _AT_LEAST: dict[str, float] = {
     "synth.show": 0,
     "endpoint.concurrency": 1,
     "endpoint.retries": 0,
+    "endpoint.requests_per_minute": 0,
+    "endpoint.tokens_per_minute": 0,
+    "endpoint.max_tokens_total": 0,
+    "endpoint.price_in": 0,
+    "endpoint.price_out": 0,
     "eval.episodes": 1,
     "eval.temperature": 0,
     "play.episodes": 1,
@@ -109,6 +114,14 @@ _SHARES = (
     "learner.min_lr_ratio",
 )
 
+
+_NOT_EXTRA = {
+    "messages": "an episode's messages are the environment's; remove it.",
+    "tools": "an episode's tools are the environment's; remove it.",
+    "stream": "an answer is read whole; remove it.",
+    "n": "a turn has one answer; remove it.",
+    "model": "set endpoint.model.",
+}
 
 _WHOLE_RECIPE = ("cluster.address", "run.dir", "run.name")
 """Settings that would do nothing in one stage: Ray is open already, and folders have its name."""
@@ -291,7 +304,9 @@ def _check_sft(config: Config, chained: bool) -> None:
 
 def _asking(config: Config, verb: str) -> list[str]:
     """Settings by which `verb` asks the server of `endpoint.*`."""
-    players = {"synth": config.synth.player, "eval": config.eval.player, "train": "", "play": ""}
+    players = {"synth": config.synth.player, "eval": config.eval.player, "train": ""} | {
+        "play": config.play.player
+    }
     if verb not in players:
         return []
     given = {f"env.seats.{seat}": who for seat, who in config.env.seats.items()}
@@ -309,6 +324,9 @@ def _check_endpoint(config: Config, asking: str) -> None:
             endpoint.url,
             f"{asking} needs the address of a server, as https://host/v1.",
         )
+    for key in endpoint.extra:
+        if key in _NOT_EXTRA:
+            raise _wrong(f"endpoint.extra.{key}", endpoint.extra[key], _NOT_EXTRA[key])
     if not endpoint.model:
         raise _wrong("endpoint.model", "", f"{asking} needs the name of a model.")
 

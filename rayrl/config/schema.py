@@ -200,9 +200,16 @@ class EndpointConfig:
     url: str = ""  # https://host/v1
     model: str = ""
     api_key_env: str = "OPENAI_API_KEY"  # environment variable that holds the key; empty: none
-    concurrency: int = 16
-    timeout_s: float = 60.0
-    retries: int = 4
+    # limits of the whole run, however many env hosts it has
+    concurrency: int = 16  # requests, and live episodes, at once
+    requests_per_minute: float = 0.0  # 0: as fast as it answers
+    tokens_per_minute: float = 0.0  # read and written, as the server counts them; 0: no limit
+    max_tokens_total: int = 0  # eval and synth stop, to be resumed, when these are spent; 0: never
+    timeout_s: float = 60.0  # one request
+    retries: int = 4  # of a request, with growing waits
+    extra: dict[str, Any] = field(default_factory=dict)  # keys of a request's body; null leaves out
+    price_in: float = 0.0  # of a million tokens read, cached ones as well
+    price_out: float = 0.0  # of a million tokens written
 
 
 @dataclass(frozen=True)
@@ -228,6 +235,7 @@ class FetchConfig:
 class PlayConfig:
     """Playing in a terminal."""
 
+    player: str = "model"  # as eval.player: who plays the seats that nobody else does
     seat: str = ""  # seat of the environment that the person takes; empty: only watch
     form: str = ""  # the reply sent for what the person types, {}; empty: the environment's own
     episodes: int = 1
