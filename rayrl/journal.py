@@ -118,7 +118,7 @@ class Play:
         self.journals, self.bar, self.max_tokens = journals, bar, max_tokens
         self.total = sum(len(journal.plans) for journal in journals)
         self.done = sum(len(journal.known) for journal in journals)
-        self._began, self._played, self._errors = time.monotonic(), 0, 0
+        self._began, self._played, self._errors = 0.0, 0, 0
         if self.done:
             bar.update(self.done)
             bar.note(f"{self.done} of {self.total} episodes were played before")
@@ -144,6 +144,8 @@ class Play:
         Raises:
             RunFailed: the budget is spent, or `rollouts.collect` cannot go on.
         """
+
+        self._began = self._began or time.monotonic()
 
         def ended(group: Group) -> None:
             journal.add(group)

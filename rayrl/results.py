@@ -277,7 +277,7 @@ def spending(results: Sequence[Result]) -> list[str]:
             thought = "" if usage.reasoning is None else f" ({usage.reasoning:,} reasoning)"
             cost = result.cost(usage)
             least = "at least " if usage.unknown else ""
-            money = "" if cost is None else f", {least}{cost:,.4g} in money"
+            money = "" if cost is None else f", cost {least}{cost:,.4g}"
             silent = f"; of {usage.unknown:,} calls nothing is known" if usage.unknown else ""
             lines.append(
                 f"{result.name}, {name}: {usage.calls:,} calls, {usage.prompt:,} tokens "

@@ -104,7 +104,12 @@ class RunDir:
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock()
         self.resumed = (self.path / "config.yaml").is_file()
-        if self.resumed and refuse_changes(self.path, config, _REMEDY, more_steps=True):
+        try:
+            more = self.resumed and refuse_changes(self.path, config, _REMEDY, more_steps=True)
+        except BaseException:
+            self._unlock()
+            raise
+        if more:
             (self.path / "result.json").unlink(missing_ok=True)
         write_atomic(self.path / "config.yaml", _as_yaml(config).encode())
         self._clear_partial()

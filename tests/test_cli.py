@@ -365,3 +365,63 @@ def test_plan_says_that_nobody_would_be_trained(capsys: pytest.CaptureFixture[st
     assert main(versus) == 0
     assert main([*versus, "env.seats.o=player:random"]) == 1
     assert "no seat of 'tictactoe_versus' is the policy" in capsys.readouterr().out
+
+
+# --- settings in short ---------------------------------------------------------------------------
+
+
+SERVER = "endpoint=http://127.0.0.1:8000/v1"
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (
+            [f"eval {SERVER} model=gpt-4.1"],
+            {"endpoint.model": "gpt-4.1", "eval.player": "endpoint"},
+        ),
+        ([f"synth {SERVER} model=org/m"], {"endpoint.model": "org/m", "synth.player": "endpoint"}),
+        ([f"play {SERVER} model=m"], {"endpoint.model": "m", "play.player": "endpoint"}),
+        ([f"plan {SERVER} model=m"], {"endpoint.model": "m", "eval.player": "endpoint"}),
+        (["eval model=runs/a/model"], {"model.path": "runs/a/model", "eval.player": "model"}),
+        (["train model=runs/a/model"], {"model.path": "runs/a/model"}),
+        # the policy is what is trained; a server may play another seat
+        (
+            [f"train {SERVER} endpoint.model=m model=./x", "env.seats.o=endpoint"],
+            {"model.path": "./x", "endpoint.model": "m", "eval.player": "model"},
+        ),
+        (["eval model=./x", f"{SERVER} eval.player=model"], {"model.path": "./x"}),
+        (
+            ["eval model=m", "eval.player=endpoint endpoint.url=http://h/v1"],
+            {"endpoint.model": "m", "model.path": "embedded"},
+        ),
+        (["eval model=pretrained model.path=./x"], {"model.path": "./x"}),
+    ],
+)
+def test_endpoint_and_model_in_short(words: list[str], found: dict[str, str]) -> None:
+    config = cli.configuration(cli.parse(" ".join(words).split()))
+    keys = {key: getattr(getattr(config, key.split(".")[0]), key.split(".")[1]) for key in found}
+    assert keys == found
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("eval model=embeded", "Did you mean 'embedded'? There are: embedded, pretrained"),
+        ("eval endpont=http://h/v1 model=m", "Did you mean 'endpoint'?"),
+        ("eval endpoint=h:8000 model=m", "endpoint.url=h:8000: eval.player=endpoint needs"),
+        (f"eval {SERVER}", "endpoint.model=: eval.player=endpoint needs the name of a model"),
+        (f"eval {SERVER} model=m endpoint.extra.stream=true", "endpoint.extra.stream=True"),
+    ],
+)
+def test_what_is_short_and_wrong(
+    capsys: pytest.CaptureFixture[str], words: str, message: str
+) -> None:
+    assert message in error_of(capsys, *words.split())
+
+
+def test_plan_shows_what_short_settings_come_to(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["plan", "env=copyword", SERVER, "model=m", "endpoint.api_key_env=''"])
+    out = capsys.readouterr().out
+    assert '* url: "http://127.0.0.1:8000/v1"   (default "")' in out
+    assert '* player: "endpoint"   (default "model")' in out

@@ -27,7 +27,7 @@ class Server:
         self.answers = list(answers)
         self.seen: list[tuple[dict[str, str], dict[str, Any]]] = []
         self.asked: list[dict[str, str]] = []
-        self.status = 404  # of any other question
+        self.status = 404  # of any other question; 0 hangs up
         self.url = ""
         self.live = self.most = 0
         self.handlers: set[asyncio.Task[None]] = set()
@@ -51,6 +51,8 @@ class Server:
                 headers = dict(line.lower().split(": ", 1) for line in lines[1:] if ": " in line)
                 if lines[0].startswith("GET"):  # is anybody there? a server need not know more
                     self.asked.append(headers)
+                    if not self.status:
+                        break
                     writer.write(b"HTTP/1.1 %d X\r\nContent-Length: 0\r\n\r\n" % self.status)
                     continue
                 body = json.loads(await reader.readexactly(int(headers["content-length"])))
@@ -258,7 +260,7 @@ async def test_a_retry_after_holds_every_request() -> None:
     busy = (429, {"Retry-After": "0.4"}, "")
     async with serving(busy, said("ok")) as server, endpoint(server) as player:
         first = asyncio.create_task(Agent(player)("a"))
-        while not player.limiter.held_s():
+        while not player.limiter.held_s():  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         other = Agent(player)
         await asyncio.gather(first, other("b"))

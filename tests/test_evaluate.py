@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import asyncio
 import json
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -10,17 +14,22 @@ import pytest
 
 import rayrl
 from rayrl import Agent, Scores, Task, evaluate, load_env
+from rayrl.cli import compose
 from rayrl.cluster.rollouts import Collection
 from rayrl.config import Config, from_dict
+from rayrl.episodes import read_episodes
+from rayrl.errors import ConfigError, DataError, RunFailed
 from rayrl.evaluate import cell_of, check_args, evaluation_plans, run_checks
 from rayrl.figures import Share, Split
 from rayrl.players import ScriptedPlayer
 from rayrl.results import Result
-from rayrl.rollout import play_groups
 from rayrl.rundir import RunDir
 from rayrl.stage import row_name, seats_of
 from rayrl.train import plans as training_plans
-from rayrl.types import Episode, Failure, Group
+from rayrl.types import Episode, Failure, Group, Usage
+from tests.documents import ROOT
+from tests.here import Here, killing
+from tests.test_endpoint import said, serving
 
 CELLS = {
     "random": {"random_min": 1.0, "random_max": 1.0, "max_turns": 8},
@@ -142,41 +151,28 @@ async def test_checks_get_fresh_agents_that_are_closed_afterwards(
 
 
 @pytest.fixture
-def in_process(monkeypatch: pytest.MonkeyPatch) -> list[Mapping[str, str]]:
-    """Hosts in this process; models play like the optimal player. Keeps the seats asked for."""
-    asked: list[Mapping[str, str]] = []
-
-    class Here:
-        def __init__(self, cfg: Config, seats: Mapping[str, str]) -> None:
-            self.env = load_env(cfg.env.name)
-            names = {s: who.partition(":")[2] or "optimal" for s, who in seats.items()}
-            self.players = {s: ScriptedPlayer(self.env.players[n]) for s, n in names.items()}
-
-        async def collect(self, plans, on_group, known):  # type: ignore[no-untyped-def]
-            groups = dict(known)
-            missing = [plan for plan in plans if plan.id not in known]
-            async for group in play_groups(self.env, missing, self.players, concurrency=8):
-                groups[group.id] = group
-                on_group(group)
-            return Collection(tuple(groups[plan.id] for plan in plans))
+def in_process(monkeypatch: pytest.MonkeyPatch) -> list[Here]:
+    """Hosts in this process; keeps them."""
+    opened: list[Here] = []
 
     @asynccontextmanager
     async def open_here(cfg, *, seats, sampling):  # type: ignore[no-untyped-def]
-        asked.append(seats)
-        yield Here(cfg, seats)
+        async with killing(0)(cfg, seats=seats) as here:  # type: ignore[attr-defined]
+            opened.append(here)
+            yield here
 
     monkeypatch.setattr(evaluate, "open_rollouts", open_here)
     monkeypatch.setattr(evaluate, "players_here", lambda rollouts: rollouts.players)
-    return asked
+    return opened
 
 
 def test_a_run_writes_the_table_its_settings_and_the_episodes(
-    tmp_path: Path, in_process: list[Mapping[str, str]], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, in_process: list[Here], capsys: pytest.CaptureFixture[str]
 ) -> None:
     cfg = config(tmp_path / "run", player="optimal")
     evaluate.run(cfg)
     result = Result.load(tmp_path / "run" / "eval.json")
-    assert in_process == [{"agent": "player:optimal"}]
+    assert in_process[0].players["agent"].function == in_process[0].env.players["optimal"]
     assert result.name == "optimal"
     assert list(result.cells) == ["random", "optimal"]
     counts = result.cells["optimal"].figures["win/draw/loss"]
@@ -194,9 +190,7 @@ def test_a_run_writes_the_table_its_settings_and_the_episodes(
     assert "0/100/0" in capsys.readouterr().out
 
 
-async def test_a_greedy_model_is_checked_to_the_end(
-    tmp_path: Path, in_process: list[Mapping[str, str]]
-) -> None:
+async def test_a_greedy_model_is_checked_to_the_end(tmp_path: Path, in_process: list[Here]) -> None:
     cfg = config(tmp_path, episodes=2)
     with RunDir(tmp_path, cfg) as folder:
         result = await evaluate.evaluate(cfg, folder)
@@ -205,3 +199,169 @@ async def test_a_greedy_model_is_checked_to_the_end(
     assert result.checks["unbeatable"]["lines"] > 100
     for skipped in ({"exhaustive": False}, {"temperature": 0.5}):
         assert (await evaluate.evaluate(config(tmp_path, episodes=2, **skipped))).checks == {}
+
+
+# --- what is stopped goes on ----------------------------------------------------------------------
+
+
+def episodes_in(folder: Path) -> list[list[Any]]:
+    files = sorted((folder / "episodes").glob("*.jsonl"))
+    return [list(read_episodes(file)) for file in files]
+
+
+KILLED = """
+import sys
+from rayrl import evaluate
+from rayrl.cli import compose
+from tests.here import killing
+evaluate.open_rollouts = killing(40)
+evaluate.run(compose(sys.argv[1:]))
+"""
+
+
+def test_a_killed_evaluation_plays_only_what_is_missing(
+    tmp_path: Path, in_process: list[Here]
+) -> None:
+    cells = "{a: {random_min: 1.0, random_max: 1.0}, b: {random_min: 0.0, random_max: 0.0}}"
+    words = ["env=tictactoe", "eval.episodes=30", "eval.player=random", f"eval.cells={cells}"]
+    words = [*words, f"run.dir={tmp_path / 'killed'}"]
+    done = subprocess.run([sys.executable, "-c", KILLED, *words], cwd=ROOT, check=False)
+    assert done.returncode == -signal.SIGKILL
+    first, second = sorted((tmp_path / "killed" / "episodes").glob("*"))
+    assert len(first.read_text().splitlines()) == 30
+    kept = second.read_text().splitlines()
+    assert len(kept) == 10
+    second.write_text("\n".join(kept)[:-50])  # a torn last line: the tenth episode is lost
+
+    evaluate.run(compose(words))
+    missing = {f"b-{k}" for k in range(30)} - {json.loads(line)["id"][:-2] for line in kept[:-1]}
+    assert set(in_process[0].played) == missing
+    assert len(missing) == 21
+    evaluate.run(compose([*words[:-1], f"run.dir={tmp_path / 'whole'}"]))
+    killed, whole = (Result.load(tmp_path / name / "eval.json") for name in ("killed", "whole"))
+    assert killed == whole
+    assert episodes_in(tmp_path / "killed") == episodes_in(tmp_path / "whole")
+    assert (tmp_path / "killed" / "result.json").is_file()
+
+
+def test_a_broken_line_that_is_not_the_last_is_named(
+    tmp_path: Path, in_process: list[Here]
+) -> None:
+    cfg = config(tmp_path, player="optimal")
+    (tmp_path / "episodes").mkdir()
+    (tmp_path / "episodes" / "step_000000.jsonl").write_text('{"id": "random-\n{}\n')
+    with pytest.raises(DataError, match=r"step_000000\.jsonl:1: not valid JSON"):
+        evaluate.run(cfg)
+
+
+def test_episodes_of_other_tasks_are_not_taken_for_ours(
+    tmp_path: Path, in_process: list[Here]
+) -> None:
+    cfg = config(tmp_path, player="optimal")
+    evaluate.run(cfg)
+    (tmp_path / "result.json").unlink()
+    file = tmp_path / "episodes" / "step_000000.jsonl"
+    file.write_text(file.read_text().replace('"max_turns": 8', '"max_turns": 6', 1))
+    with pytest.raises(RunFailed, match="random-0/0 is of another task"):
+        evaluate.run(cfg)
+
+
+ASKED = {"prompt_tokens": 50, "completion_tokens": 10}
+
+
+async def test_a_servers_tokens_are_summed_and_a_budget_stops(
+    tmp_path: Path, in_process: list[Here], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A one-turn game: an episode costs 60 tokens."""
+    async with serving(said("<copy>no</copy>", usage=ASKED)) as server:
+        asked = {"url": server.url, "model": "m", "price_in": 2.0, "price_out": 10.0}
+
+        async def run(**more: object) -> Result:
+            cfg = from_dict(
+                {
+                    "run": {"dir": str(tmp_path)},
+                    "env": {"name": "copyword"},
+                    "eval": {"episodes": 20, "player": "endpoint"},
+                    "endpoint": {**asked, **more},
+                }
+            )
+            await asyncio.to_thread(evaluate.run, cfg)
+            return Result.load(tmp_path / "eval.json")
+
+        with pytest.raises(RunFailed, match=r"max_tokens_total=300 is spent: \d+ tokens for"):
+            await run(max_tokens_total=300)
+        kept = len(in_process[0].played)
+        assert 5 <= kept <= 5 + 4  # what was live when the fifth ended was played to its end
+        with pytest.raises(RunFailed, match=f"{60 * kept} tokens for {kept} of 20 episodes"):
+            await run(max_tokens_total=300)
+        assert len(in_process) == 1  # nothing was started
+        with pytest.raises(ConfigError, match=r"endpoint\.extra: {} there, {'seed': 1} now"):
+            await run(extra={"seed": 1})
+        result = await run()
+        assert len(server.seen) == 20
+        dearer = await run(price_out=100.0)  # finished: only the money is new
+        assert len(server.seen) == 20
+    assert result.usage == Usage(20, 0, 1000, 200)
+    assert result.cost(result.usage) == pytest.approx((1000 * 2 + 200 * 10) / 1e6)
+    assert dearer.cost(result.usage) == pytest.approx((1000 * 2 + 200 * 100) / 1e6)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "m, tasks: 20 calls, 1,000 tokens read, 200 written, cost 0.004." in shown
+
+
+async def test_a_server_that_dies_leaves_what_was_played(
+    tmp_path: Path, in_process: list[Here]
+) -> None:
+    from tests.test_endpoint import hang_up
+
+    data = {"run": {"dir": str(tmp_path)}, "env": {"name": "copyword"}}
+    data["eval"] = {"episodes": 12, "player": "endpoint"}  # type: ignore[dict-item]
+    answers = [said("<copy>no</copy>") for _ in range(6)]
+    async with serving(*answers, hang_up) as server:
+        server.status = 0  # hangs up
+        data["endpoint"] = {"url": server.url, "model": "m", "retries": 0}
+        with pytest.raises(RunFailed, match=r"answers nothing any more.*same command resumes"):
+            await asyncio.to_thread(evaluate.run, from_dict(data))
+    (kept,) = episodes_in(tmp_path)
+    assert 1 <= len(kept) <= 6
+    async with serving(said("<copy>no</copy>")) as server:
+        data["endpoint"] = {"url": server.url, "model": "m", "retries": 0}
+        await asyncio.to_thread(evaluate.run, from_dict(data))
+        assert len(server.seen) == 12 - len(kept)
+    assert Result.load(tmp_path / "eval.json").cells["tasks"].episodes == 12
+
+
+async def test_episodes_that_a_server_failed_are_played_again(
+    tmp_path: Path, in_process: list[Here], capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = {"run": {"dir": str(tmp_path)}, "env": {"name": "copyword"}}
+    data["eval"] = {"episodes": 8, "player": "endpoint"}  # type: ignore[dict-item]
+    busy = (503, {}, "busy")
+    async with serving(busy, busy, said("<copy>no</copy>")) as server:  # alive, but busy
+        data["endpoint"] = {"url": server.url, "model": "m", "retries": 0}
+        await asyncio.to_thread(evaluate.run, from_dict(data))
+        assert "2 episodes are missing" in capsys.readouterr().out
+        assert Result.load(tmp_path / "eval.json").cells["tasks"].failed == 2
+        await asyncio.to_thread(evaluate.run, from_dict(data))
+        assert len(server.seen) == 8 + 2
+    cell = Result.load(tmp_path / "eval.json").cells["tasks"]
+    assert (cell.episodes, cell.failed, cell.usage) == (8, 0, Usage(10 - 2, 8))
+    assert (tmp_path / "result.json").is_file()
+
+
+async def test_a_server_plays_one_seat_of_two(tmp_path: Path, in_process: list[Here]) -> None:
+    move = "<think></think><move>4</move>"
+    async with serving(said(move, usage=ASKED)) as server:
+        cfg = from_dict(
+            {
+                "run": {"dir": str(tmp_path)},
+                "env": {"name": "tictactoe_versus", "seats": {"o": "endpoint"}},
+                "eval": {"episodes": 4, "player": "optimal"},
+                "endpoint": {"url": server.url, "model": "m"},
+            }
+        )
+        await asyncio.to_thread(evaluate.run, cfg)
+    ((first, *_),) = episodes_in(tmp_path)
+    assert {turn.seat: turn.usage is not None for turn in first.turns} == {"x": False, "o": True}
+    usage = Result.load(tmp_path / "eval.json").usage
+    assert usage is not None
+    assert usage.calls == len(server.seen)

@@ -27,7 +27,8 @@ LAYERS: list[dict[str, str]] = [
     {"engine": "engine", "learner": "learner"},
     {"cluster": "cluster"},
     {
-        "output": "files rundir figures results show report_page stage journal bar boards progress memory"
+        "output": "files rundir figures results show report_page stage journal bar boards progress "
+        "memory"
     },
     {
         "programs": "synth sft train evaluate play report recipe plan envcheck fetch",
