@@ -17,6 +17,7 @@ from typing import Any
 
 from rayrl.errors import ConfigError
 from rayrl.models import model_dir
+from rayrl.templates import fold, gap, peculiarities
 from rayrl.tools import (
     CALL_MARKS,
     ParsedCall,
@@ -61,7 +62,8 @@ class Chat:
         stop_ids: ids that end a model's turn; the first is the template's own end of turn.
 
     Raises:
-        ConfigError: no chat template, no end-of-turn token, or a template that rewrites history.
+        ConfigError: no chat template, no end-of-turn token, or a template that does not show every
+            message, so that nothing can be appended to what it renders.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -72,6 +74,7 @@ class Chat:
         self.tokenizer = tokenizer
         self._control = _copy(backend)
         self._pieces: dict[tuple[Any, ...], tuple[Ids, ...]] = {}
+        self._fits: dict[tuple[Any, ...], bool] = {}
         self._trims = False
         tail = self._probe()
         self._text, self._own = self._content_tokenizers(tail)
@@ -111,7 +114,7 @@ class Chat:
                 of them as `rayrl.tools` hears calls, they are described in the first message, and
                 results are a user's messages.
         """
-        messages = self._as_shown(messages)
+        messages = self._fitting(self._as_shown(messages))
         if tools:
             if self._speaks_tools:
                 return self._with_template_tools(messages, tools)
@@ -136,7 +139,7 @@ class Chat:
                 it here, as part of the next prompt, so that it is not trained on.
             tools: functions offered only from now on; they are described in the first message.
         """
-        messages = self._as_shown(messages)
+        messages = self._fitting(self._as_shown(messages), ("user", "assistant"))
         if tools:
             messages = introduce(messages, describe(tools))
         key = ("extend", last_ids_finished, *[message.role for message in messages])
@@ -183,6 +186,26 @@ class Chat:
             end -= 1
         kept = tuple(ids[:end])
         return self._decode_cached(kept) if end <= _CACHED_LENGTH else self._decode(kept)
+
+    def peculiarities(self) -> list[str]:
+        """What the template does of its own, and what rayrl does about it, a sentence each."""
+        return peculiarities(self)
+
+    def _fitting(
+        self, messages: Sequence[Message], before: tuple[str, ...] = ()
+    ) -> Sequence[Message]:
+        """The messages, folded where the template refuses their roles after those of `before`."""
+        roles = (*before, *[message.role for message in messages])
+        if roles not in self._fits:
+            self._fits[roles] = self._takes(roles)
+        return messages if self._fits[roles] else fold(messages)
+
+    def _takes(self, roles: Sequence[str]) -> bool:
+        try:
+            text = self._template(roles)
+        except ConfigError:
+            return False
+        return "system" not in roles or _sentinel(roles.index("system")) in text
 
     def _weave(self, pieces: tuple[Ids, ...], messages: Sequence[Message]) -> Ids:
         ids = list(pieces[0])
@@ -276,15 +299,18 @@ class Chat:
 
     def _split_history(self, roles: Sequence[str]) -> list[str]:
         """Template text after an assistant's reply, cut at the contents of messages by `roles`."""
-        before = self._template(["user"]) + _sentinel(1)
+        before = self._template(["user"])
         whole = self._template(["user", "assistant", *roles])
-        if not whole.startswith(before):
+        # what a template puts before the reply may differ: the model read what stood there then
+        shown, found, after = whole.partition(_sentinel(1))
+        if not found or shown.partition(_sentinel(0))[:2] != before.partition(_sentinel(0))[:2]:
             raise ConfigError(
                 f"the chat template of {_name(self.tokenizer)} rewrites earlier messages, so ids "
-                f"cannot be appended: it renders {whole[: len(before)]!r} where {before!r} stood "
+                f"cannot be appended: it renders {shown!r} where {before!r} stood "
                 f"when the model answered; {_REMEDY}"
             )
-        return self._cut_text(whole[len(before) :], range(2, 2 + len(roles)))
+        after = after[len(gap(after, self.tokenizer)) :]
+        return self._cut_text(after, range(2, 2 + len(roles)))
 
     def _cut(self, text: str, sentinels: range) -> tuple[Ids, ...]:
         return tuple(self._encode_control(piece) for piece in self._cut_text(text, sentinels))

@@ -27,7 +27,7 @@ from rayrl.journal import Journal, Play
 from rayrl.results import Cell, Result, rich_table
 from rayrl.rollout import GroupPlan
 from rayrl.rundir import RunDir
-from rayrl.stage import row_name, seats_of
+from rayrl.stage import row_name, say_templates, seats_of
 from rayrl.types import Sampling, Usage, derive_seed
 
 __all__ = ["cell_of", "check_args", "evaluate", "evaluation_plans", "run"]
@@ -75,6 +75,7 @@ async def evaluate(config: Config, folder: RunDir | None = None) -> Result:
     sampling = Sampling(config.eval.temperature, s.top_p, s.top_k, s.max_tokens, tuple(s.stop))
     name = row_name(config, config.eval.player)
     seats = seats_of(environment, config, config.eval.player)
+    say_templates(config, seats.values())
     configured = {cell: environment.configure(args) for cell, args in cells.items()}
     journals = {
         cell: Journal(

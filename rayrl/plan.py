@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from rayrl.cluster import cluster_address
 from rayrl.config import Config, differences, leaves, stage_config
 from rayrl.errors import ConfigError, RunFailed
 from rayrl.models import model_dir
-from rayrl.stage import check_trained
+from rayrl.stage import check_trained, template_notes
 
 __all__ = ["Machine", "describe", "problems", "run", "this_machine"]
 
@@ -63,6 +65,7 @@ def describe(config: Config, machine: Machine) -> str:
     parts = [_settings(config), *_resources(config, machine)]
     if config.recipe:
         parts.append(_recipe(config))
+    parts += _templates(config)
     for name, verb, stage in _stages(config):
         if verb == "train":
             parts.append(f"A step of {name}\n{_batch(stage)}")
@@ -185,6 +188,15 @@ def _batch(config: Config) -> str:
     return "\n".join(rows)
 
 
+def _templates(config: Config) -> Iterator[str]:
+    """What the models' chat templates do of their own."""
+    models = [stage.model.path for _, _, stage in _stages(config)]
+    with contextlib.suppress(ConfigError):  # `problems` says it
+        notes = template_notes(models)
+        if notes:
+            yield "\n".join(["Chat templates", *(f"  - {note}" for note in notes)])
+
+
 def _recipe(config: Config) -> str:
     lines = ["Recipe (each stage with what it changes)"]
     for number, stage in enumerate(config.recipe, 1):
@@ -249,11 +261,16 @@ def _missing(config: Config, verb: str) -> Iterator[str]:
             f"endpoint.api_key_env={key}: that variable is not set; export it, or set "
             "endpoint.api_key_env='' for a server that wants no key."
         )
-    for check in (lambda: model_dir(config.model.path), lambda: _configured(config, verb)):
+    for check in (partial(_usable, config.model.path), partial(_configured, config, verb)):
         try:
             check()
         except ConfigError as error:
             yield str(error)
+
+
+def _usable(model: str) -> None:
+    model_dir(model)
+    template_notes([model])
 
 
 def _configured(config: Config, verb: str) -> None:

@@ -24,7 +24,7 @@ from rayrl.errors import ConfigError, did_you_mean
 from rayrl.players import HumanPlayer
 from rayrl.rollout import play_episode
 from rayrl.show import message_text, reply_text, scores_text, task_text
-from rayrl.stage import seats_of
+from rayrl.stage import say_templates, seats_of
 from rayrl.types import Episode, Message, Sampling, Turn, derive_seed
 
 __all__ = ["Shown", "human", "play", "run", "seats_for"]
@@ -75,6 +75,7 @@ async def play(
     """
     environment = make_environment(config)
     seats = seats_for(environment, config)
+    say_templates(config, seats.values())
     s = config.sampling
     sampling = Sampling(config.play.temperature, s.top_p, s.top_k, s.max_tokens, tuple(s.stop))
     mine = config.play.seat

@@ -21,7 +21,7 @@ from rayrl.episodes import read_episodes
 from rayrl.errors import ConfigError, DataError, did_you_mean
 from rayrl.models import model_dir
 from rayrl.rundir import RunDir
-from rayrl.stage import MODEL, POLICY, positions
+from rayrl.stage import MODEL, POLICY, positions, say_templates
 from rayrl.types import Episode, Turn, derive_seed
 
 __all__ = ["batch_indices", "conversations", "load_rows", "rows_of", "run", "sft"]
@@ -43,6 +43,7 @@ async def sft(config: Config, folder: RunDir) -> None:
     """
     cfg = config.sft
     model = model_dir(config.model.path)
+    say_templates(config)
     rows = load_rows(config, Chat.load(str(model)), positions(model))
     found = folder.latest_checkpoint()
     start = found.step if found else 0

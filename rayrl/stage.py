@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import platform
+import sys
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from rayrl.chat import Chat
 from rayrl.config import Config
 from rayrl.env import Environment
 from rayrl.errors import ConfigError
@@ -21,7 +24,9 @@ __all__ = [
     "model_row",
     "positions",
     "row_name",
+    "say_templates",
     "seats_of",
+    "template_notes",
     "versions",
 ]
 
@@ -80,6 +85,38 @@ def seats_of(environment: Environment, config: Config, player: str) -> dict[str,
     who = {"model": POLICY, "endpoint": "endpoint"}.get(player, f"player:{player}")
     given = {seat: config.env.seats.get(seat, POLICY) for seat in environment.seats}
     return {seat: who if by == POLICY else by for seat, by in given.items()}
+
+
+def template_notes(models: Iterable[str]) -> list[str]:
+    """What the chat templates of models do of their own, a line each; none for the embedded base.
+
+    Args:
+        models: as `model.path`.
+
+    Raises:
+        ConfigError: a model's chat template cannot be used.
+    """
+    return [
+        f"chat template of {model}: {one}."
+        for model in dict.fromkeys(models)
+        if model != EMBEDDED  # it does nothing of its own, and hosts load it soon enough
+        for one in Chat.load(model).peculiarities()
+    ]
+
+
+def say_templates(config: Config, seats: Iterable[str] = (POLICY,)) -> None:
+    """Print `template_notes` of the models in some seats, once at the start of a program.
+
+    Args:
+        seats: who plays, as `seats_of` names them.
+    """
+    paths = {POLICY: config.model.path}
+    for note in template_notes(
+        paths.get(who, who.removeprefix("model:"))
+        for who in seats
+        if who == POLICY or who.startswith("model:")
+    ):
+        print(note, file=sys.stderr, flush=True)
 
 
 def check_trained(environment: Environment, config: Config) -> None:

@@ -29,7 +29,7 @@ from rayrl.journal import Journal, Play
 from rayrl.rollout import GroupPlan
 from rayrl.rundir import RunDir
 from rayrl.show import episode_panel
-from rayrl.stage import EPISODES, seats_of
+from rayrl.stage import EPISODES, say_templates, seats_of
 from rayrl.types import Episode, derive_seed
 
 __all__ = ["Lengths", "Statistics", "kept", "run", "samples", "statistics_of", "synth"]
@@ -110,6 +110,7 @@ async def synth(config: Config, file: Path | None = None) -> list[Episode]:
     """
     environment = make_environment(config)
     seats = seats_of(environment, config, config.synth.player)
+    say_templates(config, seats.values())
     seed = derive_seed(config.run.seed, "synth")
     plans = [
         GroupPlan(f"synth-{k}", task, 1, derive_seed(seed, "play", k))

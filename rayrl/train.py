@@ -18,7 +18,7 @@ from rayrl.errors import ConfigError
 from rayrl.progress import Clock, headline, step_metrics, warnings
 from rayrl.rollout import GroupPlan
 from rayrl.rundir import RunDir
-from rayrl.stage import MODEL, check_trained
+from rayrl.stage import MODEL, check_trained, say_templates
 from rayrl.types import derive_seed
 
 __all__ = ["run", "train"]
@@ -44,6 +44,7 @@ async def train(config: Config) -> None:
     with RunDir(config.run.dir, config) as folder:
         if folder.finished is not None and folder.finished["steps"] >= cfg.steps:
             return
+        say_templates(config)
         found = folder.latest_checkpoint()
         start = found.step if found else 0
         async with open_training(config, cfg.steps) as (rollouts, learner, weights):

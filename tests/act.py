@@ -46,8 +46,14 @@ TRAINING_TEXT = [
 ] * 5
 
 
-def build_tokenizer(template: str = CHATML, special: bool = True, words: Sequence[str] = ()) -> Any:
-    """A byte-level BPE trained on the spot, with ChatML's control tokens and further `words`."""
+def build_tokenizer(
+    template: str = CHATML,
+    special: bool = True,
+    control: Sequence[str] = ("<|im_start|>", "<|im_end|>"),
+    eos: str = "<|im_end|>",
+    words: Sequence[str] = (),
+) -> Any:
+    """A byte-level BPE trained on the spot: control tokens, and added `words` that are none."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -61,10 +67,9 @@ def build_tokenizer(template: str = CHATML, special: bool = True, words: Sequenc
         show_progress=False,
     )
     backend.train_from_iterator(TRAINING_TEXT, trainer)
-    control = ["<|im_start|>", "<|im_end|>"]
     backend.add_tokens([AddedToken(token, special=special) for token in control])
     backend.add_tokens([AddedToken(word, special=False) for word in words])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=eos)
     tokenizer.chat_template = template
     return tokenizer
 

@@ -17,7 +17,6 @@ FORGETFUL = (
     "{{ '' if m['role'] == 'assistant' and not loop.last else m['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-THINKING = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
 ADD = {
     "type": "function",
     "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object"}},
@@ -133,8 +132,6 @@ def test_templates_that_cannot_be_appended_to() -> None:
         Chat(build_tokenizer(twice))
     with pytest.raises(ConfigError, match="rewrites earlier messages"):
         Chat(build_tokenizer(FORGETFUL))
-    with pytest.raises(ConfigError, match="rewrites earlier messages"):
-        Chat(build_tokenizer(THINKING))
     with pytest.raises(ConfigError, match="does not start with a special token"):
         Chat(build_tokenizer(CHATML.replace("<|im_end|>", "")))
     tokenizer = build_tokenizer()
