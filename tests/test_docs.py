@@ -23,7 +23,13 @@ from rayrl.registry import _from_file
 from tests.act import instant
 from tests.documents import ROOT, blocks, commands, settings, understand
 
-DOCS = ("docs/environments.md", "docs/training.md", "docs/cluster.md")
+DOCS = (
+    "docs/environments.md",
+    "docs/training.md",
+    "docs/cluster.md",
+    "docs/evaluation.md",
+    "docs/models.md",
+)
 PYTHON = [text for kind, text in blocks(DOCS[0]) if kind == "python"]
 COMMANDS = [line for file in DOCS for line in commands(blocks(file))]
 SETTINGS = settings(COMMANDS)

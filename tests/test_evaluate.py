@@ -305,7 +305,7 @@ async def test_a_servers_tokens_are_summed_and_a_budget_stops(
     assert result.cost(result.usage) == pytest.approx((1000 * 2 + 200 * 10) / 1e6)
     assert dearer.cost(result.usage) == pytest.approx((1000 * 2 + 200 * 100) / 1e6)
     shown = " ".join(capsys.readouterr().out.split())
-    assert "m, tasks: 20 calls, 1,000 tokens read, 200 written, cost 0.004." in shown
+    assert "m, tasks: 20 calls of a server, 1,000 tokens read, 200 written, cost 0.004." in shown
 
 
 async def test_a_server_that_dies_leaves_what_was_played(
