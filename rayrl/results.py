@@ -280,8 +280,8 @@ def spending(results: Sequence[Result]) -> list[str]:
             money = "" if cost is None else f", cost {least}{cost:,.4g}"
             silent = f"; of {usage.unknown:,} calls nothing is known" if usage.unknown else ""
             lines.append(
-                f"{result.name}, {name}: {usage.calls:,} calls of a server, {usage.prompt:,} tokens "
-                f"read{cached}, {usage.completion:,} written{thought}{money}{silent}."
+                f"{result.name}, {name}: {usage.calls:,} calls of a server, {usage.prompt:,} "
+                f"tokens read{cached}, {usage.completion:,} written{thought}{money}{silent}."
             )
     return lines
 

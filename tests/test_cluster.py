@@ -40,6 +40,7 @@ from rayrl.types import (
     VersionSpan,
 )
 from rayrl.weights import Manifest, checksum, flatten
+from tests import test_endpoint as server_of
 from tests.tiny import save_tiny_model
 
 HERE = Path(__file__).parent
@@ -458,6 +459,33 @@ async def test_wrong_players_are_named_before_anything_is_played(
 ) -> None:
     with pytest.raises(ConfigError, match="Did you mean 'parrot'"):
         async with open_rollouts(config(tiny), seats={"agent": "player:parot"}):
+            pass
+
+
+async def test_what_is_known_is_not_played_and_winding_down_begins_nothing_new(
+    session: Session, tiny: Path
+) -> None:
+    """The limits of an endpoint are shared by the hosts: two requests at once, one a host."""
+
+    async def slow() -> Any:
+        await asyncio.sleep(0.1)
+        return server_of.said("yes")
+
+    async with server_of.serving(slow) as server:
+        asked = {"url": server.url, "model": "m", "concurrency": 2}
+        settings = config(tiny, endpoint=asked, cluster={"env_hosts": 2})
+        async with open_rollouts(settings, seats={"agent": "endpoint"}) as rollouts:
+            some = await rollouts.collect(plans(settings), on_group=lambda _: rollouts.wind_down())
+            episodes = sum(len(group.episodes) for group in some.groups)
+            assert 1 <= len(some.groups) < 8
+            assert len(server.seen) == 2 * episodes  # what was begun has ended
+            known = {group.id: group for group in some.groups}
+            whole = await rollouts.collect(plans(settings), known=known)
+        assert [group.id for group in whole.groups] == [f"g{k}" for k in range(8)]
+        assert len(server.seen) == 2 * sum(len(group.episodes) for group in whole.groups)
+        assert server.most == 2
+    with pytest.raises(ConfigError, match="no server answers there"):
+        async with open_rollouts(settings, seats={"agent": "endpoint"}):
             pass
 
 
