@@ -140,12 +140,9 @@ def test_templates_that_cannot_be_appended_to() -> None:
         Chat(tokenizer)
 
 
-def test_a_role_the_template_refuses() -> None:
-    strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no rules') }}{% endif %}"
-    one = Chat(build_tokenizer(strict + CHATML))
-    one.start([user("u")])
-    with pytest.raises(ConfigError, match="cannot render messages by system: no rules"):
-        one.start([system("s")])
+def test_a_template_that_renders_nothing() -> None:
+    with pytest.raises(ConfigError, match="cannot render messages by user: not today"):
+        Chat(build_tokenizer("{{ raise_exception('not today') }}" + CHATML))
 
 
 def test_tools_in_the_template() -> None:

@@ -83,7 +83,7 @@ def test_own_folder_of_files(tmp_path: Path) -> None:
     )
     config = compose(["experiment=mine"], tmp_path)
     assert (config.train.steps, config.algo.loss) == (3, "gspo")
-    with pytest.raises(ConfigError, match=r"'mine'.*copyword, mine, tictactoe"):
+    with pytest.raises(ConfigError, match=r"'mine'.*copyword, mine, reverse_text"):
         compose(["experiment=mien"], tmp_path)
 
 
@@ -104,7 +104,10 @@ def test_wrong_file_is_an_error_with_a_suggestion(tmp_path: Path, text: str, mes
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}/{file.stem}")
 def test_every_file_composes(file: Path) -> None:
-    extra = ["model.path=somewhere"] if file.stem == "pretrained" else []
+    extra = {
+        "pretrained": ["model.path=somewhere"],
+        "tictactoe_lfm2": ["endpoint.url=http://host/v1", "endpoint.model=teacher"],
+    }.get(file.stem, [])
     config = compose([f"{file.parent.name}={file.stem}", *extra])
     validate(config, "recipe" if config.recipe else "train")
 
@@ -166,7 +169,7 @@ def test_wrong_setting_of_a_stage(
         (["train", "trian.steps=5"], ["Did you mean 'train.steps'?"]),
         (["train", "train.steps=many"], ["train.steps='many': expected a whole number"]),
         (["train", "train.steps=1,2"], ["[1,2]"]),
-        (["train", "experiment=tictacto"], ["Did you mean 'tictactoe'?", "copyword, tictactoe"]),
+        (["train", "experiment=tictacto"], ["Did you mean 'tictactoe'?", "copyword, reverse_text_smollm2, tictactoe"]),
         (["train", "algo=[a]"], ["choose one of"]),
         (["train", "model=pretrained"], ["model.path=: name a Hugging Face directory"]),
         (["train", "train.groups=0"], ["train.groups=0: must be 1 or more"]),
@@ -407,7 +410,7 @@ def test_endpoint_and_model_in_short(words: list[str], found: dict[str, str]) ->
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("eval model=embeded", "Did you mean 'embedded'? There are: embedded, pretrained"),
+        ("eval model=embeded", "Did you mean 'embedded'? There are: embedded, lfm2, pretrained"),
         ("eval endpont=http://h/v1 model=m", "Did you mean 'endpoint'?"),
         ("eval endpoint=h:8000 model=m", "endpoint.url=h:8000: eval.player=endpoint needs"),
         (f"eval {SERVER}", "endpoint.model=: eval.player=endpoint needs the name of a model"),

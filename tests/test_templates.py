@@ -14,7 +14,7 @@ from rayrl.config import from_dict
 from rayrl.stage import POLICY, say_templates
 from rayrl.templates import fold, render
 from rayrl.types import Message, Turn, assistant, system, user
-from tests.act import CHATML, WITH_TOOLS, build_tokenizer
+from tests.act import CHATML, HERMES, build_tokenizer
 
 # drops thoughts from all but the newest round; reads tools and tool results (Qwen3)
 QWEN = (
@@ -142,7 +142,7 @@ THOUGHT = "<think>\nI take it\n</think>\n\nyes"
 
 
 def test_only_appending_is_not_worth_a_word() -> None:
-    assert made(WITH_TOOLS).peculiarities() == []
+    assert made(HERMES).peculiarities() == []
     assert made(CHATML).peculiarities() == [
         "it has no place for tools; rayrl describes them in the first message"
     ]
