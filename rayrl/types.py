@@ -13,7 +13,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 __all__ = [
+    "Alternatives",
     "Completion",
+    "Delta",
     "Episode",
     "Failure",
     "Finish",
@@ -40,6 +42,10 @@ Role = Literal["system", "user", "assistant", "tool"]
 Finish = Literal["stop", "length", "abort"]
 Scores = Mapping[str, float] | Mapping[str, Mapping[str, float]]
 """What an environment returns: scores by name, or with several seats, by seat and name."""
+
+
+Alternatives = tuple[tuple[int, float], ...]
+"""The most probable ids of one position with their logprobs, the most probable first."""
 
 
 def derive_seed(*parts: object) -> int:
@@ -139,6 +145,8 @@ class Request:
         stop_ids: ids that end the completion (they are part of it), e.g. the end-of-turn token.
         seed: the same request, seed and weights give the same completion.
         min_version: weights older than this must not answer.
+        top_logprobs: how many of the most probable ids are told for each position; only by an
+            engine opened with `raw_logprobs`.
     """
 
     session: str
@@ -147,6 +155,7 @@ class Request:
     stop_ids: tuple[int, ...] = ()
     seed: int = 0
     min_version: int = 0
+    top_logprobs: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,10 +165,12 @@ class Completion:
     Attributes:
         ids: sampled ids, the stop id included when one ended it.
         logprobs: natural-log probability of each id under the distribution it was *sampled* from
-            (after temperature, top-k and top-p), one per id. All 0.0 when greedy.
+            (after temperature, top-k and top-p), one per id. All 0.0 when greedy. An engine opened
+            with `raw_logprobs` gives those of the model itself instead, greedy or not.
         versions: spans that cover `ids` exactly.
         finish: "stop" (stop id or stop string), "length", or "abort".
         cached: prompt ids whose KV was reused instead of computed.
+        alternatives: one per id if the request has `top_logprobs`.
     """
 
     ids: tuple[int, ...]
@@ -167,6 +178,22 @@ class Completion:
     versions: tuple[VersionSpan, ...]
     finish: Finish
     cached: int = field(default=0, compare=False)
+    alternatives: tuple[Alternatives, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What an engine streams: the ids since the one before; put together they are a `Completion`.
+
+    Attributes:
+        finish: None but for the last.
+    """
+
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish: Finish | None = None
+    cached: int = 0
+    alternatives: tuple[Alternatives, ...] = ()
 
 
 class Reply(str):

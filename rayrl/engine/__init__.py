@@ -13,8 +13,15 @@ __all__ = ["Engine", "Generator", "open_engine"]
 KINDS = ("embedded", "vllm")
 
 
-def open_engine(path: str | Path, config: EngineConfig, *, version: int = 0) -> Engine:
+def open_engine(
+    path: str | Path, config: EngineConfig, *, version: int = 0, raw_logprobs: bool = False
+) -> Engine:
     """The engine `config.kind` for a Hugging Face directory whose weights are `version`.
+
+    Args:
+        raw_logprobs: tell the model's own logprobs (before temperature, top-k and top-p; greedy ids
+            too), which people want to see, and not those of the distribution sampled from, which
+            training needs.
 
     Raises:
         ConfigError: no such kind, or the engine cannot run this model.
@@ -23,11 +30,11 @@ def open_engine(path: str | Path, config: EngineConfig, *, version: int = 0) -> 
         # not at the top: it imports torch, and the act half reads only the protocol
         from rayrl.engine.embedded import EmbeddedEngine
 
-        return EmbeddedEngine.load(path, config, version=version)
+        return EmbeddedEngine.load(path, config, version=version, raw_logprobs=raw_logprobs)
     if config.kind == "vllm":
         from rayrl.engine.vllm import VllmEngine
 
-        return VllmEngine(path, config, version=version)
+        return VllmEngine(path, config, version=version, raw_logprobs=raw_logprobs)
     raise ConfigError(
         f"engine.kind={config.kind!r}: no such engine.{did_you_mean(config.kind, KINDS)}"
     )

@@ -24,7 +24,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,13 +35,13 @@ import torch
 from rayrl.config import EngineConfig
 from rayrl.engine.attention import Decode, KVSlab, Prefill
 from rayrl.engine.kv import SlotTable, slots_for
-from rayrl.engine.mail import Answer, Job, Load, Release, deliver
+from rayrl.engine.mail import Answer, Job, Load, Parts, Release, deliver
 from rayrl.engine.model import FlatModel
 from rayrl.engine.prompts import flatten_prompts
 from rayrl.engine.rows import Rows
-from rayrl.engine.sampler import sample
+from rayrl.engine.sampler import raw_logprobs, sample
 from rayrl.errors import ConfigError, InfraError, RayrlError, StaleWeights
-from rayrl.types import Completion, Finish, Request, VersionSpan
+from rayrl.types import Completion, Delta, Finish, Request, VersionSpan
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -80,6 +80,7 @@ class EmbeddedEngine:
         threads: torch threads of the step thread. Results depend on the number in the last bits.
         version: version of the weights that `model` holds.
         tokenizer: only for requests with stop strings.
+        raw_logprobs: see `open_engine`.
 
     Raises:
         ConfigError: a value is out of range, or the architecture cannot be run (it says why).
@@ -95,6 +96,7 @@ class EmbeddedEngine:
         threads: int = 1,
         version: int = 0,
         tokenizer: Any = None,
+        raw_logprobs: bool = False,
     ) -> None:
         if max_live < 1 or threads < 1:
             raise ConfigError(
@@ -115,6 +117,7 @@ class EmbeddedEngine:
         self._table = SlotTable(self._slab)
         self._rows = Rows(slots, self._slab.max_len)
         self._tokenizer = tokenizer
+        self._raw_logprobs = raw_logprobs
         self._threads = threads
         self._jobs: dict[int, Job] = {}  # by slot
         self._waiting: deque[Job] = deque()
@@ -129,7 +132,14 @@ class EmbeddedEngine:
         self._thread.start()
 
     @classmethod
-    def load(cls, path: str | Path, config: EngineConfig, *, version: int = 0) -> EmbeddedEngine:
+    def load(
+        cls,
+        path: str | Path,
+        config: EngineConfig,
+        *,
+        version: int = 0,
+        raw_logprobs: bool = False,
+    ) -> EmbeddedEngine:
         """The engine for a Hugging Face directory, with the settings of `config`."""
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -146,6 +156,7 @@ class EmbeddedEngine:
             threads=config.threads,
             version=version,
             tokenizer=tokenizer,
+            raw_logprobs=raw_logprobs,
         )
 
     # What others call, on any event loop.
@@ -159,15 +170,37 @@ class EmbeddedEngine:
             InfraError: the engine was closed, or a step failed.
         """
         prompt = self._check(request)
-        if len(prompt) >= self.max_len or request.sampling.max_tokens == 0:
+        if self._has_no_room(request):
             return Completion((), (), (), "length")
-        job = Job(request, prompt, asyncio.get_running_loop().create_future())
+        future: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
+        job = Job(request, prompt, future)
         self._send(job)
         try:
-            return await job.future
+            return await future
         except asyncio.CancelledError:
             job.cancelled = True
             raise
+
+    async def stream(self, request: Request) -> AsyncGenerator[Delta, None]:
+        """The same in parts, one a step; see `engine.protocol.Engine`. Raises as `generate`."""
+        prompt = self._check(request)
+        if self._has_no_room(request):
+            yield Delta((), (), "length")
+            return
+        parts = Parts()
+        job = Job(request, prompt, parts)
+        self._send(job)
+        try:
+            finish = None
+            while finish is None:
+                part = await parts.get()
+                finish = part.finish
+                yield part
+        finally:
+            job.cancelled = True  # does nothing to one that has ended
+
+    def _has_no_room(self, request: Request) -> bool:
+        return len(request.prompt_ids) >= self.max_len or request.sampling.max_tokens == 0
 
     async def load_weights(self, version: int, flat: NDArray[np.uint8], manifest: Manifest) -> str:
         """Take over new weights once the generations now running have ended on the old ones.
@@ -233,6 +266,8 @@ class EmbeddedEngine:
                 f"sampling of session {request.session!r}: {sampling} needs temperature >= 0, "
                 "0 < top_p <= 1, top_k >= 0 and max_tokens >= 0"
             )
+        if request.top_logprobs and not self._raw_logprobs:
+            raise ConfigError("top_logprobs: open the engine with raw_logprobs=True")
         if sampling.stop and self._tokenizer is None:
             raise ConfigError("sampling.stop: this engine has no tokenizer; pass one, or stop_ids")
         prompt = np.array(request.prompt_ids, dtype=np.int64)
@@ -329,7 +364,7 @@ class EmbeddedEngine:
             if job.request.min_version > self.version:
                 self._waiting.popleft()
                 message = f"version {job.request.min_version} asked, version {self.version} held"
-                self._done.append((job.future, StaleWeights(message)))
+                self._done.append((job.reader, StaleWeights(message)))
                 continue
             claim = self._table.claim(job.request.session, job.prompt)
             if claim is None:
@@ -337,7 +372,8 @@ class EmbeddedEngine:
             self._waiting.popleft()
             job.slot, job.cached = claim
             self._jobs[job.slot] = job
-            self._rows.start(job.slot, job.request, self.max_len)
+            streams = isinstance(job.reader, Parts)
+            self._rows.start(job.slot, job.request, self.max_len, streams)
             admitted.append(job)
             key = job.prompt.tobytes()
             if key not in seen:
@@ -371,6 +407,10 @@ class EmbeddedEngine:
         """Sample for `slots`, note the ids, and hand back what is finished."""
         rows, table = self._rows, self._table
         ids, logprobs = sample(logits, rows.draws(slots))
+        if self._raw_logprobs:
+            logprobs, alternatives = raw_logprobs(logits, ids, rows.top[slots])
+            for at in np.flatnonzero(rows.top[slots]):
+                self._jobs[int(slots[at])].alternatives.append(alternatives[at])
         count = rows.sampled[slots]
         table.ids[slots, table.held[slots]] = ids
         rows.logprobs[slots, count] = logprobs
@@ -380,6 +420,8 @@ class EmbeddedEngine:
         for at in np.flatnonzero(rows.has_stop[slots] & ~stopped):
             stopped[at] = self._stop_string(int(slots[at]))
         ended = stopped | (rows.sampled[slots] >= rows.most[slots])
+        for slot in slots[rows.streams[slots] & ~ended].tolist():
+            self._tell(slot, None)
         if not ended.any():
             return
         for slot, stop in zip(slots[ended].tolist(), stopped[ended].tolist(), strict=True):
@@ -397,6 +439,11 @@ class EmbeddedEngine:
         return any(stop in text for stop in stops)
 
     def _complete(self, slot: int, finish: Finish) -> None:
+        self._stats.completions += 1
+        if self._rows.streams[slot]:
+            self._tell(slot, finish)
+            del self._jobs[slot]
+            return
         job = self._jobs.pop(slot)
         start, count = int(self._rows.prompt[slot]), int(self._rows.sampled[slot])
         completion = Completion(
@@ -405,9 +452,22 @@ class EmbeddedEngine:
             (VersionSpan(self.version, 0, count),),
             finish,
             job.cached,
+            tuple(job.alternatives),
         )
-        self._stats.completions += 1
-        self._done.append((job.future, completion))
+        self._done.append((job.reader, completion))
+
+    def _tell(self, slot: int, finish: Finish | None) -> None:
+        """Send who reads in parts what is new."""
+        job, told = self._jobs[slot], self._jobs[slot].told
+        start, job.told = int(self._rows.prompt[slot]), int(self._rows.sampled[slot])
+        part = Delta(
+            tuple(self._table.ids[slot, start + told : start + job.told].tolist()),
+            tuple(self._rows.logprobs[slot, told : job.told].tolist()),
+            finish,
+            job.cached,
+            tuple(job.alternatives[told:]),
+        )
+        self._done.append((job.reader, part))
 
     def _fail(self, error: Exception) -> None:
         """Tell everything that waits; keep nothing a broken step may have left half done."""
@@ -415,13 +475,15 @@ class EmbeddedEngine:
             error = InfraError(f"the engine's step failed: {type(error).__name__}: {error}")
         while self._inbox:
             message = self._inbox.popleft()
-            if not isinstance(message, Release):
+            if isinstance(message, Job):
+                self._done.append((message.reader, error))
+            elif isinstance(message, Load):
                 self._done.append((message.future, error))
         if self._load is not None:
             self._done.append((self._load.future, error))
             self._load = None
         jobs = [*self._jobs.values(), *self._waiting]
-        self._done.extend((job.future, error) for job in jobs)
+        self._done.extend((job.reader, error) for job in jobs)
         self._jobs.clear()
         self._waiting.clear()
         self._table.finish(np.flatnonzero(self._table.live))

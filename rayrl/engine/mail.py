@@ -4,32 +4,65 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from rayrl.types import Completion, Request
+    from rayrl.types import Alternatives, Completion, Delta, Request
     from rayrl.weights import Manifest
 
-__all__ = ["Answer", "Job", "Load", "Release", "deliver"]
+__all__ = ["Answer", "Job", "Load", "Parts", "Release", "deliver"]
 
-Answer = tuple["asyncio.Future[Any]", Any]
-"""A future and its result, or the exception it fails with."""
+Answer = tuple["asyncio.Future[Any] | Parts", Any]
+"""Who waits, and the result (of `Parts`: the next one), or the exception it fails with."""
+
+
+class Parts:
+    """A completion that is read while it is made; belongs to the event loop it was made on."""
+
+    __slots__ = ("_loop", "_queue")
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[Delta | Exception] = asyncio.Queue()
+
+    def get_loop(self) -> asyncio.AbstractEventLoop:
+        """As a future's."""
+        return self._loop
+
+    def put(self, part: Delta | Exception) -> None:
+        """To be called on its loop."""
+        self._queue.put_nowait(part)
+
+    async def get(self) -> Delta:
+        """The next part; raises what the generation failed with."""
+        part = await self._queue.get()
+        if isinstance(part, Exception):
+            raise part
+        return part
 
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """A request on its way; `prompt` is (n,), `slot` and `cached` are set when it is admitted."""
+    """A request on its way; `prompt` is (n,), `slot` and `cached` are set when it is admitted.
+
+    Attributes:
+        reader: gets the completion, or its parts.
+        told: ids that the reader of parts has.
+        alternatives: one per id sampled, if the request wants them.
+    """
 
     request: Request
     prompt: NDArray[np.int64]
-    future: asyncio.Future[Completion]
+    reader: asyncio.Future[Completion] | Parts
     slot: int = -1
     cached: int = 0
     cancelled: bool = False
+    told: int = 0
+    alternatives: list[Alternatives] = field(default_factory=list)
 
 
 @dataclass(slots=True, eq=False)
@@ -50,7 +83,7 @@ class Release:
 
 
 def deliver(answers: Sequence[Answer]) -> None:
-    """Settle futures on the event loops they are awaited on, in one call for each loop."""
+    """Tell who waits, on the event loops where they do, in one call for each loop."""
     by_loop: dict[asyncio.AbstractEventLoop, list[Answer]] = {}
     for answer in answers:
         by_loop.setdefault(answer[0].get_loop(), []).append(answer)
@@ -62,10 +95,12 @@ def deliver(answers: Sequence[Answer]) -> None:
 
 
 def _settle(answers: Sequence[Answer]) -> None:
-    for future, result in answers:
-        if future.done():
+    for reader, result in answers:
+        if isinstance(reader, Parts):
+            reader.put(result)
+        elif reader.done():
             continue
-        if isinstance(result, Exception):
-            future.set_exception(result)
+        elif isinstance(result, Exception):
+            reader.set_exception(result)
         else:
-            future.set_result(result)
+            reader.set_result(result)

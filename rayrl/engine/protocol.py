@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from rayrl.types import Completion, Request
+from rayrl.types import Completion, Delta, Request
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,12 +44,22 @@ class Engine(Generator, Protocol):
 
     Attributes:
         version: weights version it generates with.
+        max_len: ids that one conversation can have, prompt and completion together.
     """
 
     version: int
+    max_len: int
 
     async def generate(self, request: Request) -> Completion:
         """As `Generator.generate`, batched continuously with everything else in flight."""
+        ...
+
+    def stream(self, request: Request) -> AsyncGenerator[Delta, None]:
+        """The same answer as it is made, in at least one part; the last has a `finish`.
+
+        Closing the generator, or cancelling who awaits it, ends the generation and frees its place;
+        so does cancelling `generate`.
+        """
         ...
 
     async def load_weights(self, version: int, flat: NDArray[np.uint8], manifest: Manifest) -> str:

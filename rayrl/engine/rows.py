@@ -22,6 +22,7 @@ class Rows:
     Attributes:
         prompt: prompt ids. sampled: ids sampled so far. most: ids to sample at most.
         stop_ids: (slots, n) padded with -1. has_stop: whether there are stop strings.
+        top: alternatives wanted for each id. streams: whether parts are told as they are made.
         logprobs: (slots, max_len) of the ids sampled so far.
     """
 
@@ -36,6 +37,8 @@ class Rows:
     top_p: NDArray[np.float64] = field(init=False)
     stop_ids: NDArray[np.int64] = field(init=False)
     has_stop: NDArray[np.bool_] = field(init=False)
+    top: NDArray[np.int64] = field(init=False)
+    streams: NDArray[np.bool_] = field(init=False)
     logprobs: NDArray[np.float32] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -49,9 +52,11 @@ class Rows:
         self.top_p = np.ones(n, dtype=np.float64)
         self.stop_ids = np.full((n, STOP_IDS), -1, dtype=np.int64)
         self.has_stop = np.zeros(n, dtype=np.bool_)
+        self.top = np.zeros(n, dtype=np.int64)
+        self.streams = np.zeros(n, dtype=np.bool_)
         self.logprobs = np.zeros((n, self.max_len), dtype=np.float32)
 
-    def start(self, slot: int, request: Request, max_len: int) -> None:
+    def start(self, slot: int, request: Request, max_len: int, streams: bool) -> None:
         """Set a slot up for a request, whose conversation may have `max_len` ids."""
         sampling, stop_ids = request.sampling, request.stop_ids
         self.prompt[slot] = len(request.prompt_ids)
@@ -67,6 +72,8 @@ class Rows:
         self.stop_ids[slot] = -1
         self.stop_ids[slot, : len(stop_ids)] = stop_ids
         self.has_stop[slot] = bool(sampling.stop)
+        self.top[slot] = request.top_logprobs
+        self.streams[slot] = streams
 
     def draws(self, slots: NDArray[np.int64]) -> Draws:
         """How the next id of each of `slots` is drawn."""

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rayrl.errors import NumericsError
+from rayrl.types import Alternatives
 
-__all__ = ["Draws", "sample", "uniform"]
+__all__ = ["Draws", "raw_logprobs", "sample", "uniform"]
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
@@ -92,6 +93,29 @@ def sample(logits: Tensor, draws: Draws) -> tuple[NDArray[np.int64], NDArray[np.
         ids = torch.where(cold, argmax, ids)
         logprobs = logprobs.masked_fill(cold, 0.0)
     return ids.numpy(), logprobs.numpy()
+
+
+def raw_logprobs(
+    logits: Tensor, ids: NDArray[np.int64], top: NDArray[np.int64]
+) -> tuple[NDArray[np.float32], list[Alternatives]]:
+    """The model's own log-probabilities: before temperature, top-k and top-p.
+
+    Args:
+        logits: (n, vocabulary) fp32.
+        ids: (n,) what was sampled.
+        top: (n,) how many of the most probable ids each row wants told.
+
+    Returns:
+        (n,) of the sampled ids, and for each row its alternatives.
+    """
+    norm = logits.logsumexp(-1)  # (n,)
+    chosen = logits.gather(1, torch.from_numpy(ids)[:, None])[:, 0] - norm
+    alternatives: list[Alternatives] = [()] * len(logits)
+    for row in np.flatnonzero(top):
+        best, places = logits[row].topk(min(int(top[row]), logits.shape[1]))
+        pairs = zip(places.tolist(), (best - norm[row]).tolist(), strict=True)
+        alternatives[row] = tuple(pairs)
+    return chosen.numpy(), alternatives
 
 
 def _draw(logprobs: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:

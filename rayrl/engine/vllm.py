@@ -20,14 +20,14 @@ import asyncio
 import itertools
 import os
 import tempfile
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rayrl.config import EngineConfig
 from rayrl.errors import ConfigError, InfraError, StaleWeights
-from rayrl.types import Completion, Finish, Request, VersionSpan
+from rayrl.types import Alternatives, Completion, Delta, Finish, Request, VersionSpan
 
 if TYPE_CHECKING:
     import numpy as np
@@ -60,12 +60,20 @@ class VllmEngine:
         path: Hugging Face directory.
         config: `max_live`, `max_len`, `kv_cache_gb`, `gpu_memory`, `threads`, `dtype`, `on_update`.
         version: of the weights in `path`.
+        raw_logprobs: see `open_engine`.
 
     Raises:
         ConfigError: vLLM is not installed, or cannot run this model (with what it said).
     """
 
-    def __init__(self, path: str | Path, config: EngineConfig, *, version: int = 0) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        config: EngineConfig,
+        *,
+        version: int = 0,
+        raw_logprobs: bool = False,
+    ) -> None:
         os.environ.update(environment(config))
         try:
             from vllm import AsyncEngineArgs
@@ -77,6 +85,7 @@ class VllmEngine:
                 "docs/vllm.md says, or choose engine.kind=embedded."
             ) from error
         self.version = version
+        self._raw_logprobs = raw_logprobs
         self._on_update = config.on_update
         self._numbers = itertools.count()
         self._closed = False
@@ -86,7 +95,8 @@ class VllmEngine:
             "dtype": config.dtype,
             "max_num_seqs": config.max_live,
             "enable_prefix_caching": True,
-            "logprobs_mode": "processed_logprobs",  # of the distribution that was sampled from
+            # processed: of the distribution that was sampled from
+            "logprobs_mode": "raw_logprobs" if raw_logprobs else "processed_logprobs",
             "worker_extension_cls": "rayrl.engine.vllm_worker.Worker",
             "weight_transfer_config": {"backend": "rayrl_flat"},
             "disable_log_stats": True,
@@ -104,7 +114,7 @@ class VllmEngine:
             self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**args))
         except (ValueError, RuntimeError, OSError) as error:
             raise ConfigError(f"model.path={path}: vLLM cannot run it: {error}") from error
-        self._max_len = self._llm.model_config.max_model_len
+        self.max_len: int = self._llm.model_config.max_model_len
 
     async def generate(self, request: Request) -> Completion:
         """Answer one request; see `engine.protocol.Engine`.
@@ -114,57 +124,64 @@ class VllmEngine:
             StaleWeights: `min_version` is newer than what is held.
             InfraError: the engine was closed, or its process died.
         """
-        from vllm.exceptions import VLLMClientError
-        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+        if not self._has_room(request):
+            return Completion((), (), (), "length")
+        while True:
+            began = self.version
+            async with aclosing(self._outputs(request, in_parts=False)) as outputs:
+                async for output, part in outputs:
+                    last, whole = output, part
+            if whole.finish is None:
+                raise InfraError("vLLM ended without a finished answer")
+            if whole.finish != "abort" or self._closed:
+                break
+        spans = [(s.version, s.start, s.end) for s in last.outputs[0].weight_versions or ()]
+        return Completion(
+            whole.ids,
+            whole.logprobs,
+            _spans(spans, began, len(whole.ids)),
+            whole.finish,
+            whole.cached,
+            whole.alternatives,
+        )
 
+    async def stream(self, request: Request) -> AsyncGenerator[Delta, None]:
+        """The same in parts; see `engine.protocol.Engine`. Raises as `generate`."""
+        if not self._has_room(request):
+            yield Delta((), (), "length")
+            return
+        async with aclosing(self._outputs(request, in_parts=True)) as outputs:
+            async for _, part in outputs:
+                yield part
+
+    def _has_room(self, request: Request) -> bool:
         if self._closed:
             raise InfraError("the engine is closed")
-        room = self._max_len - len(request.prompt_ids)
-        if room <= 0 or request.sampling.max_tokens == 0:
-            return Completion((), (), (), "length")
-        try:
-            while True:
-                if request.min_version > self.version:
-                    raise StaleWeights(
-                        f"version {request.min_version} asked, version {self.version} held"
-                    )
-                completion = await self._once(request, room)
-                if completion.finish != "abort" or self._closed:
-                    return completion
-        except VLLMClientError as error:
-            raise ConfigError(f"session {request.session!r}: {error}") from error
-        except (EngineDeadError, EngineGenerateError) as error:
-            raise InfraError(f"vLLM failed: {error.__cause__ or error}") from error
+        if request.top_logprobs and not self._raw_logprobs:
+            raise ConfigError("top_logprobs: open the engine with raw_logprobs=True")
+        return len(request.prompt_ids) < self.max_len and request.sampling.max_tokens > 0
 
-    async def _once(self, request: Request, room: int) -> Completion:
-        began = self.version
+    async def _outputs(
+        self, request: Request, *, in_parts: bool
+    ) -> AsyncGenerator[tuple[Any, Delta], None]:
+        """What vLLM says, as it came and as ours. Closing this aborts the request there."""
+        if request.min_version > self.version:
+            raise StaleWeights(f"version {request.min_version} asked, version {self.version} held")
         name = f"{request.session}#{next(self._numbers)}"
         prompt = {"prompt_token_ids": list(request.prompt_ids)}
-        last: Any = None
-        async for output in self._llm.generate(prompt, self._params(request, room), name):
-            last = output
-        out = last.outputs[0]
-        ids = tuple(int(i) for i in out.token_ids)
-        greedy = request.sampling.temperature == 0
-        logprobs = tuple(
-            0.0 if greedy else float(choices[token].logprob)
-            for token, choices in zip(ids, out.logprobs or (), strict=True)
-        )
-        finish: Finish = out.finish_reason if out.finish_reason in ("stop", "length") else "abort"
-        spans = [(span.version, span.start, span.end) for span in out.weight_versions or ()]
-        return Completion(
-            ids,
-            logprobs,
-            _spans(spans, began, len(ids)),
-            finish,
-            cached=last.num_cached_tokens or 0,
-        )
+        greedy = request.sampling.temperature == 0 and not self._raw_logprobs
+        params = self._params(request, in_parts)
+        with _errors_as_ours(request.session):
+            async with aclosing(self._llm.generate(prompt, params, name)) as outputs:
+                async for output in outputs:
+                    yield output, _delta(output, greedy, request.top_logprobs)
 
-    def _params(self, request: Request, room: int) -> Any:
+    def _params(self, request: Request, in_parts: bool) -> Any:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         sampling = request.sampling
+        room = self.max_len - len(request.prompt_ids)
         try:
             return SamplingParams(
                 temperature=sampling.temperature,
@@ -175,9 +192,10 @@ class VllmEngine:
                 stop_token_ids=list(request.stop_ids),
                 ignore_eos=True,  # only what the request names ends it
                 seed=request.seed % SEEDS,
-                logprobs=0,  # of the sampled ids
+                logprobs=request.top_logprobs,  # and always of the sampled ids
                 detokenize=bool(sampling.stop),
-                output_kind=RequestOutputKind.FINAL_ONLY,
+                skip_special_tokens=False,  # a stop string may have them, as our texts do
+                output_kind=RequestOutputKind.DELTA if in_parts else RequestOutputKind.FINAL_ONLY,
             )
         except ValueError as error:
             raise ConfigError(f"sampling of session {request.session!r}: {error}") from error
@@ -239,6 +257,44 @@ class VllmEngine:
             self._closed = True
             await asyncio.to_thread(self._llm.shutdown)
             del self._llm  # its finalizer would shut down again, when the interpreter ends
+
+
+@contextmanager
+def _errors_as_ours(session: str) -> Iterator[None]:
+    from vllm.exceptions import VLLMClientError
+    from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+    try:
+        yield
+    except VLLMClientError as error:
+        raise ConfigError(f"session {session!r}: {error}") from error
+    except (EngineDeadError, EngineGenerateError) as error:
+        raise InfraError(f"vLLM failed: {error.__cause__ or error}") from error
+
+
+def _delta(output: Any, greedy: bool, top: int) -> Delta:
+    """An output of vLLM's, whole or a part."""
+    out = output.outputs[0]
+    ids = tuple(int(i) for i in out.token_ids)
+    choices = out.logprobs or ()  # one mapping per id: the sampled one, and the most probable
+    finish: Finish | None = None
+    if output.finished:
+        finish = out.finish_reason if out.finish_reason in ("stop", "length") else "abort"
+    return Delta(
+        ids,
+        tuple(
+            0.0 if greedy else float(here[token].logprob)
+            for token, here in zip(ids, choices, strict=True)
+        ),
+        finish,
+        output.num_cached_tokens or 0,
+        tuple(_alternatives(here, top) for here in choices) if top else (),
+    )
+
+
+def _alternatives(here: Any, top: int) -> Alternatives:
+    ranked = sorted((one.rank, int(token), float(one.logprob)) for token, one in here.items())
+    return tuple((token, logprob) for _, token, logprob in ranked[:top])
 
 
 def _spans(found: Sequence[tuple[str, int, int]], began: int, n: int) -> tuple[VersionSpan, ...]:
