@@ -76,6 +76,7 @@ class Chat:
         self._pieces: dict[tuple[Any, ...], tuple[Ids, ...]] = {}
         self._fits: dict[tuple[Any, ...], bool] = {}
         self._trims = False
+        self._bytes = _byte_level() if "ByteLevel" in str(backend.decoder) else {}
         tail = self._probe()
         self._text, self._own = self._content_tokenizers(tail)
         first = self._encode_control(tail)[:1]
@@ -207,6 +208,29 @@ class Chat:
             return False
         return "system" not in roles or _sentinel(roles.index("system")) in text
 
+    def document(self, text: str) -> Ids:
+        """Ids of a text by itself: no roles, but what the tokenizer puts before every text."""
+        begin: int | None = getattr(self.tokenizer, "bos_token_id", None)
+        opening = list(self._control.encode("", add_special_tokens=True).ids)
+        return (*(opening[:1] if opening[:1] == [begin] else ()), *self.encode(text))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Any ids as text, control tokens as they are written."""
+        return self._decode(tuple(ids))
+
+    def bytes_of(self, one: int) -> bytes:
+        """What one id writes: it may be a part of a character."""
+        token = str(self._control.id_to_token(one))
+        if one not in self._control.get_added_tokens_decoder() and self._bytes:
+            with contextlib.suppress(KeyError):
+                return bytes(self._bytes[character] for character in token)
+        return self._decode((one,)).encode()
+
+    def _keep(self, key: tuple[Any, ...], pieces: tuple[Ids, ...]) -> None:
+        if len(self._pieces) >= _CACHED_CONTENTS:  # a server's clients choose the keys
+            self._pieces.clear()
+        self._pieces[key] = pieces
+
     def _weave(self, pieces: tuple[Ids, ...], messages: Sequence[Message]) -> Ids:
         ids = list(pieces[0])
         for message, piece in zip(messages, pieces[1:], strict=True):
@@ -284,7 +308,7 @@ class Chat:
 
     def _find_start(self, roles: tuple[str, ...]) -> tuple[Ids, ...]:
         pieces = self._cut(self._template(roles), range(len(roles)))
-        self._pieces["start", roles] = pieces
+        self._keep(("start", roles), pieces)
         return pieces
 
     def _find_extension(
@@ -294,7 +318,7 @@ class Chat:
         pieces = tuple(self._encode_control(text) for text in texts)
         if finished:
             pieces = (pieces[0][1:], *pieces[1:])
-        self._pieces[key] = pieces
+        self._keep(key, pieces)
         return pieces
 
     def _split_history(self, roles: Sequence[str]) -> list[str]:
@@ -368,7 +392,7 @@ class Chat:
                     raise ConfigError(f"a tool's description contains {token.content!r}: remove it")
             text = self._template(roles, tools=list(tools))
             pieces = self._cut(text, range(len(roles)))
-            self._pieces["start", roles, listing] = pieces
+            self._keep(("start", roles, listing), pieces)
         return self._weave(pieces, messages)
 
 
@@ -394,6 +418,14 @@ def _load_tokenizer(folder: Path) -> Any:
     if settings.get("tokenizer_class") in _GENERIC:
         return transformers.PreTrainedTokenizerFast.from_pretrained(folder)
     return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+@functools.cache
+def _byte_level() -> dict[str, int]:
+    """The byte that each character of a byte-level token stands for, as GPT-2 laid down."""
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    return {chr(b): b for b in shown} | {chr(256 + k): b for k, b in enumerate(hidden)}
 
 
 def _copy(backend: Any) -> Any:

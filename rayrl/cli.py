@@ -33,6 +33,7 @@ VERBS = {
     "train": ("rayrl.train", "reinforcement learning"),
     "eval": ("rayrl.evaluate", "play without learning and print the table"),
     "play": ("rayrl.play", "play against a model in this terminal, or watch it"),
+    "serve": ("rayrl.serve", "answer OpenAI-compatible HTTP requests with a model"),
     "report": ("rayrl.report", "write RUN/report.html: rayrl report RUN"),
     "plan": ("rayrl.plan", "print what would run and what will not fit; starts nothing"),
     "env": ("rayrl.envcheck", "check an environment: rayrl env check [NAME]"),

@@ -24,14 +24,14 @@ LAYERS: list[dict[str, str]] = [
         "limits checker",
         "learn": "advantage batch packing loss",
     },
-    {"engine": "engine", "learner": "learner"},
+    {"engine": "engine", "learner": "learner", "server": "openai"},
     {"cluster": "cluster"},
     {
         "output": "files rundir figures results show report_page stage journal bar boards progress "
         "memory"
     },
     {
-        "programs": "synth sft train evaluate play report recipe plan envcheck fetch",
+        "programs": "synth sft train evaluate play report recipe plan envcheck fetch serve",
     },
     {"command": "cli __main__"},
 ]

@@ -11,6 +11,7 @@ from typing import Protocol
 import ray
 from ray import serve
 from ray.exceptions import RayActorError
+from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
@@ -23,7 +24,7 @@ from rayrl.engine.protocol import Engine
 from rayrl.errors import InfraError, RayrlError, StaleWeights
 from rayrl.types import Completion, Request
 
-__all__ = ["Replica", "deploy", "undeploy"]
+__all__ = ["Replica", "deploy", "run_app", "undeploy"]
 
 MAX_ONGOING = 100_000  # calls a replica; admission is the engine's, which queues
 HEALTH_PERIOD_S = 2.0
@@ -147,8 +148,6 @@ async def deploy(
     Raises:
         InfraError: a replica cannot start (the message ends with its traceback), or has no place.
     """
-    if not session.local:
-        undeploy(app)
     cluster = config.cluster
     deployment = serve.deployment(
         name=DEPLOYMENT,
@@ -169,9 +168,31 @@ async def deploy(
     target = deployment.bind(
         factory, store_name(session.name) if store else "", config.engine.threads
     )
+    return await run_app(session, cluster, target, app=app)
+
+
+async def run_app(
+    session: Session,
+    cluster: ClusterConfig,
+    target: Application,
+    *,
+    app: str,
+    route_prefix: str | None = None,
+) -> DeploymentHandle:
+    """Start an app of one deployment, in place of one of this name; returns when it serves.
+
+    Args:
+        cluster: what the app asks for, for the message.
+        route_prefix: of HTTP; None: it has none.
+
+    Raises:
+        InfraError: a replica cannot start (the message ends with its traceback), or has no place.
+    """
+    if not session.local:
+        undeploy(app)
     # not serve.run, which blocks: an interrupted program must be able to leave
     (handle,) = serve.run_many(
-        [serve.RunTarget(target, name=app, route_prefix=None)],
+        [serve.RunTarget(target, name=app, route_prefix=route_prefix)],
         wait_for_ingress_deployment_creation=False,
         wait_for_applications_running=False,
     )

@@ -17,18 +17,27 @@ from typing import Any
 import ray
 from ray import serve
 from ray.exceptions import AuthenticationError
+from ray.serve.context import _get_global_client
 from ray.serve.schema import LoggingConfig
 
 from rayrl.cluster import cluster_address
 from rayrl.cluster.store import NAMESPACE
 from rayrl.config import ClusterConfig
-from rayrl.errors import InfraError
+from rayrl.errors import ConfigError, InfraError
 
-__all__ = ["SERVE_LOGGING", "Session", "open_session", "run_name", "set_threads"]
+__all__ = ["SERVE_LOGGING", "HttpAt", "Session", "open_session", "run_name", "set_threads"]
 
 OBJECT_STORE_BYTES = 512 << 20  # of a local cluster: two versions of the weights, and groups
 START_ATTEMPTS = 2
 SERVE_LOGGING = LoggingConfig(log_level="WARNING", enable_access_log=False)
+
+
+@dataclass(frozen=True, slots=True)
+class HttpAt:
+    """Where Serve listens."""
+
+    host: str
+    port: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,16 +80,20 @@ def set_threads(threads: int) -> None:
 
 
 @contextmanager
-def open_session(cluster: ClusterConfig, directory: str | None = None) -> Iterator[Session]:
+def open_session(
+    cluster: ClusterConfig, directory: str | None = None, http: HttpAt | None = None
+) -> Iterator[Session]:
     """Join or start Ray and Serve; on leaving, undo what was started and nothing else.
 
     Args:
         cluster: `address` names a cluster to join. Empty: the cluster this process runs in
             (RAY_ADDRESS, as `ray job submit` sets it), else a local one that ends with us.
         directory: the run's folder, if the program has one.
+        http: where Serve is to listen; None: nowhere, if we are who starts it.
 
     Raises:
         InfraError: the cluster cannot be reached.
+        ConfigError: Serve cannot listen there.
     """
     if ray.is_initialized():
         local = joined = False
@@ -90,7 +103,7 @@ def open_session(cluster: ClusterConfig, directory: str | None = None) -> Iterat
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     started_serve = False
     try:
-        started_serve = _start_serve()
+        started_serve = _start_serve(http)
         yield Session(run_name(directory), local)
     finally:
         if started_serve and not local:
@@ -156,13 +169,33 @@ def _bring_token() -> None:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
-def _start_serve() -> bool:
-    """Start Serve without HTTP proxies, unless it runs already; returns whether we did."""
+def _start_serve(http: HttpAt | None) -> bool:
+    """Start Serve, unless it runs already; returns whether we did."""
     with suppress(ValueError):
         ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+        if http is not None:
+            _check_listens(http)
         return False
-    serve.start(proxy_location="Disabled", logging_config=SERVE_LOGGING)
+    if http is None:
+        serve.start(proxy_location="Disabled", logging_config=SERVE_LOGGING)
+    else:
+        serve.start(
+            proxy_location="HeadOnly",
+            http_options={"host": http.host, "port": http.port},
+            logging_config=SERVE_LOGGING,
+        )
     return True
+
+
+def _check_listens(http: HttpAt) -> None:
+    """Serve's address is the whole cluster's and cannot be changed while it runs."""
+    there = _get_global_client().http_config
+    if there.location in (None, "Disabled") or (there.host, there.port) != (http.host, http.port):
+        raise ConfigError(
+            f"serve.host={http.host} serve.port={http.port}: Serve runs on this cluster already, "
+            f"at {there.host}:{there.port} ({there.location}). Use that address, or stop it with "
+            "`serve shutdown`."
+        )
 
 
 def _stop_serve_if_unused() -> None:

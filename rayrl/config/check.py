@@ -89,6 +89,8 @@ _AT_LEAST: dict[str, float] = {
     "eval.temperature": 0,
     "play.episodes": 1,
     "play.temperature": 0,
+    "serve.port": 0,
+    "serve.max_requests": 1,
 }
 
 _ABOVE_ZERO = (
@@ -142,6 +144,8 @@ def validate(config: Config, verb: str = "", *, chained: bool = False) -> None:
         _check_train(config)
     if verb == "sft":
         _check_sft(config, chained)
+    if verb == "serve":
+        _check_serve(config)
     for asking in _asking(config, verb):
         _check_endpoint(config, asking)
     if verb == "recipe" and not config.recipe:
@@ -300,6 +304,14 @@ def _check_sft(config: Config, chained: bool) -> None:
             config.learner.warmup_steps,
             f"the warm-up would not end within sft.steps={config.sft.steps}; shorten it.",
         )
+
+
+def _check_serve(config: Config) -> None:
+    serve = config.serve
+    if not serve.host:
+        raise _wrong("serve.host", "", "name an address: 127.0.0.1 (this machine), or 0.0.0.0.")
+    if serve.port > 65535:
+        raise _wrong("serve.port", serve.port, "ports end at 65535.")
 
 
 def _asking(config: Config, verb: str) -> list[str]:

@@ -20,6 +20,7 @@ __all__ = [
     "PlayConfig",
     "RunConfig",
     "SamplingConfig",
+    "ServeConfig",
     "SftConfig",
     "Stage",
     "SynthConfig",
@@ -243,6 +244,17 @@ class PlayConfig:
 
 
 @dataclass(frozen=True)
+class ServeConfig:
+    """The OpenAI-compatible HTTP server."""
+
+    host: str = "127.0.0.1"  # 0.0.0.0: reachable from other machines
+    port: int = 8000  # 0: any that is free
+    model_name: str = ""  # what clients call the model; empty: its folder's name
+    api_key_env: str = ""  # environment variable that holds the key clients must send; empty: none
+    max_requests: int = 256  # answered at once by a replica; one more gets a 503
+
+
+@dataclass(frozen=True)
 class Stage:
     """One step of a recipe: a verb, and the settings it differs in."""
 
@@ -271,4 +283,5 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     fetch: FetchConfig = field(default_factory=FetchConfig)
     play: PlayConfig = field(default_factory=PlayConfig)
+    serve: ServeConfig = field(default_factory=ServeConfig)
     recipe: list[Stage] = field(default_factory=list)

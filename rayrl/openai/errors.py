@@ -1,0 +1,65 @@
+"""OpenAI's error objects: what a client is told, and with which status."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rayrl.errors import ConfigError, InfraError
+
+__all__ = ["ApiError", "as_api_error"]
+
+_TYPES = {401: "authentication_error", 404: "not_found_error"}
+
+
+class ApiError(Exception):
+    """A request is answered with an error.
+
+    Args:
+        status: of HTTP.
+        message: what is wrong and what to do.
+        param: the field of the body, as `messages[0].content`.
+        code: a word for programs, such as `context_length_exceeded`.
+        retry_after: seconds after which it may go better.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int = 0,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.retry_after = retry_after
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The error object."""
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        error = {
+            "message": self.message,
+            "type": _TYPES.get(self.status, kind),
+            "param": self.param,
+            "code": self.code,
+        }
+        return {"error": error}
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What HTTP wants besides."""
+        headers = {"Retry-After": str(self.retry_after)} if self.retry_after else {}
+        return headers | ({"WWW-Authenticate": "Bearer"} if self.status == 401 else {})
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """What a client is told about anything that went wrong."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, ConfigError):  # the engine or the template refuses this very request
+        return ApiError(400, str(error))
+    if isinstance(error, InfraError):
+        return ApiError(503, str(error), code="engine_unavailable", retry_after=1)
+    return ApiError(500, f"The server failed: {type(error).__name__}.", code="internal_error")
