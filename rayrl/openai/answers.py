@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rayrl.chat import Chat
-from rayrl.openai.choice import Choice, News, Token
+from rayrl.openai.choice import News, Token
 from rayrl.openai.generation import Usage
 
 __all__ = ["ChatAnswer", "CompletionAnswer", "Shape", "usage_object"]
@@ -45,9 +45,9 @@ class Shape:
             "system_fingerprint": None,
         }
 
-    def whole(self, choices: Sequence[tuple[Choice, News]], usage: Usage) -> dict[str, Any]:
+    def whole(self, choices: Sequence[News], usage: Usage) -> dict[str, Any]:
         """An answer in one piece."""
-        told = [self._whole(i, choice, news) for i, (choice, news) in enumerate(choices)]
+        told = [self._whole(index, news) for index, news in enumerate(choices)]
         return {
             **self._frame,
             "object": self.object_name,
@@ -63,11 +63,11 @@ class Shape:
         """Chunks before anything of a choice is told."""
         raise NotImplementedError
 
-    def part(self, index: int, choice: Choice, news: News) -> list[dict[str, Any]]:
+    def part(self, index: int, news: News) -> list[dict[str, Any]]:
         """Chunks that tell the news."""
         raise NotImplementedError
 
-    def _whole(self, index: int, choice: Choice, news: News) -> dict[str, Any]:
+    def _whole(self, index: int, news: News) -> dict[str, Any]:
         raise NotImplementedError
 
     def _text(self, one: int) -> str:
@@ -83,21 +83,21 @@ class ChatAnswer(Shape):
         """Who speaks."""
         return [self._delta(index, {"role": "assistant", "content": ""}, [])]
 
-    def part(self, index: int, choice: Choice, news: News) -> list[dict[str, Any]]:
+    def part(self, index: int, news: News) -> list[dict[str, Any]]:
         """Words, then calls, then the reason for the end; logprobs with the first of these."""
         deltas: list[dict[str, Any]] = []
         if news.words:
             deltas.append({"content": news.words})
         if news.calls:
             deltas.append({"tool_calls": news.calls})
-        if choice.finish is not None or (news.tokens and not deltas):
+        if news.finish is not None or (news.tokens and not deltas):
             deltas.append({})
         chunks = [
             self._delta(index, delta, news.tokens if not at else [])
             for at, delta in enumerate(deltas)
         ]
-        if choice.finish is not None:
-            chunks[-1]["choices"][0]["finish_reason"] = choice.finish
+        if news.finish is not None:
+            chunks[-1]["choices"][0]["finish_reason"] = news.finish
         return chunks
 
     def _delta(self, index: int, delta: dict[str, Any], tokens: list[Token]) -> dict[str, Any]:
@@ -106,7 +106,7 @@ class ChatAnswer(Shape):
             [{"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}]
         )
 
-    def _whole(self, index: int, choice: Choice, news: News) -> dict[str, Any]:
+    def _whole(self, index: int, news: News) -> dict[str, Any]:
         silent = bool(news.calls) and not news.words
         message: dict[str, Any] = {
             "role": "assistant",
@@ -121,7 +121,7 @@ class ChatAnswer(Shape):
             "index": index,
             "message": message,
             "logprobs": logprobs,
-            "finish_reason": choice.finish,
+            "finish_reason": news.finish,
         }
 
     def _of(self, tokens: Sequence[Token]) -> dict[str, Any]:
@@ -145,18 +145,18 @@ class CompletionAnswer(Shape):
         """Nothing."""
         return []
 
-    def part(self, index: int, choice: Choice, news: News) -> list[dict[str, Any]]:
+    def part(self, index: int, news: News) -> list[dict[str, Any]]:
         """Words and the reason for the end in one chunk."""
-        if not news and choice.finish is None:
+        if not news:
             return []
-        return [self.chunk([self._whole(index, choice, news)])]
+        return [self.chunk([self._whole(index, news)])]
 
-    def _whole(self, index: int, choice: Choice, news: News) -> dict[str, Any]:
+    def _whole(self, index: int, news: News) -> dict[str, Any]:
         return {
             "index": index,
             "text": news.words,
             "logprobs": self._of(news.tokens) if self._logprobs else None,
-            "finish_reason": choice.finish,
+            "finish_reason": news.finish,
         }
 
     def _of(self, tokens: Sequence[Token]) -> dict[str, Any]:

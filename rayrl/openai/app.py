@@ -140,7 +140,7 @@ class Service:
             self.metrics.live -= 1
         usage = job.usage([choice for choice, _ in done])
         self.metrics.used(usage)
-        return JSONResponse(shape.whole(done, usage))
+        return JSONResponse(shape.whole([news for _, news in done], usage))
 
     async def _chunks(
         self, job: Job, shape: Shape, include_usage: bool
@@ -153,7 +153,7 @@ class Service:
             async for index, new in news:
                 chunks = [] if index in begun else shape.begin(index)
                 begun.add(index)
-                for chunk in [*chunks, *shape.part(index, choices[index], new)]:
+                for chunk in [*chunks, *shape.part(index, new)]:
                     yield {**chunk, "usage": None} if include_usage else chunk
             if include_usage:
                 yield {**shape.chunk([]), "usage": usage_object(job.usage(choices))}

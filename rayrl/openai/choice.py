@@ -28,20 +28,15 @@ class Token:
 
 @dataclass(slots=True)
 class News:
-    """What is new in a choice."""
+    """What is new in a choice; `finish` is None until the last: stop, length, tool_calls, abort."""
 
     words: str = ""
     calls: list[dict[str, Any]] = field(default_factory=list)
     tokens: list[Token] = field(default_factory=list)
+    finish: str | None = None
 
     def __bool__(self) -> bool:
-        return bool(self.words or self.calls or self.tokens)
-
-    def __iadd__(self, other: News) -> News:
-        self.words += other.words
-        self.calls += other.calls
-        self.tokens += other.tokens
-        return self
+        return bool(self.words or self.calls or self.tokens or self.finish)
 
 
 class Choice:
@@ -56,10 +51,9 @@ class Choice:
         logprobs: whether tokens are told.
 
     Attributes:
-        ids: how many have been sampled.
+        ids: how many were sampled, to the end of the text.
         cached: prompt ids that were not computed again.
-        finish: None, then why it ended: stop, length, tool_calls or abort.
-        text: words told so far.
+        finish: None, then why it ended.
     """
 
     def __init__(
@@ -88,11 +82,13 @@ class Choice:
     def read(self, part: Delta) -> News:
         """What the client is told after another part."""
         news = News()
-        self.ids += len(part.ids)
         self.cached = part.cached
         alternatives = part.alternatives or ((),) * len(part.ids)
         for one, logprob, others in zip(part.ids, part.logprobs, alternatives, strict=True):
-            if self.finish is not None or one in self._stop_ids:
+            if self.finish is not None:  # the engine was further than the client wants
+                break
+            self.ids += 1
+            if one in self._stop_ids:
                 break
             if self._logprobs:
                 self._tokens.append(Token(one, logprob, others, self._read))
@@ -131,6 +127,7 @@ class Choice:
         if self._reader is not None:
             self._tell(self._reader.end(), news)
         self.finish = "tool_calls" if self._called and finish == "stop" else finish
+        news.finish = self.finish
 
 
 def tool_call(call: ParsedCall, index: int) -> dict[str, Any]:
