@@ -29,6 +29,7 @@ DOCS = (
     "docs/cluster.md",
     "docs/evaluation.md",
     "docs/models.md",
+    "docs/serving.md",
 )
 PYTHON = [text for kind, text in blocks(DOCS[0]) if kind == "python"]
 COMMANDS = [line for file in DOCS for line in commands(blocks(file))]

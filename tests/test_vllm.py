@@ -187,6 +187,35 @@ async def test_requests_that_cannot_be_answered(engine: Engine) -> None:
     assert (await engine.generate(request(PROMPTS[0]))).ids  # it lives on
 
 
+async def test_a_stream_is_the_completion_and_leaving_it_ends_the_work(engine: Engine) -> None:
+    asked = replace(request(PROMPTS[1], max_tokens=40), stop_ids=())
+    done = await engine.generate(asked)
+    parts = [part async for part in engine.stream(asked)]
+    assert sum((part.ids for part in parts), ()) == done.ids
+    told = np.concatenate([part.logprobs for part in parts])
+    assert np.abs(told - np.array(done.logprobs)).max() < 1e-5
+    assert [part.finish for part in parts] == [None] * (len(parts) - 1) + ["length"]
+    assert len(parts) > 1
+    with pytest.raises(ConfigError, match="raw_logprobs"):
+        await engine.generate(replace(asked, top_logprobs=1))
+    long = replace(request(PROMPTS[0], max_tokens=250), stop_ids=())
+    begun = engine.stream(long)
+    await anext(begun)
+    waiting = asyncio.create_task(engine.generate(replace(long, session="other")))
+    while len(live(engine)) < 2:  # noqa: ASYNC110 - vLLM sets no event
+        await asyncio.sleep(0.005)
+    await begun.aclose()
+    assert len(live(engine)) == 1
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+    assert not live(engine)
+    assert (await engine.generate(asked)).ids == done.ids
+
+
+def live(engine: Any) -> Any:
+    return engine._llm.output_processor.request_states
+
+
 async def test_weights_that_do_not_fit_close_it() -> None:
     engine = open_engine(model_dir(EMBEDDED), CONFIG)
     flat, manifest = flatten({"model.no_such_weight": torch.zeros(3)})

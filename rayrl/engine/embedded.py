@@ -25,7 +25,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +39,7 @@ from rayrl.engine.model import FlatModel
 from rayrl.engine.prompts import flatten_prompts
 from rayrl.engine.rows import Rows
 from rayrl.engine.sampler import raw_logprobs, sample
+from rayrl.engine.stats import Stats
 from rayrl.errors import ConfigError, InfraError, RayrlError, StaleWeights
 from rayrl.types import Completion, Delta, Finish, Request, VersionSpan
 
@@ -53,19 +53,6 @@ __all__ = ["EmbeddedEngine"]
 PREFILL_TOKENS = 1024  # distinct tokens a prefill step: more fall out of the core's cache
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class _Stats:
-    prompt_tokens: int = 0
-    computed_tokens: int = 0
-    sampled_tokens: int = 0
-    prefill_steps: int = 0
-    decode_steps: int = 0
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    load_seconds: float = 0.0
-    completions: int = 0
 
 
 class EmbeddedEngine:
@@ -127,7 +114,7 @@ class EmbeddedEngine:
         self._mail = threading.Lock()  # so that nothing is posted after the last look
         self._closing = False
         self._done: list[Answer] = []
-        self._stats = _Stats()
+        self._stats = Stats()
         self._thread = threading.Thread(target=self._run, name="rayrl-engine", daemon=True)
         self._thread.start()
 
@@ -239,20 +226,7 @@ class EmbeddedEngine:
         `prompt_tokens` is what prompts had, `computed_tokens` what was prefilled of it, the
         difference `reused_tokens`; seconds are of the step thread.
         """
-        s = self._stats
-        return {
-            "prompt_tokens": s.prompt_tokens,
-            "computed_tokens": s.computed_tokens,
-            "reused_tokens": s.prompt_tokens - s.computed_tokens,
-            "sampled_tokens": s.sampled_tokens,
-            "completions": s.completions,
-            "prefill_steps": s.prefill_steps,
-            "decode_steps": s.decode_steps,
-            "prefill_seconds": s.prefill_seconds,
-            "decode_seconds": s.decode_seconds,
-            "load_seconds": s.load_seconds,
-            "busy_seconds": s.prefill_seconds + s.decode_seconds + s.load_seconds,
-        }
+        return self._stats.figures()
 
     def _check(self, request: Request) -> NDArray[np.int64]:
         sampling = request.sampling
