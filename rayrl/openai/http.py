@@ -111,10 +111,11 @@ class EventStream(Response):
             async for piece in self._rest:
                 await send(_event(piece))
         except Exception as error:  # too late for a status
-            await send(_event(as_api_error(error).body))
+            last = _event(as_api_error(error).body)
         else:
-            await send(_body(b"data: [DONE]\n\n"))
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+            last = _body(b"data: [DONE]\n\n")
+        # clients leave when they have read this, and are not to be counted as having hung up
+        await send({**last, "more_body": False})
 
 
 def _event(piece: Mapping[str, Any]) -> Message:
