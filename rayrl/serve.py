@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from rayrl.cluster.http import open_server
 from rayrl.config import Config
-from rayrl.stage import model_row
+from rayrl.stage import model_row, say_templates
 
 __all__ = ["run", "serve"]
 
@@ -31,6 +31,7 @@ async def serve(config: Config, say: Callable[[str], None] = print) -> None:
     """Start the server, say how to reach it, and wait."""
     ended = asyncio.Event()
     loop = asyncio.get_running_loop()
+    say_templates(config)
     name = config.serve.model_name or model_row(config.model.path)
     async with open_server(config, name) as url:
         say(_welcome(config, name, url))
