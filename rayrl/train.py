@@ -60,6 +60,7 @@ async def train(config: Config) -> None:
                         scored = advantages(played.groups, config.algo)
                         batch = make_batch(played.groups, scored, keep_zero=needs_every_row(config))
                     with clock("update"):
+                        await weights.make_room()
                         learned = await learner.step(batch)
                     with clock("push"):
                         await weights.push(step + 1)

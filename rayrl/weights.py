@@ -5,6 +5,7 @@ One contiguous array goes through shared memory without a copy and without pickl
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import warnings
@@ -19,8 +20,20 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-__all__ = ["Entry", "Manifest", "checksum", "flatten", "layout", "put", "unflatten"]
+__all__ = [
+    "Entry",
+    "Manifest",
+    "buckets",
+    "checksum",
+    "flatten",
+    "layout",
+    "put",
+    "unflatten",
+    "views",
+]
 
+_BLOCK = 8192  # 32-bit words that are hashed into one sum; their keys stay in a core's cache
+_ROWS = 256  # blocks that a GPU widens to 64 bits at once: 16 MiB
 _ALIGN = 64  # bytes; every tensor starts on a cache line, so that its view is aligned for any dtype
 
 
@@ -79,20 +92,35 @@ def flatten(
 
 def layout(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> Manifest:
     """Where tensors of these names, dtypes and shapes lie in a flat buffer."""
-    entries = []
+    return next(iter(buckets(tensors, math.inf)), Manifest((), 0))
+
+
+def buckets(
+    tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], limit: float
+) -> tuple[Manifest, ...]:
+    """Where they lie in buffers of at most `limit` bytes each; a larger one lies alone."""
+    found: list[Manifest] = []
+    entries: list[Entry] = []
     offset = 0
     for name, dtype, shape in tensors:
-        entries.append(Entry(name, str(dtype).removeprefix("torch."), shape, offset))
         size = math.prod(shape) * dtype.itemsize
-        offset += (size + _ALIGN - 1) // _ALIGN * _ALIGN
-    return Manifest(tuple(entries), offset)
+        size = (size + _ALIGN - 1) // _ALIGN * _ALIGN
+        if entries and offset + size > limit:
+            found.append(Manifest(tuple(entries), offset))
+            entries, offset = [], 0
+        entries.append(Entry(name, str(dtype).removeprefix("torch."), tuple(shape), offset))
+        offset += size
+    if entries:
+        found.append(Manifest(tuple(entries), offset))
+    return tuple(found)
 
 
-def put(flat: NDArray[np.uint8], entry: Entry, tensor: torch.Tensor) -> None:
-    """Copy one tensor, from any device, to its place in a flat buffer."""
+def put(flat: NDArray[np.uint8] | torch.Tensor, entry: Entry, tensor: torch.Tensor) -> None:
+    """Copy one tensor, from any device, to its place in a flat buffer on any device."""
     import torch
 
-    _view(torch.from_numpy(flat), entry).copy_(tensor)
+    target = flat if isinstance(flat, torch.Tensor) else torch.from_numpy(flat)
+    _view(target, entry).copy_(tensor)
 
 
 def unflatten(flat: NDArray[np.uint8], manifest: Manifest) -> dict[str, torch.Tensor]:
@@ -112,7 +140,12 @@ def unflatten(flat: NDArray[np.uint8], manifest: Manifest) -> dict[str, torch.Te
         # the object store hands out read-only arrays, and nothing here writes
         warnings.filterwarnings("ignore", message=".*not writable.*")
         source = torch.from_numpy(flat)
-    return {entry.name: _view(source, entry) for entry in manifest.entries}
+    return dict(views(source, manifest))
+
+
+def views(flat: torch.Tensor, manifest: Manifest) -> list[tuple[str, torch.Tensor]]:
+    """Names and tensors, as views into a buffer that is a tensor itself, on any device."""
+    return [(entry.name, _view(flat, entry)) for entry in manifest.entries]
 
 
 def _view(flat: torch.Tensor, entry: Entry) -> torch.Tensor:
@@ -123,6 +156,47 @@ def _view(flat: torch.Tensor, entry: Entry) -> torch.Tensor:
     return part.view(dtype).view(entry.shape)
 
 
-def checksum(flat: NDArray[np.uint8]) -> str:
-    """A 16-digit fingerprint of a flat buffer; equal buffers have equal ones on every machine."""
-    return hashlib.blake2b(flat.data, digest_size=8).hexdigest()
+def checksum(flat: NDArray[np.uint8] | torch.Tensor) -> str:
+    """A 16-digit fingerprint of bytes; equal buffers have equal ones on every machine and device.
+
+    A block of 8,192 32-bit words x is hashed as sum(key * x) modulo 2**64 with fixed random keys
+    (Lemire and Kaser, "Strongly universal string hashing is fast", 2014: MULTILINEAR); the length
+    and the blocks' sums, in order, go through BLAKE2b. It reads a buffer five times as fast as
+    BLAKE2b alone, and is integer arithmetic only, so that a GPU computes the same.
+
+    Args:
+        flat: (nbytes,) uint8 and contiguous, as an array or as a tensor on any device.
+    """
+    import numpy as np
+    import torch
+
+    count = len(flat)
+    whole = count // (4 * _BLOCK) * (4 * _BLOCK)
+    rest = np.zeros(4 * _BLOCK, np.uint8)
+    if isinstance(flat, torch.Tensor):
+        rest[: count - whole] = flat[whole:].cpu().numpy()
+        keys = torch.from_numpy(_keys()).to(flat.device)
+        rows = flat[:whole].view(-1, 4 * _BLOCK)
+        parts = [
+            (rows[at : at + _ROWS].view(torch.int32) * keys).sum(1)
+            for at in range(0, len(rows), _ROWS)
+        ]
+        sums = torch.cat(parts).cpu().numpy() if parts else np.zeros(0, np.int64)
+    else:
+        rest[: count - whole] = flat[whole:]
+        words = flat[:whole].view(np.int32).reshape(-1, _BLOCK)
+        sums = np.einsum("ij,j->i", words, _keys(), dtype=np.int64)
+    last = np.einsum("j,j->", rest.view(np.int32), _keys(), dtype=np.int64)
+    digest = hashlib.blake2b(count.to_bytes(8, "little"), digest_size=8)
+    digest.update(sums.astype("<i8").tobytes())
+    digest.update(last.astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+@functools.cache
+def _keys() -> NDArray[np.int64]:
+    """(_BLOCK,) fixed random keys, from BLAKE2b: the same whatever the versions of libraries."""
+    import numpy as np
+
+    drawn = (hashlib.blake2b(k.to_bytes(2, "little")).digest() for k in range(_BLOCK // 8))
+    return np.frombuffer(b"".join(drawn), "<i8").astype(np.int64) | 1

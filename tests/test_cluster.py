@@ -23,6 +23,7 @@ from rayrl.cluster.rollouts import sort_out
 from rayrl.cluster.router import LaneRouter
 from rayrl.cluster.session import Session, open_session, run_name
 from rayrl.cluster.store import NAMESPACE, Published, store_name
+from rayrl.cluster.sync import ObjectStore
 from rayrl.cluster.weights import Weights, confirmations, open_store
 from rayrl.config import Config, from_dict
 from rayrl.engine import open_engine
@@ -368,7 +369,7 @@ async def test_replicas_admit_weights_by_version(
         stack.callback(ray.kill, store)
         stack.callback(undeploy, app)
         handle = await deploy(session, settings, engine, app=app, store=True)
-        weights = Weights(publish, store, handle, deadline_s=30)
+        weights = Weights(ObjectStore(publish, store, handle), handle, deadline_s=30)
         one = client(ServeCall(app, 2), lanes=2, deadline_s=60)
         requests = [request(f"s{k}", k) for k in range(16)]
 

@@ -18,7 +18,9 @@ PACKAGE = ROOT / "rayrl"
 # From the bottom up. Families on one line are neighbours: they do not import each other.
 LAYERS: list[dict[str, str]] = [
     {"words": "types errors hints"},
-    {"ground": "config env groups registry gymnasium intervals models weights engine.protocol"},
+    {
+        "ground": "config env groups registry gymnasium intervals models weights buckets engine.protocol"
+    },
     {
         "act": "chat templates agent players tools textcalls rollout episodes isolation endpoint "
         "limits checker",

@@ -17,6 +17,7 @@ from rayrl.cluster.learners import Learners
 from rayrl.cluster.replica import deploy, undeploy
 from rayrl.cluster.rollouts import Rollouts
 from rayrl.cluster.session import Session, open_session
+from rayrl.cluster.sync import open_transport
 from rayrl.cluster.weights import Weights, open_store
 from rayrl.config import Config
 from rayrl.endpoint import check_reachable
@@ -115,13 +116,21 @@ async def open_training(
         store = open_store(session)
         stack.callback(ray.kill, store)
         model = str(model_dir(config.model.path))
-        *_, handles = await _together(
-            learners.start(model, total_steps),
-            rollouts.ready(),
-            deploy_models(job, session, stack, pushed=True),
+        deploying = deploy_models(job, session, stack, pushed=True)
+        if config.cluster.colocate:  # a replica on each GPU first, then a rank beside each
+            handles, _ = await _together(deploying, rollouts.ready())
+            await learners.start(model, total_steps)
+        else:
+            starting = learners.start(model, total_steps)
+            handles, *_ = await _together(deploying, rollouts.ready(), starting)
+        weights = Weights(
+            open_transport(config, learners, store, handles[POLICY]),
+            handles[POLICY],
+            config.cluster.push_deadline_s,
+            turns=config.cluster.colocate,
         )
-        deadline = config.cluster.push_deadline_s
-        yield rollouts, learners, Weights(learners.publish, store, handles[POLICY], deadline)
+        stack.callback(weights.close)
+        yield rollouts, learners, weights
 
 
 async def check_endpoint(config: Config, seats: Mapping[str, str]) -> None:
@@ -156,8 +165,9 @@ async def deploy_models(
     for who, app in job.apps.items():
         if not session.local:  # the cluster outlives us
             stack.callback(undeploy, app)
-        factory = partial(open_engine, job.models[who], job.config.engine)
         store = pushed and who == POLICY
+        sleeps = store and job.config.cluster.colocate
+        factory = partial(open_engine, job.models[who], job.config.engine, sleeps=sleeps)
         handles[who] = await deploy(session, job.config, factory, app=app, store=store)
     return handles
 

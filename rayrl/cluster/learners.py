@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Mapping, Sequence
+import sys
+import threading
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rayrl.batch import Batch, shard
+from rayrl.buckets import Channel, Meeting, Plan, host, send
 from rayrl.cluster.session import set_threads
 from rayrl.cluster.store import Published
 from rayrl.config import Config
 from rayrl.errors import InfraError, RayrlError, RunFailed
+from rayrl.weights import buckets
 
 if TYPE_CHECKING:
     from rayrl.learner.base import Learner
@@ -25,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["LearnerRank", "Learners"]
 
 PLACEMENT_DEADLINE_S = 120.0
+GRACE_S = 2.0  # for other ranks to say why they failed
 
 
 class LearnerRank:
@@ -34,6 +41,10 @@ class LearnerRank:
         set_threads(threads)
         self._rank = rank
         self._learner: Learner
+        self._plan: Plan = ()
+        self._meeting: Any = None
+        self._channel: Channel | None = None
+        self._streamed = (-1, -1)
 
     def address(self) -> tuple[str, int]:
         """Where rank 0 can be reached by the others: its node, and a port that is free now."""
@@ -77,6 +88,39 @@ class LearnerRank:
         if self._rank:
             return None
         return Published(version, (ray.put(flat),), manifest, checksum(flat))
+
+    def host(self, backend: str, world: int, timeout_s: float, limit: int) -> tuple[Meeting, Plan]:
+        """Open a meeting for a channel of `world` members; and what will be sent there."""
+        from rayrl.learner.lora import pieces
+
+        tensors = ((one.name, one.dtype, one.shape) for one in pieces(self._learner.module))
+        plan = buckets(tensors, limit)
+        self._plan = plan
+        if self._rank:
+            return Meeting("", "", 0, 0, 0), plan
+        meeting, self._meeting = host(backend, self.address()[0], world, timeout_s)
+        return meeting, plan
+
+    def connect(self, meeting: Meeting) -> None:
+        """Meet the engines, on rank 0."""
+        self._channel = Channel(meeting, 0, self._meeting)
+
+    def stream(self, version: int, deadline_s: float, store: Any) -> str:
+        """Send the weights over the channel; on all ranks together. Their checksum, from rank 0."""
+        self._streamed = (version, self._learner.steps)
+        with _watched(f"learner rank {self._rank}", deadline_s, store):
+            walk = self._learner.named_weights()
+            if self._channel is not None:
+                return send(walk, self._plan, self._channel)
+            for _ in walk:  # a rank's part in gathering it
+                pass
+        return ""
+
+    def republish(self, version: int) -> Published | None:
+        """What was streamed as `version`, in the object store, unless there was a step since."""
+        if self._streamed != (version, self._learner.steps):
+            return None
+        return self.publish(version)
 
     def save(self, folder: str) -> None:
         """Write what `load` continues from."""
@@ -148,6 +192,32 @@ class Learners:
         published: Published = (await self._all("publish", version))[0]
         return published
 
+    async def host(self, backend: str, world: int, timeout_s: float) -> tuple[Meeting, Plan]:
+        """Open a meeting at rank 0 for a channel of `world` members; and what will be sent there.
+
+        Buckets are of `cluster.bucket_mb`.
+        """
+        limit = self._config.cluster.bucket_mb << 20
+        found: tuple[Meeting, Plan] = (await self._all("host", backend, world, timeout_s, limit))[0]
+        return found
+
+    async def connect(self, meeting: Meeting) -> None:
+        """Let rank 0 join the channel; waits for all members."""
+        await _together([self._ranks[0].connect.remote(meeting)])
+
+    async def stream(self, version: int, deadline_s: float, store: Any) -> str:
+        """Send the weights as they are now over the channel; returns their checksum.
+
+        A rank that is not through after `deadline_s` tells the store where it hangs.
+        """
+        checksum: str = (await self._all("stream", version, 0.9 * deadline_s, store))[0]
+        return checksum
+
+    async def republish(self, version: int) -> Published | None:
+        """`publish` what was streamed as `version`; None if they are no longer those weights."""
+        published: Published | None = (await self._all("republish", version))[0]
+        return published
+
     async def save(self, folder: str | Path) -> None:
         """Write a checkpoint to resume from."""
         await self._write("save", folder, "learner.json")
@@ -201,15 +271,63 @@ def _absolute(folder: str | Path) -> Path:
 
 
 async def _together(calls: Sequence[Any]) -> Sequence[Any]:
-    """Results of all ranks; the first error ends the wait, because the others may never answer."""
+    """Results of all ranks.
+
+    The first error ends the wait, because the others may never answer; but they have `GRACE_S`: the
+    rank that failed is often not the first to say so, since the others lose their connection to it.
+    """
+    futures = [asyncio.ensure_future(call) for call in calls]
     try:
-        return await asyncio.gather(*calls)
-    except RayTaskError as error:
-        if isinstance(error.cause, RayrlError):
-            raise error.cause from None
-        raise
-    except RayActorError as error:
-        raise RunFailed(
-            f"a learner process died ({error}). Run the same command again to go on from the last "
-            "checkpoint."
-        ) from error
+        done, open_ = await asyncio.wait(futures, return_when=asyncio.FIRST_EXCEPTION)
+        if open_:
+            await asyncio.wait(open_, timeout=GRACE_S)
+        errors = {
+            rank: error
+            for rank, future in enumerate(futures)
+            if future.done() and (error := future.exception()) is not None
+        }
+        if errors:
+            raise _failure(errors) from None
+        return [future.result() for future in futures]
+    finally:
+        for future in futures:
+            future.cancel()
+
+
+def _failure(errors: Mapping[int, BaseException]) -> BaseException:
+    """The error to end with, of those that ranks have failed with."""
+    causes = {rank: getattr(error, "cause", None) for rank, error in errors.items()}
+    for cause in causes.values():  # says what to do
+        if isinstance(cause, RayrlError) and not isinstance(cause, InfraError):
+            return cause
+    for rank, error in errors.items():
+        if isinstance(error, RayActorError):
+            return RunFailed(
+                f"a learner process died (rank {rank}: {error}). Run the same command again to go "
+                "on from the last checkpoint."
+            )
+    for cause in causes.values():
+        if isinstance(cause, RayrlError) and len(errors) == 1:
+            return cause
+    if len(errors) == 1:
+        return next(iter(errors.values()))
+    kind = InfraError if any(isinstance(c, InfraError) for c in causes.values()) else RunFailed
+    return kind("\n".join(f"learner rank {rank}: {error}" for rank, error in errors.items()))
+
+
+@contextmanager
+def _watched(who: str, deadline_s: float, store: Any) -> Iterator[None]:
+    """Tell the store where this thread is, if it is still in the block after `deadline_s`."""
+    thread = threading.get_ident()
+
+    def tell() -> None:
+        frame = sys._current_frames().get(thread)
+        store.hang.remote(who, "".join(traceback.format_stack(frame)))
+
+    timer = threading.Timer(deadline_s, tell)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Protocol
 
@@ -15,13 +15,14 @@ from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
+from rayrl.buckets import Meeting, Plan
 from rayrl.cluster.client import DEPLOYMENT, Answer
 from rayrl.cluster.router import LaneRouter
 from rayrl.cluster.session import SERVE_LOGGING, Session, set_threads
 from rayrl.cluster.store import NAMESPACE, Published, store_name
 from rayrl.config import ClusterConfig, Config
-from rayrl.engine.protocol import Engine
-from rayrl.errors import InfraError, RayrlError, StaleWeights
+from rayrl.engine.protocol import Engine, Part, Streamed
+from rayrl.errors import ConfigError, InfraError, RayrlError, StaleWeights
 from rayrl.types import Completion, Request
 
 __all__ = ["Replica", "deploy", "run_app", "undeploy"]
@@ -109,7 +110,10 @@ class Replica:
             with suppress(RayActorError):  # nothing newer can come; the driver's push says so
                 newest = await self._store.newest.remote()
         if newest is not None and newest.version > self._engine.version:
-            await self.load(newest)
+            if newest.buffer:
+                await self.load(newest)
+            elif self._store:  # streamed before we came: the driver puts it there for us
+                await self._store.miss.remote()
 
     async def load(self, published: Published) -> tuple[str, int, str]:
         """Take over weights; returns who we are, and the version and checksum we hold now."""
@@ -121,6 +125,36 @@ class Replica:
                 )
                 self._loaded = (self._engine.version, checksum)
         return self._id, *self._loaded
+
+    async def workers(self) -> tuple[str, int]:
+        """Who we are, and how many members of a channel the engine is."""
+        if not isinstance(self._engine, Streamed):
+            raise ConfigError(
+                f"cluster.sync: {type(self._engine).__name__} takes no stream; choose engine=vllm, "
+                "or cluster.sync=object_store."
+            )
+        return self._id, self._engine.workers
+
+    async def join(self, meeting: Meeting, first: Mapping[str, int]) -> None:
+        """Join a channel; `first` says, by replica, which rank its workers begin with."""
+        if self._id not in first:
+            raise InfraError(f"replica {self._id} came while the channel was opened")
+        await self._engine.join(meeting, first[self._id])  # type: ignore[attr-defined]
+
+    async def receive(self, version: int, plan: Plan) -> tuple[str, int, str]:
+        """Take over weights from the channel; returns as `load`."""
+        async with self._loading:
+            checksum = await self._engine.receive(version, plan)  # type: ignore[attr-defined]
+            self._loaded = (self._engine.version, checksum)
+        return self._id, *self._loaded
+
+    async def sleep(self) -> None:
+        """Let the learner have the GPU."""
+        await self._engine.sleep()
+
+    async def wake(self, part: Part) -> None:
+        """Take a part of it again."""
+        await self._engine.wake(part)
 
     async def check_health(self) -> None:
         """Healthy is: the engine works, and holds the newest weights."""

@@ -27,7 +27,6 @@ from rayrl.errors import ConfigError, InfraError
 
 __all__ = ["SERVE_LOGGING", "HttpAt", "Session", "open_session", "run_name", "set_threads"]
 
-OBJECT_STORE_BYTES = 512 << 20  # of a local cluster: two versions of the weights, and groups
 START_ATTEMPTS = 2
 SERVE_LOGGING = LoggingConfig(log_level="WARNING", enable_access_log=False)
 
@@ -98,7 +97,7 @@ def open_session(
     if ray.is_initialized():
         local = joined = False
     else:
-        local = _connect(cluster.address)
+        local = _connect(cluster)
         joined = not local
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     started_serve = False
@@ -112,9 +111,9 @@ def open_session(
             ray.shutdown()
 
 
-def _connect(address: str) -> bool:
+def _connect(cluster: ClusterConfig) -> bool:
     """Connect; returns whether the cluster is ours."""
-    address = cluster_address(address)
+    address = cluster_address(cluster.address)
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "namespace": NAMESPACE}
     if address:
         try:
@@ -130,7 +129,7 @@ def _connect(address: str) -> bool:
         "address": "local",
         "num_cpus": os.cpu_count(),
         "include_dashboard": False,
-        "object_store_memory": OBJECT_STORE_BYTES,
+        "object_store_memory": int(cluster.object_store_gb * 2**30),
         "_temp_dir": os.environ.get("RAY_TMPDIR") or str(Path(tempfile.gettempdir()) / "ray"),
         **quiet,
     }

@@ -17,7 +17,8 @@ class Published:
     """One version of the weights.
 
     Attributes:
-        buffer: one reference to the flat buffer, in a tuple so that Ray passes it on unfetched.
+        buffer: one reference to the flat buffer, in a tuple so that Ray passes it on unfetched;
+            none if it was streamed to the replicas that were there.
     """
 
     version: int
@@ -31,10 +32,30 @@ class WeightsStore:
 
     def __init__(self) -> None:
         self._newest: Published | None = None
+        self._missed = False
+        self._stacks: dict[str, str] = {}
 
     def publish(self, published: Published) -> None:
         """Make this the newest version."""
         self._newest = published
+        self._missed = False
+
+    def miss(self) -> None:
+        """A replica needs the newest version, which was streamed before it came."""
+        self._missed = True
+
+    def is_missed(self) -> bool:
+        """Whether one does."""
+        return self._missed
+
+    def hang(self, who: str, stack: str) -> None:
+        """A rank is past its deadline, and where it is then."""
+        self._stacks[who] = stack
+
+    def stacks(self) -> str:
+        """Where ranks hang that were past their deadline since this was asked last."""
+        found, self._stacks = self._stacks, {}
+        return "\n".join(f"{who} is at\n{stack}" for who, stack in sorted(found.items()))
 
     def newest(self) -> Published | None:
         """The newest version, or None before the first push."""

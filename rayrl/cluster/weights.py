@@ -1,24 +1,24 @@
-"""Weight versions: who holds the newest, and how it reaches every replica.
+"""Weight versions: who holds the newest, and how a push ends.
 
-A push goes learner → object store → every replica, as one flat buffer: no file, no pickled tensor.
-Admission is by version: a replica loads the store's newest in its first health check, before Serve
-sends it anything, and one that holds less than a request's `min_version` fetches first.
+How bytes travel is `sync.py`'s; here is what is the same for all transports. Admission is by
+version: a replica loads the store's newest in its first health check, before Serve sends it
+anything, and one that holds less than a request's `min_version` fetches first.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
 from ray.serve.handle import DeploymentHandle
 
 from rayrl.cluster.session import Session
 from rayrl.cluster.store import NAMESPACE, Published, WeightsStore, store_name
-from rayrl.errors import InfraError, RunFailed
+from rayrl.cluster.sync import Transport
+from rayrl.errors import InfraError
 
 __all__ = ["Weights", "confirmations", "open_store"]
 
@@ -34,8 +34,8 @@ def open_store(session: Session) -> Any:
     return actor.options(name=name, namespace=NAMESPACE).remote()
 
 
-def confirmations(results: list[Any], published: Published) -> tuple[dict[str, str], list[str]]:
-    """Sort what a broadcast of `Replica.load` brought back.
+def confirmations(results: Sequence[Any], published: Published) -> tuple[dict[str, str], list[str]]:
+    """Sort what the replicas answered.
 
     Returns:
         Checksum by replica that holds exactly this version, and what is wrong with the others.
@@ -58,19 +58,32 @@ def confirmations(results: list[Any], published: Published) -> tuple[dict[str, s
 
 
 class Weights:
-    """The driver's side of a push."""
+    """The driver's side: pushes, and turns on a shared accelerator.
+
+    Args:
+        transport: how weights travel.
+        handle: of the replicas.
+        deadline_s: for a push.
+        turns: whether replicas and learners take turns on their GPUs (`cluster.colocate`).
+    """
 
     def __init__(
         self,
-        publish: Callable[[int], Awaitable[Published]],
-        store: Any,
+        transport: Transport,
         handle: DeploymentHandle,
         deadline_s: float,
+        *,
+        turns: bool = False,
     ) -> None:
-        self._publish = publish
-        self._store = store
+        self._transport = transport
         self._handle = handle
         self._deadline_s = deadline_s
+        self._turns = turns
+
+    async def make_room(self) -> None:
+        """Let the learner have the GPU until the next push, where the two take turns."""
+        if self._turns:
+            await self._each("sleep")
 
     async def push(self, version: int) -> Mapping[str, str]:
         """Bring the learner's weights to every live replica, as `version`.
@@ -82,35 +95,53 @@ class Weights:
             Checksum by replica; at least one.
 
         Raises:
-            InfraError: not everybody confirmed version and checksum within the deadline.
-            RunFailed: the store died; nothing can be pushed any more.
+            InfraError: not everybody confirmed version and checksum within the deadline. Where a
+                rank or replica failed or hung, the message ends with its traceback.
+            RunFailed: a learner or the store died; nothing can be pushed any more.
         """
-        published = await self._publish(version)
-        try:
-            await self._store.publish.remote(published)
-        except RayActorError as error:
-            raise RunFailed(
-                f"the weights store, an actor that knows the newest version, died ({error}). Run "
-                "the same command again to go on from the last checkpoint."
-            ) from error
+        if self._turns:
+            await self._each("wake", "weights")
+        confirmed = await self._confirmed(version)
+        if self._turns:
+            await self._each("wake", "kv")
+        return confirmed
+
+    async def _confirmed(self, version: int) -> Mapping[str, str]:
         loop = asyncio.get_running_loop()
         end = loop.time() + self._deadline_s
         wrong = ["no replica is running"]
         while (left := end - loop.time()) > 0:
             try:
                 async with asyncio.timeout(left):
-                    results = await self._handle.broadcast("load", published).results_async(
-                        return_exceptions=True
-                    )
+                    published, results = await self._transport.deliver(version)
             except TimeoutError:
-                wrong = ["a replica did not answer"]
+                wrong = [f"a replica or a rank did not answer {await self._transport.stuck()}"]
                 break
+            except InfraError as error:
+                wrong = [str(error)]
+                await asyncio.sleep(RETRY_S)
+                continue
             confirmed, wrong = confirmations(results, published)
             if confirmed and not wrong:
                 return confirmed
             wrong = wrong or ["no replica is running"]
             await asyncio.sleep(RETRY_S)
         raise InfraError(
-            f"weights version {published.version} was not confirmed by every replica within "
+            f"weights version {version} was not confirmed by every replica within "
             f"{self._deadline_s:g} s (cluster.push_deadline_s): {'; '.join(wrong)}"
         )
+
+    async def _each(self, method: str, *args: str) -> None:
+        """Call every replica; one that fails is replaced by Serve, and a push waits for it."""
+        try:
+            async with asyncio.timeout(self._deadline_s):
+                await self._handle.broadcast(method, *args).results_async(return_exceptions=True)
+        except TimeoutError:
+            raise InfraError(
+                f"a replica did not {method} within {self._deadline_s:g} s "
+                "(cluster.push_deadline_s)"
+            ) from None
+
+    def close(self) -> None:
+        """Stop what runs in the background."""
+        self._transport.close()

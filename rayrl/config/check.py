@@ -13,6 +13,7 @@ from rayrl.errors import ConfigError, did_you_mean
 
 from .convert import stage_config
 from .schema import Config
+from .sync import check_sync
 
 __all__ = ["VERBS", "validate"]
 
@@ -33,6 +34,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "learner.dtype": ("float32", "bfloat16"),
     "learner.schedule": ("constant", "linear", "cosine"),
     "cluster.placement": ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"),
+    "cluster.sync": ("auto", "object_store", "nccl", "gloo"),
     "sft.loss_on": ("replies", "all"),
 }
 
@@ -70,6 +72,7 @@ _AT_LEAST: dict[str, float] = {
     "cluster.replica_gpus": 0,
     "cluster.learner_cpus": 0,
     "cluster.learner_gpus": 0,
+    "cluster.bucket_mb": 1,
     "train.steps": 0,
     "train.groups": 1,
     "train.group_size": 1,
@@ -102,6 +105,7 @@ _ABOVE_ZERO = (
     "learner.eps",
     "learner.max_grad_norm",
     "lora.alpha",
+    "cluster.object_store_gb",
     "cluster.push_deadline_s",
     "cluster.request_deadline_s",
     "endpoint.timeout_s",
@@ -142,6 +146,7 @@ def validate(config: Config, verb: str = "", *, chained: bool = False) -> None:
     _check_shared(config)
     if verb == "train":
         _check_train(config)
+        check_sync(config)
     if verb == "sft":
         _check_sft(config, chained)
     if verb == "serve":

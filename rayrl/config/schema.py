@@ -159,6 +159,12 @@ class ClusterConfig:
     learner_cpus: float = 0.0
     learner_gpus: float = 0.0
     placement: str = "PACK"  # of the learners: PACK | SPREAD | STRICT_PACK | STRICT_SPREAD
+    # auto | object_store | nccl | gloo : how weights reach the replicas; docs/cluster.md
+    sync: str = "auto"
+    bucket_mb: int = 256  # MiB of weights that are streamed at once (sync nccl and gloo)
+    # each replica shares its GPU with a learner rank, and sleeps while that works
+    colocate: bool = False
+    object_store_gb: float = 0.5  # of a local Ray: two versions of the weights, and groups
     push_deadline_s: float = 60.0  # for every live replica to confirm new weights
     request_deadline_s: float = 60.0  # for one completion, from asking to its last id
 

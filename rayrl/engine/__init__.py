@@ -14,7 +14,12 @@ KINDS = ("embedded", "vllm")
 
 
 def open_engine(
-    path: str | Path, config: EngineConfig, *, version: int = 0, raw_logprobs: bool = False
+    path: str | Path,
+    config: EngineConfig,
+    *,
+    version: int = 0,
+    raw_logprobs: bool = False,
+    sleeps: bool = False,
 ) -> Engine:
     """The engine `config.kind` for a Hugging Face directory whose weights are `version`.
 
@@ -22,6 +27,7 @@ def open_engine(
         raw_logprobs: tell the model's own logprobs (before temperature, top-k and top-p; greedy ids
             too), which people want to see, and not those of the distribution sampled from, which
             training needs.
+        sleeps: whether it takes turns with a learner on one GPU.
 
     Raises:
         ConfigError: no such kind, or the engine cannot run this model.
@@ -34,7 +40,9 @@ def open_engine(
     if config.kind == "vllm":
         from rayrl.engine.vllm import VllmEngine
 
-        return VllmEngine(path, config, version=version, raw_logprobs=raw_logprobs)
+        return VllmEngine(
+            path, config, version=version, raw_logprobs=raw_logprobs, sleeps=sleeps
+        )
     raise ConfigError(
         f"engine.kind={config.kind!r}: no such engine.{did_you_mean(config.kind, KINDS)}"
     )

@@ -46,6 +46,7 @@ from rayrl.types import Completion, Delta, Finish, Request, VersionSpan
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from rayrl.engine.protocol import Part
     from rayrl.weights import Manifest
 
 __all__ = ["EmbeddedEngine"]
@@ -203,6 +204,12 @@ class EmbeddedEngine:
         load = Load(version, flat, manifest, asyncio.get_running_loop().create_future())
         self._send(load)
         return await load.future
+
+    async def sleep(self) -> None:
+        """Nothing to do: it is on no accelerator, and a push forgets keys and values anyway."""
+
+    async def wake(self, part: Part) -> None:
+        """Nothing to do."""
 
     async def check(self) -> None:
         """Raise InfraError if the step thread has ended."""

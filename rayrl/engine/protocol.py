@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 from rayrl.types import Completion, Delta, Request
 
@@ -11,9 +11,13 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from rayrl.buckets import Meeting, Plan
     from rayrl.weights import Manifest
 
-__all__ = ["Engine", "Generator"]
+__all__ = ["Engine", "Generator", "Part", "Streamed"]
+
+Part = Literal["weights", "kv"]
+"""What an engine that slept takes memory for again."""
 
 
 @runtime_checkable
@@ -70,6 +74,17 @@ class Engine(Generator, Protocol):
         """
         ...
 
+    async def sleep(self) -> None:
+        """Let a learner have the accelerator: give back what memory there is to give back.
+
+        Weights may be dropped. What comes meanwhile waits.
+        """
+        ...
+
+    async def wake(self, part: Part) -> None:
+        """Take memory for "weights", then (after they were pushed) for "kv", and answer again."""
+        ...
+
     async def check(self) -> None:
         """Return if it can still answer; a replica whose engine cannot is replaced.
 
@@ -84,4 +99,31 @@ class Engine(Generator, Protocol):
 
     async def close(self) -> None:
         """Stop, failing what is in flight with InfraError. Closing twice is fine."""
+        ...
+
+
+@runtime_checkable
+class Streamed(Engine, Protocol):
+    """An engine that can also take weights from a channel (`rayrl.buckets`).
+
+    Attributes:
+        workers: members of a channel it comes with.
+    """
+
+    workers: int
+
+    async def join(self, meeting: Meeting, first: int) -> None:
+        """Join a channel as ranks `first` and up, leaving any other; waits for all members.
+
+        Raises:
+            InfraError: they did not meet in time.
+        """
+        ...
+
+    async def receive(self, version: int, plan: Plan) -> str:
+        """Take over what the channel's sender broadcasts; otherwise as `load_weights`.
+
+        Returns:
+            The checksum of all buckets.
+        """
         ...

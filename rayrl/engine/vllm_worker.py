@@ -1,4 +1,4 @@
-"""What runs inside vLLM's worker process: takes weights over from a mapped file."""
+"""What runs inside vLLM's worker process: takes weights over from a mapped file or a channel."""
 
 from __future__ import annotations
 
@@ -18,36 +18,47 @@ from vllm.model_executor.model_loader.reload import (
     initialize_layerwise_reload,
 )
 
-from rayrl.weights import Entry, Manifest, checksum, unflatten
+from rayrl.buckets import Channel, Meeting, receive
+from rayrl.engine.wire import from_wire
+from rayrl.weights import checksum, unflatten
 
-__all__ = ["BACKEND", "FlatTransfer", "Worker"]
+__all__ = ["BACKEND", "Transfer", "Worker"]
 
-BACKEND = "rayrl_flat"
+BACKEND = "rayrl"
 
 
 @dataclass
 class Init(WeightTransferInitInfo):  # type: ignore[misc]  # vLLM is not type-checked
-    """Nothing: a file needs no rendezvous."""
+    """A channel to a learner: `buckets.Meeting`, and the first rank of this engine's workers."""
+
+    meeting: list[Any]
+    first: int
 
 
 @dataclass
 class Update(WeightTransferUpdateInfo):  # type: ignore[misc]
-    """Where the flat buffer lies, and what it holds: (name, dtype, shape, offset) each."""
+    """What comes, as `to_wire` has it: as one buffer in a file, or (no file) over the channel."""
 
-    file: str
-    manifest: list[list[Any]]
+    plan: list[list[Any]]
+    file: str = ""
 
 
-class FlatTransfer(WeightTransferEngine[Init, Update]):  # type: ignore[misc]
-    """Loads all weights of a flat buffer in a file."""
+class Transfer(WeightTransferEngine[Init, Update]):  # type: ignore[misc]
+    """Loads all weights, from a flat buffer in a file or from a channel's buckets."""
 
     init_info_cls = Init
     update_info_cls = Update
 
-    digest = ""  # of the buffer that was loaded last
+    digest = ""  # of what was loaded last
+    channel: Channel | None = None
+    mapped: tuple[str, Any] = ("", None)  # the file, which is written anew for every push
 
     def init_transfer_engine(self, init_info: Init) -> None:
-        """Nothing to do."""
+        """Meet the learner; an older channel is left first."""
+        self.shutdown()
+        config = self.parallel_config
+        rank = init_info.first + config.data_parallel_index * config.world_size + config.rank
+        self.channel = Channel(Meeting(*init_info.meeting), rank)
 
     def start_weight_update(self) -> None:
         """Undo what loading did to the layers (packing, fusing), so that they can load again."""
@@ -60,14 +71,17 @@ class FlatTransfer(WeightTransferEngine[Init, Update]):  # type: ignore[misc]
             torch.accelerator.synchronize()
 
     def receive_weights(self, update_info: Update) -> None:
-        """Map the file and load every tensor from the mapping."""
-        flat = np.memmap(update_info.file, dtype=np.uint8, mode="r")
-        entries = tuple(
-            Entry(name, dtype, tuple(shape), offset)
-            for name, dtype, shape, offset in update_info.manifest
-        )
-        manifest = Manifest(entries, flat.nbytes)
-        self.model.load_weights(unflatten(flat, manifest).items())
+        """Load every tensor, straight from the mapped file or from the buckets as they come."""
+        plan = from_wire(update_info.plan)
+        if not update_info.file:
+            if self.channel is None:
+                raise RuntimeError("weights were to come over a channel that was never opened")
+            self.digest = receive(plan, self.channel, self.model.load_weights)
+            return
+        if self.mapped[0] != update_info.file:
+            self.mapped = (update_info.file, np.memmap(update_info.file, np.uint8, "r"))
+        flat = self.mapped[1]
+        self.model.load_weights(unflatten(flat, plan[0]).items())
         self.digest = checksum(flat)
 
     def finish_weight_update(self) -> None:
@@ -80,17 +94,20 @@ class FlatTransfer(WeightTransferEngine[Init, Update]):  # type: ignore[misc]
             method.process_weights_after_loading(head)
 
     def shutdown(self) -> None:
-        """Nothing is held."""
+        """Leave the channel."""
+        if self.channel is not None:
+            self.channel.close()
+            self.channel = None
 
 
 class Worker:
     """Methods that vLLM adds to its worker (`worker_extension_cls`)."""
 
-    weight_transfer_engine: FlatTransfer
+    weight_transfer_engine: Transfer
 
     def rayrl_checksum(self) -> str:
         """Of the weights that were loaded last."""
         return self.weight_transfer_engine.digest
 
 
-WeightTransferEngineFactory.register_engine(BACKEND, FlatTransfer)
+WeightTransferEngineFactory.register_engine(BACKEND, Transfer)

@@ -1,0 +1,212 @@
+"""How weights reach the replicas: one interface, a transport for each topology.
+
+- `ObjectStore`: rank 0 puts one flat buffer into the object store, where every replica reads it,
+  through shared memory on the same node. Works everywhere; a replica that starts later finds it.
+- `Stream`: rank 0 broadcasts packed buckets (`rayrl.buckets`) straight to the engines' workers, over
+  NCCL between GPUs or gloo between CPUs, while the ranks gather ZeRO-3 shards bucket by bucket. No
+  rank ever holds the whole model. A replica that starts later gets it through the object store.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from typing import Any, Protocol
+
+from ray.exceptions import RayActorError
+from ray.serve.handle import DeploymentHandle
+
+from rayrl.cluster.learners import Learners
+from rayrl.cluster.store import Published
+from rayrl.config import Config
+from rayrl.errors import InfraError, RunFailed
+from rayrl.weights import Manifest
+
+__all__ = ["ObjectStore", "Stream", "Transport", "open_transport", "transport_of"]
+
+POLL_S = 1.0  # between looks for a replica that came too late for a stream
+
+
+class Transport(Protocol):
+    """Brings one version to every replica that is there."""
+
+    async def deliver(self, version: int) -> tuple[Published, Sequence[Any]]:
+        """Try once; called again for the same version where not everybody has confirmed it.
+
+        Returns:
+            What was published, and from each replica its id, version and checksum, or its error.
+
+        Raises:
+            InfraError: this attempt failed; another may not.
+            RunFailed: nothing can be pushed any more.
+        """
+        ...
+
+    async def stuck(self) -> str:
+        """Where ranks hang that are past the deadline, as text with tracebacks; or nothing."""
+        ...
+
+    def close(self) -> None:
+        """Stop what runs in the background."""
+        ...
+
+
+def transport_of(config: Config) -> str:
+    """What `cluster.sync` comes to: object_store, nccl or gloo.
+
+    auto is nccl where learners and vLLM replicas have whole GPUs of their own on more than one
+    node (`cluster.placement` spreads them), and else the object store.
+    """
+    cluster = config.cluster
+    if cluster.sync != "auto":
+        return cluster.sync
+    apart = cluster.placement in ("SPREAD", "STRICT_SPREAD") and not cluster.colocate
+    gpus = cluster.learner_gpus >= 1 and cluster.replica_gpus >= 1
+    return "nccl" if config.engine.kind == "vllm" and apart and gpus else "object_store"
+
+
+def open_transport(
+    config: Config, learners: Learners, store: Any, handle: DeploymentHandle
+) -> Transport:
+    """The transport of a configuration."""
+    kind = transport_of(config)
+    if kind == "object_store":
+        return ObjectStore(learners.publish, store, handle)
+    return Stream(kind, learners, store, handle, config.cluster.push_deadline_s)
+
+
+async def _tell(store: Any, published: Published) -> None:
+    try:
+        await store.publish.remote(published)
+    except RayActorError as error:
+        raise RunFailed(
+            f"the weights store, an actor that knows the newest version, died ({error}). Run "
+            "the same command again to go on from the last checkpoint."
+        ) from error
+
+
+class ObjectStore:
+    """One buffer for all, in shared memory."""
+
+    def __init__(
+        self,
+        publish: Callable[[int], Awaitable[Published]],
+        store: Any,
+        handle: DeploymentHandle,
+    ) -> None:
+        self._publish = publish
+        self._store = store
+        self._handle = handle
+        self._published: Published | None = None
+
+    async def deliver(self, version: int) -> tuple[Published, Sequence[Any]]:
+        """See `Transport`."""
+        if self._published is None or self._published.version != version:
+            self._published = await self._publish(version)
+            await _tell(self._store, self._published)
+        results = await self._handle.broadcast("load", self._published).results_async(
+            return_exceptions=True
+        )
+        return self._published, results
+
+    async def stuck(self) -> str:
+        """See `Transport`."""
+        return ""
+
+    def close(self) -> None:
+        """See `Transport`."""
+
+
+class Stream:
+    """Packed buckets over a channel that learner rank 0 and every engine worker are members of."""
+
+    def __init__(
+        self,
+        backend: str,
+        learners: Learners,
+        store: Any,
+        handle: DeploymentHandle,
+        deadline_s: float,
+    ) -> None:
+        self._backend = backend
+        self._learners = learners
+        self._store = store
+        self._handle = handle
+        self._deadline_s = deadline_s
+        self._members: dict[str, int] = {}  # replica -> workers, of the channel that is open
+        self._plan: tuple[Manifest, ...] = ()
+        self._version = -1
+        self._turn = asyncio.Lock()
+        self._late: asyncio.Task[None] | None = None
+
+    async def deliver(self, version: int) -> tuple[Published, Sequence[Any]]:
+        """See `Transport`."""
+        async with self._turn:
+            self._version = -1
+            there = dict(await self._ask("workers"))
+            if not there:
+                raise InfraError("no replica is running")
+            if there != self._members:
+                await self._meet(there)
+            try:
+                checksum, received = await asyncio.gather(
+                    self._learners.stream(version, self._deadline_s, self._store),
+                    self._handle.broadcast("receive", version, self._plan).results_async(
+                        return_exceptions=True
+                    ),
+                )
+            except BaseException:  # who is left in it waits for the others; a new one is needed
+                self._members = {}
+                raise
+            if any(isinstance(one, BaseException) for one in received):
+                self._members = {}
+            published = Published(version, (), Manifest((), 0), checksum)
+            await _tell(self._store, published)
+            self._version = version
+        self._late = self._late or asyncio.create_task(self._serve_late())
+        return published, received
+
+    async def _ask(self, method: str, *args: Any) -> list[Any]:
+        results = await self._handle.broadcast(method, *args).results_async(return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise InfraError(f"a replica's {method}: {result}") from result
+        return list(results)
+
+    async def _meet(self, there: dict[str, int]) -> None:
+        """Open a channel with these replicas; ranks go by the replicas' names."""
+        first: dict[str, int] = {}
+        world = 1
+        for replica in sorted(there):
+            first[replica] = world
+            world += there[replica]
+        self._members = {}
+        meeting, self._plan = await self._learners.host(self._backend, world, self._deadline_s)
+        await asyncio.gather(self._learners.connect(meeting), self._ask("join", meeting, first))
+        self._members = there
+
+    async def _serve_late(self) -> None:
+        """Give the newest version to replicas that came after it was streamed."""
+        while True:
+            await asyncio.sleep(POLL_S)
+            with suppress(InfraError, RayActorError):  # the next push says what is wrong
+                if not await self._store.is_missed.remote():
+                    continue
+                async with self._turn:
+                    published = await self._learners.republish(self._version)
+                    if published is not None:
+                        await _tell(self._store, published)
+
+    async def stuck(self) -> str:
+        """See `Transport`."""
+        self._members = {}
+        with suppress(RayActorError, TimeoutError):
+            async with asyncio.timeout(5):
+                return str(await self._store.stacks.remote())
+        return ""
+
+    def close(self) -> None:
+        """See `Transport`."""
+        if self._late is not None:
+            self._late.cancel()

@@ -1,0 +1,71 @@
+"""Whether learners and replicas can share weights, and GPUs, in the way that was asked for."""
+
+from __future__ import annotations
+
+from rayrl.errors import ConfigError
+
+from .schema import Config
+
+__all__ = ["check_sync"]
+
+
+def check_sync(config: Config) -> None:
+    """Raise ConfigError if `cluster.sync` or `cluster.colocate` cannot work with the rest."""
+    cluster = config.cluster
+    if cluster.sync in ("nccl", "gloo") and config.engine.kind != "vllm":
+        raise _wrong(
+            f"sync={cluster.sync}",
+            f"engine.kind={config.engine.kind} takes no stream; choose engine=vllm, or "
+            "cluster.sync=object_store.",
+        )
+    if cluster.sync == "nccl":
+        for key, gpus in (
+            ("learner_gpus", cluster.learner_gpus),
+            ("replica_gpus", cluster.replica_gpus),
+        ):
+            if gpus < 1:
+                raise _wrong(
+                    "sync=nccl",
+                    f"every member needs a GPU of its own, and cluster.{key}={gpus:g}; set it to "
+                    "1, or choose cluster.sync=object_store (a shared GPU) or gloo (CPUs).",
+                )
+    if cluster.sync == "gloo" and (cluster.learner_gpus or cluster.replica_gpus):
+        raise _wrong("sync=gloo", "is for CPUs; choose nccl or object_store for GPUs.")
+    if cluster.colocate:
+        _check_colocated(config)
+
+
+def _check_colocated(config: Config) -> None:
+    cluster, ranks = config.cluster, config.learner.world_size
+    if config.engine.kind != "vllm":
+        raise _wrong(
+            "colocate=true",
+            f"engine.kind={config.engine.kind} is on no GPU; choose engine=vllm, or "
+            "cluster.colocate=false.",
+        )
+    if config.train.max_lag:
+        raise _wrong(
+            "colocate=true",
+            f"train.max_lag={config.train.max_lag} plays while the learner works, and here they "
+            "take turns; set train.max_lag=0.",
+        )
+    share, rest = cluster.replica_gpus, cluster.learner_gpus
+    if share == rest == 0:
+        return  # CPUs take turns as well
+    if not (0.5 < share < 1 and 0 < rest <= 1 - share):
+        raise _wrong(
+            "colocate=true",
+            f"cluster.replica_gpus={share:g} and cluster.learner_gpus={rest:g}: a replica's share "
+            "must be over half, so that no GPU gets two, and a rank's no more than what is left; "
+            "set 0.6 and 0.4.",
+        )
+    if cluster.replicas != ranks:
+        raise _wrong(
+            "colocate=true",
+            f"cluster.replicas={cluster.replicas} and learner.world_size={ranks}: each GPU has one "
+            "of both; set them equal.",
+        )
+
+
+def _wrong(what: str, why: str) -> ConfigError:
+    return ConfigError(f"cluster.{what}: {why}")

@@ -1,0 +1,26 @@
+"""The layout of weights as vLLM's message channel carries it: plain lists."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rayrl.weights import Entry, Manifest
+
+__all__ = ["from_wire", "to_wire"]
+
+
+def to_wire(plan: Sequence[Manifest]) -> list[list[Any]]:
+    """The buffers' manifests, as lists."""
+    return [
+        [one.nbytes, [[e.name, e.dtype, list(e.shape), e.offset] for e in one.entries]]
+        for one in plan
+    ]
+
+
+def from_wire(plan: list[list[Any]]) -> tuple[Manifest, ...]:
+    """What `to_wire` was given."""
+    return tuple(
+        Manifest(tuple(Entry(n, dtype, tuple(shape), at) for n, dtype, shape, at in entries), size)
+        for size, entries in plan
+    )
