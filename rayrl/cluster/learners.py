@@ -306,13 +306,10 @@ def _failure(errors: Mapping[int, BaseException]) -> BaseException:
                 f"a learner process died (rank {rank}: {error}). Run the same command again to go "
                 "on from the last checkpoint."
             )
-    for cause in causes.values():
-        if isinstance(cause, RayrlError) and len(errors) == 1:
-            return cause
-    if len(errors) == 1:
-        return next(iter(errors.values()))
-    kind = InfraError if any(isinstance(c, InfraError) for c in causes.values()) else RunFailed
-    return kind("\n".join(f"learner rank {rank}: {error}" for rank, error in errors.items()))
+    text = "\n".join(f"learner rank {rank}: {error}" for rank, error in errors.items())
+    if any(isinstance(cause, InfraError) for cause in causes.values()):
+        return InfraError(text)
+    return RunFailed(text) if len(errors) > 1 else next(iter(errors.values()))
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """How weights reach the replicas: one interface, a transport for each topology.
 
-- `ObjectStore`: rank 0 puts one flat buffer into the object store, where every replica reads it,
+- `ObjectStore`: rank 0 puts one flat buffer into the object store; each replica reads it there,
   through shared memory on the same node. Works everywhere; a replica that starts later finds it.
 - `Stream`: rank 0 broadcasts packed buckets (`rayrl.buckets`) straight to the engines' workers, over
   NCCL between GPUs or gloo between CPUs, while the ranks gather ZeRO-3 shards bucket by bucket. No
