@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rayrl.cluster import cluster_address
-from rayrl.config import Config, differences, leaves, stage_config
+from rayrl.config import Config, differences, leaves, stage_config, transport_of
 from rayrl.errors import ConfigError, RunFailed
 from rayrl.models import model_dir
 from rayrl.stage import check_trained, template_notes
@@ -22,6 +23,7 @@ from rayrl.stage import check_trained, template_notes
 __all__ = ["Machine", "describe", "problems", "run", "this_machine"]
 
 LEARNING = ("sft", "train")  # verbs with learners
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
@@ -156,8 +158,21 @@ def _processes(config: Config, verb: str) -> str:
             f"{cluster.learner_gpus:g} gpu, {learner.kind} ZeRO {learner.zero_stage}, "
             f"{learner.threads} threads"
         )
+    if verb == "train":
+        rows.append(f"  weights   {_way(config)}")
     cpus, gpus = _asked(config, verb)
     return "\n".join([*rows, f"  reserved  {cpus:g} cpus, {gpus:g} gpus"])
+
+
+def _way(config: Config) -> str:
+    """How weights reach the replicas."""
+    cluster, kind = config.cluster, transport_of(config)
+    text = f"by {kind}"
+    if kind != "object_store":
+        text += f", in buckets of {cluster.bucket_mb} MiB"
+    if cluster.colocate:
+        text += "; replicas sleep while learners work"
+    return text
 
 
 def _batch(config: Config) -> str:
@@ -227,6 +242,12 @@ def _too_much(config: Config, machine: Machine, verb: str) -> Iterator[str]:
                 f"{gpus:g} gpus are reserved and this machine has {machine.gpus}: lower "
                 "cluster.replica_gpus or cluster.learner_gpus."
             )
+        needs = 2 * _weights_gb(config) if verb == "train" else 0.0
+        if needs > cluster.object_store_gb:
+            yield (
+                f"cluster.object_store_gb={cluster.object_store_gb:g}: two versions of the weights "
+                f"take {needs:.1f} GiB; raise it to {math.ceil(2 * needs) / 2 + 0.5:g}."
+            )
         cache = cluster.replicas * engine.kv_cache_gb
         if cache > 0.8 * machine.memory_gb and not cluster.replica_gpus:
             yield (
@@ -287,6 +308,18 @@ def _configured(config: Config, verb: str) -> None:
 def _existing(path: Path) -> Path:
     path = path.absolute()
     return path if path.exists() else _existing(path.parent)
+
+
+def _weights_gb(config: Config) -> float:
+    """What a push of the model is, in GiB; 0 where that cannot be told."""
+    try:
+        folder = model_dir(config.model.path)
+        settings = json.loads((folder / "config.json").read_text("utf-8"))
+        here = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    except (ConfigError, ValueError, OSError):
+        return 0.0
+    stored = settings.get("dtype") or settings.get("torch_dtype") or "float32"
+    return here / BYTES.get(stored, 4) * BYTES[config.learner.dtype] / 2**30
 
 
 def _positions(model: str) -> int:

@@ -341,6 +341,27 @@ def test_plan_shows_what_each_stage_reserves(capsys: pytest.CaptureFixture[str])
     assert reserved == ["0.5", "0.25", "1"]
 
 
+def test_plan_says_how_weights_travel_and_what_that_needs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def weights(*words: str) -> str:
+        main(["plan", "env=copyword", *words])
+        lines = capsys.readouterr().out.splitlines()
+        return "\n".join(line for line in lines if "weights " in line or "object_store_gb=" in line)
+
+    assert weights() == "  weights   by object_store"
+    monkeypatch.setenv("RAY_ADDRESS", "elsewhere:6379")
+    many = weights("cluster=multi_node", "engine=vllm", "learner=zero3", "learner.world_size=4")
+    assert many == "  weights   by nccl, in buckets of 512 MiB"
+    turns = weights("cluster=gpu_colocated", "engine=vllm")
+    assert turns == "  weights   by object_store; replicas sleep while learners work"
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    # 900,224 parameters in fp32 and a header are 0.0034 GiB: twice that does not fit into 0.005
+    said = weights("cluster.object_store_gb=0.005")
+    assert "cluster.object_store_gb=0.005: two versions of the weights take 0.0 GiB" in said
+    assert "object_store_gb=" not in weights("cluster.object_store_gb=0.007")
+
+
 def test_plan_asks_this_machine_only_where_the_run_is_here(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,7 +19,8 @@ PACKAGE = ROOT / "rayrl"
 LAYERS: list[dict[str, str]] = [
     {"words": "types errors hints"},
     {
-        "ground": "config env groups registry gymnasium intervals models weights buckets engine.protocol"
+        "ground": "config env groups registry gymnasium intervals models weights "
+        "buckets engine.protocol"
     },
     {
         "act": "chat templates agent players tools textcalls rollout episodes isolation endpoint "

@@ -278,7 +278,7 @@ async def _together(calls: Sequence[Any]) -> Sequence[Any]:
     """
     futures = [asyncio.ensure_future(call) for call in calls]
     try:
-        done, open_ = await asyncio.wait(futures, return_when=asyncio.FIRST_EXCEPTION)
+        _, open_ = await asyncio.wait(futures, return_when=asyncio.FIRST_EXCEPTION)
         if open_:
             await asyncio.wait(open_, timeout=GRACE_S)
         errors = {

@@ -2,9 +2,9 @@
 
 - `ObjectStore`: rank 0 puts one flat buffer into the object store; each replica reads it there,
   through shared memory on the same node. Works everywhere; a replica that starts later finds it.
-- `Stream`: rank 0 broadcasts packed buckets (`rayrl.buckets`) straight to the engines' workers, over
-  NCCL between GPUs or gloo between CPUs, while the ranks gather ZeRO-3 shards bucket by bucket. No
-  rank ever holds the whole model. A replica that starts later gets it through the object store.
+- `Stream`: rank 0 broadcasts packed buckets (`rayrl.buckets`) straight to the engines' workers,
+  over NCCL between GPUs or gloo between CPUs, while the ranks gather ZeRO-3 shards bucket by bucket.
+  No rank ever holds the whole model. A replica that starts later gets it through the object store.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from ray.serve.handle import DeploymentHandle
 
 from rayrl.cluster.learners import Learners
 from rayrl.cluster.store import Published
-from rayrl.config import Config
+from rayrl.config import Config, transport_of
 from rayrl.errors import InfraError, RunFailed
 from rayrl.weights import Manifest
 
-__all__ = ["ObjectStore", "Stream", "Transport", "open_transport", "transport_of"]
+__all__ = ["ObjectStore", "Stream", "Transport", "open_transport"]
 
 POLL_S = 1.0  # between looks for a replica that came too late for a stream
 
@@ -50,20 +50,6 @@ class Transport(Protocol):
     def close(self) -> None:
         """Stop what runs in the background."""
         ...
-
-
-def transport_of(config: Config) -> str:
-    """What `cluster.sync` comes to: object_store, nccl or gloo.
-
-    auto is nccl where learners and vLLM replicas have whole GPUs of their own on more than one
-    node (`cluster.placement` spreads them), and else the object store.
-    """
-    cluster = config.cluster
-    if cluster.sync != "auto":
-        return cluster.sync
-    apart = cluster.placement in ("SPREAD", "STRICT_SPREAD") and not cluster.colocate
-    gpus = cluster.learner_gpus >= 1 and cluster.replica_gpus >= 1
-    return "nccl" if config.engine.kind == "vllm" and apart and gpus else "object_store"
 
 
 def open_transport(

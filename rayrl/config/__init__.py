@@ -34,6 +34,7 @@ from .schema import (
     SynthConfig,
     TrainConfig,
 )
+from .sync import transport_of
 
 __all__ = [
     "AlgoConfig",
@@ -60,5 +61,6 @@ __all__ = [
     "leaves",
     "stage_config",
     "to_dict",
+    "transport_of",
     "validate",
 ]
