@@ -1,4 +1,4 @@
-"""A training run whose replicas are vLLM's: weights change what they serve, and both confirm."""
+"""Training with vLLM's replicas: weights, streamed or not, change what they serve."""
 
 from __future__ import annotations
 
@@ -31,8 +31,9 @@ SETTINGS: dict[str, Any] = {
     "env": {"name": "tictactoe", "args": {"max_turns": 7}},
     "engine": {"kind": "vllm", "dtype": "float32", "max_live": 64, "max_len": 512},
     "sampling": {"max_tokens": 32},
-    "learner": {"kind": "reference", "lr": 1e-3},
-    "cluster": {"replicas": 2},
+    # two ranks that hold half of the weights each, streamed; and they take turns with the replicas
+    "learner": {"world_size": 2, "zero_stage": 3, "lr": 1e-3},
+    "cluster": {"replicas": 2, "sync": "gloo", "bucket_mb": 1, "colocate": True},
     "train": {"groups": 2, "group_size": 4, "steps": 2},
 }
 
@@ -67,6 +68,7 @@ async def played(config: Config, folder: Path) -> list[tuple[int, list[Episode],
             groups = (await rollouts.collect(plans(config, step), step)).groups
             await learner.export(folder / str(step))
             out.append((step, [e for g in groups for e in g.episodes], folder / str(step)))
+            await weights.make_room()
             await learner.step(make_batch(groups, advantages(groups, config.algo)))
     return out
 
