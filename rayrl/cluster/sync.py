@@ -119,7 +119,7 @@ class Stream:
         self._learners = learners
         self._store = store
         self._handle = handle
-        self._deadline_s = deadline_s
+        self._limit_s = deadline_s / 2  # of one attempt, so that there is time for another
         self._members: dict[str, int] = {}  # replica -> workers, of the channel that is open
         self._plan: tuple[Manifest, ...] = ()
         self._version = -1
@@ -137,7 +137,7 @@ class Stream:
                 await self._meet(there)
             try:
                 checksum, received = await asyncio.gather(
-                    self._learners.stream(version, self._deadline_s, self._store),
+                    self._learners.stream(version, self._limit_s, self._store),
                     self._handle.broadcast("receive", version, self._plan).results_async(
                         return_exceptions=True
                     ),
@@ -168,7 +168,7 @@ class Stream:
             first[replica] = world
             world += there[replica]
         self._members = {}
-        meeting, self._plan = await self._learners.host(self._backend, world, self._deadline_s)
+        meeting, self._plan = await self._learners.host(self._backend, world, self._limit_s)
         await asyncio.gather(self._learners.connect(meeting), self._ask("join", meeting, first))
         self._members = there
 
