@@ -169,7 +169,10 @@ def test_wrong_setting_of_a_stage(
         (["train", "trian.steps=5"], ["Did you mean 'train.steps'?"]),
         (["train", "train.steps=many"], ["train.steps='many': expected a whole number"]),
         (["train", "train.steps=1,2"], ["[1,2]"]),
-        (["train", "experiment=tictacto"], ["Did you mean 'tictactoe'?", "copyword, reverse_text_smollm2, tictactoe"]),
+        (
+            ["train", "experiment=tictacto"],
+            ["Did you mean 'tictactoe'?", "copyword, reverse_text_smollm2, tictactoe"],
+        ),
         (["train", "algo=[a]"], ["choose one of"]),
         (["train", "model=pretrained"], ["model.path=: name a Hugging Face directory"]),
         (["train", "train.groups=0"], ["train.groups=0: must be 1 or more"]),

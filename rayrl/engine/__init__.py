@@ -40,9 +40,7 @@ def open_engine(
     if config.kind == "vllm":
         from rayrl.engine.vllm import VllmEngine
 
-        return VllmEngine(
-            path, config, version=version, raw_logprobs=raw_logprobs, sleeps=sleeps
-        )
+        return VllmEngine(path, config, version=version, raw_logprobs=raw_logprobs, sleeps=sleeps)
     raise ConfigError(
         f"engine.kind={config.kind!r}: no such engine.{did_you_mean(config.kind, KINDS)}"
     )
