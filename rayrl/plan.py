@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from rayrl.cluster import cluster_address
-from rayrl.config import Config, differences, leaves, stage_config, transport_of
+from rayrl.cluster.topology import transport_of
+from rayrl.config import Config, differences, leaves, stage_config
 from rayrl.errors import ConfigError, RunFailed
 from rayrl.models import model_dir
 from rayrl.stage import check_trained, template_notes

@@ -13,8 +13,9 @@ from ray.exceptions import RayActorError, RayTaskError
 from rayrl.cluster import learners
 from rayrl.cluster.learners import _together, _watched
 from rayrl.cluster.store import Published, WeightsStore
+from rayrl.cluster.topology import transport_of
 from rayrl.cluster.weights import Weights
-from rayrl.config import Config, from_dict, transport_of, validate
+from rayrl.config import Config, from_dict, validate
 from rayrl.errors import ConfigError, DataError, InfraError, RunFailed
 from rayrl.weights import Manifest
 

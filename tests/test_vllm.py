@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from rayrl.config import EngineConfig
 from rayrl.engine import Engine, open_engine
+from rayrl.engine.vllm import SHM
 from rayrl.errors import ConfigError, InfraError, StaleWeights
 from rayrl.models import EMBEDDED, model_dir
 from rayrl.types import Completion, Request, Sampling, VersionSpan
@@ -112,15 +113,22 @@ async def same_as_transformers(engine: Engine, model: Any) -> None:
         assert np.abs(np.array(answer.logprobs) - wanted).max() < 1e-4
 
 
+def shared_files() -> set[Path]:
+    return {*Path(SHM).glob("rayrl-weights-*")}
+
+
 async def test_ids_and_logprobs_are_those_of_transformers_before_and_after_a_push(
     engine: Engine,
 ) -> None:
     await same_as_transformers(engine, load())
+    before = shared_files()
     for version in (engine.version + 1, engine.version + 2):
         model, flat, manifest = changed(version)
         assert await engine.load_weights(version, flat, manifest) == checksum(flat)
         assert engine.version == version
         await same_as_transformers(engine, model)
+        left = shared_files() - before
+        assert not left, "a replica that is killed now would leave them"
 
 
 async def test_a_seed_gives_the_same_answer_in_any_company(engine: Engine) -> None:

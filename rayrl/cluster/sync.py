@@ -19,7 +19,8 @@ from ray.serve.handle import DeploymentHandle
 
 from rayrl.cluster.learners import Learners
 from rayrl.cluster.store import Published
-from rayrl.config import Config, transport_of
+from rayrl.cluster.topology import transport_of
+from rayrl.config import Config
 from rayrl.errors import InfraError, RunFailed
 from rayrl.weights import Manifest
 

@@ -34,7 +34,6 @@ from .schema import (
     SynthConfig,
     TrainConfig,
 )
-from .sync import transport_of
 
 __all__ = [
     "AlgoConfig",
@@ -61,6 +60,5 @@ __all__ = [
     "leaves",
     "stage_config",
     "to_dict",
-    "transport_of",
     "validate",
 ]

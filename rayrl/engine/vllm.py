@@ -228,7 +228,9 @@ class VllmEngine:
         """
         async with self._loading:
             await asyncio.to_thread(self._shared.write, flat)
-            return await self._update(version, (manifest,), self._shared.name)
+            digest = await self._update(version, (manifest,), self._shared.name)
+            self._shared.unlink()
+            return digest
 
     async def join(self, meeting: Meeting, first: int) -> None:
         """Let the workers meet a learner, as ranks `first` and up of the channel.
@@ -390,8 +392,12 @@ class SharedBuffer:
             self._mapped = np.memmap(self.name, np.uint8, "r+")
         np.copyto(self._mapped, flat)
 
+    def unlink(self) -> None:
+        """Take its name away, once the worker has it mapped: so a killed replica leaves no file."""
+        with suppress(FileNotFoundError):
+            os.unlink(self.name)
+
     def close(self) -> None:
         """Delete it; who has it mapped can still read it."""
         self._mapped = None
-        with suppress(FileNotFoundError):
-            os.unlink(self.name)
+        self.unlink()
