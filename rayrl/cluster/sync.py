@@ -15,6 +15,7 @@ from contextlib import suppress
 from typing import Any, Protocol
 
 from ray.exceptions import RayActorError
+from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from rayrl.cluster.learners import Learners
@@ -24,7 +25,7 @@ from rayrl.config import Config
 from rayrl.errors import InfraError, RunFailed
 from rayrl.weights import Manifest
 
-__all__ = ["ObjectStore", "Stream", "Transport", "open_transport"]
+__all__ = ["ObjectStore", "Stream", "Transport", "ask_all", "open_transport"]
 
 POLL_S = 1.0  # between looks for a replica that came too late for a stream
 
@@ -63,6 +64,22 @@ def open_transport(
     return Stream(kind, learners, store, handle, config.cluster.push_deadline_s)
 
 
+async def ask_all(handle: DeploymentHandle, method: str, *args: Any) -> Sequence[Any]:
+    """What each replica answers, or raised.
+
+    Raises:
+        InfraError: there is none at the moment. A Serve controller that was just restarted knows of
+            none for some seconds, although they live.
+    """
+    try:
+        answers: Sequence[Any] = await handle.broadcast(method, *args).results_async(
+            return_exceptions=True
+        )
+    except DeploymentUnavailableError as error:
+        raise InfraError("no replica is running") from error
+    return answers
+
+
 async def _tell(store: Any, published: Published) -> None:
     try:
         await store.publish.remote(published)
@@ -92,10 +109,7 @@ class ObjectStore:
         if self._published is None or self._published.version != version:
             self._published = await self._publish(version)
             await _tell(self._store, self._published)
-        results = await self._handle.broadcast("load", self._published).results_async(
-            return_exceptions=True
-        )
-        return self._published, results
+        return self._published, await ask_all(self._handle, "load", self._published)
 
     async def stuck(self) -> str:
         """See `Transport`."""
@@ -139,9 +153,7 @@ class Stream:
             try:
                 checksum, received = await asyncio.gather(
                     self._learners.stream(version, self._limit_s, self._store),
-                    self._handle.broadcast("receive", version, self._plan).results_async(
-                        return_exceptions=True
-                    ),
+                    ask_all(self._handle, "receive", version, self._plan),
                 )
             except BaseException:  # who is left in it waits for the others; a new one is needed
                 self._members = {}
@@ -155,7 +167,7 @@ class Stream:
         return published, received
 
     async def _ask(self, method: str, *args: Any) -> list[Any]:
-        results = await self._handle.broadcast(method, *args).results_async(return_exceptions=True)
+        results = await ask_all(self._handle, method, *args)
         for result in results:
             if isinstance(result, BaseException):
                 raise InfraError(f"a replica's {method}: {result}") from result

@@ -17,7 +17,7 @@ from ray.serve.handle import DeploymentHandle
 
 from rayrl.cluster.session import Session
 from rayrl.cluster.store import NAMESPACE, Published, WeightsStore, store_name
-from rayrl.cluster.sync import Transport
+from rayrl.cluster.sync import ask_all, Transport
 from rayrl.errors import InfraError
 
 __all__ = ["Weights", "confirmations", "open_store"]
@@ -135,7 +135,7 @@ class Weights:
         """Call every replica; one that fails is replaced by Serve, and a push waits for it."""
         try:
             async with asyncio.timeout(self._deadline_s):
-                await self._handle.broadcast(method, *args).results_async(return_exceptions=True)
+                await ask_all(self._handle, method, *args)
         except TimeoutError:
             raise InfraError(
                 f"a replica did not {method} within {self._deadline_s:g} s "
