@@ -17,7 +17,7 @@ from ray.serve.handle import DeploymentHandle
 
 from rayrl.cluster.session import Session
 from rayrl.cluster.store import NAMESPACE, Published, WeightsStore, store_name
-from rayrl.cluster.sync import ask_all, Transport
+from rayrl.cluster.sync import Transport, ask_all
 from rayrl.errors import InfraError
 
 __all__ = ["Weights", "confirmations", "open_store"]
