@@ -27,6 +27,9 @@ from rayrl.errors import InfraError, RayrlError, RunFailed
 from rayrl.weights import buckets
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from rayrl.learner.base import Learner
 
 __all__ = ["LearnerRank", "Learners"]
@@ -42,6 +45,7 @@ class LearnerRank:
         set_threads(threads)
         self._rank = rank
         self._learner: Learner
+        self._flat: NDArray[np.uint8] | None = None
         self._plan: Plan = ()
         self._meeting: Any = None
         self._channel: Channel | None = None
@@ -85,7 +89,8 @@ class LearnerRank:
         """The weights as `version` in the object store; from rank 0, None from others."""
         from rayrl.weights import checksum
 
-        flat, manifest = self._learner.flat_weights()
+        flat, manifest = self._learner.flat_weights(self._flat)
+        self._flat = flat
         if self._rank:
             return None
         with ThreadPoolExecutor(1) as beside:
@@ -94,10 +99,10 @@ class LearnerRank:
 
     def host(self, backend: str, world: int, timeout_s: float, limit: int) -> tuple[Meeting, Plan]:
         """Open a meeting for a channel of `world` members; and what will be sent there."""
-        from rayrl.learner.lora import pieces
+        import torch
 
-        tensors = ((one.name, one.dtype, one.shape) for one in pieces(self._learner.module))
-        plan = buckets(tensors, limit)
+        entries = self._learner.manifest().entries
+        plan = buckets(((e.name, getattr(torch, e.dtype), e.shape) for e in entries), limit)
         self._plan = plan
         if self._rank:
             return Meeting("", "", 0, 0, 0), plan

@@ -164,13 +164,23 @@ class Learner(ABC):
                 for piece in bucket:
                     yield piece.name, piece.tensor()
 
-    def flat_weights(self) -> tuple[NDArray[np.uint8], Manifest]:
+    def manifest(self) -> Manifest:
+        """What `named_weights` yields and where `flat_weights` puts it; gathers nothing."""
+        return layout((one.name, one.dtype, one.shape) for one in pieces(self.module))
+
+    def flat_weights(
+        self, out: NDArray[np.uint8] | None = None
+    ) -> tuple[NDArray[np.uint8], Manifest]:
         """All weights as one buffer in this process's memory, for the replicas.
 
         Called on all ranks; those but rank 0 get an empty buffer.
+
+        Args:
+            out: a buffer of an earlier call to write into; fresh memory costs as much as a copy.
         """
-        manifest = layout((one.name, one.dtype, one.shape) for one in pieces(self.module))
-        flat = np.zeros(0 if self.rank else manifest.nbytes, dtype=np.uint8)
+        manifest = self.manifest()
+        size = 0 if self.rank else manifest.nbytes
+        flat = np.zeros(size, dtype=np.uint8) if out is None else out
         for entry, (_, tensor) in zip(manifest.entries, self.named_weights(), strict=True):
             if self.rank == 0:
                 put(flat, entry, tensor)

@@ -41,6 +41,7 @@ class ReferenceLearner(Learner):
             betas=(learner.betas[0], learner.betas[1]),
             eps=learner.eps,
             weight_decay=learner.weight_decay,
+            fused=self.dtype == torch.bfloat16,  # as the DeepSpeed learner's
         )
 
     def _backward(self, loss: Tensor, *, last: bool) -> None:
