@@ -12,12 +12,12 @@ import contextlib
 import functools
 import json
 from collections.abc import Container, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from rayrl.errors import ConfigError
 from rayrl.models import model_dir
 from rayrl.templates import fold, gap, peculiarities
+from rayrl.tokenizer import byte_level, copy_of, load_tokenizer, mere_text, name_of
 from rayrl.tools import (
     CALL_MARKS,
     ParsedCall,
@@ -35,7 +35,6 @@ Ids = tuple[int, ...]
 _CACHED_CONTENTS = 4096  # encodings and decodings kept
 _CACHED_LENGTH = 4096  # characters or ids of the longest one kept
 _REMEDY = "use a model whose tokenizer has a chat template that only appends (ChatML does)"
-_GENERIC = ("TokenizersBackend", "PreTrainedTokenizerFast")  # `tokenizer_class` of no model's own
 _NO_PARAMETERS = {"type": "object", "properties": {}}
 _PROBE = {
     "type": "function",
@@ -70,20 +69,20 @@ class Chat:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None or not getattr(tokenizer, "chat_template", None):
             what = "fast tokenizer" if backend is None else "chat template"
-            raise ConfigError(f"tokenizer {_name(tokenizer)} has no {what}: {_REMEDY}")
+            raise ConfigError(f"tokenizer {name_of(tokenizer)} has no {what}: {_REMEDY}")
         self.tokenizer = tokenizer
-        self._control = _copy(backend)
+        self._control = copy_of(backend)
         self._pieces: dict[tuple[Any, ...], tuple[Ids, ...]] = {}
         self._fits: dict[tuple[Any, ...], bool] = {}
         self._trims = False
-        self._bytes = _byte_level() if "ByteLevel" in str(backend.decoder) else {}
+        self._bytes = byte_level() if "ByteLevel" in str(backend.decoder) else {}
         tail = self._probe()
         self._text, self._own = self._content_tokenizers(tail)
         first = self._encode_control(tail)[:1]
         if not first or first[0] not in self._control.get_added_tokens_decoder():
             raise ConfigError(
-                f"the chat template of {_name(tokenizer)} ends an assistant's turn with {tail!r}, "
-                f"which does not start with a special token: {_REMEDY}"
+                f"the chat template of {name_of(tokenizer)} ends an assistant's turn with "
+                f"{tail!r}, which does not start with a special token: {_REMEDY}"
             )
         eos: int | None = getattr(tokenizer, "eos_token_id", None)
         self.stop_ids: Ids = first if eos is None or eos in first else (*first, eos)
@@ -99,7 +98,7 @@ class Chat:
         """
         folder = model_dir(path)
         try:
-            tokenizer = _load_tokenizer(folder)
+            tokenizer = load_tokenizer(folder)
         except Exception as error:
             raise ConfigError(f"model.path={path!r}: cannot load a tokenizer: {error}") from error
         return cls(tokenizer)
@@ -276,7 +275,7 @@ class Chat:
             )
         except Exception as error:
             raise ConfigError(
-                f"the chat template of {_name(self.tokenizer)} cannot render messages by "
+                f"the chat template of {name_of(self.tokenizer)} cannot render messages by "
                 f"{', '.join(roles)}: {error}. Send other roles or {_REMEDY}"
             ) from error
         return str(text)
@@ -300,11 +299,11 @@ class Chat:
         for token in state.get("added_tokens", []):
             # some tokenizers do not mark the tokens of their template as special
             token["special"] = token["special"] or token["content"] in glue
-        text = _mere_text(self._control, state)
+        text = mere_text(self._control, state)
         marks = [token for token in state.get("added_tokens", []) if token["content"] in CALL_MARKS]
         for token in marks:
             token["special"] = False
-        return text, _mere_text(self._control, state) if marks else text
+        return text, mere_text(self._control, state) if marks else text
 
     def _find_start(self, roles: tuple[str, ...]) -> tuple[Ids, ...]:
         pieces = self._cut(self._template(roles), range(len(roles)))
@@ -329,7 +328,7 @@ class Chat:
         shown, found, after = whole.partition(_sentinel(1))
         if not found or shown.partition(_sentinel(0))[:2] != before.partition(_sentinel(0))[:2]:
             raise ConfigError(
-                f"the chat template of {_name(self.tokenizer)} rewrites earlier messages, so ids "
+                f"the chat template of {name_of(self.tokenizer)} rewrites earlier messages, so ids "
                 f"cannot be appended: it renders {shown!r} where {before!r} stood "
                 f"when the model answered; {_REMEDY}"
             )
@@ -345,7 +344,7 @@ class Chat:
             piece, found, text = text.partition(_sentinel(index))
             if not found or _sentinel(index) in text:
                 raise ConfigError(
-                    f"the chat template of {_name(self.tokenizer)} does not show every message "
+                    f"the chat template of {name_of(self.tokenizer)} does not show every message "
                     f"exactly once and in order: {_REMEDY}"
                 )
             pieces.append(piece)
@@ -404,42 +403,3 @@ def tool_name(schema: Mapping[str, Any]) -> str:
 def untold(tools: Sequence[Mapping[str, Any]], told: Container[str]) -> list[Mapping[str, Any]]:
     """Of the tools offered, those that the model has not been told about in this conversation."""
     return [schema for schema in tools if tool_name(schema) not in told]
-
-
-def _load_tokenizer(folder: Path) -> Any:
-    """A tokenizer without a class of its own does not need AutoTokenizer, which imports torch.
-
-    That would cost every env host 260 MB and 2 s of a core.
-    """
-    import transformers
-
-    file = folder / "tokenizer_config.json"
-    settings = json.loads(file.read_text("utf-8")) if file.is_file() else {}
-    if settings.get("tokenizer_class") in _GENERIC:
-        return transformers.PreTrainedTokenizerFast.from_pretrained(folder)
-    return transformers.AutoTokenizer.from_pretrained(folder)
-
-
-@functools.cache
-def _byte_level() -> dict[str, int]:
-    """The byte that each character of a byte-level token stands for, as GPT-2 laid down."""
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [byte for byte in range(256) if byte not in shown]
-    return {chr(b): b for b in shown} | {chr(256 + k): b for k, b in enumerate(hidden)}
-
-
-def _copy(backend: Any) -> Any:
-    copy = type(backend).from_str(backend.to_str())
-    copy.no_truncation()
-    copy.no_padding()
-    return copy
-
-
-def _mere_text(backend: Any, state: Mapping[str, Any]) -> Any:
-    copy = type(backend).from_str(json.dumps(state))
-    copy.encode_special_tokens = True
-    return copy
-
-
-def _name(tokenizer: Any) -> str:
-    return repr(getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__)

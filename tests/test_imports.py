@@ -23,8 +23,8 @@ LAYERS: list[dict[str, str]] = [
         "buckets engine.protocol"
     },
     {
-        "act": "chat templates agent players tools textcalls rollout episodes isolation endpoint "
-        "limits checker",
+        "act": "tokenizer templates chat agent players tools textcalls rollout episodes "
+        "isolation endpoint limits checker",
         "learn": "advantage batch packing loss",
     },
     {"engine": "engine", "learner": "learner", "server": "openai"},
