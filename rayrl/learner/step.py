@@ -23,6 +23,7 @@ from rayrl.config import LearnerConfig
 from rayrl.errors import ConfigError
 from rayrl.learner.attention import IMPLEMENTATION, plan
 from rayrl.learner.logits import chosen_logprobs
+from rayrl.learner.rows import mixes_by_attention_only, padded_logits
 from rayrl.loss import LossTokens, Objective, objective_loss
 from rayrl.packing import Packed, pack
 
@@ -43,6 +44,9 @@ def load_model(
 ) -> Any:
     """The causal LM in the Hugging Face directory `path`: no dropout, the trie's attention.
 
+    Models that mix tokens by other means as well (convolutions, recurrences) keep their own
+    attention: `token_logprobs` gives them whole rows, padded.
+
     Dropout would make the learner another policy than the one that was sampled from.
     """
     if not (Path(path) / "config.json").is_file():
@@ -58,8 +62,10 @@ def load_model(
             module.p = 0.0
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.0
-    model.train()
-    return model.to(device)
+    model.train().to(device)
+    if not mixes_by_attention_only(model):
+        model.set_attn_implementation("sdpa")
+    return model
 
 
 def rate(cfg: LearnerConfig, step: int, total: int) -> float:
@@ -98,14 +104,17 @@ def token_logprobs(
         `entropy_gradient`.
     """
     device = model.device
-    logits = model(
-        input_ids=torch.from_numpy(packed.ids).to(device)[None],
-        position_ids=torch.from_numpy(packed.positions).to(device)[None],
-        logits_to_keep=torch.from_numpy(packed.sources).to(device),
-        use_cache=False,
-        plan=plan(packed, device, model.dtype),
-    ).logits[0]  # (S, V)
-    slot = torch.from_numpy(packed.slot).to(device)
+    if getattr(model, "module", model).config._attn_implementation != IMPLEMENTATION:
+        logits, slot = padded_logits(model, packed)
+    else:
+        logits = model(
+            input_ids=torch.from_numpy(packed.ids).to(device)[None],
+            position_ids=torch.from_numpy(packed.positions).to(device)[None],
+            logits_to_keep=torch.from_numpy(packed.sources).to(device),
+            use_cache=False,
+            plan=plan(packed, device, model.dtype),
+        ).logits[0]  # (S, V)
+        slot = torch.from_numpy(packed.slot).to(device)
     target = torch.from_numpy(packed.target).to(device)
     return chosen_logprobs(logits, slot, target, temperature, entropy_gradient=entropy_gradient)
 
