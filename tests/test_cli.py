@@ -107,6 +107,8 @@ def test_every_file_composes(file: Path) -> None:
     extra = {
         "pretrained": ["model.path=somewhere"],
         "tictactoe_lfm2": ["endpoint.url=http://host/v1", "endpoint.model=teacher"],
+        "gpu_colocated": ["engine=vllm"],
+        "multi_node": ["engine=vllm"],
     }.get(file.stem, [])
     config = compose([f"{file.parent.name}={file.stem}", *extra])
     validate(config, "recipe" if config.recipe else "train")
