@@ -34,7 +34,14 @@ DOCS = (
 PYTHON = [text for kind, text in blocks(DOCS[0]) if kind == "python"]
 COMMANDS = [line for file in DOCS for line in commands(blocks(file))]
 SETTINGS = settings(COMMANDS)
-OTHERS = ("ray start", "ray job submit", "export", "python benchmarks/", "tensorboard")
+OTHERS = (
+    "ray start",
+    "ray job submit",
+    "export",
+    "scripts/setup",
+    "python benchmarks/",
+    "tensorboard",
+)
 
 
 def name_of(block: str) -> str:
