@@ -16,6 +16,7 @@ import asyncio
 import random
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -108,26 +109,31 @@ class Pushes:
         if self.gpu:
             torch.cuda.synchronize()
 
+    def on_second(self, work: Callable[..., Any], *args: Any) -> Any:
+        """Run in this thread on the second GPU: which one is current is each thread's own."""
+        if self.gpu:
+            torch.cuda.set_device(1)
+        return work(*args)
+
     async def push_buckets(self) -> None:
         """Over a channel, from this process."""
         if self.gpu and torch.cuda.device_count() < 2:
             print("skip  buckets over NCCL: they want a second GPU for the sender")
             return
         self.change()
-        if self.gpu:
-            torch.cuda.set_device(1)
         weights = list(self.model.named_parameters())
         plan = buckets(((n, w.dtype, tuple(w.shape)) for n, w in weights), BUCKET_BYTES)
         world = 1 + self.engine.workers
         backend = "nccl" if self.gpu else "gloo"
         meeting, store = host(backend, "127.0.0.1", world, TIMEOUT_S)
         channel, _ = await asyncio.gather(
-            asyncio.to_thread(Channel, meeting, 0, store), self.engine.join(meeting, 1)
+            asyncio.to_thread(self.on_second, Channel, meeting, 0, store),
+            self.engine.join(meeting, 1),
         )
         for name in (f"buckets over {backend}, first", f"buckets over {backend}"):
             began = time.perf_counter()
             digests = await asyncio.gather(
-                asyncio.to_thread(send, weights, plan, channel),
+                asyncio.to_thread(self.on_second, send, weights, plan, channel),
                 self.engine.receive(self.engine.version + 1, plan),
             )
             await self.check(name, time.perf_counter() - began, (digests[0], digests[1]))

@@ -180,6 +180,10 @@ class Agent:
         else:
             new = tuple(prompt)
         if tools:
+            if protocol not in ("native", "text"):
+                raise EnvError(f"protocol={protocol!r}: must be 'native' or 'text'")
+            if tool_rounds < 0:
+                raise EnvError(f"tool_rounds={tool_rounds}: must be 0 or more")
             as_lines = protocol == "text"
             return await self._tool_loop(
                 new, Toolkit(tools), as_lines, tool_rounds, state, max_tokens
@@ -293,6 +297,7 @@ class Agent:
         self._number += 1  # the parent's name is in the child's, so that forks of forks differ too
         new._path = f"{self._conversation.session}+{self._number}"
         new._conversation = self._conversation.copy(new._path)
+        new._named = self._named  # its calls go on in the same conversation
         new._sessions = [new._conversation]
         return new
 

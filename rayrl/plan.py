@@ -244,6 +244,7 @@ def _too_much(config: Config, machine: Machine, verb: str) -> Iterator[str]:
                 "cluster.replica_gpus or cluster.learner_gpus."
             )
         needs = 2 * _weights_gb(config) if verb == "train" else 0.0
+        needs *= transport_of(config) == "object_store"
         if needs > cluster.object_store_gb:
             yield (
                 f"cluster.object_store_gb={cluster.object_store_gb:g}: two versions of the weights "

@@ -11,12 +11,12 @@ from dataclasses import replace
 from typing import Any, TextIO
 
 from rayrl.agent import Conversation, Options
-from rayrl.chat import Chat, tool_name, untold
+from rayrl.chat import Chat
 from rayrl.engine.protocol import Generator
 from rayrl.env import PlayerFunction
 from rayrl.errors import EnvError, InfraError
 from rayrl.textcalls import describe_lines, parse_lines
-from rayrl.tools import format_call
+from rayrl.tools import format_call, tool_name, untold
 from rayrl.types import Message, Request, Sampling, Turn
 
 __all__ = ["HumanPlayer", "PolicyPlayer", "ScriptedPlayer"]

@@ -87,7 +87,7 @@ def _call(name: str, text: str, properties: Mapping[str, Any]) -> ParsedCall:
     """One argument is written as it is, several as a JSON object."""
     try:
         value = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         value = text
     if isinstance(value, dict) and value.keys() <= properties.keys():
         return ParsedCall(name, value)

@@ -34,6 +34,8 @@ __all__ = [
     "format_call",
     "introduce",
     "parse_calls",
+    "tool_name",
+    "untold",
     "without_calls",
 ]
 
@@ -244,13 +246,14 @@ def _parse(block: str) -> ParsedCall:
     body = _FENCE.sub("", block.strip())
     try:
         parsed, _ = json.JSONDecoder(strict=False).raw_decode(body)
-    except json.JSONDecodeError as error:
-        return ParsedCall("", error=f"the tool call is not valid JSON ({error.msg}): {body[:200]}")
+    except (ValueError, RecursionError) as error:  # too deep, or a number of 5,000 digits
+        why = getattr(error, "msg", type(error).__name__)
+        return ParsedCall("", error=f"the tool call is not valid JSON ({why}): {body[:200]}")
     if not isinstance(parsed, dict) or not isinstance(parsed.get("name"), str):
         return ParsedCall("", error='a tool call must be {"name": ..., "arguments": {...}}')
     arguments = parsed.get("arguments", parsed.get("parameters", {}))
     if isinstance(arguments, str):  # some models write the arguments as a JSON string
-        with contextlib.suppress(json.JSONDecodeError):
+        with contextlib.suppress(ValueError, RecursionError):
             arguments = json.loads(arguments)
     if not isinstance(arguments, dict):
         return ParsedCall(parsed["name"], error=f"{parsed['name']}: arguments must be an object")
@@ -281,3 +284,13 @@ def _docstring(function: ToolFunction) -> tuple[str, dict[str, str]]:
             elif current and line.strip():
                 of_parameter[current] += " " + line.strip()
     return " ".join(" ".join(text).split()), of_parameter
+
+
+def tool_name(schema: Mapping[str, Any]) -> str:
+    """The name in a tool's JSON schema."""
+    return str(schema["function"]["name"])
+
+
+def untold(tools: Sequence[Mapping[str, Any]], told: Container[str]) -> list[Mapping[str, Any]]:
+    """Of the tools offered, those that the model has not been told about in this conversation."""
+    return [schema for schema in tools if tool_name(schema) not in told]

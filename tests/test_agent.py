@@ -110,6 +110,32 @@ async def test_fork_goes_on_by_itself() -> None:
     assert (agent.turns, other.turns, len(agent.record), len(other.record)) == (2, 2, 2, 1)
 
 
+async def test_what_a_tool_loop_cannot_be() -> None:
+    agent = Agent(policy("one")[0], episode="e")
+
+    def double(x: int) -> int:
+        return 2 * x
+
+    with pytest.raises(EnvError, match="protocol='lines'"):
+        await agent("a", tools=[double], protocol="lines")  # type: ignore[arg-type]
+    with pytest.raises(EnvError, match="tool_rounds=-1"):
+        await agent("a", tools=[double], tool_rounds=-1)
+
+
+async def test_a_fork_goes_on_naming_calls() -> None:
+    call = format_call("double", {"x": 2})
+    agent = Agent(policy(call)[0], episode="e")
+
+    def double(x: int) -> int:
+        return 2 * x
+
+    await agent("a", tools=[double], tool_rounds=1)
+    other = agent.fork()
+    await other("b", tools=[double], tool_rounds=1)
+    names = [c.id for message in other.messages for c in message.tool_calls]
+    assert len(names) == len(set(names)) == 4
+
+
 async def test_forks_of_forks_have_sessions_of_their_own() -> None:
     player, engine = policy("one")
     agent = Agent(player, episode="e")

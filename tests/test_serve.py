@@ -25,7 +25,7 @@ from rayrl.openai.app import Service, key_digest, make_app
 from rayrl.openai.text import CallReader, Detokenizer, StopCutter
 from rayrl.tools import ParsedCall, format_call
 from rayrl.types import Completion, Delta, Request, Sampling, system, tool, user
-from tests.act import build_tokenizer
+from tests.act import HERMES, build_tokenizer
 
 WEATHER = {
     "type": "function",
@@ -211,6 +211,33 @@ async def test_prompts_are_those_of_training(chat: Chat) -> None:
     assert engine.requests[0].sampling == Sampling(temperature=1.0, max_tokens=2000 - len(wanted))
 
 
+async def test_calls_have_the_ids_they_had_in_training() -> None:
+    """Where a tokenizer has one id for a call's mark, only replies may have it."""
+    chat = Chat(build_tokenizer(HERMES, words=("<tool_call>", "</tool_call>")))
+    (mark,) = chat.reply("<tool_call>")[:-1]
+    assert len(chat.encode("<tool_call>")) > 1
+    engine = Scripted(chat, ' {"city": "Rome"}}</tool_call>')
+    call = {"name": "weather", "arguments": '{"city": "Oslo"}'}
+    messages: list[Any] = [
+        {"role": "user", "content": "Where is <tool_call>?"},
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"id": "c1", "type": "function", "function": call}],
+        },
+        {"role": "tool", "tool_call_id": "c1", "content": "rain"},
+    ]
+    async with client_of(engine, chat) as client:
+        await client.chat.completions.create(
+            model="m", messages=messages, tools=[WEATHER], tool_choice="required"
+        )
+    ids = engine.requests[0].prompt_ids
+    told = chat.start([user("Where is <tool_call>?")], [WEATHER]).count(mark)  # the template's own
+    assert ids.count(mark) == told + 2  # the call that was made, and the one that is begun
+    begun = chat.reply('<tool_call>\n{"name": "weather", "arguments":')[:-1]
+    assert ids[-len(begun) :] == begun
+
+
 # ---- answers
 
 
@@ -286,7 +313,7 @@ async def test_a_demanded_call_begins_the_answer_or_is_an_error(chat: Chat) -> N
         with pytest.raises(openai.APIError, match="did not finish"):
             async for _ in await client.chat.completions.create(**asked, stream=True):
                 pass
-    begun = '<tool_call>{"name": "weather", "arguments":'
+    begun = '<tool_call>\n{"name": "weather", "arguments":'
     assert chat.decode(engine.requests[0].prompt_ids).endswith(f"assistant\n{begun}")
 
 
@@ -370,6 +397,7 @@ BAD: list[tuple[str, dict[str, Any], str | None]] = [
     ("temperature", {"temperature": 3}, "invalid_value"),
     ("max_tokens", {"max_tokens": "many"}, "invalid_value"),
     ("temprature", {"temprature": 1}, "unknown_parameter"),
+    ("top_k", {"top_k": 10**30}, "invalid_value"),
     ("response_format", {"response_format": {"type": "json_object"}}, "unsupported_parameter"),
     ("presence_penalty", {"presence_penalty": 0.5}, "unsupported_parameter"),
     ("stop", {"stop": ["", "x"]}, "invalid_value"),

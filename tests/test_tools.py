@@ -6,6 +6,7 @@ from typing import Any, Literal
 import pytest
 
 from rayrl.errors import ConfigError
+from rayrl.textcalls import parse_lines
 from rayrl.tools import ParsedCall, Tool, Toolkit, format_call, parse_calls, without_calls
 
 
@@ -145,3 +146,11 @@ def test_parse_sloppy(body: str) -> None:
 def test_parse_malformed(body: str, said: str) -> None:
     (call,) = parse_calls(f"<tool_call>{body}</tool_call>")
     assert said in call.error
+
+
+@pytest.mark.parametrize("body", ["[" * 100_000, '{"name": ' + "9" * 5_000 + "}"])
+def test_what_no_parser_takes_is_an_error_for_the_model(body: str) -> None:
+    (call,) = parse_calls(f"<tool_call>{body}</tool_call>")
+    assert "not valid JSON" in call.error
+    (line,) = parse_lines(f"CALL slowly: {body}", [Tool.of(slowly).schema])
+    assert line.name == "slowly"

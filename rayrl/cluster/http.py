@@ -126,7 +126,7 @@ async def open_server(config: Config, name: str) -> AsyncIterator[str]:
 def _digest(variable: str) -> str:
     if not variable:
         return ""
-    key = os.environ.get(variable, "")
+    key = os.environ.get(variable, "").strip()
     if not key:
         raise ConfigError(
             f"serve.api_key_env={variable}: the environment has no {variable}; export the key that "

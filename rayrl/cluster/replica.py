@@ -103,17 +103,25 @@ class Replica:
                 f"there is; version {version} was asked for"
             )
 
-    async def catch_up(self) -> None:
-        """Load the newest weights, if they are newer."""
-        newest: Published | None = None
-        if self._store:
-            with suppress(RayActorError):  # nothing newer can come; the driver's push says so
+    async def catch_up(self, *, wait: bool = False) -> None:
+        """Load the newest weights, if they are newer.
+
+        Args:
+            wait: for those that were streamed before we came, until the driver has put them there.
+        """
+        if not self._store:
+            return
+        with suppress(RayActorError):  # nothing newer can come; the driver's push says so
+            newest: Published | None = await self._store.newest.remote()
+            while newest is not None and newest.version > self._engine.version:
+                if newest.buffer:
+                    await self.load(newest)
+                    return
+                await self._store.miss.remote()  # each time: a version that is published clears it
+                if not wait:
+                    return
+                await asyncio.sleep(POLL_S)
                 newest = await self._store.newest.remote()
-        if newest is not None and newest.version > self._engine.version:
-            if newest.buffer:
-                await self.load(newest)
-            elif self._store:  # streamed before we came: the driver puts it there for us
-                await self._store.miss.remote()
 
     async def load(self, published: Published) -> tuple[str, int, str]:
         """Take over weights; returns who we are, and the version and checksum we hold now."""
@@ -159,7 +167,7 @@ class Replica:
     async def check_health(self) -> None:
         """Healthy is: the engine works, and holds the newest weights."""
         await self._engine.check()
-        await self.catch_up()
+        await self.catch_up(wait=True)
 
 
 async def deploy(

@@ -39,6 +39,7 @@ class WeightsStore:
         """Make this the newest version."""
         self._newest = published
         self._missed = False
+        self._stacks = {}  # of a push that was late and came through all the same
 
     def miss(self) -> None:
         """A replica needs the newest version, which was streamed before it came."""

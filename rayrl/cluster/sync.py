@@ -163,7 +163,8 @@ class Stream:
             published = Published(version, (), Manifest((), 0), checksum)
             await _tell(self._store, published)
             self._version = version
-        self._late = self._late or asyncio.create_task(self._serve_late())
+        if self._late is None or self._late.done():
+            self._late = asyncio.create_task(self._serve_late())
         return published, received
 
     async def _ask(self, method: str, *args: Any) -> list[Any]:

@@ -13,6 +13,7 @@ from contextlib import suppress
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError
 from ray.serve.handle import DeploymentHandle
 
 from rayrl.cluster.session import Session
@@ -132,15 +133,22 @@ class Weights:
         )
 
     async def _each(self, method: str, *args: str) -> None:
-        """Call every replica; one that fails is replaced by Serve, and a push waits for it."""
+        """Call every replica; one that died is replaced by Serve, and a push waits for it.
+
+        Raises:
+            InfraError: one lives and could not do it.
+        """
         try:
             async with asyncio.timeout(self._deadline_s):
-                await ask_all(self._handle, method, *args)
+                answers = await ask_all(self._handle, method, *args)
         except TimeoutError:
             raise InfraError(
                 f"a replica did not {method} within {self._deadline_s:g} s "
                 "(cluster.push_deadline_s)"
             ) from None
+        for error in answers:
+            if isinstance(error, BaseException) and not isinstance(error, RayActorError):
+                raise InfraError(f"a replica did not {method}: {error}") from error
 
     def close(self) -> None:
         """Stop what runs in the background."""

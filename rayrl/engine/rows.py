@@ -64,7 +64,7 @@ class Rows:
         self.most[slot] = min(sampling.max_tokens, max_len - len(request.prompt_ids))
         self.seed[slot] = request.seed & 0xFFFFFFFFFFFFFFFF
         self.temperature[slot] = sampling.temperature
-        self.top_k[slot] = sampling.top_k
+        self.top_k[slot] = min(sampling.top_k, np.iinfo(np.int64).max)
         self.top_p[slot] = sampling.top_p
         short = len(stop_ids) - self.stop_ids.shape[1]
         if short > 0:

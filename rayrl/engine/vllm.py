@@ -21,8 +21,8 @@ import asyncio
 import itertools
 import os
 import tempfile
-from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import aclosing, contextmanager, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -274,13 +274,22 @@ class VllmEngine:
             raise InfraError(f"vLLM could not load weights version {version}: {error}") from error
         return str(digest)
 
+    @asynccontextmanager
+    async def _or_closed(self, what: str) -> AsyncIterator[None]:
+        """An engine that cannot `what` holds memory or requests for ever: Serve replaces it."""
+        try:
+            yield
+        except Exception as error:
+            await self.close()
+            raise InfraError(f"vLLM could not {what}: {error}") from error
+
     async def sleep(self) -> None:
         """Give a GPU's memory back: weights and KV are dropped (vLLM's level 2), not kept.
 
         What is in flight ends first; what comes waits for `wake`. On a CPU, where vLLM has no sleep
         mode, only the KV is forgotten.
         """
-        async with self._loading:
+        async with self._loading, self._or_closed("sleep"):
             if self._sleeps:
                 await self._llm.sleep(level=2, mode="wait")
             else:
@@ -289,7 +298,7 @@ class VllmEngine:
 
     async def wake(self, part: Part) -> None:
         """Take memory again: first for "weights", which a push must then fill, last for "kv"."""
-        async with self._loading:
+        async with self._loading, self._or_closed("wake"):
             if not self._asleep:
                 return
             if self._sleeps:

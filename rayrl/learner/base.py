@@ -24,6 +24,7 @@ from rayrl.batch import Totals, Trajectory, micro_batches, minibatches
 from rayrl.config import Config
 from rayrl.errors import ConfigError, DataError
 from rayrl.learner.lora import ADAPTER, Piece, pieces, save_adapter, with_adapters
+from rayrl.learner.rows import shares_prefixes
 from rayrl.learner.step import (
     Tally,
     filler,
@@ -262,8 +263,12 @@ class Learner(ABC):
 
     def _passes(self, rows: Sequence[Trajectory]) -> int:
         """Forward passes of the rank that has most to do."""
-        mine = len(micro_batches(rows, self.cfg.learner.micro_batch_tokens))
+        mine = len(self._micros(rows))
         return int(self._reduce(torch.tensor([float(mine)]), "max"))
+
+    def _micros(self, rows: Sequence[Trajectory]) -> list[list[Trajectory]]:
+        limit = self.cfg.learner.micro_batch_tokens
+        return micro_batches(rows, limit, shared=shares_prefixes(self.module))
 
     @property
     def _limits(self) -> tuple[int, float]:
@@ -314,10 +319,8 @@ class Learner(ABC):
         self, rows: Sequence[Trajectory], totals: Totals, objective: Objective, *, first: bool
     ) -> Tally | None:
         """Add up the gradient of one update; None where no rank has a row."""
-        limit, temperature = self.cfg.learner.micro_batch_tokens, 1.0
-        if objective.loss != "sft":
-            limit, temperature = self._limits
-        micros = micro_batches(rows, limit)
+        temperature = 1.0 if objective.loss == "sft" else self._limits[1]
+        micros = self._micros(rows)
         n = self._passes(rows)
         if n == 0:
             return None

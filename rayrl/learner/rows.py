@@ -14,13 +14,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rayrl.learner.attention import plan
+from rayrl.learner.attention import IMPLEMENTATION, plan
 from rayrl.packing import Packed, pack
 
-__all__ = ["mixes_by_attention_only", "padded_logits"]
+__all__ = ["mixes_by_attention_only", "padded_logits", "shares_prefixes"]
 
 PROBE = ((3, 7, 2, 5, 9, 4, 8), (3, 7, 2, 6, 1, 8, 5), (3, 9, 9, 2))
 TOLERANCE = 0.05  # of the logits' spread; rounding to bf16 makes a tenth of it
+
+
+def shares_prefixes(model: Any) -> bool:
+    """Whether `model`, bare or wrapped, computes a trie of rows; else it computes whole rows."""
+    attention: str = getattr(model, "module", model).config._attn_implementation
+    return attention == IMPLEMENTATION
 
 
 def padded_logits(model: Any, packed: Packed) -> tuple[Tensor, Tensor]:

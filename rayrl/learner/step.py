@@ -23,7 +23,7 @@ from rayrl.config import LearnerConfig
 from rayrl.errors import ConfigError
 from rayrl.learner.attention import IMPLEMENTATION, plan
 from rayrl.learner.logits import chosen_logprobs
-from rayrl.learner.rows import mixes_by_attention_only, padded_logits
+from rayrl.learner.rows import mixes_by_attention_only, padded_logits, shares_prefixes
 from rayrl.loss import LossTokens, Objective, objective_loss
 from rayrl.packing import Packed, pack
 
@@ -104,7 +104,7 @@ def token_logprobs(
         `entropy_gradient`.
     """
     device = model.device
-    if getattr(model, "module", model).config._attn_implementation != IMPLEMENTATION:
+    if not shares_prefixes(model):
         logits, slot = padded_logits(model, packed)
     else:
         logits = model(
@@ -142,7 +142,7 @@ def row_logprobs(
     Makes at least `passes` forward passes: where one is a collective, all ranks make as many.
     """
     out: dict[int, NDArray[np.float32]] = {}
-    micros = micro_batches(rows, max_tokens)
+    micros = micro_batches(rows, max_tokens, shared=shares_prefixes(model))
     for micro in micros + [[filler()]] * (passes - len(micros)):
         packed = _pack(micro)
         with torch.no_grad():

@@ -18,7 +18,7 @@ from rayrl.engine.protocol import Engine
 from rayrl.errors import InfraError, did_you_mean
 from rayrl.openai.answers import ChatAnswer, CompletionAnswer, Shape, usage_object
 from rayrl.openai.errors import ApiError, as_api_error
-from rayrl.openai.fields import Body, ChatBody, CompletionBody, parse
+from rayrl.openai.fields import LARGEST_INT, Body, ChatBody, CompletionBody, parse
 from rayrl.openai.generation import Job, generate, plan, stream
 from rayrl.openai.http import (
     ClientGone,
@@ -254,4 +254,6 @@ def _prompts(chat: Chat, prompt: object) -> Sequence[tuple[int, ...]]:
 
 
 def _are_ids(value: object) -> bool:
-    return isinstance(value, list) and bool(value) and all(type(one) is int for one in value)
+    if not isinstance(value, list) or not value:
+        return False
+    return all(type(one) is int and 0 <= one <= LARGEST_INT for one in value)

@@ -16,7 +16,8 @@ from rayrl.openai.errors import ApiError
 
 __all__ = ["Body", "ChatBody", "CompletionBody", "parse", "stop_strings"]
 
-MAX_CHOICES = 128
+MAX_CHOICES = 128  # of a request, over all its prompts
+LARGEST_INT = 2**31 - 1  # that engines count in
 MAX_TOP = 20  # alternatives a token, as at OpenAI's
 MAX_STOPS = 4
 
@@ -72,7 +73,7 @@ class Body(_Fields):
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=0)
+    top_k: int | None = Field(None, ge=0, le=LARGEST_INT)
     max_tokens: int | None = Field(None, ge=1)
     stop: Any = None
     seed: int | None = None

@@ -14,7 +14,7 @@ from rayrl.engine.protocol import Engine
 from rayrl.errors import InfraError
 from rayrl.openai.choice import Choice, News
 from rayrl.openai.errors import ApiError
-from rayrl.openai.fields import Body, stop_strings
+from rayrl.openai.fields import MAX_CHOICES, Body, stop_strings
 from rayrl.openai.messages import Asked
 from rayrl.openai.text import CALL_END
 from rayrl.types import Delta, Request, Sampling, derive_seed
@@ -74,11 +74,14 @@ def plan(
         param: the field that the prompts come from.
 
     Raises:
-        ApiError: 400, a prompt is too long.
+        ApiError: 400, a prompt is too long, or they want too many choices.
     """
     stops = stop_strings(body.stop)
     seed = randbits(63) if body.seed is None else body.seed
     copies, name = body.n or 1, uuid.uuid4().hex
+    if len(asked) * copies > MAX_CHOICES:
+        what = f"{len(asked)} prompts with {copies} choices each: at most {MAX_CHOICES} in all."
+        raise ApiError(400, what, param=param)
     requests: list[Request] = []
     for number, one in enumerate(asked):
         sampling = Sampling(

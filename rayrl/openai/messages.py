@@ -62,18 +62,19 @@ def read_chat(chat: Chat, body: ChatBody) -> Asked:
     offered = tools if choice != "none" else []
     begun = ""
     if choice == "required":
-        begun = '<tool_call>{"name": "'
+        begun = '<tool_call>\n{"name": "'
         if len(tools) == 1:
             named = tools[0]["function"]["name"]
     if named:
-        begun = f'<tool_call>{{"name": "{named}", "arguments":'
+        begun = f'<tool_call>\n{{"name": "{named}", "arguments":'
     try:
         ids = _prompt(chat, messages, offered)
     except ConfigError as error:
         param = "tools" if "tool" in str(error).split(":")[0] else "messages"
         raise ApiError(400, str(error), param=param) from error
     once = choice == "named" or body.parallel_tool_calls is False
-    return Asked((*ids, *chat.encode(begun)), bool(offered), begun, once and bool(offered))
+    opened = chat.reply(begun)[:-1] if begun else ()
+    return Asked((*ids, *opened), bool(offered), begun, once and bool(offered))
 
 
 def _prompt(chat: Chat, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> Ids:
@@ -84,8 +85,8 @@ def _prompt(chat: Chat, messages: Sequence[Message], tools: Sequence[Mapping[str
     while rest:
         reply, *rest = rest
         following = list(takewhile(_is_not_reply, rest))
-        ids += chat.encode(reply.content)
-        ids += chat.extend(following, last_ids_finished=False)
+        ids += chat.reply(reply.content)
+        ids += chat.extend(following, last_ids_finished=True)
         rest = rest[len(following) :]
     return tuple(ids)
 

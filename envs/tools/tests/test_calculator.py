@@ -49,6 +49,7 @@ def test_values_by_hand(expression: str, value: str) -> None:
         ("abs(1, 2)", "abs"),
         ("max()", "max"),
         ("round(2.5, 0.5)", "round"),
+        ("round(7, -1000000000)", "at most 15 digits"),
         ("2 ^ 3", "for powers write"),
         ("1 / 0", "division by zero"),
         ("1 % 0", "division by zero"),
