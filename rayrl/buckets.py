@@ -78,7 +78,7 @@ class Channel:
         import torch.distributed as dist
 
         self.device = "cpu" if meeting.backend == "gloo" else "cuda"
-        timeout = timedelta(seconds=meeting.timeout_s)
+        self._timeout = timeout = timedelta(seconds=meeting.timeout_s)
         try:
             self._store = store or dist.TCPStore(  # type: ignore[attr-defined]
                 meeting.host, meeting.port, meeting.world, is_master=False, timeout=timeout
@@ -99,7 +99,8 @@ class Channel:
         import torch
 
         try:
-            self._group.broadcast(bucket, SENDER).wait()
+            work = self._group.broadcast(bucket, SENDER)
+            work.wait(self._timeout)  # asked with a deadline, NCCL's too blocks until it is done
             if bucket.is_cuda:
                 torch.cuda.current_stream().synchronize()
         except RuntimeError as error:

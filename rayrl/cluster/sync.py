@@ -4,7 +4,7 @@
   through shared memory on the same node. Works everywhere; a replica that starts later finds it.
 - `Stream`: rank 0 broadcasts packed buckets (`rayrl.buckets`) straight to the engines' workers,
   over NCCL between GPUs or gloo between CPUs, while the ranks gather ZeRO-3 shards a few at a time:
-  no rank ever holds the whole model. A replica that starts later gets it through the object store.
+  none gathers more than a bucket. A replica that starts later gets it through the object store.
 """
 
 from __future__ import annotations

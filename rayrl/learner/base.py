@@ -153,7 +153,7 @@ class Learner(ABC):
     def named_weights(self, *, adapters: bool = False) -> Iterator[tuple[str, Tensor]]:
         """The weights one after the other, under the plain model's names; on all ranks together.
 
-        Sharded weights are gathered a few at a time, so no rank ever holds the whole model. A
+        Sharded weights are gathered a few at a time: no rank holds more than a bucket of them. A
         tensor is valid until the next one is asked for. Tied weights come once, under the first
         name; adapters are merged into their layers.
 
