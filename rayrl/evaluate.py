@@ -27,7 +27,7 @@ from rayrl.journal import Journal, Play
 from rayrl.results import Cell, Result, rich_table
 from rayrl.rollout import GroupPlan
 from rayrl.rundir import RunDir
-from rayrl.stage import row_name, say_templates, seats_of
+from rayrl.stage import row_name, say_templates, seats_of, unplayed_note
 from rayrl.types import Sampling, Usage, derive_seed
 
 __all__ = ["cell_of", "check_args", "evaluate", "evaluation_plans", "run"]
@@ -50,11 +50,7 @@ def run(config: Config) -> None:
                 folder.finish({"figures": FILE})
     console.print(rich_table([result]))
     if result.unplayed:
-        console.print(
-            f"{result.unplayed} episodes are missing: not their environment failed but what is "
-            "around it. The same command plays them again.",
-            style="yellow",
-        )
+        console.print(unplayed_note(result.unplayed), style="yellow")
     console.print(f"Written to {Path(config.run.dir) / FILE}", highlight=False, markup=False)
 
 

@@ -21,6 +21,7 @@ from rich.console import Console
 from rayrl import evaluate, report, sft, synth, train
 from rayrl.cluster.session import open_session
 from rayrl.config import Config, Stage, stage_config, validate
+from rayrl.errors import RunFailed
 from rayrl.files import write_atomic
 from rayrl.memory import PeakMemory
 from rayrl.results import Result, markdown, rich_table
@@ -77,6 +78,7 @@ def run(config: Config) -> None:
                     began = time.perf_counter()
                     PROGRAMS[link.stage.verb](link.config)
                     _record(folder, link.stage.name, time.perf_counter() - began, memory.peak)
+                    _refuse_unfinished(link)
         found = rows(links)
         if found:
             _write_table(folder.path, found)
@@ -132,6 +134,15 @@ def _refuse_changes(links: Sequence[Link]) -> None:
                 f"what was made after it to make them again: {' '.join(folders)}"
             )
             refuse_changes(Path(link.config.run.dir), link.config, remedy)
+
+
+def _refuse_unfinished(link: Link) -> None:
+    """Stages are made from what this one leaves; nothing is made from an evaluation."""
+    if link.stage.verb != "eval" and not is_finished(link.config.run.dir):
+        raise RunFailed(
+            f"stage {link.stage.name!r} is not finished, as it says above, and later stages need "
+            "all it makes. The same command goes on with it."
+        )
 
 
 def _record(folder: RunDir, stage: str, seconds: float, peak_bytes: int) -> None:

@@ -27,6 +27,7 @@ __all__ = [
     "say_templates",
     "seats_of",
     "template_notes",
+    "unplayed_note",
     "versions",
 ]
 
@@ -117,6 +118,14 @@ def say_templates(config: Config, seats: Iterable[str] = (POLICY,)) -> None:
         if who == POLICY or who.startswith("model:")
     ):
         print(note, file=sys.stderr, flush=True)
+
+
+def unplayed_note(n: int) -> str:
+    """What to tell a person whose run lost `n` episodes to what is around the environment."""
+    return (
+        f"{n} episodes are missing: not their environment failed but what is around it. The same "
+        "command plays them again."
+    )
 
 
 def check_trained(environment: Environment, config: Config) -> None:

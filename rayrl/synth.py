@@ -29,7 +29,7 @@ from rayrl.journal import Journal, Play
 from rayrl.rollout import GroupPlan
 from rayrl.rundir import RunDir
 from rayrl.show import episode_panel
-from rayrl.stage import EPISODES, say_templates, seats_of
+from rayrl.stage import EPISODES, say_templates, seats_of, unplayed_note
 from rayrl.types import Episode, derive_seed
 
 __all__ = ["Lengths", "Statistics", "kept", "run", "samples", "statistics_of", "synth"]
@@ -75,7 +75,10 @@ class Statistics:
 
 
 def run(config: Config) -> None:
-    """Play, keep, write and print; a finished run prints again what it kept."""
+    """Play, keep, write and print; a finished run prints again what it kept.
+
+    While episodes are unplayed the file has what was kept so far and the run is not finished.
+    """
     console = Console()
     with RunDir(config.run.dir, config) as folder:
         out = Path(config.synth.out) if config.synth.out else folder.path / EPISODES
@@ -86,16 +89,20 @@ def run(config: Config) -> None:
             if not good:
                 raise RunFailed(_nothing_kept(config, played))
             write_whole(out, good)
-            folder.finish({"played": len(played), "kept": len(good), "file": str(out)})
-        environment = make_environment(config)
-        played = list(read_episodes(everything))
-        good = list(read_episodes(out))
-    console.print(summary(played, good, environment))
+            if not unplayed(played):
+                folder.finish({"played": len(played), "kept": len(good), "file": str(out)})
+        else:
+            played = list(read_episodes(everything))
+            good = list(read_episodes(out))
+    console.print(summary(played, good, make_environment(config)))
     for episode in samples(good, config.synth.show):
         console.print(episode_panel(episode))
     names = {episode.id for episode in good}
     for episode in [e for e in played if e.id not in names][: min(1, config.synth.show)]:
         console.print(episode_panel(episode, f"{episode.id} (not kept)"))
+    missing = unplayed(played)
+    if missing:
+        console.print(unplayed_note(missing), style="yellow")
     console.print(f"{len(good)} episodes in {out}", highlight=False, markup=False)
 
 
@@ -123,9 +130,15 @@ async def synth(config: Config, file: Path | None = None) -> list[Episode]:
         async with open_rollouts(config, seats=seats) as rollouts:
             played = await play.collect(rollouts, journal)
     groups = [*played.groups, *played.dropped]
-    journal.seal(groups)
+    if not played.infra_failures:
+        journal.seal(groups)
     by_id = {group.id: group for group in groups}
     return [episode for plan in plans for episode in by_id[plan.id].episodes]
+
+
+def unplayed(episodes: Iterable[Episode]) -> int:
+    """How many failed for no fault of their environment, so that they are to be played again."""
+    return sum(e.failure is not None and e.failure.kind == "infra" for e in episodes)
 
 
 def write_whole(file: Path, episodes: Sequence[Episode]) -> None:

@@ -134,6 +134,18 @@ def test_a_stopped_recipe_goes_on_where_it_stopped(
     assert "teacher" in capsys.readouterr().out
 
 
+def test_nothing_is_made_from_a_stage_that_is_not_finished(
+    tmp_path: Path, fakes: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(cfg: Config) -> None:
+        fakes.append(Path(cfg.run.dir).name)
+
+    monkeypatch.setitem(recipe.PROGRAMS, "synth", lost)  # type: ignore[arg-type]
+    with pytest.raises(RunFailed, match="stage 'synth' is not finished.*same command goes on"):
+        recipe.run(config(tmp_path / "a"))
+    assert fakes == ["ray", "eval_teacher", "eval_base", "synth"]
+
+
 def test_changed_settings_of_a_finished_stage_are_refused(tmp_path: Path, fakes: list[str]) -> None:
     def changed(**settings: object) -> Config:
         rl1 = {"name": "rl1", "verb": "train", "set": settings}

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 from dataclasses import replace
@@ -14,6 +15,8 @@ from rayrl.episodes import read_episodes
 from rayrl.errors import ConfigError, RunFailed
 from rayrl.synth import Lengths, kept, samples, statistics_of, summary
 from rayrl.types import Episode, Failure, Task, Turn, user
+from tests.here import killing
+from tests.test_endpoint import said, serving
 
 
 def episode(name: str, win: float, *replies: str, format: float = 1.0) -> Episode:  # noqa: A002
@@ -149,3 +152,26 @@ def test_nothing_kept_says_what_there_was(tmp_path: Path, in_process: list[int])
     with pytest.raises(RunFailed, match=r"none of 20 .*win 1\.5.*best scores were win 1.*Lower"):
         synth.run(cfg)
     assert not (tmp_path / "run" / "episodes.jsonl").exists()
+
+
+async def test_episodes_that_a_server_failed_are_played_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(synth, "open_rollouts", killing(0))
+    data = {"run": {"dir": str(tmp_path)}, "env": {"name": "copyword"}}
+    data["synth"] = {"episodes": 8, "player": "endpoint"}  # type: ignore[dict-item]
+    busy = (503, {}, "busy")
+    async with serving(busy, busy, said("<copy>no</copy>")) as server:  # alive, but busy
+        data["endpoint"] = {"url": server.url, "model": "m", "retries": 0}
+        await asyncio.to_thread(synth.run, from_dict(data))
+        shown = capsys.readouterr().out
+        assert "8 episodes played, 2 failed, 6 kept" in shown
+        assert "2 episodes are missing" in shown
+        assert not (tmp_path / "result.json").exists()
+        await asyncio.to_thread(synth.run, from_dict(data))
+        assert len(server.seen) == 8 + 2
+    assert "missing" not in capsys.readouterr().out
+    assert json.loads((tmp_path / "result.json").read_text())["kept"] == 8
+    everything = list(read_episodes(tmp_path / "played.jsonl"))
+    assert [e.id for e in everything] == [f"synth-{k}/0" for k in range(8)]
+    assert list(read_episodes(tmp_path / "episodes.jsonl")) == everything
