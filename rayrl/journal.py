@@ -53,6 +53,8 @@ class Journal:
         self.file, self.plans = file, plans
         self.known: dict[str, Group] = {}
         self.usage: Usage | None = None
+        self._last: dict[str, Usage | None] = {}  # of an episode's last line
+        self._lost: dict[str, Usage | None] = {}  # of its lines before
         self._out: TextIO | None = None
         self._synced = time.monotonic()
         if file is not None and file.is_file():
@@ -68,7 +70,7 @@ class Journal:
                     f"{self.file}: episode {episode.id} is of another task than this run plays; "
                     "has the environment's code changed? Use another run.name to start anew."
                 )
-            self.usage = sum_usage([self.usage, episode.usage])
+            self._count(episode)
             if episode.failure is None:
                 own = (replace(episode, task=plan.task),)
                 self.known[plan.id] = Group(plan.id, plan.task, own, trainable)
@@ -76,7 +78,7 @@ class Journal:
     def add(self, group: Group) -> None:
         """Append the episodes of a group that has ended."""
         for episode in group.episodes:
-            self.usage = sum_usage([self.usage, episode.usage])
+            self._count(episode)
         if self.file is None:
             return
         if self._out is None:
@@ -88,6 +90,13 @@ class Journal:
             os.fsync(self._out.fileno())
             self._synced = time.monotonic()
 
+    def _count(self, episode: Episode) -> None:
+        self.usage = sum_usage([self.usage, episode.usage])
+        if episode.id in self._last:
+            lost = [self._lost.get(episode.id), self._last[episode.id]]
+            self._lost[episode.id] = sum_usage(lost)
+        self._last[episode.id] = episode.usage
+
     def close(self) -> None:
         """All that was added is on the disk."""
         if self._out is not None:
@@ -96,13 +105,21 @@ class Journal:
             self._out = None
 
     def seal(self, groups: Sequence[Group]) -> None:
-        """Write the file anew: these episodes, in the order of the plans."""
+        """Write the file anew: these episodes, in the order of the plans.
+
+        What earlier lines of an episode cost becomes part of what is `wasted` on it.
+        """
         self.close()
         if self.file is not None:
             place = {plan.id: k for k, plan in enumerate(self.plans)}
             ordered = sorted(groups, key=lambda group: place[group.id])
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(self.file, "".join(_lines(group.episodes) for group in ordered).encode())
+            text = "".join(_lines(map(self._with_lost, group.episodes)) for group in ordered)
+            write_atomic(self.file, text.encode())
+
+    def _with_lost(self, episode: Episode) -> Episode:
+        wasted = sum_usage([episode.wasted, self._lost.get(episode.id)])
+        return replace(episode, wasted=wasted)
 
 
 class Play:

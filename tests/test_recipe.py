@@ -141,7 +141,7 @@ def test_nothing_is_made_from_a_stage_that_is_not_finished(
         fakes.append(Path(cfg.run.dir).name)
 
     monkeypatch.setitem(recipe.PROGRAMS, "synth", lost)  # type: ignore[arg-type]
-    with pytest.raises(RunFailed, match="stage 'synth' is not finished.*same command goes on"):
+    with pytest.raises(RunFailed, match=r"stage 'synth' is not finished.*same command goes on"):
         recipe.run(config(tmp_path / "a"))
     assert fakes == ["ray", "eval_teacher", "eval_base", "synth"]
 
