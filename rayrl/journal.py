@@ -161,7 +161,8 @@ class Play:
         Raises:
             RunFailed: the budget is spent, or `rollouts.collect` cannot go on.
         """
-
+        if len(journal.known) < len(journal.plans):
+            self.check_budget()
         self._began = self._began or time.monotonic()
 
         def ended(group: Group) -> None:
