@@ -330,22 +330,28 @@ def _from_openai(data: Mapping[str, Any], url: str) -> tuple[str, Finish]:
     try:
         choice = data["choices"][0]
         message = choice["message"]
+        finish: Finish = "length" if choice.get("finish_reason") == "length" else "stop"
         text = message.get("content") or ""
-        for call in message.get("tool_calls") or ():
-            function = call["function"]
-            text += ("\n" if text else "") + _call_text(function)
+        calls = [call["function"] for call in message.get("tool_calls") or ()]
+        for place, function in enumerate(calls, 1):
+            cut = finish == "length" and place == len(calls)
+            text += ("\n" if text else "") + _call_text(function, cut)
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise InfraError(f"{url}: not a chat completion: {json.dumps(data)[:300]}") from error
-    return text, "length" if choice.get("finish_reason") == "length" else "stop"
+    return text, finish
 
 
-def _call_text(function: Mapping[str, Any]) -> str:
-    """A native call as text; arguments that are no JSON object are left for the parser to judge."""
-    written = function.get("arguments") or "{}"
+def _call_text(function: Mapping[str, Any], cut: bool) -> str:
+    """A native call as text; arguments that are no JSON object are left for the parser to judge.
+
+    Args:
+        cut: whether the reply ended in it for want of tokens; one that is broken is then left open.
+    """
+    written = function.get("arguments") or ("" if cut else "{}")
     try:
         arguments = json.loads(written)
     except json.JSONDecodeError:
-        return f"<tool_call>{function['name']}{written}</tool_call>"
+        return f"<tool_call>{function['name']}{written}" + ("" if cut else "</tool_call>")
     if isinstance(arguments, dict):
         return format_call(function["name"], arguments)
     return (

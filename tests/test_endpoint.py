@@ -15,6 +15,7 @@ from rayrl.config import EndpointConfig
 from rayrl.endpoint import EndpointPlayer, check_reachable
 from rayrl.episodes import episode_from_json, episode_to_json
 from rayrl.errors import ConfigError, InfraError, RunFailed
+from rayrl.tools import CUT_OFF
 from rayrl.types import Sampling, Usage, sum_usage, system, user
 
 Answer = tuple[int, dict[str, str], Any]  # status, headers, body
@@ -395,6 +396,18 @@ async def test_native_arguments_that_are_no_json() -> None:
         ]
     assert agent.tool_errors == 1
     assert "not valid JSON" in agent.messages[2].content
+
+
+@pytest.mark.parametrize("arguments", ['{"a": 1, ', ""])
+async def test_a_native_call_that_is_cut_off(arguments: str) -> None:
+    whole = {"id": "x", "function": {"name": "add", "arguments": '{"a": 1, "b": 2}'}}
+    broken = {"id": "y", "function": {"name": "add", "arguments": arguments}}
+    calling = said(None, "length", tool_calls=[whole, broken])
+    async with serving(calling, said("3")) as server, endpoint(server) as player:
+        agent = Agent(player)
+        assert await agent("?", tools=[add]) == "3"
+    results = [message.content for message in agent.messages if message.role == "tool"]
+    assert results == ["3", f"Error: {CUT_OFF}"]
 
 
 async def test_native_arguments_that_are_no_object() -> None:
