@@ -118,7 +118,7 @@ class Chat:
         """
         messages = self._fitting(self._as_shown(messages))
         if tools:
-            if self._speaks_tools:
+            if self.speaks_tools:
                 return self._with_template_tools(messages, tools)
             messages = introduce(messages, describe(tools))
         roles = tuple(message.role for message in messages)
@@ -373,13 +373,13 @@ class Chat:
         return str(text) if listed else ""
 
     @functools.cached_property
-    def _speaks_tools(self) -> bool:
+    def speaks_tools(self) -> bool:
         """Whether the template writes calls as they are parsed here."""
         return ParsedCall("PROBETOOL", {"x": 1}) in parse_calls(self._tool_talk)
 
     def _as_shown(self, messages: Sequence[Message]) -> Sequence[Message]:
         """Without the role `tool` where the template knows nothing of it."""
-        if all(message.role != "tool" for message in messages) or self._speaks_tools:
+        if all(message.role != "tool" for message in messages) or self.speaks_tools:
             return messages
         return as_user_messages(messages)
 

@@ -84,16 +84,17 @@ def peculiarities(chat: Chat) -> list[str]:
     tokenizer = chat.tokenizer
     again = [*_opening(tokenizer), *_thoughts(tokenizer), *_spaces(tokenizer)]
     return [
-        *_system(tokenizer),
+        *_system(chat),
         *_roles(tokenizer),
         *(again or _otherwise(chat)),
         *_date(tokenizer),
         *_begin_and_end(chat),
-        *_tools(tokenizer),
+        *_tools(chat),
     ]
 
 
-def _system(tokenizer: Any) -> Iterator[str]:
+def _system(chat: Chat) -> Iterator[str]:
+    tokenizer = chat.tokenizer
     alone, both = (
         render(tokenizer, [user(_HEARD)]),
         render(tokenizer, [system(_RULE), user(_HEARD)]),
@@ -108,7 +109,8 @@ def _system(tokenizer: Any) -> Iterator[str]:
             f"it begins with a system message of its own where none is given ({_short(own)}); "
             "rayrl leaves it: send a system message to replace it"
         )
-        if own not in (render(tokenizer, [user(_HEARD)], [_TOOL]) or own):
+        listing = render(tokenizer, [user(_HEARD)], [_TOOL]) or own
+        if chat.speaks_tools and own not in listing:
             yield "with tools it leaves that system message out; rayrl does so too"
     talk = [system(_RULE), user(_HEARD), assistant(_SAID), user(_NEXT)]
     later = render(tokenizer, talk) or ""
@@ -244,10 +246,12 @@ def _begins_with(tokenizer: Any, begin: str) -> bool:
     return bool(ids) and ids[0] == tokenizer.convert_tokens_to_ids(begin)
 
 
-def _tools(tokenizer: Any) -> Iterator[str]:
-    text = render(tokenizer, [user(_HEARD)], [_TOOL])
-    if text is None or "PROBETOOL" not in text:
-        yield "it has no place for tools; rayrl describes them in the first message"
+def _tools(chat: Chat) -> Iterator[str]:
+    if chat.speaks_tools:
+        return
+    listed = "PROBETOOL" in (render(chat.tokenizer, [user(_HEARD)], [_TOOL]) or "")
+    what = "writes tool calls in a form of its own" if listed else "has no place for tools"
+    yield f"it {what}; rayrl describes them in the first message"
 
 
 def _otherwise(chat: Chat) -> Iterator[str]:

@@ -16,7 +16,15 @@ from rayrl.templates import fold, render
 from rayrl.types import Message, Turn, assistant, system, user
 from tests.act import CHATML, HERMES, build_tokenizer
 
-# drops thoughts from all but the newest round; reads tools and tool results (Qwen3)
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "add",
+        "description": "Add.",
+        "parameters": {"type": "object", "properties": {}},
+    },
+}
+# drops thoughts from all but the newest round; reads tools, calls and results (Qwen3)
 QWEN = (
     "{% if tools %}<|im_start|>system\nTools:{% for t in tools %} {{ t | tojson }}{% endfor %}"
     "<|im_end|>\n{% endif %}"
@@ -25,7 +33,10 @@ QWEN = (
     "{% for m in messages %}{% set content = m.content %}"
     "{% if m.role == 'assistant' and loop.index0 < ns.last and '</think>' in content %}"
     "{% set content = content.split('</think>')[-1].lstrip('\n') %}{% endif %}"
-    "<|im_start|>{{ m.role }}\n{{ content }}<|im_end|>\n{% endfor %}"
+    "<|im_start|>{{ m.role }}\n{{ content }}{% for call in m.tool_calls or [] %}"
+    '<tool_call>\n{"name": "{{ call.function.name }}", '
+    '"arguments": {{ call.function.arguments | tojson }}}\n</tool_call>{% endfor %}'
+    "<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 # opens the thought itself and forgets it; no turn headers but two special tokens (DeepSeek R1)
@@ -146,6 +157,21 @@ def test_only_appending_is_not_worth_a_word() -> None:
     assert made(CHATML).peculiarities() == [
         "it has no place for tools; rayrl describes them in the first message"
     ]
+
+
+def test_tool_calls_in_a_form_that_is_not_read_here() -> None:
+    own = "<|im_start|>system\nOwn rule.<|im_end|>\n"
+    begins = "{% if not tools and messages[0].role != 'system' %}" + own + "{% endif %}"
+    other = HERMES.replace('<tool_call>\n{"name": "{{', '[TOOL_CALLS] {"name": "{{')
+    assert other != HERMES
+    form = "it writes tool calls in a form of its own; rayrl describes them in the first message"
+    assert made(other).peculiarities() == [form]
+    left = "with tools it leaves that system message out; rayrl does so too"
+    assert left in made(begins + HERMES).peculiarities()
+    told = made(begins + other)
+    assert left not in told.peculiarities()
+    assert form in told.peculiarities()
+    assert "Own rule." in str(told.tokenizer.decode(told.start([user("u")], [TOOL])))
 
 
 def test_thoughts_that_are_dropped_from_history_are_kept() -> None:
