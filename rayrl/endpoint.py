@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 import os
 import random
 import sys
@@ -31,10 +30,10 @@ _OLD_LIMIT, _NEW_LIMIT = "max_tokens", "max_completion_tokens"
 
 
 def share(config: EndpointConfig, n: int) -> EndpointConfig:
-    """The limits of one of `n` hosts that ask the same server."""
+    """The limits of one of `n` hosts that ask the same server; together they keep `config`'s."""
     return replace(
         config,
-        concurrency=math.ceil(config.concurrency / n),
+        concurrency=max(1, config.concurrency // n),
         requests_per_minute=config.requests_per_minute / n,
         tokens_per_minute=config.tokens_per_minute / n,
     )

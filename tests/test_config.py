@@ -173,6 +173,17 @@ def test_every_number_has_a_rule() -> None:
         ("sft", {}, r"sft\.data=: name the JSONL"),
         ("synth", {"synth__player": "endpoint"}, r"endpoint\.url=: synth\.player=endpoint needs"),
         ("eval", {"eval__player": "endpoint", "endpoint__url": "http://x"}, r"endpoint\.model"),
+        (
+            "eval",
+            {
+                "eval__player": "endpoint",
+                "endpoint__url": "http://x",
+                "endpoint__model": "m",
+                "endpoint__concurrency": 3,
+                "cluster__env_hosts": 4,
+            },
+            r"cluster\.env_hosts=4: eval\.player=endpoint shares endpoint\.concurrency=3.*lower",
+        ),
         ("train", {"env__seats": {"x": "endpoint"}}, r"url=: env\.seats\.x=endpoint needs"),
         ("play", {"env__seats": {"x": "endpoint"}}, r"url=: env\.seats\.x=endpoint needs"),
         ("recipe", {}, "there are no stages"),

@@ -12,7 +12,7 @@ import pytest
 import rayrl
 from rayrl.agent import Agent
 from rayrl.config import EndpointConfig
-from rayrl.endpoint import EndpointPlayer, check_reachable
+from rayrl.endpoint import EndpointPlayer, check_reachable, share
 from rayrl.episodes import episode_from_json, episode_to_json
 from rayrl.errors import ConfigError, InfraError, RunFailed
 from rayrl.tools import CUT_OFF
@@ -426,6 +426,13 @@ async def test_native_arguments_that_are_no_object() -> None:
         "3",
     ]
     assert (agent.tool_calls, agent.tool_errors) == (2, 1)
+
+
+def test_hosts_keep_the_limits_together() -> None:
+    limits = EndpointConfig(concurrency=16, requests_per_minute=60, tokens_per_minute=300)
+    one = share(limits, 3)
+    assert (one.concurrency, one.requests_per_minute, one.tokens_per_minute) == (5, 20, 100)
+    assert share(limits, 1) == limits
 
 
 def test_settings_that_are_missing() -> None:

@@ -153,6 +153,13 @@ def validate(config: Config, verb: str = "", *, chained: bool = False) -> None:
         _check_serve(config)
     for asking in _asking(config, verb):
         _check_endpoint(config, asking)
+        if verb != "play" and config.cluster.env_hosts > config.endpoint.concurrency:
+            raise _wrong(
+                "cluster.env_hosts",
+                config.cluster.env_hosts,
+                f"{asking} shares endpoint.concurrency={config.endpoint.concurrency} among the "
+                "hosts, and each needs 1; lower cluster.env_hosts or raise it.",
+            )
     if verb == "recipe" and not config.recipe:
         raise ConfigError(
             "recipe=[]: there are no stages. Choose some, as experiment=tictactoe has."
