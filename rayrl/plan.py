@@ -206,7 +206,11 @@ def _batch(config: Config) -> str:
 
 def _templates(config: Config) -> Iterator[str]:
     """What the models' chat templates do of their own."""
-    models = [stage.model.path for _, _, stage in _stages(config)]
+    models = []
+    for _, _, stage in _stages(config):
+        models.append(stage.model.path)
+        seats = stage.env.seats.values()
+        models += [who.removeprefix("model:") for who in seats if who.startswith("model:")]
     with contextlib.suppress(ConfigError):  # `problems` says it
         notes = template_notes(models)
         if notes:

@@ -18,7 +18,7 @@ from rayrl.errors import ConfigError
 from rayrl.progress import Clock, headline, step_metrics, warnings
 from rayrl.rollout import GroupPlan
 from rayrl.rundir import RunDir
-from rayrl.stage import MODEL, check_trained, say_templates
+from rayrl.stage import MODEL, check_trained, say_templates, seats_of
 from rayrl.types import derive_seed
 
 __all__ = ["run", "train"]
@@ -40,11 +40,12 @@ async def train(config: Config) -> None:
     cfg = config.train
     if cfg.max_lag > 0:
         raise ConfigError(f"train.max_lag={cfg.max_lag}: not in this version; set train.max_lag=0.")
-    check_trained(make_environment(config), config)
+    environment = make_environment(config)
+    check_trained(environment, config)
     with RunDir(config.run.dir, config) as folder:
         if folder.finished is not None and folder.finished["steps"] >= cfg.steps:
             return
-        say_templates(config)
+        say_templates(config, seats_of(environment, config, "model").values())
         found = folder.latest_checkpoint()
         start = found.step if found else 0
         async with open_training(config, cfg.steps) as (rollouts, learner, weights):

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from rayrl import train
 from rayrl.chat import Chat
 from rayrl.cli import main
 from rayrl.config import from_dict
+from rayrl.errors import RunFailed
 from rayrl.stage import POLICY, say_templates
 from rayrl.templates import fold, render
 from rayrl.types import Message, Turn, assistant, system, user
@@ -349,3 +351,26 @@ def test_the_plan_says_it_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}")
     assert main(["plan", "env=copyword", f"model={tmp_path}"]) == 1
     assert "the chat template of" in capsys.readouterr().out
+
+
+def test_the_plan_says_it_of_frozen_opponents(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    frozen = saved(QWEN, tmp_path)
+    main(["plan", "env=tictactoe_versus", f"env.seats.o=model:{frozen}"])
+    assert f"chat template of {frozen}: it drops earlier" in capsys.readouterr().out
+
+
+async def test_training_says_it_of_frozen_opponents(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_cluster(*_: object) -> None:
+        raise RunFailed("no cluster here")
+
+    monkeypatch.setattr(train, "open_training", no_cluster)
+    frozen = saved(QWEN, tmp_path / "frozen")
+    seats = {"o": f"model:{frozen}"}
+    env = {"name": "tictactoe_versus", "seats": seats}
+    with pytest.raises(RunFailed, match="no cluster here"):
+        await train.train(from_dict({"env": env, "run": {"dir": str(tmp_path / "run")}}))
+    assert f"chat template of {frozen}: it drops earlier" in capsys.readouterr().err
