@@ -9,7 +9,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,10 +121,10 @@ def server(
         process.stdout.close()
 
 
-def until(true: Callable[[], bool]) -> None:
-    """Wait; the test's own timeout ends it."""
-    while not true():
-        time.sleep(0.1)
+async def until(true: Callable[[], bool]) -> None:
+    """Wait, and let clients go on meanwhile; the test's own timeout ends it."""
+    while not await asyncio.to_thread(true):  # noqa: ASYNC110 - it is another process that changes
+        await asyncio.sleep(0.1)
 
 
 def test_chat_whole_and_streamed(server: Server) -> None:
@@ -217,12 +216,13 @@ async def test_hanging_up_frees_the_engine(server: Server) -> None:
         for stream in streams:
             await anext(aiter(stream))
             await stream.close()
+        await until(lambda: server.metrics()["rayrl_in_flight{}"] == 0)
         waiting = asyncio.create_task(client.completions.create(**asked))
-        await asyncio.sleep(0.2)
+        await until(lambda: server.metrics()["rayrl_in_flight{}"] > 0)  # it has arrived
         waiting.cancel()
         await asyncio.gather(waiting, return_exceptions=True)
-    until(lambda: server.metrics().get(left, 0) - before.get(left, 0) >= 3)
-    until(lambda: server.metrics()["rayrl_in_flight{}"] == 0)
+    await until(lambda: server.metrics().get(left, 0) - before.get(left, 0) >= 3)
+    await until(lambda: server.metrics()["rayrl_in_flight{}"] == 0)
     assert server.metrics()[sampled] - before[sampled] < 2 * 4 * 1000
     with server.client as client:
         assert client.chat.completions.create(model="base", messages=HELLO, max_tokens=3).id
