@@ -32,7 +32,7 @@ ENGINES = {
     "vllm": ["engine=vllm", "engine.dtype=float32", "engine.max_live=16"],
 }
 HELLO: list[Any] = [{"role": "user", "content": "Your turn."}]
-BEGUN = '<tool_call>{"name": "look", "arguments":'
+BEGUN = '<tool_call>\n{"name": "look", "arguments":'
 TOOL: Any = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
 
 
