@@ -186,8 +186,8 @@ class VllmEngine:
         name = f"{request.session}#{next(self._numbers)}"
         prompt = {"prompt_token_ids": list(request.prompt_ids)}
         greedy = request.sampling.temperature == 0 and not self._raw_logprobs
-        params = self._params(request, in_parts)
         with _errors_as_ours(request.session):
+            params = self._params(request, in_parts)
             async with aclosing(self._llm.generate(prompt, params, name)) as outputs:
                 async for output in outputs:
                     yield output, _delta(output, greedy, request.top_logprobs)
