@@ -19,9 +19,8 @@ from ray import serve
 
 from rayrl.chat import Chat
 from rayrl.cluster import cluster_address
-from rayrl.cluster.client import DEPLOYMENT
-from rayrl.cluster.replica import HEALTH_PERIOD_S, MAX_ONGOING, START_ATTEMPTS, run_app, undeploy
-from rayrl.cluster.session import SERVE_LOGGING, HttpAt, open_session, set_threads
+from rayrl.cluster.replica import deployment_settings, run_app, undeploy
+from rayrl.cluster.session import HttpAt, open_session, set_threads
 from rayrl.config import Config, EngineConfig
 from rayrl.engine import open_engine
 from rayrl.errors import ConfigError
@@ -102,19 +101,9 @@ async def open_server(config: Config, name: str) -> AsyncIterator[str]:
         app = f"{session.name}-http"
         served = Served(path, name, digest, wanted.max_requests, config.engine, app)
         deployment = serve.deployment(
-            name=DEPLOYMENT,
-            num_replicas=cluster.replicas,
-            max_ongoing_requests=MAX_ONGOING,
-            max_constructor_retry_count=START_ATTEMPTS,
-            health_check_period_s=HEALTH_PERIOD_S,
+            **deployment_settings(cluster),
             health_check_timeout_s=60.0,
             graceful_shutdown_timeout_s=LEAVE_S,
-            graceful_shutdown_wait_loop_s=0.1,
-            logging_config=SERVE_LOGGING,
-            ray_actor_options={
-                "num_cpus": cluster.replica_cpus,
-                "num_gpus": cluster.replica_gpus,
-            },
         )(serve.ingress()(HttpReplica))
         if not session.local:  # the cluster outlives us
             stack.callback(undeploy, app)

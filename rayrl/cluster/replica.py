@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
-from typing import Protocol
+from typing import Any, Protocol
 
 import ray
 from ray import serve
@@ -25,7 +25,7 @@ from rayrl.engine.protocol import Engine, Part, Streamed
 from rayrl.errors import ConfigError, InfraError, RayrlError, StaleWeights
 from rayrl.types import Completion, Request
 
-__all__ = ["Replica", "deploy", "run_app", "undeploy"]
+__all__ = ["Replica", "deploy", "deployment_settings", "run_app", "undeploy"]
 
 MAX_ONGOING = 100_000  # calls a replica; admission is the engine's, which queues
 HEALTH_PERIOD_S = 2.0
@@ -170,6 +170,23 @@ class Replica:
         await self.catch_up(wait=True)
 
 
+def deployment_settings(cluster: ClusterConfig) -> dict[str, Any]:
+    """What every deployment of replicas has in common, for training and for HTTP."""
+    return {
+        "name": DEPLOYMENT,
+        "num_replicas": cluster.replicas,
+        "max_ongoing_requests": MAX_ONGOING,
+        "max_constructor_retry_count": START_ATTEMPTS,
+        "health_check_period_s": HEALTH_PERIOD_S,
+        "graceful_shutdown_wait_loop_s": 0.1,
+        "logging_config": SERVE_LOGGING,
+        "ray_actor_options": {
+            "num_cpus": cluster.replica_cpus,
+            "num_gpus": cluster.replica_gpus,
+        },
+    }
+
+
 async def deploy(
     session: Session,
     config: Config,
@@ -192,20 +209,10 @@ async def deploy(
     """
     cluster = config.cluster
     deployment = serve.deployment(
-        name=DEPLOYMENT,
-        num_replicas=cluster.replicas,
-        max_ongoing_requests=MAX_ONGOING,
-        max_constructor_retry_count=START_ATTEMPTS,
-        health_check_period_s=HEALTH_PERIOD_S,
+        **deployment_settings(cluster),
         health_check_timeout_s=max(60.0, cluster.push_deadline_s),
         graceful_shutdown_timeout_s=1.0,
-        graceful_shutdown_wait_loop_s=0.1,
         request_router_config=RequestRouterConfig(request_router_class=LaneRouter),
-        logging_config=SERVE_LOGGING,
-        ray_actor_options={
-            "num_cpus": cluster.replica_cpus,
-            "num_gpus": cluster.replica_gpus,
-        },
     )(Replica)
     target = deployment.bind(
         factory, store_name(session.name) if store else "", config.engine.threads

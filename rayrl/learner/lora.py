@@ -114,9 +114,7 @@ def _merged(name: str, layer: Any, weight: Tensor) -> Piece:
     parts = (weight, layer.lora_A[adapter].weight, layer.lora_B[adapter].weight)
 
     def tensor() -> Tensor:
-        with (
-            torch.no_grad()
-        ):  # in fp32: a delta smaller than W's own rounding must not be lost twice
+        with torch.no_grad():  # in fp32: what is added is small, and is rounded once
             b, a = parts[2].float(), parts[1].float()
             merged: Tensor = weight.float() + layer.scaling[adapter] * (b @ a)
             return merged.to(weight.dtype)

@@ -20,7 +20,7 @@ from rayrl.packing import Packed, pack
 __all__ = ["mixes_by_attention_only", "padded_logits", "shares_prefixes"]
 
 PROBE = ((3, 7, 2, 5, 9, 4, 8), (3, 7, 2, 6, 1, 8, 5), (3, 9, 9, 2))
-TOLERANCE = 0.05  # of the logits' spread; rounding to bf16 makes a tenth of it
+TOLERANCE = 0.05  # of the logits' spread: above rounding to bf16, below another row's tokens
 
 
 def shares_prefixes(model: Any) -> bool:
