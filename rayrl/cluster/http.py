@@ -19,6 +19,7 @@ from ray import serve
 
 from rayrl.chat import Chat
 from rayrl.cluster import cluster_address
+from rayrl.cluster.client import DEPLOYMENT
 from rayrl.cluster.replica import deployment_settings, run_app, undeploy
 from rayrl.cluster.session import HttpAt, open_session, set_threads
 from rayrl.config import Config, EngineConfig
