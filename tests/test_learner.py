@@ -25,20 +25,13 @@ from rayrl.packing import pack
 from rayrl.weights import unflatten
 from tests.learner_rows import UPDATES, make_model, make_rows
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parent.parent
 TIED_SHAPES = {
     "grouped": {},
     "multi-head": {"num_key_value_heads": 4, "tie_word_embeddings": False},
     "one key head": {"num_key_value_heads": 1},
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

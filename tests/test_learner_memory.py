@@ -22,17 +22,10 @@ from rayrl.learner.reference import ReferenceLearner
 from rayrl.weights import unflatten
 from tests.learner_rows import make_model, make_rows
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 KINDS = ["reference", 0, 1, 2, 3]
 BF16_KINDS = ["reference", 1, 2, 3]
 LORA = LoraConfig(rank=4, alpha=8.0)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

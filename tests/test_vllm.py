@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from rayrl.config import EngineConfig
 from rayrl.engine import Engine, open_engine
-from rayrl.engine.vllm import SHM
+from rayrl.engine.shared import SHM
 from rayrl.errors import ConfigError, InfraError, StaleWeights
 from rayrl.models import EMBEDDED, model_dir
 from rayrl.types import Completion, Request, Sampling, VersionSpan

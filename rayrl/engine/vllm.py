@@ -20,15 +20,15 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-import tempfile
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
-from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rayrl.config import EngineConfig
 from rayrl.engine.protocol import Part
+from rayrl.engine.shared import SharedBuffer
 from rayrl.engine.wire import to_wire
 from rayrl.errors import ConfigError, InfraError, StaleWeights
 from rayrl.types import Alternatives, Completion, Delta, Finish, Request, VersionSpan
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 
 __all__ = ["VllmEngine"]
 
-SHM = "/dev/shm"
 BLOCK = 32  # tokens of a KV block: the CPU default of 128 shares too little of a short conversation
 SEEDS = 2**63  # vLLM's seeds are signed
 
@@ -378,35 +377,3 @@ def _spans(found: Sequence[tuple[str, int, int]], began: int, n: int) -> tuple[V
         VersionSpan(int(name) if name.isdigit() else began, start, end)
         for name, start, end in found
     )
-
-
-class SharedBuffer:
-    """Memory that the worker maps by a name; kept from push to push, because new pages are slow."""
-
-    def __init__(self) -> None:
-        self.name = ""
-        self._mapped: NDArray[np.uint8] | None = None
-
-    def write(self, flat: NDArray[np.uint8]) -> None:
-        """Copy a flat buffer into it; another size than before makes another file."""
-        import numpy as np
-
-        if self._mapped is None or len(self._mapped) != len(flat):
-            self.close()
-            handle, self.name = tempfile.mkstemp(
-                prefix="rayrl-weights-", dir=SHM if os.path.isdir(SHM) else None
-            )
-            with os.fdopen(handle, "wb") as file:
-                file.truncate(len(flat))
-            self._mapped = np.memmap(self.name, np.uint8, "r+")
-        np.copyto(self._mapped, flat)
-
-    def unlink(self) -> None:
-        """Take its name away, once the worker has it mapped: so a killed replica leaves no file."""
-        with suppress(FileNotFoundError):
-            os.unlink(self.name)
-
-    def close(self) -> None:
-        """Delete it; who has it mapped can still read it."""
-        self._mapped = None
-        self.unlink()
