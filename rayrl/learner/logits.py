@@ -100,7 +100,8 @@ class _Chosen(torch.autograd.Function):
             first = ends[rows.start - 1] if rows.start else 0
             mine = order[first : ends[rows.stop - 1]]
             place = (slot[mine] - rows.start) * width + target[mine]
-            d.view(-1).index_add_(0, place, of_chosen[mine])
+            # summed apart and then added, as autograd would: the same bits, token for token
+            d += torch.zeros_like(d).view(-1).index_add_(0, place, of_chosen[mine]).view_as(d)
             gradient[rows] = d.div_(ctx.temperature) if ctx.temperature != 1 else d
         return gradient, None, None, None, None
 
