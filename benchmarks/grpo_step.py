@@ -64,6 +64,7 @@ def ours(options: argparse.Namespace, mode: str, dtype: str) -> Side:
             f"train.group_size={options.group_size}",
             f"train.steps={options.steps}",
             "cluster.request_deadline_s=600",
+            "cluster.object_store_gb=2",
             f"run.dir={folder}/run",
         ]
         subprocess.run([sys.executable, "-m", "rayrl", "train", *settings], check=True)

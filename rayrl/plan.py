@@ -24,6 +24,7 @@ from rayrl.stage import check_trained, template_notes
 __all__ = ["Machine", "describe", "problems", "run", "this_machine"]
 
 LEARNING = ("sft", "train")  # verbs with learners
+STORED = 2.5  # versions of the weights in the object store at a push, and room to move
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -247,7 +248,7 @@ def _too_much(config: Config, machine: Machine, verb: str) -> Iterator[str]:
                 f"{gpus:g} gpus are reserved and this machine has {machine.gpus}: lower "
                 "cluster.replica_gpus or cluster.learner_gpus."
             )
-        needs = 2 * _weights_gb(config) if verb == "train" else 0.0
+        needs = STORED * _weights_gb(config) if verb == "train" else 0.0
         needs *= transport_of(config) == "object_store"
         if needs > cluster.object_store_gb:
             yield (

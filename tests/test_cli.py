@@ -364,7 +364,7 @@ def test_plan_says_how_weights_travel_and_what_that_needs(
     # 900,224 parameters in fp32 and a header are 0.0034 GiB: twice that does not fit into 0.005
     said = weights("cluster.object_store_gb=0.005")
     assert "cluster.object_store_gb=0.005: two versions of the weights take 0.0 GiB" in said
-    assert "object_store_gb=" not in weights("cluster.object_store_gb=0.007")
+    assert "object_store_gb=" not in weights("cluster.object_store_gb=0.01")
 
 
 def test_plan_asks_this_machine_only_where_the_run_is_here(

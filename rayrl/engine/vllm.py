@@ -50,7 +50,8 @@ def environment(config: EngineConfig) -> dict[str, str]:
     """What vLLM reads from the environment, and must find there before it is imported."""
     return {
         "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_LOGGING_LEVEL": "ERROR",  # it warns of what it cannot use, several lines a push
+        "PYTHONWARNINGS": "ignore::FutureWarning",  # of torch, in vLLM's own processes
         "VLLM_CPU_KVCACHE_SPACE": str(max(1, round(config.kv_cache_gb))),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # replicas of one machine would bind the same cores
         "OMP_NUM_THREADS": str(config.threads),
@@ -114,6 +115,7 @@ class VllmEngine:
             "worker_extension_cls": "rayrl.engine.vllm_worker.Worker",
             "weight_transfer_config": {"backend": "rayrl"},
             "disable_log_stats": True,
+            "use_tqdm_on_load": False,
             "generation_config": "vllm",  # sampling is what the request says, nothing else
         }
         if config.max_len:

@@ -14,6 +14,7 @@ divided is `base.py`'s and `step.py`'s. Four things DeepSpeed does its own way:
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import math
 import os
@@ -207,10 +208,11 @@ class DeepSpeedLearner(Learner):
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """DeepSpeed says a page about itself at every start; keep errors."""
+    """DeepSpeed says a page about itself at every start, some of it by print; keep errors."""
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        yield
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
     finally:
         logging.disable(previous)
