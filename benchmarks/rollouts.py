@@ -26,8 +26,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from accounts import Accounts  # beside this file
+from fake_engine import FakeEngine
+
 import rayrl
-from rayrl import Agent, Completion, Request, Sampling, Scores, Task, VersionSpan
+from rayrl import Agent, Sampling, Scores, Task
 from rayrl.chat import Chat
 from rayrl.engine.protocol import Engine
 from rayrl.models import model_dir
@@ -56,32 +59,6 @@ async def game(task: Task, agent: Agent) -> Scores:
     return {"turns": float(agent.turns)}
 
 
-class InstantEngine:
-    """Answers every request at once with the same ids."""
-
-    version = 0
-
-    def __init__(self, ids: tuple[int, ...]) -> None:
-        self._done = Completion(ids, (-0.5,) * len(ids), (VersionSpan(0, 0, len(ids)),), "stop")
-
-    async def generate(self, request: Request) -> Completion:
-        """The same answer as ever."""
-        return self._done
-
-    def release(self, sessions: Sequence[str]) -> None:
-        """Keeps nothing."""
-
-    async def check(self) -> None:
-        pass
-
-    async def load_weights(self, version: int, flat: object, manifest: object) -> str:
-        """Has no weights."""
-        raise NotImplementedError
-
-    async def close(self) -> None:
-        """Holds nothing."""
-
-
 def plans(n: int) -> list[GroupPlan]:
     """One episode each, as verifiers counts them."""
     return [GroupPlan(str(k), Task(seed=k), 1, k) for k in range(n)]
@@ -89,15 +66,18 @@ def plans(n: int) -> list[GroupPlan]:
 
 async def in_process(chat: Chat, n: int, concurrency: int) -> Spent:
     """Time for `n` episodes in this process."""
-    player = PolicyPlayer(chat, InstantEngine(chat.reply(REPLY)), Sampling())
+    player = PolicyPlayer(chat, FakeEngine(chat.reply(REPLY)), Sampling())
     began, cpu = time.perf_counter(), time.process_time()
     async for group in play_groups(game, plans(n), {"agent": player}, concurrency=concurrency):
         assert group.complete, group
     return Spent(time.perf_counter() - began, time.process_time() - cpu)
 
 
-async def on_ray(chat: Chat, model: str, n: int, concurrency: int, repeat: int) -> float:
-    """Seconds for `n` episodes through one env host and one replica; the best of `repeat`."""
+async def on_ray(
+    chat: Chat, model: str, n: int, concurrency: int, repeat: int
+) -> tuple[float, float]:
+    """Seconds for `n` episodes through one env host and one replica, the best of `repeat`; and the
+    cores that were there for it."""
     from rayrl.cluster.hosts import HostJob
     from rayrl.cluster.replica import deploy
     from rayrl.cluster.rollouts import Rollouts
@@ -115,11 +95,11 @@ async def on_ray(chat: Chat, model: str, n: int, concurrency: int, repeat: int) 
     reply = chat.reply(REPLY)
 
     def make() -> Engine:
-        return InstantEngine(reply)
+        return FakeEngine(reply)  # type: ignore[return-value]  # all that playing needs of one
 
     with open_session(config.cluster) as session:
         app = f"{session.name}-instant"
-        await asyncio.to_thread(deploy, session, config, make, app=app, store=False)
+        await deploy(session, config, make, app=app, store=False)
         models, apps = {"policy": str(model_dir(model))}, {"policy": app}
         spec = rayrl.load_env(where).spec
         job = HostJob(spec, {"agent": "policy"}, Sampling(), config, models, apps)
@@ -128,14 +108,16 @@ async def on_ray(chat: Chat, model: str, n: int, concurrency: int, repeat: int) 
             await rollouts.ready()
             await rollouts.collect(plans(64))  # warm-up
             seconds = []
+            accounts = Accounts()
             for _ in range(repeat):
                 began = time.perf_counter()
                 played = await rollouts.collect(plans(n))
                 seconds.append(time.perf_counter() - began)
                 assert len(played.groups) == n
+            cores = accounts.cores()
         finally:
             rollouts.close()
-    return min(seconds)
+    return min(seconds), cores
 
 
 def on_peer(python: str, n: int, concurrency: int) -> Spent:
@@ -173,7 +155,7 @@ def main() -> None:
                 theirs.append(on_peer(options.peer, n, live))
         wall, cpu = show(live, "rayrl", n, ours)
         if options.ray:
-            seconds = asyncio.run(on_ray(chat, options.model, n, live, repeat))
+            seconds, _ = asyncio.run(on_ray(chat, options.model, n, live, repeat))
             print(f"{live:>5} {'rayrl on Ray':<18} {n * TURNS / seconds:>9,.0f}", flush=True)
         if theirs:
             peer_wall, peer_cpu = show(live, "verifiers", n, theirs)

@@ -105,7 +105,7 @@ async def pushes(args: argparse.Namespace) -> list[dict[str, float]]:
             rows.append(parts)
             return published
 
-        weights = Weights(ObjectStore(publish, store, handle), handle, 300.0)
+        weights = Weights(ObjectStore(publish, store, handle), store, handle, 300.0)
         for version in range(1, args.pushes + 1):
             began = time.perf_counter()
             await weights.push(version)

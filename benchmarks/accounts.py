@@ -1,0 +1,70 @@
+"""CPU seconds by role of a local Ray's processes: what a busy machine does not change much."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Mapping
+
+import psutil
+
+__all__ = ["ROLES", "Accounts"]
+
+ROLES = {  # beginning of a process's title, as Ray sets it: what we call it
+    "ray::EnvHost": "host",
+    "ray::ServeReplica": "replica",
+    "ray::Replica": "replica",
+    "ray::ServeController": "controller",
+    "ray::Recorder": "recorder",
+    "ray::WeightsStore": "store",
+    "ray::Rank": "rank",
+}
+
+
+def _role(process: psutil.Process, own: int) -> str:
+    if process.pid == own:
+        return "driver"
+    line = process.cmdline()
+    title = line[0] if line else ""
+    for begin, role in ROLES.items():
+        if title.startswith(begin):
+            return role
+    name = title.rpartition("/")[2]
+    return {"raylet": "raylet", "gcs_server": "gcs"}.get(name, "other of Ray")
+
+
+class Accounts:
+    """CPU seconds since it was made, of this process and all it has started."""
+
+    def __init__(self) -> None:
+        self._own = psutil.Process()
+        self._before, self._idle = self._now(), _idle()
+        self._began = time.perf_counter()
+
+    def _now(self) -> dict[tuple[str, int], float]:
+        now = {}
+        for process in (self._own, *self._own.children(recursive=True)):
+            try:
+                times = process.cpu_times()
+                now[_role(process, self._own.pid), process.pid] = times.user + times.system
+            except psutil.Error:  # it has just ended
+                continue
+        return now
+
+    def spent(self) -> Mapping[str, float]:
+        """By role; processes that ended meanwhile are left out."""
+        by_role: Counter[str] = Counter()
+        for key, seconds in self._now().items():
+            by_role[key[0]] += seconds - self._before.get(key, 0.0)
+        return dict(by_role)
+
+    def cores(self) -> float:
+        """Cores that were there for us: what we used and what nobody did, a second."""
+        free = _idle() - self._idle + sum(self.spent().values())
+        return min(free / (time.perf_counter() - self._began), float(os.cpu_count() or 1))
+
+
+def _idle() -> float:
+    now = psutil.cpu_times()
+    return float(now.idle + getattr(now, "iowait", 0.0))

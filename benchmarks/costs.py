@@ -1,0 +1,399 @@
+"""What a turn, an episode, a call and a push cost each process, in CPU seconds.
+
+    python benchmarks/costs.py [--out costs.json] [--hosts 1 4]
+
+Process CPU time, not wall time: other work on the machine makes it a little larger, not several
+times. Each cost is a fit over several sizes (turns of an episode, ids of a turn, requests in
+flight, megabytes), and what a size left out of the fit is off by is printed with it. The fits are
+what `simulate.py` predicts from:
+
+- *driver*: an episode that has arrived, through the group log, advantages, batch and the
+  pickling of its shard, for each episode, turn and sampled id; episode files apart, as a run may
+  write them seldom;
+- *host*: playing, with an environment that does nothing and with tic-tac-toe;
+- *hop*: host, replica, recorder and Ray's own processes around an engine that computes nothing,
+  for each request and for each message, from runs with few and with many episodes in flight;
+- *store*, *push*: putting, checking and copying weights, for each MB; asking every replica.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import itertools
+import json
+import pickle
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import aclosing
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accounts import Accounts  # beside this file
+from fake_engine import FakeEngine, counts_of
+
+import rayrl
+from rayrl import Agent, Sampling, Scores, Task
+from rayrl.advantage import advantages
+from rayrl.batch import make_batch
+from rayrl.chat import Chat
+from rayrl.cluster.lines import PAUSE_S
+from rayrl.config import AlgoConfig, from_dict
+from rayrl.durable import TurnLog
+from rayrl.engine.protocol import Engine
+from rayrl.episodes import episode_to_json
+from rayrl.grouplog import GroupLog, Played
+from rayrl.models import model_dir
+from rayrl.players import PolicyPlayer
+from rayrl.rollout import GroupPlan, play_groups
+from rayrl.types import Episode, Group, Request, Turn, VersionSpan, user
+from rayrl.weights import checksum
+
+HERE = Path(__file__).resolve()
+TURNS = 4
+SIZE = 8  # episodes a group, where the hop is measured
+REPLY = "<move>4</move>"
+
+
+@rayrl.env(tasks=[Task()], rewards={"turns": 1.0})
+async def chatter(task: Task, agent: Agent) -> Scores:
+    """Four turns, whatever is answered."""
+    for k in range(TURNS):
+        await agent(f"turn {k}: your move")
+    return {"turns": float(agent.turns)}
+
+
+# ---- in one process
+
+
+def cpu_of(work: Callable[[], object], at_least_s: float = 0.3) -> float:
+    """CPU seconds of one call: the least of three rounds of `at_least_s`."""
+    work()
+    rounds = []
+    for _ in range(3):
+        n, began = 0, time.process_time()
+        while (spent := time.process_time() - began) < at_least_s / 3:
+            work()
+            n += 1
+        rounds.append(spent / n)
+    return min(rounds)
+
+
+def a_group(name: str, size: int, turns: int, ids: int) -> Group:
+    """As a host sends it: `ids` sampled in each turn and as many in each prompt."""
+
+    def turn(k: int) -> Turn:
+        return Turn(
+            seat="agent",
+            prompt=(user(f"turn {k}: your move"),),
+            text="x" * ids,
+            finish="stop",
+            offset=2 * ids * k,
+            prompt_ids=tuple(range(1000, 1000 + ids)),
+            completion_ids=tuple(range(1000, 1000 + ids)),
+            logprobs=tuple(-0.001 * j for j in range(ids)),
+            versions=(VersionSpan(3, 0, ids),),
+            state=f"turn {k}: your move",
+            began=1e9,
+            seconds=0.5,
+        )
+
+    episodes = tuple(
+        Episode(
+            f"{name}/{k}",
+            "chatter",
+            Task(seed=1),
+            k,
+            tuple(turn(j) for j in range(turns)),
+            {"agent": {"turns": float(k)}},
+            {"agent": float(k)},
+        )
+        for k in range(size)
+    )
+    return Group(name, Task(seed=1), episodes)
+
+
+def fitted(rows: Sequence[tuple[Sequence[float], float]], names: Sequence[str]) -> dict[str, Any]:
+    """Costs by what they scale with, least squares of the *relative* error over all rows but the
+    last, and what the last is off by."""
+    *used, (last, measured) = rows
+    x = np.array([np.array(row) / y for row, y in used])
+    best, costs = np.inf, np.zeros(len(names))
+    for kept in itertools.product((False, True), repeat=len(names)):  # no cost is below nothing
+        some = np.zeros(len(names))
+        some[list(kept)] = np.linalg.lstsq(x[:, list(kept)], np.ones(len(used)), rcond=None)[0]
+        off = float(np.sum((x @ some - 1) ** 2))
+        if (some >= 0).all() and off < best:
+            best, costs = off, some
+    found = {name: float(f"{cost:.3g}") for name, cost in zip(names, costs, strict=True)}
+    return found | {"held out": round(float(np.dot(costs, last) / measured - 1), 3)}
+
+
+def driver_work(folder: Path, size: int = 8) -> dict[str, Any]:
+    """Of an episode: 1, its turns, its sampled ids."""
+    log = GroupLog(folder / "groups")
+    log.begin(0, ())
+    algo = AlgoConfig()
+    batch, files = [], []
+    for turns, ids in ((1, 16), (8, 16), (8, 256), (32, 64), (4, 128)):
+        group = a_group("0-0", size, turns, ids)
+        sent = pickle.dumps(group)
+
+        def work(sent: bytes = sent) -> None:
+            got = pickle.loads(sent)
+            log.add(Played(0, got))
+            rows = make_batch([got], advantages([got], algo))
+            pickle.dumps(rows)
+
+        def write(group: Group = group) -> None:
+            for episode in group.episodes:
+                json.dumps(episode_to_json(episode), ensure_ascii=False)
+
+        scale = (1.0, turns, turns * ids)
+        batch.append((scale, cpu_of(work) / size))
+        files.append((scale, cpu_of(write) / size))
+        log.begin(0, ())
+    log.close()
+    names = ("episode", "turn", "id")
+    return {"batch": fitted(batch, names), "files": fitted(files, names)}
+
+
+def recorder_work() -> dict[str, float]:
+    """Of a turn that has arrived, pickled."""
+    blob = pickle.dumps(a_group("0-0", 1, 1, 64).episodes[0].turns[0])
+
+    def work() -> None:
+        log = TurnLog()
+        for k in range(1000):
+            log.add(f"{k // 64}/{k % 8}", 0, blob)
+        for k in range(16):
+            log.forget(str(k))
+
+    return {"turn": cpu_of(work) / 1000}
+
+
+async def play(env: Any, chat: Chat, task: Callable[[int], Task], episodes: int) -> float:
+    """CPU seconds a turn, in this process."""
+    player = PolicyPlayer(chat, FakeEngine(chat.reply(REPLY)), Sampling())
+    plans = [GroupPlan(str(k), task(k), 1, k) for k in range(episodes)]
+    turns, began = 0, time.process_time()
+    playing = play_groups(env, plans, {"agent": player}, concurrency=256)
+    async with aclosing(playing) as groups:
+        async for group in groups:
+            turns += sum(len(episode.turns) for episode in group.episodes)
+    return (time.process_time() - began) / turns
+
+
+def host_work(chat: Chat, episodes: int) -> dict[str, float]:
+    """Playing alone, a turn."""
+    found = {}
+    tictactoe = rayrl.load_env("tictactoe")
+    tasks = tictactoe.tasks(1, 64)
+    for name, env, task in (
+        ("chatter", chatter, lambda k: Task(seed=k)),
+        ("tictactoe", tictactoe, lambda k: tasks[k % 64]),
+    ):
+        runs = [asyncio.run(play(env, chat, task, episodes)) for _ in range(3)]
+        found[name] = min(runs)
+    return found
+
+
+def weights_work() -> dict[str, float]:
+    """Of an MB (10^6 bytes): the checksum, and a copy into memory that is there."""
+    flat = np.arange(16_000_000, dtype=np.uint8)
+    target = np.zeros_like(flat)
+    return {
+        "checksum a MB": cpu_of(lambda: checksum(flat)) / 16,
+        "copy a MB": cpu_of(lambda: np.copyto(target, flat)) / 16,
+    }
+
+
+def wire_work() -> dict[str, Any]:
+    """Of a request, by ids of its context: put together, pickled, and unpickled at the replica."""
+
+    def work(ids: int) -> float:
+        before, new = tuple(range(1000, 1000 + ids)), (1, 2, 3)
+
+        def one() -> None:
+            pickle.dumps(Request("0/0", (*before, *new), Sampling()))
+
+        return cpu_of(one)
+
+    return fitted([((1.0, n), work(n)) for n in (100, 20_000, 3_000)], ("request", "id"))
+
+
+# ---- on Ray
+
+
+def hop_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Costs of host and replica: of a request, of a call with its answers, and of a second."""
+    return {
+        f"hop {role}": fitted(
+            [((1.0, row["calls"], 1 / row["turns/s"]), row["turn"][role]) for row in rows],
+            ("request", "message", "second"),
+        )
+        for role in ("host", "replica")
+    }
+
+
+def to_one(rows: Sequence[dict[str, Any]], idle: float, unpickling: float) -> tuple[float, float]:
+    """CPU seconds of a message to the driver and of a call of the recorder: means over the rows.
+
+    What hosts send to one process waits `PAUSE_S` for each of them, so a row's messages and calls
+    are a known part of its groups and turns.
+    """
+    message, call = [], []
+    for row in rows:
+        groups = row["turns/s"] / TURNS / SIZE
+        spent = (row["driver_episode"] - unpickling) * SIZE - idle / groups
+        message.append(spent * (1 + PAUSE_S * groups))
+        call.append(row["turn"]["recorder"] * (1 + PAUSE_S * row["turns/s"]))
+    return float(np.mean(message)), float(np.mean(call))
+
+
+class Cluster:
+    """Hosts and replicas with a fake engine, for one number of each."""
+
+    def __init__(self, session: Any, chat: Chat, latency: float) -> None:
+        self.session, self.chat, self.latency = session, chat, latency
+        self.app = f"{session.name}-fake"
+
+    async def deploy(self, replicas: int) -> Any:
+        """The handle."""
+        from rayrl.cluster.replica import deploy
+
+        make = partial(FakeEngine, self.chat.reply(REPLY), self.latency)
+
+        def engine() -> Engine:
+            return make()  # type: ignore[return-value]  # all that playing needs of one
+
+        self.config = from_dict({"cluster": {"replicas": replicas}})
+        return await deploy(self.session, self.config, engine, app=self.app, store=False)
+
+    async def hosts(self, hosts: int, live: int) -> Any:
+        """Rollouts that are ready."""
+        from rayrl.cluster.hosts import HostJob
+        from rayrl.cluster.rollouts import Rollouts
+
+        where = f"{HERE}:chatter"
+        config = from_dict(
+            {"env": {"name": where}, "cluster": {"concurrency": live, "env_hosts": hosts}}
+        )
+        models, apps = {"policy": str(model_dir("embedded"))}, {"policy": self.app}
+        spec = rayrl.load_env(where).spec
+        rollouts = Rollouts(HostJob(spec, {"agent": "policy"}, Sampling(), config, models, apps))
+        await rollouts.ready()
+        return rollouts
+
+
+async def measured_play(rollouts: Any, episodes: int, size: int, tag: str) -> dict[str, Any]:
+    """CPU seconds a turn by role; the driver's an episode; turns a second."""
+    plans = [GroupPlan(f"{tag}-{k}", Task(seed=k), size, k) for k in range(episodes // size)]
+    groups: list[Group] = []
+    accounts, began = Accounts(), time.perf_counter()
+    await rollouts.play(plans, 0, groups.append)
+    spent, wall = accounts.spent(), time.perf_counter() - began
+    turns = sum(len(episode.turns) for group in groups for episode in group.episodes)
+    waits = [t.seconds for group in groups for e in group.episodes for t in e.turns]
+    return {
+        "turns/s": round(turns / wall, 1),
+        "cores there": round(accounts.cores(), 2),
+        "answer_s": round(float(np.mean(waits)), 4),
+        "driver_episode": spent["driver"] / episodes,
+        "turn": {who: seconds / turns for who, seconds in spent.items()},
+    }
+
+
+async def on_ray(args: argparse.Namespace, chat: Chat) -> dict[str, Any]:
+    """Hop, the driver by number of hosts, put and broadcast."""
+    import ray
+
+    from rayrl.cluster.session import open_session
+    from rayrl.cluster.sync import ask_all
+
+    found: dict[str, Any] = {"driver by hosts": {}}
+    with open_session(from_dict({}).cluster) as session:
+        cluster = Cluster(session, chat, 0.2)
+        handle = await cluster.deploy(1)
+        idle = Accounts()
+        began = time.perf_counter()
+        await asyncio.sleep(3)
+        found["idle a second"] = {
+            who: s / (time.perf_counter() - began) for who, s in idle.spent().items()
+        }
+        rows = []
+        for live in (8, 32, 128, 1024, 4096, 256):
+            rollouts = await cluster.hosts(1, live)
+            try:
+                await measured_play(rollouts, min(live, 64), SIZE, "warm")
+                before = await counts_of(handle)
+                row = await measured_play(rollouts, min(max(4 * live, 128), 8192), SIZE, "hop")
+                answers, calls = np.subtract(await counts_of(handle), before)
+                row["calls"] = float(calls / answers)
+            finally:
+                rollouts.close()
+            rows.append(row | {"live": live})
+        found["hop runs"] = rows
+        found |= hop_of(rows)
+        for hosts in args.hosts:
+            rollouts = await cluster.hosts(hosts, 512)
+            try:
+                await measured_play(rollouts, 64 * hosts, 16, "warm")
+                parts = [await measured_play(rollouts, 1024 * hosts, 16, f"h{k}") for k in range(2)]
+                found["driver by hosts"][hosts] = {
+                    "ms an episode": round(1000 * min(p["driver_episode"] for p in parts), 4),
+                    "recorder ms a turn": round(
+                        1000 * min(p["turn"]["recorder"] for p in parts), 5
+                    ),
+                }
+            finally:
+                rollouts.close()
+        found["driver message"], found["recorder call"] = to_one(
+            rows, found["idle a second"]["driver"], _unpickling(TURNS, 8)
+        )
+        began_cpu = time.process_time()
+        for _ in range(50):
+            await ask_all(handle, "check_health")
+        found["ask a replica"] = (time.process_time() - began_cpu) / 50
+        found["put a MB"] = fitted(
+            [((1.0, mb), _put(ray, mb)) for mb in (1, 64, 16)], ("call", "MB")
+        )
+    return found
+
+
+def _unpickling(turns: int, ids: int, size: int = 16) -> float:
+    """CPU seconds an episode."""
+    sent = pickle.dumps(a_group("0-0", size, turns, ids))
+    return cpu_of(lambda: pickle.loads(sent)) / size
+
+
+def _put(ray: Any, mb: int) -> float:
+    flat = np.zeros(mb * 1_000_000, np.uint8)
+    return cpu_of(lambda: ray.get(ray.put(flat)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=HERE.parent / "costs.json")
+    parser.add_argument("--hosts", type=int, nargs="*", default=[1, 2, 4])
+    args = parser.parse_args()
+    chat = Chat.load(str(model_dir("embedded")))
+    with tempfile.TemporaryDirectory() as folder:
+        found: dict[str, Any] = {
+            "driver": driver_work(Path(folder)),
+            "recorder": recorder_work(),
+            "host": host_work(chat, 500),
+            "wire": wire_work(),
+            "push": weights_work(),
+        }
+    print(json.dumps(found, indent=1), flush=True)
+    found |= asyncio.run(on_ray(args, chat))
+    args.out.write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps(dict(itertools.islice(found.items(), 5, None)), indent=1))
+
+
+if __name__ == "__main__":
+    main()

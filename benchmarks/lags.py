@@ -1,0 +1,100 @@
+"""Does quality suffer from playing while learning? The main job's phases at several lags and seeds.
+
+    python benchmarks/lags.py [--lags 0 1 4] [--seeds 0 1 2] [--out runs/lags] [SETTING ...]
+
+For each seed the teacher's games and the warm start of `experiment=tictactoe` once; from there both
+phases of reinforcement learning and the last evaluation with each `train.max_lag`. Everything is a
+`rayrl recipe`, so the same command goes on where it was stopped. Prints a row for each run, and for
+each lag the mean over the seeds with the 95% interval of Student's t (which three seeds leave
+wide). Seconds are of this machine with all that ran beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from rayrl import recipe
+from rayrl.cli import compose
+from rayrl.config import Config
+from rayrl.evaluate import FILE
+from rayrl.results import Result
+from rayrl.stage import MODEL
+
+# Student's t, two-sided 95%, by degrees of freedom
+T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+PHASES = ("rl1", "rl2", "eval_rl2")
+FIGURES = ("win", "draw", "loss", "drawn", "losing", "lag", "stopped", "seconds")
+
+
+def part(settings: Sequence[str], stages: Sequence[str], folder: Path, model: str = "") -> Config:
+    """The main job with these stages only, in `folder`, from `model`."""
+    whole = compose(["experiment=tictactoe", f"run.dir={folder}", *settings], verb="recipe")
+    kept = [stage for stage in whole.recipe if stage.name in stages]
+    found = replace(whole, recipe=kept)
+    return replace(found, model=replace(found.model, path=model)) if model else found
+
+
+def figures(folder: Path) -> dict[str, float]:
+    """What a run came to: shares in percent, losing lines, and how it got there."""
+    result = Result.load(folder / PHASES[-1] / FILE)
+    shares = {name: result.cells[name].figures["win/draw/loss"] for name in ("random", "optimal")}
+    values = {name: figure.to_dict()["shares"] for name, figure in shares.items()}
+    steps = [
+        json.loads(line)
+        for phase in PHASES[:2]
+        for line in (folder / phase / "metrics.jsonl").read_text().splitlines()
+    ]
+    return {
+        **{name: 100 * values["random"][name]["value"] for name in ("win", "draw", "loss")},
+        "drawn": 100 * values["optimal"]["draw"]["value"],
+        "losing": result.checks["unbeatable"]["losing"],
+        "lag": statistics.mean(step["lag/mean"] for step in steps),
+        "stopped": sum(step["stopped/groups"] for step in steps),
+        "seconds": sum(step["time/total"] for step in steps),
+    }
+
+
+def row(name: str, cells: Sequence[str]) -> str:
+    return f"| {name} | " + " | ".join(cells) + " |"
+
+
+def interval(values: Sequence[float]) -> str:
+    mean = statistics.mean(values)
+    if len(values) == 1:
+        return f"{mean:.1f}"
+    half = T95[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values))
+    return f"{mean:.1f} ± {half:.1f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--lags", type=int, nargs="+", default=[0, 1, 4])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, default=Path("runs/lags"))
+    arguments, settings = parser.parse_known_args()
+    for seed in arguments.seeds:
+        own = [f"run.seed={seed}", *settings]
+        start = arguments.out / f"seed{seed}"
+        recipe.run(part([*own, f"run.name=lags-{seed}"], ("synth", "sft"), start))
+        for lag in arguments.lags:
+            lagged = [*own, f"run.name=lag{lag}-{seed}", f"train.max_lag={lag}"]
+            folder = arguments.out / f"lag{lag}-seed{seed}"
+            recipe.run(part(lagged, PHASES, folder, str(start / "sft" / MODEL)))
+    print(row("lag, seed", FIGURES))
+    print(row("---", ["---:"] * len(FIGURES)))
+    for lag in arguments.lags:
+        runs = [figures(arguments.out / f"lag{lag}-seed{seed}") for seed in arguments.seeds]
+        for seed, found in zip(arguments.seeds, runs, strict=True):
+            print(row(f"{lag}, {seed}", [f"{found[name]:.1f}" for name in FIGURES]))
+        whole = [interval([found[name] for found in runs]) for name in FIGURES]
+        print(row(f"**{lag}**", whole))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""What playing while learning is worth: seconds a step and idle shares at max_lag 0, 1, ...
+
+    python benchmarks/overlap.py [--lags 0 1 2] [--steps 12] [--latency 0.5] [--learn 4.0]
+
+Real env hosts, a real replica and the training loop's own feed; the engine is a *fake* that answers
+after `--latency` seconds (half to one and a half of it) and computes nothing, and the learner is a
+*fake* that takes `--learn` seconds, so that two cores can stand for many. Played alone (the learner
+takes no time) a step takes what the slowest of its episodes takes. Printed as JSON for each lag:
+seconds a step, the slower of playing alone and learning, and what part of the time the learner and
+the hosts had nothing to do. The first steps, which fill the pipe, are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import statistics
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fake_engine import FakeEngine  # beside this file
+from many_live import TURNS, talk
+
+from rayrl import Sampling, Task, load_env
+from rayrl.chat import Chat
+from rayrl.cluster.hosts import HostJob
+from rayrl.cluster.replica import deploy
+from rayrl.cluster.rollouts import Rollouts
+from rayrl.cluster.session import open_session
+from rayrl.config import Config, from_dict
+from rayrl.engine.protocol import Engine
+from rayrl.feed import Feed
+from rayrl.grouplog import GroupLog
+from rayrl.models import model_dir
+from rayrl.rollout import GroupPlan
+
+WHERE = f"{Path(__file__).resolve().parent / 'many_live.py'}:{talk.name}"
+WARM_UP = 3
+
+
+def config(args: argparse.Namespace, lag: int) -> Config:
+    return from_dict(
+        {
+            "env": {"name": WHERE},
+            "cluster": {"env_hosts": 2},
+            "train": {
+                "groups": args.groups,
+                "group_size": args.group_size,
+                "steps": args.steps,
+                "max_lag": lag,
+            },
+        }
+    )
+
+
+def plans(args: argparse.Namespace, step: int) -> list[GroupPlan]:
+    first = step * args.groups
+    return [
+        GroupPlan(f"{step}-{k}", Task(seed=first + k), args.group_size, first + k)
+        for k in range(args.groups)
+    ]
+
+
+async def run(args: argparse.Namespace, rollouts: Rollouts, lag: int, learn: float) -> Any:
+    """Seconds of every step, of waiting for a batch, and with nothing live."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        log = GroupLog(Path(folder))
+        async with Feed(rollouts, partial(plans, args), config(args, lag), log) as feed:
+            feed.restore(0, {})
+            feed.advance(0)
+            for step in range(args.steps):
+                began = time.perf_counter()
+                played = await feed.batch(step)
+                waited = time.perf_counter() - began
+                await asyncio.sleep(learn)
+                feed.advance(step + 1)
+                rows.append((time.perf_counter() - began, waited, played.idle_s or 0.0))
+    # the last steps have nothing to play ahead
+    return rows[WARM_UP : len(rows) - lag]
+
+
+async def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Every lag on the same hosts."""
+    chat = Chat.load(str(model_dir("embedded")))
+    make = partial(FakeEngine, chat.reply("<move>4</move>"), args.latency)
+
+    def engine() -> Engine:
+        return make()  # type: ignore[return-value]  # all that playing needs of one
+
+    base = config(args, 0)
+    with open_session(base.cluster) as session:
+        app = f"{session.name}-fake"
+        await deploy(session, base, engine, app=app, store=False)
+        models, apps = {"policy": str(model_dir("embedded"))}, {"policy": app}
+        spec = load_env(WHERE).spec
+        rollouts = Rollouts(HostJob(spec, {"agent": "policy"}, Sampling(), base, models, apps))
+        try:
+            await rollouts.ready()
+            alone = statistics.median(row[0] for row in await run(args, rollouts, 0, 0.0))
+            out: dict[str, Any] = {"episodes of turns": TURNS, "playing alone": round(alone, 2)}
+            for lag in args.lags:
+                rows = await run(args, rollouts, lag, args.learn)
+                step = statistics.fmean(row[0] for row in rows)
+                slower = max(alone, args.learn)
+                out[f"max_lag={lag}"] = {
+                    "seconds a step": round(step, 2),
+                    "of the slower of the two": round(step / slower, 3),
+                    "learner idle": round(sum(row[1] for row in rows) / sum(r[0] for r in rows), 3),
+                    "hosts idle": round(
+                        (sum(row[2] for row in rows) if lag else args.learn * len(rows))
+                        / sum(row[0] for row in rows),
+                        3,
+                    ),
+                }
+        finally:
+            rollouts.close()
+    return out
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--lags", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--latency", type=float, default=0.5)
+    parser.add_argument("--learn", type=float, default=4.0)
+    parser.add_argument("--groups", type=int, default=16)
+    parser.add_argument("--group-size", type=int, default=8)
+    print(json.dumps(asyncio.run(measure(parser.parse_args())), indent=2))
