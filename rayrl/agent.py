@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
+from rayrl.durable import Course
 from rayrl.errors import EnvError
 from rayrl.textcalls import describe_lines, parse_lines, results_text
 from rayrl.tools import ParsedCall, Toolkit, introduce, parse_calls
@@ -71,7 +72,9 @@ class Player(Protocol):
     """Whoever answers: a policy, a script, a remote model, a person.
 
     A player serves many conversations at once and keeps what it knows of one in the conversation.
-    It may have `end(conversation)`, called once when a conversation is over.
+    It may have `end(conversation)`, called once when a conversation is over, and
+    `resume(conversation, turn)`, called instead of `answer` for a turn it gave in an earlier
+    attempt: it brings what it keeps in the conversation to where it was after that turn.
     """
 
     async def answer(
@@ -93,7 +96,8 @@ class Agent:
         seat: name of the parameter of the environment's coroutine.
         episode: id of the episode, the beginning of the sessions' names.
         seed: of the episode; turn k is answered with `derive_seed(seed, seat, k)`.
-        record: list that every turn is added to; the seats of an episode share one.
+        course: of the episode: turns made earlier, which are played again before the player is
+            asked, and those made now. The seats of an episode share one.
 
     Attributes:
         turns: times the model was asked.
@@ -110,13 +114,13 @@ class Agent:
         seat: str = "agent",
         episode: str = "episode",
         seed: int = 0,
-        record: list[Turn] | None = None,
+        course: Course | None = None,
     ) -> None:
         self.player = player
         self.seat = seat
         self.episode = episode
         self.seed = seed
-        self.record = [] if record is None else record
+        self.course = course or Course()
         self.turns = 0
         self.tool_calls = 0
         self.tool_errors = 0
@@ -124,6 +128,7 @@ class Agent:
         self.waiting = False
         self.closed = False
         self.error: Exception | None = None
+        self._asked = False
         self._number = 0
         self._named = 0
         self._path = f"{episode}/{seat}"  # what the names of its conversations begin with
@@ -139,6 +144,11 @@ class Agent:
     def held_s(self) -> float:
         """Seconds its player held requests back to keep to a limit."""
         return sum(conversation.held_s for conversation in self._sessions)
+
+    @property
+    def record(self) -> list[Turn]:
+        """The turns of its episode so far; of a fork, its own."""
+        return self.course.turns
 
     @property
     def messages(self) -> list[Message]:
@@ -201,7 +211,7 @@ class Agent:
         """One call of the model: the part of `__call__` below tools."""
         if self.closed:
             raise EnvError(f"the episode is over: {self.seat!r} cannot be asked any more")
-        if self.waiting:
+        if self._asked:
             raise EnvError(f"{self.seat!r} was asked again before it answered: await it first")
         if not new:
             raise EnvError(f"{self.seat!r} was asked without a message: pass at least one")
@@ -209,27 +219,41 @@ class Agent:
             state = new[0].content if len(new) == 1 else "\n".join([m.content for m in new])
         conversation = self._conversation
         seed = derive_seed(self.seed, self.seat, self.turns)
-        self.waiting = True
+        self._asked = True
         try:
-            turn = await self.player.answer(
-                conversation, new, Options(seed, state, max_tokens, tools)
-            )
+            turn = None if self.course.fresh else await self._recorded(new, state, tools)
+            if turn is None:
+                self.waiting = True
+                options = Options(seed, state, max_tokens, tools)
+                turn = await self.player.answer(conversation, new, options)
+                turn = replace(turn, tools=tools) if tools else turn
         except Exception as error:
             self.error = error
             raise
         finally:
-            self.waiting = False
+            self._asked = self.waiting = False
         self.turns += 1
         conversation.messages += new
         reply = assistant(turn.text)
         if tools:
             reply = replace(reply, tool_calls=self._name_calls(parse_calls(turn.text)))
-            turn = replace(turn, tools=tools)
         conversation.messages.append(reply)
-        self.record.append(turn)
+        self.course.add(turn)
         if self.turns % _BREATHE == 0:
             await asyncio.sleep(0)
         return turn
+
+    async def _recorded(
+        self, new: tuple[Message, ...], state: str, tools: tuple[Mapping[str, Any], ...]
+    ) -> Turn | None:
+        """The turn that was made earlier, as the player's answer; None if there is none left."""
+        conversation = self._conversation
+        turn = await self.course.again(self.seat, new, tools, len(conversation.ids))
+        resume = getattr(self.player, "resume", None)
+        if turn is not None and resume is not None:
+            resume(conversation, turn)
+        # the key is for comparing with siblings, which have today's
+        return turn if turn is None or turn.state == state else replace(turn, state=state)
 
     async def _tool_loop(
         self,

@@ -10,6 +10,7 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rayrl.durable import Course, Diverged
 from rayrl.env import Environment
 from rayrl.errors import RayrlError
 from rayrl.players import ScriptedPlayer
@@ -20,6 +21,10 @@ __all__ = ["check_env", "find_problems"]
 
 DEADLINE_S = 10.0  # for an episode in which nobody thinks
 _TASKS = 8
+_REMEDY = (
+    "use task.rng(state). Until then its episodes start over, instead of going on, when a process "
+    "dies around them"
+)
 _REPLIES = ("", "0", "yes", "<answer>1</answer>", "I do not know.")
 
 
@@ -29,7 +34,8 @@ def check_env(
     """Problems of an environment, in words; an empty list if none was found.
 
     Tasks are drawn twice, and each is played twice with a player whose replies are fixed, and once
-    with each scripted player of the environment. Nothing is sent to a model.
+    with each scripted player of the environment; what that played is then played again by its
+    recorded replies, as it is when a process died. Nothing is sent to a model.
 
     Args:
         env: what to check.
@@ -61,9 +67,9 @@ async def find_problems(
     for name, function in sorted(env.players.items()):
         player = ScriptedPlayer(function)
         for task in tasks:
-            episode = await _play(env, task, player, deadline_s)
-            if episode.failure is not None:
-                problems.append(f"with player {name!r}: {episode.failure.message}")
+            problem = await _player_problem(env, task, player, deadline_s)
+            if problem:
+                problems.append(f"with player {name!r}: {problem}")
                 break
     return problems
 
@@ -111,20 +117,43 @@ async def _play_problems(env: Environment, task: Task, deadline_s: float) -> lis
         if one.prompt != other.prompt:
             problems.append(
                 "not deterministic: the same task and replies led to different messages at turn "
-                f"{k} ({_shown(one.prompt)} and {_shown(other.prompt)}); use task.rng(state)"
+                f"{k} ({_shown(one.prompt)} and {_shown(other.prompt)}); {_REMEDY}"
             )
             return problems
     if len(first.turns) != len(second.turns) or first.scores != second.scores:
-        problems.append(
-            f"not deterministic: the same task and replies were scored {dict(first.scores)} and "
-            f"{dict(second.scores)}; use task.rng(state)"
-        )
+        problems.append(f"not deterministic: {_scored(first, second)}; {_REMEDY}")
     return problems
 
 
-async def _play(env: Environment, task: Task, player: ScriptedPlayer, deadline_s: float) -> Episode:
+async def _player_problem(
+    env: Environment, task: Task, player: ScriptedPlayer, deadline_s: float
+) -> str:
+    """What goes wrong with a scripted player, which may get further than fixed replies do."""
+    first = await _play(env, task, player, deadline_s)
+    if first.failure is not None:
+        return first.failure.message
+    try:
+        again = await _play(env, task, player, deadline_s, Course(first.turns))
+    except Diverged as error:
+        return f"not deterministic: with the same replies, {error}; {_REMEDY}"
+    if again.scores != first.scores:
+        return f"not deterministic: {_scored(first, again)}; {_REMEDY}"
+    return ""
+
+
+def _scored(first: Episode, second: Episode) -> str:
+    return f"the same task and replies were scored {dict(first.scores)} and {dict(second.scores)}"
+
+
+async def _play(
+    env: Environment,
+    task: Task,
+    player: ScriptedPlayer,
+    deadline_s: float,
+    course: Course | None = None,
+) -> Episode:
     players = dict.fromkeys(env.seats, player)
-    return await play_episode(env, task, players, id="check", deadline_s=deadline_s)
+    return await play_episode(env, task, players, id="check", deadline_s=deadline_s, course=course)
 
 
 def _fixed(messages: Sequence[Message], rng: random.Random) -> str:

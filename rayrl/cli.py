@@ -8,6 +8,7 @@ Nothing heavy is imported before the configuration is known to be good.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import shlex
@@ -17,7 +18,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rayrl.errors import ConfigError, RayrlError, did_you_mean
+from rayrl.conffiles import check_option, conf_dir, is_no_option, options
+from rayrl.errors import ConfigError, RayrlError, RunFailed, did_you_mean
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -35,6 +37,7 @@ VERBS = {
     "play": ("rayrl.play", "play against a model in this terminal, or watch it"),
     "serve": ("rayrl.serve", "answer OpenAI-compatible HTTP requests with a model"),
     "report": ("rayrl.report", "write RUN/report.html: rayrl report RUN"),
+    "replay": ("rayrl.replay", "play stored episodes again: rayrl replay FILE [EPISODE_ID]"),
     "plan": ("rayrl.plan", "print what would run and what will not fit; starts nothing"),
     "env": ("rayrl.envcheck", "check an environment: rayrl env check [NAME]"),
     "model": ("rayrl.fetch", "fetch a small pretrained model: rayrl model fetch smollm2-135m"),
@@ -96,7 +99,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             raise
         return _complain(error, 2 if isinstance(error, ConfigError) else 1)
+    except OSError as error:
+        if debug or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return _complain(RunFailed(_full_disk(error, config)), 1)
     return 0
+
+
+def _full_disk(error: OSError, config: Config) -> str:
+    """What to say where nobody nearer has said it."""
+    file = error.filename or config.run.dir
+    return (
+        f"{file}: the disk is full, so something was not written. Free some space and run the same "
+        f"command again: it goes on from what {config.run.dir} has."
+    )
 
 
 def _stopped(verb: str, config: Config, words: Sequence[str]) -> str:
@@ -148,7 +164,7 @@ def parse(words: Sequence[str]) -> Arguments:
             settings.append(word)
         else:
             others.append(word)
-    allowed = {"report": 1, "env": 2, "model": 3}.get(verb, 0)
+    allowed = {"report": 1, "replay": 2, "env": 2, "model": 3}.get(verb, 0)
     if len(others) > allowed:
         raise ConfigError(
             f"{others[allowed]}: not understood. A setting is written key=value, as train.steps=50."
@@ -163,6 +179,8 @@ def configuration(arguments: Arguments) -> Config:
     settings = list(arguments.settings)
     if arguments.verb == "report":
         return _of_run(arguments)
+    if arguments.verb == "replay":
+        return _of_replay(arguments)
     if arguments.verb == "model":
         return _of_fetch(arguments)
     if arguments.verb == "env":
@@ -179,14 +197,37 @@ def configuration(arguments: Arguments) -> Config:
 
 
 def _of_run(arguments: Arguments) -> Config:
+    if not arguments.words:
+        raise ConfigError("report: which run? Write rayrl report RUN, as runs/tictactoe.")
+    changes = {**dict(map(_setting, arguments.settings)), "run.dir": arguments.words[0]}
+    return _stored(Path(arguments.words[0]), changes)
+
+
+def _of_replay(arguments: Arguments) -> Config:
+    """That of the run which wrote the file, unless files of conf/ are chosen instead."""
+    from rayrl.config import validate
+    from rayrl.stage import run_of
+
+    if not arguments.words:
+        raise ConfigError("replay: which file? Write rayrl replay FILE [EPISODE_ID].")
+    run = run_of(Path(arguments.words[0]))
+    changes = dict(map(_setting, arguments.settings))
+    if run is None or not all("." in key for key in changes):
+        config = compose(arguments.settings, arguments.config_dir)
+    else:
+        config = _stored(run, changes)
+    file, episode = (*arguments.words, "")[:2]
+    config = replace(config, replay=replace(config.replay, file=file, episode=episode))
+    validate(config)
+    return config
+
+
+def _stored(run: Path, changes: dict[str, Any]) -> Config:
+    """The configuration of a run, with changes."""
     from rayrl.config.convert import from_node, nest, schema, to_dict, update
     from rayrl.rundir import read_config
 
-    if not arguments.words:
-        raise ConfigError("report: which run? Write rayrl report RUN, as runs/tictactoe.")
-    stored = update(schema(), to_dict(read_config(Path(arguments.words[0]))))
-    changes = {**dict(map(_setting, arguments.settings)), "run.dir": arguments.words[0]}
-    return from_node(update(stored, nest(changes)))
+    return from_node(update(update(schema(), to_dict(read_config(run))), nest(changes)))
 
 
 def _of_fetch(arguments: Arguments) -> Config:
@@ -194,15 +235,6 @@ def _of_fetch(arguments: Arguments) -> Config:
         raise ConfigError("model: write rayrl model fetch NAME [FOLDER], as smollm2-135m.")
     keys = zip(("fetch.name", "fetch.out"), arguments.words[1:], strict=False)
     return compose([*arguments.settings, *(f"{key}={value}" for key, value in keys)])
-
-
-def conf_dir() -> Path:
-    """The folder of the YAML that ships with rayrl: in the package, or beside it in a checkout."""
-    here = Path(__file__).resolve().parent
-    for folder in (here.parent / "conf", here / "conf"):
-        if (folder / "config.yaml").is_file():
-            return folder
-    raise ConfigError(f"conf/ was not installed with rayrl (looked beside {here}); reinstall it.")
 
 
 def compose(settings: Sequence[str] = (), config_dir: Path | None = None, verb: str = "") -> Config:
@@ -227,10 +259,10 @@ def compose(settings: Sequence[str] = (), config_dir: Path | None = None, verb: 
     short: dict[str, Any] = {}
     for text in settings:
         key, value = _setting(text)
-        if key == "endpoint" or (key == "model" and _is_no_option(key, value, folders)):
+        if key == "endpoint" or (key == "model" and is_no_option(key, value, folders)):
             short[key] = value
         elif key in groups:
-            _check_option(key, value, folders)
+            check_option(key, value, folders)
             chosen.append(f"{key}={'null' if value is None else value}")
         elif key.startswith("recipe."):
             stages[key] = value
@@ -238,18 +270,12 @@ def compose(settings: Sequence[str] = (), config_dir: Path | None = None, verb: 
             values[key] = value
     composed = _composed(chosen, folders)
     if short:
-        options = _options("model", folders)
         config = from_node(update(composed, nest(values)))
-        values = _in_full(short, values, config, verb, options)
+        values = _in_full(short, values, config, verb, options("model", folders))
     config = _with_stages(from_node(update(composed, nest(values))), stages)
     if verb in ("recipe", "plan"):
         _refuse_hidden(config, values)
     return config
-
-
-def _is_no_option(group: str, value: Any, folders: Sequence[Path]) -> bool:
-    options = _options(group, folders)
-    return value is not None and not isinstance(value, list | dict) and value not in options
 
 
 def _in_full(
@@ -307,23 +333,6 @@ def _setting(text: str) -> tuple[str, Any]:
     if override.is_delete():
         raise ConfigError(f"{text}: settings cannot be deleted; give it another value.")
     return override.key_or_group, override.value()
-
-
-def _options(group: str, folders: Sequence[Path]) -> list[str]:
-    return sorted({path.stem for folder in folders for path in folder.glob(f"{group}/*.yaml")})
-
-
-def _check_option(group: str, value: Any, folders: Sequence[Path]) -> None:
-    options = _options(group, folders)
-    if value is None or value in options:
-        return
-    if not isinstance(value, str):
-        raise ConfigError(f"{group}={value}: choose one of {', '.join(options)}.")
-    near = did_you_mean(value, options)
-    raise ConfigError(
-        f"{group}={value}: there is no conf/{group}/{value}.yaml.{near} "
-        f"There are: {', '.join(options)}."
-    )
 
 
 def _composed(chosen: Sequence[str], folders: Sequence[Path]) -> DictConfig:

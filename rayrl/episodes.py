@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO, get_args
 
@@ -19,6 +19,7 @@ __all__ = [
     "message_from_json",
     "message_to_json",
     "read_episodes",
+    "revive",
     "write_episodes",
 ]
 
@@ -76,12 +77,16 @@ def episode_to_json(episode: Episode) -> dict[str, Any]:
         }
     if episode.wasted is not None:
         data["wasted"] = _usage_to_json(episode.wasted)
+    for key in ("replayed", "diverged"):
+        if count := getattr(episode, key):
+            data[key] = count
+    data["began"] = round(episode.began, 4)
     data["seconds"] = round(episode.seconds, 4)
     return data
 
 
 def episode_from_json(data: Mapping[str, Any]) -> Episode:
-    """The episode `episode_to_json` wrote, equal to the original (but for `seconds`).
+    """The episode `episode_to_json` wrote, equal to the original (but for `began` and `seconds`).
 
     The task gets its own class if that is loaded (load the environment first), else `LoggedTask`.
 
@@ -103,6 +108,9 @@ def episode_from_json(data: Mapping[str, Any]) -> Episode:
             rewards=fit(data["rewards"], dict[str, float]),
             failure=None if failed is None else Failure(**failed),
             wasted=_usage_from_json(data.get("wasted")),
+            replayed=_typed(data.get("replayed", 0), int, "replayed"),
+            diverged=_typed(data.get("diverged", 0), int, "diverged"),
+            began=float(data.get("began", 0.0)),
             seconds=float(data.get("seconds", 0.0)),
         )
     except KeyError as error:
@@ -136,6 +144,30 @@ def read_episodes(path: str | Path) -> Iterator[Episode]:
                 except DataError as error:
                     raise DataError(f"{path}:{number}: {error}") from None
                 yield episode
+
+
+def revive(episode: Episode, kinds: Iterable[type[Task]]) -> Episode:
+    """The episode with its task in one of these classes, if it had none when it was read.
+
+    A class is found by its name, wherever it is defined now: that of a file has the file's path in
+    its module's name.
+
+    Raises:
+        DataError: there is no class of that name, or the stored fields do not fit it.
+    """
+    task = episode.task
+    if not isinstance(task, LoggedTask):
+        return episode
+    name = task.type.rpartition(":")[2]
+    known = {kind.__qualname__: kind for kind in kinds}
+    if name not in known:
+        raise DataError(
+            f"episode {episode.id} is of a task {name}, and there are {', '.join(known)} only"
+        )
+    try:
+        return replace(episode, task=fit(task.fields, known[name]))
+    except TypeError as error:
+        raise DataError(f"episode {episode.id}: its task is no {name}: {error}") from None
 
 
 def _opened(path: str | Path) -> TextIO:

@@ -8,6 +8,7 @@ RayrlError
 │   └── StaleWeights a replica could not reach the version a request asked for
 ├── NumericsError    a loss, gradient or logprob that cannot be trained on
 └── RunFailed        the run stops; what is on disk can be resumed
+    └── LearnerLost  a learner process died; a training run starts it again from its checkpoint
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ __all__ = [
     "DataError",
     "EnvError",
     "InfraError",
+    "LearnerLost",
     "NumericsError",
     "RayrlError",
     "RunFailed",
@@ -58,6 +60,10 @@ class NumericsError(RayrlError):
 
 class RunFailed(RayrlError):
     """The run cannot go on; the message says why and how to resume."""
+
+
+class LearnerLost(RunFailed):
+    """A learner process died."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["disk_is_full", "sync", "write_atomic"]
+from rayrl.errors import RunFailed
+
+__all__ = ["disk_is_full", "size_of", "sync", "told_if_full", "write_atomic"]
 
 
 def write_atomic(file: Path, data: bytes) -> None:
@@ -32,6 +36,37 @@ def disk_is_full(error: Exception, path: Path) -> bool:
     return "No space left" in str(error) or shutil.disk_usage(path).free < 1 << 20
 
 
+@contextmanager
+def told_if_full(path: Path, what: str, then: str, needed: int = 0) -> Iterator[None]:
+    """While within, a full disk is an error that says what to do.
+
+    Args:
+        path: something on that disk.
+        what: is written, as "the checkpoint of step 4".
+        then: what the same command does once there is space.
+        needed: about how many bytes it takes, where that is known.
+
+    Raises:
+        RunFailed: the disk is full.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not disk_is_full(error, path):
+            raise
+        free = shutil.disk_usage(path).free
+        needs = f"it needs about {_mib(needed)}, and " if needed else ""
+        raise RunFailed(
+            f"{path}: the disk is full, so {what} was not kept ({needs}{_mib(free)} is free). "
+            f"Free some space and run the same command again: {then}."
+        ) from error
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of all files in a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 def sync(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
@@ -39,3 +74,7 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"

@@ -24,7 +24,6 @@ import sys
 import threading
 import traceback
 from collections.abc import Mapping, Sequence
-from types import TracebackType
 from typing import Any
 
 from rayrl.agent import Agent, Conversation, Options
@@ -70,12 +69,7 @@ class Isolated:
     async def __aenter__(self) -> Environment:
         return self.environment
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import threading
 from pathlib import Path
-from types import TracebackType
 
 __all__ = ["PeakMemory", "memory_of_tree"]
 
@@ -27,23 +26,20 @@ class PeakMemory:
         self._thread = threading.Thread(target=self._watch, name="peak-memory", daemon=True)
 
     def __enter__(self) -> PeakMemory:
+        self._sample()  # so that a short block has a peak too
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._over.set()
         self._thread.join()
 
     def _watch(self) -> None:
-        while True:
-            self.peak = max(self.peak, memory_of_tree(os.getpid()))
-            if self._over.wait(self._every_s):
-                return
+        while not self._over.wait(self._every_s):
+            self._sample()
+
+    def _sample(self) -> None:
+        self.peak = max(self.peak, memory_of_tree(os.getpid()))
 
 
 def memory_of_tree(root: int) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rayrl.errors import ConfigError
 
-__all__ = ["EMBEDDED", "model_dir"]
+__all__ = ["EMBEDDED", "model_dir", "model_name"]
 
 EMBEDDED = "embedded"  # what `model.path` calls the base that ships with rayrl
 
@@ -25,3 +25,16 @@ def model_dir(path: str) -> Path:
             "smollm2-135m."
         )
     return folder
+
+
+def model_name(path: str) -> str:
+    """What processes on any node are to call the model that `model.path` means here.
+
+    The base travels with the code, which may lie elsewhere there; other models are on storage that
+    all nodes share.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    folder = model_dir(path)
+    return EMBEDDED if path == EMBEDDED else str(folder)

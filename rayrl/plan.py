@@ -16,7 +16,7 @@ from typing import Any
 
 from rayrl.cluster import cluster_address
 from rayrl.cluster.topology import transport_of
-from rayrl.config import Config, differences, leaves, stage_config
+from rayrl.config import ClusterConfig, Config, differences, leaves, stage_config
 from rayrl.errors import ConfigError, RunFailed
 from rayrl.models import model_dir
 from rayrl.stage import check_trained, template_notes
@@ -145,7 +145,7 @@ def _processes(config: Config, verb: str) -> str:
     if verb != "sft":
         rows += [
             (
-                f"  env hosts {cluster.env_hosts} × {cluster.env_host_cpus:g} cpu, "
+                f"  env hosts {_hosts(cluster)} × {cluster.env_host_cpus:g} cpu, "
                 f"{cluster.concurrency} live episodes each"
             ),
             (
@@ -166,11 +166,16 @@ def _processes(config: Config, verb: str) -> str:
     return "\n".join([*rows, f"  reserved  {cpus:g} cpus, {gpus:g} gpus"])
 
 
+def _hosts(cluster: ClusterConfig) -> str:
+    least, most = cluster.env_hosts, cluster.most_env_hosts
+    return f"{least}" if most == least else f"{least} (to {most} while groups wait)"
+
+
 def _way(config: Config) -> str:
     """How weights reach the replicas."""
     cluster, kind = config.cluster, transport_of(config)
-    text = f"by {kind}"
-    if kind != "object_store":
+    text = "adapters alone, by object_store" if kind == "adapters" else f"by {kind}"
+    if kind in ("nccl", "gloo"):
         text += f", in buckets of {cluster.bucket_mb} MiB"
     if cluster.colocate:
         text += "; replicas sleep while learners work"
@@ -180,7 +185,7 @@ def _way(config: Config) -> str:
 def _batch(config: Config) -> str:
     train, algo = config.train, config.algo
     episodes = train.groups * train.group_size
-    live = min(episodes, config.cluster.env_hosts * config.cluster.concurrency)
+    live = min(episodes, config.cluster.most_env_hosts * config.cluster.concurrency)
     slots = config.cluster.replicas * config.engine.max_live
     rows = [
         f"  {train.groups} groups × {train.group_size} episodes = {episodes} episodes",

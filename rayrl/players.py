@@ -6,6 +6,7 @@ import asyncio
 import inspect
 import random
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TextIO
@@ -59,6 +60,7 @@ class PolicyPlayer:
         if options.max_tokens is not None:
             sampling = replace(sampling, max_tokens=options.max_tokens)
         whole = (*ids, *prompt_ids)
+        clock_time, began = time.time(), time.perf_counter()
         done = await self.client.generate(
             Request(
                 session=conversation.session,
@@ -77,11 +79,7 @@ class PolicyPlayer:
                 f"{conversation.session}: the engine gave {len(completion_ids)} ids but "
                 f"{len(done.logprobs)} logprobs"
             )
-        ids += prompt_ids
-        ids += completion_ids
-        conversation.finished = bool(completion_ids) and completion_ids[-1] == chat.stop_ids[0]
-        conversation.tools.update(map(tool_name, options.tools))
-        return Turn(
+        turn = Turn(
             seat=conversation.seat,
             prompt=tuple(new),
             text=chat.text(completion_ids),
@@ -92,7 +90,20 @@ class PolicyPlayer:
             logprobs=done.logprobs,
             versions=done.versions,
             state=options.state,
+            tools=options.tools,
+            began=clock_time,
+            seconds=time.perf_counter() - began,
         )
+        self.resume(conversation, turn)
+        return turn
+
+    def resume(self, conversation: Conversation, turn: Turn) -> None:
+        """Append a turn's ids: what the next one is appended to."""
+        ids = turn.completion_ids
+        conversation.ids += turn.prompt_ids
+        conversation.ids += ids
+        conversation.finished = bool(ids) and ids[-1] == self.chat.stop_ids[0]
+        conversation.tools.update(map(tool_name, turn.tools))
 
     def _prompt(
         self, conversation: Conversation, new: Sequence[Message], options: Options

@@ -5,26 +5,33 @@ from __future__ import annotations
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from rayrl.config import AlgoConfig
-from rayrl.types import Episode
+from rayrl.types import Episode, Group
 
 if TYPE_CHECKING:
     from rayrl.batch import Batch
     from rayrl.cluster.rollouts import Collection
+    from rayrl.cluster.scaling import Load
 
 __all__ = ["Clock", "headline", "step_metrics", "warnings"]
 
 
 class Clock:
-    """Seconds of a step by stage: `with clock("update"): ...`."""
+    """Seconds of a step by stage: `with clock("update"): ...`.
+
+    Attributes:
+        seconds: of each stage, in all.
+        spans: stage, begin and end of each block, in wall-clock seconds.
+    """
 
     def __init__(self) -> None:
         self._began = time.perf_counter()
+        self._epoch = time.time() - self._began  # one clock, so that stages cannot seem to overlap
         self.seconds: dict[str, float] = {}
+        self.spans: list[tuple[str, float, float]] = []
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
@@ -33,8 +40,9 @@ class Clock:
         try:
             yield
         finally:
-            spent = time.perf_counter() - began
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + spent
+            ended = time.perf_counter()
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + ended - began
+            self.spans.append((stage, self._epoch + began, self._epoch + ended))
 
     def metrics(self) -> dict[str, float]:
         """`time/STAGE`, and `time/total` since the clock was made."""
@@ -43,17 +51,16 @@ class Clock:
 
 
 def step_metrics(
+    step: int,
     played: Collection,
     batch: Batch,
     learned: Mapping[str, float],
     clock: Clock,
-    algo: AlgoConfig,
 ) -> dict[str, float]:
     """All figures of a step.
 
     `reward`, `reward_std`, `score/NAME` (several seats: `score/SEAT/NAME`) and `turns` are over the
-    episodes of complete groups; the learner's own figures follow. `mismatch/alarm` is 1 where the
-    engine's and the learner's log-probabilities differ by more than `algo.mismatch_alarm`.
+    episodes of complete groups; the learner's own figures follow.
     """
     episodes = [episode for group in played.groups for episode in group.episodes]
     trainable = played.groups[0].trainable
@@ -80,10 +87,59 @@ def step_metrics(
         "failures/env": float(played.env_failures),
         "failures/infra": float(played.infra_failures),
         "failures/stale": float(played.stale),
+        "turns/replayed": float(sum(episode.replayed for episode in episodes)),
+        "turns/diverged": float(sum(episode.diverged for episode in episodes)),
+        **_lag(step, episodes),
+        "queue/waiting": float(played.waiting),
+        "queue/live": float(played.live),
+        **_hosts(played.load),
+        **_stopped(played.stopped, episodes),
+        **({} if played.idle_s is None else {"time/idle": played.idle_s}),
         **own,
-        "mismatch/alarm": float(own.get("mismatch/mean", 0.0) > algo.mismatch_alarm),
         **clock.metrics(),
     }
+
+
+def _lag(step: int, episodes: Sequence[Episode]) -> dict[str, float]:
+    """How many versions older than the learner's weights tokens were, on average and at most."""
+    total, tokens, oldest = 0.0, 0, step
+    for episode in episodes:
+        for turn in episode.turns:
+            for span in turn.versions:
+                total += (step - span.version) * (span.end - span.start)
+                tokens += span.end - span.start
+                oldest = min(oldest, span.version)
+    return {"lag/mean": total / tokens if tokens else 0.0, "lag/max": float(step - oldest)}
+
+
+def _hosts(load: Load | None) -> dict[str, float]:
+    """How many hosts there are, and what waits for room on one."""
+    if load is None:
+        return {}
+    return {
+        "hosts/ready": float(load.hosts),
+        "hosts/asked": float(load.asked),
+        "hosts/waiting_groups": float(load.waiting),
+    }
+
+
+def _stopped(groups: Sequence[Group], kept: Sequence[Episode]) -> dict[str, float]:
+    """What was stopped for its age, and how it differs from what is trained on: the bias of it.
+
+    Turns and rewards of the stopped are those they had: rewards only where an episode had ended.
+    """
+    episodes = [episode for group in groups for episode in group.episodes]
+    if not episodes:
+        return {"stopped/groups": 0.0}
+    rewards = [reward for e in episodes for reward in e.rewards.values()]
+    figures = {
+        "stopped/groups": float(len(groups)),
+        "stopped/turns": statistics.fmean(len(e.turns) for e in episodes),
+        "stopped/kept_turns": statistics.fmean(len(e.turns) for e in kept),
+    }
+    if rewards:
+        figures["stopped/reward"] = statistics.fmean(rewards)
+    return figures
 
 
 _RENAMED = {f"mismatch_{name}": f"mismatch/{name}" for name in ("mean", "max", "kl")}
@@ -103,8 +159,8 @@ def headline(metrics: Mapping[str, float]) -> dict[str, str]:
     """The few figures that say how a run goes, for a progress bar."""
     scores = [name for name in metrics if name.startswith("score/")][:4]
     return {
-        "reward": f"{metrics['reward']:.3f} ±{metrics['reward_std']:.2f}",
-        **{name.removeprefix("score/"): f"{metrics[name]:.2f}" for name in scores},
+        "reward": f"{metrics['reward']:z.3f} ±{metrics['reward_std']:.2f}",
+        **{name.removeprefix("score/"): f"{metrics[name]:z.2f}" for name in scores},
         "entropy": f"{metrics.get('entropy', 0.0):.3f}",
         "grad": f"{metrics.get('grad_norm', 0.0):.2f}",
         "play": f"{metrics['time/collect']:.1f} s",
@@ -112,14 +168,8 @@ def headline(metrics: Mapping[str, float]) -> dict[str, str]:
     }
 
 
-def warnings(metrics: Mapping[str, float], algo: AlgoConfig) -> Iterator[str]:
-    """What a person should know of a step."""
-    if metrics["mismatch/alarm"]:
-        yield (
-            f"log-probabilities of engine and learner differ by {metrics['mismatch/mean']:.3f} on "
-            f"average (algo.mismatch_alarm={algo.mismatch_alarm:g}): the engine may hold other "
-            "weights, precision or sampling than the learner assumes"
-        )
+def warnings(metrics: Mapping[str, float]) -> Iterator[str]:
+    """What was lost at a step, for a person to know; what lies in its figures, `alarms.py` says."""
     if metrics.get("skipped"):
         yield f"{metrics['skipped']:.0f} updates skipped: loss or gradient was not finite"
     if metrics["groups/dropped"]:

@@ -19,6 +19,7 @@ from typing import Any
 from rich.console import Console
 
 from rayrl import evaluate, report, sft, synth, train
+from rayrl.bundle import env_names
 from rayrl.cluster.session import open_session
 from rayrl.config import Config, Stage, stage_config, validate
 from rayrl.errors import RunFailed
@@ -68,7 +69,8 @@ def run(config: Config) -> None:
     _refuse_changes(links)
     with RunDir(config.run.dir, config) as folder:
         if not all(is_finished(link.config.run.dir) for link in links):
-            with PeakMemory() as memory, open_session(config.cluster, config.run.dir):
+            named = env_names(config)
+            with PeakMemory() as memory, open_session(config.cluster, config.run.dir, envs=named):
                 for number, link in enumerate(links, 1):
                     title = f"{number}/{len(links)} {link.stage.name} ({link.stage.verb})"
                     if is_finished(link.config.run.dir):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
+import json
 import sys
+from collections.abc import Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
@@ -14,14 +17,15 @@ from rayrl.errors import ConfigError
 from rayrl.hints import suggestion
 from rayrl.types import derive_seed
 
-__all__ = ["installed_envs", "load_env"]
+__all__ = ["CODE_FILE", "ENV_GROUP", "installed_envs", "load_env"]
 
-_GROUP = "rayrl.envs"
+ENV_GROUP = "rayrl.envs"
+CODE_FILE = "rayrl-code.json"  # beside rayrl/ in a copy that was sent to a cluster; `bundle.py`
 
 
 def installed_envs() -> list[str]:
     """Names of the environments installed as packages (entry-point group `rayrl.envs`)."""
-    return sorted({point.name for point in entry_points(group=_GROUP)})
+    return sorted({point.name for point in entry_points(group=ENV_GROUP)})
 
 
 def load_env(name: str) -> Environment:
@@ -41,7 +45,7 @@ def load_env(name: str) -> Environment:
         return _named(_pick(_from_file(place), place, attribute), f"{_absolute(place)}:{attribute}")
     if attribute:
         return _named(_pick(_import(place, name), place, attribute), name)
-    for point in entry_points(group=_GROUP):
+    for point in entry_points(group=ENV_GROUP):
         if point.name == name:
             try:
                 found = point.load()
@@ -63,20 +67,35 @@ def _named(env: Environment, ref: str) -> Environment:
     return env
 
 
+@functools.cache
+def _sent() -> Mapping[str, Mapping[str, str]]:
+    """Of code that was sent here: what the sender called its files, and where their copies are."""
+    file = Path(__file__).resolve().parent.parent / CODE_FILE
+    return json.loads(file.read_text("utf-8")) if file.is_file() else {"written": {}, "files": {}}
+
+
 def _absolute(place: str) -> Path:
-    return Path(place).expanduser().resolve()
+    """Where a file is, or was on the machine that sent it: the same for every process of a run."""
+    return Path(_sent()["written"].get(place) or Path(place).expanduser().resolve())
+
+
+def _copy(path: Path) -> Path:
+    """What is there to be read of the file."""
+    copy = _sent()["files"].get(str(path))
+    return Path(__file__).resolve().parent.parent / copy if copy else path
 
 
 def _from_file(place: str) -> ModuleType:
     path = _absolute(place)
-    if not path.is_file():
+    source = _copy(path)
+    if not source.is_file():
         near = suggestion(path.name, [p.name for p in path.parent.glob("*.py")])
         raise ConfigError(f"env.name={place!r}: there is no file {path}.{near}")
     # a stable name, so that the file's task classes unpickle in any process that loaded it
     name = f"rayrl_env_{path.stem}_{derive_seed(path):x}"
     if name in sys.modules:
         return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
+    spec = importlib.util.spec_from_file_location(name, source)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

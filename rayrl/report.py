@@ -19,6 +19,7 @@ from rayrl.report_page import Book, Phase, render
 from rayrl.results import MISSING, Result, columns, entry
 from rayrl.rundir import read_config
 from rayrl.stage import EPISODES
+from rayrl.timeline import TIMELINE
 
 __all__ = ["gather", "run", "write"]
 
@@ -70,7 +71,7 @@ def _verb_of(folder: Path) -> str:
         return "eval"
     if (folder / EPISODES).is_file():
         return "synth"
-    first = next(iter(_metrics(folder)), {})
+    first = next(iter(_lines(folder / "metrics.jsonl")), {})
     return "train" if "reward" in first or not first else "sft"
 
 
@@ -84,12 +85,12 @@ def _phase(name: str, verb: str, folder: Path) -> Phase:
     episodes = list(read_episodes(files[-1])) if files else []
     if episodes:
         about = f"{len(episodes)} episodes, {about}"
-    return Phase(name, verb, read_config(folder), _metrics(folder), episodes, about)
+    rows, times = _lines(folder / "metrics.jsonl"), _lines(folder / TIMELINE)
+    return Phase(name, verb, read_config(folder), rows, episodes, about, times)
 
 
-def _metrics(folder: Path) -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl; a last line that is still being written is left out."""
-    file = folder / "metrics.jsonl"
+def _lines(file: Path) -> list[dict[str, Any]]:
+    """Lines of metrics or of the timeline; a last one that is still being written is left out."""
     if not file.is_file():
         return []
     lines = file.read_text("utf-8").splitlines()
@@ -101,7 +102,7 @@ def _metrics(folder: Path) -> list[dict[str, Any]]:
         except (json.JSONDecodeError, AttributeError) as error:
             if number == len(lines):
                 break
-            raise DataError(f"{file}:{number}: not a line of metrics ({error})") from error
+            raise DataError(f"{file}:{number}: not a line of {file.stem} ({error})") from error
     return rows
 
 

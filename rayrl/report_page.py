@@ -1,7 +1,8 @@
 """The report as one HTML page: no network, no build step, all text of models escaped.
 
-Jinja escapes every value; charts are drawn by `assets/report.js` from JSON; a content security
-policy allows only that one script (by its hash), so that nothing a model wrote can ever run.
+Jinja escapes every value; charts are drawn by `assets/report.js` and `assets/timeline.js` from
+JSON; a content security policy allows only these (one script, by its hash), so that nothing a model
+wrote can ever run.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from markupsafe import Markup
 from rayrl.config import Config, differences
 from rayrl.figures import Split
 from rayrl.results import Column, Result, columns, entry, spending
+from rayrl.timeline import shown
 from rayrl.types import Episode
 
 __all__ = ["Book", "Phase", "render"]
@@ -42,6 +44,7 @@ class Phase:
         metrics: one mapping a step, each with `step`.
         episodes: of the last batch that was written out.
         about: where those episodes are from, in words.
+        timeline: lines of timeline.jsonl.
     """
 
     name: str
@@ -50,6 +53,7 @@ class Phase:
     metrics: Sequence[Metrics] = ()
     episodes: Sequence[Episode] = ()
     about: str = ""
+    timeline: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +113,7 @@ KNOWN = (
 def render(book: Book) -> str:
     """The page."""
     assets = files("rayrl") / "assets"
-    script = (assets / "report.js").read_text()
+    script = "".join((assets / name).read_text() for name in ("report.js", "timeline.js"))
     charts, payload = _charts(book.phases)
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -125,6 +129,11 @@ def render(book: Book) -> str:
         charts=charts,
         payload=payload,
         timings=_timings(book.phases),
+        timelines=[
+            {"name": phase.name, "steps": steps}
+            for phase in book.phases
+            if (steps := shown(phase.timeline))
+        ],
         phases_with_episodes=_samples(book.phases),
         settings=_settings(book.phases),
         versions=list(book.versions.items()),

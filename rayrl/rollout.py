@@ -6,21 +6,24 @@ import asyncio
 import functools
 import time
 import traceback
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rayrl.agent import Agent, Player
+from rayrl.deadline import Late, Stopped, within
+from rayrl.durable import Begun, Course, Diverged
 from rayrl.env import Environment
 from rayrl.errors import ConfigError, EnvError, InfraError
 from rayrl.groups import with_group_rewards
 from rayrl.hints import suggestion
+from rayrl.live import Room, Stops
 from rayrl.types import Episode, Failure, Group, Scores, Task, Turn, Usage, derive_seed, sum_usage
 
 __all__ = ["GroupPlan", "play_episode", "play_group", "play_groups"]
 
-_GRACE_S = 1.0  # for a cancelled environment to clean up after itself
 _INFRA = (InfraError, OSError, TimeoutError)
+_NEW = Begun((), 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,8 @@ async def play_episode(
     seed: int = 0,
     deadline_s: float | None = None,
     attempt: int = 0,
+    course: Course | None = None,
+    stop: asyncio.Future[None] | None = None,
 ) -> Episode:
     """Play one task to its end.
 
@@ -56,34 +61,42 @@ async def play_episode(
         deadline_s: wall time allowed, without what a player held its own requests back; None is
             no limit.
         attempt: of this episode; keeps the sessions of a repeated one apart from the first's.
+        course: turns of an earlier attempt to go on from, and who is told of every turn.
+        stop: once it is done, the episode ends where it is, with a failure of kind "stopped".
 
     Returns:
         The episode. What its code or its surroundings did wrong is in `failure`.
 
     Raises:
         ConfigError: a seat has no player, or whatever else is set up wrongly.
+        Diverged: the environment did not do again what `course` has recorded.
         Exception: an error of the program itself (not of the environment or of a process).
     """
-    record: list[Turn] = []
+    course = course or Course()
     label = f"{id}~{attempt}" if attempt else id
     agents = [
-        Agent(_player(players, seat, env), seat=seat, episode=label, seed=seed, record=record)
+        Agent(_player(players, seat, env), seat=seat, episode=label, seed=seed, course=course)
         for seat in env.seats
     ]
-    began = time.perf_counter()
+    clock_time, began = time.time(), time.perf_counter()
     scores: dict[str, dict[str, float]] = {}
     failure = None
     try:
         # a task of its own, so that code which swallows its cancellation cannot hold the loop
         running = asyncio.create_task(_played(env, task, agents))
-        returned = await _within(running, deadline_s, agents)
+        returned = await within(running, deadline_s, agents, stop)
         _raise_players_error(agents)
+        if course.left:
+            raise course.cut_short(None)
         scores = env.scores(returned)
-    except ConfigError:
+    except (ConfigError, Diverged):
         raise
     except Exception as error:
         failure = _failure(error, env, task, agents, deadline_s)
+        if course.left and failure.kind == "env":  # it did not then
+            raise course.cut_short(failure) from error
     finally:
+        course.close()
         for agent in agents:
             agent.close()
     if failure is None:
@@ -93,10 +106,12 @@ async def play_episode(
         env=env.name,
         task=task,
         index=index,
-        turns=tuple(record),
+        turns=tuple(course.turns),
         scores=scores,
         rewards={seat: env.reward(of_seat) for seat, of_seat in scores.items()},
         failure=failure,
+        replayed=course.replayed,
+        began=clock_time,
         seconds=time.perf_counter() - began,
     )
 
@@ -112,49 +127,6 @@ def _player(players: Mapping[str, Player], seat: str, env: Environment) -> Playe
     if seat not in players:
         raise ConfigError(f"environment {env.name!r}: no player for seat {seat!r}")
     return players[seat]
-
-
-class _Late(Exception):
-    """The deadline passed; `on_player` says who was being waited for."""
-
-    def __init__(self, on_player: bool) -> None:
-        super().__init__()
-        self.on_player = on_player
-
-
-async def _within(
-    running: asyncio.Future[Scores], deadline_s: float | None, agents: Sequence[Agent]
-) -> Scores:
-    began = time.monotonic()
-    left = deadline_s
-    try:
-        while not running.done() and (left is None or left > 0):
-            await asyncio.wait((running,), timeout=left)
-            if deadline_s is not None:
-                held = sum(agent.held_s for agent in agents)
-                left = began + deadline_s + held - time.monotonic()
-    except asyncio.CancelledError:
-        await _stop(running, agents)
-        raise
-    if running.done():
-        if running.cancelled():  # nobody here did: its own code did
-            raise EnvError("the environment cancelled itself")
-        return running.result()
-    on_player = any(agent.waiting for agent in agents)
-    await _stop(running, agents)
-    raise _Late(on_player)
-
-
-async def _stop(running: asyncio.Future[Scores], agents: Sequence[Agent]) -> None:
-    for agent in agents:
-        agent.closed = True
-    for _ in range(3):
-        running.cancel()
-        await asyncio.wait((running,), timeout=_GRACE_S)
-        if running.done():
-            break
-    if running.done() and not running.cancelled():
-        running.exception()  # looked at, so that it is not reported as lost
 
 
 def _raise_players_error(agents: Sequence[Agent]) -> None:
@@ -173,11 +145,13 @@ def _failure(
 ) -> Failure:
     """What an exception out of an episode means; raises it again if it is the program's own."""
     where = f"environment {env.name!r} on task {task!r}"
-    if isinstance(error, _Late):
+    if isinstance(error, Stopped):
+        return Failure("stopped", f"{where}: it was stopped")
+    if isinstance(error, Late):
         if error.on_player:
             return Failure("infra", f"{where}: the player did not answer within {deadline_s} s")
         return Failure(
-            "env", f"{where} did not end within {deadline_s} s, and was not waiting for an answer"
+            "env", f"{where} did not end within {deadline_s:g} s, and was not waiting for an answer"
         )
     players_errors = [agent.error for agent in agents if agent.error is not None]
     cause = players_errors[0] if players_errors else error
@@ -205,25 +179,46 @@ def _count_tools(agents: Sequence[Agent], scores: dict[str, dict[str, float]]) -
 async def _play_with_retries(
     env: Environment, plan: GroupPlan, index: int, players: Mapping[str, Player], rules: _Rules
 ) -> Episode:
-    """Infrastructure failures are played again with the same task and seed."""
-    attempt = 0
+    """Play an episode; after failures of infrastructure go on from the turns it has.
+
+    Where its environment is not deterministic it starts over, with the same task and seed.
+    """
+    name = f"{plan.id}/{index}"
+    begun = rules.recorded.get(name, _NEW)
+    turns, attempt = begun.turns, begun.attempt
+    stop = rules.stops.of(plan.id) if rules.stops is not None else None
+    failures = diverged = 0
     wasted: Usage | None = None
     while True:
-        episode = await play_episode(
-            env,
-            plan.task,
-            players,
-            id=f"{plan.id}/{index}",
-            index=index,
-            seed=derive_seed(plan.seed, index),
-            deadline_s=rules.deadline_s,
-            attempt=attempt,
-        )
-        failed = episode.failure is not None and episode.failure.kind == "infra"
-        if not failed or attempt >= rules.retries:
-            return replace(episode, wasted=wasted) if wasted else episode
-        wasted = sum_usage([wasted, episode.usage])
-        await asyncio.sleep(min(rules.backoff_s * 2**attempt, 5.0))
+        course = Course(turns, rules.listener(name, attempt))
+        try:
+            episode = await play_episode(
+                env,
+                plan.task,
+                players,
+                id=name,
+                index=index,
+                seed=derive_seed(plan.seed, index),
+                deadline_s=rules.deadline_s,
+                attempt=attempt,
+                course=course,
+                stop=stop,
+            )
+        except Diverged:
+            diverged += 1
+            wasted, turns = sum_usage([wasted, course.usage]), ()
+        else:
+            failed = episode.failure is not None and episode.failure.kind == "infra"
+            if not failed or failures >= rules.retries:
+                wasted = sum_usage([wasted, *(turn.usage for turn in course.left)])
+                lost = wasted or diverged
+                return replace(episode, wasted=wasted, diverged=diverged) if lost else episode
+            if diverged:
+                wasted = sum_usage([wasted, course.usage])
+            else:
+                turns = (*course.turns, *course.left)
+            await asyncio.sleep(min(rules.backoff_s * 2**failures, 5.0))
+            failures += 1
         attempt += 1
 
 
@@ -233,6 +228,12 @@ class _Rules:
     deadline_s: float | None
     trainable: tuple[str, ...] | None
     backoff_s: float
+    recorded: Mapping[str, Begun] = field(default_factory=dict)
+    on_turn: Callable[[str, int, Turn], None] | None = None
+    stops: Stops | None = None
+
+    def listener(self, episode: str, attempt: int) -> Callable[[Turn], None] | None:
+        return self.on_turn and functools.partial(self.on_turn, episode, attempt)
 
     def seats(self, env: Environment, players: Mapping[str, Player]) -> tuple[str, ...]:
         if self.trainable is None:
@@ -289,28 +290,41 @@ async def play_groups(
     plans: Iterable[GroupPlan],
     players: Mapping[str, Player],
     *,
-    concurrency: int,
+    concurrency: int | Room,
     retries: int = 2,
     deadline_s: float | None = None,
     trainable: Sequence[str] | None = None,
     backoff_s: float = 0.1,
+    stops: Stops | None = None,
+    recorded: Mapping[str, Begun] | None = None,
+    on_turn: Callable[[str, int, Turn], None] | None = None,
+    on_end: Callable[[], None] = lambda: None,
 ) -> AsyncIterator[Group]:
     """Play groups with at most `concurrency` live episodes; yields each when its last one ends.
 
     Plans are taken one after the other as room appears, so they may be an endless iterator. Groups
     come out in the order they end; what is in them depends only on plan, players and seeds. Leaving
-    the loop early (use `contextlib.aclosing`) cancels what is live. Other arguments: see
-    `play_group`.
+    the loop early (use `contextlib.aclosing`) cancels what is live.
+
+    Args:
+        concurrency: a number, or a `Room` that is shared with other calls.
+        stops: can end what is live of a plan; its group then comes with what was played of it.
+        recorded: episodes to go on with, by id: begun where they could not end.
+        on_turn: told episode, number of the attempt and turn whenever a turn is made or played
+            again. The turns of a higher attempt replace those of the lower ones, all of which it
+            tells again or does not go on from: `rayrl.durable.TurnLog` keeps such a log.
+        on_end: called as each episode ends.
+
+    Other arguments: see `play_group`.
     """
-    if concurrency < 1:
-        raise ConfigError(f"cluster.concurrency={concurrency}: at least one episode must be live")
-    most = concurrency if env.slots is None else min(concurrency, env.slots)
+    room = concurrency if isinstance(concurrency, Room) else _room(concurrency, env)
     named = None if trainable is None else tuple(trainable)
-    rules = _Rules(retries, deadline_s, named, backoff_s)
+    rules = _Rules(retries, deadline_s, named, backoff_s, recorded or {}, on_turn, stops)
     seats = rules.seats(env, players)
     waiting = _openings(plans)
     live: set[asyncio.Task[None]] = set()
     ended: asyncio.Queue[_Opening | None] = asyncio.Queue()
+    wake = functools.partial(ended.put_nowait, None)
 
     async def run(opening: _Opening, index: int) -> None:
         episode = await _play_with_retries(env, opening.plan, index, players, rules)
@@ -318,6 +332,8 @@ async def play_groups(
 
     def after(opening: _Opening, task: asyncio.Task[None]) -> None:
         live.discard(task)
+        room.give()
+        on_end()
         if not task.cancelled() and task.exception() is not None:
             ended.put_nowait(None)
             broken.append(task)
@@ -329,8 +345,10 @@ async def play_groups(
     exhausted = False
     try:
         while True:
-            while not exhausted and len(live) < most:
+            while not exhausted and room.take(wake):
                 following = next(waiting, None)
+                if following is None or following[1] < 0:
+                    room.give()
                 if following is None:
                     exhausted = True
                     break
@@ -347,12 +365,21 @@ async def play_groups(
             if broken:
                 broken[0].result()
             if done is not None:
+                if stops is not None:
+                    stops.forget(done.plan.id)
                 yield _closed(env, done, seats)
     finally:
+        room.forget(wake)
         for task in list(live):
             task.cancel()
         if live:
             await asyncio.gather(*live, return_exceptions=True)
+
+
+def _room(concurrency: int, env: Environment) -> Room:
+    if concurrency < 1:
+        raise ConfigError(f"cluster.concurrency={concurrency}: at least one episode must be live")
+    return Room(concurrency if env.slots is None else min(concurrency, env.slots))
 
 
 class _Opening:

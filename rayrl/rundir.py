@@ -7,9 +7,9 @@
     RUN/checkpoints/step_000010/ what the learner saved, and run.json: the state of the loop
     RUN/result.json              what the run came to, once it is finished
 
-Programs add what they make: model/ (sft, train), episodes.jsonl and played.jsonl (synth), eval.json
-(eval), report.html; and a recipe, whose stages are folders within, recipe.json, table.md and
-table.json.
+Programs add what they make: model/ (sft, train), what `watch.py` names (train), episodes.jsonl and
+played.jsonl (synth), eval.json (eval), report.html; and a recipe, whose stages are folders within,
+recipe.json, table.md and table.json.
 
 A process killed at any moment leaves either the old file or the new one, never half of one: files
 are written beside their place, flushed to the disk and renamed. On resume the metrics are cut back
@@ -30,7 +30,6 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -38,7 +37,7 @@ from omegaconf import OmegaConf
 from rayrl.boards import TensorBoard, Wandb
 from rayrl.config import Config, differences, from_dict, to_dict
 from rayrl.errors import ConfigError, DataError, RunFailed
-from rayrl.files import disk_is_full, sync, write_atomic
+from rayrl.files import size_of, sync, told_if_full, write_atomic
 from rayrl.types import Group
 
 __all__ = ["Checkpoint", "RunDir", "read_config", "refuse_changes"]
@@ -49,6 +48,7 @@ _MAY_CHANGE = (
     "run.checkpoint_every",
     "run.episodes_every",
     "run.wandb_project",
+    "alarms.",
     "cluster.",
     "endpoint.url",  # the same model may answer elsewhere now
     "endpoint.api_key_env",
@@ -60,11 +60,13 @@ _MAY_CHANGE = (
     "endpoint.retries",
     "endpoint.price_",
     "play.",
+    "replay.",
     "synth.show",
     "recipe",  # the stages are runs of their own, with folders and settings of their own
 )
 """Settings (or sections) that may differ when a run is resumed; `*.steps` may also be raised."""
 
+RAY_COPIES = "runtime_resources"  # where Ray unpacks a job's working_dir, in a node's folder
 _REMEDY = "Use the old ones to resume it, or another run.name (or run.dir) to start a new run."
 _NAME = re.compile(r"step_(\d+)")
 
@@ -94,13 +96,20 @@ class RunDir:
         config: what the run runs with; stored, and compared with what is stored.
 
     Raises:
-        ConfigError: the folder's run had other settings; the message lists them.
+        ConfigError: the folder's run had other settings; the message lists them. Or the folder
+            would not last.
         RunFailed: another process is writing there.
     """
 
     def __init__(self, path: str | Path, config: Config) -> None:
         self.path = Path(path)
         self._config = config
+        if RAY_COPIES in self.path.resolve().parts:
+            raise ConfigError(
+                f"run.dir={path}: {self.path.resolve()} is in a copy of the job's code, which Ray "
+                "deletes. Give an absolute path on storage that all nodes share; or submit with "
+                "jobs/submit and RAYRL_WORKDIR."
+            )
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock()
         self.resumed = (self.path / "config.yaml").is_file()
@@ -195,6 +204,10 @@ class RunDir:
         result: dict[str, Any] | None = self.read_json("result.json")
         return result
 
+    def rewind(self) -> None:
+        """Forget the figures of the steps after the newest checkpoint: they will be made again."""
+        self._cut_metrics()
+
     # --- what it can be resumed from -------------------------------------------------------------
 
     @contextlib.contextmanager
@@ -216,21 +229,39 @@ class RunDir:
         folder.mkdir(exist_ok=True)
         partial = folder / f".partial-{_step_name(step)}-{os.getpid()}"
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        try:
-            yield partial
-            self._seal(partial, step, state or {})
-        except BaseException as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            if isinstance(error, Exception) and disk_is_full(error, self.path):
-                raise RunFailed(self._about_full_disk(step)) from error
-            raise
+        last = self.latest_checkpoint()
+        kept = f"the one of step {last.step} is intact" if last else "there is none before it"
+        needed = size_of(last.path) if last else 0
+        with told_if_full(folder, f"the checkpoint of step {step}", f"it resumes ({kept})", needed):
+            partial.mkdir()
+            with _removed_on_error(partial):
+                yield partial
+                self._seal(partial, step, state or {})
         final = folder / _step_name(step)
         if final.exists():  # the same step again, after a resume: make way without a gap
             os.replace(final, folder / f".old-{_step_name(step)}")
         os.replace(partial, final)
         sync(folder)
         self._prune(keep=final)
+
+    @contextlib.contextmanager
+    def whole(self, name: str) -> Iterator[Path]:
+        """A folder to write into; when the block ends it is RUN/name, and not before.
+
+        Raises:
+            RunFailed: the disk is full.
+        """
+        final, partial = self.path / name, self.path / f".partial-{name}"
+        shutil.rmtree(partial, ignore_errors=True)
+        with told_if_full(self.path, f"{name}/", "it goes on from its last checkpoint"):
+            partial.mkdir()
+            with _removed_on_error(partial):
+                yield partial
+                for path in partial.rglob("*"):
+                    sync(path)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(partial, final)
+        sync(self.path)
 
     def checkpoints(self) -> list[Path]:
         """Folders of the complete checkpoints, oldest first."""
@@ -260,12 +291,7 @@ class RunDir:
     def __enter__(self) -> RunDir:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     # --- within ----------------------------------------------------------------------------------
@@ -306,7 +332,7 @@ class RunDir:
 
     def _clear_partial(self) -> None:
         """Remove what an earlier process left half done."""
-        for partial in self.path.glob("checkpoints/.partial-*"):
+        for partial in (*self.path.glob("checkpoints/.partial-*"), *self.path.glob(".partial-*")):
             shutil.rmtree(partial)
         for old in self.path.glob("checkpoints/.old-*"):
             final = old.with_name(old.name.removeprefix(".old-"))
@@ -326,13 +352,14 @@ class RunDir:
             os.truncate(file, min(size, file.stat().st_size))
         return max((int(row["step"]) for row in self.metrics()), default=-1) + 1
 
-    def _about_full_disk(self, step: int) -> str:
-        last = self.latest_checkpoint()
-        kept = f"The one of step {last.step} is intact" if last else "There is none before it"
-        return (
-            f"{self.path}: the disk is full, so the checkpoint of step {step} was not kept. "
-            f"{kept}. Free some space and run the same command again: it resumes."
-        )
+
+@contextlib.contextmanager
+def _removed_on_error(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def read_config(run: Path) -> Config:

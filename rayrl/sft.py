@@ -16,10 +16,12 @@ from rayrl.bar import Bar
 from rayrl.batch import Trajectory, batch_of, supervised_row
 from rayrl.chat import Chat
 from rayrl.cluster.actors import open_learners
+from rayrl.cluster.learners import Learners
 from rayrl.config import Config
 from rayrl.episodes import read_episodes
 from rayrl.errors import ConfigError, DataError, did_you_mean
 from rayrl.models import model_dir
+from rayrl.recovery import Recovery
 from rayrl.rundir import RunDir
 from rayrl.stage import MODEL, POLICY, positions, say_templates
 from rayrl.types import Episode, Turn, derive_seed
@@ -45,42 +47,60 @@ async def sft(config: Config, folder: RunDir) -> None:
     model = model_dir(config.model.path)
     say_templates(config)
     rows = load_rows(config, Chat.load(str(model)), positions(model))
-    found = folder.latest_checkpoint()
-    start = found.step if found else 0
     async with open_learners(config, cfg.steps) as learner:
-        if found:
-            await learner.load(found.path)
         with Bar(config.run.name, cfg.steps) as bar:
-            for step in range(start, cfg.steps):
-                began = time.perf_counter()
-                picked = batch_indices(len(rows), cfg.batch_size, step, config.run.seed)
-                batch = batch_of([rows[i] for i in picked])
-                ready = time.perf_counter()
-                learned = await learner.sft_step(batch)
-                done = time.perf_counter()
-                figures = {
-                    "loss": learned["loss"],
-                    "entropy": learned["entropy"],
-                    "grad_norm": learned["grad_norm"],
-                    "lr": learned["lr"],
-                    "skipped": learned["skipped"],
-                    "tokens": batch.totals.tokens,
-                    "episodes": float(len(picked)),
-                    "epoch": (step + 1) * cfg.batch_size / len(rows),
-                    "time/batch": ready - began,
-                    "time/update": done - ready,
-                    "time/total": done - began,
-                }
-                folder.log(step, figures)
-                bar.update(step + 1, loss=learned["loss"], grad=learned["grad_norm"])
-                if learned["skipped"]:
-                    bar.note(f"step {step}: skipped, its loss or gradient was not finite")
-                last = step + 1 == cfg.steps
-                if (step + 1) % config.run.checkpoint_every == 0 or last:
-                    with folder.checkpoint(step + 1) as path:
+            recovery = Recovery(learner, folder, bar, config.learner.restarts)
+
+            async def step(number: int) -> None:
+                picked = batch_indices(len(rows), cfg.batch_size, number, config.run.seed)
+                batch = [rows[i] for i in picked]
+                await _step(config, folder, learner, bar, batch, number, len(rows))
+                done = number + 1
+                if done % config.run.checkpoint_every == 0 or done == cfg.steps:
+                    with folder.checkpoint(done) as path:
                         await learner.save(path)
-        await learner.export(folder.path / MODEL)
+                    recovery.checkpointed()
+
+            async def export() -> None:
+                with folder.whole(MODEL) as path:
+                    await learner.export(path)
+
+            await recovery.through(cfg.steps, step, export)
     folder.finish({"steps": cfg.steps, "rows": len(rows)})
+
+
+async def _step(
+    config: Config,
+    folder: RunDir,
+    learner: Learners,
+    bar: Bar,
+    picked: Sequence[Trajectory],
+    step: int,
+    rows: int,
+) -> None:
+    """One update, and its figures."""
+    began = time.perf_counter()
+    batch = batch_of(picked)
+    ready = time.perf_counter()
+    learned = await learner.sft_step(batch)
+    done = time.perf_counter()
+    figures = {
+        "loss": learned["loss"],
+        "entropy": learned["entropy"],
+        "grad_norm": learned["grad_norm"],
+        "lr": learned["lr"],
+        "skipped": learned["skipped"],
+        "tokens": batch.totals.tokens,
+        "episodes": float(len(picked)),
+        "epoch": (step + 1) * config.sft.batch_size / rows,
+        "time/batch": ready - began,
+        "time/update": done - ready,
+        "time/total": done - began,
+    }
+    folder.log(step, figures)
+    bar.update(step + 1, loss=learned["loss"], grad=learned["grad_norm"])
+    if learned["skipped"]:
+        bar.note(f"step {step}: skipped, its loss or gradient was not finite")
 
 
 def batch_indices(n: int, size: int, step: int, seed: int) -> list[int]:

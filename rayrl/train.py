@@ -1,25 +1,33 @@
 """Reinforcement learning: play, compare, learn, push, again. The whole algorithm is this page.
 
-A step is a function of (run.seed, run.name, step) and the weights it begins with, so a run that was
-killed goes on from its last checkpoint and ends as if it had not stopped.
+With train.max_lag=0 a step is a function of (run.seed, run.name, step) and the weights it begins
+with, so a run that was killed goes on from its last checkpoint and ends as if it had not stopped.
+With more, episodes are played while the learner works (`feed.py`); what was played since the
+checkpoint is on the disk, turn by turn, and no group is trained on twice.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 from pathlib import Path
 
 from rayrl.advantage import advantages
 from rayrl.bar import Bar
 from rayrl.batch import make_batch
 from rayrl.cluster.actors import make_environment, open_training
+from rayrl.cluster.learners import Learners
+from rayrl.cluster.weights import Weights
 from rayrl.config import Config
-from rayrl.errors import ConfigError
+from rayrl.feed import Feed
+from rayrl.grouplog import GroupLog
 from rayrl.progress import Clock, headline, step_metrics, warnings
+from rayrl.recovery import Recovery
 from rayrl.rollout import GroupPlan
 from rayrl.rundir import RunDir
 from rayrl.stage import MODEL, check_trained, say_templates, seats_of
 from rayrl.types import derive_seed
+from rayrl.watch import Watch
 
 __all__ = ["run", "train"]
 
@@ -31,15 +39,13 @@ def run(config: Config) -> None:
 
 
 async def train(config: Config) -> None:
-    """The loop: collect, batch, update, push, log.
+    """Open what a run needs, and go through its steps.
 
     Raises:
-        ConfigError: a setting this version does not have, or no seat that the policy plays.
+        ConfigError: no seat that the policy plays.
         RunFailed: the environment, the cluster or the numbers do not allow to go on.
     """
     cfg = config.train
-    if cfg.max_lag > 0:
-        raise ConfigError(f"train.max_lag={cfg.max_lag}: not in this version; set train.max_lag=0.")
     environment = make_environment(config)
     check_trained(environment, config)
     with RunDir(config.run.dir, config) as folder:
@@ -48,36 +54,95 @@ async def train(config: Config) -> None:
         say_templates(config, seats_of(environment, config, "model").values())
         found = folder.latest_checkpoint()
         start = found.step if found else 0
-        async with open_training(config, cfg.steps) as (rollouts, learner, weights):
-            if found:
-                await learner.load(found.path)
-            await weights.push(start)
-            with Bar(config.run.name, cfg.steps) as bar:
-                for step in range(start, cfg.steps):
-                    clock = Clock()
-                    with clock("collect"):
-                        played = await rollouts.collect(plans(config, step), step - cfg.max_lag)
-                    with clock("batch"):
-                        scored = advantages(played.groups, config.algo)
-                        batch = make_batch(played.groups, scored, keep_zero=needs_every_row(config))
-                    with clock("update"):
-                        await weights.make_room()
-                        learned = await learner.step(batch)
-                    with clock("push"):
-                        await weights.push(step + 1)
-                    metrics = step_metrics(played, batch, learned, clock, config.algo)
-                    folder.log(step, metrics)
-                    last = step + 1 == cfg.steps
-                    if step % config.run.episodes_every == 0 or last:
-                        folder.write_episodes(step, (*played.groups, *played.dropped))
-                    if (step + 1) % config.run.checkpoint_every == 0 or last:
-                        with folder.checkpoint(step + 1) as path:
-                            await learner.save(path)
-                    bar.update(step + 1, **headline(metrics))
-                    for warning in warnings(metrics, config.algo):
-                        bar.note(f"step {step + 1}: {warning}")
-            await learner.export(folder.path / MODEL)
+        log = GroupLog(folder.path / "groups")
+        opening = open_training(config, cfg.steps, log.turns)
+        async with opening as (rollouts, learner, weights):
+            async with Feed(rollouts, functools.partial(plans, config), config, log) as feed:
+                feed.restore(start, found.state if found else {})
+                with (
+                    Bar(config.run.name, cfg.steps) as bar,
+                    Watch(config, folder, bar.note) as watch,
+                ):
+                    loop = Loop(config, folder, feed, learner, weights, bar, watch, pushed=start)
+                    await loop.recovery.through(cfg.steps, loop.step, loop.export, loop.begin)
             folder.finish({"steps": cfg.steps, "model": MODEL})
+
+
+class Loop:
+    """Collect, batch, update, push, log: step after step, also after the learner was lost.
+
+    Args:
+        pushed: version that the replicas hold.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        folder: RunDir,
+        feed: Feed,
+        learner: Learners,
+        weights: Weights,
+        bar: Bar,
+        watch: Watch,
+        *,
+        pushed: int,
+    ) -> None:
+        self.config, self.folder, self.bar, self.watch = config, folder, bar, watch
+        self.feed, self.learner, self.weights = feed, learner, weights
+        self.pushed = pushed
+        self.recovery = Recovery(learner, folder, bar, config.learner.restarts)
+
+    async def begin(self, step: int) -> None:
+        """The learner is at this step, at first, or again because it was lost.
+
+        Then it learns again what it had learned, from the same batches, and what it had published
+        is gone with its processes.
+        """
+        self.weights.forget()
+        self.feed.rewind(step)
+        self.watch.rewind()
+        if step == self.pushed:
+            await self.weights.push(step)
+        self.feed.advance(self.pushed)
+
+    async def export(self) -> None:
+        """Leave the trained model."""
+        with self.folder.whole(MODEL) as path:
+            await self.learner.export(path)
+
+    async def step(self, step: int) -> None:
+        """One step of training."""
+        config, folder = self.config, self.folder
+        await self.watch.go_on()
+        clock = Clock()
+        with clock("collect"):
+            played = await self.feed.batch(step)
+        with clock("batch"):
+            scored = advantages(played.groups, config.algo)
+            batch = make_batch(played.groups, scored, keep_zero=needs_every_row(config))
+        with clock("update"):
+            await self.weights.make_room()
+            learned = await self.learner.step(batch)
+        with clock("push"):
+            if self.pushed <= step + 1:  # else the replicas have newer ones: a learner was lost
+                await self.weights.push(step + 1)
+                self.pushed = step + 1
+        self.feed.advance(step + 1)
+        metrics = step_metrics(step, played, batch, learned, clock)
+        folder.log(step, metrics)
+        self.watch.look(step, metrics, clock, played)
+        last = step + 1 == config.train.steps
+        if step % config.run.episodes_every == 0 or last:
+            folder.write_episodes(step, (*played.groups, *played.dropped))
+        if (step + 1) % config.run.checkpoint_every == 0 or last or self.watch.halting:
+            self.feed.checkpointed(step + 1)
+            with folder.checkpoint(step + 1, self.feed.state()) as path:
+                await self.learner.save(path)
+            self.feed.log.keep(step + 1)
+            self.recovery.checkpointed()
+        self.bar.update(step + 1, **headline(metrics))
+        for warning in warnings(metrics):
+            self.bar.note(f"step {step + 1}: {warning}")
 
 
 def needs_every_row(config: Config) -> bool:

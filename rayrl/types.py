@@ -6,10 +6,12 @@ processes and be written to a file. Ragged shapes are tuples; nothing is padded 
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import operator
 import random
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 __all__ = [
@@ -37,6 +39,25 @@ __all__ = [
     "tool",
     "user",
 ]
+
+
+@functools.cache
+def _values(kind: Any) -> Callable[[Any], tuple[Any, ...]]:
+    return operator.attrgetter(*[one.name for one in fields(kind)])
+
+
+class _Compact:
+    """Pickles as the call of its class: three to five times as fast as a frozen dataclass does.
+
+    Every turn goes through several pickles on its way. It needs two fields at least.
+    """
+
+    __slots__ = ()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        kind: Any = type(self)
+        return kind, _values(kind)(self)
+
 
 Role = Literal["system", "user", "assistant", "tool"]
 Finish = Literal["stop", "length", "abort"]
@@ -77,7 +98,7 @@ class Task:
 
 
 @dataclass(frozen=True, slots=True)
-class ToolCall:
+class ToolCall(_Compact):
     """One call a model asked for: `arguments` are parsed JSON."""
 
     id: str
@@ -86,7 +107,7 @@ class ToolCall:
 
 
 @dataclass(frozen=True, slots=True)
-class Message:
+class Message(_Compact):
     """One message of a conversation."""
 
     role: Role
@@ -116,7 +137,7 @@ def tool(content: str, call_id: str) -> Message:
 
 
 @dataclass(frozen=True, slots=True)
-class Sampling:
+class Sampling(_Compact):
     """How a completion is drawn. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 are off."""
 
     temperature: float = 1.0
@@ -127,7 +148,7 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
-class VersionSpan:
+class VersionSpan(_Compact):
     """Completion ids `[start, end)` were sampled from weights `version`."""
 
     version: int
@@ -136,7 +157,7 @@ class VersionSpan:
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class Request(_Compact):
     """One generation for an engine.
 
     Attributes:
@@ -159,7 +180,7 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class Completion:
+class Completion(_Compact):
     """What an engine answers.
 
     Attributes:
@@ -182,7 +203,7 @@ class Completion:
 
 
 @dataclass(frozen=True, slots=True)
-class Delta:
+class Delta(_Compact):
     """What an engine streams: the ids since the one before; put together they are a `Completion`.
 
     Attributes:
@@ -213,7 +234,7 @@ class Reply(str):
 
 
 @dataclass(frozen=True, slots=True)
-class Usage:
+class Usage(_Compact):
     """Tokens that calls of a server's model cost, as the server says; nothing is estimated.
 
     Attributes:
@@ -263,7 +284,7 @@ def _added(one: int | None, other: int | None) -> int | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
+class Turn(_Compact):
     """One call of a model by one seat.
 
     A conversation's ids are the concatenation, in order, of each turn's `prompt_ids` and
@@ -283,6 +304,9 @@ class Turn:
             (GiGPO compares there).
         tools: JSON schemas of the tools that were offered.
         usage: tokens the call cost at a server; None where none was asked.
+        began: wall-clock time at which an engine was asked, in seconds; 0 where none was. For the
+            timeline only, as `seconds`: not written to files.
+        seconds: until it had answered.
     """
 
     seat: str
@@ -297,19 +321,24 @@ class Turn:
     state: str = ""
     tools: tuple[Mapping[str, Any], ...] = ()
     usage: Usage | None = None
+    began: float = field(default=0.0, compare=False)
+    seconds: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
-class Failure:
-    """Why an episode has no reward. `kind` is "env" (its code) or "infra" (around it)."""
+class Failure(_Compact):
+    """Why an episode has no reward.
 
-    kind: Literal["env", "infra"]
+    `kind` is "env" (its code), "infra" (around it) or "stopped" (it was to be used no more).
+    """
+
+    kind: Literal["env", "infra", "stopped"]
     message: str
     traceback: str = ""
 
 
 @dataclass(frozen=True, slots=True)
-class Episode:
+class Episode(_Compact):
     """One task played to its end.
 
     Attributes:
@@ -321,8 +350,11 @@ class Episode:
         scores: by seat, then name.
         rewards: by seat: weighted sum of its scores. Empty when the episode failed.
         failure: None, or why it ended without a reward. Such an episode is never trained on.
-        wasted: tokens that earlier attempts at it cost at a server.
-        seconds: wall time, for the timing report only.
+        wasted: tokens that were lost with earlier attempts at it, of those a server counts.
+        replayed: turns that an earlier attempt had made, and that were not asked for again.
+        diverged: times it started over because its environment did not do again what it had done.
+        began: wall-clock time of its (last) start, in seconds, as its env host's clock has it.
+        seconds: wall time from there; both are for the timing report only.
     """
 
     id: str
@@ -334,6 +366,9 @@ class Episode:
     rewards: Mapping[str, float] = field(default_factory=dict)
     failure: Failure | None = None
     wasted: Usage | None = None
+    replayed: int = field(default=0, compare=False)
+    diverged: int = field(default=0, compare=False)
+    began: float = field(default=0.0, compare=False)
     seconds: float = field(default=0.0, compare=False)
 
     def turns_of(self, seat: str) -> tuple[Turn, ...]:
@@ -354,7 +389,7 @@ class Episode:
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class Group(_Compact):
     """Episodes of the same task, in index order. Rewards are compared only inside a group.
 
     Attributes:

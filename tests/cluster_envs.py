@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import ctypes
 import os
 import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import rayrl
@@ -34,6 +37,8 @@ async def talk(task: Number, agent: Any) -> Scores:
             raise ZeroDivisionError("the fault of number 3")
         case "hang":
             time.sleep(600)  # noqa: ASYNC251  # what is tested
+        case "stuck":  # in C code that holds the interpreter's lock, so that no thread goes on
+            ctypes.PyDLL(None).sleep(600)
         case "nan":
             return {"vowels": float("nan")}
         case "exit":
@@ -42,6 +47,81 @@ async def talk(task: Number, agent: Any) -> Scores:
     return {"vowels": sum(letter in "aeiou" for letter in said) / max(1, len(said))}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Mortal(Task):
+    k: int
+    flag: str
+
+
+def mortals(seed: int, u: float, *, flag: str = "") -> Mortal:
+    """Numbers 0 to 7, and a file that says that the host has died already."""
+    return Mortal(seed=seed, k=int(u * 8), flag=flag)
+
+
+def die_once(flag: Path) -> None:
+    if not flag.exists():
+        flag.touch()
+        os._exit(1)
+
+
+@rayrl.env(tasks=mortals, rewards={"letters": 1.0})
+async def mortal(task: Mortal, agent: Any) -> Scores:
+    """Three turns; before its third number 3 takes its host down, once."""
+    said = [await agent(f"turn {turn} of {task.k}") for turn in range(2)]
+    if task.k == 3:
+        await asyncio.sleep(0.5)  # so that what was said has been told
+        die_once(Path(task.flag))
+    said.append(await agent("the last"))
+    return {"letters": float(len("".join(said)))}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gated(Task):
+    k: int
+    gate: str
+
+
+def gated(seed: int, u: float, *, gate: str) -> Gated:
+    """Numbers 0 to 7, and a file that lets them end."""
+    return Gated(seed=seed, k=int(u * 8), gate=gate)
+
+
+@rayrl.env(tasks=gated, rewards={"letters": 1.0, "process": 0.0})
+async def waits(task: Gated, agent: Any) -> Scores:
+    """Two turns, the second once the gate is open; `process` says where it was played.
+
+    Who waits leaves a file beside the gate, named after its process.
+    """
+    said = await agent(f"the number is {task.k}")
+    Path(f"{task.gate}.{os.getpid()}").touch()  # noqa: ASYNC240
+    while not Path(task.gate).exists():  # noqa: ASYNC110, ASYNC240
+        await asyncio.sleep(0.02)
+    said += await agent("go on")
+    return {"letters": float(len(said)), "process": float(os.getpid())}
+
+
+def is_there(flag: str) -> bool:
+    return Path(flag).exists()
+
+
+def count_one(file: Path) -> None:
+    with file.open("a") as out:
+        out.write(".")
+
+
+@rayrl.env(tasks=mortals, rewards={"letters": 1.0})
+async def patient(task: Mortal, agent: Any) -> Scores:
+    """Three turns; before its third, numbers below 4 wait for the file, and count themselves."""
+    said = [await agent(f"turn {turn} of {task.k}") for turn in range(2)]
+    if task.k < 4 and not is_there(task.flag):
+        count_one(Path(f"{task.flag}-waiting"))
+        while not is_there(task.flag):  # noqa: ASYNC110  # a file tells nobody
+            await asyncio.sleep(0.05)
+    said.append(await agent("the last"))
+    return {"letters": float(len("".join(said)))}
+
+
+@waits.player("parrot")
 @talk.player("parrot")
 def parrot(messages: Sequence[Message], rng: random.Random) -> str:
     return messages[-1].content

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
-from rayrl import cli
+from rayrl import cli, submit
 from rayrl.config import Config
 
 __all__ = ["ROOT", "blocks", "commands", "settings", "understand"]
@@ -34,9 +34,15 @@ def commands(found: Iterable[tuple[str, str]]) -> list[str]:
 
 
 def settings(lines: Iterable[str]) -> list[tuple[list[str], str]]:
-    """Of the commands that run rayrl: the words that go to it, and the whole line."""
-    words = [(shlex.split(line, comments=True), line) for line in lines]
-    return [(all_[all_.index("rayrl") + 1 :], line) for all_, line in words if "rayrl" in all_]
+    """Of the commands that run or submit rayrl: the words that go to it, and the whole line."""
+    found = []
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        if words[:1] == ["jobs/submit"]:
+            found.append((submit.options().parse_args(words[1:]).words, line))
+        elif "rayrl" in words:
+            found.append((words[words.index("rayrl") + 1 :], line))
+    return found
 
 
 def understand(words: list[str]) -> None:

@@ -184,13 +184,17 @@ async def test_no_room_for_a_reply() -> None:
 
 
 async def test_misuse_is_named() -> None:
-    agent = Agent(script("a", "b"))
+    async def slow(messages: Sequence[Message], rng: Any) -> str:
+        await asyncio.sleep(0)
+        return "a"
+
+    agent = Agent(ScriptedPlayer(slow))
     with pytest.raises(EnvError, match="without a message"):
         await agent([])
-    agent.waiting = True
-    with pytest.raises(EnvError, match="asked again before it answered"):
-        await agent("x")
-    agent.waiting = False
+    first, second = await asyncio.gather(agent("x"), agent("x"), return_exceptions=True)
+    assert first == "a"
+    assert isinstance(second, EnvError)
+    assert "asked again before it answered" in str(second)
     agent.close()
     with pytest.raises(EnvError, match="the episode is over"):
         await agent("x")

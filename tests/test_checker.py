@@ -123,6 +123,29 @@ def test_weights_that_teach_nothing() -> None:
     assert check_env(made(right=0.0, rank=group).configure({}, {"rank": 0.5})) == []
 
 
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [
+        ("text", "'agent' was told something else"),
+        ("score", "the same task and replies were scored"),
+    ],
+)
+def test_randomness_that_only_a_good_player_meets(where: str, said: str) -> None:
+    async def deep(task: Task, agent: Any) -> Scores:
+        if await agent("a") != "the word":
+            return {"right": 0.0}
+        await agent(f"b {next(_count)}" if where == "text" else "b")
+        return {"right": next(_count) if where == "score" else 1.0}
+
+    env = made(play=deep)
+    assert check_env(env) == []
+    env.player("teacher")(lambda messages, rng: "the word")
+    (problem,) = check_env(env)
+    assert problem.startswith("with player 'teacher': not deterministic: ")
+    assert said in problem
+    assert "its episodes start over, instead of going on, when a process dies" in problem
+
+
 def test_a_teacher_that_cannot_play() -> None:
     env = made()
     env.player("broken")(lambda messages, rng: messages[7].content)

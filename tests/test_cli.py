@@ -346,6 +346,14 @@ def test_plan_shows_what_each_stage_reserves(capsys: pytest.CaptureFixture[str])
     assert reserved == ["0.5", "0.25", "1"]
 
 
+@pytest.mark.parametrize(("most", "said"), [(0, "2 × 0 cpu"), (5, "2 (to 5 while groups wait) × ")])
+def test_plan_says_how_many_hosts_there_may_be(
+    most: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["plan", "env=tictactoe", "cluster.env_hosts=2", f"cluster.env_hosts_max={most}"])
+    assert f"env hosts {said}" in capsys.readouterr().out
+
+
 def test_plan_says_how_weights_travel_and_what_that_needs(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from rayrl.cluster.weights import Weights, confirmations, open_store
 from rayrl.config import Config, from_dict
 from rayrl.engine import open_engine
 from rayrl.errors import ConfigError, InfraError, RunFailed, StaleWeights
+from rayrl.models import EMBEDDED
 from rayrl.rollout import GroupPlan
 from rayrl.types import (
     Completion,
@@ -42,7 +43,6 @@ from rayrl.types import (
 )
 from rayrl.weights import Manifest, checksum, flatten
 from tests import test_endpoint as server_of
-from tests.tiny import save_tiny_model
 
 HERE = Path(__file__).parent
 
@@ -118,10 +118,12 @@ async def test_version_and_releases_go_along() -> None:
     replicas = Replicas()
     one = client(replicas)
     one.min_version = 4
-    one.release(["over"])
+    await one.generate(request("over"))
+    one.release(["over", "never seen"])
     await one.generate(request(min_version=2))
     await one.generate(request(min_version=9))
     assert [(r.min_version, release) for _, (r,), release in replicas.calls] == [
+        (4, []),
         (4, ["over"]),
         (9, []),
     ]
@@ -254,7 +256,7 @@ def test_a_learner_computes_on_the_gpu_it_reserves(
     monkeypatch.setattr("rayrl.cluster.learners.set_threads", lambda _: None)
     for gpus in (0, 1):
         settings = from_dict({"learner": {"kind": kind}, "cluster": {"learner_gpus": gpus}})
-        LearnerRank(0, 1).start(settings, "", 1, 1, ("", 0))
+        LearnerRank(0, 1).start(settings, EMBEDDED, 1, 1, ("", 0))
     assert made == ["cpu", "cuda"]
 
 
@@ -268,11 +270,41 @@ def test_a_cluster_that_wants_a_token_is_not_said_to_be_away(
     def away(**_: object) -> None:
         raise ConnectionError("Failed to connect to Ray cluster at here")
 
+    def differ(**_: object) -> None:
+        raise RuntimeError("Version mismatch: The cluster was started with:\n    Ray: 2.0.0\n")
+
     cluster = from_dict({"cluster": {"address": "here:1"}}).cluster
-    for init, said in ((refuse, "asks for a token.*RAY_AUTH_MODE=token"), (away, "no Ray cluster")):
+    for init, said in (
+        (refuse, "asks for a token.*RAY_AUTH_MODE=token"),
+        (away, "no Ray cluster"),
+        (differ, r"(?s)must have the same Ray.*Ray: 2\.0\.0.*jobs/submit"),
+    ):
         monkeypatch.setattr("ray.init", init)
         with pytest.raises(InfraError, match=said), open_session(cluster):
             pass
+
+
+def test_who_joins_a_cluster_sends_the_code_and_a_job_has_it_already(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[set[str] | None] = []
+
+    def init(runtime_env: dict[str, Any] | None, **_: object) -> None:
+        folder = runtime_env and Path(runtime_env["working_dir"])
+        sent.append({one.name for one in folder.iterdir()} if folder else None)
+        raise ConnectionError("enough")
+
+    monkeypatch.setattr("ray.init", init)
+    cluster = from_dict({"cluster": {"address": "here:1"}}).cluster
+    for job in (False, True):
+        if job:
+            monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+        with pytest.raises(InfraError), open_session(cluster, envs=[f"{HERE}/cluster_envs.py"]):
+            pass
+    outside, inside = sent
+    assert outside is not None
+    assert outside >= {"rayrl", "conf", "rayrl_copyword", "env_files"}
+    assert inside is None
 
 
 @pytest.mark.parametrize(("there", "mode"), [(True, "token"), (False, "None")])
@@ -292,17 +324,6 @@ def test_a_token_that_is_there_is_sent(tmp_path: Path, there: bool, mode: str) -
 
 
 # --- on Ray ------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def session() -> Iterator[Session]:
-    with open_session(from_dict({}).cluster) as session:
-        yield session
 
 
 def config(tiny: Path, **sections: dict[str, Any]) -> Config:
@@ -369,7 +390,7 @@ async def test_replicas_admit_weights_by_version(
         stack.callback(ray.kill, store)
         stack.callback(undeploy, app)
         handle = await deploy(session, settings, engine, app=app, store=True)
-        weights = Weights(ObjectStore(publish, store, handle), handle, deadline_s=30)
+        weights = Weights(ObjectStore(publish, store, handle), store, handle, deadline_s=30)
         one = client(ServeCall(app, 2), lanes=2, deadline_s=60)
         requests = [request(f"s{k}", k) for k in range(16)]
 
@@ -440,7 +461,27 @@ async def test_a_task_that_takes_its_host_down_is_the_environments_failure(
         message = blamed.episodes[0].failure.message  # type: ignore[union-attr]
         assert ("blocked" if fault == "hang" else "died") in message
         assert "k=3" in repr(blamed.task)
-        assert rollouts.restarts == 2
+        assert rollouts.restarts == 3, "with four groups, with two, with one"
+
+
+async def test_episodes_of_a_dead_host_go_on_where_they_were(
+    session: Session, tiny: Path, tmp_path: Path
+) -> None:
+    found = []
+    for flag in (tmp_path / "lives", tmp_path / "dies"):
+        if flag.name == "lives":
+            flag.touch()
+        env = {"name": f"{HERE / 'cluster_envs.py'}:mortal", "args": {"flag": str(flag)}}
+        async with open_rollouts(config(tiny, env=env)) as rollouts:
+            played = await asyncio.wait_for(rollouts.collect(plans(config(tiny, env=env))), 240)
+            found.append([e for group in played.groups for e in group.episodes])
+            assert rollouts.restarts == (flag.name == "dies")
+    calm, died = found
+    assert [e.turns for e in died] == [e.turns for e in calm], "as if nothing had been"
+    assert [e.scores for e in died] == [e.scores for e in calm]
+    assert not any(e.replayed or e.diverged for e in calm)
+    assert [e.replayed for e in died if e.task.k == 3] == [2, 2]  # type: ignore[attr-defined]
+    assert not any(e.diverged for e in died)
 
 
 @pytest.mark.parametrize("fault", ["raise", "nan"])

@@ -184,6 +184,22 @@ def test_every_number_has_a_rule() -> None:
             },
             r"cluster\.env_hosts=4: eval\.player=endpoint shares endpoint\.concurrency=3.*lower",
         ),
+        (
+            "eval",
+            {
+                "eval__player": "endpoint",
+                "endpoint__url": "http://x",
+                "endpoint__model": "m",
+                "endpoint__concurrency": 3,
+                "cluster__env_hosts_max": 4,
+            },
+            r"cluster\.env_hosts_max=4: .*lower cluster\.env_hosts_max",
+        ),
+        (
+            "train",
+            {"cluster__env_hosts": 3, "cluster__env_hosts_max": 2},
+            r"cluster\.env_hosts_max=2: is less than cluster\.env_hosts=3",
+        ),
         ("train", {"env__seats": {"x": "endpoint"}}, r"url=: env\.seats\.x=endpoint needs"),
         ("play", {"env__seats": {"x": "endpoint"}}, r"url=: env\.seats\.x=endpoint needs"),
         ("recipe", {}, "there are no stages"),

@@ -16,6 +16,7 @@ from rayrl import Agent, Environment, ScriptedPlayer, check_env, load_env, play_
 from rayrl.advantage import advantages
 from rayrl.batch import make_batch
 from rayrl.cluster.rollouts import Collection
+from rayrl.cluster.scaling import Load
 from rayrl.config import from_dict, leaves
 from rayrl.learner.step import Tally
 from rayrl.progress import Clock, step_metrics
@@ -37,6 +38,11 @@ SETTINGS = settings(COMMANDS)
 OTHERS = (
     "ray start",
     "ray job submit",
+    "eval ",
+    "jobs/local_cluster",
+    "source ",
+    "docker ",
+    "kubectl ",
     "export",
     "scripts/setup",
     "python benchmarks/",
@@ -171,7 +177,8 @@ def test_every_figure_of_a_step_is_explained() -> None:
     for stage in re.findall(r'clock\("(\w+)"\)', (ROOT / "rayrl/train.py").read_text()):
         with clock(stage):
             pass
-    metrics = step_metrics(Collection((group,)), batch, learned, clock, algo)
+    played = Collection((group,), stopped=(group,), idle_s=0.0, load=Load(1, 0, 0))
+    metrics = step_metrics(0, played, batch, learned, clock)
     text = (ROOT / "docs/training.md").read_text("utf-8")
     rows = set(re.findall(r"`([\w/]+)`", "".join(re.findall(r"^\| `.*?\|", text, re.M))))
     names = {name for name in metrics if not name.startswith("score/")}

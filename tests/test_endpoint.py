@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import time
 from collections.abc import AsyncIterator, Callable
@@ -288,10 +289,13 @@ async def test_waiting_for_a_limit_is_not_the_episodes_time() -> None:
     assert episode.seconds > 0.9
 
 
-async def test_earlier_attempts_at_an_episode_are_paid_for() -> None:
+@pytest.mark.parametrize("same", [True, False])
+async def test_only_what_an_episode_cannot_use_again_is_wasted(same: bool) -> None:
+    began = itertools.count()
+
     @rayrl.env(tasks=[rayrl.Task()], rewards={"s": 1.0})
     async def chat(task: rayrl.Task, agent: Agent) -> rayrl.Scores:
-        await agent("one")
+        await agent("one" if same else f"one {next(began)}")
         await agent("two")
         return {"s": 1.0}
 
@@ -303,8 +307,11 @@ async def test_earlier_attempts_at_an_episode_are_paid_for() -> None:
         )
     (episode,) = group.episodes
     assert episode.failure is None
-    assert episode.wasted == Usage(prompt=100, completion=7, cached=64, reasoning=5)
-    assert episode.usage == Usage(3, 0, 300, 21, 192, 15)
+    assert (episode.replayed, episode.diverged) == ((1, 0) if same else (0, 1))
+    assert len(server.seen) == (3 if same else 4)  # with the one that failed
+    assert episode.wasted == (None if same else Usage(1, 0, 100, 7, 64, 5))
+    n = 2 if same else 3
+    assert episode.usage == Usage(n, 0, n * 100, n * 7, n * 64, n * 5)
     assert episode_from_json(json.loads(json.dumps(episode_to_json(episode)))) == episode
 
 

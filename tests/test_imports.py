@@ -19,24 +19,24 @@ PACKAGE = ROOT / "rayrl"
 LAYERS: list[dict[str, str]] = [
     {"words": "types errors hints"},
     {
-        "ground": "config env groups registry gymnasium intervals models weights "
-        "buckets engine.protocol"
+        "ground": "config conffiles env groups registry bundle gymnasium intervals models "
+        "weights buckets records engine.protocol"
     },
     {
-        "act": "tokenizer templates chat agent players tools textcalls rollout episodes "
-        "isolation endpoint limits checker",
+        "act": "tokenizer templates chat agent players tools textcalls durable deadline rollout "
+        "episodes isolation endpoint limits checker live",
         "learn": "advantage batch packing loss",
     },
     {"engine": "engine", "learner": "learner", "server": "openai"},
     {"cluster": "cluster"},
     {
         "output": "files rundir figures results show report_page stage journal bar boards progress "
-        "memory"
+        "memory alarms timeline watch feed grouplog recovery"
     },
     {
-        "programs": "synth sft train evaluate play report recipe plan envcheck fetch serve",
+        "programs": "synth sft train evaluate play report recipe plan envcheck fetch serve replay",
     },
-    {"command": "cli __main__"},
+    {"command": "cli submit jobstart __main__"},
 ]
 PLACE = {
     f"rayrl.{module}": (height, family)
@@ -51,7 +51,7 @@ ONLY = {
     "hydra": ("rayrl/cli.py",),
     "deepspeed": ("rayrl/learner/deepspeed.py",),
     "peft": ("rayrl/learner/lora.py",),
-    "vllm": ("rayrl/engine/vllm.py", "rayrl/engine/vllm_worker.py"),
+    "vllm": ("rayrl/engine/vllm",),
 }
 
 

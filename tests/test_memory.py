@@ -24,5 +24,10 @@ def test_children_are_counted() -> None:
     assert memory_of_tree(os.getpid()) < during - 50 * MIB
 
 
+def test_a_short_block_has_a_peak() -> None:
+    with PeakMemory(every_s=60.0) as memory:
+        assert memory.peak > MIB
+
+
 def test_a_process_that_is_gone_has_none() -> None:
     assert memory_of_tree(2**22 + 1) == 0

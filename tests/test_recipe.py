@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             folder.finish({})
 
     @contextmanager
-    def session(*_: object) -> Iterator[None]:
+    def session(*_: object, envs: Sequence[str]) -> Iterator[None]:
         ran.append("ray")
         yield
 

@@ -19,6 +19,7 @@ from rayrl.results import Cell, Result
 from rayrl.rundir import RunDir
 from rayrl.stage import EPISODES
 from rayrl.synth import write_whole
+from rayrl.timeline import row as timeline_row
 from rayrl.types import Episode, Failure, Group, Task, Turn, system, user
 
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)></pre>&amp;\u2028]]>"
@@ -157,6 +158,27 @@ def test_curves_are_in_the_data_by_phase(folder: Path) -> None:
     assert not [title for title in charts if title.startswith("time")]
     holders = [a["data-chart"] for _, a in page.tags if "data-chart" in a]
     assert sorted(map(str, holders)) == sorted(json.loads(page.scripts[0]))
+
+
+def test_the_timeline_of_the_last_steps(folder: Path) -> None:
+    """Its data is in an attribute, where a hostile name stays text."""
+    assert "Who waited for whom" not in Page(report.write(folder).read_text()).text
+    lines = [timeline_row(k, [("update", 100.0 + k, 100.5 + k)], []) for k in range(60)]
+    lines[59]["stages"].append([f'"><u>{EVIL}', 160.0, 161.0])
+    with (folder / "rl1" / "timeline.jsonl").open("w") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+        file.write('{"step": 60, "sta')  # being written
+    page = Page(report.write(folder).read_text())
+    assert "Who waited for whom" in page.text
+    (data,) = [a["data-steps"] for _, a in page.tags if "data-steps" in a]
+    assert data is not None
+    steps = json.loads(data)
+    assert [one["step"] for one in steps] == list(range(10, 60))
+    assert steps[0]["stages"] == [["update", 0.0, 0.5]]
+    assert steps[-1]["stages"] == [["update", 49.0, 49.5], [f'"><u>{EVIL}', 50.0, 51.0]]
+    assert not [tag for tag, _ in page.tags if tag in ("u", "img")]
+    (slider,) = [a for tag, a in page.tags if tag == "input"]
+    assert (slider["max"], slider["value"]) == ("49", "49")
 
 
 def test_rows_of_the_table(folder: Path) -> None:

@@ -102,7 +102,7 @@ async def test_what_an_environment_does_wrong_is_data(act: str, said: str) -> No
 
 
 async def test_code_that_swallows_its_cancellation(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rayrl.rollout._GRACE_S", 0.01)
+    monkeypatch.setattr("rayrl.deadline._GRACE_S", 0.01)
     task = Job(act="swallow")
     stuck = asyncio.create_task(play_episode(misbehaves, task, says(), id="e", deadline_s=0.05))
     episode = await asyncio.wait_for(stuck, 2.0)

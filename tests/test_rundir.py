@@ -158,7 +158,7 @@ def test_full_disk_keeps_the_previous_and_says_so(folder: Path, error: Exception
     with RunDir(folder, config_of()) as run:
         with run.checkpoint(2) as path:
             (path / "weights").write_text("w")
-        message = r"disk is full.*step 4.*step 2 is intact.*resumes"
+        message = r"disk is full.*step 4.*resumes.*step 2 is intact"
         with pytest.raises(RunFailed, match=message), run.checkpoint(4):
             raise error
         found = run.latest_checkpoint()

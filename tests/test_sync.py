@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
 from rayrl.cluster import learners
 from rayrl.cluster.learners import _together, _watched
@@ -16,16 +16,24 @@ from rayrl.cluster.store import Published, WeightsStore
 from rayrl.cluster.topology import transport_of
 from rayrl.cluster.weights import Weights
 from rayrl.config import Config, from_dict, validate
-from rayrl.errors import ConfigError, DataError, InfraError, RunFailed
+from rayrl.errors import ConfigError, DataError, InfraError, LearnerLost
 from rayrl.weights import Manifest
 
 
-def config(kind: str = "vllm", ranks: int = 1, lag: int = 0, **cluster: Any) -> Config:
+def config(
+    kind: str = "vllm",
+    ranks: int = 1,
+    lag: int = 0,
+    rank: int = 0,
+    on_update: str = "wait",
+    **cluster: Any,
+) -> Config:
     return from_dict(
         {
             "env": {"name": "copyword"},
-            "engine": {"kind": kind},
+            "engine": {"kind": kind, "on_update": on_update},
             "learner": {"world_size": ranks},
+            "lora": {"rank": rank},
             "train": {"max_lag": lag},
             "cluster": cluster,
         }
@@ -46,6 +54,8 @@ HALVES = {"learner_gpus": 0.4, "replica_gpus": 0.6, "colocate": True}
         ("object_store", {**HALVES, "placement": "SPREAD"}),
         ("gloo", {"sync": "gloo"}),
         ("object_store", {**GPUS, "placement": "SPREAD", "sync": "object_store"}),
+        ("object_store", {"rank": 8}),
+        ("adapters", {"rank": 8, "sync": "adapters"}),
     ],
 )
 def test_auto_goes_by_topology(wanted: str, settings: dict[str, Any]) -> None:
@@ -62,6 +72,16 @@ def test_auto_goes_by_topology(wanted: str, settings: dict[str, Any]) -> None:
         ("sync=nccl: .* cluster.learner_gpus=0; set it to 1", {"sync": "nccl"}),
         ("cluster.replica_gpus=0.5", {"sync": "nccl", "learner_gpus": 1.0, "replica_gpus": 0.5}),
         ("sync=gloo: is for CPUs", {"sync": "gloo", **GPUS}),
+        (
+            "sync=adapters: engine.kind=embedded",
+            {"kind": "embedded", "rank": 8, "sync": "adapters"},
+        ),
+        ("sync=adapters: lora.rank=0 trains all", {"sync": "adapters"}),
+        ("sync=adapters: a replica that sleeps", {**HALVES, "rank": 8, "sync": "adapters"}),
+        (
+            "sync=adapters: engine.on_update=keep",
+            {"rank": 8, "sync": "adapters", "on_update": "keep"},
+        ),
         ("sync=shm: must be one of auto, object_store", {"sync": "shm"}),
         ("colocate=true: engine.kind=embedded", {"kind": "embedded", "colocate": True}),
         ("colocate=true: train.max_lag=1", {**HALVES, "lag": 1}),
@@ -98,8 +118,9 @@ async def test_the_rank_that_failed_is_named_and_not_the_first_to_complain(
     assert await _together([call(0, 1), call(0.01, 2)]) == [1, 2]
     with pytest.raises(DataError, match="b came where"):
         await _together([call(0, lost), call(0.02, failed(DataError("b came where a")))])
-    with pytest.raises(RunFailed, match=r"rank 1.*the same command again"):
-        await _together([call(0, lost), call(0.02, RayActorError())])
+    for gone in (RayActorError(), OutOfMemoryError("its node was low on memory")):
+        with pytest.raises(LearnerLost, match=r"rank 1.*the same command again"):
+            await _together([call(0, lost), call(0.02, gone)])
     with pytest.raises(InfraError) as both:
         await _together([call(0, lost), call(0.02, failed(ValueError("the cause")))])
     for part in ("learner rank 0", "learner rank 1", "line 1, in f", "ValueError: the cause"):
@@ -150,7 +171,7 @@ class Scripted:
 
 def push(*attempts: Any, deadline_s: float = 20.0) -> Any:
     handle: Any = None
-    return asyncio.run(Weights(Scripted(*attempts), handle, deadline_s).push(5))
+    return asyncio.run(Weights(Scripted(*attempts), None, handle, deadline_s).push(5))
 
 
 def test_a_push_is_tried_again_until_all_confirm() -> None:
@@ -182,7 +203,7 @@ class Replicas:
 @pytest.mark.parametrize("turns", [True, False])
 async def test_on_a_shared_gpu_they_take_turns(turns: bool) -> None:
     replicas: Any = Replicas()
-    weights = Weights(Scripted([("a", 5, "good")]), replicas, 20.0, turns=turns)
+    weights = Weights(Scripted([("a", 5, "good")]), None, replicas, 20.0, turns=turns)
     await weights.make_room()
     replicas.told.append("update")
     await weights.push(5)

@@ -142,9 +142,10 @@ def test_a_run_writes_what_it_kept_and_is_not_run_again(
     assert len(in_process) == 1
     again = config(tmp_path / "again", keep={"win": 0.5, "format": 1.0})
     synth.run(again)
-    lines = [json.loads(line) | {"seconds": 0} for line in first.splitlines()]
+    times = {"began": 0, "seconds": 0}
+    lines = [json.loads(line) | times for line in first.splitlines()]
     other = (tmp_path / "again" / "episodes.jsonl").read_bytes()
-    assert [json.loads(line) | {"seconds": 0} for line in other.splitlines()] == lines
+    assert [json.loads(line) | times for line in other.splitlines()] == lines
 
 
 def test_nothing_kept_says_what_there_was(tmp_path: Path, in_process: list[int]) -> None:

@@ -94,6 +94,12 @@ SMOL = (
 )
 
 
+@pytest.fixture(autouse=True)
+def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a program that has just begun."""
+    monkeypatch.setattr("rayrl.stage._said", set())
+
+
 def made(template: str, *control: str, eos: str = "", bos: str = "") -> Chat:
     words = control or ("<|im_start|>", "<|im_end|>")
     tokenizer = build_tokenizer(template, control=words, eos=eos or words[-1])
@@ -359,6 +365,16 @@ def test_the_plan_says_it_of_frozen_opponents(
     frozen = saved(QWEN, tmp_path)
     main(["plan", "env=tictactoe_versus", f"env.seats.o=model:{frozen}"])
     assert f"chat template of {frozen}: it drops earlier" in capsys.readouterr().out
+
+
+def test_stages_of_one_program_say_it_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for stage in ("sft", "rl1"):
+        say_templates(from_dict({"model": {"path": saved(QWEN, tmp_path / stage)}}))
+    said = capsys.readouterr().err
+    assert said.count("it drops earlier") == 1
+    assert str(tmp_path / "sft") in said
 
 
 async def test_training_says_it_of_frozen_opponents(

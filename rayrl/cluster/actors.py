@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Coroutine, Mapping
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import AbstractContextManager, ExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,19 +12,21 @@ from typing import Any
 import ray
 from ray.serve.handle import DeploymentHandle
 
+from rayrl.bundle import env_names
 from rayrl.cluster.hosts import POLICY, HostJob
 from rayrl.cluster.learners import Learners
 from rayrl.cluster.replica import deploy, undeploy
 from rayrl.cluster.rollouts import Rollouts
 from rayrl.cluster.session import Session, open_session
 from rayrl.cluster.sync import open_transport
+from rayrl.cluster.topology import transport_of
 from rayrl.cluster.weights import Weights, open_store
 from rayrl.config import Config
 from rayrl.endpoint import check_reachable
 from rayrl.engine import open_engine
 from rayrl.env import Environment
 from rayrl.errors import ConfigError, did_you_mean
-from rayrl.models import model_dir
+from rayrl.models import model_name
 from rayrl.registry import load_env
 from rayrl.types import Sampling
 
@@ -81,7 +83,7 @@ async def open_rollouts(
     """
     await check_endpoint(config, config.env.seats if seats is None else seats)
     with ExitStack() as stack:
-        session = stack.enter_context(open_session(config.cluster, config.run.dir))
+        session = stack.enter_context(_session(config))
         job = _job(config, session, seats, sampling)
         rollouts = Rollouts(job)
         stack.callback(rollouts.close)
@@ -93,29 +95,33 @@ async def open_rollouts(
 async def open_learners(config: Config, total_steps: int) -> AsyncIterator[Learners]:
     """Learners on `config.model`, and nothing that plays."""
     with ExitStack() as stack:
-        stack.enter_context(open_session(config.cluster, config.run.dir))
+        stack.enter_context(_session(config))
         learners = Learners(config)
         stack.callback(learners.close)
-        await learners.start(str(model_dir(config.model.path)), total_steps)
+        await learners.start(model_name(config.model.path), total_steps)
         yield learners
 
 
 @asynccontextmanager
 async def open_training(
-    config: Config, total_steps: int
+    config: Config, total_steps: int, turns: Path | None = None
 ) -> AsyncIterator[tuple[Rollouts, Learners, Weights]]:
-    """Hosts, replicas and learners, all on `config.model`; replicas get weights by `push`."""
+    """Hosts, replicas and learners, all on `config.model`; replicas get weights by `push`.
+
+    Args:
+        turns: a file for those of live episodes, see `Rollouts`.
+    """
     await check_endpoint(config, config.env.seats)
     with ExitStack() as stack:
-        session = stack.enter_context(open_session(config.cluster, config.run.dir))
+        session = stack.enter_context(_session(config))
         job = _job(config, session, None, None)
         learners = Learners(config)
         stack.callback(learners.close)
-        rollouts = Rollouts(job)
+        rollouts = Rollouts(job, turns=turns)
         stack.callback(rollouts.close)
         store = open_store(session)
         stack.callback(ray.kill, store)
-        model = str(model_dir(config.model.path))
+        model = model_name(config.model.path)
         deploying = deploy_models(job, session, stack, pushed=True)
         if config.cluster.colocate:  # a replica on each GPU first, then a rank beside each
             handles, _ = await _together(deploying, rollouts.ready())
@@ -125,12 +131,17 @@ async def open_training(
             handles, *_ = await _together(deploying, rollouts.ready(), starting)
         weights = Weights(
             open_transport(config, learners, store, handles[POLICY]),
+            store,
             handles[POLICY],
             config.cluster.push_deadline_s,
             turns=config.cluster.colocate,
         )
         stack.callback(weights.close)
         yield rollouts, learners, weights
+
+
+def _session(config: Config) -> AbstractContextManager[Session]:
+    return open_session(config.cluster, config.run.dir, envs=env_names(config))
 
 
 async def check_endpoint(config: Config, seats: Mapping[str, str]) -> None:
@@ -152,7 +163,7 @@ def _job(
     """Who plays where, with every model in a Serve app of its own."""
     environment = make_environment(config)
     players = seat_players(environment, config.env.seats if seats is None else seats)
-    models = {who: str(model_of(who, config)) for who in players.values() if is_model(who)}
+    models = {who: model_of(who, config) for who in players.values() if is_model(who)}
     apps = {who: f"{session.name}-{number}" for number, who in enumerate(models)}
     return HostJob(environment.spec, players, sampling or _sampling(config), config, models, apps)
 
@@ -167,7 +178,8 @@ async def deploy_models(
             stack.callback(undeploy, app)
         store = pushed and who == POLICY
         sleeps = store and job.config.cluster.colocate
-        factory = partial(open_engine, job.models[who], job.config.engine, sleeps=sleeps)
+        lora = job.config.lora if store and transport_of(job.config) == "adapters" else None
+        factory = partial(open_engine, job.models[who], job.config.engine, sleeps=sleeps, lora=lora)
         handles[who] = await deploy(session, job.config, factory, app=app, store=store)
     return handles
 
@@ -187,6 +199,6 @@ def is_model(who: str) -> bool:
     return who == POLICY or who.startswith("model:")
 
 
-def model_of(who: str, config: Config) -> Path:
-    """The Hugging Face directory of a model in a seat."""
-    return model_dir(config.model.path if who == POLICY else who.removeprefix("model:"))
+def model_of(who: str, config: Config) -> str:
+    """What a model in a seat is called on every node."""
+    return model_name(config.model.path if who == POLICY else who.removeprefix("model:"))

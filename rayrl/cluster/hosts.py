@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
+import asyncio
+import gc
 import logging
-import os
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -15,20 +15,25 @@ import ray
 from rayrl.agent import Player
 from rayrl.chat import Chat
 from rayrl.cluster.client import BatchingClient, ServeCall
+from rayrl.cluster.lines import PAUSE_S
+from rayrl.cluster.recorder import Telling
 from rayrl.cluster.session import set_threads
 from rayrl.config import Config
+from rayrl.durable import Begun
 from rayrl.endpoint import EndpointPlayer, share
 from rayrl.env import Environment, EnvSpec
 from rayrl.errors import ConfigError, did_you_mean
 from rayrl.isolation import Isolated
+from rayrl.live import Room, Stops
 from rayrl.players import PolicyPlayer, ScriptedPlayer
 from rayrl.registry import load_env
 from rayrl.rollout import GroupPlan, play_groups
 from rayrl.types import Group, Sampling
 
-__all__ = ["POLICY", "EnvHost", "HostJob", "start_host", "trainable_seats"]
+__all__ = ["POLICY", "EnvHost", "HostJob", "News", "start_host", "trainable_seats"]
 
 POLICY = "policy"
+GC_EVERY = 50_000  # objects more than before
 ISOLATED_SLOTS = 16  # child processes a host, where env.isolated asks for them
 
 
@@ -52,20 +57,45 @@ class HostJob:
     apps: Mapping[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class News:
+    """What happened on a host: how many episodes ended there, and the groups that did."""
+
+    episodes: int
+    groups: tuple[Group, ...]
+
+
 def trainable_seats(seats: Mapping[str, str]) -> tuple[str, ...]:
     """Seats the policy plays: those whose tokens are trained on."""
     return tuple(seat for seat, who in seats.items() if who == POLICY)
 
 
 class EnvHost:
-    """Plays groups. Methods are thin: `rayrl.rollout` has the one loop."""
+    """Plays groups. Methods are thin: `rayrl.rollout` has the one loop.
 
-    def __init__(self, job: HostJob) -> None:
+    Args:
+        job: what is played.
+        recorder: is told every turn; needed by `begin` only.
+    """
+
+    def __init__(self, job: HostJob, recorder: Any = None) -> None:
         set_threads(1)
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        # thousands of live episodes are millions of objects, which Python would look through for
+        # garbage again and again: a tenth of the turns (benchmarks/many_live.py)
+        gc.set_threshold(GC_EVERY, 10, 10)
         self._job = job
+        self._telling = Telling(recorder)
         self._clients: dict[str, BatchingClient] = {}
-        self._winding_down = False
+        self._stops = Stops(self._version)
+        self._unbegun: dict[str, GroupPlan] = {}
+        self._playing: set[asyncio.Task[None]] = set()
+        # what `news` will tell
+        self._episodes = 0
+        self._groups: list[Group] = []
+        self._error: BaseException | None = None
+        self._changed = asyncio.Event()
+        self._news_at = 0.0  # not before
 
     # Made at the first call and not before: its caller gets what is wrong, whole.
 
@@ -89,7 +119,7 @@ class EnvHost:
         job, config = self._job, self._job.config
         kind, _, name = who.partition(":")
         if kind == "endpoint":
-            endpoint = share(config.endpoint, config.cluster.env_hosts)
+            endpoint = share(config.endpoint, config.cluster.most_env_hosts)
             return EndpointPlayer(endpoint, sampling=job.sampling)
         if kind == "player":
             known = self.environment.players
@@ -108,48 +138,117 @@ class EnvHost:
         chat = Chat.load(job.models[who])
         return PolicyPlayer(chat, client, job.sampling, trainable=who == POLICY)
 
-    @property
-    def _live(self) -> int:
+    @cached_property
+    def _room(self) -> Room:
         """Episodes at once: what a server is asked for is asked by episodes that soon end."""
         job, config = self._job, self._job.config
-        most = config.cluster.concurrency
+        most = [config.cluster.concurrency, self.environment.slots or config.cluster.concurrency]
         if "endpoint" in job.seats.values():
-            most = min(most, share(config.endpoint, config.cluster.env_hosts).concurrency)
-        return most
+            most.append(share(config.endpoint, config.cluster.most_env_hosts).concurrency)
+        return Room(min(most))
 
-    def wind_down(self) -> None:
-        """Begin no more of the groups of `collect`."""
-        self._winding_down = True
+    def _version(self) -> int:
+        """Weights that the policy's requests now ask for."""
+        client = self._clients.get(POLICY)
+        return client.min_version if client else 0
 
     async def ping(self) -> int:
-        """Answers only while the event loop runs: env code that blocks it is found by this."""
+        """How many episodes may be live here.
+
+        Answers only while the event loop runs: env code that blocks it is found by this.
+        """
         assert self.environment.seats  # now: the plans to come hold tasks of its classes
         assert self.players
-        return os.getpid()
+        return self._room.most
 
-    async def collect(
-        self, plans: Sequence[GroupPlan], min_version: int = 0
-    ) -> AsyncIterator[Group]:
-        """Play groups and yield them as they finish, in any order."""
-        players, env = self.players, self._job.config.env
+    def stop(self, plans: Sequence[str], oldest: int) -> None:
+        """End those of these plans that began with weights older than `oldest`."""
+        self._stops.stop(plans, oldest)
+
+    async def begin(
+        self,
+        plans: Sequence[GroupPlan],
+        min_version: int = 0,
+        recorded: Mapping[str, Begun] | None = None,
+        hosts: int = 1,
+    ) -> None:
+        """Play groups as there is room, earlier ones first; `news` says what comes of them.
+
+        Args:
+            recorded: episodes of these groups that began elsewhere, to go on with, by id.
+            hosts: how many there are; the more, the longer each waits between two messages.
+        """
+        self._telling.pause_s = PAUSE_S * hosts
         if POLICY in self._clients:
-            self._clients[POLICY].min_version = min_version
-        self._winding_down = False
+            client = self._clients[POLICY]
+            client.min_version = max(client.min_version, min_version)
+        self._unbegun |= {plan.id: plan for plan in plans}
+        task = asyncio.create_task(self._play([plan.id for plan in plans], recorded or {}))
+        self._playing.add(task)
+        task.add_done_callback(self._played)
+
+    async def news(self) -> News:
+        """What happened since this was asked last; waits until something has.
+
+        Raises:
+            Exception: an error of the program itself.
+        """
+        loop = asyncio.get_running_loop()
+        await self._changed.wait()
+        await asyncio.sleep(self._news_at - loop.time())
+        self._changed.clear()
+        self._news_at = loop.time() + self._telling.pause_s
+        if self._error is not None:
+            raise self._error
+        news = News(self._episodes, tuple(self._groups))
+        self._episodes, self._groups = 0, []
+        return news
+
+    async def give_back(self) -> list[str]:
+        """Groups that have not begun, by id, and now will not."""
+        names = list(self._unbegun)
+        self._unbegun.clear()
+        return names
+
+    async def _play(self, names: Sequence[str], recorded: Mapping[str, Begun]) -> None:
+        env = self._job.config.env
         async for group in play_groups(
             self.environment,
-            itertools.takewhile(lambda _: not self._winding_down, plans),
-            players,
-            concurrency=self._live,
+            self._begun(names),
+            self.players,
+            concurrency=self._room,
             retries=env.retries,
             deadline_s=env.deadline_s,
+            stops=self._stops,
+            recorded=recorded,
+            on_turn=self._telling.add,
+            on_end=self._ended,
         ):
-            yield group
+            self._telling.ended(group)
+            self._groups.append(group)
+            self._changed.set()
+
+    def _begun(self, names: Sequence[str]) -> Iterator[GroupPlan]:
+        for name in names:
+            if (plan := self._unbegun.pop(name, None)) is not None:
+                yield plan
+
+    def _ended(self) -> None:
+        self._episodes += 1
+        self._changed.set()
+
+    def _played(self, task: asyncio.Task[None]) -> None:
+        self._playing.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._error = error
+            self._changed.set()
 
 
-def start_host(job: HostJob) -> Any:
-    """Start a host's actor."""
+def start_host(job: HostJob, recorder: Any) -> Any:
+    """Start a host's actor; it tells every turn to the recorder."""
     actor = ray.remote(
         num_cpus=job.config.cluster.env_host_cpus,
+        resources=dict(job.config.cluster.env_host_resources),
         max_concurrency=1000,
     )(EnvHost)
-    return actor.remote(job)
+    return actor.remote(job, recorder)

@@ -25,7 +25,7 @@ from rayrl.cluster.session import HttpAt, open_session, set_threads
 from rayrl.config import Config, EngineConfig
 from rayrl.engine import open_engine
 from rayrl.errors import ConfigError
-from rayrl.models import model_dir
+from rayrl.models import model_name
 from rayrl.openai.app import Service, key_digest, make_app
 from rayrl.openai.metrics import merged
 
@@ -93,7 +93,7 @@ async def open_server(config: Config, name: str) -> AsyncIterator[str]:
         InfraError: a replica cannot start.
     """
     wanted, cluster = config.serve, config.cluster
-    path = str(model_dir(config.model.path))
+    path = model_name(config.model.path)
     digest = _digest(wanted.api_key_env)
     local = not cluster_address(cluster.address)
     at = HttpAt(wanted.host, _free_port(wanted.host, wanted.port) if local else wanted.port)

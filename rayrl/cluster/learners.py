@@ -14,16 +14,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import RayActorError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rayrl.batch import Batch, shard
 from rayrl.buckets import Channel, Meeting, Plan, host, send
+from rayrl.cluster.gone import GONE
 from rayrl.cluster.session import set_threads
 from rayrl.cluster.store import Published
+from rayrl.cluster.topology import transport_of
 from rayrl.config import Config
-from rayrl.errors import InfraError, RayrlError, RunFailed
+from rayrl.errors import InfraError, LearnerLost, RayrlError, RunFailed
+from rayrl.models import model_dir
 from rayrl.weights import buckets
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 __all__ = ["LearnerRank", "Learners"]
 
 PLACEMENT_DEADLINE_S = 120.0
+START_ATTEMPTS = 3
 GRACE_S = 2.0  # for other ranks to say why they failed
 
 
@@ -45,6 +48,7 @@ class LearnerRank:
         set_threads(threads)
         self._rank = rank
         self._learner: Learner
+        self._adapters = False  # whether they are all that is published
         self._flat: NDArray[np.uint8] | None = None
         self._plan: Plan = ()
         self._meeting: Any = None
@@ -61,6 +65,8 @@ class LearnerRank:
         self, config: Config, model: str, total_steps: int, world: int, master: tuple[str, int]
     ) -> None:
         """Load the model; with DeepSpeed, meet the other ranks."""
+        self._adapters = transport_of(config) == "adapters"
+        model = str(model_dir(model))
         device = "cuda" if config.cluster.learner_gpus else "cpu"
         if config.learner.kind == "reference":
             from rayrl.learner.reference import ReferenceLearner
@@ -89,7 +95,7 @@ class LearnerRank:
         """The weights as `version` in the object store; from rank 0, None from others."""
         from rayrl.weights import checksum
 
-        flat, manifest = self._learner.flat_weights(self._flat)
+        flat, manifest = self._learner.flat_weights(self._flat, adapters=self._adapters)
         self._flat = flat
         if self._rank:
             return None
@@ -150,6 +156,7 @@ class Learners:
         self._config = config
         self._group: Any = None
         self._ranks: list[Any] = []
+        self._started = ("", 0)
 
     async def start(self, model: str, total_steps: int) -> None:
         """Place and start the ranks on the model in directory `model`.
@@ -157,23 +164,42 @@ class Learners:
         Raises:
             InfraError: the cluster has no room for them.
         """
+        self._started = (model, total_steps)
+        for attempt in range(START_ATTEMPTS):
+            try:
+                await self._start(model, total_steps)
+            except LearnerLost:
+                if attempt + 1 == START_ATTEMPTS:
+                    raise
+                self.close()
+            else:
+                return
+
+    async def _start(self, model: str, total_steps: int) -> None:
         learner, cluster = self._config.learner, self._config.cluster
         await self._place(learner.world_size)
         strategy = self._group and PlacementGroupSchedulingStrategy(self._group)
         actor = ray.remote(
             num_cpus=cluster.learner_cpus,
             num_gpus=cluster.learner_gpus,
+            resources=dict(cluster.learner_resources),
         )(LearnerRank)
         self._ranks = [
             actor.options(scheduling_strategy=strategy or "DEFAULT").remote(rank, learner.threads)
             for rank in range(learner.world_size)
         ]
-        master = await self._ranks[0].address.remote()
+        (master,) = await _together([self._ranks[0].address.remote()])
         await self._all("start", self._config, model, total_steps, learner.world_size, master)
+
+    async def restart(self) -> None:
+        """End every rank and start anew on the model of the first start; then load a checkpoint."""
+        self.close()
+        await self.start(*self._started)
 
     async def _place(self, world: int) -> None:
         cluster = self._config.cluster
         needs = {"CPU": cluster.learner_cpus, "GPU": cluster.learner_gpus}
+        needs |= cluster.learner_resources
         bundle = {kind: amount for kind, amount in needs.items() if amount > 0}
         if not bundle:  # nothing is reserved, as on one small machine
             return
@@ -184,7 +210,8 @@ class Learners:
         except TimeoutError:
             raise InfraError(
                 f"the cluster has no room for {world} × {bundle} ({cluster.placement}); lower "
-                "learner.world_size, cluster.learner_cpus or cluster.learner_gpus"
+                "learner.world_size, cluster.learner_cpus, cluster.learner_gpus or "
+                "cluster.learner_resources"
             ) from None
 
     async def step(self, batch: Batch) -> Mapping[str, float]:
@@ -309,8 +336,8 @@ def _failure(errors: Mapping[int, BaseException]) -> BaseException:
         if isinstance(cause, RayrlError) and not isinstance(cause, InfraError):
             return cause
     for rank, error in errors.items():
-        if isinstance(error, RayActorError):
-            return RunFailed(
+        if isinstance(error, GONE):
+            return LearnerLost(
                 f"a learner process died (rank {rank}: {error}). Run the same command again to go "
                 "on from the last checkpoint."
             )

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import ExitStack, asynccontextmanager
 
 from rayrl.agent import Player
+from rayrl.bundle import env_names
 from rayrl.cluster.actors import (
     check_endpoint,
     deploy_models,
@@ -33,11 +34,11 @@ async def open_players(
     """
     await check_endpoint(config, seats)
     spec = make_environment(config).spec
-    models = {who: str(model_of(who, config)) for who in seats.values() if is_model(who)}
+    models = {who: model_of(who, config) for who in seats.values() if is_model(who)}
     with ExitStack() as stack:
         job = HostJob(spec, dict(seats), sampling, config)
         if models:
-            session = stack.enter_context(open_session(config.cluster))
+            session = stack.enter_context(open_session(config.cluster, envs=env_names(config)))
             apps = {who: f"{session.name}-{number}" for number, who in enumerate(models)}
             job = HostJob(spec, dict(seats), sampling, config, models, apps)
             await deploy_models(job, session, stack, pushed=False)

@@ -6,17 +6,20 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any, Protocol
 
 import ray
 from ray import serve
-from ray.exceptions import RayActorError
+from ray.exceptions import ObjectLostError
 from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
 from rayrl.buckets import Meeting, Plan
-from rayrl.cluster.client import DEPLOYMENT, Answer
+from rayrl.cluster.client import DEPLOYMENT
+from rayrl.cluster.gone import GONE
+from rayrl.cluster.lines import Answer, Carried, Mailbox, Running
 from rayrl.cluster.router import LaneRouter
 from rayrl.cluster.session import SERVE_LOGGING, Session, set_threads
 from rayrl.cluster.store import NAMESPACE, Published, store_name
@@ -30,6 +33,7 @@ __all__ = ["Replica", "deploy", "deployment_settings", "run_app", "undeploy"]
 MAX_ONGOING = 100_000  # calls a replica; admission is the engine's, which queues
 HEALTH_PERIOD_S = 2.0
 POLL_S = 0.2
+REACH_S = 10.0  # for a version that was asked for and is not here
 START_DEADLINE_S = 300.0  # for all replicas of an app, loading the model included
 START_ATTEMPTS = 3
 
@@ -59,44 +63,72 @@ class Replica:
         self._id = serve.get_replica_context().replica_id.unique_id
         self._loading = asyncio.Lock()
         self._loaded = (self._engine.version, "")
+        self._running: dict[str, Running] = {}  # what is generated, by session
+        self._boxes: dict[str, Mailbox] = {}  # by caller
 
     async def generate(
-        self, requests: Sequence[Request], release: Sequence[str] = ()
-    ) -> AsyncIterator[list[Answer]]:
-        """Answers in lists, as they finish: whatever is ready when the caller can take more."""
+        self,
+        requests: Sequence[Request],
+        release: Sequence[str] = (),
+        caller: str = "",
+        number: int = 0,
+    ) -> AsyncIterator[list[Answer] | Carried]:
+        """Answers in lists, as they finish.
+
+        Args:
+            requests: their answers are numbered from `number`.
+            release: conversations that are over.
+            caller: answers to all calls of one caller travel together (`rayrl.cluster.lines`); ""
+                has this call to itself.
+            number: differs for all requests of a caller.
+        """
         self._engine.release(release)
-        ready: asyncio.Queue[Answer] = asyncio.Queue()
-        tasks = [
-            asyncio.create_task(self._answer(index, request, ready))
-            for index, request in enumerate(requests)
-        ]
+        box = self._boxes.get(caller)
+        carried = box is not None
+        if box is None:
+            box = Mailbox(number)
+            if caller:
+                self._boxes[caller] = box
+        for k, request in enumerate(requests):
+            self._running[request.session] = task = box.expect(number + k, self._answer(request))
+            task.add_done_callback(partial(self._ended, request.session))
+        if carried:
+            yield Carried(box.carrier)
+            return
         try:
-            left = len(tasks)
-            while left:
-                answers = [await ready.get()]
-                await asyncio.sleep(0)  # let what finished in the same engine step come along
-                while not ready.empty():
-                    answers.append(ready.get_nowait())
-                left -= len(answers)
+            async for answers in box.carry():
                 yield answers
-        finally:  # the caller is gone
-            for task in tasks:
+        finally:  # nothing is left, or the caller is gone
+            if self._boxes.get(caller) is box:
+                del self._boxes[caller]
+            box.close()
+
+    def _ended(self, session: str, task: Running) -> None:
+        if self._running.get(session) is task:
+            del self._running[session]
+
+    def cancel(self, sessions: Sequence[str]) -> None:
+        """End what is generated for these: nobody waits for it any more."""
+        for session in sessions:
+            if (task := self._running.get(session)) is not None:
                 task.cancel()
 
-    async def _answer(self, index: int, request: Request, ready: asyncio.Queue[Answer]) -> None:
-        answer: Completion | Exception
+    async def _answer(self, request: Request) -> Completion | Exception:
         try:
             if self._engine.version < request.min_version:
                 await self._reach(request.min_version)
-            answer = await self._engine.generate(request)
+            return await self._engine.generate(request)
         except RayrlError as error:
-            answer = error
+            return error
         except Exception as error:
-            answer = InfraError(f"the engine failed: {type(error).__name__}: {error}")
-        ready.put_nowait((index, answer))
+            return InfraError(f"the engine failed: {type(error).__name__}: {error}")
 
     async def _reach(self, version: int) -> None:
+        end = time.monotonic() + REACH_S
         await self.catch_up()
+        while self._engine.version < version and time.monotonic() < end:
+            await asyncio.sleep(POLL_S)  # the store itself may just have begun anew
+            await self.catch_up()
         if self._engine.version < version:
             raise StaleWeights(
                 f"replica {self._id} holds weights version {self._engine.version}, the newest "
@@ -111,13 +143,15 @@ class Replica:
         """
         if not self._store:
             return
-        with suppress(RayActorError):  # nothing newer can come; the driver's push says so
+        with suppress(*GONE):  # nothing newer can come; the driver's push says so
             newest: Published | None = await self._store.newest.remote()
             while newest is not None and newest.version > self._engine.version:
                 if newest.buffer:
-                    await self.load(newest)
-                    return
-                await self._store.miss.remote()  # each time: a version that is published clears it
+                    with suppress(ObjectLostError):  # with the learner that had it; it will push
+                        await self.load(newest)
+                        return
+                else:  # each time: a version that is published clears it
+                    await self._store.miss.remote()
                 if not wait:
                     return
                 await asyncio.sleep(POLL_S)
@@ -183,6 +217,7 @@ def deployment_settings(cluster: ClusterConfig) -> dict[str, Any]:
         "ray_actor_options": {
             "num_cpus": cluster.replica_cpus,
             "num_gpus": cluster.replica_gpus,
+            "resources": dict(cluster.replica_resources),
         },
     }
 
@@ -261,11 +296,12 @@ def _no_place(cluster: ClusterConfig) -> str:
     has = " and ".join(
         f"{there.get(kind, 0):g} {kind}s ({free.get(kind, 0):g} free)" for kind in ("CPU", "GPU")
     )
+    own = f" and {dict(cluster.replica_resources)}" if cluster.replica_resources else ""
     return (
         f"cluster.replicas={cluster.replicas}: they did not all start within {START_DEADLINE_S:g} "
         f"s. Each reserves cluster.replica_cpus={cluster.replica_cpus:g} and "
-        f"cluster.replica_gpus={cluster.replica_gpus:g}; the cluster has {has}. Lower one of these "
-        "keys, or give the cluster more nodes."
+        f"cluster.replica_gpus={cluster.replica_gpus:g}{own}; the cluster has {has}. Lower one of "
+        "these keys, or give the cluster more nodes."
     )
 
 

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-import ray
-from ray.exceptions import RayActorError, RayTaskError
-
-from rayrl.cluster.hosts import HostJob, start_host, trainable_seats
-from rayrl.errors import InfraError, RayrlError, RunFailed
+from rayrl.cluster.hosts import HostJob, start_host
+from rayrl.cluster.place import kill
+from rayrl.cluster.pool import HostPool
+from rayrl.cluster.recorder import start_recorder
+from rayrl.cluster.scaling import Load
+from rayrl.errors import RunFailed
 from rayrl.rollout import GroupPlan
 from rayrl.types import Episode, Failure, Group
 
-__all__ = ["Collection", "Rollouts", "sort_out"]
+__all__ = ["Collection", "Rollouts", "is_stale", "sort_out"]
 
-GRACE_S = 5.0  # a host may be silent this much longer than env.deadline_s before it counts as hung
-PING_EVERY_S = 1.0
-START_DEADLINE_S = 300.0
-BLAMED_AFTER = 2  # host deaths, the last one alone on the host, after which a group is to blame
+FORGET_AT = 32  # groups that have ended, of which the recorder is told at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +32,12 @@ class Collection:
         env_failures: episodes whose environment failed.
         infra_failures: episodes that failed otherwise, after their retries.
         stale: episodes made with older weights than asked for.
+        stopped: groups that became too old; their tasks are played again.
+        waiting: complete groups that are there for a later batch.
+        live: groups that are being played.
+        idle_s: seconds since the last batch in which nothing was played; None with max_lag=0, where
+            play waits for the learner by design.
+        load: what the hosts had to do.
     """
 
     groups: tuple[Group, ...]
@@ -41,6 +45,11 @@ class Collection:
     env_failures: int = 0
     infra_failures: int = 0
     stale: int = 0
+    stopped: tuple[Group, ...] = ()
+    waiting: int = 0
+    live: int = 0
+    idle_s: float | None = None
+    load: Load | None = None
 
 
 def sort_out(groups: Sequence[Group], min_version: int, budget: float, env: str) -> Collection:
@@ -64,7 +73,7 @@ def sort_out(groups: Sequence[Group], min_version: int, budget: float, env: str)
             f"env.failure_budget={budget:g} allows.\n{_details(*by_env[0])}"
         )
     kept = tuple(
-        g for g in groups if g.complete and not any(_stale(e, min_version) for e in g.episodes)
+        g for g in groups if g.complete and not any(is_stale(e, min_version) for e in g.episodes)
     )
     if groups and not kept:
         what = _details(*failed[0]) if failed else f"all are older than version {min_version}"
@@ -74,17 +83,19 @@ def sort_out(groups: Sequence[Group], min_version: int, budget: float, env: str)
         dropped=tuple(g for g in groups if g not in kept),
         env_failures=len(by_env),
         infra_failures=len(failed) - len(by_env),
-        stale=sum(_stale(e, min_version) for e in episodes),
+        stale=sum(is_stale(e, min_version) for e in episodes),
     )
 
 
-def _stale(episode: Episode, min_version: int) -> bool:
+def is_stale(episode: Episode, min_version: int) -> bool:
+    """Whether a token of it was made with older weights."""
     return episode.min_version is not None and episode.min_version < min_version
 
 
 def _broken(group: Group) -> bool:
     """Whether an episode failed for no fault of its environment: worth playing once more."""
-    return any(e.failure is not None and e.failure.kind == "infra" for e in group.episodes)
+    kinds = {e.failure.kind for e in group.episodes if e.failure is not None}
+    return "infra" in kinds and "stopped" not in kinds
 
 
 def _details(episode: Episode, failure: Failure) -> str:
@@ -99,37 +110,43 @@ def _details(episode: Episode, failure: Failure) -> str:
     )
 
 
-class HostGone(Exception):
-    """A host died, or its event loop is blocked."""
-
-
 class Rollouts:
     """Plays plans on a set of hosts.
 
-    A plan always goes to the same host, so that its order of events is as repeatable as can be;
-    results do not depend on it. A host that dies or hangs is replaced, and what it had not finished
-    is played again one group at a time: a group that takes its host down again, alone, is recorded
-    as a failure of the environment.
+    Results do not depend on who plays what, nor on how many there are. A host that dies or hangs is
+    replaced, and what it had not finished is played again: a group that takes down a second host,
+    alone on it, is recorded as a failure of the environment.
+
+    Args:
+        turns: a file for those of live episodes. Where an earlier driver has left one, its episodes
+            go on when their plans are played again.
 
     Attributes:
         job: what the hosts play.
-        restarts: hosts replaced so far.
     """
 
-    def __init__(self, job: HostJob, start: Callable[[HostJob], Any] = start_host) -> None:
+    def __init__(
+        self,
+        job: HostJob,
+        start: Callable[[HostJob, Any], Any] = start_host,
+        turns: Path | None = None,
+    ) -> None:
         self.job = job
-        self._start = start
-        self._hosts = [start(job) for _ in range(job.config.cluster.env_hosts)]
-        self.restarts = 0
-        self._winding_down = False
+        self._recorder = start_recorder(turns)
+        self._pool = HostPool(job, partial(start, job, self._recorder), self._recorder)
+
+    @property
+    def restarts(self) -> int:
+        """Hosts replaced so far."""
+        return self._pool.restarts
 
     async def ready(self) -> None:
-        """Wait until every host can play.
+        """Wait until the hosts can play; those that may come later are not waited for.
 
         Raises:
             ConfigError: a setting the hosts cannot work with.
         """
-        await asyncio.gather(*(self._started(host) for host in self._hosts))
+        await self._pool.ready()
 
     async def collect(
         self,
@@ -153,146 +170,68 @@ class Rollouts:
             RunFailed: see `sort_out`.
         """
         done: dict[str, Group] = dict(known or {})
-        self._winding_down = False
+        self._pool.wind_up()
 
         def keep(group: Group) -> None:
             done[group.id] = group
             on_group(group)
 
-        await self._share([p for p in plans if p.id not in done], min_version, keep)
-        again = [plan for plan in plans if plan.id in done and _broken(done[plan.id])]
-        await self._share(again, min_version, keep)
+        await self.play([p for p in plans if p.id not in done], min_version, keep)
         env = self.job.config.env
         groups = [done[plan.id] for plan in plans if plan.id in done]
         return sort_out(groups, min_version, env.failure_budget, env.name)
 
-    def wind_down(self) -> None:
-        """Let `collect` play what is begun and begin nothing more."""
-        self._winding_down = True
-        for host in self._hosts:
-            host.wind_down.remote()
-
-    async def _share(
+    async def play(
         self, plans: Sequence[GroupPlan], min_version: int, keep: Callable[[Group], None]
     ) -> None:
-        n = len(self._hosts)
-        slots = [
-            asyncio.ensure_future(self._play(slot, plans[slot::n], min_version, keep))
-            for slot in range(n)
-        ]
+        """Play plans, those with an infrastructure failure once more. Calls may overlap.
+
+        Args:
+            keep: called with each group as it finishes, and again if it was played once more.
+        """
+        broken: set[str] = set()
+        over: list[str] = []
+
+        def look(group: Group) -> None:
+            keep(group)  # first: its turns are on the disk until the group is
+            if _broken(group):
+                broken.add(group.id)
+            else:
+                over.append(group.id)
+                if len(over) >= FORGET_AT:
+                    self.forget(over.copy())
+                    over.clear()
+
         try:
-            await asyncio.gather(*slots)
+            await self._pool.play(plans, min_version, look)
         finally:
-            for slot in slots:
-                slot.cancel()
+            if over:
+                self.forget(over)
+        again = [plan for plan in plans if plan.id in broken]
+        await self._pool.play(again, min_version, keep, again=True)
+        if again:
+            self.forget([plan.id for plan in again])
 
-    async def _play(
-        self,
-        slot: int,
-        plans: Sequence[GroupPlan],
-        min_version: int,
-        keep: Callable[[Group], None],
-    ) -> None:
-        """Play a slot's share, through deaths of its host."""
-        left = {plan.id: plan for plan in plans}
-        deaths = dict.fromkeys(left, 0)
-        one_by_one = False
-        while left and not self._winding_down:
-            now = list(left.values())[: 1 if one_by_one else None]
-            try:
-                async for group in self._stream(slot, now, min_version):
-                    del left[group.id]
-                    keep(group)
-            except HostGone as gone:
-                await self._replace(slot)
-                one_by_one = True
-                for plan in now:
-                    deaths[plan.id] += plan.id in left
-                if len(now) == 1 and deaths[now[0].id] >= BLAMED_AFTER:
-                    keep(self._blamed(left.pop(now[0].id), str(gone)))
+    def forget(self, groups: Sequence[str]) -> None:
+        """These groups, by id, need not be brought back."""
+        self._pool.forget(groups)
 
-    async def _stream(
-        self, slot: int, plans: Sequence[GroupPlan], min_version: int
-    ) -> AsyncIterator[Group]:
-        host = self._hosts[slot]
-        watch = asyncio.create_task(self._watch(host))
-        stream = aiter(host.collect.options(num_returns="streaming").remote(plans, min_version))
-        try:
-            while True:
-                following = asyncio.ensure_future(_next(stream))
-                await asyncio.wait({following, watch}, return_when=asyncio.FIRST_COMPLETED)
-                if not following.done():
-                    following.cancel()
-                    raise HostGone(watch.result())
-                group = following.result()
-                if group is None:
-                    return
-                yield group
-        finally:
-            watch.cancel()
+    def stop(self, plans: Sequence[str], oldest: int) -> None:
+        """End those of these plans, by id, that began with weights older than `oldest`.
 
-    async def _watch(self, host: Any) -> str:
-        """Returns why, once the host is silent."""
-        patience = self.job.config.env.deadline_s + GRACE_S
-        while True:
-            try:
-                async with asyncio.timeout(patience):
-                    await host.ping.remote()
-            except TimeoutError:
-                return f"its code blocked the event loop of its host for more than {patience:g} s"
-            except RayActorError as error:
-                return f"its host process died: {error}"
-            await asyncio.sleep(PING_EVERY_S)
+        Their groups come with what was played, and with failures of kind "stopped".
+        """
+        self._pool.stop(plans, oldest)
 
-    async def _replace(self, slot: int) -> None:
-        with suppress(Exception):  # it may be dead already
-            ray.kill(self._hosts[slot])
-        self._hosts[slot] = self._start(self.job)
-        self.restarts += 1
-        await self._started(self._hosts[slot])
+    def wind_down(self) -> None:
+        """Let `collect` play what is begun and begin nothing more."""
+        self._pool.wind_down()
 
-    async def _started(self, host: Any) -> None:
-        """Wait until a host has its imports and players: this time is not its environment's."""
-        try:
-            async with asyncio.timeout(START_DEADLINE_S):
-                await _result(host.ping.remote())
-        except TimeoutError:
-            raise InfraError(f"an env host did not start within {START_DEADLINE_S:g} s") from None
-        except HostGone as gone:
-            raise RunFailed(f"an env host cannot start: {gone}") from gone
-
-    def _blamed(self, plan: GroupPlan, why: str) -> Group:
-        name = self.job.config.env.name
-        failure = Failure("env", f"environment {name!r}: {why}")
-        episodes = tuple(
-            Episode(f"{plan.id}/{index}", name, plan.task, index, (), failure=failure)
-            for index in range(plan.size)
-        )
-        return Group(plan.id, plan.task, episodes, trainable_seats(self.job.seats))
+    def load(self) -> Load:
+        """What the hosts have to do."""
+        return self._pool.load()
 
     def close(self) -> None:
         """End the hosts."""
-        for host in self._hosts:
-            with suppress(Exception):
-                ray.kill(host)
-
-
-async def _next(stream: Any) -> Group | None:
-    """The next group of a host's stream, None at its end."""
-    try:
-        group: Group = await _result(await anext(stream))
-    except StopAsyncIteration:
-        return None
-    return group
-
-
-async def _result(ref: Any) -> Any:
-    """A host's answer, with its errors as ours."""
-    try:
-        return await ref
-    except RayTaskError as error:
-        if isinstance(error.cause, RayrlError):
-            raise error.cause from None
-        raise RunFailed(f"an env host failed: {error}") from error
-    except RayActorError as error:
-        raise HostGone(f"its host process died: {error}") from error
+        self._pool.close()
+        kill(self._recorder)

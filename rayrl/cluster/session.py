@@ -8,24 +8,36 @@ import os
 import secrets
 import tempfile
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray import serve
+from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray.exceptions import AuthenticationError
 from ray.serve.context import _get_global_client
 from ray.serve.schema import LoggingConfig
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from rayrl.bundle import stage, variables
 from rayrl.cluster import cluster_address
+from rayrl.cluster.head import watch_cluster
 from rayrl.cluster.store import NAMESPACE
 from rayrl.config import ClusterConfig
 from rayrl.errors import ConfigError, InfraError
 
-__all__ = ["SERVE_LOGGING", "HttpAt", "Session", "open_session", "run_name", "set_threads"]
+__all__ = [
+    "SERVE_LOGGING",
+    "HttpAt",
+    "Session",
+    "beside_driver",
+    "open_session",
+    "run_name",
+    "set_threads",
+]
 
 START_ATTEMPTS = 2
 SERVE_LOGGING = LoggingConfig(log_level="WARNING", enable_access_log=False)
@@ -62,6 +74,11 @@ def run_name(directory: str | None = None) -> str:
     return f"rayrl-{hashlib.blake2b(key.encode(), digest_size=5).hexdigest()}"
 
 
+def beside_driver() -> NodeAffinitySchedulingStrategy:
+    """Where the driver's own small actors belong: the loss of another node must not be theirs."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+
+
 def set_threads(threads: int) -> None:
     """Prepare an actor's process for that many compute threads; to be called before torch is there.
 
@@ -80,7 +97,10 @@ def set_threads(threads: int) -> None:
 
 @contextmanager
 def open_session(
-    cluster: ClusterConfig, directory: str | None = None, http: HttpAt | None = None
+    cluster: ClusterConfig,
+    directory: str | None = None,
+    http: HttpAt | None = None,
+    envs: Sequence[str] = (),
 ) -> Iterator[Session]:
     """Join or start Ray and Serve; on leaving, undo what was started and nothing else.
 
@@ -89,35 +109,36 @@ def open_session(
             (RAY_ADDRESS, as `ray job submit` sets it), else a local one that ends with us.
         directory: the run's folder, if the program has one.
         http: where Serve is to listen; None: nowhere, if we are who starts it.
+        envs: environments (as `env.name`) that will be played. If we join a cluster as no job of
+            it, the code of rayrl and of these is sent to its nodes.
 
     Raises:
         InfraError: the cluster cannot be reached.
-        ConfigError: Serve cannot listen there.
+        ConfigError: Serve cannot listen there, or the code is too much to be sent.
     """
     if ray.is_initialized():
         local = joined = False
     else:
-        local = _connect(cluster)
+        local = _connect(cluster, envs)
         joined = not local
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    started_serve = False
-    try:
-        started_serve = _start_serve(http)
-        yield Session(run_name(directory), local)
-    finally:
-        if started_serve and not local:
-            _stop_serve_if_unused()
+    with ExitStack() as stack:
         if local or joined:
-            ray.shutdown()
+            stack.callback(ray.shutdown)
+            stack.enter_context(watch_cluster(directory))
+        if _start_serve(http) and not local:
+            stack.callback(_stop_serve_if_unused)
+        yield Session(run_name(directory), local)
 
 
-def _connect(cluster: ClusterConfig) -> bool:
+def _connect(cluster: ClusterConfig, envs: Sequence[str]) -> bool:
     """Connect; returns whether the cluster is ours."""
     address = cluster_address(cluster.address)
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "namespace": NAMESPACE}
     if address:
         try:
-            ray.init(address=address, **quiet)
+            with _code(envs) as code:
+                ray.init(address=address, runtime_env=code, **quiet)
         except (AuthenticationError, ConnectionError, RuntimeError, ValueError) as error:
             raise InfraError(_refused(address, error)) from error
         return False
@@ -145,6 +166,17 @@ def _connect(cluster: ClusterConfig) -> bool:
     return True
 
 
+@contextmanager
+def _code(envs: Sequence[str]) -> Iterator[dict[str, Any] | None]:
+    """The `runtime_env` of a driver that joins a cluster; None for a job, which has one."""
+    if RAY_JOB_CONFIG_JSON_ENV_VAR in os.environ:
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="rayrl-code-") as folder:
+        stage(Path(folder), envs)
+        yield {"working_dir": folder, "env_vars": variables(os.environ)}
+
+
 def _refused(address: str, error: Exception) -> str:
     if isinstance(error, AuthenticationError) or "InvalidAuthToken" in str(error.__cause__):
         mode = os.environ.get("RAY_AUTH_MODE", "")
@@ -152,6 +184,12 @@ def _refused(address: str, error: Exception) -> str:
             f"the Ray cluster at {address!r} asks for a token, and RAY_AUTH_MODE={mode} with the "
             "token here did not satisfy it. Copy ~/.ray/auth_token from the machine where `ray "
             "start --head` ran, or set RAY_AUTH_TOKEN, and export RAY_AUTH_MODE=token."
+        )
+    if "Version mismatch" in str(error):
+        return (
+            f"the Ray cluster at {address!r} and this program must have the same Ray and the same "
+            f"Python.\n{error}\nUse them here as well; or submit the program as a job, which runs "
+            "with what the cluster has (jobs/submit)."
         )
     return (
         f"no Ray cluster answers at {address!r} ({error}). Start one with `ray start --head`, or "

@@ -2,6 +2,7 @@
 
 - `ObjectStore`: rank 0 puts one flat buffer into the object store; each replica reads it there,
   through shared memory on the same node. Works everywhere; a replica that starts later finds it.
+  With `cluster.sync=adapters` the buffer is the adapters alone.
 - `Stream`: rank 0 broadcasts packed buckets (`rayrl.buckets`) straight to the engines' workers,
   over NCCL between GPUs or gloo between CPUs, while the ranks gather ZeRO-3 shards a few at a time:
   none gathers more than a bucket. A replica that starts later gets it through the object store.
@@ -14,10 +15,10 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Any, Protocol
 
-from ray.exceptions import RayActorError
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
+from rayrl.cluster.gone import GONE
 from rayrl.cluster.learners import Learners
 from rayrl.cluster.store import Published
 from rayrl.cluster.topology import transport_of
@@ -49,6 +50,10 @@ class Transport(Protocol):
         """Where ranks hang that are past the deadline, as text with tracebacks; or nothing."""
         ...
 
+    def forget(self) -> None:
+        """Other learner processes will send from now on."""
+        ...
+
     def close(self) -> None:
         """Stop what runs in the background."""
         ...
@@ -59,7 +64,7 @@ def open_transport(
 ) -> Transport:
     """The transport of a configuration."""
     kind = transport_of(config)
-    if kind == "object_store":
+    if kind in ("object_store", "adapters"):
         return ObjectStore(learners.publish, store, handle)
     return Stream(kind, learners, store, handle, config.cluster.push_deadline_s)
 
@@ -83,7 +88,7 @@ async def ask_all(handle: DeploymentHandle, method: str, *args: Any) -> Sequence
 async def _tell(store: Any, published: Published) -> None:
     try:
         await store.publish.remote(published)
-    except RayActorError as error:
+    except GONE as error:
         raise RunFailed(
             f"the weights store, an actor that knows the newest version, died ({error}). Run "
             "the same command again to go on from the last checkpoint."
@@ -114,6 +119,10 @@ class ObjectStore:
     async def stuck(self) -> str:
         """See `Transport`."""
         return ""
+
+    def forget(self) -> None:
+        """See `Transport`."""
+        self._published = None
 
     def close(self) -> None:
         """See `Transport`."""
@@ -190,7 +199,7 @@ class Stream:
         """Give the newest version to replicas that came after it was streamed."""
         while True:
             await asyncio.sleep(POLL_S)
-            with suppress(InfraError, RayActorError):  # the next push says what is wrong
+            with suppress(InfraError, *GONE):  # the next push says what is wrong
                 if not await self._store.is_missed.remote():
                     continue
                 async with self._turn:
@@ -201,10 +210,14 @@ class Stream:
     async def stuck(self) -> str:
         """See `Transport`."""
         self._members = {}
-        with suppress(RayActorError, TimeoutError):
+        with suppress(*GONE, TimeoutError):
             async with asyncio.timeout(5):
                 return str(await self._store.stacks.remote())
         return ""
+
+    def forget(self) -> None:
+        """See `Transport`."""
+        self._members = {}
 
     def close(self) -> None:
         """See `Transport`."""

@@ -8,7 +8,7 @@ __all__ = ["transport_of"]
 
 
 def transport_of(config: Config) -> str:
-    """What `cluster.sync` comes to: object_store, nccl or gloo.
+    """What `cluster.sync` comes to: object_store, nccl, gloo or adapters.
 
     auto is nccl where learners and vLLM replicas have whole GPUs of their own on more than one
     node (`cluster.placement` spreads them), and else the object store.

@@ -13,10 +13,10 @@ from contextlib import suppress
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
 from ray.serve.handle import DeploymentHandle
 
-from rayrl.cluster.session import Session
+from rayrl.cluster.gone import GONE
+from rayrl.cluster.session import Session, beside_driver
 from rayrl.cluster.store import NAMESPACE, Published, WeightsStore, store_name
 from rayrl.cluster.sync import Transport, ask_all
 from rayrl.errors import InfraError
@@ -24,15 +24,18 @@ from rayrl.errors import InfraError
 __all__ = ["Weights", "confirmations", "open_store"]
 
 RETRY_S = 0.25  # between broadcasts while a replica has not confirmed
+REMIND_S = 2.0  # between looks at whether the store still knows the newest version
 
 
 def open_store(session: Session) -> Any:
-    """Start the store's actor; it lives as long as this program."""
+    """Start the store's actor, beside the driver; it lives as long as this program."""
     name = store_name(session.name)
     with suppress(ValueError):  # of a run in this folder that was killed a moment ago
         ray.kill(ray.get_actor(name, namespace=NAMESPACE))
-    actor = ray.remote(num_cpus=0)(WeightsStore)
-    return actor.options(name=name, namespace=NAMESPACE).remote()
+    # one that died is started again, empty; `Weights` tells it what it knew
+    actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(WeightsStore)
+    place = beside_driver()
+    return actor.options(name=name, namespace=NAMESPACE, scheduling_strategy=place).remote()
 
 
 def confirmations(results: Sequence[Any], published: Published) -> tuple[dict[str, str], list[str]]:
@@ -63,6 +66,7 @@ class Weights:
 
     Args:
         transport: how weights travel.
+        store: the weights store's actor.
         handle: of the replicas.
         deadline_s: for a push.
         turns: whether replicas and learners take turns on their GPUs (`cluster.colocate`).
@@ -71,12 +75,16 @@ class Weights:
     def __init__(
         self,
         transport: Transport,
+        store: Any,
         handle: DeploymentHandle,
         deadline_s: float,
         *,
         turns: bool = False,
     ) -> None:
         self._transport = transport
+        self._store = store
+        self._newest: Published | None = None
+        self._reminding: asyncio.Task[None] | None = None
         self._handle = handle
         self._deadline_s = deadline_s
         self._turns = turns
@@ -122,6 +130,9 @@ class Weights:
                 wrong = [str(error)]
                 await asyncio.sleep(RETRY_S)
                 continue
+            self._newest = published
+            if self._reminding is None:
+                self._reminding = asyncio.create_task(self._remind())
             confirmed, wrong = confirmations(results, published)
             if confirmed and not wrong:
                 return confirmed
@@ -131,6 +142,14 @@ class Weights:
             f"weights version {version} was not confirmed by every replica within "
             f"{self._deadline_s:g} s (cluster.push_deadline_s): {'; '.join(wrong)}"
         )
+
+    async def _remind(self) -> None:
+        """Tell the store what is newest, if it died and began anew."""
+        while True:
+            await asyncio.sleep(REMIND_S)
+            with suppress(*GONE):
+                if await self._store.newest.remote() is None:
+                    await self._store.publish.remote(self._newest)
 
     async def _each(self, method: str, *args: str) -> None:
         """Call every replica; one that died is replaced by Serve, and a push waits for it.
@@ -147,9 +166,15 @@ class Weights:
                 "(cluster.push_deadline_s)"
             ) from None
         for error in answers:
-            if isinstance(error, BaseException) and not isinstance(error, RayActorError):
+            if isinstance(error, BaseException) and not isinstance(error, GONE):
                 raise InfraError(f"a replica did not {method}: {error}") from error
+
+    def forget(self) -> None:
+        """The learner's processes are others now."""
+        self._transport.forget()
 
     def close(self) -> None:
         """Stop what runs in the background."""
+        if self._reminding is not None:
+            self._reminding.cancel()
         self._transport.close()

@@ -14,6 +14,8 @@ from .convert import (
     to_dict,
 )
 from .schema import (
+    AlarmConfig,
+    AlarmsConfig,
     AlgoConfig,
     ClusterConfig,
     Config,
@@ -26,6 +28,7 @@ from .schema import (
     LoraConfig,
     ModelConfig,
     PlayConfig,
+    ReplayConfig,
     RunConfig,
     SamplingConfig,
     ServeConfig,
@@ -36,6 +39,8 @@ from .schema import (
 )
 
 __all__ = [
+    "AlarmConfig",
+    "AlarmsConfig",
     "AlgoConfig",
     "ClusterConfig",
     "Config",
@@ -48,6 +53,7 @@ __all__ = [
     "LoraConfig",
     "ModelConfig",
     "PlayConfig",
+    "ReplayConfig",
     "RunConfig",
     "SamplingConfig",
     "ServeConfig",

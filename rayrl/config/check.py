@@ -11,8 +11,8 @@ from typing import Any
 
 from rayrl.errors import ConfigError, did_you_mean
 
-from .convert import stage_config
-from .schema import Config
+from .convert import leaves, stage_config
+from .schema import ALARM_ACTIONS, Config
 from .sync import check_sync
 
 __all__ = ["VERBS", "validate"]
@@ -34,7 +34,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "learner.dtype": ("float32", "bfloat16"),
     "learner.schedule": ("constant", "linear", "cosine"),
     "cluster.placement": ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"),
-    "cluster.sync": ("auto", "object_store", "nccl", "gloo"),
+    "cluster.sync": ("auto", "object_store", "nccl", "gloo", "adapters"),
     "sft.loss_on": ("replies", "all"),
 }
 
@@ -55,7 +55,6 @@ _AT_LEAST: dict[str, float] = {
     "algo.entropy_coef": 0,
     "algo.kl_coef": 0,
     "algo.tis_max": 0,
-    "algo.mismatch_alarm": 0,
     "algo.epochs": 1,
     "algo.minibatches": 1,
     "learner.world_size": 1,
@@ -63,8 +62,10 @@ _AT_LEAST: dict[str, float] = {
     "learner.warmup_steps": 0,
     "learner.weight_decay": 0,
     "learner.micro_batch_tokens": 1,
+    "learner.restarts": 0,
     "lora.rank": 0,
     "cluster.env_hosts": 1,
+    "cluster.env_hosts_max": 0,
     "cluster.concurrency": 1,
     "cluster.env_host_cpus": 0,
     "cluster.replicas": 1,
@@ -77,6 +78,7 @@ _AT_LEAST: dict[str, float] = {
     "train.groups": 1,
     "train.group_size": 1,
     "train.max_lag": 0,
+    "alarms.reward_window": 2,
     "sft.steps": 0,
     "sft.batch_size": 1,
     "synth.episodes": 1,
@@ -92,6 +94,7 @@ _AT_LEAST: dict[str, float] = {
     "eval.temperature": 0,
     "play.episodes": 1,
     "play.temperature": 0,
+    "replay.show": 0,
     "serve.port": 0,
     "serve.max_requests": 1,
 }
@@ -105,6 +108,7 @@ _ABOVE_ZERO = (
     "learner.eps",
     "learner.max_grad_norm",
     "lora.alpha",
+    "cluster.env_host_idle_s",
     "cluster.object_store_gb",
     "cluster.push_deadline_s",
     "cluster.request_deadline_s",
@@ -118,6 +122,10 @@ _SHARES = (
     "algo.gamma",
     "algo.clip_low",
     "learner.min_lr_ratio",
+    "alarms.entropy_share.threshold",
+    "alarms.dead_groups.threshold",
+    "alarms.starvation.threshold",
+    "alarms.idle_replicas.threshold",
 )
 
 
@@ -128,6 +136,11 @@ _NOT_EXTRA = {
     "n": "a turn has one answer; remove it.",
     "model": "set endpoint.model.",
 }
+
+_ALARMS = [key for key, _ in leaves() if key.startswith("alarms.")]
+_CHOICES |= {key: ALARM_ACTIONS for key in _ALARMS if key.endswith(".action")}
+_AT_LEAST |= {key: 1 for key in _ALARMS if key.endswith(".patience")}
+_AT_LEAST |= {key: 0 for key in _ALARMS if key.endswith(".threshold")}
 
 _WHOLE_RECIPE = ("cluster.address", "run.dir", "run.name")
 """Settings that would do nothing in one stage: Ray is open already, and folders have its name."""
@@ -153,12 +166,14 @@ def validate(config: Config, verb: str = "", *, chained: bool = False) -> None:
         _check_serve(config)
     for asking in _asking(config, verb):
         _check_endpoint(config, asking)
-        if verb != "play" and config.cluster.env_hosts > config.endpoint.concurrency:
+        if verb != "play" and config.cluster.most_env_hosts > config.endpoint.concurrency:
+            grows = config.cluster.env_hosts_max > config.cluster.env_hosts
+            key = "cluster.env_hosts_max" if grows else "cluster.env_hosts"
             raise _wrong(
-                "cluster.env_hosts",
-                config.cluster.env_hosts,
+                key,
+                config.cluster.most_env_hosts,
                 f"{asking} shares endpoint.concurrency={config.endpoint.concurrency} among the "
-                "hosts, and each needs 1; lower cluster.env_hosts or raise it.",
+                f"hosts, and each needs 1; lower {key} or raise it.",
             )
     if verb == "recipe" and not config.recipe:
         raise ConfigError(
@@ -244,6 +259,22 @@ def _check_shared(config: Config) -> None:
                     value,
                     f"the reference learner is one plain process; set {key}={only} or "
                     "learner.kind=deepspeed.",
+                )
+    if 0 < config.cluster.env_hosts_max < config.cluster.env_hosts:
+        raise _wrong(
+            "cluster.env_hosts_max",
+            config.cluster.env_hosts_max,
+            f"is less than cluster.env_hosts={config.cluster.env_hosts}; raise it, or 0 for a "
+            "fixed number.",
+        )
+    for key in ("env_host_resources", "replica_resources", "learner_resources"):
+        for name, amount in getattr(config.cluster, key).items():
+            if not amount > 0:
+                raise _wrong(f"cluster.{key}.{name}", amount, "must be more than 0.")
+            if name in ("CPU", "GPU", "memory"):
+                kind = key.removesuffix("_resources")
+                raise _wrong(
+                    f"cluster.{key}.{name}", amount, f"is Ray's own; see cluster.{kind}_cpus."
                 )
     if 0 < config.engine.max_len <= config.sampling.max_tokens:
         raise _wrong(

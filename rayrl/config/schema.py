@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 __all__ = [
+    "ALARM_ACTIONS",
+    "AlarmConfig",
+    "AlarmsConfig",
     "AlgoConfig",
     "ClusterConfig",
     "Config",
@@ -18,6 +21,7 @@ __all__ = [
     "LoraConfig",
     "ModelConfig",
     "PlayConfig",
+    "ReplayConfig",
     "RunConfig",
     "SamplingConfig",
     "ServeConfig",
@@ -108,7 +112,6 @@ class AlgoConfig:
     kl_coef: float = 0.0
     kl_estimator: str = "k3"  # k1 | k2 | k3
     tis_max: float = 2.0  # truncated importance sampling of rollout against learner; 0 is off
-    mismatch_alarm: float = 0.1  # mean |logprob difference| that is worth an alarm
     epochs: int = 1  # passes over a batch
     minibatches: int = 1  # optimizer steps a pass
 
@@ -133,6 +136,9 @@ class LearnerConfig:
     # float32 | bfloat16: of weights, activations and what is pushed; the optimizer's copy of the
     # weights, its moments and the sum of the gradients are fp32 in both
     dtype: str = "float32"
+    # times the learner is started again from a checkpoint, after one of its processes died, before
+    # the next checkpoint must be there
+    restarts: int = 3
     gradient_checkpointing: bool = False  # compute activations twice instead of keeping them
 
 
@@ -151,6 +157,9 @@ class ClusterConfig:
 
     address: str = ""  # "" joins the cluster this runs in, or starts a local one
     env_hosts: int = 1
+    # so many, while groups wait for room on all of them; 0: as env_hosts, a fixed number
+    env_hosts_max: int = 0
+    env_host_idle_s: float = 300.0  # without work, after which one above env_hosts is let go
     concurrency: int = 512  # live episodes a host
     env_host_cpus: float = 0.0
     replicas: int = 1
@@ -158,8 +167,13 @@ class ClusterConfig:
     replica_gpus: float = 0.0
     learner_cpus: float = 0.0
     learner_gpus: float = 0.0
+    # custom resources of Ray's nodes, name -> amount, that each process reserves besides, so that
+    # it goes to nodes that were started with them
+    env_host_resources: dict[str, float] = field(default_factory=dict)
+    replica_resources: dict[str, float] = field(default_factory=dict)
+    learner_resources: dict[str, float] = field(default_factory=dict)
     placement: str = "PACK"  # of the learners: PACK | SPREAD | STRICT_PACK | STRICT_SPREAD
-    # auto | object_store | nccl | gloo : how weights reach the replicas; docs/cluster.md
+    # auto | object_store | nccl | gloo | adapters : how weights reach the replicas; docs/cluster.md
     sync: str = "auto"
     bucket_mb: int = 256  # MiB of weights that are streamed at once (sync nccl and gloo)
     # each replica shares its GPU with a learner rank, and sleeps while that works
@@ -167,6 +181,11 @@ class ClusterConfig:
     object_store_gb: float = 0.5  # of a local Ray: two versions of the weights, and groups
     push_deadline_s: float = 60.0  # for every live replica to confirm new weights
     request_deadline_s: float = 60.0  # for one completion, from asking to its last id
+
+    @property
+    def most_env_hosts(self) -> int:
+        """Env hosts there may be at once."""
+        return max(self.env_hosts, self.env_hosts_max)
 
 
 @dataclass(frozen=True)
@@ -176,7 +195,41 @@ class TrainConfig:
     steps: int = 100
     groups: int = 16  # tasks a step; one stratum of the task source each
     group_size: int = 16  # episodes a task
-    max_lag: int = 0  # weights an episode may be older than the learner's
+    # weights versions a token may be older than the learner's when it is trained on; 1 and more:
+    # episodes are played while the learner works
+    max_lag: int = 0
+
+
+ALARM_ACTIONS = ("off", "log", "pause", "stop")
+
+
+@dataclass(frozen=True)
+class AlarmConfig:
+    """What is out of bounds, for how long, and what happens then."""
+
+    threshold: float
+    patience: int = 1  # steps in a row out of bounds
+    action: str = "log"  # off | log | pause (until RUN/PAUSED is removed) | stop (to be resumed)
+
+
+@dataclass(frozen=True)
+class AlarmsConfig:
+    """What a training run watches in itself; `alarms.py` says what each one usually means."""
+
+    mismatch: AlarmConfig = AlarmConfig(0.1)  # above: mean |logprob difference|, engine to learner
+    entropy_floor: AlarmConfig = AlarmConfig(0.01, 3)  # below: nats a token
+    entropy_share: AlarmConfig = AlarmConfig(0.1, 3)  # below: of the mean of the first 5 steps
+    # above: distance of the mean reward, up or down, from that of the last `reward_window` steps,
+    # in standard deviations of theirs
+    reward_jump: AlarmConfig = AlarmConfig(5.0)
+    reward_window: int = 20  # steps; at least half of them must be there to compare with
+    kl: AlarmConfig = AlarmConfig(0.5, 3)  # above: nats a token from the reference (algo.kl_coef)
+    step_kl: AlarmConfig = AlarmConfig(0.1)  # above: nats a token that the updates of a step moved
+    dead_groups: AlarmConfig = AlarmConfig(0.9, 3)  # above: share of groups without any advantage
+    # above: share of the step that the learner waited for episodes
+    starvation: AlarmConfig = AlarmConfig(0.95, 5)
+    # above: share of the step that replicas had nothing to do; only where train.max_lag > 0
+    idle_replicas: AlarmConfig = AlarmConfig(0.5, 5)
 
 
 @dataclass(frozen=True)
@@ -250,6 +303,16 @@ class PlayConfig:
 
 
 @dataclass(frozen=True)
+class ReplayConfig:
+    """`rayrl replay FILE [EPISODE_ID]`."""
+
+    file: str = ""  # JSONL of episodes
+    episode: str = ""  # id of the only one to be replayed; empty: all
+    out: str = ""  # where they are written with today's scores; empty: nowhere
+    show: int = 3  # differences of texts printed
+
+
+@dataclass(frozen=True)
 class ServeConfig:
     """The OpenAI-compatible HTTP server."""
 
@@ -283,11 +346,13 @@ class Config:
     lora: LoraConfig = field(default_factory=LoraConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    alarms: AlarmsConfig = field(default_factory=AlarmsConfig)
     sft: SftConfig = field(default_factory=SftConfig)
     synth: SynthConfig = field(default_factory=SynthConfig)
     endpoint: EndpointConfig = field(default_factory=EndpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     fetch: FetchConfig = field(default_factory=FetchConfig)
     play: PlayConfig = field(default_factory=PlayConfig)
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
     recipe: list[Stage] = field(default_factory=list)

@@ -31,8 +31,37 @@ def check_sync(config: Config) -> None:
                 )
     if cluster.sync == "gloo" and (cluster.learner_gpus or cluster.replica_gpus):
         raise _wrong("sync=gloo", "is for CPUs; choose nccl or object_store for GPUs.")
+    if cluster.sync == "adapters":
+        _check_adapters(config)
     if cluster.colocate:
         _check_colocated(config)
+
+
+def _check_adapters(config: Config) -> None:
+    if config.engine.kind != "vllm":
+        raise _wrong(
+            "sync=adapters",
+            f"engine.kind={config.engine.kind} takes whole weights; choose engine=vllm, or "
+            "cluster.sync=object_store.",
+        )
+    if not config.lora.rank:
+        raise _wrong(
+            "sync=adapters",
+            "lora.rank=0 trains all weights, so there are no adapters; set lora.rank=16, or "
+            "choose cluster.sync=auto.",
+        )
+    if config.cluster.colocate:
+        raise _wrong(
+            "sync=adapters",
+            "a replica that sleeps gives up its weights, which adapters alone do not bring back; "
+            "set cluster.colocate=false, or cluster.sync=object_store.",
+        )
+    if config.engine.on_update == "keep":
+        raise _wrong(
+            "sync=adapters",
+            "engine.on_update=keep changes weights in the middle of an answer, but vLLM keeps each "
+            "request on its adapter; set engine.on_update=wait or abort.",
+        )
 
 
 def _check_colocated(config: Config) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rayrl.config import EngineConfig
+from rayrl.config import EngineConfig, LoraConfig
 from rayrl.engine.protocol import Engine, Generator
 from rayrl.errors import ConfigError, did_you_mean
+from rayrl.models import model_dir
 
 __all__ = ["Engine", "Generator", "open_engine"]
 
@@ -20,18 +21,21 @@ def open_engine(
     version: int = 0,
     raw_logprobs: bool = False,
     sleeps: bool = False,
+    lora: LoraConfig | None = None,
 ) -> Engine:
-    """The engine `config.kind` for a Hugging Face directory whose weights are `version`.
+    """The engine `config.kind` for the model `path` (as `model.path`) whose weights are `version`.
 
     Args:
         raw_logprobs: tell the model's own logprobs (before temperature, top-k and top-p; greedy ids
             too), which people want to see, and not those of the distribution sampled from, which
             training needs.
         sleeps: whether it takes turns with a learner on one GPU.
+        lora: adapters that it will be sent instead of whole weights; vllm only.
 
     Raises:
         ConfigError: no such kind, or the engine cannot run this model.
     """
+    path = model_dir(str(path))
     if config.kind == "embedded":
         # not at the top: it imports torch, and the act half reads only the protocol
         from rayrl.engine.embedded import EmbeddedEngine
@@ -40,7 +44,9 @@ def open_engine(
     if config.kind == "vllm":
         from rayrl.engine.vllm import VllmEngine
 
-        return VllmEngine(path, config, version=version, raw_logprobs=raw_logprobs, sleeps=sleeps)
+        return VllmEngine(
+            path, config, version=version, raw_logprobs=raw_logprobs, sleeps=sleeps, lora=lora
+        )
     raise ConfigError(
         f"engine.kind={config.kind!r}: no such engine.{did_you_mean(config.kind, KINDS)}"
     )

@@ -11,9 +11,14 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["SharedBuffer"]
+__all__ = ["SharedBuffer", "memory_dir"]
 
 SHM = "/dev/shm"
+
+
+def memory_dir() -> str | None:
+    """Where files are memory; None, which means the usual place of temporary files, without any."""
+    return SHM if os.path.isdir(SHM) else None
 
 
 class SharedBuffer:
@@ -29,9 +34,7 @@ class SharedBuffer:
 
         if self._mapped is None or len(self._mapped) != len(flat):
             self.close()
-            handle, self.name = tempfile.mkstemp(
-                prefix="rayrl-weights-", dir=SHM if os.path.isdir(SHM) else None
-            )
+            handle, self.name = tempfile.mkstemp(prefix="rayrl-weights-", dir=memory_dir())
             with os.fdopen(handle, "wb") as file:
                 file.truncate(len(flat))
             self._mapped = np.memmap(self.name, np.uint8, "r+")

@@ -13,6 +13,9 @@ What is in flight when new weights come (`engine.on_update`):
 - "abort": it is stopped and made again from its prompt with the new weights.
 
 Keys and values of the old weights are dropped in each case.
+
+With `lora`, what is loaded is an adapter (`vllm_adapters.py`) and vLLM does not stop for it: "wait"
+lets each request end on the adapter it began with, beside new ones; "abort" is as above.
 """
 
 from __future__ import annotations
@@ -20,18 +23,20 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager, nullcontext
 from dataclasses import astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rayrl.config import EngineConfig
+from rayrl.config import EngineConfig, LoraConfig
 from rayrl.engine.protocol import Part
 from rayrl.engine.shared import SharedBuffer
+from rayrl.engine.vllm_adapters import Adapters, engine_args
+from rayrl.engine.vllm_outputs import delta, errors_as_ours, version_spans
 from rayrl.engine.wire import to_wire
 from rayrl.errors import ConfigError, InfraError, StaleWeights
-from rayrl.types import Alternatives, Completion, Delta, Finish, Request, VersionSpan
+from rayrl.types import Completion, Delta, Request
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,6 +56,7 @@ def environment(config: EngineConfig) -> dict[str, str]:
     return {
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "ERROR",  # it warns of what it cannot use, several lines a push
+        "TORCH_CPP_LOG_LEVEL": "ERROR",  # a line on NUMA at every start
         "PYTHONWARNINGS": "ignore::FutureWarning",  # of torch, in vLLM's own processes
         "VLLM_CPU_KVCACHE_SPACE": str(max(1, round(config.kv_cache_gb))),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # replicas of one machine would bind the same cores
@@ -69,6 +75,7 @@ class VllmEngine:
         version: of the weights in `path`.
         raw_logprobs: see `open_engine`.
         sleeps: whether `sleep` must give a GPU's memory back.
+        lora: adapters that it will be sent, over the weights in `path`; None: whole weights.
 
     Attributes:
         workers: processes that weights must reach.
@@ -85,6 +92,7 @@ class VllmEngine:
         version: int = 0,
         raw_logprobs: bool = False,
         sleeps: bool = False,
+        lora: LoraConfig | None = None,
     ) -> None:
         os.environ.update(environment(config))
         try:
@@ -118,6 +126,8 @@ class VllmEngine:
             "use_tqdm_on_load": False,
             "generation_config": "vllm",  # sampling is what the request says, nothing else
         }
+        if lora is not None:
+            args |= engine_args(lora)
         if config.max_len:
             args["max_model_len"] = config.max_len
         if current_platform.is_cpu():
@@ -130,6 +140,7 @@ class VllmEngine:
             self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**args))
         except (ValueError, RuntimeError, OSError) as error:
             raise ConfigError(f"model.path={path}: vLLM cannot run it: {error}") from error
+        self._adapters = None if lora is None else Adapters(self._llm, lora)
         self.max_len: int = self._llm.model_config.max_model_len
         self.workers = self._llm.vllm_config.parallel_config.world_size
 
@@ -156,7 +167,7 @@ class VllmEngine:
         return Completion(
             whole.ids,
             whole.logprobs,
-            _spans(spans, began, len(whole.ids)),
+            version_spans(spans, began, len(whole.ids)),
             whole.finish,
             whole.cached,
             whole.alternatives,
@@ -187,11 +198,13 @@ class VllmEngine:
         name = f"{request.session}#{next(self._numbers)}"
         prompt = {"prompt_token_ids": list(request.prompt_ids)}
         greedy = request.sampling.temperature == 0 and not self._raw_logprobs
-        with _errors_as_ours(request.session):
+        using = nullcontext() if self._adapters is None else self._adapters.using(name)
+        with errors_as_ours(request.session), using as lora:
             params = self._params(request, in_parts)
-            async with aclosing(self._llm.generate(prompt, params, name)) as outputs:
+            outputs = self._llm.generate(prompt, params, name, lora_request=lora)
+            async with aclosing(outputs):
                 async for output in outputs:
-                    yield output, _delta(output, greedy, request.top_logprobs)
+                    yield output, delta(output, greedy, request.top_logprobs)
 
     def _params(self, request: Request, in_parts: bool) -> Any:
         from vllm import SamplingParams
@@ -228,10 +241,28 @@ class VllmEngine:
                 health check fails and the replica is replaced.
         """
         async with self._loading:
+            if self._adapters is not None:
+                return await self._load_adapter(self._adapters, version, flat, manifest)
             await asyncio.to_thread(self._shared.write, flat)
             digest = await self._update(version, (manifest,), self._shared.name)
             self._shared.unlink()
             return digest
+
+    async def _load_adapter(
+        self, adapters: Adapters, version: int, flat: NDArray[np.uint8], manifest: Manifest
+    ) -> str:
+        if self._closed:
+            raise InfraError("the engine is closed")
+        try:
+            digest = await adapters.load(version, flat, manifest)
+            self.version = version  # no request can come between this and the adapter
+            if self._on_update == "abort":
+                await adapters.abort_older()
+        except Exception as error:  # what it held before still answers
+            raise InfraError(
+                f"vLLM could not load the adapter of version {version}: {error}"
+            ) from error
+        return digest
 
     async def join(self, meeting: Meeting, first: int) -> None:
         """Let the workers meet a learner, as ranks `first` and up of the channel.
@@ -328,54 +359,5 @@ class VllmEngine:
             self._closed = True
             await asyncio.to_thread(self._llm.shutdown)
             self._shared.close()
+            self._adapters = None
             del self._llm  # its finalizer would shut down again, when the interpreter ends
-
-
-@contextmanager
-def _errors_as_ours(session: str) -> Iterator[None]:
-    from vllm.exceptions import VLLMClientError
-    from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
-
-    try:
-        yield
-    except VLLMClientError as error:
-        raise ConfigError(f"session {session!r}: {error}") from error
-    except (EngineDeadError, EngineGenerateError) as error:
-        raise InfraError(f"vLLM failed: {error.__cause__ or error}") from error
-
-
-def _delta(output: Any, greedy: bool, top: int) -> Delta:
-    """An output of vLLM's, whole or a part."""
-    out = output.outputs[0]
-    ids = tuple(int(i) for i in out.token_ids)
-    choices = out.logprobs or ()  # one mapping per id: the sampled one, and the most probable
-    finish: Finish | None = None
-    if output.finished:
-        finish = out.finish_reason if out.finish_reason in ("stop", "length") else "abort"
-    return Delta(
-        ids,
-        tuple(
-            0.0 if greedy else float(here[token].logprob)
-            for token, here in zip(ids, choices, strict=True)
-        ),
-        finish,
-        output.num_cached_tokens or 0,
-        tuple(_alternatives(here, top) for here in choices) if top else (),
-    )
-
-
-def _alternatives(here: Any, top: int) -> Alternatives:
-    ranked = sorted((one.rank, int(token), float(one.logprob)) for token, one in here.items())
-    return tuple((token, logprob) for _, token, logprob in ranked[:top])
-
-
-def _spans(found: Sequence[tuple[str, int, int]], began: int, n: int) -> tuple[VersionSpan, ...]:
-    """vLLM's spans; it calls the weights it was started with "default"."""
-    if not n:
-        return ()
-    if not found:
-        return (VersionSpan(began, 0, n),)
-    return tuple(
-        VersionSpan(int(name) if name.isdigit() else began, start, end)
-        for name, start, end in found
-    )

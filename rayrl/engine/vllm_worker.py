@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -20,8 +22,9 @@ from vllm.model_executor.model_loader.reload import (
 )
 
 from rayrl.buckets import Channel, Meeting, receive
+from rayrl.engine.vllm_adapters import FILE, file_names
 from rayrl.engine.wire import from_wire
-from rayrl.weights import checksum, unflatten
+from rayrl.weights import checksum, flatten, unflatten
 
 __all__ = ["BACKEND", "Transfer", "Worker"]
 
@@ -111,6 +114,14 @@ class Worker:
     def rayrl_checksum(self) -> str:
         """Of the weights that were loaded last."""
         return self.weight_transfer_engine.digest
+
+    def rayrl_adapter_checksum(self, folder: str, plan: list[list[Any]]) -> str:
+        """Of an adapter's file as this process reads it, laid out as the learner's buffer was."""
+        (manifest,) = from_wire(plan)
+        names = file_names(manifest)
+        with safe_open(Path(folder) / FILE, "pt") as file:
+            flat, _ = flatten((name, file.get_tensor(names[name])) for name in manifest.names())
+        return checksum(flat)
 
 
 WeightTransferEngineFactory.register_engine(BACKEND, Transfer)

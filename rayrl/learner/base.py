@@ -165,12 +165,13 @@ class Learner(ABC):
                 for piece in bucket:
                     yield piece.name, piece.tensor()
 
-    def manifest(self) -> Manifest:
+    def manifest(self, *, adapters: bool = False) -> Manifest:
         """What `named_weights` yields and where `flat_weights` puts it; gathers nothing."""
-        return layout((one.name, one.dtype, one.shape) for one in pieces(self.module))
+        found = pieces(self.module, adapters=adapters)
+        return layout((one.name, one.dtype, one.shape) for one in found)
 
     def flat_weights(
-        self, out: NDArray[np.uint8] | None = None
+        self, out: NDArray[np.uint8] | None = None, *, adapters: bool = False
     ) -> tuple[NDArray[np.uint8], Manifest]:
         """All weights as one buffer in this process's memory, for the replicas.
 
@@ -178,11 +179,13 @@ class Learner(ABC):
 
         Args:
             out: a buffer of an earlier call to write into; fresh memory costs as much as a copy.
+            adapters: as `named_weights`.
         """
-        manifest = self.manifest()
+        manifest = self.manifest(adapters=adapters)
         size = 0 if self.rank else manifest.nbytes
         flat = np.zeros(size, dtype=np.uint8) if out is None else out
-        for entry, (_, tensor) in zip(manifest.entries, self.named_weights(), strict=True):
+        walk = self.named_weights(adapters=adapters)
+        for entry, (_, tensor) in zip(manifest.entries, walk, strict=True):
             if self.rank == 0:
                 put(flat, entry, tensor)
         return flat, manifest

@@ -7,9 +7,7 @@ import json
 import os
 import signal
 import subprocess
-import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,60 +21,9 @@ from rayrl.config import Config, from_dict
 from rayrl.train import plans
 from rayrl.types import Group
 from rayrl.weights import unflatten
-from tests.tiny import save_tiny_model
-
-ROOT = Path(__file__).parent.parent.parent
-ENVS = ROOT / "tests" / "cluster_envs.py"
+from tests.runs import ENVS, ROOT, command, episodes, figures, train, until, weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("model"))
-
-
-def command(tiny: Path, folder: Path, *more: str) -> list[str]:
-    settings = {
-        "run.dir": folder,
-        "run.checkpoint_every": 2,
-        "env.name": f"{ENVS}:talk",
-        "model.path": tiny,
-        "engine.max_len": 256,
-        "sampling.max_tokens": 8,
-        "train.steps": 6,
-        "train.groups": 4,
-        "train.group_size": 4,
-        "learner.kind": "reference",
-        "learner.lr": 0.01,
-    }
-    words = [f"{key}={value}" for key, value in settings.items()]
-    return [sys.executable, "-m", "rayrl", "train", *words, *more]
-
-
-def train(tiny: Path, folder: Path, *more: str, env: dict[str, str] | None = None) -> None:
-    done = subprocess.run(
-        command(tiny, folder, *more), cwd=ROOT, env=env, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-
-
-def weights(folder: Path) -> bytes:
-    return (folder / "model" / "model.safetensors").read_bytes()
-
-
-def figures(folder: Path) -> list[dict[str, Any]]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
-    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
-
-
-def episodes(folder: Path) -> dict[str, list[Any]]:
-    def plain(line: str) -> Any:
-        return {k: v for k, v in json.loads(line).items() if k != "seconds"}
-
-    files = sorted((folder / "episodes").glob("*.jsonl"))
-    return {f.name: [plain(line) for line in f.read_text().splitlines()] for f in files}
 
 
 @pytest.fixture(scope="module")
@@ -85,14 +32,6 @@ def unbroken(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_AUTH_")}
     train(tiny, folder, env={**env, "HOME": str(folder.parent)})
     return folder
-
-
-def until(fact: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 300) -> None:
-    end = time.monotonic() + seconds
-    while not fact():
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
 
 
 def test_it_learns_and_says_so(tiny: Path, unbroken: Path) -> None:
@@ -127,6 +66,45 @@ def test_killed_and_resumed_it_ends_as_if_unbroken(
     assert figures(folder) == figures(unbroken)
     assert episodes(folder) == episodes(unbroken)
     assert weights(folder) == weights(unbroken)
+
+
+def test_stopped_by_an_alarm_then_paused_it_ends_as_if_unbroken(
+    tiny: Path, unbroken: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    floor = "alarms.entropy_floor"  # in nats that no policy has
+    settings = [f"{floor}.threshold=1000", f"{floor}.patience=3", f"{floor}.action=stop"]
+    stopped = subprocess.run(
+        command(tiny, folder, *settings), cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert stopped.returncode == 1, stopped.stderr
+    assert f"stopped after step 3 by {floor}.action=stop" in stopped.stderr
+    assert "lower learner.lr" in stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    assert (folder / "checkpoints" / "step_000003" / "run.json").is_file()
+    settings = [f"{floor}.threshold=1000", f"{floor}.patience=2", f"{floor}.action=pause"]
+    with subprocess.Popen(
+        command(tiny, folder, *settings), cwd=ROOT, stderr=subprocess.PIPE, text=True
+    ) as process:
+        until((folder / "PAUSED").is_file, process)
+        assert len(figures(folder)) == 5
+        (folder / "PAUSED").unlink()
+        assert process.wait(300) == 0
+        assert process.stderr is not None
+        assert "going on" in process.stderr.read()
+    assert figures(folder) == figures(unbroken)
+    assert weights(folder) == weights(unbroken)
+    lines = (folder / "alarms.jsonl").read_text().splitlines()
+    assert [(row["step"], row["action"]) for row in map(json.loads, lines)] == [
+        (2, "stop"),
+        (4, "pause"),
+    ]
+    timeline = [json.loads(line) for line in (folder / "timeline.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in timeline] == list(range(6))
+    for row in timeline:
+        assert {"collect", "update", "push"} <= {name for name, _, _ in row["stages"]}
+        assert 0 < max(row["requests"]["mean"]) <= 16
+        assert 0 < max(row["episodes"]["mean"]) <= 16
 
 
 async def test_a_replica_killed_while_playing(tiny: Path, tmp_path: Path) -> None:
@@ -181,53 +159,3 @@ def gap(groups: Sequence[Group], tiny: Path, state: dict[str, Any]) -> float:
     with torch.no_grad():
         ours = row_logprobs(model, batch.rows, 4096, 1.0)
     return max(float(np.abs(ours[id(row)] - row.old_logprobs).max()) for row in batch.rows)
-
-
-def test_submitted_to_a_cluster(tiny: Path, tmp_path: Path) -> None:
-    """`ray job submit`: overrides, the log, and a non-zero exit when the run fails."""
-    import socket
-
-    def free() -> int:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            return int(probe.getsockname()[1])
-
-    bin_ = Path(sys.executable).parent
-    port, dashboard = free(), free()
-    env = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 32}
-    temp = Path(os.environ.get("TMPDIR", "/tmp")) / f"ray-{os.getpid()}"
-    start = [bin_ / "ray", "start", "--head", "--block", f"--port={port}", "--num-cpus=2"]
-    start += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
-    start += ["--include-dashboard=true", f"--temp-dir={temp}", "--object-store-memory=200000000"]
-    start += [f"--dashboard-agent-listen-port={free()}"]
-    with (
-        (tmp_path / "ray.log").open("w") as log,
-        subprocess.Popen(start, stdout=log, stderr=log, env=env, start_new_session=True) as cluster,
-    ):
-        try:
-            submit = [bin_ / "ray", "job", "submit", f"--address=http://127.0.0.1:{dashboard}"]
-
-            def job(*words: str) -> subprocess.CompletedProcess[str]:
-                line = ["env", f"PYTHONPATH={ROOT}", *map(str, words)]
-                for _ in range(60):
-                    done = subprocess.run(
-                        [*submit, "--", *line], env=env, capture_output=True, text=True, check=False
-                    )
-                    if "Failed to connect" not in done.stdout + done.stderr:
-                        break
-                    time.sleep(2)
-                return done
-
-            good = job(*command(tiny, tmp_path / "run", "train.steps=2", "run.name=submitted"))
-            assert good.returncode == 0, good.stdout + good.stderr
-            assert "submitted 2/2" in good.stdout, "the log streams"
-            assert len(figures(tmp_path / "run")) == 2
-            bad = job(*command(tiny, tmp_path / "bad", "env.args.fault=raise"))
-            assert bad.returncode != 0
-            assert "the fault of number 3" in bad.stdout
-            typo = job(*command(tiny, tmp_path / "typo", "train.stepz=2"))
-            assert typo.returncode != 0
-            assert "train.steps" in typo.stdout
-        finally:
-            os.killpg(cluster.pid, signal.SIGTERM)
-            cluster.wait(60)

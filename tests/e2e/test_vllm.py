@@ -31,10 +31,15 @@ SETTINGS: dict[str, Any] = {
     "env": {"name": "tictactoe", "args": {"max_turns": 7}},
     "engine": {"kind": "vllm", "dtype": "float32", "max_live": 64, "max_len": 512},
     "sampling": {"max_tokens": 32},
-    # two ranks that hold half of the weights each, streamed; and they take turns with the replicas
+    # two ranks that hold half of the weights each
     "learner": {"world_size": 2, "zero_stage": 3, "lr": 1e-3},
-    "cluster": {"replicas": 2, "sync": "gloo", "bucket_mb": 1, "colocate": True},
     "train": {"groups": 2, "group_size": 4, "steps": 2},
+}
+# they take turns with the replicas
+STREAMED = {"cluster": {"replicas": 2, "sync": "gloo", "bucket_mb": 1, "colocate": True}}
+ADAPTERS = {
+    "cluster": {"replicas": 2, "sync": "adapters"},
+    "lora": {"rank": 4, "alpha": 64.0},
 }
 
 
@@ -73,8 +78,12 @@ async def played(config: Config, folder: Path) -> list[tuple[int, list[Episode],
     return out
 
 
-def test_two_replicas_play_with_the_learners_weights_and_both_confirm(tmp_path: Path) -> None:
-    config = from_dict({**SETTINGS, "run": {"name": "vllm", "dir": str(tmp_path / "run")}})
+@pytest.mark.parametrize("way", [STREAMED, ADAPTERS], ids=["streamed", "adapters"])
+def test_two_replicas_play_with_the_learners_weights_and_both_confirm(
+    way: dict[str, Any], tmp_path: Path
+) -> None:
+    run = {"name": "vllm", "dir": str(tmp_path / "run")}
+    config = from_dict({**SETTINGS, **way, "run": run})
     steps = asyncio.run(played(config, tmp_path))
     for version, episodes, path in steps:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)

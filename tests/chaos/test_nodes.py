@@ -1,0 +1,36 @@
+"""One machine plays three nodes, each a raylet with its own object store; one of them is lost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.nodes import MORE, NODES, PLACES, PLAYERS, Nodes
+from tests.runs import Going, command, episodes, rows, scraps, train, weights
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+def test_a_node_is_lost_and_another_comes(nodes: Nodes, tiny: Path, tmp_path: Path) -> None:
+    train(tiny, tmp_path / "calm", *MORE)
+    for resources in NODES:
+        nodes.add(resources)
+    folder = tmp_path / "run"
+    words = [*MORE, *PLACES, f"cluster.address={nodes.address}"]
+    with Going(command(tiny, folder, *words), nodes.env) as run:
+        run.until(lambda: rows(folder) >= 3)
+        found = [nodes.titles(number) & PLAYERS for number in range(3)]
+        nodes.kill(2)
+        nodes.add(NODES[2])
+        assert run.wait() == 0, run.said
+    assert not any(nodes.titles(number) for number in (0, 1, 3)), "an actor is left"
+    assert found == [
+        {"ServeReplica", "LearnerRank"},
+        {"EnvHost", "ServeReplica"},
+        {"EnvHost", "LearnerRank"},
+    ]
+    assert weights(folder) == weights(tmp_path / "calm"), "as on one node, with none lost"
+    assert episodes(folder) == episodes(tmp_path / "calm")
+    assert "a learner process died; it starts again" in run.said
+    assert scraps(folder) == []

@@ -1,0 +1,138 @@
+"""Several nodes of Ray on this machine: raylets with an object store and an address each."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+
+__all__ = ["KINDS", "MORE", "NODES", "PLACES", "PLAYERS", "Nodes", "free_port"]
+
+STARTS = 3  # on a busy machine `ray start` may miss a deadline that Ray has fixed
+KINDS = ("EnvHost", "ServeReplica", "LearnerRank", "Recorder", "WeightsStore", "ServeController")
+PLAYERS = {"EnvHost", "ServeReplica", "LearnerRank"}
+MORE = [
+    "train.steps=8",
+    "sampling.max_tokens=48",
+    "cluster.env_hosts=2",
+    "cluster.replicas=2",
+    "learner.kind=deepspeed",
+    "learner.world_size=2",
+]
+PLACES = [
+    "cluster.env_host_resources={play: 1}",
+    "cluster.replica_resources={serve: 1}",
+    "cluster.learner_resources={learn: 1}",
+    "cluster.placement=STRICT_SPREAD",
+]
+# env hosts on the second and third, replicas on the first and second, ranks on the first and third
+NODES = [{"serve": 1, "learn": 1}, {"play": 1, "serve": 1}, {"play": 1, "learn": 1}]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Nodes:
+    """Raylets on this machine, started by `ray start`; the first is the head.
+
+    Args:
+        folder: for what they say.
+        store: where the head keeps what it knows, so that it can be killed and started again while
+            the others wait for it (RocksDB, built into Ray); None keeps it in memory. The nodes
+            share an address then: with addresses of their own a run did not go on without its head.
+    """
+
+    def __init__(self, folder: Path, store: Path | None = None) -> None:
+        self.address = f"127.0.0.1:{free_port()}"
+        self.env = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 32}
+        self.env["RAY_worker_niceness"] = "0"
+        self._addresses = store is None
+        if store is not None:
+            self.env |= {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(store)}
+        self.started: list[subprocess.Popen[bytes]] = []
+        self._log = (folder / "nodes.log").open("wb")
+
+    def add(self, resources: dict[str, int]) -> int:
+        """Another node; returns its number."""
+        self.started.append(self._start(resources, head=not self.started))
+        return len(self.started) - 1
+
+    def restart_head(self, resources: dict[str, int]) -> None:
+        """The first node again, where it was, after it was killed."""
+        # it would take the other raylets of this machine for a head that still runs
+        (self.temp(0) / "ray_current_cluster").unlink(missing_ok=True)
+        self.started[0] = self._start(resources, head=True)
+
+    def _start(self, resources: dict[str, int], *, head: bool) -> subprocess.Popen[bytes]:
+        line = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=2"]
+        line += [f"--resources={json.dumps(resources)}", "--object-store-memory=200000000"]
+        line += [f"--dashboard-agent-listen-port={free_port()}", "--disable-usage-stats"]
+        if head:
+            line += ["--head", f"--port={self.address.split(':')[1]}", f"--temp-dir={self.temp(0)}"]
+            line += ["--include-dashboard=false"]
+        else:
+            line += [f"--address={self.address}", f"--temp-dir={self.temp(len(self.started))}"]
+            if sys.platform == "linux" and self._addresses:  # 127.0.0.0/8 is this machine
+                line += [f"--node-ip-address=127.0.0.{len(self.started) + 1}"]
+        for _ in range(STARTS):
+            node = subprocess.Popen(line, env=self.env, stdout=self._log, stderr=self._log)
+            while node.poll() is None:
+                if self._children(node, "raylet"):
+                    time.sleep(2)
+                    if node.poll() is None:
+                        return node
+                time.sleep(0.1)
+        raise AssertionError(self.said())
+
+    def said(self) -> str:
+        """What `ray start` said, on all nodes."""
+        return Path(self._log.name).read_text()
+
+    def temp(self, number: int) -> Path:
+        """The node's own folder; a driver that names it is on that node."""
+        return Path(os.environ.get("TMPDIR", "/tmp")) / f"ray-{os.getpid()}-{number}"
+
+    def find(self, number: int, title: str) -> list[psutil.Process]:
+        """The processes of a node that Ray calls so."""
+        return self._children(self.started[number], f"ray::{title}")
+
+    def titles(self, number: int) -> set[str]:
+        """What Ray calls our processes on a node."""
+        return {kind for kind in KINDS if self._children(self.started[number], f"ray::{kind}")}
+
+    def kill(self, number: int) -> None:
+        """A node and all that runs on it, at once."""
+        node = self.started[number]
+        with suppress(psutil.NoSuchProcess):
+            for process in [psutil.Process(node.pid), *self._children(node)]:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+        node.wait(30)
+
+    def close(self) -> None:
+        for number in reversed(range(len(self.started))):
+            self.kill(number)
+            shutil.rmtree(self.temp(number), ignore_errors=True)
+        self._log.close()
+
+    @staticmethod
+    def _children(node: subprocess.Popen[bytes], title: str = "") -> list[psutil.Process]:
+        found = []
+        with suppress(psutil.NoSuchProcess):
+            for process in psutil.Process(node.pid).children(recursive=True):
+                with suppress(psutil.NoSuchProcess):
+                    line = process.cmdline() or [""]
+                    if " ".join(line).startswith(title) or Path(line[0]).name == title:
+                        found.append(process)
+        return found
