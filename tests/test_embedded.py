@@ -22,19 +22,20 @@ from rayrl.weights import checksum, flatten
 
 VOCAB = 97
 STOP = 5
-SHAPES = {  # name: heads, key heads: all heads folded, grouped, one key head, few heads
-    "mha": (4, 4),
-    "gqa": (4, 2),
-    "mqa": (8, 1),
-    "few": (3, 3),
+SHAPES = {  # name: heads, key heads, width of each: all heads folded, grouped, one key head, few
+    "mha": (4, 4, 16),
+    "gqa": (4, 2, 16),
+    "mqa": (8, 1, 16),
+    "few": (3, 3, 16),
+    "wide": (4, 4, 64),  # some kernels for few rows begin with the width
 }
 
 
 def llama(shape: str = "mha", seed: int = 0, **options: Any) -> LlamaForCausalLM:
-    heads, kv_heads = SHAPES[shape]
+    heads, kv_heads, width = SHAPES[shape]
     torch.manual_seed(seed)
     config = LlamaConfig(
-        hidden_size=16 * heads,
+        hidden_size=width * heads,
         num_hidden_layers=3,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,

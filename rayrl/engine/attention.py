@@ -10,9 +10,10 @@ transformers hands it q, k and v after the rotary embedding, it writes k and v t
 library's kernels (MKL, fp32), each of these is needed and together they are enough:
 
 - a matrix product's row does not depend on the other rows once there are at least 4 of them in a
-  batched product and 8 in a linear layer (below that, other kernels are used); 8 for each thread
+  batched product and 16 in a linear layer (below that, other kernels are used); 8 for each thread
   where rows are shared out to threads. Hence `_min_rows`, and the flat batch's padding in
-  `model.py`;
+  `model.py`. Some CPUs want more of wide rows (an Intel of model 167: width / 24): `_fewest_rows`
+  finds out;
 - scores reduce over the head dimension in order, so zeros before and after a head change nothing,
   and `Decode` may fold several heads into one product (below) where `Prefill` does not;
 - softmax and values reduce over the context, padded with exact zeros up to a multiple of 16; the
@@ -29,6 +30,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -42,6 +44,7 @@ __all__ = ["NAME", "Decode", "Geometry", "KVSlab", "Prefill", "Step", "attention
 
 NAME = "rayrl_slab"  # what the function is registered as
 MIN_ROWS = 4
+MANY_ROWS = 64  # with so many a product's kernel is the one for large ones
 PAD = 16  # contexts are padded to a multiple of it
 KEY_BLOCK = 128
 TILE = 32  # new tokens of one conversation in one prefill product
@@ -143,10 +146,24 @@ def _padded(length: int) -> int:
     return -(-length // PAD) * PAD
 
 
-def _min_rows(batches: int) -> int:
+@cache
+def _fewest_rows(width: int, threads: int) -> int:
+    """Query rows, `width` wide, from which on a product has the bits of one with many rows."""
+    numbers = torch.Generator().manual_seed(0)
+    query = torch.randn(threads, MANY_ROWS, width, generator=numbers)
+    key = torch.randn(threads, 4 * PAD, width, generator=numbers).transpose(1, 2)
+    many = torch.bmm(query, key)
+    for rows in range(MANY_ROWS - 1, MIN_ROWS - 1, -1):
+        if not torch.equal(torch.bmm(query[:, :rows].contiguous(), key), many[:, :rows]):
+            return rows + 1
+    return MIN_ROWS
+
+
+def _min_rows(batches: int, width: int) -> int:
     """Query rows a product needs; the library cuts the rows of one that has few batches."""
     threads = torch.get_num_threads()
-    return MIN_ROWS if batches >= threads else 8 * threads
+    rows = _fewest_rows(width, threads)
+    return rows if batches >= threads else max(rows, 8) * threads
 
 
 class Decode:
@@ -181,8 +198,8 @@ class Decode:
         mask = np.where(hidden, np.float32(-np.inf), np.float32(0)).repeat(g.folds, axis=0)
         self._mask = torch.from_numpy(mask)[:, None]  # (size * folds, 1, L)
         fewest = min(stop - start for _, start, stop, _ in self._blocks) * g.folds
-        rows = max(g.fold * g.group, _min_rows(fewest))
         width = g.fold * g.head_dim
+        rows = max(g.fold * g.group, _min_rows(fewest, width))
         self._rows = rows
         self._q = torch.zeros(size, g.folds, rows, width)
         self._out = torch.empty(size * g.folds, rows, width)
@@ -280,7 +297,7 @@ class Prefill:
     def _tiles(self, pieces: list[_Piece]) -> _Tiles:
         g = self.slab.geometry
         slot, position, token, count = np.array(pieces, dtype=np.int64).T
-        tile = max(int(count.max()), _min_rows(len(pieces) * g.folds))
+        tile = max(int(count.max()), _min_rows(len(pieces) * g.folds, g.head_dim))
         step = np.minimum(np.arange(tile), count[:, None] - 1)  # (n, tile)
         kept = np.flatnonzero(np.arange(tile) < count[:, None])
         tokens = token[:, None] + step

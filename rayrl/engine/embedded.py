@@ -65,7 +65,8 @@ class EmbeddedEngine:
         max_live: conversations decoded at once.
         max_len: ids of one conversation; 0: what the model's positions allow.
         kv_cache_gb: memory for keys and values; bounds how many conversations are kept.
-        threads: torch threads of the step thread. Results depend on the number in the last bits.
+        threads: torch threads of the step thread. Results depend on the number in the last bits;
+            with more than one and a wide model (SmolLM2), on some CPUs on what is in flight, too.
         version: version of the weights that `model` holds.
         tokenizer: only for requests with stop strings.
         raw_logprobs: see `open_engine`.
