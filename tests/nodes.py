@@ -49,15 +49,13 @@ class Nodes:
     Args:
         folder: for what they say.
         store: where the head keeps what it knows, so that it can be killed and started again while
-            the others wait for it (RocksDB, built into Ray); None keeps it in memory. The nodes
-            share an address then: with addresses of their own a run did not go on without its head.
+            the others wait for it (RocksDB, built into Ray); None keeps it in memory.
     """
 
     def __init__(self, folder: Path, store: Path | None = None) -> None:
         self.address = f"127.0.0.1:{free_port()}"
         self.env = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 32}
         self.env["RAY_worker_niceness"] = "0"
-        self._addresses = store is None
         if store is not None:
             self.env |= {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(store)}
         self.started: list[subprocess.Popen[bytes]] = []
@@ -83,7 +81,7 @@ class Nodes:
             line += ["--include-dashboard=false"]
         else:
             line += [f"--address={self.address}", f"--temp-dir={self.temp(len(self.started))}"]
-            if sys.platform == "linux" and self._addresses:  # 127.0.0.0/8 is this machine
+            if sys.platform == "linux":  # 127.0.0.0/8 is this machine
                 line += [f"--node-ip-address=127.0.0.{len(self.started) + 1}"]
         for _ in range(STARTS):
             node = subprocess.Popen(line, env=self.env, stdout=self._log, stderr=self._log)
