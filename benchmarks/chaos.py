@@ -13,7 +13,8 @@ is a matter of time, killed or not: then the number of updates must be the same,
 trained on must be trained on once and be accounted for, and the tables are there to be compared.
 
 What is lost is counted where it is made: an answer of an engine to the same request (seed, prompt,
-weights) that was given before was thrown away then. It is held against the kill before it.
+weights) that was given before was thrown away. It is held against the first kill
+after that.
 """
 
 from __future__ import annotations
@@ -76,15 +77,16 @@ def answers(folder: Path) -> list[dict[str, Any]]:
 
 
 def twice(folder: Path, kills: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
-    """Answers that had been given before, and their tokens, by the kind killed before them."""
+    """Answers that had been given before, and their tokens, by the kind killed in between."""
     found: dict[str, Counter[str]] = {}
-    seen: set[str] = set()
+    given: dict[str, float] = {}
     for one in sorted(answers(folder), key=lambda one: one["at"]):
-        if one["key"] in seen:
-            cause = [kill["kind"] for kill in kills if kill["at"] < one["at"]]
-            kind = cause[-1] if cause else "nobody"
-            found.setdefault(kind, Counter()).update(answers=1, tokens=one["tokens"])
-        seen.add(one["key"])
+        if one["key"] in given:
+            between = (k["kind"] for k in kills if given[one["key"]] <= k["at"] < one["at"])
+            found.setdefault(next(between, "nobody"), Counter()).update(
+                answers=1, tokens=one["tokens"]
+            )
+        given[one["key"]] = one["at"]
     return {kind: dict(count) for kind, count in found.items()}
 
 
