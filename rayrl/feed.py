@@ -172,6 +172,8 @@ class Feed:
         self._launch()
 
     def _launch(self) -> None:
+        if self._kept:  # first the version they lead to: live turns that were recorded may be of it
+            return
         steps = min(self._version + self._lag + 1, self._config.train.steps)
         end = steps * self._n + (self._lost if self._lag else 0)
         now = sorted(index for index in self._waiting if index < end)
