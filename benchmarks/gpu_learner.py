@@ -1,0 +1,416 @@
+"""The learner on a GPU: attention over a trie, packed and padded; then whole steps by ZeRO stage.
+
+    python benchmarks/gpu_learner.py [--models 135M 1.5B] [--rows 128] [--repeats 3] [--only steps]
+    python benchmarks/gpu_learner.py --device cpu --models tiny --rows 16     tries it out
+
+Models have random weights and the shapes of SmolLM2-135M and Qwen2.5-1.5B. Rows are games
+(`learner_step.py`'s, about 150 ids) and conversations (a prompt of 384 ids, then four turns of 96
+sampled ids and 32 given ones; siblings share the prompt alone).
+
+*Attention*: forward and backward of all rows, no optimizer, bf16. `trie` is the learner as it is;
+`trie flex` is the same trie in FlexAttention, where key i is visible to query j if i <= j < end[i],
+the end of i's subtree; `packed flex` is whole rows end to end in FlexAttention, without sharing;
+`padded` is right-padded rows in SDPA with logits everywhere. The logprobs of both tries are
+compared with those of fp32.
+
+*Steps*: `DeepSpeedLearner.step` on one rank, with gradients, clipping and AdamW. The floor counts
+linear layers only: 6 FLOPs a parameter and distinct token (the head: a token that predicts), over
+the rate of a large product measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from learner_step import finish, make_rows, padded_step
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, Qwen2Config
+
+from rayrl.batch import Batch, Trajectory, batch_of, micro_batches
+from rayrl.config import Config
+from rayrl.learner.attention import IMPLEMENTATION
+from rayrl.learner.deepspeed import DeepSpeedLearner
+from rayrl.learner.logits import chosen_logprobs
+from rayrl.learner.step import loss_of, token_logprobs
+from rayrl.loss import Objective
+from rayrl.packing import IntArray, Packed, pack
+
+TOKENS = 8192  # distinct tokens a micro-batch
+MODELS: dict[str, Any] = {
+    "tiny": lambda: LlamaConfig(
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=128,
+        vocab_size=512,
+        max_position_embeddings=2048,
+    ),
+    "135M": lambda: LlamaConfig(
+        hidden_size=576,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        intermediate_size=1536,
+        vocab_size=49152,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+    ),
+    "1.5B": lambda: Qwen2Config(
+        hidden_size=1536,
+        num_hidden_layers=28,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        intermediate_size=8960,
+        vocab_size=151936,
+        max_position_embeddings=32768,
+        tie_word_embeddings=True,
+    ),
+}
+
+
+def conversations(n: int, group: int) -> list[Trajectory]:
+    """`n` rows of 896 ids in groups of `group`."""
+    rng = np.random.default_rng(0)
+    system, rows = rng.integers(0, 400, 256), []
+    for g in range(n // group):
+        prompt = np.concatenate([system, rng.integers(0, 400, 128)])
+        for _ in range(group):
+            ids = np.concatenate([prompt, rng.integers(0, 400, 4 * 128)]).astype(np.int32)
+            mask = np.concatenate([np.zeros(384, bool), np.tile(np.arange(128) < 96, 4)])
+            old = np.where(mask, -6.0, 0.0).astype(np.float32)
+            advantage = np.where(mask, rng.normal(), 0.0).astype(np.float32)
+            rows.append(Trajectory(ids, mask, old, advantage, group=g))
+    return rows
+
+
+def ends_of(packed: Packed) -> IntArray:
+    """(U,) where the subtree of each distinct token ends."""
+    own = packed.lengths - packed.starts
+    offsets = np.concatenate(([0], np.cumsum(own)))
+    out = np.empty(len(packed.ids), np.int64)
+    following = np.full(int(packed.lengths.max()) + 1, len(packed.ids))  # by depth
+    for row in range(len(own) - 1, -1, -1):
+        start, length = packed.starts[row], packed.lengths[row]
+        out[offsets[row] : offsets[row + 1]] = following[start:length]
+        following[start:] = offsets[row]
+    return out
+
+
+def end_to_end(rows: list[Trajectory]) -> tuple[IntArray, IntArray, IntArray, IntArray, IntArray]:
+    """Ids, positions, ends of whole rows; and where logits are needed, for which ids."""
+    lengths = np.array([len(row.ids) for row in rows])
+    offsets = np.concatenate(([0], np.cumsum(lengths)))
+    ids = np.concatenate([row.ids for row in rows]).astype(np.int64)
+    positions = np.concatenate([np.arange(n) for n in lengths])
+    targets = np.flatnonzero(np.concatenate([row.loss_mask for row in rows]))
+    return ids, positions, np.repeat(offsets[1:], lengths), targets - 1, ids[targets]
+
+
+class Flex:
+    """FlexAttention as an attention function of transformers, over ids of one padded length."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        compiled = device != "cpu"
+        self.attend = torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
+        self.mask_of = torch.compile(create_block_mask) if compiled else create_block_mask
+        AttentionInterface.register("flex_by_ends", self)
+
+    def __call__(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float | None = None,
+        plan: Any = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        out = self.attend(query, key, value, block_mask=plan, scale=scaling, enable_gqa=True)
+        return out.transpose(1, 2), None
+
+    def logits(
+        self, model: Any, ids: IntArray, positions: IntArray, ends: IntArray, sources: IntArray
+    ) -> torch.Tensor:
+        """(S, V) at `sources`."""
+        size = -(-len(ids) // TOKENS) * TOKENS
+        extra = size - len(ids)
+        end = np.concatenate([ends, np.arange(len(ids), size) + 1])
+
+        def tensor(array: IntArray) -> torch.Tensor:
+            return torch.from_numpy(array).to(self.device)
+
+        end_of = tensor(end)
+
+        def visible(b: Any, h: Any, query: Any, key: Any) -> Any:
+            return (key <= query) & (query < end_of[key])
+
+        mask = self.mask_of(visible, None, None, size, size, device=self.device)
+        out: torch.Tensor = model(
+            input_ids=tensor(np.pad(ids, (0, extra)))[None],
+            position_ids=tensor(np.pad(positions, (0, extra)))[None],
+            logits_to_keep=tensor(sources),
+            use_cache=False,
+            plan=mask,
+        ).logits[0]
+        return out
+
+    def trie(self, model: Any, rows: list[Trajectory]) -> torch.Tensor:
+        """Logprobs of the rows' loss tokens, in `pack`'s order."""
+        packed = pack([row.ids for row in rows], [row.loss_mask for row in rows])
+        logits = self.logits(model, packed.ids, packed.positions, ends_of(packed), packed.sources)
+        slot, target = (torch.from_numpy(a).to(self.device) for a in (packed.slot, packed.target))
+        return chosen_logprobs(logits, slot, target, 1.0)[0]
+
+    def packed(self, model: Any, rows: list[Trajectory]) -> torch.Tensor:
+        """Logprobs of the rows' loss tokens, in the rows' order."""
+        ids, positions, ends, sources, targets = end_to_end(rows)
+        logits = self.logits(model, ids, positions, ends, sources)
+        target = torch.from_numpy(targets).to(self.device)
+        return chosen_logprobs(logits, torch.arange(len(target), device=self.device), target, 1.0)[
+            0
+        ]
+
+
+def runs(rows: list[Trajectory]) -> Iterator[list[Trajectory]]:
+    """Rows that fill `TOKENS` without sharing, sorted so that padding is least."""
+    part: list[Trajectory] = []
+    for row in sorted(rows, key=lambda row: len(row.ids)):
+        if sum(len(one.ids) for one in part) + len(row.ids) > TOKENS:
+            yield part
+            part = []
+        part.append(row)
+    yield part
+
+
+def weights_of(rows: list[Trajectory], device: str) -> torch.Tensor:
+    """Advantages of the loss tokens, in the rows' order."""
+    flat = np.concatenate([row.advantages[row.loss_mask] for row in rows])
+    return torch.from_numpy(flat).to(device)
+
+
+def best(work: Callable[[], None], device: str, repeats: int) -> tuple[float, float]:
+    """Seconds of the fastest repeat after a warm-up, and GiB at the peak."""
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+    seconds = []
+    for _ in range(repeats + 1):
+        finish(device)
+        began = time.perf_counter()
+        work()
+        finish(device)
+        seconds.append(time.perf_counter() - began)
+    peak = torch.cuda.max_memory_allocated() / 2**30 if device != "cpu" else 0.0
+    return min(seconds[1:]), peak
+
+
+def attention(name: str, batch: Batch, flex: Flex, device: str, repeats: int) -> None:
+    """Time the four ways and compare the logprobs of three."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        model: Any = AutoModelForCausalLM.from_config(
+            MODELS[name](), dtype=torch.bfloat16, attn_implementation=IMPLEMENTATION
+        )
+    rows = list(batch.rows)
+    objective = Objective("cispo", tis_max=2.0)
+    row_tokens = sum(len(row.ids) for row in rows)
+
+    def trie() -> None:
+        for micro in micro_batches(rows, TOKENS):
+            loss, _ = loss_of(model, micro, objective, batch.totals, 1.0, first=True)
+            loss.backward()
+
+    def trie_flex() -> None:
+        for micro in micro_batches(rows, TOKENS):
+            packed = pack([row.ids for row in micro], [row.loss_mask for row in micro])
+            ordered = [micro[i] for i in packed.order]  # as `flex.trie` returns them
+            loss = -(flex.trie(model, micro) * weights_of(ordered, device)).sum()
+            (loss / batch.totals.tokens).backward()
+
+    def packed_flex() -> None:
+        for part in runs(rows):
+            loss = -(flex.packed(model, part) * weights_of(part, device)).sum()
+            (loss / batch.totals.tokens).backward()
+
+    ways = {
+        "trie": (IMPLEMENTATION, trie),
+        "trie flex": ("flex_by_ends", trie_flex),
+        "packed flex": ("flex_by_ends", packed_flex),
+        "padded": ("sdpa", lambda: padded_step(model, rows, batch.totals, TOKENS) and None),
+    }
+    took: dict[str, float] = {}
+    for way, (implementation, work) in ways.items():
+        model.set_attn_implementation(implementation)
+        model.zero_grad()
+        try:
+            took[way], peak = best(work, device, repeats)
+        except Exception as error:  # the others are still worth their time
+            print(f"  {way}: FAILED {type(error).__name__}: {str(error)[:300]}", flush=True)
+            torch.cuda.empty_cache()
+            continue
+        print(
+            f"  {way}: {took[way]:.3f} s, {row_tokens / took[way]:,.0f} row tokens/s, "
+            f"{peak:.1f} GiB at the peak",
+            flush=True,
+        )
+    model.zero_grad()
+    some = micro_batches(rows, TOKENS)[0]
+    packed = pack([row.ids for row in some], [row.loss_mask for row in some])
+    with torch.no_grad():
+        found = {}
+        for dtype in (torch.bfloat16, torch.float32):
+            model = model.to(dtype)
+            model.set_attn_implementation(IMPLEMENTATION)
+            found[f"trie {dtype}"] = token_logprobs(model, packed, 1.0)[0]
+            model.set_attn_implementation("flex_by_ends")
+            found[f"trie flex {dtype}"] = flex.trie(model, some)
+    wanted = found[f"trie {torch.float32}"]
+    for key, values in found.items():
+        apart = (values - wanted).abs()
+        print(f"  {key}: {apart.mean():.1e} nats from fp32's, at most {apart.max():.1e}")
+
+
+def steps(name: str, batch: Batch, device: str, repeats: int, rate: float) -> None:
+    """Whole steps of the learner, by dtype and ZeRO stage."""
+    rows = list(batch.rows)
+    packs = [
+        pack([row.ids for row in m], [row.loss_mask for row in m])
+        for m in micro_batches(rows, TOKENS)
+    ]
+    distinct, sources = sum(len(p.ids) for p in packs), sum(len(p.sources) for p in packs)
+    row_tokens = sum(len(row.ids) for row in rows)
+    shared = Path("/dev/shm") if Path("/dev/shm").is_dir() else None
+    with tempfile.TemporaryDirectory(dir=shared) as folder:
+        with torch.device(device):
+            model: Any = AutoModelForCausalLM.from_config(MODELS[name](), dtype=torch.bfloat16)
+        head = model.get_output_embeddings().weight.numel()
+        body = sum(p.numel() for p in model.parameters()) - head  # tied: the table is the head
+        model.save_pretrained(folder)
+        del model
+        gc.collect()
+        if device != "cpu":
+            torch.cuda.empty_cache()
+        floor = 6 * (body * distinct + head * sources) / rate
+        print(
+            f"{name}: {len(rows)} rows, {row_tokens} tokens, {distinct} distinct, {sources} that "
+            f"predict; {(body + head) / 1e6:.0f}M parameters; floor {floor:.3f} s",
+            flush=True,
+        )
+        for case in CASES:
+            if name == "1.5B" and case == ("float32", 0, False):
+                continue  # weights, gradients and moments alone are 25 GB
+            # in a process of its own: DeepSpeed holds on to what a learner had on the GPU
+            with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+                try:
+                    done = pool.submit(step_of, folder, batch, case, device, repeats).result()
+                except Exception as error:  # the others are still worth their time
+                    done = f"FAILED {type(error).__name__}: {str(error)[:200]}", 0.0
+            dtype, stage, again = case
+            label = f"  {dtype} ZeRO {stage}{' checkpointed' if again else ''}"
+            text, seconds = done
+            if seconds:
+                text = (
+                    f"{seconds:.3f} s a step, {row_tokens / seconds:,.0f} row tokens/s, floor "
+                    f"{floor / seconds:.0%} of it; {text}"
+                )
+            print(f"{label}: {text}", flush=True)
+
+
+CASES: list[tuple[str, int, bool]] = [  # dtype, ZeRO stage, gradient checkpointing
+    ("bfloat16", 1, False),
+    ("bfloat16", 2, False),
+    ("bfloat16", 3, False),
+    ("bfloat16", 1, True),
+    ("float32", 0, False),
+]
+
+
+def step_of(
+    folder: str, batch: Batch, case: tuple[str, int, bool], device: str, repeats: int
+) -> tuple[str, float]:
+    """What a step of one learner came to, and its seconds."""
+    config = Config()
+    learner_config = replace(
+        config.learner,
+        dtype=case[0],
+        zero_stage=case[1],
+        lr=1e-6,
+        micro_batch_tokens=TOKENS,
+        gradient_checkpointing=case[2],
+        threads=4,
+    )
+    config = replace(config, learner=learner_config)
+    learner = DeepSpeedLearner(config, folder, total_steps=10, device=device)
+    figures: dict[str, float] = {}
+    seconds, peak = best(
+        lambda: figures.update(learner.step(batch.rows, batch.totals)), device, repeats
+    )
+    flat, _ = learner.flat_weights()
+    began = time.perf_counter()
+    learner.flat_weights(flat)
+    host = time.perf_counter() - began
+    return (
+        f"{peak:.1f} GiB at the peak; loss {figures['loss']:.5f}, grad norm "
+        f"{figures['grad_norm']:.4f}; its {flat.nbytes / 1e9:.2f} GB of weights are in the host's "
+        f"memory after {host:.2f} s"
+    ), seconds
+
+
+def product_rate(device: str) -> float:
+    """FLOP/s of a large bf16 product on random data."""
+    n = 8192 if device != "cpu" else 512
+    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
+    for _ in range(3):
+        a @ b
+    finish(device)
+    began = time.perf_counter()
+    for _ in range(10):
+        a @ b
+    finish(device)
+    return 2 * n**3 * 10 / (time.perf_counter() - began)
+
+
+def main() -> None:
+    """Print the two tables."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--models", nargs="+", default=["135M", "1.5B"], choices=list(MODELS))
+    parser.add_argument("--rows", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--only", choices=["attention", "steps"])
+    args = parser.parse_args()
+    torch.set_num_threads(4)
+    rate = product_rate(args.device)
+    card = "CPU" if args.device == "cpu" else torch.cuda.get_device_name()
+    print(f"{card}, torch {torch.__version__}: {rate / 1e12:.0f} TFLOP/s in a bf16 product")
+    kinds = {
+        "games": batch_of(make_rows(8 * args.rows, 16)),
+        "conversations": batch_of(conversations(args.rows, 8)),
+    }
+    if args.only != "steps":
+        flex = Flex(args.device)
+        for name in args.models:
+            for kind, batch in kinds.items():
+                print(f"{name}, {kind}: {len(batch.rows)} rows, bf16, forward and backward")
+                attention(name, batch, flex, args.device, args.repeats)
+                gc.collect()
+    if args.only != "attention":
+        for name in args.models:
+            steps(name, kinds["conversations"], args.device, args.repeats, rate)
+
+
+if __name__ == "__main__":
+    main()
