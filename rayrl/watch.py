@@ -118,7 +118,7 @@ class Watch:
         if pauses:
             text = "".join(f"step {alarm.step + 1}: {alarm}\n" for alarm in pauses)
             write_atomic(self._paused, f"{text}Remove this file to go on.\n".encode())
-        if self._paused.exists():
+        if pauses or self._paused.exists():  # it may have been removed by now
             self._say(f"paused; remove {self._paused} to go on")
             while self._paused.exists():  # noqa: ASYNC110  # a file tells nobody that it is gone
                 await asyncio.sleep(LOOK_EVERY_S)
