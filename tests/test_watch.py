@@ -123,6 +123,18 @@ async def test_stopped_and_resumed(tmp_path: Path) -> None:
     assert [row["step"] for row in lines(tmp_path / ALARMS)] == [2, 4, 6]
 
 
+async def test_a_pause_that_ends_at_once_is_said_to_have_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = config(tmp_path, dead_groups={"action": "pause", "patience": 1})
+    monkeypatch.setattr("rayrl.watch.write_atomic", lambda file, data: None)  # removed already
+    with RunDir(tmp_path, cfg) as folder:
+        run = Run(folder, cfg)
+        run.did(DEAD)
+        await run.watch.go_on()
+    assert [line.split(";")[0] for line in run.said[1:]] == ["paused", "going on"]
+
+
 async def test_what_came_before_is_remembered(tmp_path: Path) -> None:
     """Rewards and entropy of the steps before a stop are what later ones are compared with."""
     cfg = config(tmp_path, entropy_share={"patience": 1}, dead_groups={"action": "stop"})
