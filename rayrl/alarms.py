@@ -13,12 +13,13 @@ from dataclasses import dataclass
 
 from rayrl.config import AlarmConfig, AlarmsConfig
 
-__all__ = ["START", "Alarm", "Rule", "needed", "rules"]
+__all__ = ["ALARMS", "START", "Alarm", "Rule", "needed", "rules"]
 
 Row = Mapping[str, float | None]
 Rows = Sequence[Row]
 Measure = Callable[[Rows], float | None]
 
+ALARMS = "alarms.jsonl"  # in a run's folder: those that were raised
 START = 5  # first steps of a run, whose mean entropy is what it began with
 
 

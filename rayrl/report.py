@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rayrl.alarms import ALARMS
 from rayrl.config import Config
 from rayrl.episodes import read_episodes
 from rayrl.errors import DataError
@@ -85,8 +86,8 @@ def _phase(name: str, verb: str, folder: Path) -> Phase:
     episodes = list(read_episodes(files[-1])) if files else []
     if episodes:
         about = f"{len(episodes)} episodes, {about}"
-    rows, times = _lines(folder / "metrics.jsonl"), _lines(folder / TIMELINE)
-    return Phase(name, verb, read_config(folder), rows, episodes, about, times)
+    rows, times, alarms = (_lines(folder / name) for name in ("metrics.jsonl", TIMELINE, ALARMS))
+    return Phase(name, verb, read_config(folder), rows, episodes, about, times, alarms)
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:
@@ -147,7 +148,11 @@ def _facts(config: Config, phases: Sequence[Phase], record: dict[str, Any]) -> d
     rows = [row for phase in phases for row in phase.metrics]
     trained = [row for phase in phases if phase.verb == "train" for row in phase.metrics]
     if rows:
-        facts["updates"] = f"{len(rows):,}"
+        facts["steps"] = f"{len(rows):,}"
+        if updates := sum(row.get("updates", 0) for row in rows):
+            facts["updates"] = f"{updates:,.0f}"
+    if alarms := sum(len(phase.alarms) for phase in phases):
+        facts["alarms"] = str(alarms)
     if trained:
         facts["episodes of practice"] = f"{sum(row.get('episodes', 0) for row in trained):,.0f}"
         facts["tokens written"] = compact(sum(row.get("tokens", 0) for row in trained))

@@ -45,6 +45,7 @@ class Phase:
         episodes: of the last batch that was written out.
         about: where those episodes are from, in words.
         timeline: lines of timeline.jsonl.
+        alarms: lines of alarms.jsonl.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Phase:
     episodes: Sequence[Episode] = ()
     about: str = ""
     timeline: Sequence[Mapping[str, Any]] = ()
+    alarms: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +128,11 @@ def render(book: Book) -> str:
         source=book.source,
         tiles=[{"label": label, "value": value} for label, value in book.facts.items()],
         table=_table(book.results, book.apart),
+        alarms=[
+            {"phase": phase.name, "step": alarm["step"], "text": alarm["text"]}
+            for phase in book.phases
+            for alarm in phase.alarms
+        ],
         charts=charts,
         payload=payload,
         timings=_timings(book.phases),
@@ -178,7 +185,11 @@ def _table(results: Sequence[Result], apart: frozenset[str]) -> dict[str, Any]:
 
 def _table_cell(result: Result, column: Column) -> dict[str, Any]:
     text, interval = entry(result, column)
-    cell: dict[str, Any] = {"text": text, "small": [s for s in interval.split(" · ") if s]}
+    cell: dict[str, Any] = {
+        "text": text,
+        "small": [s for s in interval.split(" · ") if s],
+        "label": f"{column.group} · {column.name}",
+    }
     cell["bars"] = []
     found = result.cells.get(column.group)
     figure = found.figures.get(column.name) if found and not column.is_check else None
@@ -240,7 +251,13 @@ def _line(phase: Phase, name: str, color: int) -> dict[str, Any] | None:
     if all(value is None for value in values):
         return None
     steps = [int(row["step"]) for row in rows]
-    return {"name": phase.name, "color": color % COLORS, "steps": steps, "values": values}
+    return {
+        "name": phase.name,
+        "color": color % COLORS,
+        "steps": steps,
+        "values": values,
+        "alarms": sorted({alarm["step"] for alarm in phase.alarms}),
+    }
 
 
 def _finite(value: object) -> float | None:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rayrl.alarms import Alarm, Row, needed, rules
+from rayrl.alarms import ALARMS, Alarm, Row, needed, rules
 from rayrl.cluster.telemetry import Telemetry
 from rayrl.config import Config
 from rayrl.errors import RunFailed
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 __all__ = ["ALARMS", "PAUSED", "Watch"]
 
-ALARMS = "alarms.jsonl"
 PAUSED = "PAUSED"
 LOOK_EVERY_S = 1.0  # whether the file is still there
 

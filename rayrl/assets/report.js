@@ -62,7 +62,7 @@
     holder.querySelector("svg")?.remove();
     const width = Math.max(220, holder.clientWidth - 32);
     const height = holder.classList.contains("wide") ? 230 : 160;
-    const left = 40, right = 8, top = 20, bottom = 20;
+    const right = 8, top = 20, bottom = 20;
     const svg = make(holder, "svg", { viewBox: `0 0 ${width} ${height}`, height, role: "img" });
     make(svg, "title", {}, spec.title);
 
@@ -76,15 +76,18 @@
     const y = (v) => top + (height - top - bottom) * (1 - (v - low) / (high - low));
 
     const scale = ticks(low, high, 4);
+    const labels = scale.values.map((v) => make(svg, "text", { y: y(v) + 3.5, "text-anchor": "end" }, axis(v, scale.unit)));
+    const left = Math.max(33, ...labels.map((label) => label.getComputedTextLength())) + 7; // none is cut
+    for (const label of labels) label.setAttribute("x", left - 7);
     for (const v of scale.values) {
       make(svg, "line", { class: "grid", x1: left, x2: width - right, y1: y(v), y2: y(v) });
-      make(svg, "text", { x: left - 7, y: y(v) + 3.5, "text-anchor": "end" }, axis(v, scale.unit));
     }
     const total = runs.reduce((sum, run) => sum + Math.max(1, run.steps.length), 0);
     const gap = runs.length > 1 ? 10 : 0;
     const room = width - left - right - gap * (runs.length - 1);
-    let from = left;
+    let next = left;
     for (const run of runs) {
+      const from = next; // its own: `run.x` is called long after the loop has moved on
       const span = Math.max(8, room * Math.max(1, run.steps.length) / total);
       const first = run.steps[0], last = run.steps[run.steps.length - 1];
       const x = (step) => (last === first ? from + span / 2 : from + span * (step - first) / (last - first));
@@ -100,7 +103,11 @@
         make(svg, "path", { class: "raw", style: `stroke:${color}`, d: line(run.steps.map((s, i) => [x(s), run.values[i] === null ? null : y(run.values[i])])) });
         make(svg, "path", { class: "smooth", style: `stroke:${color}`, d: line(run.steps.map((s, i) => [x(s), run.smoothed[i] === null ? null : y(run.smoothed[i])])) });
       }
-      from += span + gap;
+      for (const step of run.alarms) {
+        const mark = make(svg, "path", { class: "alarm", d: `M${x(step)} ${height - bottom - 6}l4 6h-8Z` });
+        make(mark, "title", {}, `${run.name} · step ${step} · alarm`);
+      }
+      next += span + gap;
     }
     const hair = make(svg, "line", { class: "hair", y1: top, y2: height - bottom, opacity: 0 });
     const chart = { holder, spec, runs, hair, svg, width };
