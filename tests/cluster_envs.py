@@ -66,10 +66,14 @@ def die_once(flag: Path) -> None:
 
 @rayrl.env(tasks=mortals, rewards={"letters": 1.0})
 async def mortal(task: Mortal, agent: Any) -> Scores:
-    """Three turns; before its third number 3 takes its host down, once."""
+    """Three turns; before its third, number 3 takes its host down, once.
+
+    It waits for the file `flag`-recorded: until the recorder has what was said.
+    """
     said = [await agent(f"turn {turn} of {task.k}") for turn in range(2)]
-    if task.k == 3:
-        await asyncio.sleep(0.5)  # so that what was said has been told
+    if task.k == 3 and not is_there(task.flag):
+        while not is_there(f"{task.flag}-recorded"):  # noqa: ASYNC110  # a file tells nobody
+            await asyncio.sleep(0.02)
         die_once(Path(task.flag))
     said.append(await agent("the last"))
     return {"letters": float(len("".join(said)))}

@@ -1,7 +1,8 @@
-"""For all tests."""
+"""For all tests: each worker's own folders, the order of tests, and models to read."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,9 +10,37 @@ from typing import TYPE_CHECKING
 import pytest
 
 import rayrl.cluster  # noqa: F401  # sets what Ray reads when it is imported, before a test imports it
+from tests.apart import Shared, own_folders
 
 if TYPE_CHECKING:
     from rayrl.cluster.session import Session
+
+remove_own_folders = own_folders()
+
+
+def pytest_unconfigure() -> None:
+    remove_own_folders()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests first, so that quick ones fill the end; and what goes to the same worker.
+
+    Workers take tests one by one (`--dist loadgroup`), but for those that share something which is
+    made for their module.
+    """
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    for item in items:
+        fixtures = item._fixtureinfo.name2fixturedefs.values()  # type: ignore[attr-defined]
+        if any(fixture[-1].scope == "module" for fixture in fixtures):
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
+    """Makes folders that all workers read."""
+    own = tmp_path_factory.getbasetemp()
+    return Shared(own.parent if "PYTEST_XDIST_WORKER" in os.environ else own)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -14,7 +13,9 @@ from pathlib import Path
 
 import psutil
 
-__all__ = ["KINDS", "MORE", "NODES", "PLACES", "PLAYERS", "Nodes", "free_port"]
+from tests.apart import free_port
+
+__all__ = ["KINDS", "MORE", "NODES", "PLACES", "PLAYERS", "Nodes"]
 
 STARTS = 3  # on a busy machine `ray start` may miss a deadline that Ray has fixed
 KINDS = ("EnvHost", "ServeReplica", "LearnerRank", "Recorder", "WeightsStore", "ServeController")
@@ -35,12 +36,6 @@ PLACES = [
 ]
 # env hosts on the second and third, replicas on the first and second, ranks on the first and third
 NODES = [{"serve": 1, "learn": 1}, {"play": 1, "serve": 1}, {"play": 1, "learn": 1}]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Nodes:
@@ -99,7 +94,7 @@ class Nodes:
 
     def temp(self, number: int) -> Path:
         """The node's own folder; a driver that names it is on that node."""
-        return Path(os.environ.get("TMPDIR", "/tmp")) / f"ray-{os.getpid()}-{number}"
+        return Path(os.environ["TMPDIR"]) / f"ray-{number}"
 
     def find(self, number: int, title: str) -> list[psutil.Process]:
         """The processes of a node that Ray calls so."""
@@ -116,7 +111,7 @@ class Nodes:
             for process in [psutil.Process(node.pid), *self._children(node)]:
                 with suppress(psutil.NoSuchProcess):
                     process.kill()
-        node.wait(30)
+        node.wait(600)
 
     def close(self) -> None:
         for number in reversed(range(len(self.started))):

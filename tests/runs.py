@@ -83,7 +83,7 @@ def rows(folder: Path) -> int:
     return metrics.read_text().count("\n") if metrics.is_file() else 0
 
 
-def until(fact: Callable[[], bool], process: subprocess.Popen[Any], seconds: float = 300) -> None:
+def until(fact: Callable[[], bool], process: subprocess.Popen[Any], seconds: float = 900) -> None:
     end = time.monotonic() + seconds
     while not fact():
         assert process.poll() is None, process.communicate()[1]
@@ -120,14 +120,14 @@ class Going:
             self.said += line
         self.process.wait()  # so that it is gone for all, as soon as it has ended
 
-    def until(self, fact: Callable[[], bool], seconds: float = 300) -> None:
+    def until(self, fact: Callable[[], bool], seconds: float = 900) -> None:
         end = time.monotonic() + seconds
         while not fact():
             assert self.process.poll() is None, self.said
             assert time.monotonic() < end, f"waited in vain\n{self.said}"
             time.sleep(0.02)
 
-    def wait(self, seconds: float = 600) -> int:
+    def wait(self, seconds: float = 900) -> int:
         """Its exit status."""
         status = self.process.wait(seconds)
         self._reader.join(30)

@@ -285,7 +285,7 @@ def started(*words: str) -> tuple[subprocess.CompletedProcess[str], float]:
         [sys.executable, "-X", "importtime", "-m", "rayrl", *words],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
         cwd=CONF.parent,
         env={**os.environ, "PYTHONWARNINGS": "ignore"},
         check=False,

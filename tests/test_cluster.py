@@ -46,8 +46,6 @@ from tests import test_endpoint as server_of
 
 HERE = Path(__file__).parent
 
-pytestmark = pytest.mark.timeout(600)  # seconds on a quiet machine
-
 
 def request(session: str = "s", seed: int = 0, **more: Any) -> Request:
     return Request(session, (1, 2, 3), Sampling(max_tokens=8), seed=seed, **more)
@@ -473,7 +471,13 @@ async def test_episodes_of_a_dead_host_go_on_where_they_were(
             flag.touch()
         env = {"name": f"{HERE / 'cluster_envs.py'}:mortal", "args": {"flag": str(flag)}}
         async with open_rollouts(config(tiny, env=env)) as rollouts:
-            played = await asyncio.wait_for(rollouts.collect(plans(config(tiny, env=env))), 240)
+            playing = asyncio.ensure_future(rollouts.collect(plans(config(tiny, env=env))))
+            while flag.name == "dies" and not flag.exists():
+                begun = await rollouts._recorder.begun.remote(["g3"])
+                if [len(episode.turns) for episode in begun.values()] == [2, 2]:
+                    Path(f"{flag}-recorded").touch()  # noqa: ASYNC240
+                await asyncio.sleep(0.02)
+            played = await playing
             found.append([e for group in played.groups for e in group.episodes])
             assert rollouts.restarts == (flag.name == "dies")
     calm, died = found
@@ -510,6 +514,8 @@ async def test_what_is_known_is_not_played_and_winding_down_begins_nothing_new(
     """The limits of an endpoint are shared by the hosts: two requests at once, one a host."""
 
     async def slow() -> Any:
+        while server.most < 2:  # noqa: ASYNC110 - both hosts have asked; more must not come
+            await asyncio.sleep(0.01)
         await asyncio.sleep(0.1)
         return server_of.said("yes")
 

@@ -143,7 +143,7 @@ def test_blocks_are_of_a_known_kind_and_parse(file: str) -> None:
     for kind, text in blocks(file):
         assert kind in ("python", "bash", "text", "toml", "yaml")
         if kind == "bash":
-            subprocess.run(["bash", "-n"], input=text, text=True, check=True, timeout=20)
+            subprocess.run(["bash", "-n"], input=text, text=True, check=True, timeout=600)
 
 
 @pytest.mark.parametrize("file", DOCS)

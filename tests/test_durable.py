@@ -572,7 +572,8 @@ async def test_a_host_tells_pickled_turns_and_nothing_of_a_group_that_has_ended(
     telling.ended(Group("h", Task(), (done,)))
     failed = replace(done, failure=Failure("infra", "its replica died"))
     telling.ended(Group("k", Task(), (failed,)))  # it is played again from what is told
-    await asyncio.sleep(0.02)
+    while not told:  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
     assert told == [["g/0", "g/1", "k/0"]]
     assert recorder.begun(["g", "none"]) == {"g/0": Begun((one,), 1), "g/1": Begun((one,), 1)}
     recorder.forget(["g"])

@@ -369,7 +369,7 @@ async def test_a_cancelled_request_frees_its_row() -> None:
             with pytest.raises(asyncio.CancelledError):
                 await task
         after = await asyncio.wait_for(
-            engine.generate(request("c", prompt, max_tokens=3)), timeout=20
+            engine.generate(request("c", prompt, max_tokens=3)), timeout=600
         )
         assert len(after.ids) == 3
         assert engine.stats()["sampled_tokens"] < 400
@@ -395,7 +395,7 @@ async def test_a_failing_step_fails_its_requests_and_new_weights_heal_it() -> No
         good = flatten(llama().state_dict())
         await engine.load_weights(1, *flatten(broken.state_dict()))
         with pytest.raises(NumericsError, match="not finite"):
-            await asyncio.wait_for(engine.generate(request("a", (9, 8, 7))), timeout=20)
+            await asyncio.wait_for(engine.generate(request("a", (9, 8, 7))), timeout=600)
         await engine.load_weights(2, *good)
         assert (await engine.generate(request("a", (9, 8, 7), max_tokens=2))).finish == "length"
 

@@ -104,8 +104,7 @@ class Run:
         await asyncio.sleep(0)
 
     async def batch(self, step: int) -> list[str]:
-        async with asyncio.timeout(1):
-            return [group.id for group in (await self.feed.batch(step)).groups]
+        return [group.id for group in (await self.feed.batch(step)).groups]
 
     async def waits(self, step: int) -> bool:
         with suppress(TimeoutError):

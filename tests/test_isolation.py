@@ -201,17 +201,12 @@ async def test_a_child_ends_with_its_parent(far: rayrl.Environment, tmp_path: Pa
         cwd=Path(__file__).parents[1],
     )
     assert parent.stdout is not None
-    pid = int(await asyncio.wait_for(parent.stdout.readline(), 60))
-    await asyncio.sleep(0.3)
+    pid = int(await parent.stdout.readline())
     os.kill(pid, 0)
     parent.send_signal(signal.SIGKILL)
     await parent.wait()
-    for _ in range(100):
-        if _state(pid) == "Z":  # nobody waits for it
-            break
+    while _state(pid) != "Z":  # noqa: ASYNC110 - nobody waits for it
         await asyncio.sleep(0.05)
-    else:
-        pytest.fail("the child outlived its parent")
 
 
 def _state(pid: int) -> str:

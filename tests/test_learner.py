@@ -328,7 +328,7 @@ def test_two_ranks_equal_one(model_dir, tmp_path):
         for rank in range(2)
     ]
     try:
-        said = [rank.communicate(timeout=240)[0] for rank in ranks]
+        said = [rank.communicate(timeout=600)[0] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()

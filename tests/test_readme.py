@@ -49,7 +49,7 @@ def test_example_is_an_environment(
 @pytest.mark.parametrize("script", ["scripts/run", "scripts/test", "scripts/setup", ".ci/run"])
 def test_scripts_can_be_run(script: str) -> None:
     assert os.access(ROOT / script, os.X_OK)
-    subprocess.run(["bash", "-n", str(ROOT / script)], check=True, timeout=20)
+    subprocess.run(["bash", "-n", str(ROOT / script)], check=True, timeout=600)
 
 
 def test_the_two_commands_do_what_the_readme_says() -> None:
@@ -74,11 +74,11 @@ def test_setup_does_nothing_when_it_is_up_to_date(tmp_path: Path) -> None:
     env = {**os.environ, "RAYRL_VENV": str(venv), "PYTHON": "/nowhere/python"}
     for extras in (["dev"], []):
         done = subprocess.run(
-            [ROOT / "scripts/setup", *extras], env=env, capture_output=True, text=True, timeout=20
+            [ROOT / "scripts/setup", *extras], env=env, capture_output=True, text=True, timeout=600
         )
         assert (done.returncode, done.stdout) == (0, f"{venv}\n")
     done = subprocess.run(
-        [ROOT / "scripts/setup", "wandb"], env=env, capture_output=True, text=True, timeout=20
+        [ROOT / "scripts/setup", "wandb"], env=env, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 1
     assert "PYTHON=/nowhere/python is not a Python of at least 3.11" in done.stderr

@@ -190,7 +190,6 @@ def test_nothing_starts_when_a_stage_makes_no_sense(tmp_path: Path, fakes: list[
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_a_whole_recipe_on_ray(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every verb for real, on a model that knows nothing."""
     model = save_tiny_model(tmp_path / "model")

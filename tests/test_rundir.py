@@ -197,7 +197,7 @@ def test_killed_while_saving(folder: Path) -> None:
         run.log(1, {"reward": 1.0})
         with run.checkpoint(2):
             pass
-    done = subprocess.run([sys.executable, "-c", KILLED, str(folder)], check=False, timeout=60)
+    done = subprocess.run([sys.executable, "-c", KILLED, str(folder)], check=False, timeout=600)
     assert done.returncode == -signal.SIGKILL
     with RunDir(folder, config_of()) as run:  # the lock died with it
         found = run.latest_checkpoint()

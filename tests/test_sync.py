@@ -113,7 +113,7 @@ async def call(after: float, result: Any) -> Any:
 async def test_the_rank_that_failed_is_named_and_not_the_first_to_complain(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(learners, "GRACE_S", 0.2)
+    monkeypatch.setattr(learners, "GRACE_S", 600)
     lost = failed(InfraError("connection closed by peer"))
     assert await _together([call(0, 1), call(0.01, 2)]) == [1, 2]
     with pytest.raises(DataError, match="b came where"):
@@ -125,6 +125,7 @@ async def test_the_rank_that_failed_is_named_and_not_the_first_to_complain(
         await _together([call(0, lost), call(0.02, failed(ValueError("the cause")))])
     for part in ("learner rank 0", "learner rank 1", "line 1, in f", "ValueError: the cause"):
         assert part in str(both.value)
+    monkeypatch.setattr(learners, "GRACE_S", 0.01)
     with pytest.raises(InfraError, match="connection closed"):  # the other never answers
         await _together([call(0, lost), call(99, 0)])
 
@@ -137,7 +138,7 @@ def test_a_rank_that_hangs_tells_where() -> None:
         told.set()
 
     def stuck_in_a_collective() -> None:
-        assert told.wait(20)
+        assert told.wait(600)
 
     handle = SimpleNamespace(hang=SimpleNamespace(remote=hang))
     with _watched("learner rank 3", 0.01, handle):

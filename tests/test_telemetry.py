@@ -55,7 +55,7 @@ EXPECTED = {
 
 def exported(port: int) -> dict[tuple[str, str], float]:
     """Name and own tag -> value, of the run's metrics at a node's endpoint."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as answer:
         text = answer.read().decode()
     found = {}
     for name, tags, value in re.findall(r"^(ray_rayrl_\w+)\{(.*)\} (\S+)$", text, re.M):
@@ -84,7 +84,7 @@ def test_ray_exports_them_for_as_long_as_the_run_lasts(monkeypatch: pytest.Monke
 
 def wait_for(expected: dict[tuple[str, str], float], port: int) -> None:
     found: dict[tuple[str, str], float] = {}
-    end = time.monotonic() + 120
+    end = time.monotonic() + 900
     while found != expected and time.monotonic() < end:
         time.sleep(0.5)
         try:

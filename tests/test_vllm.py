@@ -16,7 +16,7 @@ import pytest_asyncio
 import torch
 
 from rayrl.engine import Engine, open_engine
-from rayrl.engine.shared import SHM
+from rayrl.engine.shared import memory_dir
 from rayrl.errors import ConfigError, InfraError, StaleWeights
 from rayrl.models import EMBEDDED, model_dir
 from rayrl.types import Completion, Request, Sampling, VersionSpan
@@ -103,7 +103,7 @@ async def same_as_transformers(engine: Engine, model: Any) -> None:
 
 
 def shared_files() -> set[Path]:
-    return {*Path(SHM).glob("rayrl-weights-*")}
+    return {*Path(memory_dir() or "").glob("rayrl-weights-*")}
 
 
 async def test_ids_and_logprobs_are_those_of_transformers_before_and_after_a_push(

@@ -15,7 +15,6 @@ __all__ = ["CONFIG", "MARKS", "load"]
 
 MARKS = [
     pytest.mark.slow,
-    pytest.mark.timeout(300),
     pytest.mark.asyncio(loop_scope="module"),
     pytest.mark.filterwarnings("ignore"),  # vLLM's own
 ]

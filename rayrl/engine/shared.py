@@ -13,12 +13,14 @@ if TYPE_CHECKING:
 
 __all__ = ["SharedBuffer", "memory_dir"]
 
-SHM = "/dev/shm"
-
 
 def memory_dir() -> str | None:
-    """Where files are memory; None, which means the usual place of temporary files, without any."""
-    return SHM if os.path.isdir(SHM) else None
+    """Where files are memory: RAYRL_SHM, else /dev/shm.
+
+    None, which means the usual place of temporary files, where there is no such folder.
+    """
+    folder = os.environ.get("RAYRL_SHM", "/dev/shm")
+    return folder if os.path.isdir(folder) else None
 
 
 class SharedBuffer:

@@ -13,10 +13,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from rayrl.engine.shared import memory_dir
 from tests.nodes import Nodes
 
 PR_SET_CHILD_SUBREAPER = 36
-PATIENCE_S = 90.0  # Ray's own processes end a while after their driver, or their head, was killed
+PATIENCE_S = 300.0  # Ray's own processes end a while after their driver, or their head, was killed
 # These would tell a head of their raylet's end, for a minute, that died with it.
 MESSENGERS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 
@@ -66,8 +67,8 @@ def _processes() -> set[psutil.Process]:
 
 def _files() -> set[Path]:
     """Ours, in memory and among temporary files; Ray leaves its logs, which are not meant."""
-    folders = {Path("/dev/shm"), Path(tempfile.gettempdir())}
-    return {path for folder in folders if folder.is_dir() for path in folder.glob("rayrl*")}
+    folders = [tempfile.gettempdir(), *filter(None, [memory_dir()])]
+    return {path for folder in folders for path in Path(folder).glob("rayrl*")}
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -18,9 +17,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.apart import free_port
 from tests.runs import ENVS, ROOT, command, episodes, rows, until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.slow
 
 WORKERS = 2  # nodes there may be besides the head
 COMMANDS = [
@@ -29,12 +29,6 @@ COMMANDS = [
 ]  # that the provider of fakes has no use for
 COMMANDS += [f"{kind}_setup_commands" for kind in ("head", "worker")]
 COMMANDS += [f"{kind}_start_ray_commands" for kind in ("head", "worker")]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Cluster:
@@ -67,7 +61,7 @@ class Cluster:
         }
         told = folder / "autoscaler.json"
         told.write_text(json.dumps(settings))
-        temp = Path(os.environ.get("TMPDIR", "/tmp")) / f"ray-{os.getpid()}"
+        temp = Path(os.environ["TMPDIR"]) / "ray-head"
         line = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
         line += ["--num-cpus=1"]
         line += [f"--autoscaling-config={told}", f"--port={self.address.split(':')[1]}"]
@@ -98,7 +92,7 @@ class Cluster:
         for process in [*self._processes(), psutil.Process(self.head.pid)]:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
-        self.head.wait(30)
+        self.head.wait(600)
         self._log.close()
 
 

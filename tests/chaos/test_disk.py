@@ -16,7 +16,7 @@ from rayrl.types import Episode, Group, Task, Turn
 from tests.disks import small_disk
 from tests.runs import Going, command, episodes, figures, rows, scraps, train, weights
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.slow
 
 MORE = ["train.steps=8"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import pytest
 
 from rayrl.durable import TurnLog
 from rayrl.records import Records
+from tests.apart import Shared
 from tests.runs import (
     ENVS,
     Going,
@@ -27,17 +29,15 @@ from tests.runs import (
     weights,
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.slow
 
 MOMENTS = Path(__file__).parent / "moments"
 LONG = ["train.steps=8", "sampling.max_tokens=48", "cluster.replicas=2", "cluster.env_hosts=2"]
 
 
-@pytest.fixture(scope="module")
-def unbroken(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("unbroken") / "run"
-    train(tiny, folder, *LONG)
-    return folder
+@pytest.fixture(scope="session")
+def unbroken(tiny: Path, shared: Shared) -> Path:
+    return shared("unbroken-long", lambda folder: train(tiny, folder, *LONG))
 
 
 def workers(driver: int, title: str) -> list[psutil.Process]:
@@ -159,10 +159,9 @@ def test_no_turn_is_lost_with_the_driver(lag: int, tiny: Path, tmp_path: Path) -
     folder = tmp_path / "run"
     with Going(command(tiny, folder, *more)) as run:
         run.until(lambda: waiting.is_file() and waiting.stat().st_size == 8 * (1 + lag))
-        time.sleep(1)  # until what was said has been told
+        log = folder / "groups" / "turns.log"
+        run.until(lambda: sum(turns == 2 for turns in recorded(log, tmp_path)) >= 8 * (1 + lag))
         run.process.kill()
-    told = told_before(folder / "groups" / "turns.log")
-    assert sum(turns == 2 for turns in told) >= 8 * (1 + lag), "those that wait"
     flag.touch()
     train(tiny, folder, *more)
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -178,10 +177,13 @@ def test_no_turn_is_lost_with_the_driver(lag: int, tiny: Path, tmp_path: Path) -
     assert scraps(folder) == []
 
 
-def told_before(file: Path) -> list[int]:
-    """How many turns a recorder has written down of each episode whose group had not ended."""
+def recorded(file: Path, scratch: Path) -> list[int]:
+    """How many turns a recorder has written down of each episode whose group has not ended.
+
+    It may be writing: what is read is a copy, whose torn end is cut off.
+    """
     log = TurnLog()
-    records = Records(file)
+    records = Records(Path(shutil.copy(file, scratch / "turns.copy")))
     for turns, over in records.read():
         for episode, attempt, turn in turns:
             log.add(episode, attempt, turn)

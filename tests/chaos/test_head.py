@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.apart import Shared
 from tests.nodes import Nodes
 from tests.runs import Going, command, rows, scraps, train, weights
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.slow
 
 PLACES = [
     "cluster.env_host_resources={rest: 1}",
@@ -24,11 +25,9 @@ ON = "import functools, ray, sys; ray.init = functools.partial(ray.init, _temp_d
 MAIN = "from rayrl.cli import main; sys.exit(main(sys.argv[1:]))"
 
 
-@pytest.fixture(scope="module")
-def calm(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("calm") / "run"
-    train(tiny, folder, *MORE)
-    return folder
+@pytest.fixture(scope="session")
+def calm(tiny: Path, shared: Shared) -> Path:
+    return shared("calm-head", lambda folder: train(tiny, folder, *MORE))
 
 
 def test_a_head_that_remembers_is_missed_by_nobody(tiny: Path, calm: Path, tmp_path: Path) -> None:
@@ -52,7 +51,7 @@ def test_a_head_that_remembers_is_missed_by_nobody(tiny: Path, calm: Path, tmp_p
             nodes.kill(0)
             for title in ("EnvHost", "ServeReplica"):  # only a head can replace them
                 nodes.find(1, title)[0].kill()
-            run.until(lambda: "does not answer; waiting" in run.said, 30)
+            run.until(lambda: "does not answer; waiting" in run.said)
             nodes.restart_head(HEAD)
             assert rows(folder) < STEPS
             assert run.wait() == 0, run.said
@@ -75,10 +74,10 @@ def test_a_head_that_forgets_ends_the_run_which_is_resumed(
     with Going(line, nodes.env) as run:
         run.until(lambda: rows(folder) >= 3)
         nodes.kill(0)
-        assert run.wait(60) == 1, run.said
+        assert run.wait() == 1, run.said
     assert "the node of Ray that this program was on has died" in run.said
     assert f"run the same command again: it goes on from {folder}" in run.said
-    assert nodes.started[1].wait(60) != 0, "with all that ran there: see nothing_is_left"
+    assert nodes.started[1].wait(900) != 0, "with all that ran there: see nothing_is_left"
     nodes.restart_head(HEAD)
     nodes.add(REST)
     with Going(line, nodes.env) as run:

@@ -9,7 +9,7 @@ import pytest
 from tests.nodes import MORE, NODES, PLACES, PLAYERS, Nodes
 from tests.runs import Going, command, episodes, rows, scraps, train, weights
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.slow
 
 
 def test_a_node_is_lost_and_another_comes(nodes: Nodes, tiny: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from rayrl.config import from_dict
 from rayrl.engine import open_engine
 from rayrl.types import Completion, Request, Sampling
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.slow
 
 APP = "test-slow"
 TURNS = 4

@@ -18,7 +18,7 @@ from tests.nodes import MORE, NODES, PLACES
 from tests.runs import ENVS, ROOT, command, episodes, rows, train, weights
 from tests.tiny import save_tiny_model
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.slow
 
 TALK = """\
 [project]

