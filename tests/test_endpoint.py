@@ -168,9 +168,10 @@ async def test_timeouts_are_tried_again() -> None:
 async def test_retry_after_is_honoured() -> None:
     busy = (429, {"Retry-After": "0.4"}, "")
     async with serving(busy, said("ok")) as server, endpoint(server) as player:
-        began = time.perf_counter()
-        await Agent(player)("a")
-    assert 0.4 <= time.perf_counter() - began < 2
+        agent, began = Agent(player), time.perf_counter()
+        await agent("a")
+    assert time.perf_counter() - began >= 0.4
+    assert 0.4 <= agent.held_s < 0.42
 
 
 async def test_tries_run_out() -> None:
@@ -259,7 +260,7 @@ async def test_a_server_that_wants_the_new_name_of_the_limit(
 
 
 async def test_a_retry_after_holds_every_request() -> None:
-    busy = (429, {"Retry-After": "0.4"}, "")
+    busy = (429, {"Retry-After": "3"}, "")
     async with serving(busy, said("ok")) as server, endpoint(server) as player:
         first = asyncio.create_task(Agent(player)("a"))
         while not player.limiter.held_s():  # noqa: ASYNC110
@@ -267,7 +268,7 @@ async def test_a_retry_after_holds_every_request() -> None:
         other = Agent(player)
         await asyncio.gather(first, other("b"))
     assert len(server.seen) == 3
-    assert 0.1 < other.held_s <= 0.4
+    assert 0 < other.held_s <= 3
 
 
 async def test_waiting_for_a_limit_is_not_the_episodes_time() -> None:
@@ -277,16 +278,16 @@ async def test_waiting_for_a_limit_is_not_the_episodes_time() -> None:
             await agent("go")
         return {"s": 1.0}
 
-    # a request at once, then one each half second
-    limits = {"requests_per_minute": 120}
+    # one request per second, and two are owed
+    limits = {"requests_per_minute": 60}
     async with serving(said("ok")) as server, endpoint(server, **limits) as player:
         player.limiter.reserve()
         player.limiter.reserve()
         episode = await rayrl.play_episode(
-            chat, rayrl.Task(), {"agent": player}, id="e", deadline_s=0.3
+            chat, rayrl.Task(), {"agent": player}, id="e", deadline_s=3.5
         )
     assert episode.failure is None
-    assert episode.seconds > 0.9
+    assert episode.seconds > 3.5
 
 
 @pytest.mark.parametrize("same", [True, False])
