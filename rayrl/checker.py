@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import json
 import pickle
 import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rayrl.agent import Conversation, Options, Player
 from rayrl.durable import Course, Diverged
 from rayrl.env import Environment
 from rayrl.errors import RayrlError
 from rayrl.players import ScriptedPlayer
 from rayrl.rollout import play_episode
-from rayrl.types import Episode, Message, Task
+from rayrl.types import Episode, Message, Task, Turn
 
 __all__ = ["check_env", "find_problems"]
 
@@ -35,7 +37,8 @@ def check_env(
 
     Tasks are drawn twice, and each is played twice with a player whose replies are fixed, and once
     with each scripted player of the environment; what that played is then played again by its
-    recorded replies, as it is when a process died. Nothing is sent to a model.
+    recorded replies, as it is when a process died. Then all tasks are played at once, as in a run.
+    Nothing is sent to a model.
 
     Args:
         env: what to check.
@@ -71,7 +74,7 @@ async def find_problems(
             if problem:
                 problems.append(f"with player {name!r}: {problem}")
                 break
-    return problems
+    return problems or await _at_once_problems(env, tasks, deadline_s)
 
 
 def _task_problems(env: Environment, tasks: Sequence[Task], again: Sequence[Task]) -> list[str]:
@@ -141,6 +144,71 @@ async def _player_problem(
     return ""
 
 
+async def _at_once_problems(
+    env: Environment, tasks: Sequence[Task], deadline_s: float
+) -> list[str]:
+    """What is different where other episodes, siblings among them, are live as well."""
+    problems = []
+    live = [*tasks, *tasks]
+    players = {name: ScriptedPlayer(function) for name, function in sorted(env.players.items())}
+    for name, player in {"": ScriptedPlayer(_fixed), **players}.items():
+        alone = [await _play(env, task, player, deadline_s) for task in tasks]
+        at_once = await asyncio.gather(
+            *[
+                _play(env, task, _Slow(player, 1 + k % 3), deadline_s * len(live))
+                for k, task in enumerate(live)
+            ]
+        )
+        for one, other in zip([*alone, *alone], at_once, strict=True):
+            if found := _difference(one, other, env.seats):
+                who = f"with player {name!r}: " if name else ""
+                problems.append(
+                    f"{who}an episode is another one when others are live: on task {one.task!r}, "
+                    f"{found}. Episodes share something that belongs to one of them, such as a "
+                    "variable of the module or of a class, or a generator of their own threads; "
+                    "make it anew in the coroutine"
+                )
+                break
+    return problems
+
+
+class _Slow:
+    """Answers as a scripted player does, after other episodes went on for some rounds.
+
+    The rounds are the same for all answers of an episode, so that seats that are asked at once
+    answer in the order in which they were asked.
+    """
+
+    trainable = False
+
+    def __init__(self, player: ScriptedPlayer, rounds: int) -> None:
+        self.player, self.rounds = player, rounds
+
+    async def answer(
+        self, conversation: Conversation, new: Sequence[Message], options: Options
+    ) -> Turn:
+        for _ in range(self.rounds):
+            await asyncio.sleep(0)
+        return await self.player.answer(conversation, new, options)
+
+
+def _difference(alone: Episode, at_once: Episode, seats: Sequence[str]) -> str:
+    """What is not the same in two episodes of one task, seed and player; empty if nothing."""
+    if at_once.failure is not None:
+        return f"it failed: {at_once.failure.message}"
+    for seat in seats:
+        pairs = itertools.zip_longest(alone.turns_of(seat), at_once.turns_of(seat))
+        for k, (one, other) in enumerate(pairs):
+            if one is None or other is None:
+                return f"it has {'fewer' if other is None else 'more'} turns"
+            if one.prompt != other.prompt:
+                return (
+                    f"it says {_shown(other.prompt)} instead of {_shown(one.prompt)} at turn {k} "
+                    f"of {seat!r}"
+                )
+    return _scored(alone, at_once) if alone.scores != at_once.scores else ""
+
+
 def _scored(first: Episode, second: Episode) -> str:
     return f"the same task and replies were scored {dict(first.scores)} and {dict(second.scores)}"
 
@@ -148,7 +216,7 @@ def _scored(first: Episode, second: Episode) -> str:
 async def _play(
     env: Environment,
     task: Task,
-    player: ScriptedPlayer,
+    player: Player,
     deadline_s: float,
     course: Course | None = None,
 ) -> Episode:
