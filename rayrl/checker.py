@@ -149,14 +149,18 @@ async def _at_once_problems(
 ) -> list[str]:
     """What is different where other episodes, siblings among them, are live as well."""
     problems = []
-    live = [*tasks, *tasks]
     players = {name: ScriptedPlayer(function) for name, function in sorted(env.players.items())}
     for name, player in {"": ScriptedPlayer(_fixed), **players}.items():
-        alone = [await _play(env, task, player, deadline_s) for task in tasks]
+        scripts = [_Script(player) for _ in tasks]
+        alone = [
+            await _play(env, task, script, deadline_s)
+            for task, script in zip(tasks, scripts, strict=True)
+        ]
+        live = [*zip(tasks, scripts, strict=True)] * 2
         at_once = await asyncio.gather(
             *[
-                _play(env, task, _Slow(player, 1 + k % 3), deadline_s * len(live))
-                for k, task in enumerate(live)
+                _play(env, task, script.again(1 + k % 3), deadline_s * len(live))
+                for k, (task, script) in enumerate(live)
             ]
         )
         for one, other in zip([*alone, *alone], at_once, strict=True):
@@ -172,24 +176,34 @@ async def _at_once_problems(
     return problems
 
 
-class _Slow:
-    """Answers as a scripted player does, after other episodes went on for some rounds.
+class _Script:
+    """A player of one episode that can give its replies again, while other episodes go on.
 
-    The rounds are the same for all answers of an episode, so that seats that are asked at once
-    answer in the order in which they were asked.
+    It waits for the same number of rounds of the event loop before every reply, so that seats that
+    are asked at once answer in the order in which they were asked.
     """
 
     trainable = False
 
-    def __init__(self, player: ScriptedPlayer, rounds: int) -> None:
+    def __init__(self, player: ScriptedPlayer, rounds: int = 0) -> None:
         self.player, self.rounds = player, rounds
+        self.given: dict[tuple[str, int], Turn] = {}
+
+    def again(self, rounds: int) -> _Script:
+        """A player with the same replies; what it was not asked before, the player is asked."""
+        new = _Script(self.player, rounds)
+        new.given = dict(self.given)
+        return new
 
     async def answer(
         self, conversation: Conversation, new: Sequence[Message], options: Options
     ) -> Turn:
         for _ in range(self.rounds):
             await asyncio.sleep(0)
-        return await self.player.answer(conversation, new, options)
+        place = (conversation.session, len(conversation.messages))
+        if place not in self.given:
+            self.given[place] = await self.player.answer(conversation, new, options)
+        return dataclasses.replace(self.given[place], prompt=tuple(new), state=options.state)
 
 
 def _difference(alone: Episode, at_once: Episode, seats: Sequence[str]) -> str:

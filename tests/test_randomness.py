@@ -320,6 +320,22 @@ def test_env_check_finds_what_only_live_episodes_share(play: Any, said: str) -> 
     assert said in problem
 
 
+def test_env_check_bears_players_that_are_not_deterministic() -> None:
+    """They may ask a server; only the environment has to do the same again."""
+
+    @rayrl.env(tasks=lambda seed, u: Task(seed=seed), rewards={"n": 1.0})
+    async def game(task: Task, agent: Agent) -> Scores:
+        said = [await agent(f"{k}") for k in range(3)]
+        await agent.fork()("aside")
+        said.append(await agent("on"))
+        agent.restart()
+        return {"n": float(len("".join([*said, await agent("again")])))}
+
+    dice = random.SystemRandom()
+    game.player("server")(lambda messages, rng: "x" * dice.randrange(1, 99))
+    assert check_env(game) == []
+
+
 async def test_the_same_seed_is_the_same_episode_twice(game: rayrl.Environment) -> None:
     one, two, other = [
         await play_episode(game, Task(), {"agent": Slow()}, id="0", seed=seed) for seed in (6, 6, 7)
