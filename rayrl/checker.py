@@ -169,8 +169,7 @@ async def _at_once_problems(
                 problems.append(
                     f"{who}an episode is another one when others are live: on task {one.task!r}, "
                     f"{found}. Episodes share something that belongs to one of them, such as a "
-                    "variable of the module or of a class, or a generator of their own threads; "
-                    "make it anew in the coroutine"
+                    "variable of the module or of a class; make it anew in the coroutine"
                 )
                 break
     return problems

@@ -198,9 +198,8 @@ class Tally:
         "row_tokens",
     )
     MAXIMA = ("ratio_max", "mismatch_max")
-    MEASURED: ClassVar[
-        Mapping[str, tuple[Mapping[str, str], tuple[str, ...]]]
-    ] = {  # tokens -> means over them (name -> sum), maxima of them
+    # number of tokens -> the means over them, as metric -> sum, and the maxima of them
+    MEASURED: ClassVar[Mapping[str, tuple[Mapping[str, str], tuple[str, ...]]]] = {
         "tokens": ({"entropy": "entropy"}, ()),
         "ratio_tokens": (
             {"ratio_mean": "ratio", "clip_fraction": "clipped", "approx_kl": "approx_kl"},
