@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 
 from rayrl.durable import Course
 from rayrl.errors import EnvError
+from rayrl.randomness import EPISODE
 from rayrl.textcalls import describe_lines, parse_lines, results_text
 from rayrl.tools import ParsedCall, Toolkit, introduce, parse_calls
 from rayrl.types import Message, Reply, ToolCall, Turn, assistant, derive_seed, tool, user
@@ -220,6 +221,8 @@ class Agent:
         conversation = self._conversation
         seed = derive_seed(self.seed, self.seat, self.turns)
         self._asked = True
+        own = EPISODE.get()
+        EPISODE.set(None)  # how often the player draws is no part of the episode
         try:
             turn = None if self.course.fresh else await self._recorded(new, state, tools)
             if turn is None:
@@ -232,6 +235,7 @@ class Agent:
             raise
         finally:
             self._asked = self.waiting = False
+            EPISODE.set(own)
         self.turns += 1
         conversation.messages += new
         reply = assistant(turn.text)

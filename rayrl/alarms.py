@@ -20,7 +20,7 @@ Rows = Sequence[Row]
 Measure = Callable[[Rows], float | None]
 
 ALARMS = "alarms.jsonl"  # in a run's folder: those that were raised
-START = 5  # first steps of a run, whose mean entropy is what it began with
+START = 5  # first steps of a run that measured the entropy: their mean is what it began with
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,9 +179,10 @@ def rules(cfg: AlarmsConfig, *, kl_coef: float = 0.0, max_lag: int = 0) -> list[
 
 
 def needed(rows: list[Row], cfg: AlarmsConfig) -> list[Row]:
-    """Those of a run's steps that an alarm may still look at: its first and its last ones."""
+    """Those of a run's steps that an alarm may look at: the first with an entropy, and the last."""
     last = cfg.reward_window + cfg.reward_jump.patience
-    return rows if len(rows) <= START + last else rows[:START] + rows[-last:]
+    first = [row for row in rows[:-last] if "entropy" in row]
+    return first[:START] + rows[-last:]
 
 
 def nothing(rows: Rows) -> float | None:
@@ -205,12 +206,13 @@ def share_of_step(name: str) -> Measure:
 
 
 def share_of_start(name: str) -> Measure:
-    """A figure of the newest step as a share of its mean over the run's first `START` steps."""
+    """A figure of the newest step as a share of its mean over the first `START` that have it."""
 
     def measure(rows: Rows) -> float | None:
-        first = [value for row in rows[:START] if (value := row.get(name)) is not None]
+        known = [row[name] for row in rows if name in row]
+        first = [value for value in known[:START] if value is not None]
         now = rows[-1].get(name)
-        if len(rows) <= START or not first or now is None or not sum(first) > 0:
+        if len(known) <= START or now is None or not sum(first) > 0:
             return None
         return now / statistics.fmean(first)
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import json
 import pickle
 import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rayrl.agent import Conversation, Options, Player
 from rayrl.durable import Course, Diverged
 from rayrl.env import Environment
 from rayrl.errors import RayrlError
 from rayrl.players import ScriptedPlayer
 from rayrl.rollout import play_episode
-from rayrl.types import Episode, Message, Task
+from rayrl.types import Episode, Message, Task, Turn
 
 __all__ = ["check_env", "find_problems"]
 
@@ -35,7 +37,8 @@ def check_env(
 
     Tasks are drawn twice, and each is played twice with a player whose replies are fixed, and once
     with each scripted player of the environment; what that played is then played again by its
-    recorded replies, as it is when a process died. Nothing is sent to a model.
+    recorded replies, as it is when a process died. Then all tasks are played at once, as in a run.
+    Nothing is sent to a model.
 
     Args:
         env: what to check.
@@ -71,7 +74,7 @@ async def find_problems(
             if problem:
                 problems.append(f"with player {name!r}: {problem}")
                 break
-    return problems
+    return problems or await _at_once_problems(env, tasks, deadline_s)
 
 
 def _task_problems(env: Environment, tasks: Sequence[Task], again: Sequence[Task]) -> list[str]:
@@ -141,6 +144,84 @@ async def _player_problem(
     return ""
 
 
+async def _at_once_problems(
+    env: Environment, tasks: Sequence[Task], deadline_s: float
+) -> list[str]:
+    """What is different where other episodes, siblings among them, are live as well."""
+    problems = []
+    players = {name: ScriptedPlayer(function) for name, function in sorted(env.players.items())}
+    for name, player in {"": ScriptedPlayer(_fixed), **players}.items():
+        scripts = [_Script(player) for _ in tasks]
+        alone = [
+            await _play(env, task, script, deadline_s)
+            for task, script in zip(tasks, scripts, strict=True)
+        ]
+        live = [*zip(tasks, scripts, strict=True)] * 2
+        at_once = await asyncio.gather(
+            *[
+                _play(env, task, script.again(1 + k % 3), deadline_s * len(live))
+                for k, (task, script) in enumerate(live)
+            ]
+        )
+        for one, other in zip([*alone, *alone], at_once, strict=True):
+            if found := _difference(one, other, env.seats):
+                who = f"with player {name!r}: " if name else ""
+                problems.append(
+                    f"{who}an episode is another one when others are live: on task {one.task!r}, "
+                    f"{found}. Episodes share something that belongs to one of them, such as a "
+                    "variable of the module or of a class; make it anew in the coroutine"
+                )
+                break
+    return problems
+
+
+class _Script:
+    """A player of one episode that can give its replies again, while other episodes go on.
+
+    It waits for the same number of rounds of the event loop before every reply, so that seats that
+    are asked at once answer in the order in which they were asked.
+    """
+
+    trainable = False
+
+    def __init__(self, player: ScriptedPlayer, rounds: int = 0) -> None:
+        self.player, self.rounds = player, rounds
+        self.given: dict[tuple[str, int], Turn] = {}
+
+    def again(self, rounds: int) -> _Script:
+        """A player with the same replies; what it was not asked before, the player is asked."""
+        new = _Script(self.player, rounds)
+        new.given = dict(self.given)
+        return new
+
+    async def answer(
+        self, conversation: Conversation, new: Sequence[Message], options: Options
+    ) -> Turn:
+        for _ in range(self.rounds):
+            await asyncio.sleep(0)
+        place = (conversation.session, len(conversation.messages))
+        if place not in self.given:
+            self.given[place] = await self.player.answer(conversation, new, options)
+        return dataclasses.replace(self.given[place], prompt=tuple(new), state=options.state)
+
+
+def _difference(alone: Episode, at_once: Episode, seats: Sequence[str]) -> str:
+    """What is not the same in two episodes of one task, seed and player; empty if nothing."""
+    if at_once.failure is not None:
+        return f"it failed: {at_once.failure.message}"
+    for seat in seats:
+        pairs = itertools.zip_longest(alone.turns_of(seat), at_once.turns_of(seat))
+        for k, (one, other) in enumerate(pairs):
+            if one is None or other is None:
+                return f"it has {'fewer' if other is None else 'more'} turns"
+            if one.prompt != other.prompt:
+                return (
+                    f"it says {_shown(other.prompt)} instead of {_shown(one.prompt)} at turn {k} "
+                    f"of {seat!r}"
+                )
+    return _scored(alone, at_once) if alone.scores != at_once.scores else ""
+
+
 def _scored(first: Episode, second: Episode) -> str:
     return f"the same task and replies were scored {dict(first.scores)} and {dict(second.scores)}"
 
@@ -148,7 +229,7 @@ def _scored(first: Episode, second: Episode) -> str:
 async def _play(
     env: Environment,
     task: Task,
-    player: ScriptedPlayer,
+    player: Player,
     deadline_s: float,
     course: Course | None = None,
 ) -> Episode:

@@ -80,6 +80,8 @@ def episode_to_json(episode: Episode) -> dict[str, Any]:
     for key in ("replayed", "diverged"):
         if count := getattr(episode, key):
             data[key] = count
+    if episode.seed:
+        data["seed"] = episode.seed
     data["began"] = round(episode.began, 4)
     data["seconds"] = round(episode.seconds, 4)
     return data
@@ -112,6 +114,7 @@ def episode_from_json(data: Mapping[str, Any]) -> Episode:
             diverged=_typed(data.get("diverged", 0), int, "diverged"),
             began=float(data.get("began", 0.0)),
             seconds=float(data.get("seconds", 0.0)),
+            seed=_typed(data.get("seed", 0), int, "seed"),
         )
     except KeyError as error:
         raise DataError(f"an episode needs the key {error}") from None

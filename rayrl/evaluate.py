@@ -22,7 +22,7 @@ from rayrl.cluster.parts import players_here
 from rayrl.cluster.rollouts import Collection, Rollouts
 from rayrl.config import Config
 from rayrl.env import Environment
-from rayrl.figures import measure
+from rayrl.figures import measure, task_key
 from rayrl.journal import Journal, Play
 from rayrl.results import Cell, Result, rich_table
 from rayrl.rollout import GroupPlan
@@ -118,7 +118,9 @@ def cell_of(
     episodes = [episode for group in played.groups for episode in group.episodes]
     failed = sum(len(group.episodes) for group in played.dropped)
     figures = measure(episodes, environment.reported)
-    return Cell(dict(args), len(episodes), failed, figures, usage, played.infra_failures)
+    distinct = len({task_key(episode.task) for episode in episodes})
+    tasks = distinct if distinct < len(episodes) else 0
+    return Cell(dict(args), len(episodes), failed, figures, usage, played.infra_failures, tasks)
 
 
 def _checkable(config: Config) -> bool:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from rayrl.errors import EnvError
+from rayrl.randomness import EpisodeRandom
 from rayrl.types import Episode, Failure
 
 if TYPE_CHECKING:
@@ -83,7 +84,8 @@ def with_group_rewards(env: Environment, episodes: Sequence[Episode]) -> list[Ep
 def _group_scores(
     env: Environment, name: str, group: GroupReward, episodes: Sequence[Episode]
 ) -> list[float]:
-    values = [float(value) for value in group.function(tuple(episodes))]
+    with EpisodeRandom(episodes[0].task.seed, episodes[0].id.rpartition("/")[0], name):
+        values = [float(value) for value in group.function(tuple(episodes))]
     if len(values) != len(episodes):
         raise EnvError(f"returned {len(values)} scores for {len(episodes)} episodes")
     if not all(math.isfinite(value) for value in values):

@@ -1,25 +1,35 @@
 """95% confidence intervals for the two things an evaluation reports: shares and means.
 
-A share is an event counted over independent episodes; its interval is Wilson's score interval
-(E. B. Wilson, JASA 22, 1927, p. 209), which stays inside [0, 1] and says something useful at
-0 of n, where the textbook `p ± z·√(p(1-p)/n)` claims certainty.
+A share is an event counted over episodes; its interval is Wilson's score interval (E. B. Wilson,
+JASA 22, 1927, p. 209), which stays inside [0, 1] and says something useful at 0 of n, where the
+textbook `p ± z·√(p(1-p)/n)` claims certainty. A mean has Student's t interval.
+
+Both suppose independent episodes. Where a task was played several times they are not: what the
+tasks happened to be decides about several episodes at once, and n episodes of m tasks are worth
+fewer than n. So episodes are clustered by task (E. Miller, Adding Error Bars to Evals, 2024, arXiv
+2411.00640, section 2.2): a mean gets a cluster-robust standard error, and a share is given the
+number of independent episodes that would say as much (the design effect of L. Kish, Survey
+Sampling, 1965, with the correction of E. L. Korn and B. I. Graubard, Survey Methodology 24, 1998,
+for few clusters).
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
 
-__all__ = ["Z95", "mean_interval", "wilson"]
+__all__ = ["Z95", "effective_n", "mean_interval", "student_t", "wilson"]
 
 Z95 = 1.959963984540054  # two-sided 95% point of the standard normal
 
 
-def wilson(count: int, n: int, z: float = Z95) -> tuple[float, float]:
+def wilson(count: float, n: float, z: float = Z95) -> tuple[float, float]:
     """Wilson's interval of a share seen `count` times in `n`; `(0, 1)` when nothing was seen.
 
     With p = count/n: centre (p + z²/2n) / (1 + z²/n), half width
-    z·√(p(1-p)/n + z²/4n²) / (1 + z²/n).
+    z·√(p(1-p)/n + z²/4n²) / (1 + z²/n). Neither number need be whole (see `effective_n`).
 
     Raises:
         ValueError: if `count` is not within 0 and `n`.
@@ -38,20 +48,102 @@ def wilson(count: int, n: int, z: float = Z95) -> tuple[float, float]:
     return (low, high)
 
 
-def mean_interval(values: Sequence[float], z: float = Z95) -> tuple[float, float, float]:
-    """Mean of `values` and its normal interval `mean ± z·s/√n` (s with n-1): `(mean, low, high)`.
+def mean_interval(
+    values: Sequence[float], clusters: Sequence[Hashable] | None = None
+) -> tuple[float, float, float]:
+    """Mean of `values` and its interval `mean ± t·(standard error)`: `(mean, low, high)`.
 
-    One value has no spread to estimate from, so its interval is infinitely wide.
+    Args:
+        values: n of them.
+        clusters: whose each value is; values of one cluster may depend on each other. By default
+            all are independent.
+
+    With m clusters, the standard error is √(m/(m-1) · Σ_c (Σ_{i in c} (x_i - mean))²) / n, and t is
+    Student's with m-1 degrees of freedom. With clusters of one value that is s/√n (s with n-1). One
+    cluster has no spread to estimate from, so its interval is infinitely wide.
 
     Raises:
         ValueError: if `values` is empty.
     """
-    n = len(values)
-    if n == 0:
+    if not values:
         raise ValueError("a mean needs at least one value")
-    mean = math.fsum(values) / n
-    if n == 1:
+    mean = math.fsum(values) / len(values)
+    m = len(values) if clusters is None else len(set(clusters))
+    if m == 1:
         return (mean, -math.inf, math.inf)
-    variance = math.fsum((value - mean) ** 2 for value in values) / (n - 1)
-    half = z * math.sqrt(variance / n)
+    half = student_t(m - 1) * _standard_error(values, mean, clusters)
     return (mean, mean - half, mean + half)
+
+
+def effective_n(values: Sequence[float], clusters: Sequence[Hashable]) -> float:
+    """How many independent 0/1 values say as much of their mean as these do, at most `len(values)`.
+
+    n is divided by the design effect: the squared cluster-robust standard error over that of
+    independent values. Where all values are equal nothing can be told of the dependence, and it is
+    taken to be complete: the design effect is then Σ n_c²/n for clusters of n_c values. The result
+    is multiplied by (t_{n-1}/t_{m-1})², since m clusters tell less of the design effect.
+    """
+    n = len(values)
+    sizes = defaultdict[Hashable, int](int)
+    for cluster in clusters:
+        sizes[cluster] += 1
+    m = len(sizes)
+    if m == n:
+        return float(n)
+    most = sum(size * size for size in sizes.values()) / n
+    if m == 1:
+        return 1.0
+    mean = math.fsum(values) / n
+    alone = _standard_error(values, mean, None)
+    effect = (_standard_error(values, mean, clusters) / alone) ** 2 if alone > 0 else most
+    effect = min(max(effect, 1.0), most)
+    return max(1.0, n / effect * (student_t(n - 1) / student_t(m - 1)) ** 2)
+
+
+def _standard_error(
+    values: Sequence[float], mean: float, clusters: Sequence[Hashable] | None
+) -> float:
+    sums = defaultdict[Hashable, list[float]](list)
+    for value, cluster in zip(values, clusters or range(len(values)), strict=True):
+        sums[cluster].append(value - mean)
+    m = len(sums)
+    squares = math.fsum(math.fsum(of_cluster) ** 2 for of_cluster in sums.values())
+    return math.sqrt(squares * m / (m - 1)) / len(values)
+
+
+@functools.cache
+def student_t(df: int) -> float:
+    """Two-sided 95% point of Student's t with `df` degrees of freedom, to 1e-8 of it.
+
+    Up to 1,000 from the distribution's closed form (Abramowitz and Stegun, 26.7.3 and 26.7.4),
+    above from its expansion around the normal (26.7.5).
+
+    Raises:
+        ValueError: if `df` is below 1.
+    """
+    if df < 1:
+        raise ValueError(f"Student's t needs at least 1 degree of freedom, got {df}")
+    z = Z95
+    if df > 1000:
+        first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
+        return z + first / df + second / df**2
+    low, high = z, 13.0  # at one degree of freedom it is 12.7
+    while high - low > 1e-10:
+        middle = (low + high) / 2
+        low, high = (middle, high) if _within(middle, df) < 0.95 else (low, middle)
+    return (low + high) / 2
+
+
+def _within(t: float, df: int) -> float:
+    """The probability that Student's t is between -t and t."""
+    angle = math.atan(t / math.sqrt(df))
+    cosine = math.cos(angle)
+    odd = df % 2
+    term = cosine if odd else 1.0
+    total = 0.0
+    for k in range(2 + odd, df + 1, 2):  # terms up to cos^(df-2)
+        total += term
+        term *= cosine * cosine * (k - 1) / k
+    if not odd:
+        return math.sin(angle) * total
+    return 2 / math.pi * (angle + math.sin(angle) * total)

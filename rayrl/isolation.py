@@ -24,12 +24,13 @@ import sys
 import threading
 import traceback
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from rayrl.agent import Agent, Conversation, Options
 from rayrl.env import Environment, EnvSpec
 from rayrl.episodes import message_from_json, message_to_json
 from rayrl.errors import ConfigError, EnvError
+from rayrl.randomness import EpisodeRandom
 from rayrl.types import Message, Scores, Task, Turn
 
 __all__ = ["Isolated", "child"]
@@ -105,6 +106,14 @@ class Isolated:
         one.kill()
 
 
+class _Start(NamedTuple):
+    """An episode for a child: conversations by seat, and the episode's seed."""
+
+    task: Task
+    sessions: Mapping[str, str]
+    seed: int
+
+
 class _CodeFailed(Exception):
     def __init__(self, message: str, trace: str) -> None:
         super().__init__(message)
@@ -139,7 +148,8 @@ class _Child:
                     f"environment {self.spec.ref!r} cannot run in a process of its own: "
                     f"{ready['failed']}"
                 )
-        await self._send((task, {agent.seat: agent.session for agent in agents}))
+        sessions = {agent.seat: agent.session for agent in agents}
+        await self._send(_Start(task, sessions, agents[0].seed))
         holders = {agent.session: agent for agent in agents}  # of conversations, forks' included
         try:
             return await self._answer(by_seat, holders)
@@ -241,10 +251,11 @@ async def _serve(descriptor: int) -> None:
         return
     pipe.send({"ready": True})
     while not listening.done():
-        task, sessions = await pipe.tasks.get()
+        start = await pipe.tasks.get()
         try:
-            agents = [_remote(pipe, seat, session) for seat, session in sessions.items()]
-            scores = await env.play(task, *agents)
+            agents = [_remote(pipe, seat, session) for seat, session in start.sessions.items()]
+            with EpisodeRandom(start.seed, "environment"):
+                scores = await env.play(start.task, *agents)
             tools = {a.seat: (a.used_tools, a.tool_calls, a.tool_errors) for a in agents}
             said: dict[str, Any] = {"scores": scores, "tools": tools}
         except (Exception, SystemExit, asyncio.CancelledError) as error:
@@ -263,7 +274,7 @@ class _Pipe:
         self.reader, self.writer = reader, writer
         self.waiting: dict[int, asyncio.Future[tuple[str, Any]]] = {}
         self.asked = 0
-        self.tasks: asyncio.Queue[tuple[Task, dict[str, str]]] = asyncio.Queue()
+        self.tasks: asyncio.Queue[_Start] = asyncio.Queue()
 
     async def receive(self) -> Any:
         (size,) = _HEAD.unpack(await self.reader.readexactly(_HEAD.size))
@@ -276,7 +287,7 @@ class _Pipe:
     async def listen(self) -> None:
         while True:
             frame = await self.receive()
-            if len(frame) == 2:
+            if isinstance(frame, _Start):
                 self.tasks.put_nowait(frame)
                 continue
             number, text, finish = frame

@@ -16,6 +16,7 @@ from rayrl.chat import Chat
 from rayrl.engine.protocol import Generator
 from rayrl.env import PlayerFunction
 from rayrl.errors import EnvError, InfraError
+from rayrl.randomness import EpisodeRandom
 from rayrl.textcalls import describe_lines, parse_lines
 from rayrl.tools import format_call, tool_name, untold
 from rayrl.types import Message, Request, Sampling, Turn
@@ -138,9 +139,10 @@ class ScriptedPlayer:
         messages = [*conversation.messages, *new]
         name = getattr(self.function, "__name__", "scripted player")
         try:
-            text = self.function(messages, random.Random(options.seed))
-            if inspect.isawaitable(text):
-                text = await text
+            with EpisodeRandom(options.seed, "player"):
+                text = self.function(messages, random.Random(options.seed))
+                if inspect.isawaitable(text):
+                    text = await text
         except Exception as error:
             raise EnvError(f"player {name} raised {type(error).__name__}: {error}") from error
         if not isinstance(text, str):

@@ -60,7 +60,8 @@ def step_metrics(
     """All figures of a step.
 
     `reward`, `reward_std`, `score/NAME` (several seats: `score/SEAT/NAME`) and `turns` are over the
-    episodes of complete groups; the learner's own figures follow.
+    episodes of complete groups; the learner's own figures follow. What was not measured at this
+    step (the entropy, if no row was computed) has no entry.
     """
     episodes = [episode for group in played.groups for episode in group.episodes]
     trainable = played.groups[0].trainable
@@ -79,10 +80,10 @@ def step_metrics(
         "reward_std": statistics.pstdev(rewards),
         **_scores(episodes),
         "turns": statistics.fmean(turns),
-        "reply_tokens": statistics.fmean(lengths) if lengths else 0.0,
+        **({"reply_tokens": statistics.fmean(lengths)} if lengths else {}),
         "episodes": float(len(episodes)),
         "tokens": batch.stats["loss_tokens"],
-        "groups/dead_share": batch.stats["dead_groups"] / groups if groups else 0.0,
+        **({"groups/dead_share": batch.stats["dead_groups"] / groups} if groups else {}),
         "groups/dropped": float(len(played.dropped)),
         "failures/env": float(played.env_failures),
         "failures/infra": float(played.infra_failures),
@@ -109,7 +110,7 @@ def _lag(step: int, episodes: Sequence[Episode]) -> dict[str, float]:
                 total += (step - span.version) * (span.end - span.start)
                 tokens += span.end - span.start
                 oldest = min(oldest, span.version)
-    return {"lag/mean": total / tokens if tokens else 0.0, "lag/max": float(step - oldest)}
+    return {"lag/mean": total / tokens, "lag/max": float(step - oldest)} if tokens else {}
 
 
 def _hosts(load: Load | None) -> dict[str, float]:
@@ -156,13 +157,17 @@ def _scores(episodes: list[Episode]) -> dict[str, float]:
 
 
 def headline(metrics: Mapping[str, float]) -> dict[str, str]:
-    """The few figures that say how a run goes, for a progress bar."""
+    """The few figures that say how a run goes, for a progress bar; a dash is not measured."""
+
+    def shown(name: str, digits: int) -> str:
+        return f"{metrics[name]:.{digits}f}" if name in metrics else "–"
+
     scores = [name for name in metrics if name.startswith("score/")][:4]
     return {
         "reward": f"{metrics['reward']:z.3f} ±{metrics['reward_std']:.2f}",
         **{name.removeprefix("score/"): f"{metrics[name]:z.2f}" for name in scores},
-        "entropy": f"{metrics.get('entropy', 0.0):.3f}",
-        "grad": f"{metrics.get('grad_norm', 0.0):.2f}",
+        "entropy": shown("entropy", 3),
+        "grad": shown("grad_norm", 2),
         "play": f"{metrics['time/collect']:.1f} s",
         "learn": f"{metrics['time/update']:.1f} s",
     }

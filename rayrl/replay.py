@@ -194,6 +194,7 @@ async def _again(env: Environment, stored: Episode, deadline_s: float | None) ->
             dict.fromkeys(env.seats, nobody),
             id=stored.id,
             index=stored.index,
+            seed=stored.seed,
             deadline_s=deadline_s,
             course=course,
         )

@@ -201,7 +201,8 @@ def _table_cell(result: Result, column: Column) -> dict[str, Any]:
             for i, name in enumerate(figure.counts)
         ]
         cell["bar_title"] = ", ".join(f"{name} {n}" for name, n in figure.counts.items())
-        cell["small"] = [f"{name} {figure.share(name).interval_text()}" for name in figure.counts]
+        intervals = {name: figure.share(name).interval_text() for name in figure.counts}
+        cell["small"] = [f"{name} {shown}" for name, shown in intervals.items() if shown]
     return cell
 
 

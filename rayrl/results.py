@@ -46,6 +46,8 @@ class Cell:
         failed: how many did not.
         usage: tokens that a server's model cost, failed episodes included; None without one.
         unplayed: of the failed ones, those that did not fail by their environment.
+        tasks: how many different ones those that ended were of; 0: as many as episodes, or a file
+            that does not say.
     """
 
     args: Mapping[str, Any]
@@ -54,6 +56,13 @@ class Cell:
     figures: Mapping[str, Figure]
     usage: Usage | None = None
     unplayed: int = 0
+    tasks: int = 0
+
+    @property
+    def size(self) -> str:
+        """How many episodes, and of how many tasks where some were played several times."""
+        of = f" of {self.tasks:,} task{'s' if self.tasks > 1 else ''}" if self.tasks else ""
+        return f"{self.episodes:,} episode{'' if self.episodes == 1 else 's'}{of}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +111,7 @@ class Result:
                     "failed": cell.failed,
                     "figures": {key: figure.to_dict() for key, figure in cell.figures.items()},
                     **({"unplayed": cell.unplayed} if cell.unplayed else {}),
+                    **({"tasks": cell.tasks} if cell.tasks else {}),
                     **self._usage_to_dict(cell.usage),
                 }
                 for name, cell in self.cells.items()
@@ -133,6 +143,7 @@ class Result:
                     {key: figure_from_dict(value) for key, value in cell["figures"].items()},
                     Usage(**cell["usage"]) if "usage" in cell else None,
                     int(cell.get("unplayed", 0)),
+                    int(cell.get("tasks", 0)),
                 )
                 for name, cell in data["cells"].items()
             }
@@ -210,7 +221,7 @@ def rich_table(results: Sequence[Result]) -> RenderableType:
     for group in dict.fromkeys((column.group, column.is_check) for column in shown):
         own = [column for column in shown if (column.group, column.is_check) == group]
         parts.append(_part(results, own))
-    lines = ["Beneath each figure: its 95% interval.", *spending(results)]
+    lines = ["Beneath each figure: its 95% interval.", *repeats(results), *spending(results)]
     return RichGroup(*parts, Text("\n".join(lines), style="dim"))
 
 
@@ -260,9 +271,20 @@ def notes(results: Sequence[Result]) -> list[str]:
         failed = sum(cell.failed for cell in cells)
         lost = f"; {failed} failed and are not counted" if failed else ""
         lines.append(f"- {group}: {settings or 'default settings'}; {sizes} episodes a row{lost}.")
-    lines += [f"- {line}" for line in spending(results)]
-    lines.append("- In brackets: 95% intervals (Wilson for shares, normal for means).")
+    lines += [f"- {line}" for line in (*repeats(results), *spending(results))]
+    lines.append("- In brackets: 95% intervals (Wilson's for shares, Student's t for means).")
     return lines
+
+
+def repeats(results: Sequence[Result]) -> list[str]:
+    """Where tasks were played several times, a sentence per cell."""
+    return [
+        f"{result.name}, {name}: {cell.size}; intervals allow for tasks that were played several "
+        "times."
+        for result in results
+        for name, cell in result.cells.items()
+        if cell.tasks
+    ]
 
 
 def spending(results: Sequence[Result]) -> list[str]:

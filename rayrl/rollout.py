@@ -18,6 +18,7 @@ from rayrl.errors import ConfigError, EnvError, InfraError
 from rayrl.groups import with_group_rewards
 from rayrl.hints import suggestion
 from rayrl.live import Room, Stops
+from rayrl.randomness import EpisodeRandom
 from rayrl.types import Episode, Failure, Group, Scores, Task, Turn, Usage, derive_seed, sum_usage
 
 __all__ = ["GroupPlan", "play_episode", "play_group", "play_groups"]
@@ -57,7 +58,8 @@ async def play_episode(
         players: who answers, by seat.
         id: of the episode.
         index: its place in its group.
-        seed: of all the players' randomness.
+        seed: of all the players' randomness, and of the module-level generators (`random.random`,
+            `np.random.rand`, ...) that the environment's code may draw from.
         deadline_s: wall time allowed, without what a player held its own requests back; None is
             no limit.
         attempt: of this episode; keeps the sessions of a repeated one apart from the first's.
@@ -83,7 +85,7 @@ async def play_episode(
     failure = None
     try:
         # a task of its own, so that code which swallows its cancellation cannot hold the loop
-        running = asyncio.create_task(_played(env, task, agents))
+        running = asyncio.create_task(_played(env, task, agents, seed))
         returned = await within(running, deadline_s, agents, stop)
         _raise_players_error(agents)
         if course.left:
@@ -113,12 +115,14 @@ async def play_episode(
         replayed=course.replayed,
         began=clock_time,
         seconds=time.perf_counter() - began,
+        seed=seed,
     )
 
 
-async def _played(env: Environment, task: Task, agents: Sequence[Agent]) -> Scores:
+async def _played(env: Environment, task: Task, agents: Sequence[Agent], seed: int) -> Scores:
     try:
-        return await env.play(task, *agents)
+        with EpisodeRandom(seed, "environment"):
+            return await env.play(task, *agents)
     except SystemExit as error:  # would end the event loop and every other episode
         raise EnvError(f"called sys.exit({error.code!r})") from error
 

@@ -39,8 +39,9 @@ def scores_text(scores: Mapping[str, Mapping[str, float]], rewards: Mapping[str,
         for name, value in of_seat.items():
             text.append(f"{name} ", style="dim")
             text.append(f"{value:.3g}  ", style="bold")
-        text.append("reward ", style="dim")
-        text.append(f"{rewards.get(seat, 0.0):.3g}  ", style="bold green")
+        if seat in rewards:
+            text.append("reward ", style="dim")
+            text.append(f"{rewards[seat]:.3g}  ", style="bold green")
     return text
 
 

@@ -355,6 +355,7 @@ class Episode(_Compact):
         diverged: times it started over because its environment did not do again what it had done.
         began: wall-clock time of its (last) start, in seconds, as its env host's clock has it.
         seconds: wall time from there; both are for the timing report only.
+        seed: of its players and of the module-level generators its environment may draw from.
     """
 
     id: str
@@ -370,6 +371,7 @@ class Episode(_Compact):
     diverged: int = field(default=0, compare=False)
     began: float = field(default=0.0, compare=False)
     seconds: float = field(default=0.0, compare=False)
+    seed: int = field(default=0, compare=False)
 
     def turns_of(self, seat: str) -> tuple[Turn, ...]:
         """The turns `seat` played."""

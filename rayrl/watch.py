@@ -38,8 +38,8 @@ class Watch:
     """What a run watches in itself, to be used in a `with` block.
 
     An alarm is raised when it has been out of bounds for its patience, and again only after it was
-    within them. A run that is resumed knows its earlier steps, but counts anew: what it was stopped
-    for has to last again.
+    within them. Steps at which its figure was not measured count neither way. A run that is resumed
+    knows its earlier steps, but counts anew: what it was stopped for has to last again.
 
     Args:
         config: `alarms`, and what some of them depend on.
@@ -78,8 +78,10 @@ class Watch:
         raised = []
         for rule in self._rules:
             value = rule.measure(self._rows)
+            if value is None:
+                continue
             self._out[rule.name] = self._out[rule.name] + 1 if rule.is_out(value) else 0
-            if value is not None and self._out[rule.name] == rule.setting.patience:
+            if self._out[rule.name] == rule.setting.patience:
                 raised.append(Alarm(rule, step, value))
         for alarm in raised:
             _append(self._path / ALARMS, alarm.to_json())

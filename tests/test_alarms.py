@@ -124,6 +124,17 @@ def test_only_what_an_alarm_may_look_at_is_kept() -> None:
         assert one.measure(kept) == one.measure(rows)
 
 
+def test_the_first_entropies_are_what_a_share_is_of() -> None:
+    """Hard tasks have no entropy at first: nobody succeeds, so no row is computed."""
+    rows: list[Any] = [{"reward": 0.0}] * 30
+    rows += [{"reward": 0.5, "entropy": 1.0}, {"reward": 0.0}] * 5 + [{"reward": 0.5}] * 30
+    one = rule("entropy_share")
+    assert one.measure(rows) is None
+    rows.append({"reward": 0.5, "entropy": 0.05})
+    assert one.measure(rows) == pytest.approx(0.05)
+    assert one.measure(needed(rows, CFG)) == pytest.approx(0.05)
+
+
 def test_off_is_not_there() -> None:
     off = AlarmsConfig(mismatch=AlarmConfig(0.1, action="off"))
     assert "mismatch" not in [one.name for one in rules(off)]

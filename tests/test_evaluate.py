@@ -27,6 +27,7 @@ from rayrl.rundir import RunDir
 from rayrl.stage import row_name, seats_of
 from rayrl.train import plans as training_plans
 from rayrl.types import Episode, Failure, Group, Usage
+from tests.act import collect, says
 from tests.documents import ROOT
 from tests.here import Here, killing
 from tests.test_endpoint import said, serving
@@ -96,16 +97,36 @@ def test_rows_are_called_after_who_plays(path: str, player: str, row: str) -> No
 # --- figures -------------------------------------------------------------------------------------
 
 
+async def test_held_out_rows_played_four_times_are_worth_their_number() -> None:
+    @rayrl.env(tasks=[Task(seed=k) for k in range(100)], rewards={"right": 1.0})
+    async def rows(task: Task, agent: Agent) -> Scores:
+        await agent("?")
+        return {"right": float(task.seed % 10 > 0)}
+
+    cells = {}
+    for episodes in (100, 400):
+        of_rows = from_dict({"env": {"name": "rows"}, "eval": {"episodes": episodes}})
+        plans = evaluation_plans(rows, of_rows, "tasks")
+        groups = await collect(rows, plans, says("yes"), concurrency=8)
+        cells[episodes] = cell_of(rows, {}, Collection(tuple(groups)))
+    once, repeated = cells[100], cells[400]
+    assert (once.tasks, once.size) == (0, "100 episodes")
+    assert (repeated.tasks, repeated.size) == (100, "400 episodes of 100 tasks")
+    assert once.figures["right"].text() == repeated.figures["right"].text() == "0.900"
+    assert once.figures["right"].interval_text() == "0.826–0.945"
+    assert repeated.figures["right"].interval_text() == "0.825–0.945"
+
+
 def test_failed_episodes_are_counted_and_not_measured() -> None:
-    def one(win: float) -> Episode:
+    def one(win: float, seed: int) -> Episode:
         scores = {"agent": {"win": win, "format": 1.0, "invalid": 0.0}}
-        return Episode("e", "t", Task(), 0, (), scores, {"agent": win})
+        return Episode("e", "t", Task(seed=seed), 0, (), scores, {"agent": win})
 
     failed = Episode("f", "t", Task(), 0, (), failure=Failure("env", "broke"))
-    groups = tuple(Group(str(w), Task(), (one(w),)) for w in (1.0, 0.5, 0.5))
+    groups = tuple(Group(str(k), Task(), (one(w, k),)) for k, w in enumerate((1.0, 0.5, 0.5)))
     played = Collection(groups, dropped=(Group("f", Task(), (failed,)),))
     cell = cell_of(load_env("tictactoe"), {"a": 1}, played)
-    assert (cell.episodes, cell.failed) == (3, 1)
+    assert (cell.episodes, cell.failed, cell.tasks) == (3, 1, 0)
     assert cell.figures["win/draw/loss"] == Split({"win": 1, "draw": 2, "loss": 0}, 3)
     assert cell.figures["invalid %"] == Share(0, 3)
 

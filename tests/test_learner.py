@@ -209,6 +209,41 @@ def test_kl_pulls_towards_the_start(model_dir):
     assert metrics["kl"] > 0
 
 
+MEASURED_BY_ROWS = {"loss", "entropy", "grad_norm"}
+OF_POLICY = {"ratio_mean", "ratio_max", "clip_fraction", "approx_kl"}
+MISMATCH = {"mismatch_mean", "mismatch_max", "mismatch_kl"}
+ALWAYS = {
+    "computed_loss_tokens",
+    "distinct_tokens",
+    "row_tokens",
+    "lr",
+    "updates",
+    "skipped",
+}
+
+
+@pytest.mark.parametrize(
+    ("algo", "also"),
+    [
+        ({"tis_max": 0.0, "kl_coef": 0.0}, set()),
+        ({"tis_max": 2.0, "kl_coef": 0.0}, {"tis_truncated"}),
+        ({"tis_max": 0.0, "kl_coef": 0.1}, {"kl"}),
+        ({"tis_max": 2.0, "kl_coef": 0.1, "epochs": 2, "minibatches": 3}, {"kl", "tis_truncated"}),
+    ],
+)
+def test_what_was_not_measured_has_no_figure(model_dir, algo, also):
+    """Counts and the learning rate are always known; means are of something, or absent."""
+    learner = ReferenceLearner(config(**algo), model_dir)
+    before = {name: tensor.clone() for name, tensor in learner.named_weights()}
+    assert set(learner.step([], Totals(100.0, 8.0))) == ALWAYS
+    assert all(torch.equal(before[name], tensor) for name, tensor in learner.named_weights())
+    rows = make_rows(0)
+    whole = learner.step(rows, batch_of(rows).totals)
+    assert set(whole) == ALWAYS | MEASURED_BY_ROWS | OF_POLICY | MISMATCH | also
+    assert whole["entropy"] > 0
+    assert set(learner.sft_step(rows, batch_of(rows).totals)) == ALWAYS | MEASURED_BY_ROWS
+
+
 def test_logprobs_follow_the_sampling_temperature(model_dir):
     rows = make_rows(1)
     cfg = replace(config(micro=40), sampling=SamplingConfig(temperature=1.3))

@@ -28,3 +28,8 @@ def test_the_headline_rounds_and_has_no_negative_zero() -> None:
         "play": "2.0 s",
         "learn": "2.0 s",
     }
+
+
+def test_the_headline_shows_a_dash_for_what_was_not_measured() -> None:
+    known = {k: v for k, v in METRICS.items() if k not in ("entropy", "grad_norm")}
+    assert (headline(known)["entropy"], headline(known)["grad"]) == ("–", "–")

@@ -72,6 +72,20 @@ def test_markdown() -> None:
     assert "- optimal: default settings; 8 episodes a row." in lines
 
 
+def test_repeated_tasks_are_said() -> None:
+    """In the Markdown, the terminal and the file; where nothing was repeated, nothing is said."""
+    again = Result("base", {"tasks": Cell({}, 400, 0, {"w": Share(9, 400, 99.0)}, tasks=100)})
+    line = "base, tasks: 400 episodes of 100 tasks; intervals allow for tasks that were played "
+    assert line + "several times." in " ".join(markdown([again]).splitlines()[-2].split())
+    console = Console(width=140, record=True, file=io.StringIO())
+    console.print(rich_table([again]))
+    assert line in console.export_text()
+    assert Result.from_dict(again.to_dict()) == again
+    assert "several times" not in markdown([BASE, RL])
+    one = Result("base", {"tasks": Cell({}, 1, 0, {"w": Share(1, 1)})})
+    assert "| base | 100 |" in markdown([one])
+
+
 def test_the_terminal_table_shows_all_rows() -> None:
     console = Console(width=140, record=True, file=io.StringIO())
     console.print(rich_table([BASE, RL]))

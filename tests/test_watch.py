@@ -78,6 +78,21 @@ async def test_it_is_said_once_until_it_was_within_bounds(tmp_path: Path) -> Non
     assert not run.watch.alarms()["mismatch"]
 
 
+async def test_steps_that_did_not_measure_a_figure_count_neither_way(tmp_path: Path) -> None:
+    """No row was computed at some steps, so that they have no entropy."""
+    cfg = config(tmp_path)  # entropy_floor: three steps below 0.01
+    sure = {**FINE, "entropy": 0.001}
+    none = {name: value for name, value in FINE.items() if name != "entropy"}
+    with RunDir(tmp_path, cfg) as folder:
+        run = Run(folder, cfg)
+        assert run.did(none, none, none, none) == [[]] * 4
+        assert run.did(sure, none, sure, none, none, sure) == [[]] * 5 + [["entropy_floor"]]
+        assert run.did(none) == [[]]
+        assert run.watch.alarms()["entropy_floor"]
+        assert run.did(FINE, none, sure, sure, none, sure) == [[]] * 5 + [["entropy_floor"]]
+        assert lines(tmp_path / ALARMS)[0]["value"] == 0.001
+
+
 async def test_a_number_that_is_none_is_said_too(tmp_path: Path) -> None:
     cfg = config(tmp_path)
     with RunDir(tmp_path, cfg) as folder:

@@ -132,6 +132,7 @@ class Learner(ABC):
         Every rank returns the same metrics: those of `Tally` over all updates and ranks (mismatch
         over the first update, whose weights the step began with), and `lr`, `grad_norm` (largest),
         `updates` made and `skipped` (updates not made because a loss or gradient was not finite).
+        What was not measured has no entry: without a row there is no `entropy` and no `grad_norm`.
         """
         algo = self.cfg.algo
         rows = list(rows)
@@ -295,28 +296,24 @@ class Learner(ABC):
         parts: int,
     ) -> dict[str, float]:
         lr = rate(self.cfg.learner, self.steps, self.total_steps)
-        whole, norms, updates = Tally(), [0.0], 0
+        whole, norms = Tally(), list[float]()
         for epoch in range(epochs):
             seed = derive_seed(self.cfg.run.seed, "minibatches", self.steps, epoch)
             for part in minibatches(rows, parts, seed):
-                first = epoch == 0 and not updates
+                first = epoch == 0 and not norms
                 tally = self._accumulate(part, totals.share(parts), objective, first=first)
                 if tally is None:
                     continue
-                updates += 1
-                loss = tally.metrics()["loss"]
-                norms.append(self._update(lr, finite=math.isfinite(loss)))
+                norms.append(self._update(lr, finite=math.isfinite(tally.total("loss"))))
                 whole.merge(tally)
         self.steps += 1
-        done = [norm for norm in norms[1:] if math.isfinite(norm)]
-        return {
-            **whole.metrics(),
-            "loss": whole.metrics()["loss"] / max(1, updates),
-            "lr": lr,
-            "grad_norm": max(norms) if all(map(math.isfinite, norms)) else math.nan,
-            "updates": float(len(done)),
-            "skipped": float(updates - len(done)),
-        }
+        done = [norm for norm in norms if math.isfinite(norm)]
+        metrics = {**whole.metrics(), "lr": lr}
+        if "loss" in metrics:
+            metrics["loss"] /= len(norms)
+        if norms:
+            metrics["grad_norm"] = max(norms) if len(done) == len(norms) else math.nan
+        return {**metrics, "updates": float(len(done)), "skipped": float(len(norms) - len(done))}
 
     def _accumulate(
         self, rows: Sequence[Trajectory], totals: Totals, objective: Objective, *, first: bool

@@ -6,10 +6,10 @@ Shared by every learner, so that they can only differ in how gradients become an
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -173,16 +173,23 @@ def filler() -> Trajectory:
 
 
 class Tally:
-    """Figures of a step as two small vectors that can be reduced over ranks: sums and maxima."""
+    """Figures of a step as two small vectors that can be reduced over ranks: sums and maxima.
+
+    Beside each sum over tokens stands how many tokens it is over. What no token was measured for
+    is no figure: its mean would be 0, which reads as a policy that is sure of every token.
+    """
 
     SUMS = (
         "tokens",
         "loss",
         "entropy",
+        "ratio_tokens",
         "ratio",
         "clipped",
         "approx_kl",
+        "tis_tokens",
         "tis_truncated",
+        "kl_tokens",
         "kl",
         "mismatch_tokens",
         "mismatch",
@@ -191,6 +198,20 @@ class Tally:
         "row_tokens",
     )
     MAXIMA = ("ratio_max", "mismatch_max")
+    # number of tokens -> the means over them, as metric -> sum, and the maxima of them
+    MEASURED: ClassVar[Mapping[str, tuple[Mapping[str, str], tuple[str, ...]]]] = {
+        "tokens": ({"entropy": "entropy"}, ()),
+        "ratio_tokens": (
+            {"ratio_mean": "ratio", "clip_fraction": "clipped", "approx_kl": "approx_kl"},
+            ("ratio_max",),
+        ),
+        "tis_tokens": ({"tis_truncated": "tis_truncated"}, ()),
+        "kl_tokens": ({"kl": "kl"}, ()),
+        "mismatch_tokens": (
+            {"mismatch_mean": "mismatch", "mismatch_kl": "mismatch_kl"},
+            ("mismatch_max",),
+        ),
+    }
 
     def __init__(self) -> None:
         self.sums = torch.zeros(len(self.SUMS), dtype=torch.float64)
@@ -210,24 +231,21 @@ class Tally:
         self.sums += other.sums
         self.maxima = torch.maximum(self.maxima, other.maxima)
 
+    def total(self, name: str) -> float:
+        """A sum."""
+        return float(self.sums[self.SUMS.index(name)])
+
     def metrics(self) -> dict[str, float]:
-        """What is logged: means over loss tokens, and maxima."""
+        """What is logged: counts, and means and maxima of what was measured."""
         total = dict(zip(self.SUMS, self.sums.tolist(), strict=True))
         top = dict(zip(self.MAXIMA, self.maxima.tolist(), strict=True))
-        n = max(1.0, total["tokens"])
-        m = max(1.0, total["mismatch_tokens"])
+        found = {"loss": total["loss"]} if total["tokens"] else {}
+        for tokens, (means, maxima) in self.MEASURED.items():
+            if n := total[tokens]:
+                found |= {name: total[of] / n for name, of in means.items()}
+                found |= {name: top[name] for name in maxima}
         return {
-            "loss": total["loss"],
-            "entropy": total["entropy"] / n,
-            "ratio_mean": total["ratio"] / n,
-            "ratio_max": top["ratio_max"],
-            "clip_fraction": total["clipped"] / n,
-            "approx_kl": total["approx_kl"] / n,
-            "tis_truncated": total["tis_truncated"] / n,
-            "kl": total["kl"] / n,
-            "mismatch_mean": total["mismatch"] / m,
-            "mismatch_max": top["mismatch_max"],
-            "mismatch_kl": total["mismatch_kl"] / m,
+            **found,
             "computed_loss_tokens": total["tokens"],
             "distinct_tokens": total["distinct_tokens"],
             "row_tokens": total["row_tokens"],
@@ -287,13 +305,16 @@ def _figures(
     first: bool,
 ) -> None:
     ratio = terms["ratio"]
+    tally.add("ratio_tokens", len(ratio))
     tally.add("ratio", ratio.sum())
     tally.most("ratio_max", ratio.max())
     tally.add("clipped", terms["clipped"].sum())
     tally.add("approx_kl", (ratio - 1 - terms["log_ratio"]).sum())
     if "tis" in terms:
+        tally.add("tis_tokens", len(ratio))
         tally.add("tis_truncated", (terms["tis"] >= objective.tis_max).sum())
     if "kl" in terms:
+        tally.add("kl_tokens", len(ratio))
         tally.add("kl", terms["kl"].sum())
     if first:
         d = logprobs - rollout
