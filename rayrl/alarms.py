@@ -102,9 +102,12 @@ def rules(cfg: AlarmsConfig, *, kl_coef: float = 0.0, max_lag: int = 0) -> list[
             cfg.mismatch,
             latest("mismatch/mean"),
             "the mean difference of the engine's and the learner's log-probabilities",
-            "The engine holds other weights, precision or sampling than the learner assumes, and "
-            "what is learned cannot be trusted; compare engine.dtype with learner.dtype, and with "
-            "train.max_lag > 0 lower that.",
+            "What was sampled from is not what the learner assumes, so what is learned cannot be "
+            "trusted. The learner takes no account of sampling.top_p and sampling.top_k: set them "
+            "to 1 and 0. Weights older than the learner's count too: lower train.max_lag. Compare "
+            "engine.dtype with learner.dtype. If none of these explains it, set "
+            "cluster.check_pushes=1, which stops the run where replicas compute another model than "
+            "was pushed to them.",
         ),
         Rule(
             "entropy_floor",

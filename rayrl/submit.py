@@ -7,13 +7,15 @@ The command line is checked here, so that a misspelt setting does not cost a sta
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import rayrl.cluster  # noqa: F401  # finds the token, if there is one
 from rayrl import bundle, cli
@@ -34,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with tempfile.TemporaryDirectory(prefix="rayrl-code-") as folder:
             line = command(arguments, Path(folder))
-            return subprocess.run(line, check=False).returncode
+            return subprocess.run(line, check=False, env=environment(os.environ)).returncode
     except RayrlError as error:
         print(f"jobs/submit: {error}", file=sys.stderr)
         return 2
@@ -95,6 +97,21 @@ def command(given: argparse.Namespace, folder: Path) -> list[str]:
     line += ["--runtime-env-json", json.dumps({**runtime, **_pip(given.pip)})]
     line += ["--no-wait"] if given.no_wait else []
     return [*line, "--", "python", bundle.START, *_plain(words)]
+
+
+def environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """The variables `ray job submit` runs with: no proxy for a numeric address or localhost.
+
+    A cluster that has a name may be one that only the proxy reaches.
+    """
+    excepted = environ.get("no_proxy") or environ.get("NO_PROXY", "")
+    host = urlsplit(environ.get("RAY_ADDRESS") or ADDRESS).hostname or ""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        if host != "localhost":
+            return dict(environ)
+    return {**environ, "no_proxy": ",".join(filter(None, [excepted, host]))}
 
 
 def _check_folder(run_dir: str) -> None:

@@ -187,6 +187,13 @@ def test_a_push_is_tried_again_until_all_confirm() -> None:
         push(*[InfraError("lost")] * 99, deadline_s=1)
 
 
+@pytest.mark.parametrize("error", [ConfigError("names"), DataError("shapes")])
+def test_weights_that_do_not_fit_are_not_sent_again(error: Exception) -> None:
+    with pytest.raises(type(error), match=str(error)) as stopped:
+        push([("a", 5, "good"), failed(error).as_instanceof_cause()])  # there is no other attempt
+    assert stopped.value is error
+
+
 class Replicas:
     """Notes what is broadcast."""
 

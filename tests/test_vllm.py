@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import pytest_asyncio
 import torch
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from rayrl.engine import Engine, open_engine
 from rayrl.engine.shared import memory_dir
@@ -21,6 +22,7 @@ from rayrl.errors import ConfigError, InfraError, StaleWeights
 from rayrl.models import EMBEDDED, model_dir
 from rayrl.types import Completion, Request, Sampling, VersionSpan
 from rayrl.weights import Manifest, checksum, flatten
+from tests.act import build_tokenizer
 from tests.vllm_here import CONFIG, MARKS, load
 
 if TYPE_CHECKING:
@@ -213,10 +215,43 @@ def live(engine: Any) -> Any:
     return engine._llm.output_processor.request_states
 
 
+async def test_experts_are_computed_as_pushed(tmp_path: Path) -> None:
+    """vLLM packs them for the CPU, and pads them where their width is no multiple of 32."""
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=400,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=48,
+        max_position_embeddings=256,
+        initializer_range=0.2,
+        bos_token_id=None,
+        eos_token_id=END,
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.save_pretrained(tmp_path)
+    build_tokenizer().save_pretrained(tmp_path)
+    engine = open_engine(tmp_path, CONFIG)
+    await same_as_transformers(engine, model)
+    for version in (1, 2):
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.add_(0.3 * weight.std() * torch.randn(weight.shape))
+        flat, manifest = flatten(model.state_dict())
+        assert await engine.load_weights(version, flat, manifest) == checksum(flat)
+        await same_as_transformers(engine, model)
+    await engine.close()
+
+
 async def test_weights_that_do_not_fit_close_it() -> None:
     engine = open_engine(model_dir(EMBEDDED), CONFIG)
     flat, manifest = flatten({"model.no_such_weight": torch.zeros(3)})
-    with pytest.raises(InfraError, match="could not load weights version 1"):
+    with pytest.raises(ConfigError, match=r"version 1: .* LlamaForCausalLM: .*no_such_weight"):
         await engine.load_weights(1, flat, manifest)
     with pytest.raises(InfraError, match="closed"):
         await engine.generate(request(PROMPTS[0]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 # Ray and Serve read these when they are imported, in every process; what is set already stays.
@@ -15,6 +16,23 @@ for _name, _value in {
     "RAY_SERVE_MAX_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "30",
 }.items():
     os.environ.setdefault(_name, _value)
+
+NODES = ("localhost", "0.0.0.0/0", "::/0")  # as gRPC reads it: a name, and all numeric addresses
+
+
+def direct(environ: Mapping[str, str]) -> str:
+    """The value of `no_grpc_proxy` with which gRPC reaches the cluster's nodes without a proxy.
+
+    Serve calls a replica over gRPC at its node's numeric address, and gRPC sends that through
+    grpc_proxy, https_proxy or http_proxy unless it is excepted. Servers outside of the cluster have
+    names; they are reached through the proxy as before, apart from what `environ` excepts already.
+    """
+    excepted = environ.get("no_grpc_proxy", environ.get("no_proxy", ""))  # gRPC reads the first
+    missing = [one for one in NODES if one not in excepted.split(",")]
+    return ",".join([*filter(None, [excepted]), *missing])
+
+
+os.environ.update(no_grpc_proxy=direct(os.environ))  # read when a channel is opened
 
 # `ray start` lets in only who sends the token, where there is one. Ray's clients send it in this
 # mode only (to a cluster without a token as well), and an explicit address does not turn it on.

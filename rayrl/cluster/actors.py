@@ -15,6 +15,7 @@ from ray.serve.handle import DeploymentHandle
 from rayrl.bundle import env_names
 from rayrl.cluster.hosts import POLICY, HostJob
 from rayrl.cluster.learners import Learners
+from rayrl.cluster.probe import Probe
 from rayrl.cluster.replica import deploy, undeploy
 from rayrl.cluster.rollouts import Rollouts
 from rayrl.cluster.session import Session, open_session
@@ -135,6 +136,7 @@ async def open_training(
             handles[POLICY],
             config.cluster.push_deadline_s,
             turns=config.cluster.colocate,
+            probe=Probe(config, learners, handles[POLICY]),
         )
         stack.callback(weights.close)
         yield rollouts, learners, weights

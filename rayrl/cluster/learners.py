@@ -17,7 +17,7 @@ import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from rayrl.batch import Batch, shard
+from rayrl.batch import Batch, Trajectory, shard
 from rayrl.buckets import Channel, Meeting, Plan, host, send
 from rayrl.cluster.gone import GONE
 from rayrl.cluster.session import set_threads
@@ -90,6 +90,14 @@ class LearnerRank:
         """One step on this rank's part of a batch."""
         learn = self._learner.sft_step if supervised else self._learner.step
         return learn(part.rows, part.totals)
+
+    def describe(self) -> tuple[str, int]:
+        """The model's architecture, and the number of its ids."""
+        return self._learner.describe()
+
+    def logprobs(self, rows: Sequence[Trajectory]) -> Sequence[NDArray[np.float32]]:
+        """Of the rows at temperature 1; on all ranks together."""
+        return self._learner.logprobs(rows, temperature=1.0)
 
     def publish(self, version: int) -> Published | None:
         """The weights as `version` in the object store; from rank 0, None from others."""
@@ -221,6 +229,16 @@ class Learners:
     async def sft_step(self, batch: Batch) -> Mapping[str, float]:
         """One supervised update on a batch."""
         return await self._parts("step", batch, True)
+
+    async def describe(self) -> tuple[str, int]:
+        """See `probe.Scorer`."""
+        found: tuple[str, int] = (await _together([self._ranks[0].describe.remote()]))[0]
+        return found
+
+    async def logprobs(self, rows: Sequence[Trajectory]) -> Sequence[NDArray[np.float32]]:
+        """See `probe.Scorer`; every rank computes all of them."""
+        found: Sequence[NDArray[np.float32]] = (await self._all("logprobs", rows))[0]
+        return found
 
     async def publish(self, version: int) -> Published:
         """The weights as they are now, in the object store under a version."""

@@ -190,6 +190,13 @@ class Replica:
             self._loaded = (self._engine.version, checksum)
         return self._id, *self._loaded
 
+    async def probe(self, requests: Sequence[Request]) -> tuple[str, list[Completion]]:
+        """Answer requests of no episode and keep nothing of them; who we are, and the answers."""
+        try:
+            return self._id, await asyncio.gather(*map(self._engine.generate, requests))
+        finally:
+            self._engine.release([request.session for request in requests])
+
     async def sleep(self) -> None:
         """Let the learner have the GPU."""
         await self._engine.sleep()

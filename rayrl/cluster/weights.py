@@ -2,7 +2,8 @@
 
 How bytes travel is `sync.py`'s; here is what is the same for all transports. Admission is by
 version: a replica loads the store's newest in its first health check, before Serve sends it
-anything, and one that holds less than a request's `min_version` fetches first.
+anything, and one that holds less than a request's `min_version` fetches first. A push is confirmed
+by the checksum of what arrived, and where it is due by what replicas compute from it (`probe.py`).
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ import ray
 from ray.serve.handle import DeploymentHandle
 
 from rayrl.cluster.gone import GONE
+from rayrl.cluster.probe import Probe
 from rayrl.cluster.session import Session, beside_driver
 from rayrl.cluster.store import NAMESPACE, Published, WeightsStore, store_name
 from rayrl.cluster.sync import Transport, ask_all
-from rayrl.errors import InfraError
+from rayrl.errors import ConfigError, DataError, InfraError
 
 __all__ = ["Weights", "confirmations", "open_store"]
 
@@ -61,6 +63,14 @@ def confirmations(results: Sequence[Any], published: Published) -> tuple[dict[st
     return confirmed, wrong
 
 
+def refuse(results: Sequence[Any]) -> None:
+    """Raise what a replica would answer to every attempt: that the weights are not its model's."""
+    for result in results:
+        cause = getattr(result, "cause", result)
+        if isinstance(cause, (ConfigError, DataError)):
+            raise cause
+
+
 class Weights:
     """The driver's side: pushes, and turns on a shared accelerator.
 
@@ -70,6 +80,7 @@ class Weights:
         handle: of the replicas.
         deadline_s: for a push.
         turns: whether replicas and learners take turns on their GPUs (`cluster.colocate`).
+        probe: compares what replicas compute with the learner; None: the checksum is enough.
     """
 
     def __init__(
@@ -80,6 +91,7 @@ class Weights:
         deadline_s: float,
         *,
         turns: bool = False,
+        probe: Probe | None = None,
     ) -> None:
         self._transport = transport
         self._store = store
@@ -88,6 +100,7 @@ class Weights:
         self._handle = handle
         self._deadline_s = deadline_s
         self._turns = turns
+        self._probe = probe
 
     async def make_room(self) -> None:
         """Let the learner have the GPU until the next push, where the two take turns."""
@@ -106,13 +119,19 @@ class Weights:
         Raises:
             InfraError: not everybody confirmed version and checksum within the deadline. Where a
                 rank or replica failed or hung, the message ends with its traceback.
-            RunFailed: a learner or the store died; nothing can be pushed any more.
+            RunFailed: a learner or the store died, or a replica computes another model than the
+                learner.
+            ConfigError: they all do from the first push, or the weights are not their model's: the
+                engine cannot take this architecture.
+            DataError: the weights are not their model's, as the embedded engine says it.
         """
         if self._turns:
             await self._each("wake", "weights")
         confirmed = await self._confirmed(version)
         if self._turns:
             await self._each("wake", "kv")
+        if self._probe is not None:
+            await self._probe.look(version, confirmed)
         return confirmed
 
     async def _confirmed(self, version: int) -> Mapping[str, str]:
@@ -133,6 +152,7 @@ class Weights:
             self._newest = published
             if self._reminding is None:
                 self._reminding = asyncio.create_task(self._remind())
+            refuse(results)
             confirmed, wrong = confirmations(results, published)
             if confirmed and not wrong:
                 return confirmed

@@ -74,6 +74,7 @@ _AT_LEAST: dict[str, float] = {
     "cluster.learner_cpus": 0,
     "cluster.learner_gpus": 0,
     "cluster.bucket_mb": 1,
+    "cluster.check_pushes": 0,
     "train.steps": 0,
     "train.groups": 1,
     "train.group_size": 1,

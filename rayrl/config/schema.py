@@ -180,6 +180,9 @@ class ClusterConfig:
     colocate: bool = False
     object_store_gb: float = 0.5  # of a local Ray: two versions of the weights, and groups
     push_deadline_s: float = 60.0  # for every live replica to confirm new weights
+    # pushes from one to the next after which replicas must also compute what the learner computes;
+    # 0: after the first, and after the first to a replica that was started anew
+    check_pushes: int = 0
     request_deadline_s: float = 60.0  # for one completion, from asking to its last id
 
     @property

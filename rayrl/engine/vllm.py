@@ -34,7 +34,7 @@ from rayrl.engine.protocol import Part
 from rayrl.engine.shared import SharedBuffer
 from rayrl.engine.vllm_adapters import Adapters, engine_args
 from rayrl.engine.vllm_outputs import delta, errors_as_ours, version_spans
-from rayrl.engine.wire import to_wire
+from rayrl.engine.wire import MISFIT, to_wire
 from rayrl.errors import ConfigError, InfraError, StaleWeights
 from rayrl.types import Completion, Delta, Request
 
@@ -237,8 +237,9 @@ class VllmEngine:
             The checksum of the buffer as the worker mapped it, every tensor of which it loaded.
 
         Raises:
-            InfraError: the worker could not load them. The engine is closed then, so that Serve's
-                health check fails and the replica is replaced.
+            ConfigError: vLLM's model has other weights than these.
+            InfraError: the worker could not load them. In both cases the engine is closed then, so
+                that Serve's health check fails and the replica is replaced.
         """
         async with self._loading:
             if self._adapters is not None:
@@ -303,6 +304,13 @@ class VllmEngine:
                 await self._llm.resume_generation()
         except Exception as error:  # half loaded: nothing may be answered from this any more
             await self.close()
+            _, misfit, what = str(error).partition(MISFIT)
+            if misfit:
+                raise ConfigError(
+                    f"engine.kind=vllm cannot take weights version {version}: {misfit}{what}\n"
+                    "vLLM's model has other names or shapes for them than transformers. Choose "
+                    "engine=embedded, or another model."
+                ) from error
             raise InfraError(f"vLLM could not load weights version {version}: {error}") from error
         return str(digest)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
     initialize_layerwise_reload,
@@ -23,7 +25,7 @@ from vllm.model_executor.model_loader.reload import (
 
 from rayrl.buckets import Channel, Meeting, receive
 from rayrl.engine.vllm_adapters import FILE, file_names
-from rayrl.engine.wire import from_wire
+from rayrl.engine.wire import MISFIT, from_wire
 from rayrl.weights import checksum, flatten, unflatten
 
 __all__ = ["BACKEND", "Transfer", "Worker"]
@@ -66,6 +68,13 @@ class Transfer(WeightTransferEngine[Init, Update]):  # type: ignore[misc]
 
     def start_weight_update(self) -> None:
         """Undo what loading did to the layers (packing, fusing), so that they can load again."""
+        if self.device.type == "cpu":
+            # vLLM 0.32 packs experts for the CPU only when it makes their kernel: without a new one
+            # it would compute with unpacked weights as if they were packed
+            for module in self.model.modules():
+                method: Any = getattr(module, "quant_method", None)
+                if hasattr(method, "moe_kernel"):
+                    method.moe_kernel = None
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
@@ -80,24 +89,32 @@ class Transfer(WeightTransferEngine[Init, Update]):  # type: ignore[misc]
         if not update_info.file:
             if self.channel is None:
                 raise RuntimeError("weights were to come over a channel that was never opened")
-            self.digest = receive(plan, self.channel, self.model.load_weights)
+            self.digest = receive(plan, self.channel, self.load)
             return
         if self.mapped[0] != update_info.file:
             self.mapped = (update_info.file, np.memmap(update_info.file, np.uint8, "r"))
         flat = self.mapped[1]
         with ThreadPoolExecutor(1) as beside:
             digest = beside.submit(checksum, flat)
-            self.model.load_weights(unflatten(flat, plan[0]).items())
+            self.load(unflatten(flat, plan[0]).items())
             self.digest = digest.result()
+
+    def load(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Load some of them, by the names that the learner's model gives them."""
+        try:
+            self.model.load_weights(tensors)
+        except (AssertionError, KeyError, ValueError) as error:  # other names, other shapes
+            what = str(error)[:300]  # vLLM lists all names that it has
+            raise ValueError(f"{MISFIT} {type(self.model).__name__}: {what}") from error
 
     def finish_weight_update(self) -> None:
         """Bring the layers into the form they compute with."""
         finalize_layerwise_reload(self.model, self.model_config)
-        head = getattr(self.model, "lm_head", None)
-        method = getattr(head, "quant_method", None)
-        if method is not None and self.device.type == "cpu":
+        if self.device.type == "cpu":
             # vLLM 0.32 packs a tied output layer for the CPU when the model starts and not again
-            method.process_weights_after_loading(head)
+            for module in self.model.modules():
+                if isinstance(module, ParallelLMHead):
+                    module.quant_method.process_weights_after_loading(module)
 
     def shutdown(self) -> None:
         """Leave the channel."""

@@ -1,4 +1,4 @@
-"""The layout of weights as vLLM's message channel carries it: plain lists."""
+"""The layout of weights as vLLM's message channel carries it, plain lists."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from typing import Any
 
 from rayrl.weights import Entry, Manifest
 
-__all__ = ["from_wire", "to_wire"]
+__all__ = ["MISFIT", "from_wire", "to_wire"]
+
+MISFIT = "these weights are not those of"
+"""In the worker's error where they are another model's; only the text of an error is carried."""
 
 
 def to_wire(plan: Sequence[Manifest]) -> list[list[Any]]:

@@ -146,10 +146,21 @@ class Learner(ABC):
         """One update of cross entropy on the rows' loss tokens (at temperature 1)."""
         return self._train(rows, totals, SFT, 1, 1)
 
-    def logprobs(self, rows: Sequence[Trajectory]) -> list[NDArray[np.float32]]:
-        """(T,) of each row under the current weights and sampling temperature; 0 off its loss."""
-        values = self._each_row(rows)
+    def logprobs(
+        self, rows: Sequence[Trajectory], temperature: float | None = None
+    ) -> list[NDArray[np.float32]]:
+        """(T,) of each row under the current weights; 0 off its loss.
+
+        Args:
+            temperature: default the one that is sampled at.
+        """
+        values = self._each_row(rows, temperature)
         return [values[id(row)] for row in rows]
+
+    def describe(self) -> tuple[str, int]:
+        """The model's architecture, and the number of its ids."""
+        plain = self.module.get_base_model() if self.cfg.lora.rank else self.module
+        return type(plain).__name__, int(plain.config.get_text_config().vocab_size)
 
     def named_weights(self, *, adapters: bool = False) -> Iterator[tuple[str, Tensor]]:
         """The weights one after the other, under the plain model's names; on all ranks together.
@@ -284,8 +295,12 @@ class Learner(ABC):
             )
         return self.cfg.learner.micro_batch_tokens, temperature
 
-    def _each_row(self, rows: Sequence[Trajectory]) -> dict[int, NDArray[np.float32]]:
-        return row_logprobs(self.model, rows, *self._limits, passes=self._passes(rows))
+    def _each_row(
+        self, rows: Sequence[Trajectory], temperature: float | None = None
+    ) -> dict[int, NDArray[np.float32]]:
+        limit, sampled_at = self._limits
+        passes = self._passes(rows)
+        return row_logprobs(self.model, rows, limit, temperature or sampled_at, passes=passes)
 
     def _train(
         self,
