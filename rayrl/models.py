@@ -8,12 +8,14 @@ import re
 from pathlib import Path
 from typing import Any
 
+from rayrl.config import Config
 from rayrl.errors import ConfigError, did_you_mean
 
 __all__ = [
     "EMBEDDED",
     "PRETRAINED",
-    "default_lr",
+    "is_pretrained",
+    "learning_rate",
     "model_dir",
     "model_name",
     "parameter_count",
@@ -21,9 +23,8 @@ __all__ = [
 ]
 
 EMBEDDED = "embedded"  # what `model.path` calls the base that ships with rayrl
-PRETRAINED = 10_000_000  # parameters from which on a model counts as pretrained; see `default_lr`
+PRETRAINED = 10_000_000  # parameters of a model that counts as pretrained: `learning_rate`
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # bytes, by safetensors' names
 
 
 def model_dir(path: str) -> Path:
@@ -85,8 +86,8 @@ def _header(file: Path) -> list[dict[str, Any]]:
         return []
 
 
-def default_lr(folder: Path, lora_rank: int) -> float:
-    """The learning rate where `learner.lr` is null, by the kind of model that is trained.
+def learning_rate(config: Config, folder: Path) -> float:
+    """`learner.lr`, or where it is null, what suits the kind of model that is trained.
 
     - 3e-4 below `PRETRAINED` parameters: the base that ships with rayrl (0.9 million), whatever was
       trained from it, and others of that size, which have little to lose.
@@ -100,12 +101,18 @@ def default_lr(folder: Path, lora_rank: int) -> float:
     model under 10 million parameters is published for what it knows of language.
 
     Args:
-        folder: Hugging Face directory.
-        lora_rank: `lora.rank`.
+        folder: Hugging Face directory of the model.
     """
-    if parameter_count(folder) < PRETRAINED:
+    if config.learner.lr is not None:
+        return config.learner.lr
+    if not is_pretrained(folder):
         return 3e-4
-    return 1e-4 if lora_rank else 1e-5
+    return 1e-4 if config.lora.rank else 1e-5
+
+
+def is_pretrained(folder: Path) -> bool:
+    """Whether the model in a Hugging Face directory is of a size that only pretraining fills."""
+    return parameter_count(folder) >= PRETRAINED
 
 
 def why_unreadable(error: Exception) -> str:

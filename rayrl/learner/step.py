@@ -65,8 +65,9 @@ def rate(cfg: LearnerConfig, step: int, total: int) -> float:
     """The learning rate of step `step` (from 0) of `total`.
 
     Rises linearly over `warmup_steps`, then stays, or falls to `min_lr_ratio` of `lr` at the last
-    step along a line or half a cosine.
+    step along a line or half a cosine. `cfg.lr` is a number here: `Learner` says which.
     """
+    assert cfg.lr is not None
     if step < cfg.warmup_steps:
         return cfg.lr * (step + 1) / (cfg.warmup_steps + 1)
     if cfg.schedule == "constant":
