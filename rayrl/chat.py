@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rayrl.errors import ConfigError
-from rayrl.models import model_dir
+from rayrl.models import model_dir, why_unreadable
 from rayrl.templates import fold, gap, peculiarities
 from rayrl.tokenizer import byte_level, copy_of, load_tokenizer, mere_text, name_of
 from rayrl.tools import (
@@ -102,7 +102,9 @@ class Chat:
         try:
             tokenizer = load_tokenizer(folder)
         except Exception as error:
-            raise ConfigError(f"model.path={path!r}: cannot load a tokenizer: {error}") from error
+            raise ConfigError(
+                f"model.path={path!r}: cannot load a tokenizer: {why_unreadable(error)}"
+            ) from error
         return cls(tokenizer)
 
     # ---- messages to ids

@@ -121,14 +121,14 @@ def _download(of: Source, folder: Path) -> Path:
 
 def convert(gguf: Path, folder: Path) -> None:
     """Write the model in a GGUF file as a Hugging Face directory: fp32, tokenizer, template."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-    from transformers.utils.logging import disable_progress_bar
+    import torch
+    from transformers import AutoTokenizer, GgufConfig
 
-    disable_progress_bar()
+    from rayrl.loading import load_causal_lm
+
     where = {"gguf_file": gguf.name}
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **where)
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, dtype="float32", quantization_config=GgufConfig(dequantize=True), **where
-    )
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, trust_remote_code=False, **where)
+    reading = {"quantization_config": GgufConfig(dequantize=True), **where}
+    model = load_causal_lm(gguf.parent, dtype=torch.float32, **reading)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,13 @@ from rayrl.cluster import cluster_address
 from rayrl.cluster.topology import transport_of
 from rayrl.config import ClusterConfig, Config, differences, leaves, stage_config
 from rayrl.errors import ConfigError, RunFailed
-from rayrl.models import model_dir
+from rayrl.models import is_pretrained, learning_rate, model_dir
 from rayrl.stage import check_trained, template_notes
 
 __all__ = ["Machine", "describe", "problems", "run", "this_machine"]
 
 LEARNING = ("sft", "train")  # verbs with learners
+TOO_FAST = 10  # times the usual learning rate
 STORED = 2.5  # versions of the weights in the object store at a push, and room to move
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -70,6 +71,8 @@ def describe(config: Config, machine: Machine) -> str:
     if config.recipe:
         parts.append(_recipe(config))
     parts += _templates(config)
+    if fast := list(_too_fast(config)):
+        parts.append("\n".join(["Warnings", *(f"  - {one}" for one in fast)]))
     for name, verb, stage in _stages(config):
         if verb == "train":
             parts.append(f"A step of {name}\n{_batch(stage)}")
@@ -160,10 +163,42 @@ def _processes(config: Config, verb: str) -> str:
             f"{cluster.learner_gpus:g} gpu, {learner.kind} ZeRO {learner.zero_stage}, "
             f"{learner.threads} threads"
         )
+        rows.append(f"  learning  {_rate(config)}")
     if verb == "train":
         rows.append(f"  weights   {_way(config)}")
     cpus, gpus = _asked(config, verb)
     return "\n".join([*rows, f"  reserved  {cpus:g} cpus, {gpus:g} gpus"])
+
+
+def _rate(config: Config) -> str:
+    """The learning rate, and why where nobody has chosen it."""
+    if config.learner.lr is not None:
+        return f"at {config.learner.lr:g}"
+    try:
+        folder = model_dir(config.model.path)
+    except ConfigError:  # `problems` says it
+        return "by the kind of model"
+    kind = "for a pretrained model" if is_pretrained(folder) else "for a model of this size"
+    of = ", with adapters" if config.lora.rank and is_pretrained(folder) else ""
+    return f"at {learning_rate(config, folder):g} (learner.lr=null: {kind}{of})"
+
+
+def _too_fast(config: Config) -> Iterator[str]:
+    """Learning rates that a person has chosen and that pretrained models do not survive."""
+    for name, verb, stage in _stages(config):
+        given = stage.learner.lr
+        if verb not in LEARNING or given is None:
+            continue
+        with contextlib.suppress(ConfigError):  # `problems` says it
+            folder = model_dir(stage.model.path)
+            usual = learning_rate(replace(stage, learner=replace(stage.learner, lr=None)), folder)
+            if is_pretrained(folder) and given > TOO_FAST * usual:
+                kind = "adapters on a pretrained model" if stage.lora.rank else "a pretrained model"
+                yield (
+                    f"learner.lr={given:g} of {name} is {given / usual:.0f} times the usual "
+                    f"{usual:g} for {kind}: a few steps may ruin what it knows. Lower it, or leave "
+                    "it out."
+                )
 
 
 def _hosts(cluster: ClusterConfig) -> str:

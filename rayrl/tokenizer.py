@@ -24,7 +24,7 @@ def load_tokenizer(folder: Path) -> Any:
     settings = json.loads(file.read_text("utf-8")) if file.is_file() else {}
     if settings.get("tokenizer_class") in _GENERIC:
         return transformers.PreTrainedTokenizerFast.from_pretrained(folder)
-    return transformers.AutoTokenizer.from_pretrained(folder)
+    return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 @functools.cache

@@ -80,7 +80,7 @@ def test_unknown_key_without_a_near_one_lists_what_there_is() -> None:
         ({"train": {"steps": "many"}}, "train.steps='many': expected a whole number."),
         ({"train": {"steps": 1.5}}, "train.steps=1.5: expected a whole number."),
         ({"train": {"steps": None}}, "train.steps=None: expected a whole number."),
-        ({"learner": {"lr": "fast"}}, "learner.lr='fast': expected a number."),
+        ({"learner": {"lr": "fast"}}, "learner.lr='fast': expected a number or null."),
         ({"env": {"isolated": "perhaps"}}, "env.isolated='perhaps': expected true or false."),
         ({"env": {"rewards": {"win": "x"}}}, "env.rewards.win='x': expected a number."),
         ({"learner": {"betas": [1, "d"]}}, "learner.betas=[1, 'd']: expected a list of numbers."),

@@ -20,7 +20,7 @@ LAYERS: list[dict[str, str]] = [
     {"words": "types errors hints"},
     {
         "ground": "config conffiles env groups registry bundle gymnasium intervals models "
-        "randomness weights buckets records engine.protocol"
+        "randomness loading weights buckets records engine.protocol"
     },
     {
         "act": "tokenizer templates chat agent players tools textcalls durable deadline rollout "

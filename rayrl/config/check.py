@@ -211,7 +211,7 @@ def _check_ranges(config: Config) -> None:
     ]
     for key, fits, why in bounds:
         value = _at(config, key)
-        if not fits(value):  # a NaN fits nothing
+        if value is not None and not fits(value):  # a NaN fits nothing
             raise _wrong(key, value, why)
 
 

@@ -190,6 +190,8 @@ def _in_words(hint: Any) -> str:
         return plain[hint]
     plural = {int: "whole numbers", float: "numbers", str: "texts", Stage: "stages"}
     origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join("null" if one is types.NoneType else _in_words(one) for one in args)
     if origin is list:
         return f"a list of {plural.get(args[0], 'values')}"
     if isinstance(hint, types.GenericAlias) and origin is dict:

@@ -124,7 +124,9 @@ class LearnerConfig:
     world_size: int = 1
     threads: int = 1  # torch threads of a rank
     zero_stage: int = 0
-    lr: float = 3e-4
+    # null: by the kind of model, 3e-4 for the base that ships with rayrl and others of its size,
+    # 1e-5 for a pretrained one, 1e-4 for adapters on a pretrained one
+    lr: float | None = None
     schedule: str = "constant"  # constant | linear | cosine
     warmup_steps: int = 0
     min_lr_ratio: float = 0.1  # of lr, at the end of a falling schedule

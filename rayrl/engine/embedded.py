@@ -41,6 +41,9 @@ from rayrl.engine.rows import Rows
 from rayrl.engine.sampler import raw_logprobs, sample
 from rayrl.engine.stats import Stats
 from rayrl.errors import ConfigError, InfraError, RayrlError, StaleWeights
+from rayrl.loading import load_causal_lm
+from rayrl.models import why_unreadable
+from rayrl.tokenizer import load_tokenizer
 from rayrl.types import Completion, Delta, Finish, Request, VersionSpan
 
 if TYPE_CHECKING:
@@ -130,13 +133,13 @@ class EmbeddedEngine:
         raw_logprobs: bool = False,
     ) -> EmbeddedEngine:
         """The engine for a Hugging Face directory, with the settings of `config`."""
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
+        model = load_causal_lm(path, dtype=torch.float32)
         try:
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-            tokenizer = AutoTokenizer.from_pretrained(path)
+            tokenizer = load_tokenizer(Path(path))
         except (OSError, ValueError) as error:
-            raise ConfigError(f"model.path={path}: cannot be loaded: {error}") from error
+            raise ConfigError(
+                f"model.path={path}: cannot load a tokenizer: {why_unreadable(error)}"
+            ) from error
         return cls(
             model,
             max_live=config.max_live,

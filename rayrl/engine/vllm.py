@@ -36,6 +36,7 @@ from rayrl.engine.vllm_adapters import Adapters, engine_args
 from rayrl.engine.vllm_outputs import delta, errors_as_ours, version_spans
 from rayrl.engine.wire import MISFIT, to_wire
 from rayrl.errors import ConfigError, InfraError, StaleWeights
+from rayrl.models import why_unreadable
 from rayrl.types import Completion, Delta, Request
 
 if TYPE_CHECKING:
@@ -81,7 +82,8 @@ class VllmEngine:
         workers: processes that weights must reach.
 
     Raises:
-        ConfigError: vLLM is not installed, or cannot run this model (with what it said).
+        ConfigError: vLLM is not installed, or cannot run this model (with what it said), or the
+            weights are not those of its architecture.
     """
 
     def __init__(
@@ -99,11 +101,14 @@ class VllmEngine:
             from vllm import AsyncEngineArgs
             from vllm.platforms import current_platform
             from vllm.v1.engine.async_llm import AsyncLLM
+
+            from rayrl.loading import check_weights
         except ImportError as error:
             raise ConfigError(
                 f"engine.kind=vllm, but vLLM cannot be imported ({error}). Install it as "
                 "docs/vllm.md says, or choose engine.kind=embedded."
             ) from error
+        check_weights(path)
         self.version = version
         self._raw_logprobs = raw_logprobs
         self._on_update = config.on_update
@@ -139,7 +144,9 @@ class VllmEngine:
         try:
             self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**args))
         except (ValueError, RuntimeError, OSError) as error:
-            raise ConfigError(f"model.path={path}: vLLM cannot run it: {error}") from error
+            raise ConfigError(
+                f"model.path={path}: vLLM cannot run it: {why_unreadable(error)}"
+            ) from error
         self._adapters = None if lora is None else Adapters(self._llm, lora)
         self.max_len: int = self._llm.model_config.max_model_len
         self.workers = self._llm.vllm_config.parallel_config.world_size

@@ -13,6 +13,7 @@ import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +23,16 @@ from numpy.typing import NDArray
 
 from rayrl.batch import Totals, Trajectory, micro_batches, minibatches
 from rayrl.config import Config
-from rayrl.errors import ConfigError, DataError
-from rayrl.learner.lora import ADAPTER, Piece, pieces, save_adapter, with_adapters
+from rayrl.errors import ConfigError, DataError, RunFailed
+from rayrl.learner.lora import (
+    ADAPTER,
+    Piece,
+    pieces,
+    plain_names,
+    save_adapter,
+    with_adapters,
+)
+from rayrl.learner.readback import misfit, probe_rows
 from rayrl.learner.rows import shares_prefixes
 from rayrl.learner.step import (
     Tally,
@@ -34,7 +43,9 @@ from rayrl.learner.step import (
     row_logprobs,
     with_logprobs,
 )
+from rayrl.loading import stored_names
 from rayrl.loss import SFT, Objective
+from rayrl.models import learning_rate, model_dir
 from rayrl.types import derive_seed
 from rayrl.weights import Manifest, layout, put, unflatten
 
@@ -66,6 +77,7 @@ class Learner(ABC):
         total_steps: length of the learning-rate schedule; default `cfg.train.steps`.
 
     Attributes:
+        cfg: the configuration, with the learning rate that `learner.lr` comes to.
         steps: batches done; saved and loaded.
     """
 
@@ -80,8 +92,9 @@ class Learner(ABC):
         device: str = "cpu",
     ) -> None:
         torch.set_num_threads(cfg.learner.threads)
-        self.cfg = cfg
-        self.model_path = Path(model_path)
+        self.model_path = model_dir(str(model_path))
+        lr = learning_rate(cfg, self.model_path)
+        self.cfg = cfg = replace(cfg, learner=replace(cfg.learner, lr=lr))
         self.rank, self.world_size = rank, world_size
         self.total_steps = cfg.train.steps if total_steps is None else total_steps
         self.device = device
@@ -233,23 +246,41 @@ class Learner(ABC):
     def export(self, folder: str | Path) -> None:
         """Write a Hugging Face directory: config, safetensors and the start model's tokenizer.
 
-        Adapters are merged, and written once more alone into its folder `adapter`.
+        Adapters are merged, and written once more alone into its folder `adapter`. What was written
+        is read again, and must hold and compute what the learner does.
+
+        Raises:
+            RunFailed: on rank 0, where it does not; the message says in what.
         """
         folder = Path(folder)
         flat, manifest = self.flat_weights()
+        rows = probe_rows(self.module.config.get_text_config().vocab_size)
+        limit, passes = self.cfg.learner.micro_batch_tokens, self._passes(rows)
+        learned = row_logprobs(self.model, rows, limit, 1.0, passes=passes)
         adapter = {
             name: tensor.cpu().clone()
             for name, tensor in (self.named_weights(adapters=True) if self.cfg.lora.rank else ())
         }
+        wrong = ""
         if self.rank == 0:
             plain = self.module.get_base_model() if adapter else self.module
-            plain.save_pretrained(folder, state_dict=unflatten(flat, manifest))
+            weights = unflatten(flat, manifest)
+            # with the names that the start has: transformers would split fused experts
+            fused = stored_names(self.model_path) <= plain_names(self.module)
+            plain.save_pretrained(folder, state_dict=dict(weights), save_original_format=not fused)
             if adapter:
                 save_adapter(self.module, folder / ADAPTER, adapter)
             for pattern in TOKENIZER_FILES:
                 for file in self.model_path.glob(pattern):
                     shutil.copy2(file, folder / file.name)
+            wrong = misfit(folder, weights, rows, learned, self.dtype)
         self._reduce(torch.zeros(1), "sum")
+        if wrong:
+            raise RunFailed(
+                f"the export in {folder} is not the learner's model: {wrong}. It is dropped; the "
+                "checkpoint is kept, and the same command exports it again. Please report this, "
+                f"with the architecture ({type(plain).__name__})."
+            )
 
     def close(self) -> None:
         """Let go of what outlives a step."""

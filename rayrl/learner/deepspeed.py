@@ -31,6 +31,8 @@ from torch import Tensor
 from rayrl.config import Config, LearnerConfig
 from rayrl.errors import ConfigError
 from rayrl.learner.base import Learner
+from rayrl.learner.lora import adapts_inside
+from rayrl.learner.step import rate
 
 __all__ = ["DeepSpeedLearner"]
 
@@ -94,6 +96,12 @@ class DeepSpeedLearner(Learner):
         )
         if cfg.learner.zero_stage not in (0, 1, 2, 3):
             raise ConfigError(f"learner.zero_stage={cfg.learner.zero_stage}: choose 0, 1, 2 or 3")
+        if cfg.learner.zero_stage == 3 and adapts_inside(self.module):
+            raise ConfigError(
+                f"learner.zero_stage=3: lora.targets={list(cfg.lora.targets)} has adapters on "
+                "fused experts or routers, whose weights peft needs before DeepSpeed gathers them; "
+                "set learner.zero_stage=2, or name other layers, as lora.targets=[q_proj,v_proj]."
+            )
         os.environ.update(
             RANK=str(rank),
             LOCAL_RANK="0",
@@ -117,7 +125,7 @@ class DeepSpeedLearner(Learner):
             self._deepspeed = deepspeed
             # Its shared-memory collectives are a C++ extension compiled on first use; gloo will do.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-            self.optimizer = self._make_optimizer(cfg.learner)
+            self.optimizer = self._make_optimizer(self.cfg.learner)
             self.model, *_ = deepspeed.initialize(
                 model=self.module,
                 optimizer=self.optimizer,
@@ -127,7 +135,7 @@ class DeepSpeedLearner(Learner):
     def _make_optimizer(self, learner: LearnerConfig) -> _GuardedAdamW:
         return _GuardedAdamW(
             [one for one in self.module.parameters() if one.requires_grad],
-            lr=learner.lr,
+            lr=rate(learner, 0, self.total_steps),
             betas=(learner.betas[0], learner.betas[1]),
             eps=learner.eps,
             weight_decay=learner.weight_decay,

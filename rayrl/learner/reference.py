@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rayrl.config import Config
 from rayrl.learner.base import Learner
+from rayrl.learner.step import rate
 
 __all__ = ["ReferenceLearner"]
 
@@ -27,7 +28,7 @@ class ReferenceLearner(Learner):
         device: str = "cpu",
     ) -> None:
         super().__init__(cfg, model_path, total_steps=total_steps, device=device)
-        learner = cfg.learner
+        learner = self.cfg.learner
         self._parameters = [one for one in self.module.parameters() if one.requires_grad]
         # Updates of a bf16 weight are mostly smaller than its rounding: they are summed in fp32.
         self._masters = (
@@ -37,7 +38,7 @@ class ReferenceLearner(Learner):
         )
         self.optimizer = torch.optim.AdamW(
             self._masters,
-            lr=learner.lr,
+            lr=rate(learner, 0, self.total_steps),
             betas=(learner.betas[0], learner.betas[1]),
             eps=learner.eps,
             weight_decay=learner.weight_decay,

@@ -15,8 +15,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import AutoModelForCausalLM
-from transformers.utils.logging import disable_progress_bar
 
 from rayrl.batch import Totals, Trajectory, micro_batches
 from rayrl.config import LearnerConfig
@@ -24,7 +22,9 @@ from rayrl.errors import ConfigError
 from rayrl.learner.attention import IMPLEMENTATION, plan
 from rayrl.learner.logits import chosen_logprobs
 from rayrl.learner.rows import mixes_by_attention_only, padded_logits, shares_prefixes
+from rayrl.loading import load_causal_lm
 from rayrl.loss import LossTokens, Objective, objective_loss
+from rayrl.models import model_dir
 from rayrl.packing import Packed, pack
 
 __all__ = [
@@ -49,14 +49,7 @@ def load_model(
 
     Dropout would make the learner another policy than the one that was sampled from.
     """
-    if not (Path(path) / "config.json").is_file():
-        raise ConfigError(
-            f"model.path={str(path)!r} has no config.json; give a Hugging Face model directory"
-        )
-    disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, attn_implementation=IMPLEMENTATION
-    )
+    model = load_causal_lm(model_dir(str(path)), dtype=dtype, attention=IMPLEMENTATION)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -72,8 +65,9 @@ def rate(cfg: LearnerConfig, step: int, total: int) -> float:
     """The learning rate of step `step` (from 0) of `total`.
 
     Rises linearly over `warmup_steps`, then stays, or falls to `min_lr_ratio` of `lr` at the last
-    step along a line or half a cosine.
+    step along a line or half a cosine. `cfg.lr` is a number here: `Learner` says which.
     """
+    assert cfg.lr is not None
     if step < cfg.warmup_steps:
         return cfg.lr * (step + 1) / (cfg.warmup_steps + 1)
     if cfg.schedule == "constant":
