@@ -24,9 +24,11 @@ from rayrl.batch import Totals, Trajectory, micro_batches, minibatches
 from rayrl.config import Config
 from rayrl.errors import ConfigError, DataError
 from rayrl.learner.lora import ADAPTER, Piece, pieces, save_adapter, with_adapters
+from rayrl.learner.probe import longest_row
 from rayrl.learner.rows import shares_prefixes
 from rayrl.learner.step import (
     Tally,
+    checkpoint_layers,
     filler,
     load_model,
     loss_of,
@@ -89,11 +91,13 @@ class Learner(ABC):
         self.objective = Objective.of(cfg.algo, constant=float(cfg.sampling.max_tokens))
         self._reference: Any = None
         self.dtype: torch.dtype = getattr(torch, cfg.learner.dtype)
-        self.module: Any = load_model(model_path, device, self.dtype)
+        self.module: Any = self._load()
+        self._longest = longest_row(self.module, cfg.engine.max_len)
         if cfg.lora.rank:
             self.module = with_adapters(self.module, cfg.lora, derive_seed(cfg.run.seed, "lora"))
+            self.module.eval()
         if cfg.learner.gradient_checkpointing:
-            self.module.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_layers(self.module)
         self.model: Any = self.module  # what is called; a subclass may wrap it
 
     # What a subclass adds.
@@ -253,6 +257,9 @@ class Learner(ABC):
             "lora.rank": lora.rank,
         }
 
+    def _load(self) -> Any:
+        return load_model(self.model_path, self.device, self.dtype, self.cfg.engine.max_len)
+
     def _reference_logprobs(self, rows: Sequence[Trajectory]) -> dict[int, NDArray[np.float32]]:
         """The rows under the model the stage starts from: with adapters, the one without them."""
         if self.cfg.lora.rank:
@@ -260,8 +267,7 @@ class Learner(ABC):
             with self.module.disable_adapter():
                 return row_logprobs(self.model, rows, *self._limits, passes=passes)
         if self._reference is None:
-            model = load_model(self.model_path, self.device, self.dtype)
-            self._reference = model.requires_grad_(False)
+            self._reference = self._load().requires_grad_(False)
         return row_logprobs(self._reference, rows, *self._limits)
 
     def _passes(self, rows: Sequence[Trajectory]) -> int:
@@ -270,6 +276,13 @@ class Learner(ABC):
         return int(self._reduce(torch.tensor([float(mine)]), "max"))
 
     def _micros(self, rows: Sequence[Trajectory]) -> list[list[Trajectory]]:
+        longest = max((len(row.ids) for row in rows), default=0)
+        if longest > self._longest:  # the probe has not tried the model on such rows
+            raise ConfigError(
+                f"engine.max_len={self.cfg.engine.max_len}: a row has {longest} ids, and the model "
+                f"was made ready for {self._longest}; set engine.max_len to the longest "
+                "conversation that there can be"
+            )
         limit = self.cfg.learner.micro_batch_tokens
         return micro_batches(rows, limit, shared=shares_prefixes(self.module))
 
