@@ -140,16 +140,17 @@ def load_rows(config: Config, chat: Chat, longest: int = 0) -> list[Trajectory]:
         if episode.failure is not None:
             continue
         seats = _learned_seats(config, episode, data)
-        rows += rows_of(episode, seats, chat, loss_on_all=config.sft.loss_on == "all")
-        for row in rows[-len(seats) :]:
+        found = rows_of(episode, seats, chat, loss_on_all=config.sft.loss_on == "all")
+        found = [row for row in found if row.n_loss]
+        for row in found:
             if 0 < longest < len(row.ids):
-                said = f"{config.model.path} has positions for {longest}"
-                said = f"engine.max_len is {longest}" if config.engine.max_len else said
+                what = f"{config.model.path} has positions for {longest}; use another model"
+                if config.engine.max_len:
+                    what = f"a conversation can have {longest}; raise engine.max_len"
                 raise DataError(
-                    f"{data}: {row.id} has {len(row.ids)} ids, but {said}; remove it, raise that, "
-                    "or use another model."
+                    f"{data}: {row.id} has {len(row.ids)} ids, but {what}, or remove the episode."
                 )
-    rows = [row for row in rows if row.n_loss]
+        rows += found
     if not rows:
         raise DataError(f"{data}: there is no reply to learn from; see what `rayrl synth` kept.")
     return rows

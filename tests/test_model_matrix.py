@@ -366,3 +366,15 @@ def test_the_embedded_engine_runs_longrope_short_of_its_limit_only(
     for max_len in (0, LIMIT + 1):
         with pytest.raises(ConfigError, match=rf"engine\.max_len <= {LIMIT}\b"):
             EmbeddedEngine(model, max_len=max_len)
+
+
+def test_learned_positions_end_where_the_table_does(saved: Callable[[Case], Path]) -> None:
+    folder = saved(CASES["learned"])
+    learner = ReferenceLearner(Config(engine=EngineConfig(max_len=2 * POSITIONS)), folder)
+    longest, longer = (
+        Trajectory(np.arange(n) % 9, np.arange(n) > 3, *[np.zeros(n, np.float32)] * 2)
+        for n in (POSITIONS, POSITIONS + 1)
+    )
+    assert learner.logprobs([longest])
+    with pytest.raises(ConfigError, match=rf"a row has {POSITIONS + 1} ids.*have {POSITIONS};"):
+        learner.logprobs([longer])

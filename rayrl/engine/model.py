@@ -142,7 +142,8 @@ def _geometry(model: Any, config: Any, max_len: int) -> Geometry:
         raise _refusal(model, f"layers of type {', '.join(sorted(kinds))}")
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":
-        # turns all positions of a pass by its longest one, keys that are kept were turned otherwise
+        # Turns all positions of a pass by its last one; keys that are kept were turned otherwise.
+        # The dynamic kind does so beyond all positions that the config names, which `max_len` ends.
         short = int(rope["original_max_position_embeddings"])
         if not 0 < max_len <= short:
             raise _refusal(model, f"LongRoPE, exact with 0 < engine.max_len <= {short} alone")

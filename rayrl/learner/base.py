@@ -277,11 +277,10 @@ class Learner(ABC):
 
     def _micros(self, rows: Sequence[Trajectory]) -> list[list[Trajectory]]:
         longest = max((len(row.ids) for row in rows), default=0)
-        if longest > self._longest:  # the probe has not tried the model on such rows
+        if longest > self._longest:  # the model was not tried on rows as long
             raise ConfigError(
-                f"engine.max_len={self.cfg.engine.max_len}: a row has {longest} ids, and the model "
-                f"was made ready for {self._longest}; set engine.max_len to the longest "
-                "conversation that there can be"
+                f"engine.max_len={self.cfg.engine.max_len}: a row has {longest} ids, but a "
+                f"conversation can have {self._longest}; raise it, or leave such rows out"
             )
         limit = self.cfg.learner.micro_batch_tokens
         return micro_batches(rows, limit, shared=shares_prefixes(self.module))
