@@ -1,8 +1,10 @@
 """Groups become training rows: masks from the turns' own spans, one denominator for a whole batch.
 
-A row is one conversation of one seat in one episode. Rows whose advantages are all zero change
-nothing and are left out of the computation, but still count in the denominators, so that leaving
-them out is exact. Numpy only: batches travel between processes without torch.
+A row is one conversation of one seat in one episode, up to its last id with loss: what follows that
+id (an environment's last message, which nobody answered) predicts nothing. Rows whose advantages
+are all zero change nothing and are left out of the computation, but still count in the
+denominators, so that leaving them out is exact. Numpy only: batches travel between processes
+without torch.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ GATHER_LIMIT = 8  # times max_tokens: bound on the (row, key) pairs attention ga
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Trajectory:
-    """One training row of T ids.
+    """One training row of T ids. Rows made in this module end with an id that has loss.
 
     Attributes:
         ids: (T,) int32.
@@ -180,15 +182,27 @@ def _row(conversation: Sequence[tuple[Turn, float]], group: int, name: str) -> l
     if mask[0]:
         raise ValueError(f"{name}: a conversation cannot begin with a sampled id")
     versions = [span.version for turn, _ in conversation for span in turn.versions]
+    end = _end(mask)
+    ids, mask, old, adv = ids[:end], mask[:end], old[:end], adv[:end]
     return [Trajectory(ids, mask, old, adv, min(versions, default=0), group, name)]
 
 
+def _end(mask: NDArray[np.bool_]) -> int:
+    """Where a row with this loss mask ends: after its last id with loss."""
+    return int(np.flatnonzero(mask)[-1]) + 1
+
+
 def supervised_row(ids: Sequence[int], loss_mask: Sequence[bool], name: str = "") -> Trajectory:
-    """A row for supervised learning. A loss at position 0 is taken out: nothing predicts it."""
+    """A row for supervised learning, up to its last id with loss; without any, it is left whole.
+
+    A loss at position 0 is taken out: nothing predicts it.
+    """
     mask = np.array(loss_mask, np.bool_)
     mask[:1] = False
+    mask = mask[: _end(mask)] if mask.any() else mask
     zeros = np.zeros(len(mask), np.float32)
-    return Trajectory(np.array(ids, np.int32), mask, zeros, mask.astype(np.float32), id=name)
+    whole = np.array(ids, np.int32)
+    return Trajectory(whole[: len(mask)], mask, zeros, mask.astype(np.float32), id=name)
 
 
 def batch_of(rows: Sequence[Trajectory]) -> Batch:

@@ -46,7 +46,8 @@ async def sft(config: Config, folder: RunDir) -> None:
     cfg = config.sft
     model = model_dir(config.model.path)
     say_templates(config)
-    rows = load_rows(config, Chat.load(str(model)), positions(model))
+    longest = config.engine.max_len or positions(model)
+    rows = load_rows(config, Chat.load(str(model)), longest)
     async with open_learners(config, cfg.steps) as learner:
         with Bar(config.run.name, cfg.steps) as bar:
             recovery = Recovery(learner, folder, bar, config.learner.restarts)
@@ -123,7 +124,7 @@ def load_rows(config: Config, chat: Chat, longest: int = 0) -> list[Trajectory]:
     Args:
         config: `sft.data`, `sft.loss_on`, and `env.seats` for whose replies to learn.
         chat: of the model that is trained.
-        longest: most ids the model has positions for; 0 is no limit.
+        longest: most ids of a conversation; 0 is no limit.
 
     Raises:
         DataError: no usable episode, or a conversation too long for the model; names file and line.
@@ -139,14 +140,17 @@ def load_rows(config: Config, chat: Chat, longest: int = 0) -> list[Trajectory]:
         if episode.failure is not None:
             continue
         seats = _learned_seats(config, episode, data)
-        rows += rows_of(episode, seats, chat, loss_on_all=config.sft.loss_on == "all")
-        for row in rows[-len(seats) :]:
+        found = rows_of(episode, seats, chat, loss_on_all=config.sft.loss_on == "all")
+        found = [row for row in found if row.n_loss]
+        for row in found:
             if 0 < longest < len(row.ids):
+                what = f"{config.model.path} has positions for {longest}; use another model"
+                if config.engine.max_len:
+                    what = f"a conversation can have {longest}; raise engine.max_len"
                 raise DataError(
-                    f"{data}: {row.id} has {len(row.ids)} ids, but {config.model.path} has "
-                    f"positions for {longest}; remove it, or use another model."
+                    f"{data}: {row.id} has {len(row.ids)} ids, but {what}, or remove the episode."
                 )
-    rows = [row for row in rows if row.n_loss]
+        rows += found
     if not rows:
         raise DataError(f"{data}: there is no reply to learn from; see what `rayrl synth` kept.")
     return rows

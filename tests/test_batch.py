@@ -1,8 +1,9 @@
 """Rows from episodes, their division, and the trie: masks, denominators, sharing."""
 
-
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rayrl.batch import (
     Trajectory,
@@ -94,9 +95,33 @@ def test_what_cannot_be_trained_on_is_refused():
 
 
 def test_supervised_rows_never_predict_the_first_id():
-    row = supervised_row([4, 5, 6], [True, True, False])
-    assert row.loss_mask.tolist() == [False, True, False]
+    row = supervised_row([4, 5, 6], [True, False, True])
+    assert row.loss_mask.tolist() == [False, False, True]
     assert batch_of([row, row]).totals.tokens == 2
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.booleans(), min_size=1, max_size=12), st.integers(0, 30))
+def test_a_supervised_row_ends_at_its_last_id_with_loss(mask: list[bool], after: int) -> None:
+    row = supervised_row(range(len(mask) + after), mask + [False] * after)
+    learned = [i for i, loss in enumerate(mask) if loss and i > 0]
+    assert np.flatnonzero(row.loss_mask).tolist() == learned
+    length = learned[-1] + 1 if learned else len(mask) + after
+    assert row.ids.tolist() == list(range(length))
+    assert len(row.loss_mask) == len(row.old_logprobs) == len(row.advantages) == length
+
+
+def test_ids_that_no_reply_follows_are_not_computed():
+    asked = turn([1, 2], [5], 0), turn([3], [6, 7], 3)
+    unanswered = (*asked, turn([8] * 3000, [], 6))
+    groups = [Group("g", Task(), (episode(0, turns),)) for turns in (asked, unanswered)]
+    values = [{(0, "agent"): (1.0,) * len(group.episodes[0].turns)} for group in groups]
+    plain, cut = (make_batch([g], [v]) for g, v in zip(groups, values, strict=True))
+    assert cut.stats == plain.stats
+    assert cut.totals == plain.totals
+    for field in ("ids", "loss_mask", "old_logprobs", "advantages"):
+        assert np.array_equal(getattr(cut.rows[0], field), getattr(plain.rows[0], field))
+    assert distinct(cut.rows) == 6
 
 
 # The trie.

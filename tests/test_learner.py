@@ -14,8 +14,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rayrl.batch import Totals, batch_of, supervised_row
-from rayrl.config import AlgoConfig, Config, LearnerConfig, SamplingConfig
+from rayrl.batch import Totals, Trajectory, batch_of, supervised_row
+from rayrl.config import AlgoConfig, Config, EngineConfig, LearnerConfig, SamplingConfig
 from rayrl.errors import ConfigError, DataError
 from rayrl.learner.deepspeed import DeepSpeedLearner
 from rayrl.learner.reference import ReferenceLearner
@@ -91,12 +91,21 @@ def test_a_sliding_window_is_refused_where_it_would_bite(tmp_path):
         intermediate_size=16, vocab_size=40, sliding_window=10,
     )  # fmt: skip
     MistralForCausalLM(cfg).save_pretrained(tmp_path)
-    model = load_model(tmp_path)
+    model = load_model(tmp_path, max_len=10)
     short = pack([np.arange(8)], [np.arange(8) > 3])
     assert token_logprobs(model, short, 1.0)[0].shape == (4,)
     long = pack([np.arange(12)], [np.arange(12) > 3])
     with pytest.raises(ConfigError, match=r"longer than the sliding window \(10\)"):
         token_logprobs(model, long, 1.0)
+
+
+def test_a_row_longer_than_what_was_tried_is_refused(model_dir):
+    long = [Trajectory(np.arange(12), np.arange(12) > 3, *[np.zeros(12, np.float32)] * 2)]
+    learner = ReferenceLearner(Config(engine=EngineConfig(max_len=11)), model_dir)
+    batch = batch_of(long)
+    with pytest.raises(ConfigError, match=r"engine\.max_len=11: a row has 12 ids"):
+        learner.step(batch.rows, batch.totals)
+    assert ReferenceLearner(Config(engine=EngineConfig(max_len=12)), model_dir).logprobs(long)
 
 
 def test_a_folder_without_a_model_is_named(tmp_path):

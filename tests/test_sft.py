@@ -203,6 +203,8 @@ async def test_a_conversation_too_long_for_the_model_is_named(tmp_path: Path) ->
     write_episodes(tmp_path / "d.jsonl", await games(1))
     with pytest.raises(DataError, match=r"d\.jsonl: g0/0/agent/0 has \d+ ids.*positions for 20"):
         load_rows(config(tmp_path / "d.jsonl"), chat(), longest=20)
+    with pytest.raises(DataError, match=r"a conversation can have 20; .*raise engine\.max_len"):
+        load_rows(config(tmp_path / "d.jsonl", engine={"max_len": 20}), chat(), longest=20)
 
 
 @pytest.mark.parametrize(

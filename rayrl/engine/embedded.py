@@ -94,7 +94,7 @@ class EmbeddedEngine:
             raise ConfigError(
                 f"engine.max_live={max_live}, engine.threads={threads}: both must be at least 1"
             )
-        self._model = FlatModel(model)
+        self._model = FlatModel(model, max_len)
         if not 0 <= max_len <= self._model.max_len:
             raise ConfigError(
                 f"engine.max_len={max_len}: the model has {self._model.max_len} positions; "

@@ -24,17 +24,20 @@ PROBE_TOLERANCE = 1e-3
 class FlatModel:
     """Runs `model` (a transformers `*ForCausalLM`, fp32, CPU) through `attention`.
 
+    Args:
+        max_len: ids of one conversation; 0: what the model's positions allow.
+
     Raises:
         ConfigError: the architecture does not go through transformers' attention interface with
             plain causal attention in every layer.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, max_len: int = 0) -> None:
         from transformers import AttentionInterface
 
         AttentionInterface.register(NAME, attention)
         self.config = model.config.get_text_config()
-        self.geometry = _geometry(model, self.config)
+        self.geometry = _geometry(model, self.config, max_len)
         self.model = model.eval().requires_grad_(False)
         self.vocab_size = int(model.get_input_embeddings().weight.shape[0])
         self._probe()
@@ -112,7 +115,7 @@ class FlatModel:
                 theirs = self.model(input_ids=torch.from_numpy(ids).view(2, 4), use_cache=False)
             self.model.set_attn_implementation(NAME)
             ours = self.logits(Counting(), ids, places % 4, places)
-        except (RuntimeError, ValueError, TypeError, AttributeError, KeyError) as error:
+        except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
             raise _refusal(self.model, f"a probe failed: {error}") from error
         if len(layers) != self.geometry.layers:
             raise _refusal(self.model, f"{len(layers)} of {self.geometry.layers} layers attend")
@@ -128,7 +131,7 @@ def _refusal(model: Any, why: str) -> ConfigError:
     )
 
 
-def _geometry(model: Any, config: Any) -> Geometry:
+def _geometry(model: Any, config: Any, max_len: int) -> Geometry:
     """The attention's shapes, or a refusal that says what the engine does not have."""
     if any(p.dtype != torch.float32 or p.device.type != "cpu" for p in model.parameters()):
         raise _refusal(model, "it is not float32 on the CPU")
@@ -138,9 +141,12 @@ def _geometry(model: Any, config: Any) -> Geometry:
     if kinds:
         raise _refusal(model, f"layers of type {', '.join(sorted(kinds))}")
     rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") in ("dynamic", "longrope"):
-        # these turn all positions of a batch by its longest one
-        raise _refusal(model, f"rotary embedding of type {rope['rope_type']}")
+    if rope.get("rope_type") == "longrope":
+        # Turns all positions of a pass by its last one; keys that are kept were turned otherwise.
+        # The dynamic kind does so beyond all positions that the config names, which `max_len` ends.
+        short = int(rope["original_max_position_embeddings"])
+        if not 0 < max_len <= short:
+            raise _refusal(model, f"LongRoPE, exact with 0 < engine.max_len <= {short} alone")
     heads = int(config.num_attention_heads)
     kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
     head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)

@@ -18,10 +18,14 @@ from transformers import AttentionInterface
 from rayrl.errors import ConfigError
 from rayrl.packing import Bucket, Packed
 
-__all__ = ["IMPLEMENTATION", "Plan", "plan"]
+__all__ = ["IMPLEMENTATION", "BeyondWindow", "Plan", "plan"]
 
 IMPLEMENTATION = "rayrl_trie"
 SHORT = 512  # keys up to which plain products beat torch's bf16 kernel on the CPU, backward most
+
+
+class BeyondWindow(ConfigError):
+    """A row is longer than the model's sliding window."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -101,9 +105,9 @@ def _attend(
             "learner's attention does not know; choose another model"
         )
     if sliding_window is not None and sliding_window < plan.longest:
-        raise ConfigError(
+        raise BeyondWindow(
             f"model.path: a row of {plan.longest} ids is longer than the sliding window "
-            f"({sliding_window}); use shorter episodes or a model with full attention"
+            f"({sliding_window}), and than engine.max_len; raise that, or use shorter episodes"
         )
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (U, H, D)
     flat_out = query.new_empty(query.shape[0], query.shape[1] * value.shape[2])

@@ -32,10 +32,12 @@ from rayrl.learner.lora import (
     save_adapter,
     with_adapters,
 )
+from rayrl.learner.probe import longest_row
 from rayrl.learner.readback import misfit, probe_rows
 from rayrl.learner.rows import shares_prefixes
 from rayrl.learner.step import (
     Tally,
+    checkpoint_layers,
     filler,
     load_model,
     loss_of,
@@ -102,11 +104,13 @@ class Learner(ABC):
         self.objective = Objective.of(cfg.algo, constant=float(cfg.sampling.max_tokens))
         self._reference: Any = None
         self.dtype: torch.dtype = getattr(torch, cfg.learner.dtype)
-        self.module: Any = load_model(model_path, device, self.dtype)
+        self.module: Any = self._load()
+        self._longest = longest_row(self.module, cfg.engine.max_len)
         if cfg.lora.rank:
             self.module = with_adapters(self.module, cfg.lora, derive_seed(cfg.run.seed, "lora"))
+            self.module.eval()
         if cfg.learner.gradient_checkpointing:
-            self.module.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_layers(self.module)
         self.model: Any = self.module  # what is called; a subclass may wrap it
 
     # What a subclass adds.
@@ -296,6 +300,9 @@ class Learner(ABC):
             "lora.rank": lora.rank,
         }
 
+    def _load(self) -> Any:
+        return load_model(self.model_path, self.device, self.dtype, self.cfg.engine.max_len)
+
     def _reference_logprobs(self, rows: Sequence[Trajectory]) -> dict[int, NDArray[np.float32]]:
         """The rows under the model the stage starts from: with adapters, the one without them."""
         if self.cfg.lora.rank:
@@ -303,8 +310,7 @@ class Learner(ABC):
             with self.module.disable_adapter():
                 return row_logprobs(self.model, rows, *self._limits, passes=passes)
         if self._reference is None:
-            model = load_model(self.model_path, self.device, self.dtype)
-            self._reference = model.requires_grad_(False)
+            self._reference = self._load().requires_grad_(False)
         return row_logprobs(self._reference, rows, *self._limits)
 
     def _passes(self, rows: Sequence[Trajectory]) -> int:
@@ -313,6 +319,12 @@ class Learner(ABC):
         return int(self._reduce(torch.tensor([float(mine)]), "max"))
 
     def _micros(self, rows: Sequence[Trajectory]) -> list[list[Trajectory]]:
+        longest = max((len(row.ids) for row in rows), default=0)
+        if longest > self._longest:  # the model was not tried on rows as long
+            raise ConfigError(
+                f"engine.max_len={self.cfg.engine.max_len}: a row has {longest} ids, but a "
+                f"conversation can have {self._longest}; raise it, or leave such rows out"
+            )
         limit = self.cfg.learner.micro_batch_tokens
         return micro_batches(rows, limit, shared=shares_prefixes(self.module))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -15,13 +16,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rayrl.batch import Totals, Trajectory, micro_batches
 from rayrl.config import LearnerConfig
 from rayrl.errors import ConfigError
-from rayrl.learner.attention import IMPLEMENTATION, plan
+from rayrl.learner.attention import IMPLEMENTATION
 from rayrl.learner.logits import chosen_logprobs
-from rayrl.learner.rows import mixes_by_attention_only, padded_logits, shares_prefixes
+from rayrl.learner.probe import choose_attention, longest_row
+from rayrl.learner.rows import logits_before, shares_prefixes
 from rayrl.loading import load_causal_lm
 from rayrl.loss import LossTokens, Objective, objective_loss
 from rayrl.models import model_dir
@@ -29,6 +33,7 @@ from rayrl.packing import Packed, pack
 
 __all__ = [
     "Tally",
+    "checkpoint_layers",
     "filler",
     "load_model",
     "loss_of",
@@ -40,25 +45,46 @@ __all__ = [
 
 
 def load_model(
-    path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    path: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    max_len: int = 0,
 ) -> Any:
-    """The causal LM in the Hugging Face directory `path`: no dropout, the trie's attention.
+    """The causal LM in the Hugging Face directory `path`, in evaluation mode, tried by `probe.py`.
 
-    Models that mix tokens by other means as well (convolutions, recurrences) keep their own
-    attention: `token_logprobs` gives them whole rows, padded.
+    It has the trie's attention where that is exact; models that mix tokens by other means as well
+    (convolutions, recurrences, windows that a row can outgrow) keep their own attention, and
+    `token_logprobs` gives them whole rows, padded.
 
-    Dropout would make the learner another policy than the one that was sampled from.
+    Training mode would turn on dropout, router noise and skipped layers, wherever an architecture
+    has them, and make the learner another policy than the one that was sampled from. Gradients
+    need no training mode.
+
+    Args:
+        max_len: ids that a row can have; 0: what the model has positions for.
     """
     model = load_causal_lm(model_dir(str(path)), dtype=dtype, attention=IMPLEMENTATION)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0
-    model.train().to(device)
-    if not mixes_by_attention_only(model):
-        model.set_attn_implementation("sdpa")
+    model.eval().to(device)
+    choose_attention(model, longest_row(model, max_len))
     return model
+
+
+def checkpoint_layers(model: Any) -> None:
+    """Let every layer of `model` compute its activations again in the backward pass, not keep them.
+
+    transformers' own switch for that works in training mode only; see `load_model`.
+
+    Raises:
+        ConfigError: the model has no layers that can be computed again.
+    """
+    layers = [one for one in model.modules() if isinstance(one, GradientCheckpointingLayer)]
+    if not layers:
+        raise ConfigError(
+            f"learner.gradient_checkpointing=true: {type(model).__name__} does not support it; set "
+            "it to false and lower learner.micro_batch_tokens"
+        )
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 def rate(cfg: LearnerConfig, step: int, total: int) -> float:
@@ -97,19 +123,8 @@ def token_logprobs(
         (N,) with gradient, in `packed`'s order, and (N,) entropies in nats, with gradient if
         `entropy_gradient`.
     """
-    device = model.device
-    if not shares_prefixes(model):
-        logits, slot = padded_logits(model, packed)
-    else:
-        logits = model(
-            input_ids=torch.from_numpy(packed.ids).to(device)[None],
-            position_ids=torch.from_numpy(packed.positions).to(device)[None],
-            logits_to_keep=torch.from_numpy(packed.sources).to(device),
-            use_cache=False,
-            plan=plan(packed, device, model.dtype),
-        ).logits[0]  # (S, V)
-        slot = torch.from_numpy(packed.slot).to(device)
-    target = torch.from_numpy(packed.target).to(device)
+    logits, slot = logits_before(model, packed)
+    target = torch.from_numpy(packed.target).to(model.device)
     return chosen_logprobs(logits, slot, target, temperature, entropy_gradient=entropy_gradient)
 
 
