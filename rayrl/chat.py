@@ -30,6 +30,7 @@ from rayrl.tokenizer import (
 )
 from rayrl.tools import (
     CALL_MARKS,
+    THOUGHT_MARKS,
     ParsedCall,
     as_user_messages,
     describe,
@@ -332,6 +333,13 @@ class Chat:
         """Whether a reply has other ids by itself: some tokenizers begin a text with a space."""
         lead = self._leads[0]
         return self.encode(lead + "x") != self.encode(lead) + self.encode("x")
+
+    @functools.cached_property
+    def opens_thought(self) -> bool:
+        """Whether the template opens a thought, so that a reply begins within it."""
+        header = self._cut(self._after_reply(["user"]), range(2, 3))[-1]
+        opened, ended = map(header.rfind, THOUGHT_MARKS)
+        return opened > ended
 
     def _find_start(self, roles: tuple[str, ...]) -> tuple[str, ...]:
         text = self._text.named(self._template(roles))
