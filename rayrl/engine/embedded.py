@@ -420,8 +420,8 @@ class EmbeddedEngine:
             return
         for slot, stop in zip(slots[ended].tolist(), stopped[ended].tolist(), strict=True):
             if slot in failed:
-                error = InfraError(f"the tokenizer cannot decode a reply: {failed[slot]}")
-                self._done.append((self._jobs.pop(slot).reader, error))
+                why = InfraError(f"the tokenizer cannot decode a reply: {failed[slot]}")
+                self._done.append((self._jobs.pop(slot).reader, why))
             else:
                 self._complete(slot, "stop" if stop else "length")
         table.finish(slots[ended])
