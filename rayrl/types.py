@@ -90,7 +90,7 @@ def _fix(one: Any, *names: str) -> None:
     """Replace the lone surrogates in a new object's fields."""
     for name in names:
         value = getattr(one, name)
-        if not (isinstance(value, str) and value.isascii()):
+        if value and not (isinstance(value, str) and value.isascii()):
             object.__setattr__(one, name, replace_surrogates(value))
 
 
@@ -154,7 +154,9 @@ class Message(_Compact):
     tool_call_id: str | None = None
 
     def __post_init__(self) -> None:
-        _fix(self, "content", "tool_call_id")
+        content = self.content  # most messages are done with this
+        if self.tool_call_id is not None or not (isinstance(content, str) and content.isascii()):
+            _fix(self, "content", "tool_call_id")
 
 
 def system(content: str) -> Message:
