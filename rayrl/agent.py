@@ -73,7 +73,8 @@ class Player(Protocol):
     """Whoever answers: a policy, a script, a remote model, a person.
 
     A player serves many conversations at once and keeps what it knows of one in the conversation.
-    It may have `end(conversation)`, called once when a conversation is over, and
+    It may have `opens_thought`, whether its replies begin within a thought, and
+    `end(conversation)`, called once when a conversation is over, and
     `resume(conversation, turn)`, called instead of `answer` for a turn it gave in an earlier
     attempt: it brings what it keeps in the conversation to where it was after that turn.
     """
@@ -133,6 +134,7 @@ class Agent:
         self._number = 0
         self._named = 0
         self._path = f"{episode}/{seat}"  # what the names of its conversations begin with
+        self._thinking: bool = getattr(player, "opens_thought", False)
         self._conversation = Conversation(f"{self._path}/0", seat)
         self._sessions = [self._conversation]
 
@@ -240,7 +242,8 @@ class Agent:
         conversation.messages += new
         reply = assistant(turn.text)
         if tools:
-            reply = replace(reply, tool_calls=self._name_calls(parse_calls(turn.text)))
+            calls = parse_calls(turn.text, thinking=self._thinking)
+            reply = replace(reply, tool_calls=self._name_calls(calls))
         conversation.messages.append(reply)
         self.course.add(turn)
         if self.turns % _BREATHE == 0:
@@ -279,9 +282,9 @@ class Agent:
             conversation.tools |= told
             cut = turn.finish == "length"
             if as_lines:
-                calls = parse_lines(turn.text, schemas, cut=cut)
+                calls = parse_lines(turn.text, schemas, cut=cut, thinking=self._thinking)
             else:
-                calls = parse_calls(turn.text, cut=cut)
+                calls = parse_calls(turn.text, cut=cut, thinking=self._thinking)
             if not calls or not left:
                 break
             named = self._name_calls(calls) if as_lines else self.messages[-1].tool_calls

@@ -1,9 +1,11 @@
 """Messages into ids and back: the only module that tokenizes.
 
 A conversation grows by appending ids. Nothing a model wrote is ever tokenized again, so the ids the
-learner trains on are the ids that were sampled. The template's own pieces (role headers, end of
-turn) are found by rendering it with sentinels in place of contents; contents are tokenized apart
-from them, with control tokens split, so that `<|im_end|>` typed by a user stays text.
+learner trains on are the ids that were sampled. What the template writes around contents (role
+headers, end of turn) is found by rendering it with sentinels in their place. Contents are put there
+once its control tokens go by names that no text has (`rayrl.tokenizer`), and the whole is encoded
+at once: `<|im_end|>` typed by a user stays text, and all other ids are those that the tokenizer
+gives for the template's text.
 """
 
 from __future__ import annotations
@@ -11,15 +13,24 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 from rayrl.errors import ConfigError
 from rayrl.models import model_dir, why_unreadable
-from rayrl.templates import fold, gap, peculiarities
-from rayrl.tokenizer import byte_level, copy_of, load_tokenizer, mere_text, name_of
+from rayrl.templates import fold, gap, peculiarities, without_marks
+from rayrl.tokenizer import (
+    TextTokenizer,
+    byte_level,
+    control_ids,
+    copy_of,
+    load_tokenizer,
+    name_of,
+)
 from rayrl.tools import (
     CALL_MARKS,
+    THOUGHT_MARKS,
     ParsedCall,
     as_user_messages,
     describe,
@@ -28,13 +39,13 @@ from rayrl.tools import (
     tool_name,
     untold,
 )
-from rayrl.types import Message, Turn
+from rayrl.types import Message, Role, Turn
 
 __all__ = ["Chat", "Ids"]
 
 Ids = tuple[int, ...]
 
-_CACHED_CONTENTS = 4096  # encodings and decodings kept
+_CACHED = 4096  # encodings and decodings kept
 _CACHED_LENGTH = 4096  # characters or ids of the longest one kept
 _REMEDY = "use a model whose tokenizer has a chat template that only appends (ChatML does)"
 _NO_PARAMETERS = {"type": "object", "properties": {}}
@@ -74,22 +85,22 @@ class Chat:
             raise ConfigError(f"tokenizer {name_of(tokenizer)} has no {what}: {_REMEDY}")
         self.tokenizer = tokenizer
         self._control = copy_of(backend)
-        self._pieces: dict[tuple[Any, ...], tuple[Ids, ...]] = {}
+        self._pieces: dict[tuple[Any, ...], tuple[str, ...]] = {}
         self._fits: dict[tuple[Any, ...], bool] = {}
         self._trims = False
         self._bytes = byte_level() if "ByteLevel" in str(backend.decoder) else {}
         tail = self._probe()
-        self._text, self._own = self._content_tokenizers(tail)
-        first = self._encode_control(tail)[:1]
-        if not first or first[0] not in self._control.get_added_tokens_decoder():
+        self._text = self._text_tokenizer(tail)
+        first = self._control.encode(tail, add_special_tokens=False).ids[:1]
+        if not first or first[0] not in self._text.control:
             raise ConfigError(
                 f"the chat template of {name_of(tokenizer)} ends an assistant's turn with "
                 f"{tail!r}, which does not start with a special token: {_REMEDY}"
             )
         eos: int | None = getattr(tokenizer, "eos_token_id", None)
-        self.stop_ids: Ids = first if eos is None or eos in first else (*first, eos)
-        self._encode_cached = functools.lru_cache(_CACHED_CONTENTS)(self._encode_text)
-        self._decode_cached = functools.lru_cache(_CACHED_CONTENTS)(self._decode)
+        self.stop_ids: Ids = (*first,) if eos is None or eos in first else (*first, eos)
+        self._encode_cached = functools.lru_cache(_CACHED)(self._text.encode)
+        self._decode_cached = functools.lru_cache(_CACHED)(self._decode)
 
     @classmethod
     def load(cls, path: str) -> Chat:
@@ -127,7 +138,7 @@ class Chat:
         pieces = self._pieces.get(("start", roles))
         if pieces is None:
             pieces = self._find_start(roles)
-        return self._weave(pieces, messages)
+        return self.encode(self._weave(pieces, messages))
 
     def extend(
         self,
@@ -146,19 +157,26 @@ class Chat:
         messages = self._fitting(self._as_shown(messages), ("user", "assistant"))
         if tools:
             messages = introduce(messages, describe(tools))
-        key = ("extend", last_ids_finished, *[message.role for message in messages])
-        pieces = self._pieces.get(key)
+        roles = tuple(message.role for message in messages)
+        pieces = self._pieces.get(("extend", roles))
         if pieces is None:
-            pieces = self._find_extension(key, last_ids_finished, messages)
-        return self._weave(pieces, messages)
+            pieces = self._find_extension(roles)
+        ids = self.encode(self._weave(pieces, messages))
+        return ids[1:] if last_ids_finished else ids
 
     def encode(self, text: str) -> Ids:
-        """Ids of a content: control tokens written in it are split into text."""
-        return self._encode_cached(text) if len(text) <= _CACHED_LENGTH else self._encode_text(text)
+        """Ids of a text by itself: control tokens written in it are split into text."""
+        return self._encode_cached(text) if len(text) <= _CACHED_LENGTH else self._text.encode(text)
 
     def reply(self, text: str) -> Ids:
         """Ids of a model's whole reply, end of turn included: what supervised training wants."""
-        return (*self._encode_own(text), self.stop_ids[0])
+        text = self._own(text)
+        if self._depends:
+            for lead in self._leads:
+                before, whole = self.encode(lead), self.encode(lead + text)
+                if whole[: len(before)] == before:
+                    return (*whole[len(before) :], self.stop_ids[0])
+        return (*self.encode(text), self.stop_ids[0])
 
     def render(self, turns: Sequence[Turn]) -> tuple[Ids, tuple[bool, ...]]:
         """One conversation of a player without ids (a teacher), as if a model had played it.
@@ -201,7 +219,7 @@ class Chat:
         """The messages, folded where the template refuses their roles after those of `before`."""
         roles = (*before, *[message.role for message in messages])
         if roles not in self._fits:
-            if len(self._fits) >= _CACHED_CONTENTS:  # as in `_keep`
+            if len(self._fits) >= _CACHED:  # as in `_keep`
                 self._fits.clear()
             self._fits[roles] = self._takes(roles)
         return messages if self._fits[roles] else fold(messages)
@@ -231,34 +249,24 @@ class Chat:
                 return bytes(self._bytes[character] for character in token)
         return self._decode((one,)).encode()
 
-    def _keep(self, key: tuple[Any, ...], pieces: tuple[Ids, ...]) -> None:
-        if len(self._pieces) >= _CACHED_CONTENTS:  # a server's clients choose the keys
+    def _keep(self, key: tuple[Any, ...], pieces: tuple[str, ...]) -> tuple[str, ...]:
+        if len(self._pieces) >= _CACHED:  # a server's clients choose the keys
             self._pieces.clear()
         self._pieces[key] = pieces
+        return pieces
 
-    def _weave(self, pieces: tuple[Ids, ...], messages: Sequence[Message]) -> Ids:
-        ids = list(pieces[0])
+    def _weave(self, pieces: tuple[str, ...], messages: Sequence[Message]) -> str:
+        parts = [pieces[0]]
         for message, piece in zip(messages, pieces[1:], strict=True):
             content = message.content.strip() if self._trims else message.content
-            if message.role == "assistant":
-                ids += self._encode_own(content)
-            elif len(content) <= _CACHED_LENGTH:
-                ids += self._encode_cached(content)
-            else:
-                ids += self._encode_text(content)
-            ids += piece
-        return tuple(ids)
+            parts += (self._own(content) if message.role == "assistant" else content, piece)
+        return "".join(parts)
 
-    def _encode_text(self, text: str) -> Ids:
-        return tuple(self._text.encode(text, add_special_tokens=False).ids)
-
-    def _encode_own(self, text: str) -> Ids:
-        if self._own is self._text:
-            return self.encode(text)
-        return tuple(self._own.encode(text, add_special_tokens=False).ids)
-
-    def _encode_control(self, text: str) -> Ids:
-        return tuple(self._control.encode(text, add_special_tokens=False).ids)
+    def _own(self, text: str) -> str:
+        """A model's own words, in which the marks of calls may be tokens."""
+        for mark, name in self._marks:
+            text = text.replace(mark, name)
+        return text
 
     def _decode(self, ids: Ids) -> str:
         return str(self._control.decode(ids, skip_special_tokens=False))
@@ -273,6 +281,9 @@ class Chat:
         pad: str = "",
     ) -> str:
         """The template with sentinel number `first + k` as the content of message k."""
+        for role in roles:  # it is the template's to write, so it must not be anybody's text
+            if role not in get_args(Role):
+                raise ConfigError(f"role {role!r}: must be one of {', '.join(get_args(Role))}")
         contents = [f"{pad}{_sentinel(first + k)}{pad}" for k in range(len(roles))]
         messages = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)]
         try:
@@ -290,44 +301,58 @@ class Chat:
         """What follows an assistant's content; notes whether the template trims contents."""
         padded = self._template(["user"], pad="  ")
         self._trims = f"  {_sentinel(0)}  " not in padded
-        return self._split_history(["user"])[0]
+        return self._cut(self._after_reply(["user"]), range(2, 3))[0]
 
-    def _content_tokenizers(self, tail: str) -> tuple[Any, Any]:
-        """Copies of the tokenizer for which what the template is made of is mere text.
+    def _text_tokenizer(self, tail: str) -> TextTokenizer:
+        """The tokenizer for which what the template is made of is mere text.
 
-        The first is for what is said to the model, the second for its replies: some models write
-        `<tool_call>` as one token, which nobody else's text may become.
+        Some models write `<tool_call>` as one token, which nobody else's text may become.
         """
-        glue = tail + self._template(["user"]) + self._tool_talk
+        turns = tail + self._template(["user"])
         with contextlib.suppress(ConfigError):  # a template without system messages
-            glue += self._template(["system", "user"])
-        state = json.loads(self._control.to_str())
-        for token in state.get("added_tokens", []):
-            # some tokenizers do not mark the tokens of their template as special
-            token["special"] = token["special"] or token["content"] in glue
-        text = mere_text(self._control, state)
-        marks = [token for token in state.get("added_tokens", []) if token["content"] in CALL_MARKS]
-        for token in marks:
-            token["special"] = False
-        return text, mere_text(self._control, state) if marks else text
+            turns += self._template(["system", "user"])
+        tokenizer, talk = self.tokenizer, self._tool_talk
+        unknown, ends = tokenizer.unk_token, (tokenizer.bos_token, tokenizer.eos_token)
+        control = control_ids(self._control, turns, talk, tail)
+        written = {self._control.id_to_token(one) for one in control}
+        reserved = {one for one in written if one in turns + talk or one in ends}
+        reserved |= written.intersection(tokenizer.all_special_tokens) - {unknown}
+        text = TextTokenizer(self._control, control, reserved)
+        ids = map(self._control.token_to_id, CALL_MARKS)
+        marks = zip(CALL_MARKS, map(text.names.get, ids), strict=True)
+        self._marks = [(mark, name) for mark, name in marks if name is not None]
+        return text
 
-    def _find_start(self, roles: tuple[str, ...]) -> tuple[Ids, ...]:
-        pieces = self._cut(self._template(roles), range(len(roles)))
-        self._keep(("start", roles), pieces)
-        return pieces
+    @functools.cached_property
+    def _leads(self) -> tuple[str, str, str]:
+        """What a reply may follow: what does, or if it would become one with that, other text."""
+        end = self._text.names[self.stop_ids[0]]
+        after = self._text.named(self._after_reply(["user"]))
+        return "x".join(self._cut(after, range(2, 3))), end + "\n", end + "x"
 
-    def _find_extension(
-        self, key: tuple[Any, ...], finished: bool, messages: Sequence[Message]
-    ) -> tuple[Ids, ...]:
-        texts = self._split_history([message.role for message in messages])
-        pieces = tuple(self._encode_control(text) for text in texts)
-        if finished:
-            pieces = (pieces[0][1:], *pieces[1:])
-        self._keep(key, pieces)
-        return pieces
+    @functools.cached_property
+    def _depends(self) -> bool:
+        """Whether a reply has other ids by itself: some tokenizers begin a text with a space."""
+        lead = self._leads[0]
+        return self.encode(lead + "x") != self.encode(lead) + self.encode("x")
 
-    def _split_history(self, roles: Sequence[str]) -> list[str]:
-        """Template text after an assistant's reply, cut at the contents of messages by `roles`."""
+    @functools.cached_property
+    def opens_thought(self) -> bool:
+        """Whether the template opens a thought, so that a reply begins within it."""
+        header = self._cut(self._after_reply(["user"]), range(2, 3))[-1]
+        opened, ended = map(header.rfind, THOUGHT_MARKS)
+        return opened > ended
+
+    def _find_start(self, roles: tuple[str, ...]) -> tuple[str, ...]:
+        text = self._text.named(self._template(roles))
+        return self._keep(("start", roles), self._cut(text, range(len(roles))))
+
+    def _find_extension(self, roles: tuple[str, ...]) -> tuple[str, ...]:
+        text = self._text.named(self._after_reply(roles))
+        return self._keep(("extend", roles), self._cut(text, range(2, 2 + len(roles))))
+
+    def _after_reply(self, roles: Sequence[str]) -> str:
+        """What the template writes after an assistant's reply, with messages by `roles`."""
         before = self._template(["user"])
         whole = self._template(["user", "assistant", *roles])
         # what a template puts before the reply may differ: the model read what stood there then
@@ -338,13 +363,10 @@ class Chat:
                 f"cannot be appended: it renders {shown!r} where {before!r} stood "
                 f"when the model answered; {_REMEDY}"
             )
-        after = after[len(gap(after, self.tokenizer)) :]
-        return self._cut_text(after, range(2, 2 + len(roles)))
+        return after[len(gap(after, self.tokenizer)) :]
 
-    def _cut(self, text: str, sentinels: range) -> tuple[Ids, ...]:
-        return tuple(self._encode_control(piece) for piece in self._cut_text(text, sentinels))
-
-    def _cut_text(self, text: str, sentinels: range) -> list[str]:
+    def _cut(self, text: str, sentinels: range) -> tuple[str, ...]:
+        """A template's text, cut at the contents of messages."""
         pieces = []
         for index in sentinels:
             piece, found, text = text.partition(_sentinel(index))
@@ -354,7 +376,7 @@ class Chat:
                     f"exactly once and in order: {_REMEDY}"
                 )
             pieces.append(piece)
-        return [*pieces, text]
+        return (*pieces, text)
 
     # ---- tools
 
@@ -389,13 +411,26 @@ class Chat:
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]
     ) -> Ids:
         roles = tuple(message.role for message in messages)
-        listing = json.dumps(list(tools), sort_keys=True)
-        pieces = self._pieces.get(("start", roles, listing))
+        key = ("start", roles, json.dumps(list(tools)))
+        pieces = self._pieces.get(key)
         if pieces is None:
-            for token in self._text.get_added_tokens_decoder().values():
-                if token.special and token.content in listing:
-                    raise ConfigError(f"a tool's description contains {token.content!r}: remove it")
-            text = self._template(roles, tools=list(tools))
-            pieces = self._cut(text, range(len(roles)))
-            self._keep(("start", roles, listing), pieces)
-        return self._weave(pieces, messages)
+            text = self._template(roles, list(tools))
+            self._check_listing(text, roles, tools)
+            pieces = self._keep(key, self._cut(self._text.named(text), range(len(roles))))
+        return self.encode(self._weave(pieces, messages))
+
+    def _check_listing(
+        self, text: str, roles: Sequence[str], tools: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Refuse tools of which the template's text gets control tokens that are not its own.
+
+        Their words are not contents: a template may escape, change or join them as it likes. So its
+        text is compared with what it writes of the same tools without their punctuation.
+        """
+        marks = [self._control.id_to_token(one) for one in self._text.control]
+        own = self._text.controls_in(self._template(roles, without_marks(list(tools), marks)))
+        found = self._text.controls_in(text)
+        if found != own:
+            more = Counter(found) - Counter(own)
+            token = self._control.id_to_token(next(iter(more), found[0] if found else own[0]))
+            raise ConfigError(f"a tool's description contains {token!r}: remove it")

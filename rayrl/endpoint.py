@@ -15,7 +15,7 @@ from rayrl.agent import Conversation, Options
 from rayrl.config import EndpointConfig
 from rayrl.errors import ConfigError, InfraError, RunFailed
 from rayrl.limits import LONGEST_HOLD_S, Limiter, retry_after
-from rayrl.tools import as_user_messages, format_call, without_calls
+from rayrl.tools import CALL_MARKS, as_user_messages, closed, format_call, without_calls
 from rayrl.types import Finish, Message, Sampling, Turn, Usage
 
 if TYPE_CHECKING:
@@ -334,6 +334,7 @@ def _from_openai(data: Mapping[str, Any], url: str) -> tuple[str, Finish]:
         calls = [call["function"] for call in message.get("tool_calls") or ()]
         for place, function in enumerate(calls, 1):
             cut = finish == "length" and place == len(calls)
+            text = closed(text)
             text += ("\n" if text else "") + _call_text(function, cut)
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise InfraError(f"{url}: not a chat completion: {json.dumps(data)[:300]}") from error
@@ -347,12 +348,13 @@ def _call_text(function: Mapping[str, Any], cut: bool) -> str:
         cut: whether the reply ended in it for want of tokens; one that is broken is then left open.
     """
     written = function.get("arguments") or ("" if cut else "{}")
+    begin, end = CALL_MARKS
     try:
         arguments = json.loads(written)
-    except json.JSONDecodeError:
-        return f"<tool_call>{function['name']}{written}" + ("" if cut else "</tool_call>")
+    except (ValueError, RecursionError):
+        if end in written:  # as a string, which is no object either, it is still one call
+            return format_call(function["name"], written)
+        return f"{begin}{function['name']}{written}" + ("" if cut else end)
     if isinstance(arguments, dict):
         return format_call(function["name"], arguments)
-    return (
-        f'<tool_call>{{"name": {json.dumps(function["name"])}, "arguments": {written}}}</tool_call>'
-    )
+    return f'{begin}{{"name": {json.dumps(function["name"])}, "arguments": {written}}}{end}'

@@ -10,7 +10,18 @@ from typing import Any, TextIO, get_args
 
 from rayrl.errors import DataError
 from rayrl.hints import fit
-from rayrl.types import Episode, Failure, Finish, Message, Task, ToolCall, Turn, Usage, VersionSpan
+from rayrl.types import (
+    Episode,
+    Failure,
+    Finish,
+    Message,
+    Task,
+    ToolCall,
+    Turn,
+    Usage,
+    VersionSpan,
+    replace_surrogates,
+)
 
 __all__ = [
     "LoggedTask",
@@ -64,8 +75,8 @@ def episode_to_json(episode: Episode) -> dict[str, Any]:
         "id": episode.id,
         "env": episode.env,
         "index": episode.index,
-        "rewards": dict(episode.rewards),
-        "scores": {seat: dict(scores) for seat, scores in episode.scores.items()},
+        "rewards": replace_surrogates(dict(episode.rewards)),
+        "scores": replace_surrogates({s: dict(scores) for s, scores in episode.scores.items()}),
         "task": {"type": _type_name(episode.task), **episode.task.to_dict()},
         "turns": [_turn_to_json(turn) for turn in episode.turns],
     }

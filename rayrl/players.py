@@ -49,6 +49,7 @@ class PolicyPlayer:
         self.sampling = sampling
         self.min_version = min_version
         self.trainable = trainable
+        self.opens_thought = chat.opens_thought  # a reply begins within one
         self._release = getattr(client, "release", None)
 
     async def answer(

@@ -8,7 +8,7 @@ probe conversations, and said in a sentence that a person can act on.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from rayrl.types import Message, assistant, system, user
 if TYPE_CHECKING:
     from rayrl.chat import Chat
 
-__all__ = ["fold", "gap", "peculiarities", "render"]
+__all__ = ["fold", "gap", "peculiarities", "render", "without_marks"]
 
 _HEARD, _THOUGHT, _SAID, _NEXT, _RULE = (f"RAYRLPROBE{word}" for word in "ABCDE")
 _REPLY = f"<think>\n{_THOUGHT}\n</think>\n\n{_SAID}"
@@ -74,6 +74,26 @@ def gap(after: str, tokenizer: Any) -> str:
     end = getattr(tokenizer, "eos_token", None)
     bare = after.lstrip()
     return after[: len(after) - len(bare)] if end and bare.startswith(end) else ""
+
+
+def without_marks(value: Any, marks: Collection[str]) -> Any:
+    """JSON without the punctuation of its texts and names, and without any of `marks`.
+
+    What it is made of stays: as many items, and the same words.
+    """
+    if isinstance(value, str):
+        if any(mark in value for mark in marks):
+            return "x" * len(value)
+        return "".join(c if c.isalnum() or c in " _" else "x" for c in value)
+    if isinstance(value, Mapping):
+        kept = {}
+        for index, (key, one) in enumerate(value.items()):
+            word = without_marks(key, marks)
+            kept[key if word == key else f"{word}{index}"] = without_marks(one, marks)
+        return kept
+    if isinstance(value, list | tuple):
+        return [without_marks(one, marks) for one in value]
+    return value
 
 
 def peculiarities(chat: Chat) -> list[str]:

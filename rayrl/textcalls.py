@@ -13,11 +13,12 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rayrl.tools import CUT_OFF, ParsedCall
+from rayrl.tools import CUT_OFF, THOUGHT_MARKS, ParsedCall, thought_end
+from rayrl.types import replace_surrogates
 
 __all__ = ["describe_lines", "format_line", "parse_lines", "results_text"]
 
-_LINE = re.compile(r"^[ \t]*CALL\b[ \t]*(.*)$", re.MULTILINE)
+_LINE = re.compile(r"^[ \t]*CALL\b[ \t]*(.*)$|" + "|".join(THOUGHT_MARKS), re.MULTILINE)
 _PARTS = re.compile(r"([\w.-]+)[ \t]*:[ \t]*(.*)")
 _FORM = 'a call must be a line of its own: "CALL name: argument"'
 
@@ -43,21 +44,30 @@ def format_line(name: str, argument: str) -> str:
 
 
 def parse_lines(
-    text: str, tools: Sequence[Mapping[str, Any]], *, cut: bool = False
+    text: str, tools: Sequence[Mapping[str, Any]], *, cut: bool = False, thinking: bool = False
 ) -> list[ParsedCall]:
-    """Every call of a reply, in order; a malformed one carries its error.
+    """Every call of a reply, in order; a malformed one carries its error. Thoughts have none.
 
     Args:
         text: the reply.
         tools: JSON schemas of the functions offered; they say what an argument is called.
         cut: whether the reply was cut off. A last line may then lack its end: `12 * 7` of `12 *
             75`. It would run, so it must not.
+        thinking: whether the reply begins within a thought that the prompt has opened.
     """
     parameters = {
         tool["function"]["name"]: tool["function"]["parameters"]["properties"] for tool in tools
     }
-    calls = []
-    for line in _LINE.finditer(text):
+    calls: list[ParsedCall] = []
+    at = thought_end(text, 0) if thinking else 0
+    while line := _LINE.search(text, at):
+        at = line.end()
+        if line[0] == THOUGHT_MARKS[0]:
+            at = thought_end(text, at)
+            continue
+        if line[0] == THOUGHT_MARKS[1]:  # of a thought that began before the reply
+            calls.clear()
+            continue
         parts = _PARTS.fullmatch(line[1].rstrip())
         if cut and line.end() == len(text):
             calls.append(ParsedCall(parts[1] if parts else "", error=CUT_OFF))
@@ -86,7 +96,7 @@ def _form(tool: Mapping[str, Any]) -> str:
 def _call(name: str, text: str, properties: Mapping[str, Any]) -> ParsedCall:
     """One argument is written as it is, several as a JSON object."""
     try:
-        value = json.loads(text)
+        value = replace_surrogates(json.loads(text))
     except (ValueError, RecursionError):
         value = text
     if isinstance(value, dict) and value.keys() <= properties.keys():

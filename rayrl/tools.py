@@ -21,19 +21,23 @@ from typing import Any
 
 from rayrl.errors import ConfigError, did_you_mean
 from rayrl.hints import fit, keyword_hints, schema, suggestion
-from rayrl.types import Message
+from rayrl.types import Message, replace_surrogates
 
 __all__ = [
     "CALL_MARKS",
     "CUT_OFF",
+    "THOUGHT_MARKS",
     "ParsedCall",
     "Tool",
     "Toolkit",
     "as_user_messages",
+    "closed",
     "describe",
     "format_call",
     "introduce",
     "parse_calls",
+    "read_call",
+    "thought_end",
     "tool_name",
     "untold",
     "without_calls",
@@ -44,10 +48,13 @@ ToolFunction = Callable[..., Any]
 CUT_OFF = "the reply was cut off in this call, so it was not run: write less before it"
 
 CALL_MARKS = _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
-_BLOCK = re.compile(re.escape(_OPEN) + r"(.*?)(?:" + re.escape(_CLOSE) + r"|\Z)", re.DOTALL)
-_FENCE = re.compile(r"^```(?:json)?\s*|\s*```$")
-_GOOGLE_ARG = re.compile(r"^\s*\*{0,2}(\w+)\s*(?:\([^)]*\))?\s*:\s*(.*)$")
-_SPHINX_ARG = re.compile(r"^\s*:param\s+(?:[^:]*\s)?(\w+)\s*:\s*(.*)$")
+THOUGHT_MARKS = _THINK, _THOUGHT = "<think>", "</think>"
+_MARK = re.compile("|".join(map(re.escape, (_OPEN, *THOUGHT_MARKS))))
+_LEAD = re.compile(r"\s*(?:```(?:json)?\s*)?")  # what may stand before the JSON of a call
+_DECODER = json.JSONDecoder(strict=False)
+_LONGEST_WORD = len("-Infinity")  # of JSON outside of strings
+_GOOGLE_ARG = re.compile(r"^\s*\*{0,2}(\w+)\s*(?:\([^)]*\)\s*)?:\s*(.*)$")
+_SPHINX_ARG = re.compile(r"^\s*:param\s(?:[^:]*\s)?(\w+)\s*:\s*(.*)$")
 _SECTION = re.compile(r"^\s*(Args|Arguments|Parameters|Returns|Raises|Yields|Examples?)\s*:\s*$")
 
 
@@ -93,6 +100,7 @@ class Tool:
         required = tuple(k for k, p in parameters.items() if p.default is p.empty)
         arguments = {"type": "object", "properties": properties, "required": list(required)}
         described = {"name": name, "description": text, "parameters": arguments}
+        described = replace_surrogates(described)
         return cls(name, function, {"type": "function", "function": described}, hints, required)
 
     def arguments(self, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -175,27 +183,117 @@ def _as_text(result: object) -> str:
         return str(result)
 
 
-def parse_calls(text: str, *, cut: bool = False) -> list[ParsedCall]:
+def parse_calls(text: str, *, cut: bool = False, thinking: bool = False) -> list[ParsedCall]:
     """Every `<tool_call>` of a reply, in order; a malformed one carries its error.
+
+    What stands in a thought (`<think>`, also one that is never closed) is a draft and no call.
 
     Args:
         text: the reply.
         cut: whether the reply was cut off; if that broke its last call, the error says so.
+        thinking: whether the reply begins within a thought that the prompt has opened.
     """
-    calls = [_parse(block) for block in _BLOCK.findall(text)]
-    if cut and calls and calls[-1].error and _CLOSE not in text[text.rindex(_OPEN) :]:
+    blocks, _ = _read_blocks(text, thinking)
+    calls = [block.call for block in blocks]
+    if cut and calls and calls[-1].error and not blocks[-1].whole:
         calls[-1] = replace(calls[-1], error=CUT_OFF)
     return calls
 
 
 def without_calls(text: str) -> str:
     """A reply without its `<tool_call>` blocks."""
-    return _BLOCK.sub("", text).strip()
+    blocks, _ = _read_blocks(text)
+    starts = [block.start for block in blocks]
+    ends = [block.end for block in blocks]
+    pairs = zip([0, *ends], [*starts, len(text)], strict=True)
+    return "".join(text[end:start] for end, start in pairs).strip()
 
 
-def format_call(name: str, arguments: Mapping[str, Any]) -> str:
-    """A call as a model writes it."""
-    body = json.dumps({"name": name, "arguments": dict(arguments)}, ensure_ascii=False)
+def closed(text: str) -> str:
+    """A text with the mark that it lacks if it ends within a call or a thought."""
+    return text + _read_blocks(text)[1]
+
+
+def thought_end(text: str, start: int) -> int:
+    """Where the thought that holds `start` has ended: after its mark, or with the text."""
+    end = text.find(_THOUGHT, start)
+    return len(text) if end < 0 else end + len(_THOUGHT)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A call in a text, and where it stands with its marks."""
+
+    call: ParsedCall
+    start: int
+    end: int
+    whole: bool
+
+
+def _read_blocks(text: str, thinking: bool = False) -> tuple[list[_Block], str]:
+    """The calls outside of thoughts, and the mark that would close what is open at the end."""
+    blocks: list[_Block] = []
+    at = thought_end(text, 0) if thinking else 0
+    missing = _THOUGHT if thinking and not text.endswith(_THOUGHT, 0, at) else ""
+    while mark := _MARK.search(text, at):
+        missing = ""
+        if mark[0] == _OPEN:
+            call, at, whole = read_call(text, mark.end())
+            blocks.append(_Block(call, mark.start(), at, whole))
+            missing = "" if whole else _CLOSE
+        elif mark[0] == _THINK:
+            at = thought_end(text, mark.end())
+            missing = "" if text.endswith(_THOUGHT, mark.end(), at) else _THOUGHT
+        else:  # of a thought that began before the text
+            blocks, at = [], mark.end()
+    return blocks, missing
+
+
+def read_call(text: str, start: int, *, in_part: bool = False) -> tuple[ParsedCall, int, bool]:
+    """The call whose opening mark ends at `start`.
+
+    Its closing mark is the first one after its JSON; the strings in it may have that mark in them.
+
+    Args:
+        text: what it stands in.
+        start: see above.
+        in_part: whether more text may follow. JSON that has no end yet is then no error.
+
+    Returns:
+        The call, where it ends, and whether it has its closing mark.
+    """
+    begin = _LEAD.match(text, start).end()  # type: ignore[union-attr]
+    close = _find(text, begin)
+    while True:
+        body = text[begin : close + len(_CLOSE)]
+        try:
+            parsed, size = _DECODER.raw_decode(body)
+            call = _call_of(replace_surrogates(parsed))
+            close = _find(text, begin + size)
+        except (ValueError, RecursionError) as error:  # too deep, or a number of 5,000 digits
+            why = getattr(error, "msg", type(error).__name__)
+            in_string = why.startswith("Unterminated string")
+            if in_string and close < len(text):
+                close = _find(text, begin + 2 * len(body))  # doubled: all tries are linear
+                continue
+            begun = in_string or getattr(error, "pos", 0) > len(body.rstrip()) - _LONGEST_WORD
+            if not (in_part and begun and close == len(text)):
+                close = _find(text, begin)
+            said = text[begin : min(close, begin + 200)]
+            call = ParsedCall("", error=f"the tool call is not valid JSON ({why}): {said}")
+        return call, min(close + len(_CLOSE), len(text)), close < len(text)
+
+
+def _find(text: str, start: int) -> int:
+    """Where the next closing mark is; the end of the text if there is none."""
+    found = text.find(_CLOSE, start)
+    return len(text) if found < 0 else found
+
+
+def format_call(name: str, arguments: Any) -> str:
+    """A call as a model writes it. Its arguments are an object, or what a model wrote instead."""
+    given = dict(arguments) if isinstance(arguments, Mapping) else arguments
+    body = json.dumps({"name": name, "arguments": given}, ensure_ascii=False)
     return f"{_OPEN}\n{body}\n{_CLOSE}"
 
 
@@ -242,19 +340,13 @@ def as_user_messages(
     return given
 
 
-def _parse(block: str) -> ParsedCall:
-    body = _FENCE.sub("", block.strip())
-    try:
-        parsed, _ = json.JSONDecoder(strict=False).raw_decode(body)
-    except (ValueError, RecursionError) as error:  # too deep, or a number of 5,000 digits
-        why = getattr(error, "msg", type(error).__name__)
-        return ParsedCall("", error=f"the tool call is not valid JSON ({why}): {body[:200]}")
+def _call_of(parsed: Any) -> ParsedCall:
     if not isinstance(parsed, dict) or not isinstance(parsed.get("name"), str):
         return ParsedCall("", error='a tool call must be {"name": ..., "arguments": {...}}')
     arguments = parsed.get("arguments", parsed.get("parameters", {}))
     if isinstance(arguments, str):  # some models write the arguments as a JSON string
         with contextlib.suppress(ValueError, RecursionError):
-            arguments = json.loads(arguments)
+            arguments = replace_surrogates(json.loads(arguments))
     if not isinstance(arguments, dict):
         return ParsedCall(parsed["name"], error=f"{parsed['name']}: arguments must be an object")
     return ParsedCall(parsed["name"], arguments)

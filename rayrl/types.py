@@ -2,6 +2,9 @@
 
 Standard library only. Everything here is frozen and pickles to plain data, so that it can cross
 processes and be written to a file. Ragged shapes are tuples; nothing is padded before the learner.
+
+Text is Unicode scalar values, which is what encodings, tokenizers and files can hold. A string of
+Python's may also have lone surrogates, and so may JSON (`"\\ud83d"`); here they are replaced.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import operator
 import random
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 __all__ = [
     "Alternatives",
@@ -34,11 +37,35 @@ __all__ = [
     "VersionSpan",
     "assistant",
     "derive_seed",
+    "replace_surrogates",
     "sum_usage",
     "system",
     "tool",
     "user",
 ]
+
+
+T = TypeVar("T")
+
+
+def replace_surrogates(value: T) -> T:
+    """Text, or JSON with text in it, in which every lone surrogate is U+FFFD.
+
+    A pair of surrogates becomes the character that it stands for.
+    """
+    fixed: Any = value
+    if isinstance(value, str):
+        if not value.isascii():
+            try:
+                value.encode()
+            except UnicodeEncodeError:
+                fixed = value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    elif isinstance(value, Mapping):
+        fixed = {replace_surrogates(k): replace_surrogates(one) for k, one in value.items()}
+    elif isinstance(value, list | tuple):
+        fixed = [replace_surrogates(one) for one in value]
+        fixed = fixed if isinstance(value, list) else tuple(fixed)
+    return fixed  # type: ignore[no-any-return]
 
 
 @functools.cache
@@ -59,6 +86,14 @@ class _Compact:
         return kind, _values(kind)(self)
 
 
+def _fix(one: Any, *names: str) -> None:
+    """Replace the lone surrogates in a new object's fields."""
+    for name in names:
+        value = getattr(one, name)
+        if value and not (isinstance(value, str) and value.isascii()):
+            object.__setattr__(one, name, replace_surrogates(value))
+
+
 Role = Literal["system", "user", "assistant", "tool"]
 Finish = Literal["stop", "length", "abort"]
 Scores = Mapping[str, float] | Mapping[str, Mapping[str, float]]
@@ -71,7 +106,7 @@ Alternatives = tuple[tuple[int, float], ...]
 
 def derive_seed(*parts: object) -> int:
     """A 63-bit seed from any parts with a stable `str`: the same on every machine and Python."""
-    text = "\x1f".join(map(str, parts)).encode()
+    text = "\x1f".join(map(str, parts)).encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
 
 
@@ -94,7 +129,7 @@ class Task:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain data, for the episode log."""
-        return asdict(self)
+        return replace_surrogates(asdict(self))
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +140,9 @@ class ToolCall(_Compact):
     name: str
     arguments: Mapping[str, Any]
 
+    def __post_init__(self) -> None:
+        _fix(self, "id", "name", "arguments")
+
 
 @dataclass(frozen=True, slots=True)
 class Message(_Compact):
@@ -114,6 +152,11 @@ class Message(_Compact):
     content: str
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str | None = None
+
+    def __post_init__(self) -> None:
+        content = self.content  # most messages are done with this
+        if self.tool_call_id is not None or not (isinstance(content, str) and content.isascii()):
+            _fix(self, "content", "tool_call_id")
 
 
 def system(content: str) -> Message:
@@ -145,6 +188,10 @@ class Sampling(_Compact):
     top_k: int = 0
     max_tokens: int = 64
     stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.stop:
+            _fix(self, "stop")
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,6 +371,9 @@ class Turn(_Compact):
     began: float = field(default=0.0, compare=False)
     seconds: float = field(default=0.0, compare=False)
 
+    def __post_init__(self) -> None:
+        _fix(self, "text", "state")
+
 
 @dataclass(frozen=True, slots=True)
 class Failure(_Compact):
@@ -335,6 +385,9 @@ class Failure(_Compact):
     kind: Literal["env", "infra", "stopped"]
     message: str
     traceback: str = ""
+
+    def __post_init__(self) -> None:
+        _fix(self, "message", "traceback")
 
 
 @dataclass(frozen=True, slots=True)

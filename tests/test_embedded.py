@@ -6,6 +6,7 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -408,12 +409,73 @@ async def test_a_failing_step_fails_its_requests_and_new_weights_heal_it() -> No
         ({"prompt": (1,), "temperature": -1.0}, "temperature >= 0"),
         ({"prompt": (1,), "top_p": 0.0}, "top_p"),
         ({"prompt": (1,), "stop": ("x",)}, "no tokenizer"),
+        ({"prompt": (1,), "stop_ids": (2.5,)}, "whole numbers"),
+        ({"prompt": (1,), "seed": 0.5}, "whole numbers"),
     ],
 )
 async def test_a_senseless_request_is_refused(wrong: dict[str, Any], said: str) -> None:
     async with engine_of() as engine:
         with pytest.raises(ConfigError, match=said):
             await engine.generate(request("a", **wrong))
+
+
+class Picky(Letters):
+    """Cannot decode one id; a text that holds a lone surrogate would be refused by any encoder."""
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        if BAD in ids:
+            raise ValueError("no such id")
+        return super().decode(ids, skip_special_tokens=skip_special_tokens)
+
+
+BAD = 11
+ODD: list[dict[str, Any]] = [  # what one client may ask for, and fails or answers its request only
+    {"stop": ("\ud83d",)},
+    {"stop": ("a\udc00b", "x" * 10_000)},
+    {"stop": ("",)},
+    {"stop": (7,)},
+    {"stop": ("never!",), "prompt": (BAD,)},  # decoding fails wherever the id is sampled
+    {"stop_ids": (2**70, -(2**70), -1)},
+    {"stop_ids": ("x",)},
+    {"stop_ids": (None,)},
+    {"seed": 2**100},
+    {"seed": -1},
+    {"seed": 0.5},
+    {"top_k": 2**80},
+    {"top_k": 1.5},
+    {"top_k": -1},
+    {"top_p": float("nan")},
+    {"top_p": 5e-324},
+    {"temperature": float("nan")},
+    {"temperature": float("inf")},
+    {"temperature": 1e300},
+    {"temperature": 1e-300},
+    {"temperature": 1e-40},
+    {"max_tokens": float("nan")},
+    {"max_tokens": 2**80},
+    {"top": 2**80},
+    {"top": -1},
+    {"prompt": (2**70,)},
+]
+
+
+async def test_a_request_fails_alone() -> None:
+    prompt = ids_of(random.Random(3), 9)
+    async with engine_of(tokenizer=Picky(), raw_logprobs=True) as engine:
+        alone = await engine.generate(request("alone", prompt, max_tokens=12))
+        for number, odd in enumerate(ODD):
+            wanted = {"prompt": (9, 8), "max_tokens": 3, **odd}
+            asked = request(f"odd{number}", **{k: v for k, v in wanted.items() if k != "top"})
+            asked = replace(asked, top_logprobs=odd.get("top", 0))
+            beside = engine.generate(request(f"beside{number}", prompt, max_tokens=12))
+            done, same = await asyncio.gather(
+                engine.generate(asked), beside, return_exceptions=True
+            )
+            assert same == alone, odd
+            if isinstance(done, Completion):
+                assert all(0 <= one < VOCAB for one in done.ids), odd
+            else:
+                assert isinstance(done, (ConfigError, InfraError, OverflowError)), odd
 
 
 def test_models_it_cannot_run_are_refused() -> None:

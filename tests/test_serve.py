@@ -243,12 +243,15 @@ async def test_calls_have_the_ids_they_had_in_training() -> None:
 
 async def test_streamed_and_whole_answers_are_the_same(chat: Chat) -> None:
     call = format_call("weather", {"city": "Zürich 🙂"})
+    odd = format_call("weather", {"city": "</tool_call><think>"})
     cases: list[tuple[str, dict[str, Any]]] = [
         ("Plain 🙂 words ", {}),
         ("Plain words", {"max_completion_tokens": 5}),
         ("one STOP two", {"stop": "STOP"}),
         (f"I look.\n{call}\n{call}", {"tools": [WEATHER]}),
         (f"{call}{call}", {"tools": [WEATHER], "parallel_tool_calls": False}),
+        (f"{odd} x", {"tools": [WEATHER], "parallel_tool_calls": False}),
+        (f"<think>{call}</think>no", {"tools": [WEATHER]}),
         (f"I say {call}", {"tools": [WEATHER], "tool_choice": "none"}),
         ("<tool_call>{nonsense</tool_call> x", {"tools": [WEATHER]}),
         (' {"city": "Rome"}}</tool_call>', {"tools": [WEATHER], "tool_choice": "required"}),
@@ -259,6 +262,8 @@ async def test_streamed_and_whole_answers_are_the_same(chat: Chat) -> None:
         ("one ", 0, "stop"),
         ("I look.", 2, "tool_calls"),
         (None, 1, "tool_calls"),
+        (None, 1, "tool_calls"),
+        (f"<think>{call}</think>no", 0, "stop"),
         (f"I say {call}", 0, "stop"),
         ("<tool_call>{nonsense</tool_call> x", 0, "stop"),
         (None, 1, "tool_calls"),

@@ -26,7 +26,7 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import numpy as np
 import torch
@@ -255,6 +255,14 @@ class EmbeddedEngine:
             raise ConfigError("top_logprobs: open the engine with raw_logprobs=True")
         if sampling.stop and self._tokenizer is None:
             raise ConfigError("sampling.stop: this engine has no tokenizer; pass one, or stop_ids")
+        if not all(isinstance(stop, str) and stop for stop in sampling.stop):
+            raise ConfigError(f"sampling.stop={sampling.stop!r}: each must be a text, not empty")
+        numbers = (*request.stop_ids, request.seed, sampling.top_k, request.top_logprobs)
+        if not all(isinstance(one, SupportsIndex) for one in numbers) or request.top_logprobs < 0:
+            raise ConfigError(
+                f"session {request.session!r}: stop_ids, seed, top_k and top_logprobs must be "
+                "whole numbers, and top_logprobs 0 or more"
+            )
         prompt = np.array(request.prompt_ids, dtype=np.int64)
         if not len(prompt) or prompt.min() < 0 or prompt.max() >= self._model.vocab_size:
             raise ConfigError(
@@ -402,15 +410,23 @@ class EmbeddedEngine:
         rows.sampled[slots] = count + 1
         self._stats.sampled_tokens += len(slots)
         stopped = (rows.stop_ids[slots] == ids[:, None]).any(axis=1)
+        failed: dict[int, Exception] = {}
         for at in np.flatnonzero(rows.has_stop[slots] & ~stopped):
-            stopped[at] = self._stop_string(int(slots[at]))
+            try:
+                stopped[at] = self._stop_string(int(slots[at]))
+            except Exception as error:  # what a tokenizer says to one request is not the others'
+                failed[int(slots[at])], stopped[at] = error, True
         ended = stopped | (rows.sampled[slots] >= rows.most[slots])
         for slot in slots[rows.streams[slots] & ~ended].tolist():
             self._tell(slot, None)
         if not ended.any():
             return
         for slot, stop in zip(slots[ended].tolist(), stopped[ended].tolist(), strict=True):
-            self._complete(slot, "stop" if stop else "length")
+            if slot in failed:
+                why = InfraError(f"the tokenizer cannot decode a reply: {failed[slot]}")
+                self._done.append((self._jobs.pop(slot).reader, why))
+            else:
+                self._complete(slot, "stop" if stop else "length")
         table.finish(slots[ended])
 
     def _stop_string(self, slot: int) -> bool:

@@ -12,6 +12,8 @@ from rayrl.types import Request
 
 __all__ = ["Rows"]
 
+COLDEST, HOTTEST = 1e-30, 1e30  # temperatures
+MOST_IDS = 2**62
 STOP_IDS = 8  # columns of the table of stop ids; it grows when a request has more
 
 
@@ -63,16 +65,18 @@ class Rows:
         self.sampled[slot] = 0
         self.most[slot] = min(sampling.max_tokens, max_len - len(request.prompt_ids))
         self.seed[slot] = request.seed & 0xFFFFFFFFFFFFFFFF
-        self.temperature[slot] = sampling.temperature
+        warm = float(np.clip(sampling.temperature, COLDEST, HOTTEST))  # finite when divided by
+        self.temperature[slot] = warm if sampling.temperature else 0.0
         self.top_k[slot] = min(sampling.top_k, np.iinfo(np.int64).max)
         self.top_p[slot] = sampling.top_p
         short = len(stop_ids) - self.stop_ids.shape[1]
         if short > 0:
             self.stop_ids = np.pad(self.stop_ids, ((0, 0), (0, short)), constant_values=-1)
         self.stop_ids[slot] = -1
-        self.stop_ids[slot, : len(stop_ids)] = stop_ids
+        known = [one if 0 <= one < MOST_IDS else -1 for one in stop_ids]  # others never come
+        self.stop_ids[slot, : len(stop_ids)] = known
         self.has_stop[slot] = bool(sampling.stop)
-        self.top[slot] = request.top_logprobs
+        self.top[slot] = min(request.top_logprobs, np.iinfo(np.int64).max)
         self.streams[slot] = streams
 
     def draws(self, slots: NDArray[np.int64]) -> Draws:

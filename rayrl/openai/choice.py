@@ -6,7 +6,7 @@ import json
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from rayrl.chat import Chat
 from rayrl.openai.text import CallReader, Detokenizer, StopCutter
@@ -34,6 +34,13 @@ class News:
     calls: list[dict[str, Any]] = field(default_factory=list)
     tokens: list[Token] = field(default_factory=list)
     finish: str | None = None
+
+    def __iadd__(self, later: News) -> Self:
+        self.words += later.words
+        self.calls += later.calls
+        self.tokens += later.tokens
+        self.finish = later.finish or self.finish
+        return self
 
     def __bool__(self) -> bool:
         return bool(self.words or self.calls or self.tokens or self.finish)
@@ -69,7 +76,8 @@ class Choice:
         self._stop_ids = chat.stop_ids
         self._characters = Detokenizer(chat.decode)
         self._cutter = StopCutter(stops)
-        self._reader = CallReader() if calls else None
+        thinking = chat.opens_thought and not begun
+        self._reader = CallReader(thinking=thinking) if calls else None
         self._once = once
         self._logprobs = logprobs
         self._tokens: list[Token] = []  # not told yet

@@ -16,7 +16,6 @@ from rayrl.openai.choice import Choice, News
 from rayrl.openai.errors import ApiError
 from rayrl.openai.fields import MAX_CHOICES, Body, stop_strings
 from rayrl.openai.messages import Asked
-from rayrl.openai.text import CALL_END
 from rayrl.types import Delta, Request, Sampling, derive_seed
 
 __all__ = ["Job", "Usage", "generate", "plan", "stream"]
@@ -41,6 +40,7 @@ class Job:
         copies: choices of each prompt.
         prompt_tokens: of all prompts, each counted once.
         must_call: whether an answer without a call is an error.
+        once: whether the first call ends an answer. Only its reader knows where that is.
     """
 
     requests: tuple[Request, ...]
@@ -48,6 +48,7 @@ class Job:
     copies: int
     prompt_tokens: int
     must_call: bool = False
+    once: bool = False
 
     def usage(self, choices: Sequence[Choice]) -> Usage:
         """What it took. A prompt counts as cached as far as its first choice found it so."""
@@ -89,7 +90,7 @@ def plan(
             top_p=1.0 if body.top_p is None else body.top_p,
             top_k=body.top_k or 0,
             max_tokens=_room(len(one.ids), most, engine.max_len, param),
-            stop=(*stops, CALL_END) if one.once else stops,
+            stop=stops,
         )
         for copy in range(copies):
             requests.append(
@@ -115,7 +116,8 @@ def plan(
         )
 
     prompt_tokens = sum(len(one.ids) for one in asked)
-    return Job(tuple(requests), choice, copies, prompt_tokens, must_call=bool(first.begun))
+    must_call = bool(first.begun)
+    return Job(tuple(requests), choice, copies, prompt_tokens, must_call, first.once)
 
 
 def _room(prompt: int, most: int | None, max_len: int, param: str) -> int:
@@ -143,9 +145,17 @@ async def generate(engine: Engine, job: Job) -> list[tuple[Choice, News]]:
 
 
 async def _whole(engine: Engine, job: Job, request: Request) -> tuple[Choice, News]:
-    done = await engine.generate(request)
-    choice = job.choice()
-    news = choice.read(Delta(done.ids, done.logprobs, done.finish, done.cached, done.alternatives))
+    choice, news = job.choice(), News()
+    if job.once:
+        async with aclosing(engine.stream(request)) as parts:
+            async for part in parts:
+                news += choice.read(part)
+                if choice.finish is not None:
+                    break
+    else:
+        done = await engine.generate(request)
+        whole = Delta(done.ids, done.logprobs, done.finish, done.cached, done.alternatives)
+        news = choice.read(whole)
     _check(choice, job)
     return choice, news
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import AsyncGenerator, Coroutine, Mapping
 from typing import Any, TypeVar
@@ -14,11 +15,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rayrl.openai.errors import ApiError, as_api_error
 from rayrl.openai.metrics import Metrics
+from rayrl.types import replace_surrogates
 
 __all__ = ["ClientGone", "EventStream", "Measured", "error_response", "read_json", "unless_gone"]
 
 MAX_BODY = 32 << 20  # bytes
 CLIENT_GONE = 499  # as nginx counts it; nobody receives it
+
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]")  # escaped, or as bytes
 
 T = TypeVar("T")
 
@@ -39,7 +43,8 @@ async def read_json(request: Request) -> Any:
         if len(body) > MAX_BODY:
             raise ApiError(413, f"The body is longer than {MAX_BODY} bytes.")
     try:
-        return json.loads(body)
+        data = json.loads(body)
+        return replace_surrogates(data) if _SURROGATE.search(body) else data
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"The body is not valid JSON: {error}", code="invalid_json") from None
 
@@ -50,7 +55,7 @@ def error_response(error: ApiError) -> Response:
 
 
 def _json(data: Any, status: int, headers: Mapping[str, str]) -> Response:
-    body = json.dumps(data, ensure_ascii=False)
+    body = replace_surrogates(json.dumps(data, ensure_ascii=False))
     return Response(body, status, dict(headers), "application/json")
 
 

@@ -7,13 +7,15 @@ says exactly what an answer in one piece says.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 
-from rayrl.tools import ParsedCall, parse_calls
+from rayrl.tools import CALL_MARKS, THOUGHT_MARKS, ParsedCall, read_call
 
-__all__ = ["CALL_END", "CallReader", "Detokenizer", "StopCutter"]
+__all__ = ["CallReader", "Detokenizer", "StopCutter"]
 
-CALL_BEGIN, CALL_END = "<tool_call>", "</tool_call>"
+CALL_BEGIN, CALL_END = CALL_MARKS
+_AWAITS = {CALL_BEGIN: CALL_END, THOUGHT_MARKS[0]: THOUGHT_MARKS[1]}  # what ends what
 _UNKNOWN = "\ufffd"  # what a decoder writes for bytes that are no character (yet)
 _PATIENCE = 32  # ids without a whole character after which they are taken for garbage
 
@@ -74,62 +76,73 @@ class StopCutter:
 
 
 class CallReader:
-    """Words and calls of an answer. A call that cannot be read stays among the words.
+    """Words and calls of an answer; thoughts, and calls that cannot be read, are words.
 
     White space around calls is dropped.
+
+    Args:
+        thinking: whether the answer begins within a thought that the prompt has opened.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, thinking: bool = False) -> None:
         self._held = ""
-        self._inside = False
-        self._space = ""  # white space that a call or the end may follow
+        self._awaits = THOUGHT_MARKS[1] if thinking else ""  # mark that ends what we are in
+        self._space: list[str] = []  # white space that a call or the end may follow
         self.calls = 0
 
     def push(self, text: str) -> list[str | ParsedCall]:
         """Words and calls, in order."""
-        found: list[str | ParsedCall] = []
         self._held += text
-        while self._held:
-            mark = CALL_END if self._inside else CALL_BEGIN
-            before, seen, after = self._held.partition(mark)
-            if not seen:
-                break
-            self._held = after
-            if self._inside:
-                found += self._call(before, CALL_END)
-            else:
-                found += self._words(before)
-            self._inside = not self._inside
-        if not self._inside:
-            keep = _begun(self._held, CALL_BEGIN)
-            words = self._held[: len(self._held) - keep]
-            self._held = self._held[len(words) :]
-            found += self._words(words)
-        return found
+        return self._read(whole=False)
 
     def end(self) -> list[str | ParsedCall]:
         """What was waiting; a call that was cut off is read if it can be."""
-        held, self._held = self._held, ""
-        found = self._call(held, "") if self._inside else self._words(held)
-        self._inside = False
-        if self._space and not self.calls:
-            found.append(self._space)
-            self._space = ""
+        found = self._read(whole=True)
+        if any(self._space) and not self.calls:
+            found.append("".join(self._space))
+            self._space = []
         return found
 
-    def _call(self, block: str, end: str) -> list[str | ParsedCall]:
-        text = f"{CALL_BEGIN}{block}{end}"
-        (call,) = parse_calls(text)
+    def _read(self, *, whole: bool) -> list[str | ParsedCall]:
+        """What can be told of what is held; if that is the whole rest, all of it."""
+        found: list[str | ParsedCall] = []
+        text, at = self._held, 0
+        while at < len(text):
+            if self._awaits == CALL_END:
+                if not whole and text.find(CALL_END, at) < 0:
+                    break
+                call, end, closed = read_call(text, at, in_part=not whole)
+                if not whole and not closed:  # the mark is in a string of its arguments
+                    break
+                found += self._call(call, text[at:end])
+                at, self._awaits = end, ""
+                continue
+            marks = [self._awaits] if self._awaits else list(_AWAITS)
+            mark = re.compile("|".join(marks)).search(text, at)
+            if mark is None:
+                sure = len(text) if whole else len(text) - max(_begun(text, m) for m in marks)
+                found += self._words(text[at:sure])
+                at = sure
+                break
+            found += self._words(text[at : mark.start() if mark[0] == CALL_BEGIN else mark.end()])
+            at, self._awaits = mark.end(), _AWAITS.get(mark[0], "")
+        self._held = text[at:]
+        return found
+
+    def _call(self, call: ParsedCall, block: str) -> list[str | ParsedCall]:
         if call.error:
-            return self._words(text)
+            return self._words(CALL_BEGIN + block)
         self.calls += 1
         return [call]
 
     def _words(self, text: str) -> list[str | ParsedCall]:
-        text = self._space + text
         words = text.rstrip()
-        self._space = text[len(words) :]
-        return [words] if words else []
+        if not words:
+            self._space.append(text)
+            return []
+        told = "".join([*self._space, words])
+        self._space = [text[len(words) :]]
+        return [told]
 
 
 def _begun(text: str, mark: str) -> int:
