@@ -118,7 +118,8 @@ def cell_of(
     episodes = [episode for group in played.groups for episode in group.episodes]
     failed = sum(len(group.episodes) for group in played.dropped)
     figures = measure(episodes, environment.reported)
-    return Cell(dict(args), len(episodes), failed, figures, usage, played.infra_failures)
+    unplayed, refused = played.infra_failures, played.refused
+    return Cell(dict(args), len(episodes), failed, figures, usage, unplayed, refused)
 
 
 def _checkable(config: Config) -> bool:

@@ -86,6 +86,7 @@ def step_metrics(
         "groups/dropped": float(len(played.dropped)),
         "failures/env": float(played.env_failures),
         "failures/infra": float(played.infra_failures),
+        "failures/refused": float(played.refused),
         "failures/stale": float(played.stale),
         "turns/replayed": float(sum(episode.replayed for episode in episodes)),
         "turns/diverged": float(sum(episode.diverged for episode in episodes)),
@@ -175,6 +176,7 @@ def warnings(metrics: Mapping[str, float]) -> Iterator[str]:
     if metrics["groups/dropped"]:
         yield (
             f"{metrics['groups/dropped']:.0f} groups dropped: {metrics['failures/env']:.0f} "
-            f"episodes failed by their environment, {metrics['failures/infra']:.0f} otherwise, "
+            f"episodes failed by their environment, {metrics['failures/refused']:.0f} were refused "
+            f"by a server, {metrics['failures/infra']:.0f} failed otherwise, "
             f"{metrics['failures/stale']:.0f} were too old"
         )

@@ -183,7 +183,7 @@ class _Nobody:
 
 async def _again(env: Environment, stored: Episode, deadline_s: float | None) -> Replayed:
     """One episode, without the rewards over its group."""
-    if stored.failure is not None and stored.failure.kind == "infra":
+    if stored.failure is not None and stored.failure.kind != "env":
         return Replayed(stored, "unfinished", "it had not come to its end")
     course = Course(stored.turns)
     nobody = _Nobody(course)

@@ -22,7 +22,7 @@ from markupsafe import Markup
 
 from rayrl.config import Config, differences
 from rayrl.figures import Split
-from rayrl.results import Column, Result, columns, entry, spending
+from rayrl.results import Column, Result, columns, entry, losses, spending
 from rayrl.timeline import shown
 from rayrl.types import Episode
 
@@ -171,7 +171,7 @@ def _table(results: Sequence[Result], apart: frozenset[str]) -> dict[str, Any]:
         f"{size} episodes a cell. The small figures are 95% intervals: Wilson's for shares, normal "
         "for means. Counts of exhaustive checks are exact."
     )
-    note = " ".join([note, *spending(results)])
+    note = " ".join([note, *losses(results), *spending(results)])
     names = [column.name for column in shown]
     return {"groups": groups, "names": names, "rows": rows, "note": note}
 

@@ -184,6 +184,16 @@ def test_an_environment_that_fails_too_often_stops_the_run() -> None:
         sort_out([group("a", Failure("infra", "it died"))], 0, budget=1, env="talk")
 
 
+def test_what_a_server_refuses_is_neither_the_environments_nor_to_be_played_again() -> None:
+    refused, infra = Failure("refused", "hate"), Failure("infra", "it died")
+    found = sort_out([group("a", refused), group("b", None)], 0, budget=0, env="talk")
+    assert (found.env_failures, found.infra_failures, found.refused) == (0, 0, 1)
+    found = sort_out([group("a", refused)], 0, budget=0, env="talk")
+    assert (found.groups, len(found.dropped)) == ((), 1)  # an evaluation's result
+    with pytest.raises(RunFailed, match="hate"):
+        sort_out([group("a", refused), group("b", infra)], 0, budget=0, env="talk")
+
+
 def test_a_push_counts_only_what_was_confirmed_exactly() -> None:
     published = Published(3, (), Manifest((), 0), "abc")
     results = [("r1", 3, "abc"), ("r2", 2, "abc"), ("r3", 3, "xyz"), RuntimeError("gone")]
