@@ -18,7 +18,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rayrl.errors import DataError, EnvError, did_you_mean
+from rayrl.errors import DataError, EnvError, described, did_you_mean
+from rayrl.groups import score_of
 from rayrl.intervals import mean_interval, wilson
 from rayrl.types import Episode
 
@@ -185,10 +186,10 @@ def measure(episodes: Sequence[Episode], hook: Hook | None = None) -> dict[str, 
     tools were offered.
 
     Raises:
-        EnvError: if the hook names different figures for different episodes, gives an outcome that
-            is not in the figure's name, or a number that is not finite.
+        EnvError: if the hook raises, names different figures for different episodes, gives an
+            outcome that is not in the figure's name, or what is no finite number.
     """
-    rows = [dict((hook or scores_of)(e)) for e in episodes if e.failure is None]
+    rows = [_row(hook or scores_of, e) for e in episodes if e.failure is None]
     if not rows:
         return {}
     names = list(dict.fromkeys(name for row in rows for name in row))
@@ -200,6 +201,13 @@ def measure(episodes: Sequence[Episode], hook: Hook | None = None) -> dict[str, 
                 "return every figure for every episode"
             )
     return {name: _combine(name, [row[name] for row in rows if name in row]) for name in names}
+
+
+def _row(hook: Hook, episode: Episode) -> dict[str, Value]:
+    try:
+        return dict(hook(episode))
+    except Exception as error:
+        raise EnvError(f"figures of episode {episode.id}: {described(error)}") from error
 
 
 def _combine(name: str, values: Sequence[Value]) -> Figure:
@@ -216,9 +224,10 @@ def _combine(name: str, values: Sequence[Value]) -> Figure:
         return Split({outcome: values.count(outcome) for outcome in outcomes}, len(values))
     if any(isinstance(value, str) for value in values):
         raise EnvError(f"figure {name!r} is text in some episodes and a number in others")
-    numbers = [float(value) for value in values]
-    if not all(map(math.isfinite, numbers)):
-        raise EnvError(f"figure {name!r} is not finite in some episode")
+    try:
+        numbers = [score_of(value) for value in values]
+    except ValueError as error:
+        raise EnvError(f"figure {name!r} of some episode: {error}") from error
     return Mean(*mean_interval(numbers), len(numbers), in_percent=name.endswith("%"))
 
 

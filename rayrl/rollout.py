@@ -177,6 +177,9 @@ def _failure(
         return Failure("refused", said, text)
     if isinstance(cause, _INFRA):
         return Failure("infra", described(cause), text)
+    asked = next(agent for agent in agents if agent.error is cause)
+    player = type(asked.player).__name__
+    cause.add_note(f"It is {player}'s own error, for seat {asked.seat!r}, and not that of {where}.")
     raise cause
 
 

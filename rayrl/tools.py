@@ -10,6 +10,7 @@ on like every other word:
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import inspect
@@ -19,7 +20,7 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rayrl.errors import ConfigError, did_you_mean
+from rayrl.errors import ConfigError, described, did_you_mean
 from rayrl.hints import fit, keyword_hints, schema, suggestion
 from rayrl.types import Message
 
@@ -156,9 +157,11 @@ class Toolkit:
             result = tool.function(**arguments)
             if inspect.isawaitable(result):
                 result = await result
-        except Exception as error:
-            return f"Error: {call.name} raised {type(error).__name__}: {error}", True
-        return _as_text(result), False
+            return _as_text(result), False
+        except (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt):  # not the tool's
+            raise
+        except BaseException as error:  # SystemExit would end every other episode
+            return f"Error: {call.name} raised {described(error)}", True
 
 
 @functools.lru_cache(256)

@@ -456,7 +456,7 @@ async def test_replicas_without_a_place_are_given_up(
 
 @pytest.mark.parametrize("fault", ["hang", "exit"])
 async def test_a_task_that_takes_its_host_down_is_the_environments_failure(
-    session: Session, tiny: Path, fault: str
+    session: Session, tiny: Path, fault: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = config(
         tiny,
@@ -472,6 +472,17 @@ async def test_a_task_that_takes_its_host_down_is_the_environments_failure(
         assert ("blocked" if fault == "hang" else "died") in message
         assert "k=3" in repr(blamed.task)
         assert rollouts.restarts == 3, "with four groups, with two, with one"
+    assert caplog.text.count("was lost with") == 3
+    if fault == "hang":
+        said = next(message for message in caplog.messages if "has blocked" in message)
+        for part in (
+            "cluster_envs.py:talk'",
+            "in episode g3/",
+            "k=3",
+            "env.isolated=true",
+            "time.sleep(600)",
+        ):
+            assert part in said
 
 
 async def test_episodes_of_a_dead_host_go_on_where_they_were(
