@@ -11,13 +11,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rayrl.errors import ConfigError
 from rayrl.models import model_dir
 from rayrl.templates import fold, gap, peculiarities
-from rayrl.tokenizer import byte_level, copy_of, load_tokenizer, mere_text, name_of
+from rayrl.tokenizer import byte_level, copy_of, load_tokenizer, longest_token, mere_text, name_of
 from rayrl.tools import (
     CALL_MARKS,
     ParsedCall,
@@ -36,6 +37,8 @@ Ids = tuple[int, ...]
 
 _CACHED_CONTENTS = 4096  # encodings and decodings kept
 _CACHED_LENGTH = 4096  # characters or ids of the longest one kept
+_CACHED_MESSAGES = 1024  # of the longest sequence of roles whose pieces are kept
+_CACHED_LISTING = 65_536  # characters of the longest listing of tools, likewise
 _REMEDY = "use a model whose tokenizer has a chat template that only appends (ChatML does)"
 _NO_PARAMETERS = {"type": "object", "properties": {}}
 _PROBE = {
@@ -47,6 +50,9 @@ _PROBE_CALL = {
     "type": "function",
     "function": {"name": "PROBETOOL", "arguments": {"x": 1}},
 }
+
+
+_SENTINEL = re.compile(r"RAYRLSENTINEL(\d+)X")
 
 
 def _sentinel(index: int) -> str:
@@ -74,6 +80,7 @@ class Chat:
             raise ConfigError(f"tokenizer {name_of(tokenizer)} has no {what}: {_REMEDY}")
         self.tokenizer = tokenizer
         self._control = copy_of(backend)
+        self._longest = longest_token(json.loads(self._control.to_str()))
         self._pieces: dict[tuple[Any, ...], tuple[Ids, ...]] = {}
         self._fits: dict[tuple[Any, ...], bool] = {}
         self._trims = False
@@ -154,6 +161,16 @@ class Chat:
         """Ids of a content: control tokens written in it are split into text."""
         return self._encode_cached(text) if len(text) <= _CACHED_LENGTH else self._encode_text(text)
 
+    def fewest(self, texts: Iterable[str]) -> int:
+        """How many ids these contents have at least, by their length alone; 0 if that says nothing.
+
+        It is for refusing what is far too long without tokenizing it.
+        """
+        if not self._longest:
+            return 0
+        size = sum(len(text.strip() if self._trims else text) for text in texts)
+        return -(-size // self._longest)
+
     def reply(self, text: str) -> Ids:
         """Ids of a model's whole reply, end of turn included: what supervised training wants."""
         return (*self._encode_own(text), self.stop_ids[0])
@@ -199,9 +216,12 @@ class Chat:
         """The messages, folded where the template refuses their roles after those of `before`."""
         roles = (*before, *[message.role for message in messages])
         if roles not in self._fits:
+            takes = self._takes(roles)
+            if len(roles) > _CACHED_MESSAGES:
+                return messages if takes else fold(messages)
             if len(self._fits) >= _CACHED_CONTENTS:  # as in `_keep`
                 self._fits.clear()
-            self._fits[roles] = self._takes(roles)
+            self._fits[roles] = takes
         return messages if self._fits[roles] else fold(messages)
 
     def _takes(self, roles: Sequence[str]) -> bool:
@@ -230,6 +250,8 @@ class Chat:
         return self._decode((one,)).encode()
 
     def _keep(self, key: tuple[Any, ...], pieces: tuple[Ids, ...]) -> None:
+        if len(pieces) > _CACHED_MESSAGES:
+            return
         if len(self._pieces) >= _CACHED_CONTENTS:  # a server's clients choose the keys
             self._pieces.clear()
         self._pieces[key] = pieces
@@ -343,16 +365,13 @@ class Chat:
         return tuple(self._encode_control(piece) for piece in self._cut_text(text, sentinels))
 
     def _cut_text(self, text: str, sentinels: range) -> list[str]:
-        pieces = []
-        for index in sentinels:
-            piece, found, text = text.partition(_sentinel(index))
-            if not found or _sentinel(index) in text:
-                raise ConfigError(
-                    f"the chat template of {name_of(self.tokenizer)} does not show every message "
-                    f"exactly once and in order: {_REMEDY}"
-                )
-            pieces.append(piece)
-        return [*pieces, text]
+        pieces = _SENTINEL.split(text)  # and the numbers between them
+        if pieces[1::2] != [str(index) for index in sentinels]:
+            raise ConfigError(
+                f"the chat template of {name_of(self.tokenizer)} does not show every message "
+                f"exactly once and in order: {_REMEDY}"
+            )
+        return pieces[::2]
 
     # ---- tools
 
@@ -395,5 +414,6 @@ class Chat:
                     raise ConfigError(f"a tool's description contains {token.content!r}: remove it")
             text = self._template(roles, tools=list(tools))
             pieces = self._cut(text, range(len(roles)))
-            self._keep(("start", roles, listing), pieces)
+            if len(listing) <= _CACHED_LISTING:
+                self._keep(("start", roles, listing), pieces)
         return self._weave(pieces, messages)

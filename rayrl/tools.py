@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import functools
 import inspect
+import itertools
 import json
 import re
 from collections.abc import Callable, Container, Mapping, Sequence
@@ -231,17 +232,14 @@ def as_user_messages(
         keep: ids of calls whose results stay as they are.
     """
     given: list[Message] = []
-    joins = False
-    for message in messages:
-        if message.role != "tool" or message.tool_call_id in keep:
-            given.append(message)
-            joins = False
-            continue
-        content = f"<tool_response>{message.content}</tool_response>"
-        if joins:
-            content = f"{given.pop().content}\n{content}"
-        given.append(Message("user", content))
-        joins = True
+    for result, some in itertools.groupby(
+        messages, lambda message: message.role == "tool" and message.tool_call_id not in keep
+    ):
+        if result:
+            texts = [f"<tool_response>{one.content}</tool_response>" for one in some]
+            given.append(Message("user", "\n".join(texts)))
+        else:
+            given += some
     return given
 
 
