@@ -224,7 +224,7 @@ class Environment:
                 f"environment {self.name!r} returned {shown(returned)}: it must return its "
                 f"scores, e.g. {dict.fromkeys(self.rewards, 0.0)}"
             )
-        if len(self.seats) == 1 and set(returned) != set(self.seats):
+        if len(self.seats) == 1 and not self._by_seat(returned):
             returned = {self.seats[0]: returned}
         _same_names(self.name, "seat", returned, self.seats, "")
         checked: dict[str, dict[str, float]] = {}
@@ -247,6 +247,12 @@ class Environment:
                 name: _finite(self.name, name, of_seat[name], where) for name in self.rewards
             }
         return checked
+
+    def _by_seat(self, returned: Mapping[str, Any]) -> bool:
+        """Whether these are an only seat's scores by its name: a score may be called so as well."""
+        return set(returned) == set(self.seats) and all(
+            isinstance(of_seat, Mapping) for of_seat in returned.values()
+        )
 
     def reward(self, scores: Mapping[str, float]) -> float:
         """Weighted sum of one seat's scores, group rewards included once they are there.

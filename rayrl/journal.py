@@ -176,7 +176,7 @@ class Play:
                 figures["tokens"] = f"{self.spent:,}"
             if self._errors:
                 figures["errors"] = self._errors
-            self.bar.update(self.done, **figures)
+            self.bar.update(self.done, figures)
             if self.max_tokens and self.spent >= self.max_tokens:
                 rollouts.wind_down()
 

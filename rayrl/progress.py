@@ -74,7 +74,7 @@ def step_metrics(
     ]
     own = {_RENAMED.get(name, name): value for name, value in learned.items()}
     groups = batch.stats["groups"]
-    return {
+    figures = {
         "reward": statistics.fmean(rewards),
         "reward_std": statistics.pstdev(rewards),
         **_scores(episodes),
@@ -96,9 +96,12 @@ def step_metrics(
         **_hosts(played.load),
         **_stopped(played.stopped, episodes),
         **({} if played.idle_s is None else {"time/idle": played.idle_s}),
-        **own,
         **clock.metrics(),
     }
+    taken = {"step", *figures}
+    # a loss of somebody's own may call its figures as it likes
+    figures |= {f"loss/{name}" if name in taken else name: own[name] for name in own}
+    return figures
 
 
 def _lag(step: int, episodes: Sequence[Episode]) -> dict[str, float]:
@@ -159,14 +162,18 @@ def _scores(episodes: list[Episode]) -> dict[str, float]:
 def headline(metrics: Mapping[str, float]) -> dict[str, str]:
     """The few figures that say how a run goes, for a progress bar."""
     scores = [name for name in metrics if name.startswith("score/")][:4]
-    return {
-        "reward": f"{metrics['reward']:z.3f} ±{metrics['reward_std']:.2f}",
-        **{name.removeprefix("score/"): f"{metrics[name]:z.2f}" for name in scores},
+    after = {
         "entropy": f"{metrics.get('entropy', 0.0):.3f}",
         "grad": f"{metrics.get('grad_norm', 0.0):.2f}",
         "play": f"{metrics['time/collect']:.1f} s",
         "learn": f"{metrics['time/update']:.1f} s",
     }
+    shown = {"reward": f"{metrics['reward']:z.3f} ±{metrics['reward_std']:.2f}"}
+    for name in scores:
+        short = name.removeprefix("score/")
+        ours = short in shown or short in after or not short
+        shown[name if ours else short] = f"{metrics[name]:z.2f}"
+    return shown | after
 
 
 def warnings(metrics: Mapping[str, float]) -> Iterator[str]:

@@ -285,8 +285,9 @@ def _figures(episode: Episode) -> dict[str, float]:
     figures: dict[str, float] = {}
     for seat, scores in episode.scores.items():
         start = f"{seat}." if len(episode.scores) > 1 else ""
+        total = "reward" if "reward" not in scores else "reward (weighted)"
         figures |= {f"{start}{name}": value for name, value in scores.items()}
-        figures[f"{start}reward"] = episode.rewards[seat]
+        figures[f"{start}{total}"] = episode.rewards[seat]
     return figures
 
 
