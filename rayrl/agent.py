@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from numbers import Integral
+from typing import Any, Literal, Protocol, get_args
 
 from rayrl.durable import Course
-from rayrl.errors import EnvError
+from rayrl.errors import EnvError, shown
 from rayrl.randomness import EPISODE
 from rayrl.textcalls import describe_lines, parse_lines, results_text
 from rayrl.tools import ParsedCall, Toolkit, introduce, parse_calls
-from rayrl.types import Message, Reply, ToolCall, Turn, assistant, derive_seed, tool, user
+from rayrl.types import Message, Reply, Role, ToolCall, Turn, assistant, derive_seed, tool, user
 
 __all__ = ["Agent", "Conversation", "Options", "Player"]
 
+_ROLES = get_args(Role)
 _BREATHE = 64  # turns after which other coroutines get the event loop even if nothing ever waits
 _LAST_ROUND = "No more tool calls are possible: answer now."
 
@@ -88,6 +90,23 @@ class Player(Protocol):
             InfraError: no answer could be had; the episode is played again.
         """
         ...
+
+
+def _wrong(new: Sequence[object], state: object, max_tokens: object) -> str:
+    """What is wrong with a question of the environment's, or nothing."""
+    for message in new:
+        if not isinstance(message, Message):
+            return f"with {shown(message)}: pass a text, rayrl.user(text) or rayrl.system(text)"
+        content: object = message.content
+        if not isinstance(content, str):
+            return f"with a message whose content is {shown(content)}: it must be a text"
+        if message.role not in _ROLES:
+            return f"with the role {message.role!r}: it must be one of {', '.join(_ROLES)}"
+    if not isinstance(state, str | None):
+        return f"with state={shown(state)}: it must be a text, such as repr(board)"
+    if not (max_tokens is None or (isinstance(max_tokens, Integral) and int(max_tokens) >= 0)):
+        return f"with max_tokens={shown(max_tokens)}: it must be a whole number, 0 or more"
+    return ""
 
 
 class Agent:
@@ -218,6 +237,8 @@ class Agent:
             raise EnvError(f"{self.seat!r} was asked again before it answered: await it first")
         if not new:
             raise EnvError(f"{self.seat!r} was asked without a message: pass at least one")
+        if wrong := _wrong(new, state, max_tokens):  # or its player, which trusts us, would break
+            raise EnvError(f"{self.seat!r} was asked {wrong}")
         if state is None:
             state = new[0].content if len(new) == 1 else "\n".join([m.content for m in new])
         conversation = self._conversation

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any, TextIO
 
 __all__ = ["Bar", "figure"]
@@ -54,10 +55,14 @@ class Bar:
         elif self._written != self.done:
             self._write_line()
 
-    def update(self, done: int, **figures: float | int | str) -> None:
-        """Say that `done` of `total` are done, and the newest figures (older ones stay shown)."""
+    def update(self, done: int, figures: Mapping[str, float | int | str] | None = None) -> None:
+        """Say that `done` of `total` are done, and the newest figures (older ones stay shown).
+
+        Args:
+            figures: by name, which may be any text: an environment's author chose some of them.
+        """
         self.done = done
-        self._figures.update(figures)
+        self._figures.update(figures or {})
         if self._bar is not None:
             self._bar.update(self._task, completed=done, figures=self._in_words())
             return
@@ -76,12 +81,12 @@ class Bar:
         from rich.console import Console
 
         self._bar = progress.Progress(
-            progress.TextColumn("{task.description}"),
+            progress.TextColumn("{task.description}", markup=False),
             progress.BarColumn(bar_width=24),
             progress.MofNCompleteColumn(),
             progress.TimeElapsedColumn(),
             progress.TimeRemainingColumn(),
-            progress.TextColumn("{task.fields[figures]}"),
+            progress.TextColumn("{task.fields[figures]}", markup=False),
             console=Console(file=self._stream),
         )
         self._task = self._bar.add_task(self.title, total=self.total, figures="")

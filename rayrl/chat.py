@@ -13,8 +13,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, get_args
 
 from rayrl.errors import ConfigError
@@ -26,6 +27,7 @@ from rayrl.tokenizer import (
     control_ids,
     copy_of,
     load_tokenizer,
+    longest_token,
     name_of,
 )
 from rayrl.tools import (
@@ -47,6 +49,8 @@ Ids = tuple[int, ...]
 
 _CACHED = 4096  # encodings and decodings kept
 _CACHED_LENGTH = 4096  # characters or ids of the longest one kept
+_CACHED_MESSAGES = 1024  # of the longest sequence of roles whose pieces are kept
+_CACHED_LISTING = 65_536  # characters of the longest listing of tools, likewise
 _REMEDY = "use a model whose tokenizer has a chat template that only appends (ChatML does)"
 _NO_PARAMETERS = {"type": "object", "properties": {}}
 _PROBE = {
@@ -58,6 +62,9 @@ _PROBE_CALL = {
     "type": "function",
     "function": {"name": "PROBETOOL", "arguments": {"x": 1}},
 }
+
+
+_SENTINEL = re.compile(r"RAYRLSENTINEL(\d+)X")
 
 
 def _sentinel(index: int) -> str:
@@ -85,6 +92,7 @@ class Chat:
             raise ConfigError(f"tokenizer {name_of(tokenizer)} has no {what}: {_REMEDY}")
         self.tokenizer = tokenizer
         self._control = copy_of(backend)
+        self._longest = longest_token(json.loads(self._control.to_str()))
         self._pieces: dict[tuple[Any, ...], tuple[str, ...]] = {}
         self._fits: dict[tuple[Any, ...], bool] = {}
         self._trims = False
@@ -168,6 +176,16 @@ class Chat:
         """Ids of a text by itself: control tokens written in it are split into text."""
         return self._encode_cached(text) if len(text) <= _CACHED_LENGTH else self._text.encode(text)
 
+    def fewest(self, texts: Iterable[str]) -> int:
+        """How many ids these contents have at least, by their length alone; 0 if that says nothing.
+
+        It is for refusing what is far too long without tokenizing it.
+        """
+        if not self._longest:
+            return 0
+        size = sum(len(text.strip() if self._trims else text) for text in texts)
+        return -(-size // self._longest)
+
     def reply(self, text: str) -> Ids:
         """Ids of a model's whole reply, end of turn included: what supervised training wants."""
         text = self._own(text)
@@ -219,9 +237,12 @@ class Chat:
         """The messages, folded where the template refuses their roles after those of `before`."""
         roles = (*before, *[message.role for message in messages])
         if roles not in self._fits:
+            takes = self._takes(roles)
+            if len(roles) > _CACHED_MESSAGES:
+                return messages if takes else fold(messages)
             if len(self._fits) >= _CACHED:  # as in `_keep`
                 self._fits.clear()
-            self._fits[roles] = self._takes(roles)
+            self._fits[roles] = takes
         return messages if self._fits[roles] else fold(messages)
 
     def _takes(self, roles: Sequence[str]) -> bool:
@@ -250,6 +271,8 @@ class Chat:
         return self._decode((one,)).encode()
 
     def _keep(self, key: tuple[Any, ...], pieces: tuple[str, ...]) -> tuple[str, ...]:
+        if len(pieces) > _CACHED_MESSAGES:
+            return pieces
         if len(self._pieces) >= _CACHED:  # a server's clients choose the keys
             self._pieces.clear()
         self._pieces[key] = pieces
@@ -367,16 +390,13 @@ class Chat:
 
     def _cut(self, text: str, sentinels: range) -> tuple[str, ...]:
         """A template's text, cut at the contents of messages."""
-        pieces = []
-        for index in sentinels:
-            piece, found, text = text.partition(_sentinel(index))
-            if not found or _sentinel(index) in text:
-                raise ConfigError(
-                    f"the chat template of {name_of(self.tokenizer)} does not show every message "
-                    f"exactly once and in order: {_REMEDY}"
-                )
-            pieces.append(piece)
-        return (*pieces, text)
+        pieces = _SENTINEL.split(text)  # and the numbers between them
+        if pieces[1::2] != [str(index) for index in sentinels]:
+            raise ConfigError(
+                f"the chat template of {name_of(self.tokenizer)} does not show every message "
+                f"exactly once and in order: {_REMEDY}"
+            )
+        return tuple(pieces[::2])
 
     # ---- tools
 
@@ -416,7 +436,9 @@ class Chat:
         if pieces is None:
             text = self._template(roles, list(tools))
             self._check_listing(text, roles, tools)
-            pieces = self._keep(key, self._cut(self._text.named(text), range(len(roles))))
+            pieces = self._cut(self._text.named(text), range(len(roles)))
+            if len(key[-1]) <= _CACHED_LISTING:
+                self._keep(key, pieces)
         return self.encode(self._weave(pieces, messages))
 
     def _check_listing(

@@ -60,6 +60,8 @@ async def find_problems(
         return [str(error)]
     problems = _task_problems(env, tasks, again)
     group_weights = [group.weight for group in env.group_rewards.values()]
+    for name in sorted({"model", "endpoint"} & set(env.players)):
+        problems.append(f"player {name!r} cannot be chosen: eval.player={name} is another's name")
     if not any((*env.rewards.values(), *group_weights)):
         problems.append("every reward has weight 0: there is nothing to learn from")
     for task in tasks:
@@ -89,6 +91,10 @@ def _task_problems(env: Environment, tasks: Sequence[Task], again: Sequence[Task
             f"the task source is not deterministic: the same seed and u gave {tasks[first]!r} and "
             f"{again[first]!r}; draw everything from random.Random(seed)"
         )
+    hidden = sorted({"rng", "to_dict"} & {field.name for field in dataclasses.fields(tasks[0])})
+    if hidden:
+        problems.append(f"{kind.__name__} has a field {hidden[0]!r}, which hides Task.{hidden[0]}")
+        return problems
     if callable(env.source) and len({task.seed for task in tasks}) == 1:
         problems.append(
             "every task has the same seed: the source must pass its `seed` on to the task, or "

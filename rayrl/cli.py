@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rayrl.conffiles import check_option, conf_dir, is_no_option, options
-from rayrl.errors import ConfigError, RayrlError, RunFailed, did_you_mean
+from rayrl.errors import ConfigError, RayrlError, RunFailed, clip, did_you_mean
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -43,6 +43,7 @@ VERBS = {
     "model": ("rayrl.fetch", "fetch a small pretrained model: rayrl model fetch smollm2-135m"),
 }
 
+MOST_SAID = 30_000  # characters of an error: it may hold what an environment raised
 USAGE = """\
 usage: rayrl VERB [key=value ...] [--config-dir DIR]
        rayrl recipe experiment=tictactoe
@@ -400,5 +401,5 @@ def _refuse_hidden(config: Config, values: dict[str, Any]) -> None:
 
 
 def _complain(error: RayrlError, status: int) -> int:
-    print(f"rayrl: {error}", file=sys.stderr)
+    print(f"rayrl: {clip(str(error), MOST_SAID)}", file=sys.stderr)
     return status

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
+from typing import TypeVar
 
 from rayrl.agent import Agent
-from rayrl.errors import EnvError
-from rayrl.types import Scores
+from rayrl.errors import EnvError, described
 
 __all__ = ["Late", "Stopped", "within"]
+
+T = TypeVar("T")
 
 _GRACE_S = 1.0  # for a cancelled environment to clean up after itself
 
@@ -28,11 +30,11 @@ class Stopped(Exception):
 
 
 async def within(
-    running: asyncio.Future[Scores],
+    running: asyncio.Future[T],
     deadline_s: float | None,
     agents: Sequence[Agent],
     stop: asyncio.Future[None] | None = None,
-) -> Scores:
+) -> T:
     """What `running` returns, or Late or Stopped; it is cancelled then, and with us.
 
     Args:
@@ -59,13 +61,16 @@ async def within(
     if running.done():
         if running.cancelled():  # nobody here did: its own code did
             raise EnvError("the environment cancelled itself")
+        error = running.exception()
+        if error is not None and not isinstance(error, Exception):  # it would end the program
+            raise EnvError(described(error)) from error
         return running.result()
     on_player = any(agent.waiting for agent in agents)
     await _stop(running, agents)
     raise Late(on_player)
 
 
-async def _stop(running: asyncio.Future[Scores], agents: Sequence[Agent]) -> None:
+async def _stop(running: asyncio.Future[T], agents: Sequence[Agent]) -> None:
     for agent in agents:
         agent.closed = True
     for _ in range(3):

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from rayrl.agent import Conversation, Options
 from rayrl.config import EndpointConfig
-from rayrl.errors import ConfigError, InfraError, RunFailed
+from rayrl.errors import ConfigError, InfraError, Refused, RunFailed
 from rayrl.limits import LONGEST_HOLD_S, Limiter, retry_after
+from rayrl.refusals import Refusal, advice, read_refusal, words
 from rayrl.tools import CALL_MARKS, as_user_messages, closed, format_call, without_calls
 from rayrl.types import Finish, Message, Sampling, Turn, Usage
 
@@ -27,6 +28,10 @@ _RETRIED = (408, 409, 425, 429)  # and all 5xx
 _PROBE_S = 5.0  # for a server to answer anything at all
 _PROBES = 2
 _OLD_LIMIT, _NEW_LIMIT = "max_tokens", "max_completion_tokens"
+_ANY_TALK = [{"role": "user", "content": "Hello!"}]  # which no server minds
+_CUT = ("length", "max_tokens", "max_output_tokens", "model_length")  # reasons to end, as told
+_FILTERED = ("content_filter", "content_filtered", "prohibited_content", "recitation", "safety")
+_FAILED = ("abort", "cancelled", "error", "insufficient_system_resource", "network_error")
 
 
 def share(config: EndpointConfig, n: int) -> EndpointConfig:
@@ -55,7 +60,7 @@ async def check_reachable(config: EndpointConfig) -> None:
             "the address."
         )
     if code in (401, 403):
-        raise ConfigError(_refusal(config.url, config.model, code, ""))
+        raise ConfigError(advice(config.url, config.model, read_refusal(code, "")))
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +69,13 @@ class _Problem:
 
     text: str
     wait_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    text: str
+    finish: Finish
+    usage: Usage
 
 
 class EndpointPlayer:
@@ -77,7 +89,8 @@ class EndpointPlayer:
         backoff_s: about how long the first wait is.
 
     Raises:
-        ConfigError: from `answer`, when the server refuses the request as such (4xx).
+        ConfigError: from `answer`, when the server would refuse every request (`rayrl.refusals`).
+        Refused: from `answer`, when it refuses this conversation.
         InfraError: from `answer`, when it gave no answer in `retries` more tries.
         RunFailed: from `answer`, when it answers nothing at all any more.
     """
@@ -106,6 +119,7 @@ class EndpointPlayer:
         self.limiter = Limiter(config.requests_per_minute, config.tokens_per_minute)
         self._limit_key = _OLD_LIMIT
         self._said: set[str] = set()
+        self._answered: set[str] = set()  # settings with which it has answered
         self._room = asyncio.Semaphore(room)
         self._client = httpx.AsyncClient(
             headers={"Authorization": f"Bearer {key}"} if key else {},
@@ -130,13 +144,24 @@ class EndpointPlayer:
         messages = _to_openai([*conversation.messages, *new], native=bool(options.tools))
         body = self._body(messages, options)
         # the jitter must not depend on anything but the seed either
-        data = await self._post(body, random.Random(options.seed), conversation)
-        text, finish = _from_openai(data, self.url)
-        usage = _usage(data.get("usage"))
+        rng = random.Random(options.seed)
+        found = await self._post(body, rng, conversation)
+        while isinstance(found, Refusal):
+            body = self._shortened(body, found)
+            found = await self._post(body, rng, conversation)
+        usage = found.usage
+        self._answered.add(_settings(body))
         self.limiter.spent(usage.total)
         if usage.unknown and self.config.tokens_per_minute:
             self._say_once("it does not count tokens: endpoint.tokens_per_minute does nothing")
-        return Turn(conversation.seat, tuple(new), text, finish, state=options.state, usage=usage)
+        return Turn(
+            conversation.seat,
+            tuple(new),
+            found.text,
+            found.finish,
+            state=options.state,
+            usage=usage,
+        )
 
     def _body(self, messages: list[dict[str, Any]], options: Options) -> dict[str, Any]:
         sampling = self.sampling
@@ -153,9 +178,25 @@ class EndpointPlayer:
             body["tools"] = list(options.tools)
         return {k: v for k, v in (body | self.config.extra).items() if v is not None}
 
+    def _shortened(self, body: Mapping[str, Any], refusal: Refusal) -> dict[str, Any]:
+        """The body with a limit on the reply that the context has room for.
+
+        Raises:
+            Refused: it has room for no reply at all.
+        """
+        key = _NEW_LIMIT if _NEW_LIMIT in body else _OLD_LIMIT
+        limit, room = body.get(key), refusal.room
+        if isinstance(limit, int) and (room is None or room >= limit):  # it did not say
+            room = limit // 2
+        if not isinstance(limit, int) or room is None or room < 1:
+            raise Refused(words(self.url, refusal, "its context has no room for a reply"))
+        self._say_once("some replies get fewer tokens than asked for: its context has no more room")
+        return {**body, key: room}
+
     async def _post(
         self, body: Mapping[str, Any], rng: random.Random, conversation: Conversation
-    ) -> dict[str, Any]:
+    ) -> _Answer | Refusal:
+        """The answer, or that the context is too short for this conversation and its reply."""
         problem = _Problem("")
         for attempt in range(self.config.retries + 1):
             if attempt:
@@ -164,7 +205,7 @@ class EndpointPlayer:
                     wait = problem.wait_s + rng.random() * self.backoff_s
                 await _sleep(wait, conversation, held=bool(problem.wait_s))
             found = await self._try(body, conversation)
-            if isinstance(found, dict):
+            if not isinstance(found, _Problem):
                 return found
             problem = found
         tries = self.config.retries + 1
@@ -179,39 +220,82 @@ class EndpointPlayer:
 
     async def _try(
         self, body: Mapping[str, Any], conversation: Conversation
-    ) -> dict[str, Any] | _Problem:
+    ) -> _Answer | Refusal | _Problem:
         """One request."""
         import httpx
 
         try:
-            async with self._room:
-                wait = self.limiter.reserve()
-                while wait > 0:
-                    await _sleep(wait, conversation, held=True)
-                    wait = self.limiter.held_s()
-                response = await self._client.post(self.url, json=self._limited(body))
-                if self._wants_new_limit(response):
-                    response = await self._client.post(self.url, json=self._limited(body))
-        except httpx.TransportError as error:  # timeouts, refused and broken connections
+            response = await self._send(body, conversation)
+            if self._wants_new_limit(response):
+                response = await self._send(body, conversation)
+        except (httpx.TransportError, httpx.DecodingError) as error:
+            # timeouts, refused and broken connections, bodies that are not what a header says
             return _Problem(f"{type(error).__name__}: {error}".rstrip(": "))
+        text = response.text
+        if response.status_code < 300:
+            try:
+                data = response.json()
+            except (ValueError, RecursionError):  # not UTF-8, not JSON, or cut off
+                return _Problem(f"an answer that is not JSON: {text[:200]!r}")
+            if not isinstance(data, dict):
+                return _Problem(f"an answer that is no object: {text[:200]!r}")
+            if data.get("choices") or not data.get("error"):
+                return _read(data, self.url)
+        return await self._told(response, body, conversation)
+
+    async def _send(self, body: Mapping[str, Any], conversation: Conversation) -> httpx.Response:
+        """Send it when concurrency and limits allow."""
+        async with self._room:
+            wait = self.limiter.reserve()
+            while wait > 0:
+                await _sleep(wait, conversation, held=True)
+                wait = self.limiter.held_s()
+            response = await self._client.post(self.url, json=self._limited(body))
         self.limiter.heed(response.headers)
-        code, text = response.status_code, response.text
-        final = code not in _RETRIED and code < 500
-        if code >= 400 and (final or "insufficient_quota" in text):
-            raise ConfigError(_refusal(self.url, self.config.model, code, text))
-        if code >= 400:
+        return response
+
+    async def _told(
+        self, response: httpx.Response, body: Mapping[str, Any], conversation: Conversation
+    ) -> Refusal | _Problem:
+        """What an error means: a problem that may pass, or a context that is too short.
+
+        Raises:
+            ConfigError: every request would be refused.
+            Refused: this conversation is.
+        """
+        refusal = read_refusal(response.status_code, response.text)
+        code = refusal.status
+        if (code in _RETRIED or code >= 500) and not refusal.no_quota:
             asked = retry_after(response.headers)
             if asked is not None:
                 self.limiter.hold(asked)
                 asked = min(asked, LONGEST_HOLD_S)
-            return _Problem(f"HTTP {code}: {text[:200]}", asked)
+            return _Problem(f"HTTP {code}: {response.text[:200]}", asked)
+        about = refusal.about
+        if about == "length":
+            return refusal
+        if about == "unknown":
+            other = await self._of_another(body, conversation)
+            if other in _RETRIED or other >= 500:
+                return _Problem(f"HTTP {code}, and HTTP {other} to any other question")
+            about = "content" if other < 300 else "setup"
+        if about == "content":
+            raise Refused(words(self.url, refusal, "it answers others"))
+        raise ConfigError(advice(self.url, self.config.model, refusal))
+
+    async def _of_another(self, body: Mapping[str, Any], conversation: Conversation) -> int:
+        """The status another conversation gets with the same settings; asked if none has yet."""
+        import httpx
+
+        if (settings := _settings(body)) in self._answered:
+            return 200
         try:
-            data = response.json()
-        except json.JSONDecodeError:
-            return _Problem(f"an answer that is not JSON: {text[:200]!r}")
-        if not isinstance(data, dict):
-            return _Problem(f"an answer that is no object: {text[:200]!r}")
-        return data
+            response = await self._send({**body, "messages": _ANY_TALK}, conversation)
+        except (httpx.TransportError, httpx.DecodingError):
+            return 503
+        if response.status_code < 300:
+            self._answered.add(settings)
+        return response.status_code
 
     def _limited(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """The body, with the limit on tokens called as this server wants it."""
@@ -221,6 +305,8 @@ class EndpointPlayer:
     def _wants_new_limit(self, response: httpx.Response) -> bool:
         """Whether the server refused the old name of the limit; it gets the new one from now on."""
         if response.status_code != 400 or _NEW_LIMIT not in response.text:
+            return False
+        if read_refusal(400, response.text).about == "length":  # vLLM names both, takes both
             return False
         if f'"{_NEW_LIMIT}"'.encode() in response.request.content:  # it has had it
             return False
@@ -259,19 +345,9 @@ async def _sleep(seconds: float, conversation: Conversation, *, held: bool) -> N
         await asyncio.sleep(seconds)
 
 
-def _refusal(url: str, model: str, code: int, text: str) -> str:
-    remedy = {
-        401: "check the key in the variable that endpoint.api_key_env names",
-        403: "the key may not use this model",
-        404: f"check endpoint.url (does it end in /v1?) and endpoint.model={model!r}",
-        400: (
-            f"check endpoint.model={model!r} and the sampling settings; a key it does not take is "
-            "left out by endpoint.extra.KEY=null"
-        ),
-        429: "the account has nothing left to spend",
-    }.get(code, "the server will not answer this request")
-    said = f" It said: {text[:300]}" if text else ""
-    return f"{url} refused the request (HTTP {code}): {remedy}.{said}"
+def _settings(body: Mapping[str, Any]) -> str:
+    """All that is sent but the conversation."""
+    return repr([(key, body[key]) for key in sorted(body) if key != "messages"])
 
 
 def _usage(data: Any) -> Usage:
@@ -324,21 +400,38 @@ def _to_openai(messages: Sequence[Message], native: bool) -> list[dict[str, Any]
     return data
 
 
-def _from_openai(data: Mapping[str, Any], url: str) -> tuple[str, Finish]:
-    """The reply's text, native tool calls written out as text calls, and how it ended."""
+def _read(data: Mapping[str, Any], url: str) -> _Answer | _Problem:
+    """The reply: its text, native tool calls written out as text calls, and how it ended.
+
+    Raises:
+        Refused: a filter for content cut it.
+    """
     try:
         choice = data["choices"][0]
-        message = choice["message"]
-        finish: Finish = "length" if choice.get("finish_reason") == "length" else "stop"
-        text = message.get("content") or ""
+        message, reason = choice["message"], str(choice.get("finish_reason")).lower()
+        if reason in _FILTERED:
+            raise Refused(f"{url} refused this conversation: its filter cut the reply ({reason})")
+        if reason in _FAILED or choice.get("error"):
+            what = json.dumps(choice.get("error") or message)[:200]
+            return _Problem(f"a reply that ended with {reason!r}: {what}")
+        finish: Finish = "length" if reason in _CUT else "stop"
+        text = _content(message.get("content"))
         calls = [call["function"] for call in message.get("tool_calls") or ()]
         for place, function in enumerate(calls, 1):
             cut = finish == "length" and place == len(calls)
             text = closed(text)
             text += ("\n" if text else "") + _call_text(function, cut)
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise InfraError(f"{url}: not a chat completion: {json.dumps(data)[:300]}") from error
-    return text, finish
+    except (KeyError, IndexError, TypeError, AttributeError):
+        return _Problem(f"not a chat completion: {json.dumps(data)[:300]}")
+    return _Answer(text, finish, _usage(data.get("usage")))
+
+
+def _content(content: Any) -> str:
+    """The text of a reply: a string, or what the parts of a list say (not what they think)."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    texts = [part if isinstance(part, str) else part.get("text") for part in content]
+    return "".join(text for text in texts if isinstance(text, str))
 
 
 def _call_text(function: Mapping[str, Any], cut: bool) -> str:
@@ -351,7 +444,7 @@ def _call_text(function: Mapping[str, Any], cut: bool) -> str:
     begin, end = CALL_MARKS
     try:
         arguments = json.loads(written)
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError):  # also a number of 5,000 digits
         if end in written:  # as a string, which is no object either, it is still one call
             return format_call(function["name"], written)
         return f"{begin}{function['name']}{written}" + ("" if cut else end)

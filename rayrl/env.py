@@ -17,8 +17,8 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rayrl.errors import ConfigError, EnvError
-from rayrl.groups import GroupReward
+from rayrl.errors import ConfigError, EnvError, described, shown
+from rayrl.groups import MOST_SCORE, GroupReward, score_of
 from rayrl.hints import fit, keyword_hints, suggestion
 from rayrl.types import Episode, Message, Scores, Task, derive_seed
 
@@ -200,15 +200,15 @@ class Environment:
                 task = self.source(seed=task_seed, u=u, **self.args)
             except ConfigError:  # a setting it refuses, in words for whoever set it
                 raise
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 raise EnvError(
-                    f"the task source of {self.name!r} raised {type(error).__name__}: {error} "
-                    f"(seed={task_seed}, u={u}, args={self.args})"
+                    f"the task source of {self.name!r} raised {described(error)} "
+                    f"(seed={task_seed}, u={u}, args={shown(self.args)})"
                 ) from error
         if not isinstance(task, Task):
             raise EnvError(
-                f"the task source of {self.name!r} returned {task!r}: it must return a rayrl.Task "
-                "(a frozen dataclass that inherits it)"
+                f"the task source of {self.name!r} returned {shown(task)}: it must return a "
+                "rayrl.Task (a frozen dataclass that inherits it)"
             )
         return task
 
@@ -216,14 +216,15 @@ class Environment:
         """What the coroutine returned, checked: by seat, then name, as finite floats.
 
         Raises:
-            EnvError: a seat or score is undeclared, missing, not a number or not finite.
+            EnvError: a seat or score is undeclared, missing or not a number, or it is not finite or
+                beyond `rayrl.groups.MOST_SCORE`.
         """
         if not isinstance(returned, Mapping):
             raise EnvError(
-                f"environment {self.name!r} returned {returned!r}: it must return its scores, "
-                f"e.g. {dict.fromkeys(self.rewards, 0.0)}"
+                f"environment {self.name!r} returned {shown(returned)}: it must return its "
+                f"scores, e.g. {dict.fromkeys(self.rewards, 0.0)}"
             )
-        if len(self.seats) == 1 and set(returned) != set(self.seats):
+        if len(self.seats) == 1 and not self._by_seat(returned):
             returned = {self.seats[0]: returned}
         _same_names(self.name, "seat", returned, self.seats, "")
         checked: dict[str, dict[str, float]] = {}
@@ -232,8 +233,8 @@ class Environment:
             where = f" for seat {seat!r}" if len(self.seats) > 1 else ""
             if not isinstance(of_seat, Mapping):
                 raise EnvError(
-                    f"environment {self.name!r} returned {of_seat!r}{where}: with several seats it "
-                    "must return scores by seat, then name"
+                    f"environment {self.name!r} returned {shown(of_seat)}{where}: with several "
+                    "seats it must return scores by seat, then name"
                 )
             for name in self.group_rewards:
                 if name in of_seat:
@@ -247,11 +248,26 @@ class Environment:
             }
         return checked
 
+    def _by_seat(self, returned: Mapping[str, Any]) -> bool:
+        """Whether these are an only seat's scores by its name: a score may be called so as well."""
+        return set(returned) == set(self.seats) and all(
+            isinstance(of_seat, Mapping) for of_seat in returned.values()
+        )
+
     def reward(self, scores: Mapping[str, float]) -> float:
-        """Weighted sum of one seat's scores, group rewards included once they are there."""
+        """Weighted sum of one seat's scores, group rewards included once they are there.
+
+        Raises:
+            EnvError: it is beyond `rayrl.groups.MOST_SCORE`: its weights are too large.
+        """
         total = sum(weight * scores[name] for name, weight in self.rewards.items())
         for name, group in self.group_rewards.items():
             total += group.weight * scores.get(name, 0.0)
+        if not abs(total) <= MOST_SCORE:
+            raise EnvError(
+                f"environment {self.name!r}: scores {shown(dict(scores))} with the weights "
+                f"{self.rewards} give the reward {total:g}, which is too large to learn from"
+            )
         return total
 
     def player(self, name: str) -> Callable[[PlayerFunction], PlayerFunction]:
@@ -380,12 +396,7 @@ def _same_names(
 
 def _finite(env_name: str, name: str, value: Any, where: str) -> float:
     try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if isinstance(value, str) or not math.isfinite(number):
-        raise EnvError(
-            f"environment {env_name!r} returned {value!r} as score {name!r}{where}: "
-            "it must be a finite number"
-        )
-    return number
+        return score_of(value)
+    except ValueError as error:
+        what = f"environment {env_name!r} returned {shown(value)} as score {name!r}{where}"
+        raise EnvError(f"{what}: {error}") from error

@@ -77,7 +77,7 @@ def episode_to_json(episode: Episode) -> dict[str, Any]:
         "index": episode.index,
         "rewards": replace_surrogates(dict(episode.rewards)),
         "scores": replace_surrogates({s: dict(scores) for s, scores in episode.scores.items()}),
-        "task": {"type": _type_name(episode.task), **episode.task.to_dict()},
+        **_task_to_json(episode.task),
         "turns": [_turn_to_json(turn) for turn in episode.turns],
     }
     if episode.failure is not None:
@@ -111,7 +111,7 @@ def episode_from_json(data: Mapping[str, Any]) -> Episode:
         return Episode(
             id=_typed(data["id"], str, "id"),
             env=_typed(data["env"], str, "env"),
-            task=_task_from_json(data["task"]),
+            task=_task_from_json(data["task"], data.get("task_type")),
             index=_typed(data["index"], int, "index"),
             turns=tuple(
                 _turn_from_json(turn, f"turn {k}")
@@ -274,13 +274,22 @@ def _type_name(task: Task) -> str:
     return f"{type(task).__module__}:{type(task).__qualname__}"
 
 
-def _task_from_json(data: Mapping[str, Any]) -> Task:
-    fields = {key: value for key, value in data.items() if key != "type"}
-    found = _loaded_tasks().get(data["type"])
+def _task_to_json(task: Task) -> dict[str, Any]:
+    """Its fields and the name of its type, which stands beside them if a field is called `type`."""
+    kind, fields = _type_name(task), task.to_dict()
+    if "type" in fields:
+        return {"task_type": kind, "task": fields}
+    return {"task": {"type": kind, **fields}}
+
+
+def _task_from_json(data: Mapping[str, Any], kind: str | None) -> Task:
+    fields = dict(data)
+    kind = fields.pop("type") if kind is None else kind
+    found = _loaded_tasks().get(kind)
     if found is not None:
         task: Task = fit(fields, found)
         return task
-    return LoggedTask(seed=fields.get("seed", 0), type=data["type"], fields=fields)
+    return LoggedTask(seed=fields.get("seed", 0), type=kind, fields=fields)
 
 
 def _loaded_tasks() -> dict[str, type[Task]]:

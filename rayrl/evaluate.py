@@ -22,6 +22,7 @@ from rayrl.cluster.parts import players_here
 from rayrl.cluster.rollouts import Collection, Rollouts
 from rayrl.config import Config
 from rayrl.env import Environment
+from rayrl.errors import EnvError, RayrlError, described
 from rayrl.figures import measure, task_key
 from rayrl.journal import Journal, Play
 from rayrl.results import Cell, Result, rich_table
@@ -118,9 +119,10 @@ def cell_of(
     episodes = [episode for group in played.groups for episode in group.episodes]
     failed = sum(len(group.episodes) for group in played.dropped)
     figures = measure(episodes, environment.reported)
+    unplayed, refused = played.infra_failures, played.refused
     distinct = len({task_key(episode.task) for episode in episodes})
     tasks = distinct if distinct < len(episodes) else 0
-    return Cell(dict(args), len(episodes), failed, figures, usage, played.infra_failures, tasks)
+    return Cell(dict(args), len(episodes), failed, figures, usage, unplayed, refused, tasks)
 
 
 def _checkable(config: Config) -> bool:
@@ -148,7 +150,13 @@ async def run_checks(
     found: dict[str, Mapping[str, float]] = {}
     for name, check in environment.checks.items():
         new_agent, made = agents(player, environment.seats[0], name)
-        found[name] = await check(new_agent, args)
+        try:
+            found[name] = await check(new_agent, args)
+        except RayrlError:
+            raise
+        except Exception as error:
+            what = f"check {name!r} of environment {environment.name!r} raised {described(error)}"
+            raise EnvError(what) from error
         for agent in made:
             agent.close()
     return found

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from rayrl.cluster.rollouts import Collection, is_stale, sort_out
+from rayrl.cluster.rollouts import Collection, is_stale, none_left, sort_out
 from rayrl.cluster.scaling import Load
 from rayrl.config import Config
 from rayrl.grouplog import Batched, GroupLog, Played
@@ -250,13 +250,12 @@ class Feed:
         Raises:
             RunFailed: see `sort_out`, or playing cannot go on.
         """
-        env = self._config.env
         oldest = step - self._lag
         if (kept := self._kept.pop(step, None)) is not None:
             played = dict(zip(kept.record.taken, kept.taken, strict=True))
             played |= zip(kept.record.dropped, kept.dropped, strict=True)
             groups = [group for _, group in sorted(played.items())]
-            found = sort_out(groups, oldest, env.failure_budget, env.name)
+            found = self._sorted(groups, oldest)
             return replace(found, load=self._rollouts.load())
         while True:
             if self._error is not None:
@@ -285,8 +284,7 @@ class Feed:
         stopped, self._stopped = self._stopped, []
         self.log.add(Batched(step, tuple(taken), tuple(failed), tuple(again)))
         groups = [group for _, group in sorted((taken | failed).items())]
-        env = self._config.env
-        collection = sort_out(groups, oldest, env.failure_budget, env.name)
+        collection = self._sorted(groups, oldest)
         return replace(
             collection,
             stopped=tuple(stopped),
@@ -295,6 +293,13 @@ class Feed:
             idle_s=self._idle() if self._lag else None,
             load=self._rollouts.load(),
         )
+
+    def _sorted(self, groups: Sequence[Group], oldest: int) -> Collection:
+        env = self._config.env
+        found = sort_out(groups, oldest, env.failure_budget, env.name)
+        if groups and not found.groups:  # a server refused them all: there is nothing to learn from
+            raise none_left(groups, oldest)
+        return found
 
     def _idle(self) -> float:
         """Seconds since it was asked last in which nothing was live."""

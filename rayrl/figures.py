@@ -21,7 +21,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rayrl.errors import DataError, EnvError, did_you_mean
+from rayrl.errors import DataError, EnvError, described, did_you_mean
+from rayrl.groups import score_of
 from rayrl.intervals import effective_n, mean_interval, wilson
 from rayrl.types import Episode, Task
 
@@ -222,11 +223,11 @@ def measure(episodes: Sequence[Episode], hook: Hook | None = None) -> dict[str, 
     tools were offered. Episodes of equal tasks (the seed is part of a task) are clustered.
 
     Raises:
-        EnvError: if the hook names different figures for different episodes, gives an outcome that
-            is not in the figure's name, or a number that is not finite.
+        EnvError: if the hook raises, names different figures for different episodes, gives an
+            outcome that is not in the figure's name, or what is no finite number.
     """
     valid = [e for e in episodes if e.failure is None]
-    rows = [dict((hook or scores_of)(e)) for e in valid]
+    rows = [_row(hook or scores_of, e) for e in valid]
     tasks = [task_key(e.task) for e in valid]
     if not rows:
         return {}
@@ -243,6 +244,13 @@ def measure(episodes: Sequence[Episode], hook: Hook | None = None) -> dict[str, 
         having = [k for k, row in enumerate(rows) if name in row]
         figures[name] = _combine(name, [rows[k][name] for k in having], [tasks[k] for k in having])
     return figures
+
+
+def _row(hook: Hook, episode: Episode) -> dict[str, Value]:
+    try:
+        return dict(hook(episode))
+    except Exception as error:
+        raise EnvError(f"figures of episode {episode.id}: {described(error)}") from error
 
 
 def _combine(name: str, values: Sequence[Value], tasks: Sequence[str]) -> Figure:
@@ -265,9 +273,10 @@ def _combine(name: str, values: Sequence[Value], tasks: Sequence[str]) -> Figure
         return Split({outcome: values.count(outcome) for outcome in outcomes}, n, effective)
     if any(isinstance(value, str) for value in values):
         raise EnvError(f"figure {name!r} is text in some episodes and a number in others")
-    numbers = [float(value) for value in values]
-    if not all(map(math.isfinite, numbers)):
-        raise EnvError(f"figure {name!r} is not finite in some episode")
+    try:
+        numbers = [score_of(value) for value in values]
+    except ValueError as error:
+        raise EnvError(f"figure {name!r} of some episode: {error}") from error
     return _mean(numbers, tasks, in_percent=name.endswith("%"))
 
 

@@ -22,14 +22,13 @@ import struct
 import subprocess
 import sys
 import threading
-import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rayrl.agent import Agent, Conversation, Options
 from rayrl.env import Environment, EnvSpec
 from rayrl.episodes import message_from_json, message_to_json
-from rayrl.errors import ConfigError, EnvError
+from rayrl.errors import ConfigError, EnvError, described, message_of, traceback_of
 from rayrl.randomness import EpisodeRandom
 from rayrl.types import Message, Scores, Task, Turn
 
@@ -255,14 +254,15 @@ async def _serve(descriptor: int) -> None:
         try:
             agents = [_remote(pipe, seat, session) for seat, session in start.sessions.items()]
             with EpisodeRandom(start.seed, "environment"):
-                scores = await env.play(start.task, *agents)
+                scores = env.scores(await env.play(start.task, *agents))  # as plain data
             tools = {a.seat: (a.used_tools, a.tool_calls, a.tool_errors) for a in agents}
             said: dict[str, Any] = {"scores": scores, "tools": tools}
-        except (Exception, SystemExit, asyncio.CancelledError) as error:
-            said = {
-                "failed": f"{type(error).__name__}: {error}",
-                "traceback": traceback.format_exc(),
-            }
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # it ends this episode, and not the process
+            own = isinstance(error, EnvError)
+            failed = message_of(error) if own else described(error)
+            said = {"failed": failed, "traceback": traceback_of(error)}
         pipe.send(said)
         await writer.drain()
 

@@ -2,9 +2,9 @@
 
 A journal is a JSONL file of episodes in the order they ended. A process killed while it wrote
 leaves a torn last line, which is cut off. Opened again, what has a score is known and is not played
-again; what failed is played again, and a later line counts instead of an earlier one of the same
-episode. When all is played the file is written anew in the order of the plans, so that it does not
-tell whether the run was stopped on its way.
+again, nor is what a server refuses; what failed otherwise is played again, and a later line counts
+instead of an earlier one of the same episode. When all is played the file is written anew in the
+order of the plans, so that it does not tell whether the run was stopped on its way.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Journal:
                     "has the environment's code changed? Use another run.name to start anew."
                 )
             self._count(episode)
-            if episode.failure is None:
+            if _is_over(episode):
                 own = (replace(episode, task=plan.task),)
                 self.known[plan.id] = Group(plan.id, plan.task, own, trainable)
 
@@ -167,9 +167,8 @@ class Play:
 
         def ended(group: Group) -> None:
             journal.add(group)
-            good = all(episode.failure is None for episode in group.episodes)
-            self.done += good
-            self._errors += not good
+            self.done += all(map(_is_over, group.episodes))
+            self._errors += any(episode.failure is not None for episode in group.episodes)
             self._played += 1
             minutes = (time.monotonic() - self._began) / 60
             figures: dict[str, float | int | str] = {"a minute": self._played / max(minutes, 1e-9)}
@@ -177,7 +176,7 @@ class Play:
                 figures["tokens"] = f"{self.spent:,}"
             if self._errors:
                 figures["errors"] = self._errors
-            self.bar.update(self.done, **figures)
+            self.bar.update(self.done, figures)
             if self.max_tokens and self.spent >= self.max_tokens:
                 rollouts.wind_down()
 
@@ -188,6 +187,11 @@ class Play:
         if len(played.groups) + len(played.dropped) < len(journal.plans):
             self.check_budget()
         return played
+
+
+def _is_over(episode: Episode) -> bool:
+    """Whether playing it again could change nothing."""
+    return episode.failure is None or episode.failure.kind == "refused"
 
 
 def _lines(episodes: Iterable[Episode]) -> str:

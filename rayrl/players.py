@@ -15,7 +15,7 @@ from rayrl.agent import Conversation, Options
 from rayrl.chat import Chat
 from rayrl.engine.protocol import Generator
 from rayrl.env import PlayerFunction
-from rayrl.errors import EnvError, InfraError
+from rayrl.errors import EnvError, InfraError, described, shown
 from rayrl.randomness import EpisodeRandom
 from rayrl.textcalls import describe_lines, parse_lines
 from rayrl.tools import format_call, tool_name, untold
@@ -145,9 +145,9 @@ class ScriptedPlayer:
                 if inspect.isawaitable(text):
                     text = await text
         except Exception as error:
-            raise EnvError(f"player {name} raised {type(error).__name__}: {error}") from error
+            raise EnvError(f"player {name} raised {described(error)}") from error
         if not isinstance(text, str):
-            raise EnvError(f"player {name} returned {text!r}: it must return a text")
+            raise EnvError(f"player {name} returned {shown(text)}: it must return a text")
         return Turn(conversation.seat, tuple(new), text, "stop", state=options.state)
 
 

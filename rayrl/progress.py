@@ -75,7 +75,7 @@ def step_metrics(
     ]
     own = {_RENAMED.get(name, name): value for name, value in learned.items()}
     groups = batch.stats["groups"]
-    return {
+    figures = {
         "reward": statistics.fmean(rewards),
         "reward_std": statistics.pstdev(rewards),
         **_scores(episodes),
@@ -87,6 +87,7 @@ def step_metrics(
         "groups/dropped": float(len(played.dropped)),
         "failures/env": float(played.env_failures),
         "failures/infra": float(played.infra_failures),
+        "failures/refused": float(played.refused),
         "failures/stale": float(played.stale),
         "turns/replayed": float(sum(episode.replayed for episode in episodes)),
         "turns/diverged": float(sum(episode.diverged for episode in episodes)),
@@ -96,9 +97,12 @@ def step_metrics(
         **_hosts(played.load),
         **_stopped(played.stopped, episodes),
         **({} if played.idle_s is None else {"time/idle": played.idle_s}),
-        **own,
         **clock.metrics(),
     }
+    taken = {"step", *figures}
+    # a loss of somebody's own may call its figures as it likes
+    figures |= {f"loss/{name}" if name in taken else name: own[name] for name in own}
+    return figures
 
 
 def _lag(step: int, episodes: Sequence[Episode]) -> dict[str, float]:
@@ -159,18 +163,22 @@ def _scores(episodes: list[Episode]) -> dict[str, float]:
 def headline(metrics: Mapping[str, float]) -> dict[str, str]:
     """The few figures that say how a run goes, for a progress bar; a dash is not measured."""
 
-    def shown(name: str, digits: int) -> str:
+    def known(name: str, digits: int) -> str:
         return f"{metrics[name]:.{digits}f}" if name in metrics else "–"
 
     scores = [name for name in metrics if name.startswith("score/")][:4]
-    return {
-        "reward": f"{metrics['reward']:z.3f} ±{metrics['reward_std']:.2f}",
-        **{name.removeprefix("score/"): f"{metrics[name]:z.2f}" for name in scores},
-        "entropy": shown("entropy", 3),
-        "grad": shown("grad_norm", 2),
+    after = {
+        "entropy": known("entropy", 3),
+        "grad": known("grad_norm", 2),
         "play": f"{metrics['time/collect']:.1f} s",
         "learn": f"{metrics['time/update']:.1f} s",
     }
+    shown = {"reward": f"{metrics['reward']:z.3f} ±{metrics['reward_std']:.2f}"}
+    for name in scores:
+        short = name.removeprefix("score/")
+        ours = short in shown or short in after or not short
+        shown[name if ours else short] = f"{metrics[name]:z.2f}"
+    return shown | after
 
 
 def warnings(metrics: Mapping[str, float]) -> Iterator[str]:
@@ -180,6 +188,7 @@ def warnings(metrics: Mapping[str, float]) -> Iterator[str]:
     if metrics["groups/dropped"]:
         yield (
             f"{metrics['groups/dropped']:.0f} groups dropped: {metrics['failures/env']:.0f} "
-            f"episodes failed by their environment, {metrics['failures/infra']:.0f} otherwise, "
+            f"episodes failed by their environment, {metrics['failures/refused']:.0f} were refused "
+            f"by a server, {metrics['failures/infra']:.0f} failed otherwise, "
             f"{metrics['failures/stale']:.0f} were too old"
         )

@@ -183,7 +183,7 @@ class _Nobody:
 
 async def _again(env: Environment, stored: Episode, deadline_s: float | None) -> Replayed:
     """One episode, without the rewards over its group."""
-    if stored.failure is not None and stored.failure.kind == "infra":
+    if stored.failure is not None and stored.failure.kind != "env":
         return Replayed(stored, "unfinished", "it had not come to its end")
     course = Course(stored.turns)
     nobody = _Nobody(course)
@@ -286,8 +286,9 @@ def _figures(episode: Episode) -> dict[str, float]:
     figures: dict[str, float] = {}
     for seat, scores in episode.scores.items():
         start = f"{seat}." if len(episode.scores) > 1 else ""
+        total = "reward" if "reward" not in scores else "reward (weighted)"
         figures |= {f"{start}{name}": value for name, value in scores.items()}
-        figures[f"{start}reward"] = episode.rewards[seat]
+        figures[f"{start}{total}"] = episode.rewards[seat]
     return figures
 
 

@@ -133,12 +133,14 @@ def _lead(results: Sequence[Result]) -> str:
     if not results:
         return ""
     last = results[-1]
-    said: dict[str, list[str]] = {}
+    said: dict[tuple[str, bool], list[str]] = {}
     for column in columns([last]):
         text, _ = entry(last, column)
-        if text != MISSING and (column.is_check or column.group not in said):
-            said.setdefault(column.group, []).append(f"{column.name} {text}")
-    return f"{last.name}. " + "; ".join(f"{g}: {', '.join(parts)}" for g, parts in said.items())
+        of = (column.group, column.is_check)
+        if text != MISSING and (column.is_check or of not in said):
+            said.setdefault(of, []).append(f"{column.name} {text}")
+    parts = "; ".join(f"{group}: {', '.join(some)}" for (group, _), some in said.items())
+    return f"{last.name}. {parts}"
 
 
 def _facts(config: Config, phases: Sequence[Phase], record: dict[str, Any]) -> dict[str, str]:

@@ -22,7 +22,7 @@ from markupsafe import Markup
 
 from rayrl.config import Config, differences
 from rayrl.figures import Split
-from rayrl.results import Column, Result, columns, entry, spending
+from rayrl.results import Column, Result, columns, entry, losses, spending
 from rayrl.timeline import shown
 from rayrl.types import Episode
 
@@ -159,10 +159,11 @@ def _table(results: Sequence[Result], apart: frozenset[str]) -> dict[str, Any]:
     shown = columns(results)
     groups: list[dict[str, Any]] = []
     for column in shown:
-        if groups and groups[-1]["name"] == column.group:
+        if groups and groups[-1]["of"] == (column.group, column.is_check):
             groups[-1]["span"] += 1
-        else:
-            groups.append({"name": column.group, "span": 1})
+        else:  # a check may be called as a cell is
+            of = (column.group, column.is_check)
+            groups.append({"name": column.group, "of": of, "span": 1})
     last = next((r.name for r in reversed(results) if r.name not in apart), None)
     rows = [
         {
@@ -178,7 +179,7 @@ def _table(results: Sequence[Result], apart: frozenset[str]) -> dict[str, Any]:
         f"{size} episodes a cell. The small figures are 95% intervals: Wilson's for shares, normal "
         "for means. Counts of exhaustive checks are exact."
     )
-    note = " ".join([note, *spending(results)])
+    note = " ".join([note, *losses(results), *spending(results)])
     names = [column.name for column in shown]
     return {"groups": groups, "names": names, "rows": rows, "note": note}
 
@@ -224,9 +225,8 @@ def _charts(phases: Sequence[Phase]) -> tuple[list[dict[str, Any]], dict[str, An
         if not lines:
             continue
         rank = _rank(name)
-        known = KNOWN[rank] if rank < len(KNOWN) else Known(name, name, "", main=False)
-        prefix = known.pattern.removesuffix("*")
-        title = known.title.format(name.removeprefix(prefix))
+        known = KNOWN[rank] if rank < len(KNOWN) else Known("*", "{}", "", main=False)
+        title = known.title.format(name.removeprefix(known.pattern.removesuffix("*")) or name)
         key = f"m{number}"
         charts.append(
             {

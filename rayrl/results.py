@@ -28,6 +28,7 @@ __all__ = [
     "Result",
     "columns",
     "entry",
+    "losses",
     "markdown",
     "rich_table",
     "spending",
@@ -45,7 +46,8 @@ class Cell:
         episodes: how many ended with a score; the figures are of these.
         failed: how many did not.
         usage: tokens that a server's model cost, failed episodes included; None without one.
-        unplayed: of the failed ones, those that did not fail by their environment.
+        unplayed: of the failed ones, those that are to be played again.
+        refused: of the failed ones, those whose conversation a server refuses.
         tasks: how many different ones those that ended were of; 0: as many as episodes, or a file
             that does not say.
     """
@@ -56,6 +58,7 @@ class Cell:
     figures: Mapping[str, Figure]
     usage: Usage | None = None
     unplayed: int = 0
+    refused: int = 0
     tasks: int = 0
 
     @property
@@ -112,6 +115,7 @@ class Result:
                     "figures": {key: figure.to_dict() for key, figure in cell.figures.items()},
                     **({"unplayed": cell.unplayed} if cell.unplayed else {}),
                     **({"tasks": cell.tasks} if cell.tasks else {}),
+                    **({"refused": cell.refused} if cell.refused else {}),
                     **self._usage_to_dict(cell.usage),
                 }
                 for name, cell in self.cells.items()
@@ -143,6 +147,7 @@ class Result:
                     {key: figure_from_dict(value) for key, value in cell["figures"].items()},
                     Usage(**cell["usage"]) if "usage" in cell else None,
                     int(cell.get("unplayed", 0)),
+                    int(cell.get("refused", 0)),
                     int(cell.get("tasks", 0)),
                 )
                 for name, cell in data["cells"].items()
@@ -221,7 +226,12 @@ def rich_table(results: Sequence[Result]) -> RenderableType:
     for group in dict.fromkeys((column.group, column.is_check) for column in shown):
         own = [column for column in shown if (column.group, column.is_check) == group]
         parts.append(_part(results, own))
-    lines = ["Beneath each figure: its 95% interval.", *repeats(results), *spending(results)]
+    lines = [
+        "Beneath each figure: its 95% interval.",
+        *repeats(results),
+        *losses(results),
+        *spending(results),
+    ]
     return RichGroup(*parts, Text("\n".join(lines), style="dim"))
 
 
@@ -268,8 +278,9 @@ def notes(results: Sequence[Result]) -> list[str]:
         settings = ", ".join(f"{key}={value}" for key, value in cells[0].args.items())
         counts = sorted({cell.episodes for cell in cells})
         sizes = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-        failed = sum(cell.failed for cell in cells)
+        failed, refused = (sum(getattr(c, key) for c in cells) for key in ("failed", "refused"))
         lost = f"; {failed} failed and are not counted" if failed else ""
+        lost += f" ({refused} refused by the server)" if refused else ""
         lines.append(f"- {group}: {settings or 'default settings'}; {sizes} episodes a row{lost}.")
     lines += [f"- {line}" for line in (*repeats(results), *spending(results))]
     lines.append("- In brackets: 95% intervals (Wilson's for shares, Student's t for means).")
@@ -285,6 +296,21 @@ def repeats(results: Sequence[Result]) -> list[str]:
         for name, cell in result.cells.items()
         if cell.tasks
     ]
+
+
+def losses(results: Sequence[Result]) -> list[str]:
+    """The episodes of each row that failed and are in no figure, a sentence per cell."""
+    lines = []
+    for result in results:
+        for name, cell in result.cells.items():
+            if cell.failed:
+                refused = f", {cell.refused} of them refused by the server" if cell.refused else ""
+                whole = cell.episodes + cell.failed
+                lines.append(
+                    f"{result.name}, {name}: {cell.failed} of {whole} episodes failed and are in "
+                    f"no figure{refused}."
+                )
+    return lines
 
 
 def spending(results: Sequence[Result]) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import time
-import traceback
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,15 +13,25 @@ from rayrl.agent import Agent, Player
 from rayrl.deadline import Late, Stopped, within
 from rayrl.durable import Begun, Course, Diverged
 from rayrl.env import Environment
-from rayrl.errors import ConfigError, EnvError, InfraError
+from rayrl.errors import (
+    ConfigError,
+    EnvError,
+    InfraError,
+    Refused,
+    described,
+    message_of,
+    shown,
+    traceback_of,
+)
 from rayrl.groups import with_group_rewards
 from rayrl.hints import suggestion
 from rayrl.live import Room, Stops
 from rayrl.randomness import EpisodeRandom
-from rayrl.types import Episode, Failure, Group, Scores, Task, Turn, Usage, derive_seed, sum_usage
+from rayrl.types import Episode, Failure, Group, Task, Turn, Usage, derive_seed, sum_usage
 
 __all__ = ["GroupPlan", "play_episode", "play_group", "play_groups"]
 
+_Played = tuple[dict[str, dict[str, float]], dict[str, float]]
 _INFRA = (InfraError, OSError, TimeoutError)
 _NEW = Begun((), 0)
 
@@ -82,15 +91,16 @@ async def play_episode(
     ]
     clock_time, began = time.time(), time.perf_counter()
     scores: dict[str, dict[str, float]] = {}
+    rewards: dict[str, float] = {}
     failure = None
     try:
         # a task of its own, so that code which swallows its cancellation cannot hold the loop
-        running = asyncio.create_task(_played(env, task, agents, seed))
-        returned = await within(running, deadline_s, agents, stop)
+        running = asyncio.create_task(_played(env, task, agents, seed), name=label)
+        played = await within(running, deadline_s, agents, stop)
         _raise_players_error(agents)
         if course.left:
             raise course.cut_short(None)
-        scores = env.scores(returned)
+        scores, rewards = played
     except (ConfigError, Diverged):
         raise
     except Exception as error:
@@ -110,7 +120,7 @@ async def play_episode(
         index=index,
         turns=tuple(course.turns),
         scores=scores,
-        rewards={seat: env.reward(of_seat) for seat, of_seat in scores.items()},
+        rewards=rewards,
         failure=failure,
         replayed=course.replayed,
         began=clock_time,
@@ -119,12 +129,13 @@ async def play_episode(
     )
 
 
-async def _played(env: Environment, task: Task, agents: Sequence[Agent], seed: int) -> Scores:
+async def _played(env: Environment, task: Task, agents: Sequence[Agent], seed: int) -> _Played:
     try:
         with EpisodeRandom(seed, "environment"):
-            return await env.play(task, *agents)
+            scores = env.scores(await env.play(task, *agents))
+        return scores, {seat: env.reward(of_seat) for seat, of_seat in scores.items()}
     except SystemExit as error:  # would end the event loop and every other episode
-        raise EnvError(f"called sys.exit({error.code!r})") from error
+        raise EnvError(f"called sys.exit({shown(error.code)})") from error
 
 
 def _player(players: Mapping[str, Player], seat: str, env: Environment) -> Player:
@@ -148,7 +159,7 @@ def _failure(
     deadline_s: float | None,
 ) -> Failure:
     """What an exception out of an episode means; raises it again if it is the program's own."""
-    where = f"environment {env.name!r} on task {task!r}"
+    where = f"environment {env.name!r} on task {shown(task)}"
     if isinstance(error, Stopped):
         return Failure("stopped", f"{where}: it was stopped")
     if isinstance(error, Late):
@@ -159,18 +170,21 @@ def _failure(
         )
     players_errors = [agent.error for agent in agents if agent.error is not None]
     cause = players_errors[0] if players_errors else error
-    text = "".join(traceback.format_exception(cause))
-    text = f"{where}\n{text}"
-    if players_errors:
-        if isinstance(cause, EnvError):
-            return Failure("env", f"{where}: {cause}", text)
-        if isinstance(cause, _INFRA):
-            return Failure("infra", f"{type(cause).__name__}: {cause}", text)
-        raise cause
-    if isinstance(error, InfraError):
-        return Failure("infra", f"{where}: {error}", text)
-    said = str(error) if isinstance(error, EnvError) else f"{type(error).__name__}: {error}"
-    return Failure("env", f"{where}: {said}", text)
+    text = f"{where}\n{traceback_of(cause)}"
+    own = isinstance(cause, EnvError | InfraError | Refused)  # its type says nothing new
+    said = f"{where}: {message_of(cause) if own else described(cause)}"
+    if not players_errors:
+        return Failure("infra" if isinstance(error, InfraError) else "env", said, text)
+    if isinstance(cause, EnvError):
+        return Failure("env", said, text)
+    if isinstance(cause, Refused):
+        return Failure("refused", said, text)
+    if isinstance(cause, _INFRA):
+        return Failure("infra", described(cause), text)
+    asked = next(agent for agent in agents if agent.error is cause)
+    player = type(asked.player).__name__
+    cause.add_note(f"It is {player}'s own error, for seat {asked.seat!r}, and not that of {where}.")
+    raise cause
 
 
 def _count_tools(agents: Sequence[Agent], scores: dict[str, dict[str, float]]) -> None:

@@ -99,7 +99,7 @@ async def _step(
         "time/total": done - began,
     }
     folder.log(step, figures)
-    bar.update(step + 1, loss=learned["loss"], grad=learned["grad_norm"])
+    bar.update(step + 1, {"loss": learned["loss"], "grad": learned["grad_norm"]})
     if learned["skipped"]:
         bar.note(f"step {step}: skipped, its loss or gradient was not finite")
 

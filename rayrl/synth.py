@@ -223,7 +223,7 @@ def summary(played: Sequence[Episode], good: Sequence[Episode], env: Environment
     table = Table()
     table.add_column("")
     for name in figures["played"]:
-        table.add_column(name, justify="right")
+        table.add_column(Text(name), justify="right")
     for name, row in figures.items():
         table.add_row(
             name, *(row[column].text() if column in row else "–" for column in figures["played"])

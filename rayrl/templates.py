@@ -56,13 +56,16 @@ def fold(messages: Sequence[Message]) -> list[Message]:
     A system message becomes the beginning of the user's message after it, and neighbours of one
     role become one message.
     """
-    folded: list[Message] = []
+    folded: list[list[Message]] = []
     for message in messages:
         one = replace(message, role="user") if message.role == "system" else message
-        if folded and folded[-1].role == one.role != "tool":
-            one = replace(one, content=f"{folded.pop().content}\n\n{one.content}")
-        folded.append(one)
-    return folded
+        if folded and folded[-1][-1].role == one.role != "tool":
+            folded[-1].append(one)
+        else:
+            folded.append([one])
+    return [
+        replace(some[-1], content="\n\n".join([one.content for one in some])) for some in folded
+    ]
 
 
 def gap(after: str, tokenizer: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import math
 import re
 import secrets
 import unicodedata
@@ -12,7 +13,15 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["TextTokenizer", "byte_level", "control_ids", "copy_of", "load_tokenizer", "name_of"]
+__all__ = [
+    "TextTokenizer",
+    "byte_level",
+    "control_ids",
+    "copy_of",
+    "load_tokenizer",
+    "longest_token",
+    "name_of",
+]
 
 _GENERIC = ("TokenizersBackend", "PreTrainedTokenizerFast")  # `tokenizer_class` of no model's own
 
@@ -37,6 +46,41 @@ def byte_level() -> dict[str, int]:
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [byte for byte in range(256) if byte not in shown]
     return {chr(b): b for b in shown} | {chr(256 + k): b for k, b in enumerate(hidden)}
+
+
+def longest_token(state: Mapping[str, Any]) -> int:
+    """How many characters of a text one id stands for at most; 0 where there is no such number.
+
+    So a text has at least so many ids for its length, which is known before it is tokenized.
+
+    Args:
+        state: of a backend. There is no such number where a text is changed before it is cut up
+            (white space that is dropped, say), or where one id stands for all that is unknown.
+    """
+    model, vocab = state["model"], state["model"].get("vocab", {})
+    tokens = set(vocab if isinstance(vocab, dict) else [entry[0] for entry in vocab])
+    factor = _shrinks(state.get("normalizer"))
+    known = set(byte_level()) if "ByteLevel" in json.dumps(state.get("pre_tokenizer")) else None
+    if known is None and model.get("byte_fallback"):
+        known = {f"<0x{byte:02X}>" for byte in range(256)}
+    added = state.get("added_tokens", [])
+    greedy = any(token.get("lstrip") or token.get("rstrip") for token in added)
+    if not factor or greedy or known is None or not known <= tokens:
+        return 0
+    return factor * max(map(len, [*tokens, *(token["content"] for token in added)]))
+
+
+def _shrinks(normalizer: Mapping[str, Any] | None) -> int:
+    """How many characters a normalizer makes one of, at most; 0 where that is not known."""
+    if normalizer is None:
+        return 1
+    kind = normalizer["type"]
+    if kind == "Sequence":
+        return math.prod(map(_shrinks, normalizer["normalizers"]))
+    if kind == "Replace":
+        pattern = normalizer["pattern"].get("String")
+        return int(pattern is not None and len(pattern) <= len(normalizer["content"]))
+    return {"Prepend": 1, "NFC": 4}.get(kind, 0)  # no composed character has more than four
 
 
 def copy_of(backend: Any) -> Any:

@@ -10,16 +10,18 @@ on like every other word:
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import inspect
+import itertools
 import json
 import re
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rayrl.errors import ConfigError, did_you_mean
+from rayrl.errors import ConfigError, described, did_you_mean
 from rayrl.hints import fit, keyword_hints, schema, suggestion
 from rayrl.types import Message, replace_surrogates
 
@@ -164,9 +166,11 @@ class Toolkit:
             result = tool.function(**arguments)
             if inspect.isawaitable(result):
                 result = await result
-        except Exception as error:
-            return f"Error: {call.name} raised {type(error).__name__}: {error}", True
-        return _as_text(result), False
+            return _as_text(result), False
+        except (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt):  # not the tool's
+            raise
+        except BaseException as error:  # SystemExit would end every other episode
+            return f"Error: {call.name} raised {described(error)}", True
 
 
 @functools.lru_cache(256)
@@ -326,17 +330,14 @@ def as_user_messages(
         keep: ids of calls whose results stay as they are.
     """
     given: list[Message] = []
-    joins = False
-    for message in messages:
-        if message.role != "tool" or message.tool_call_id in keep:
-            given.append(message)
-            joins = False
-            continue
-        content = f"<tool_response>{message.content}</tool_response>"
-        if joins:
-            content = f"{given.pop().content}\n{content}"
-        given.append(Message("user", content))
-        joins = True
+    for result, some in itertools.groupby(
+        messages, lambda message: message.role == "tool" and message.tool_call_id not in keep
+    ):
+        if result:
+            texts = [f"<tool_response>{one.content}</tool_response>" for one in some]
+            given.append(Message("user", "\n".join(texts)))
+        else:
+            given += some
     return given
 
 

@@ -140,7 +140,7 @@ class Loop:
                 await self.learner.save(path)
             self.feed.log.keep(step + 1)
             self.recovery.checkpointed()
-        self.bar.update(step + 1, **headline(metrics))
+        self.bar.update(step + 1, headline(metrics))
         for warning in warnings(metrics):
             self.bar.note(f"step {step + 1}: {warning}")
 

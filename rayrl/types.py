@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, TypeVar
 
+from rayrl.errors import MOST_TRACEBACK, clip
+
 __all__ = [
     "Alternatives",
     "Completion",
@@ -379,14 +381,18 @@ class Turn(_Compact):
 class Failure(_Compact):
     """Why an episode has no reward.
 
-    `kind` is "env" (its code), "infra" (around it) or "stopped" (it was to be used no more).
+    `kind` is "env" (its code), "infra" (around it, so that it is played again), "refused" (a server
+    will not answer this conversation, however often it is asked) or "stopped" (it was to be used no
+    more). Message and traceback are clipped: an environment may raise 50 MB.
     """
 
-    kind: Literal["env", "infra", "stopped"]
+    kind: Literal["env", "infra", "refused", "stopped"]
     message: str
     traceback: str = ""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "message", clip(self.message))
+        object.__setattr__(self, "traceback", clip(self.traceback, MOST_TRACEBACK))
         _fix(self, "message", "traceback")
 
 

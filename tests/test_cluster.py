@@ -182,6 +182,16 @@ def test_an_environment_that_fails_too_often_stops_the_run() -> None:
         sort_out([group("a", Failure("infra", "it died"))], 0, budget=1, env="talk")
 
 
+def test_what_a_server_refuses_is_neither_the_environments_nor_to_be_played_again() -> None:
+    refused, infra = Failure("refused", "hate"), Failure("infra", "it died")
+    found = sort_out([group("a", refused), group("b", None)], 0, budget=0, env="talk")
+    assert (found.env_failures, found.infra_failures, found.refused) == (0, 0, 1)
+    found = sort_out([group("a", refused)], 0, budget=0, env="talk")
+    assert (found.groups, len(found.dropped)) == ((), 1)  # an evaluation's result
+    with pytest.raises(RunFailed, match="hate"):
+        sort_out([group("a", refused), group("b", infra)], 0, budget=0, env="talk")
+
+
 def test_a_push_counts_only_what_was_confirmed_exactly() -> None:
     published = Published(3, (), Manifest((), 0), "abc")
     results = [("r1", 3, "abc"), ("r2", 2, "abc"), ("r3", 3, "xyz"), RuntimeError("gone")]
@@ -444,7 +454,7 @@ async def test_replicas_without_a_place_are_given_up(
 
 @pytest.mark.parametrize("fault", ["hang", "exit"])
 async def test_a_task_that_takes_its_host_down_is_the_environments_failure(
-    session: Session, tiny: Path, fault: str
+    session: Session, tiny: Path, fault: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = config(
         tiny,
@@ -460,6 +470,17 @@ async def test_a_task_that_takes_its_host_down_is_the_environments_failure(
         assert ("blocked" if fault == "hang" else "died") in message
         assert "k=3" in repr(blamed.task)
         assert rollouts.restarts == 3, "with four groups, with two, with one"
+    assert caplog.text.count("was lost with") == 3
+    if fault == "hang":
+        said = next(message for message in caplog.messages if "has blocked" in message)
+        for part in (
+            "cluster_envs.py:talk'",
+            "in episode g3/",
+            "k=3",
+            "env.isolated=true",
+            "time.sleep(600)",
+        ):
+            assert part in said
 
 
 async def test_episodes_of_a_dead_host_go_on_where_they_were(

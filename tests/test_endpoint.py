@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gzip
 import itertools
 import json
 import time
@@ -11,13 +12,14 @@ from typing import Any
 import pytest
 
 import rayrl
-from rayrl.agent import Agent
+from rayrl.agent import Agent, Conversation, Options
 from rayrl.config import EndpointConfig
 from rayrl.endpoint import EndpointPlayer, check_reachable, share
 from rayrl.episodes import episode_from_json, episode_to_json
-from rayrl.errors import ConfigError, InfraError, RunFailed
+from rayrl.errors import ConfigError, InfraError, Refused, RunFailed
+from rayrl.rollout import play_group
 from rayrl.tools import CUT_OFF
-from rayrl.types import Sampling, Usage, sum_usage, system, user
+from rayrl.types import Sampling, Task, Usage, sum_usage, system, user
 
 Answer = tuple[int, dict[str, str], Any]  # status, headers, body
 
@@ -69,7 +71,10 @@ class Server:
                 if answer is None:  # hang up
                     break
                 status, extra, said = answer
-                data = said.encode() if isinstance(said, str) else json.dumps(said).encode()
+                if isinstance(said, bytes):
+                    data = said
+                else:
+                    data = (said if isinstance(said, str) else json.dumps(said)).encode()
                 lines = [f"HTTP/1.1 {status} X", f"Content-Length: {len(data)}"]
                 lines += [f"{key}: {value}" for key, value in extra.items()]
                 writer.write("\r\n".join(lines).encode() + b"\r\n\r\n" + data)
@@ -150,6 +155,18 @@ async def never() -> Answer:
         (500, {}, ""),
         (200, {}, "<html>"),
         (200, {}, [1]),
+        (200, {}, {}),
+        (200, {}, {"choices": [{"message": {"content": 7}}]}),
+        (200, {}, b'{"choices": [{"message": {"content": "\xff\xfe"}}]}'),
+        (200, {}, b'{"choices": [{"message": {"cont'),
+        (200, {}, b"[" * 100_000),
+        (200, {"Content-Encoding": "gzip"}, b"not gzip"),
+        (200, {"Content-Encoding": "gzip"}, gzip.compress(b'{"choices": [1, 2, 3]}')[:-12]),
+        (500, {"Content-Encoding": "deflate"}, b"not deflate"),
+        (200, {}, {"error": {"code": 502, "message": "the provider is down"}}),
+        (200, {}, {"error": "odd"}),
+        (200, {}, {"choices": [{"message": {"content": "x"}, "finish_reason": "error"}]}),
+        (200, {}, {"choices": [{"message": {"content": "x"}, "error": {"code": 502}}]}),
         hang_up,
     ],
 )
@@ -318,13 +335,154 @@ async def test_only_what_an_episode_cannot_use_again_is_wasted(same: bool) -> No
 
 @pytest.mark.parametrize(
     ("code", "remedy"),
-    [(401, "endpoint.api_key_env"), (404, "endpoint.model='m'"), (400, "sampling settings")],
+    [(401, "endpoint.api_key_env"), (404, "endpoint.model='m'"), (403, "endpoint.model='m'")],
 )
 async def test_refusals_say_what_to_do(code: int, remedy: str) -> None:
     async with serving((code, {}, "no way")) as server, endpoint(server) as player:
         with pytest.raises(ConfigError, match=f"HTTP {code}.*{remedy}.*no way"):
             await Agent(player)("a")
     assert len(server.seen) == 1  # trying again would not help
+
+
+@rayrl.env(tasks=[Task()], rewards={"s": 1.0})
+async def once(task: Task, agent: Agent) -> rayrl.Scores:
+    with contextlib.suppress(Exception):  # which hides nothing
+        await agent("go")
+    return {"s": 1.0}
+
+
+UNKNOWN = (400, {}, "no way")
+LONG = (
+    "This model's maximum context length is 100 tokens. However, you requested 164 tokens (80 in "
+    "the messages, 84 in the completion)."
+)
+
+
+def too_long(message: str = LONG) -> Answer:
+    return 400, {}, {"error": {"message": message, "code": "context_length_exceeded"}}
+
+
+async def test_an_unknown_refusal_is_the_set_ups_if_any_other_question_gets_it_too() -> None:
+    async with serving(UNKNOWN) as server, endpoint(server) as player:
+        with pytest.raises(ConfigError, match=r"HTTP 400.*sampling settings.*no way"):
+            await Agent(player)("a")
+    assert [body["messages"][0]["content"] for _, body in server.seen] == ["a", "Hello!"]
+    first, other = (body | {"messages": None} for _, body in server.seen)
+    assert first == other  # the same settings
+
+
+async def test_an_unknown_refusal_is_the_conversations_if_another_was_answered() -> None:
+    async with (
+        serving(said("ok"), UNKNOWN, UNKNOWN, said("on")) as server,
+        endpoint(server) as player,
+    ):
+        assert await Agent(player)("a") == "ok"
+        for _ in range(2):
+            with pytest.raises(Refused, match=r"refused this conversation.*no way"):
+                await Agent(player)("b")
+        assert await Agent(player)("c") == "on"
+    assert len(server.seen) == 4  # nothing else was asked
+
+
+async def test_whether_another_is_answered_may_have_to_wait() -> None:
+    busy = (503, {}, "")
+    async with (
+        serving(UNKNOWN, busy, UNKNOWN, said("hello"), UNKNOWN) as server,
+        endpoint(server) as player,
+    ):
+        for _ in range(2):
+            with pytest.raises(Refused):
+                await Agent(player)("a")
+        options = Options(0, "", tools=({"type": "function"},))
+        with pytest.raises(ConfigError):  # with these settings nobody was answered
+            await player.answer(Conversation("s", "agent"), [user("a")], options)
+    assert len(server.seen) == 7
+
+
+@pytest.mark.parametrize(
+    ("refusal", "limits"),
+    [
+        (too_long(), [84, 20]),  # it said how much room there is
+        (too_long("too long"), [84, 42]),  # it did not
+    ],
+)
+async def test_a_reply_gets_what_room_there_is(refusal: Answer, limits: list[int]) -> None:
+    async with (
+        serving(refusal, said("cut", "length")) as server,
+        endpoint(server, sampling=Sampling(max_tokens=84)) as player,
+    ):
+        reply = await Agent(player)("a")
+    assert (reply, reply.finish) == ("cut", "length")
+    assert [body["max_tokens"] for _, body in server.seen] == limits
+
+
+@pytest.mark.parametrize(
+    ("refusal", "asked"),
+    [
+        (too_long(LONG.replace("80", "100")), 1),
+        (too_long(LONG), 1 + 5),  # it lied about the room: 84, 20, 10, 5, 2, 1
+        (too_long("too long"), 7),  # 84, 42, 21, 10, 5, 2, 1
+        ((413, {}, "<html>"), 1),
+        ((400, {}, {"error": {"code": "content_filter", "message": "hate"}}), 1),
+        ((400, {}, {"error": {"param": "messages[0].content", "message": "empty"}}), 1),
+        ((200, {}, {"error": {"code": 400, "param": "messages", "message": "odd"}}), 1),
+        (said("I was go", "content_filter"), 1),
+    ],
+)
+async def test_a_conversation_that_is_refused_is_recorded_once(refusal: Answer, asked: int) -> None:
+    async with (
+        serving(refusal) as server,
+        endpoint(server, sampling=Sampling(max_tokens=84)) as player,
+    ):
+        group = await play_group(once, Task(), {"agent": player}, id="g", size=1, retries=3)
+    (episode,) = group.episodes
+    assert episode.failure is not None
+    assert episode.failure.kind == "refused"
+    assert "refused this conversation" in episode.failure.message
+    assert len(server.seen) == asked
+    assert episode_from_json(json.loads(json.dumps(episode_to_json(episode)))) == episode
+
+
+async def test_a_server_that_names_both_limits_because_of_the_context() -> None:
+    both = (
+        "'max_tokens' or 'max_completion_tokens' is too large: 84. This model's maximum context "
+        "length is 100 tokens and your request has 80 input tokens"
+    )
+    refusal = (400, {}, {"message": both, "type": "BadRequestError", "code": 400})
+    async with (
+        serving(refusal, said("ok")) as server,
+        endpoint(server, sampling=Sampling(max_tokens=84)) as player,
+    ):
+        assert await Agent(player)("a") == "ok"
+    assert [body["max_tokens"] for _, body in server.seen] == [84, 20]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason", "text", "finish"),
+    [
+        ("a", "stop", "a", "stop"),
+        ("a", None, "a", "stop"),
+        ("a", "tool_calls", "a", "stop"),
+        ("a", "max_tokens", "a", "length"),
+        ("a", "model_length", "a", "length"),
+        (None, "stop", "", "stop"),
+        ([], "stop", "", "stop"),
+        ([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "stop", "ab", "stop"),
+        ([{"type": "thinking", "thinking": [{"text": "hm"}]}, {"text": "b"}], "stop", "b", "stop"),
+        (
+            ["a", {"type": "image_url"}, {"type": "output_text", "text": "b"}],
+            "LENGTH",
+            "ab",
+            "length",
+        ),
+    ],
+)
+async def test_what_a_reply_says_and_how_it_ended(
+    content: Any, reason: Any, text: str, finish: str
+) -> None:
+    async with serving(said(content, reason)) as server, endpoint(server) as player:
+        reply = await Agent(player)("a")
+    assert (reply, reply.finish) == (text, finish)
 
 
 @pytest.mark.parametrize("data", [{}, {"choices": []}, {"choices": [{"message": None}]}])

@@ -386,3 +386,39 @@ async def test_a_server_plays_one_seat_of_two(tmp_path: Path, in_process: list[H
     usage = Result.load(tmp_path / "eval.json").usage
     assert usage is not None
     assert usage.calls == len(server.seen)
+
+
+FILTERED = (400, {}, {"error": {"code": "content_filter", "message": "hate"}})
+
+
+async def test_what_a_server_refuses_counts_and_is_not_asked_again(
+    tmp_path: Path, in_process: list[Here], capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = {"run": {"dir": str(tmp_path)}, "env": {"name": "copyword"}}
+    data["eval"] = {"episodes": 8, "player": "endpoint"}  # type: ignore[dict-item]
+    async with serving(FILTERED, (503, {}, "busy"), FILTERED, said("<copy>no</copy>")) as server:
+        data["endpoint"] = {"url": server.url, "model": "m", "retries": 0}
+        await asyncio.to_thread(evaluate.run, from_dict(data))
+        shown = " ".join(capsys.readouterr().out.split())
+        assert "1 episodes are missing" in shown
+        assert "3 of 8 episodes failed and are in no figure, 2 of them refused" in shown
+        await asyncio.to_thread(evaluate.run, from_dict(data))
+        assert len(server.seen) == 8 + 1
+    cell = Result.load(tmp_path / "eval.json").cells["tasks"]
+    assert (cell.episodes, cell.failed, cell.unplayed, cell.refused) == (6, 2, 0, 2)
+    assert (tmp_path / "result.json").is_file()
+    (episodes,) = episodes_in(tmp_path)
+    assert [e.failure.kind for e in episodes if e.failure] == ["refused", "refused"]
+
+
+async def test_a_cell_of_which_all_is_refused_is_a_result(
+    tmp_path: Path, in_process: list[Here]
+) -> None:
+    data = {"run": {"dir": str(tmp_path)}, "env": {"name": "copyword"}}
+    data["eval"] = {"episodes": 3, "player": "endpoint"}  # type: ignore[dict-item]
+    async with serving(FILTERED) as server:
+        data["endpoint"] = {"url": server.url, "model": "m", "retries": 0}
+        await asyncio.to_thread(evaluate.run, from_dict(data))
+    cell = Result.load(tmp_path / "eval.json").cells["tasks"]
+    assert (cell.episodes, cell.failed, cell.refused, cell.figures) == (0, 3, 3, {})
+    assert (tmp_path / "result.json").is_file()

@@ -350,3 +350,10 @@ def test_a_file_that_is_no_log_is_named(log: GroupLog, tmp_path: Path) -> None:
     (tmp_path / "step_000000.log").write_bytes(b"\0\0\0\5hello")
     with pytest.raises(DataError, match=r"step_000000.log, byte 0: .* remove the file"):
         log.read(0)
+
+
+async def test_nothing_is_learned_where_a_server_refused_everything(start: Start) -> None:
+    run = await start(lag=0)
+    run.hosts.end("0-0", "0-1", kind="refused")
+    with pytest.raises(RunFailed, match=r"none of 2 groups is complete.\n.*because"):
+        await run.batch(0)

@@ -24,7 +24,7 @@ LAYERS: list[dict[str, str]] = [
     },
     {
         "act": "tokenizer templates chat agent players tools textcalls durable deadline rollout "
-        "episodes isolation endpoint limits checker live",
+        "episodes isolation endpoint refusals limits checker live",
         "learn": "advantage batch packing loss",
     },
     {"engine": "engine", "learner": "learner", "server": "openai"},

@@ -20,6 +20,7 @@ from tests.act import Flaky, collect, instant, says
 
 FAR = """
     import os, sys, time
+    from collections import UserDict
     from dataclasses import dataclass
     import rayrl
 
@@ -29,6 +30,28 @@ FAR = """
 
     def jobs(seed: int, u: float, act: str = "") -> Job:
         return Job(seed=seed, act=act)
+
+    class Mute(Exception):
+        def __str__(self):
+            raise SystemExit(1)
+
+    class OwnBase(BaseException):
+        pass
+
+    RAISED = {
+        "mute": Mute,
+        "base": OwnBase,
+        "exit": SystemExit,
+        "close": GeneratorExit,
+        "shout": lambda: ValueError("x" * 10_000_000),
+    }
+    ODD = {
+        "mapping": UserDict({"n": 1, "pid": True}),
+        "keys": {("n",): 1},
+        "huge": {"n": 1e308, "pid": 0},
+        "complex": {"n": 1j, "pid": 0},
+        "text": {"n": "1", "pid": 0},
+    }
 
     def pid() -> int:
         '''The process.'''
@@ -46,6 +69,10 @@ FAR = """
             time.sleep(60)
         if task.act == "raise":
             raise ValueError("on fire")
+        if task.act in RAISED:
+            raise RAISED[task.act]()
+        if task.act in ODD:
+            return ODD[task.act]
         if task.act == "die":
             os._exit(7)
         if task.act == "nan":
@@ -134,6 +161,37 @@ async def test_what_isolated_code_does_wrong(far: rayrl.Environment) -> None:
         assert infra.failure.kind == "infra"
         fine = await play_far(env, "", says(), deadline_s=60)
         assert fine.failure is None
+
+
+@pytest.mark.parametrize("isolated", [False, True])
+async def test_whatever_isolated_code_raises_or_returns(
+    far: rayrl.Environment, isolated: bool
+) -> None:
+    """The same is recorded wherever the code runs, and its process goes on."""
+    said = {
+        "mute": "Mute: <Mute, whose __str__ raised SystemExit>",
+        "base": "OwnBase",
+        "exit": "Exit" if isolated else "sys.exit",
+        "close": "GeneratorExit",
+        "shout": "characters left out",
+        "keys": "undeclared score ('n',)",
+        "huge": "returned 1e+308 as score 'n'",
+        "complex": "returned 1j as score 'n'",
+        "text": "returned '1' as score 'n'",
+    }
+    async with Isolated(far, slots=1) as there:
+        env = there if isolated else far
+        first = await play_far(env, "", says(), deadline_s=60)
+        for act, words in said.items():
+            episode = await play_far(env, act, says(), deadline_s=60)
+            assert episode.failure is not None
+            assert episode.failure.kind == "env"
+            assert words in episode.failure.message
+            assert len(episode.failure.traceback) <= 20_000
+        odd = await play_far(env, "mapping", says(), deadline_s=60)
+        assert odd.scores == {"agent": {"n": 1.0, "pid": 1.0}}
+        last = await play_far(env, "", says(), deadline_s=60)
+        assert last.scores == first.scores  # the same process
 
 
 async def test_isolated_tools_and_conversations(far: rayrl.Environment) -> None:

@@ -172,8 +172,13 @@ async def test_a_player_that_does_not_answer_is_infra() -> None:
 
 @pytest.mark.parametrize("error", [TypeError("bug"), ConfigError("wrong key")])
 async def test_errors_of_the_program_itself_get_out(error: Exception) -> None:
-    with pytest.raises(type(error), match=str(error)):
+    with pytest.raises(type(error), match=str(error)) as raised:
         await play_episode(misbehaves, Job(), {"agent": Flaky(1, error)}, id="e")
+    if isinstance(error, TypeError):
+        assert (
+            "Flaky's own error, for seat 'agent', and not that of environment 'misbehaves'"
+            in (raised.value.__notes__[0])
+        )
     with pytest.raises(type(error), match=str(error)):
         await play_group(misbehaves, Job(), {"agent": Flaky(1, error)}, id="g", size=3)
     with pytest.raises(ConfigError, match="no player for seat 'agent'"):

@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import sys
+import threading
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -30,10 +33,21 @@ from rayrl.registry import load_env
 from rayrl.rollout import GroupPlan, play_groups
 from rayrl.types import Group, Sampling
 
-__all__ = ["POLICY", "EnvHost", "HostJob", "News", "start_host", "trainable_seats"]
+__all__ = [
+    "POLICY",
+    "EnvHost",
+    "HostJob",
+    "News",
+    "Running",
+    "running_in",
+    "start_host",
+    "trainable_seats",
+]
 
 POLICY = "policy"
 GC_EVERY = 50_000  # objects more than before
+WATCH = "watch"  # concurrency group of what answers while the event loop is blocked
+FRAMES = 5  # of a stack that are shown
 ISOLATED_SLOTS = 16  # child processes a host, where env.isolated asks for them
 
 
@@ -63,6 +77,32 @@ class News:
 
     episodes: int
     groups: tuple[Group, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """What an event loop is doing.
+
+    Attributes:
+        episode: whose code it runs; empty if that is not known.
+        stack: where it is, the innermost call last; empty if it runs nothing.
+    """
+
+    episode: str = ""
+    stack: str = ""
+
+
+def running_in(loop: asyncio.AbstractEventLoop, thread: int) -> Running:
+    """What `loop`, which belongs to `thread`, is doing; to be asked by another thread."""
+    task, frame = asyncio.current_task(loop), sys._current_frames().get(thread)
+    if task is None or frame is None:
+        return Running()
+    frames = list(traceback.extract_stack(frame))
+    ours = [at for at, one in enumerate(frames) if one.name == "_played"]  # what called its code
+    frames = frames[ours[-1] + 1 if ours else 0 :]
+    stack = "".join(traceback.format_list(frames[-FRAMES:]))
+    name = task.get_name()  # of an episode's own task, as `play_episode` names it
+    return Running(name.partition("~")[0] if "/" in name else "", stack)
 
 
 def trainable_seats(seats: Mapping[str, str]) -> tuple[str, ...]:
@@ -157,9 +197,15 @@ class EnvHost:
 
         Answers only while the event loop runs: env code that blocks it is found by this.
         """
+        self._loop, self._thread = asyncio.get_running_loop(), threading.get_ident()
         assert self.environment.seats  # now: the plans to come hold tasks of its classes
         assert self.players
         return self._room.most
+
+    @ray.method(concurrency_group=WATCH)  # type: ignore[untyped-decorator]
+    async def running(self) -> Running:
+        """What keeps the event loop; answers on a loop of its own, if it gets the interpreter."""
+        return running_in(self._loop, self._thread)
 
     def stop(self, plans: Sequence[str], oldest: int) -> None:
         """End those of these plans that began with weights older than `oldest`."""
@@ -250,5 +296,6 @@ def start_host(job: HostJob, recorder: Any) -> Any:
         num_cpus=job.config.cluster.env_host_cpus,
         resources=dict(job.config.cluster.env_host_resources),
         max_concurrency=1000,
+        concurrency_groups={WATCH: 1},
     )(EnvHost)
     return actor.remote(job, recorder)

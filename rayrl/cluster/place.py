@@ -12,17 +12,18 @@ import ray
 from ray.exceptions import RayTaskError
 
 from rayrl.cluster.gone import GONE
-from rayrl.cluster.hosts import News
-from rayrl.config import ClusterConfig
+from rayrl.cluster.hosts import News, Running
+from rayrl.config import ClusterConfig, EnvConfig
 from rayrl.durable import Begun
-from rayrl.errors import RayrlError, RunFailed
+from rayrl.errors import RayrlError, RunFailed, shown
 from rayrl.rollout import GroupPlan
 from rayrl.types import Group
 
-__all__ = ["GRACE_S", "Call", "HostGone", "Place", "Work", "kill", "placing"]
+__all__ = ["GRACE_S", "Call", "HostGone", "Place", "Work", "blocked", "kill", "placing"]
 
 GRACE_S = 5.0  # a host may be silent this much longer than env.deadline_s before it counts as hung
 PING_EVERY_S = 1.0
+BLOCKED_S = 5.0  # of silence after which it is said what blocks a host
 AHEAD = 8  # a host is given 1/8 more than it has room for: the driver may be busy when it runs dry
 
 
@@ -87,6 +88,8 @@ class Place:
     Args:
         actor: of `EnvHost`.
         patience_s: of silence, after which it counts as hung.
+        on_blocked: told when it has been silent for `BLOCKED_S`, with what it does instead; None
+            if it cannot say even that.
 
     Attributes:
         room: episodes the host may have live; 0 until it can play.
@@ -97,8 +100,13 @@ class Place:
         busy_at: when it last had something to do, by `time.monotonic`.
     """
 
-    def __init__(self, actor: Any, patience_s: float) -> None:
-        self._patience_s = patience_s
+    def __init__(
+        self,
+        actor: Any,
+        patience_s: float,
+        on_blocked: Callable[[Place, Running | None], None] = lambda place, running: None,
+    ) -> None:
+        self._patience_s, self._on_blocked = patience_s, on_blocked
         self.suspects: list[list[Work]] = []
         self.busy_at = time.monotonic()
         self.renew(actor)
@@ -137,6 +145,15 @@ class Place:
         if not self.works:
             self.trial = 0
         return work
+
+    def whose(self, running: Running | None) -> str:
+        """Which of its episodes that is, as far as it is known."""
+        episode = running.episode if running else ""
+        work = self.works.get(episode.rpartition("/")[0])
+        if work is not None:
+            return f"episode {episode} on task {shown(work.plan.task)}"
+        tasks = "; ".join(shown(one.plan.task, 200) for one in list(self.works.values())[:3])
+        return f"one of {len(self.works)} groups (the first tasks are {tasks})"
 
     async def begin(
         self, works: Sequence[Work], version: int, recorded: Mapping[str, Begun], hosts: int
@@ -178,6 +195,7 @@ class Place:
     async def _watch(self, actor: Any) -> str:
         """Returns why, once the host is silent."""
         while True:
+            saying = asyncio.create_task(self._say_blocked(actor))
             try:
                 async with asyncio.timeout(self._patience_s):
                     await actor.ping.remote()
@@ -188,7 +206,34 @@ class Place:
                 )
             except GONE as error:
                 return f"its host process died: {error}"
+            finally:
+                saying.cancel()
             await asyncio.sleep(PING_EVERY_S)
+
+    async def _say_blocked(self, actor: Any) -> None:
+        """Say what blocks the host, unless this is cancelled before."""
+        await asyncio.sleep(BLOCKED_S)
+        running = None
+        with suppress(TimeoutError, *GONE):  # it may hold the interpreter as well, or be dead
+            async with asyncio.timeout(BLOCKED_S):
+                running = await actor.running.remote()
+        self._on_blocked(self, running)
+
+
+def blocked(env: EnvConfig, what: str, running: Running | None) -> str:
+    """What to tell a person when a host is found blocked, in `what`."""
+    remedy = (
+        "Await what waits, and bound what computes; or let env.isolated=true play each episode in "
+        "a process of its own, which is killed at its deadline."
+    )
+    if env.isolated:
+        remedy = "Its machine may have too much to do (cluster.concurrency, cluster.env_hosts)."
+    stack = f"\n{running.stack.rstrip()}" if running else ""
+    return (
+        f"environment {env.name!r} has blocked the event loop of an env host for {BLOCKED_S:g} s, "
+        f"in {what}. Nothing else goes on there, and after {env.deadline_s + GRACE_S:g} s the host "
+        f"is replaced. {remedy}{stack}"
+    )
 
 
 async def answer(ref: Any) -> Any:

@@ -21,11 +21,11 @@ from typing import Any
 import ray
 
 from rayrl.cluster.gone import GONE
-from rayrl.cluster.hosts import HostJob, trainable_seats
-from rayrl.cluster.place import GRACE_S, Call, HostGone, Place, Work, kill, placing
+from rayrl.cluster.hosts import HostJob, Running, trainable_seats
+from rayrl.cluster.place import GRACE_S, Call, HostGone, Place, Work, blocked, kill, placing
 from rayrl.cluster.scaling import Growth, Load
 from rayrl.durable import Begun
-from rayrl.errors import InfraError, RayrlError, RunFailed
+from rayrl.errors import InfraError, RayrlError, RunFailed, shown
 from rayrl.rollout import GroupPlan
 from rayrl.types import Episode, Failure, Group, Turn
 
@@ -35,6 +35,7 @@ START_DEADLINE_S = 300.0
 START_ATTEMPTS = 3
 LATE_S = 300.0  # after which it is said that a host that was asked for has not come
 BLAMED_AFTER = 2  # host deaths, the last one alone on the host, after which a group is to blame
+BLOCKED_SAID = 8  # blocked hosts of which is told; where all tasks block, that is enough
 LOOK_EVERY_S = 1.0  # whether there should be more hosts, or fewer
 
 _log = logging.getLogger(__name__)
@@ -63,6 +64,7 @@ class HostPool:
         self._growth = Growth(cluster.most_env_hosts)
         self._broken_starts = 0  # of hosts that were asked for, in a row
         self._said_late = False
+        self._said_blocked: set[str] = set()
         self._most_waiting = 0  # groups, since `load` was asked
         self._version = 0
         self._winding_down = False
@@ -71,7 +73,8 @@ class HostPool:
         self.restarts = 0
 
     def _place(self) -> Place:
-        return Place(self._start(), self._job.config.env.deadline_s + GRACE_S)
+        patience_s = self._job.config.env.deadline_s + GRACE_S
+        return Place(self._start(), patience_s, self._say_blocked)
 
     @property
     def _places(self) -> Iterator[Place]:
@@ -258,6 +261,7 @@ class HostPool:
                 await self._hear(place)
             except HostGone as gone:
                 self.restarts += 1
+                self._say_gone(place, gone)
                 kill(place.actor)
                 place.suspects += self._suspects(place, str(gone))
                 place.renew(self._start())
@@ -283,6 +287,21 @@ class HostPool:
                     raise RunFailed(f"an env host cannot start: {gone}") from gone
                 kill(place.actor)
                 place.renew(self._start())
+
+    def _say_gone(self, place: Place, gone: HostGone) -> None:
+        name, n = self._job.config.env.name, len(place.works)
+        what = "an env host of environment %r was lost with %d groups that had not ended: %s"
+        _log.warning(what, name, n, gone)
+
+    def _say_blocked(self, place: Place, running: Running | None) -> None:
+        """Say whose code blocks a host, as soon as that is noticed, and once for each."""
+        if running is not None and not running.stack:  # it runs nothing: the machine is slow
+            return
+        what = place.whose(running)
+        if what in self._said_blocked or len(self._said_blocked) >= BLOCKED_SAID:
+            return
+        self._said_blocked.add(what)
+        _log.warning("%s", blocked(self._job.config.env, what, running))
 
     async def _hear(self, place: Place) -> None:
         """Take what a host has played, until it is gone."""
@@ -318,7 +337,7 @@ class HostPool:
 
     def _blamed(self, plan: GroupPlan, why: str) -> Group:
         name = self._job.config.env.name
-        failure = Failure("env", f"environment {name!r}: {why}")
+        failure = Failure("env", f"environment {name!r} on task {shown(plan.task)}: {why}")
         episodes = tuple(
             Episode(f"{plan.id}/{index}", name, plan.task, index, (), failure=failure)
             for index in range(plan.size)
@@ -365,6 +384,7 @@ class HostPool:
         try:
             await self._hear(place)
         except HostGone as gone:
+            self._say_gone(place, gone)
             parts = self._suspects(place, str(gone))
             self._let_go(place)
             heir = min(self._first, key=lambda other: len(other.suspects))

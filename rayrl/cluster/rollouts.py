@@ -13,11 +13,11 @@ from rayrl.cluster.place import kill
 from rayrl.cluster.pool import HostPool
 from rayrl.cluster.recorder import start_recorder
 from rayrl.cluster.scaling import Load
-from rayrl.errors import RunFailed
+from rayrl.errors import RunFailed, shown
 from rayrl.rollout import GroupPlan
 from rayrl.types import Episode, Failure, Group
 
-__all__ = ["Collection", "Rollouts", "is_stale", "sort_out"]
+__all__ = ["Collection", "Rollouts", "is_stale", "none_left", "sort_out"]
 
 FORGET_AT = 32  # groups that have ended, of which the recorder is told at once
 
@@ -31,6 +31,7 @@ class Collection:
         dropped: groups with an episode that failed or is too old; never trained on.
         env_failures: episodes whose environment failed.
         infra_failures: episodes that failed otherwise, after their retries.
+        refused: episodes whose conversation a server refuses; they are not played again.
         stale: episodes made with older weights than asked for.
         stopped: groups that became too old; their tasks are played again.
         waiting: complete groups that are there for a later batch.
@@ -44,6 +45,7 @@ class Collection:
     dropped: tuple[Group, ...] = ()
     env_failures: int = 0
     infra_failures: int = 0
+    refused: int = 0
     stale: int = 0
     stopped: tuple[Group, ...] = ()
     waiting: int = 0
@@ -62,11 +64,13 @@ def sort_out(groups: Sequence[Group], min_version: int, budget: float, env: str)
         env: the environment's name, for the message.
 
     Raises:
-        RunFailed: the budget is exceeded, or no group is left.
+        RunFailed: the budget is exceeded, or no group is left, unless a server refused all of them:
+            an evaluation has that as its result.
     """
     episodes = [episode for group in groups for episode in group.episodes]
     failed = [(e, e.failure) for e in episodes if e.failure is not None]
     by_env = [(e, f) for e, f in failed if f.kind == "env"]
+    refused = sum(f.kind == "refused" for _, f in failed)
     if len(by_env) > budget * len(episodes):
         raise RunFailed(
             f"environment {env!r} failed in {len(by_env)} of {len(episodes)} episodes, more than "
@@ -75,16 +79,23 @@ def sort_out(groups: Sequence[Group], min_version: int, budget: float, env: str)
     kept = tuple(
         g for g in groups if g.complete and not any(is_stale(e, min_version) for e in g.episodes)
     )
-    if groups and not kept:
-        what = _details(*failed[0]) if failed else f"all are older than version {min_version}"
-        raise RunFailed(f"none of {len(groups)} groups is complete.\n{what}")
+    if groups and not kept and not (failed and refused == len(failed)):
+        raise none_left(groups, min_version)
     return Collection(
         groups=kept,
         dropped=tuple(g for g in groups if g not in kept),
         env_failures=len(by_env),
-        infra_failures=len(failed) - len(by_env),
+        infra_failures=len(failed) - len(by_env) - refused,
+        refused=refused,
         stale=sum(is_stale(e, min_version) for e in episodes),
     )
+
+
+def none_left(groups: Sequence[Group], min_version: int) -> RunFailed:
+    """What stops a run that has nothing to go on with."""
+    failed = [(e, e.failure) for group in groups for e in group.episodes if e.failure is not None]
+    what = _details(*failed[0]) if failed else f"all are older than version {min_version}"
+    return RunFailed(f"none of {len(groups)} groups is complete.\n{what}")
 
 
 def is_stale(episode: Episode, min_version: int) -> bool:
@@ -103,7 +114,7 @@ def _details(episode: Episode, failure: Failure) -> str:
         part
         for part in (
             f"episode {episode.id}: {failure.message}",
-            f"task: {episode.task}",
+            f"task: {shown(episode.task)}",
             failure.traceback.rstrip(),
         )
         if part

@@ -22,7 +22,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from rayrl.batch import Totals, Trajectory, micro_batches
 from rayrl.config import LearnerConfig
 from rayrl.errors import ConfigError
-from rayrl.learner.attention import IMPLEMENTATION
 from rayrl.learner.logits import chosen_logprobs
 from rayrl.learner.probe import choose_attention, longest_row
 from rayrl.learner.rows import logits_before, shares_prefixes
@@ -63,7 +62,7 @@ def load_model(
     Args:
         max_len: ids that a row can have; 0: what the model has positions for.
     """
-    model = load_causal_lm(model_dir(str(path)), dtype=dtype, attention=IMPLEMENTATION)
+    model = load_causal_lm(model_dir(str(path)), dtype=dtype)
     model.eval().to(device)
     choose_attention(model, longest_row(model, max_len))
     return model

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,21 +20,31 @@ from rayrl.engine.protocol import Engine
 from rayrl.errors import InfraError, did_you_mean
 from rayrl.openai.answers import ChatAnswer, CompletionAnswer, Shape, usage_object
 from rayrl.openai.errors import ApiError, as_api_error
-from rayrl.openai.fields import LARGEST_INT, Body, ChatBody, CompletionBody, parse
+from rayrl.openai.fields import (
+    LARGEST_INT,
+    MAX_CHOICES,
+    Body,
+    ChatBody,
+    CompletionBody,
+    parse,
+    parse_json,
+)
 from rayrl.openai.generation import Job, generate, plan, stream
 from rayrl.openai.http import (
     ClientGone,
     EventStream,
     Measured,
     error_response,
-    read_json,
+    read_body,
     unless_gone,
 )
-from rayrl.openai.messages import Asked, read_chat
+from rayrl.openai.messages import Asked, check_room, read_chat
 from rayrl.openai.metrics import CONTENT_TYPE, Metrics, merged
 
 __all__ = ["Service", "key_digest", "make_app"]
 
+LARGE = 16 << 10  # bytes of a body that take some 10 ms to be tokenized
+MOST_WAITING = 16  # of these: each holds its body
 DEFAULT_COMPLETION = 16  # max_tokens of /v1/completions, as OpenAI has it
 
 _log = logging.getLogger(__name__)
@@ -64,6 +76,10 @@ class Service:
     scrape: Callable[[], Awaitable[bytes]] | None = None
     metrics: Metrics = field(default_factory=Metrics)
     created: int = field(default_factory=lambda: int(time.time()))
+    _waiting: int = 0  # large requests that are read, or wait for it
+    _reader: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(1, "reader"), repr=False
+    )
 
     def check_key(self, header: str) -> None:
         """Raise ApiError (401) unless the Authorization header has the key."""
@@ -97,33 +113,59 @@ class Service:
 
     async def chat_completion(self, request: Request) -> Response:
         """Answer `/v1/chat/completions`."""
-        body = parse(ChatBody, await read_json(request))
+        raw = await read_body(request)
+        check_room(raw.count(b'"role"'), self.engine.max_len, "messages")  # before it is parsed
+        body, job, shape = await self._apart(len(raw), self._read_chat, raw)
+        return await self._answer(request, body, job, shape)
+
+    def _read_chat(self, raw: bytes) -> tuple[Body, Job, Shape]:
+        body = parse(ChatBody, parse_json(raw))
         self.check_model(body.model)
         if body.top_logprobs is not None and not body.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs=true.", param="top_logprobs")
         most = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-        asked = read_chat(self.chat, body)
+        asked = read_chat(self.chat, body, self.engine.max_len)
         top = (body.top_logprobs or 0) if body.logprobs else None
         job = plan(self.chat, self.engine, body, [asked], most=most, top=top, param="messages")
-        shape = ChatAnswer(self.chat, self.model, logprobs=top is not None)
-        return await self._answer(request, body, job, shape)
+        return body, job, ChatAnswer(self.chat, self.model, logprobs=top is not None)
 
     async def completion(self, request: Request) -> Response:
         """Answer `/v1/completions`."""
-        body = parse(CompletionBody, await read_json(request))
+        raw = await read_body(request)
+        body, job, shape = await self._apart(len(raw), self._read_completion, raw)
+        return await self._answer(request, body, job, shape)
+
+    def _read_completion(self, raw: bytes) -> tuple[Body, Job, Shape]:
+        body = parse(CompletionBody, parse_json(raw))
         self.check_model(body.model)
-        asked = [Asked(ids) for ids in _prompts(self.chat, body.prompt)]
+        asked = [Asked(ids) for ids in _prompts(self.chat, body.prompt, self.engine.max_len)]
         most = body.max_tokens or DEFAULT_COMPLETION
         job = plan(
             self.chat, self.engine, body, asked, most=most, top=body.logprobs, param="prompt"
         )
         shape = CompletionAnswer(self.chat, self.model, logprobs=body.logprobs is not None)
-        return await self._answer(request, body, job, shape)
+        return body, job, shape
+
+    async def _apart(
+        self, size: int, read: Callable[[bytes], tuple[Body, Job, Shape]], raw: bytes
+    ) -> tuple[Body, Job, Shape]:
+        """What a request asks for; one that takes long to read lets others be answered meanwhile.
+
+        Large ones wait for each other in one thread, so that they cannot take every core.
+        """
+        if size <= LARGE:
+            return read(raw)
+        if self._waiting >= MOST_WAITING:
+            raise _busy(f"{self._waiting} large requests wait to be read")
+        self._waiting += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._reader, read, raw)
+        finally:
+            self._waiting -= 1
 
     async def _answer(self, request: Request, body: Body, job: Job, shape: Shape) -> Response:
         if self.metrics.live >= self.max_live:
-            what = f"{self.max_live} requests are being answered, as many as this server takes."
-            raise ApiError(503, what, code="overloaded", retry_after=1)
+            raise _busy(f"{self.max_live} requests are being answered")
         if body.stream:
             options = body.stream_options
             chunks = self._chunks(job, shape, bool(options and options.include_usage))
@@ -230,18 +272,26 @@ def make_app(service: Service) -> FastAPI:
     return app
 
 
-def _prompts(chat: Chat, prompt: object) -> Sequence[tuple[int, ...]]:
+def _busy(why: str) -> ApiError:
+    return ApiError(503, f"{why}, as many as this server takes.", code="overloaded", retry_after=1)
+
+
+def _prompts(chat: Chat, prompt: object, max_len: int) -> Sequence[tuple[int, ...]]:
     """A string, strings, ids or lists of ids.
 
     Raises:
-        ApiError: 400, anything else.
+        ApiError: 400, anything else, or what is too long to be tokenized at all.
     """
     if isinstance(prompt, str):
         prompt = [prompt]
     if isinstance(prompt, list) and prompt:
         if _are_ids(prompt):
             return [tuple(prompt)]
+        if len(prompt) > MAX_CHOICES:
+            what = f"{len(prompt)} prompts: at most {MAX_CHOICES} in all."
+            raise ApiError(400, what, param="prompt", code="invalid_value")
         if all(isinstance(one, str) for one in prompt):
+            check_room(max(chat.fewest([one]) for one in prompt), max_len, "prompt")
             found = [chat.document(one) for one in prompt]
         elif all(_are_ids(one) for one in prompt):
             found = [tuple(one) for one in prompt]

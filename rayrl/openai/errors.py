@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rayrl.errors import ConfigError, InfraError
+from rayrl.errors import ConfigError, InfraError, clip
 
 __all__ = ["ApiError", "as_api_error"]
 
@@ -16,7 +16,7 @@ class ApiError(Exception):
 
     Args:
         status: of HTTP.
-        message: what is wrong and what to do.
+        message: what is wrong and what to do; clipped, for it may quote what the client sent.
         param: the field of the body, as `messages[0].content`.
         code: a word for programs, such as `context_length_exceeded`.
         retry_after: seconds after which it may go better.
@@ -31,8 +31,9 @@ class ApiError(Exception):
         code: str | None = None,
         retry_after: int = 0,
     ) -> None:
-        super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
+        super().__init__(clip(message, 2_000))
+        self.status, self.message, self.code = status, str(self), code
+        self.param = param and clip(param, 200)
         self.retry_after = retry_after
 
     @property

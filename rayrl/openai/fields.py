@@ -6,20 +6,27 @@ change the answer is dropped in silence, and an unknown field is an error, as it
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+import re
+import reprlib
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rayrl.errors import did_you_mean
 from rayrl.openai.errors import ApiError
+from rayrl.types import replace_surrogates
 
-__all__ = ["Body", "ChatBody", "CompletionBody", "parse", "stop_strings"]
+__all__ = ["Body", "ChatBody", "CompletionBody", "parse", "parse_json", "stop_strings"]
 
 MAX_CHOICES = 128  # of a request, over all its prompts
 LARGEST_INT = 2**31 - 1  # that engines count in
 MAX_TOP = 20  # alternatives a token, as at OpenAI's
+MAX_DEPTH = 100  # of a body's objects and lists: what is nested deeper overflows somebody's stack
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]")  # escaped, or as bytes
 MAX_STOPS = 4
+MAX_STOP = 4096  # characters of one
 
 _NO_EFFECT = (
     "metadata",
@@ -52,6 +59,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 """Fields of OpenAI's that are not there, with the values that ask for nothing."""
 
+_REPR = reprlib.Repr()  # which looks at no more of a value than it shows
+_REPR.maxstring = _REPR.maxother = 80
 _INSTEAD = {"function_call": " Use tool_choice.", "functions": " Use tools."}
 
 
@@ -76,7 +85,7 @@ class Body(_Fields):
     top_k: int | None = Field(None, ge=0, le=LARGEST_INT)
     max_tokens: int | None = Field(None, ge=1)
     stop: Any = None
-    seed: int | None = None
+    seed: int | None = Field(None, ge=-(2**63), lt=2**64)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -101,6 +110,32 @@ class CompletionBody(Body):
 
 
 B = TypeVar("B", bound=Body)
+
+
+def parse_json(text: bytes | str, what: str = "The body", param: str | None = None) -> Any:
+    """JSON from a client.
+
+    Args:
+        what: it is called in an error. param: the field it comes from.
+
+    Raises:
+        ApiError: 400, it is not JSON or nested too deep.
+    """
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        why = "nested too deep" if isinstance(error, RecursionError) else str(error)
+        why = f"{what} is not valid JSON: {why}"
+        raise ApiError(400, why, param=param, code="invalid_json") from None
+    level = [data] if isinstance(data, dict | list) else []
+    for _ in range(MAX_DEPTH):
+        inner = [one.values() if isinstance(one, dict) else one for one in level]
+        level = [x for part in inner for x in part if isinstance(x, dict | list)]
+        if not level:
+            raw = text if isinstance(text, bytes) else text.encode(errors="surrogatepass")
+            return replace_surrogates(data) if _SURROGATE.search(raw) else data
+    why = f"{what} is nested deeper than {MAX_DEPTH} levels."
+    raise ApiError(400, why, param=param, code="invalid_json")
 
 
 def parse(kind: type[B], data: object) -> B:
@@ -144,9 +179,12 @@ def stop_strings(stop: object) -> tuple[str, ...]:
     if (
         not isinstance(stops, list)
         or len(stops) > MAX_STOPS
-        or not all(isinstance(one, str) and one for one in stops)
+        or not all(isinstance(one, str) and 0 < len(one) <= MAX_STOP for one in stops)
     ):
-        why = f"stop must be a string that is not empty, or a list of up to {MAX_STOPS} of them."
+        why = (
+            f"stop must be a string of 1 to {MAX_STOP} characters, or a list of up to {MAX_STOPS} "
+            "of them."
+        )
         raise ApiError(400, why, param="stop", code="invalid_value")
     return tuple(stops)
 
@@ -169,5 +207,5 @@ def _path(place: Sequence[int | str]) -> str:
 
 
 def _short(value: object) -> str:
-    text = repr(dict(value)) if isinstance(value, Mapping) else repr(value)
+    text = _REPR.repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

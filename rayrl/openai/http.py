@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
 import time
 from collections.abc import AsyncGenerator, Coroutine, Mapping
 from typing import Any, TypeVar
@@ -17,12 +16,17 @@ from rayrl.openai.errors import ApiError, as_api_error
 from rayrl.openai.metrics import Metrics
 from rayrl.types import replace_surrogates
 
-__all__ = ["ClientGone", "EventStream", "Measured", "error_response", "read_json", "unless_gone"]
+__all__ = [
+    "ClientGone",
+    "EventStream",
+    "Measured",
+    "error_response",
+    "read_body",
+    "unless_gone",
+]
 
 MAX_BODY = 32 << 20  # bytes
 CLIENT_GONE = 499  # as nginx counts it; nobody receives it
-
-_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]")  # escaped, or as bytes
 
 T = TypeVar("T")
 
@@ -31,22 +35,18 @@ class ClientGone(Exception):
     """The client hung up."""
 
 
-async def read_json(request: Request) -> Any:
+async def read_body(request: Request) -> bytes:
     """The body of a request.
 
     Raises:
-        ApiError: 400, not JSON; 413, too long.
+        ApiError: 413, it is too long.
     """
     body = bytearray()
     async for piece in request.stream():
         body += piece
         if len(body) > MAX_BODY:
             raise ApiError(413, f"The body is longer than {MAX_BODY} bytes.")
-    try:
-        data = json.loads(body)
-        return replace_surrogates(data) if _SURROGATE.search(body) else data
-    except (ValueError, RecursionError) as error:
-        raise ApiError(400, f"The body is not valid JSON: {error}", code="invalid_json") from None
+    return bytes(body)
 
 
 def error_response(error: ApiError) -> Response:

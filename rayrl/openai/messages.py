@@ -10,17 +10,16 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
 from typing import Any
 
 from rayrl.chat import Chat, Ids
 from rayrl.errors import ConfigError
 from rayrl.openai.errors import ApiError
-from rayrl.openai.fields import ChatBody
+from rayrl.openai.fields import ChatBody, parse_json
 from rayrl.tools import format_call
 from rayrl.types import Message, Role
 
-__all__ = ["Asked", "read_chat"]
+__all__ = ["Asked", "check_room", "read_chat"]
 
 _ROLES: dict[str, Role] = {
     "system": "system",
@@ -50,16 +49,22 @@ class Asked:
     once: bool = False
 
 
-def read_chat(chat: Chat, body: ChatBody) -> Asked:
+def read_chat(chat: Chat, body: ChatBody, max_len: int) -> Asked:
     """The prompt of a chat request.
+
+    Args:
+        max_len: ids of the longest prompt there can be; one that must have more is not tokenized.
 
     Raises:
         ApiError: 400, naming the field.
     """
+    check_room(len(body.messages), max_len, "messages")  # each has an id at least
     messages = read_messages(body.messages)
+    check_room(chat.fewest(message.content for message in messages), max_len, "messages")
     tools = [_tool(tool, f"tools[{index}]") for index, tool in enumerate(body.tools or ())]
     choice, named = _choice(body.tool_choice, tools)
     offered = tools if choice != "none" else []
+    check_room(chat.fewest([json.dumps(offered)] if offered else []), max_len, "tools")
     begun = ""
     if choice == "required":
         begun = '<tool_call>\n{"name": "'
@@ -78,21 +83,27 @@ def read_chat(chat: Chat, body: ChatBody) -> Asked:
 
 
 def _prompt(chat: Chat, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> Ids:
-    opening = list(takewhile(_is_not_reply, messages))
-    if not opening:  # nobody has asked anything: only the template knows what that looks like
+    replies = [at for at, message in enumerate(messages) if message.role == "assistant"]
+    if replies[:1] == [0]:  # nobody has asked anything: only the template knows how that looks
         return chat.start(messages, tools)
-    ids, rest = [*chat.start(opening, tools)], list(messages[len(opening) :])
-    while rest:
-        reply, *rest = rest
-        following = list(takewhile(_is_not_reply, rest))
-        ids += chat.reply(reply.content)
-        ids += chat.extend(following, last_ids_finished=True)
-        rest = rest[len(following) :]
+    ends = [*replies[1:], len(messages)]
+    ids = [*chat.start(messages[: replies[0] if replies else None], tools)]
+    for at, end in zip(replies, ends, strict=False):
+        ids += chat.reply(messages[at].content)
+        ids += chat.extend(messages[at + 1 : end], last_ids_finished=True)
     return tuple(ids)
 
 
-def _is_not_reply(message: Message) -> bool:
-    return message.role != "assistant"
+def check_room(fewest: int, max_len: int, param: str) -> None:
+    """Raise ApiError (400) if a prompt of `fewest` ids or more leaves no room for an answer."""
+    if fewest >= max_len:
+        raise ApiError(
+            400,
+            f"This model's maximum context length is {max_len} tokens, and {param} has at least "
+            f"{fewest}. Shorten it.",
+            param=param,
+            code="context_length_exceeded",
+        )
 
 
 def read_messages(data: Sequence[object]) -> list[Message]:
@@ -157,12 +168,10 @@ def _with_calls(message: Message, calls: object, where: str, known: set[str]) ->
             raise _wrong(f"{here}.function", "must have a name and arguments.")
         if not isinstance(call.get("id"), str):
             raise _wrong(f"{here}.id", "must be a string.")
-        try:
-            arguments = json.loads(function.get("arguments") or "{}")
-        except (TypeError, ValueError):
-            arguments = None
+        written, place = function.get("arguments") or "{}", f"{here}.function.arguments"
+        arguments = parse_json(written, place, place) if isinstance(written, str) else None
         if not isinstance(arguments, dict):
-            raise _wrong(f"{here}.function.arguments", "must be a JSON object, as a string.")
+            raise _wrong(place, "must be a JSON object, as a string.")
         known.add(call["id"])
         texts.append(format_call(function["name"], arguments))
     return replace(message, content="\n".join(texts))
