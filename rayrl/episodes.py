@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TextIO, get_args
 
 from rayrl.errors import DataError
 from rayrl.hints import fit
+from rayrl.tasks import LoggedTask, as_kind, task_from_json, task_to_json
 from rayrl.types import Episode, Failure, Finish, Message, Task, ToolCall, Turn, Usage, VersionSpan
 
 __all__ = [
@@ -22,18 +23,6 @@ __all__ = [
     "revive",
     "write_episodes",
 ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoggedTask(Task):
-    """A task read from a file whose class is not loaded here: its fields as plain data."""
-
-    type: str = ""
-    fields: Mapping[str, Any] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The original task's fields."""
-        return dict(self.fields)
 
 
 def message_to_json(message: Message) -> dict[str, Any]:
@@ -59,14 +48,18 @@ def message_from_json(data: Mapping[str, Any]) -> Message:
 
 
 def episode_to_json(episode: Episode) -> dict[str, Any]:
-    """An episode as plain data, in the order a person wants to read it."""
+    """An episode as plain data, in the order a person wants to read it.
+
+    Raises:
+        EnvError: its task holds something that cannot be written; names the field.
+    """
     data: dict[str, Any] = {
         "id": episode.id,
         "env": episode.env,
         "index": episode.index,
         "rewards": dict(episode.rewards),
         "scores": {seat: dict(scores) for seat, scores in episode.scores.items()},
-        "task": {"type": _type_name(episode.task), **episode.task.to_dict()},
+        "task": task_to_json(episode.task),
         "turns": [_turn_to_json(turn) for turn in episode.turns],
     }
     if episode.failure is not None:
@@ -98,7 +91,7 @@ def episode_from_json(data: Mapping[str, Any]) -> Episode:
         return Episode(
             id=_typed(data["id"], str, "id"),
             env=_typed(data["env"], str, "env"),
-            task=_task_from_json(data["task"]),
+            task=task_from_json(data["task"]),
             index=_typed(data["index"], int, "index"),
             turns=tuple(
                 _turn_from_json(turn, f"turn {k}")
@@ -165,7 +158,7 @@ def revive(episode: Episode, kinds: Iterable[type[Task]]) -> Episode:
             f"episode {episode.id} is of a task {name}, and there are {', '.join(known)} only"
         )
     try:
-        return replace(episode, task=fit(task.fields, known[name]))
+        return replace(episode, task=as_kind(task.fields, known[name]))
     except TypeError as error:
         raise DataError(f"episode {episode.id}: its task is no {name}: {error}") from None
 
@@ -252,29 +245,3 @@ def _typed(value: Any, kind: type, where: str) -> Any:
     if not isinstance(value, kind):
         raise DataError(f"{where} must be {kind.__name__}, got {value!r}")
     return value
-
-
-def _type_name(task: Task) -> str:
-    if isinstance(task, LoggedTask):
-        return task.type
-    return f"{type(task).__module__}:{type(task).__qualname__}"
-
-
-def _task_from_json(data: Mapping[str, Any]) -> Task:
-    fields = {key: value for key, value in data.items() if key != "type"}
-    found = _loaded_tasks().get(data["type"])
-    if found is not None:
-        task: Task = fit(fields, found)
-        return task
-    return LoggedTask(seed=fields.get("seed", 0), type=data["type"], fields=fields)
-
-
-def _loaded_tasks() -> dict[str, type[Task]]:
-    """Only classes that are loaded: reading a file must not import what it names."""
-    loaded: dict[str, type[Task]] = {}
-    left: list[type[Task]] = [Task]
-    while left:
-        kind = left.pop()
-        loaded[f"{kind.__module__}:{kind.__qualname__}"] = kind
-        left += kind.__subclasses__()
-    return loaded

@@ -12,13 +12,16 @@ from pathlib import Path
 from rayrl.chat import Chat
 from rayrl.config import Config
 from rayrl.env import Environment
-from rayrl.errors import ConfigError
+from rayrl.errors import ConfigError, EnvError
 from rayrl.models import EMBEDDED
+from rayrl.tasks import as_kind, fields_of
+from rayrl.types import Task
 
 __all__ = [
     "EPISODES",
     "MODEL",
     "POLICY",
+    "check_tasks",
     "check_trained",
     "is_finished",
     "model_row",
@@ -139,6 +142,18 @@ def unplayed_note(n: int) -> str:
         f"{n} episodes are missing: not their environment failed but what is around it. The same "
         "command plays them again."
     )
+
+
+def check_tasks(environment: Environment, tasks: Iterable[Task]) -> None:
+    """Raise EnvError if a resumed run could not read a task, before it is played."""
+    for task in tasks:
+        try:
+            as_kind(fields_of(task), type(task))
+        except TypeError as error:
+            raise EnvError(
+                f"environment {environment.name!r}: a task cannot be written to a file and read "
+                f"again: {error}. `rayrl env check` tries more of them."
+            ) from None
 
 
 def check_trained(environment: Environment, config: Config) -> None:

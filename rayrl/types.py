@@ -10,9 +10,10 @@ import functools
 import hashlib
 import operator
 import random
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 __all__ = [
     "Alternatives",
@@ -38,12 +39,19 @@ __all__ = [
     "system",
     "tool",
     "user",
+    "values_of",
 ]
 
 
 @functools.cache
 def _values(kind: Any) -> Callable[[Any], tuple[Any, ...]]:
     return operator.attrgetter(*[one.name for one in fields(kind)])
+
+
+def values_of(value: _Compact) -> tuple[Any, ...]:
+    """The fields of one of the kinds below, in their order."""
+    kind: Any = type(value)
+    return _values(kind)(value)
 
 
 class _Compact:
@@ -55,8 +63,7 @@ class _Compact:
     __slots__ = ()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        kind: Any = type(self)
-        return kind, _values(kind)(self)
+        return type(self), values_of(self)
 
 
 Role = Literal["system", "user", "assistant", "tool"]
@@ -84,6 +91,22 @@ class Task:
     """
 
     seed: int = 0
+
+    __pydantic_config__: ClassVar[Mapping[str, Any]] = {  # how files hold tasks, see tasks.py
+        "arbitrary_types_allowed": True,
+        "extra": "forbid",
+        "ser_json_bytes": "base64",
+        "val_json_bytes": "base64",
+        "ser_json_inf_nan": "constants",
+    }
+    __names__: ClassVar[Mapping[str, Any]] = {}  # classes that its type hints may name
+
+    def __init_subclass__(cls) -> None:
+        """Keep the classes of the function it is defined in: hints as text are looked up there."""
+        super().__init_subclass__()
+        if "__names__" not in vars(cls):  # a dataclass with slots is made twice
+            near = sys._getframe(1).f_locals
+            cls.__names__ = {k: v for k, v in near.items() if isinstance(v, type)}
 
     def rng(self, *state: object) -> random.Random:
         """Randomness of this task *at this state*: the same state always gets the same draws.

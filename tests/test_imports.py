@@ -20,7 +20,7 @@ LAYERS: list[dict[str, str]] = [
     {"words": "types errors hints"},
     {
         "ground": "config conffiles env groups registry bundle gymnasium intervals models "
-        "weights buckets records engine.protocol"
+        "weights buckets records tasks encoding engine.protocol"
     },
     {
         "act": "tokenizer templates chat agent players tools textcalls durable deadline rollout "
