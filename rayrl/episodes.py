@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, TextIO, get_args
+from typing import Any, BinaryIO, get_args
 
 from rayrl.errors import DataError
 from rayrl.hints import fit
@@ -16,6 +17,7 @@ from rayrl.types import Episode, Failure, Finish, Message, Task, ToolCall, Turn,
 __all__ = [
     "LoggedTask",
     "episode_from_json",
+    "episode_line",
     "episode_to_json",
     "message_from_json",
     "message_to_json",
@@ -23,6 +25,8 @@ __all__ = [
     "revive",
     "write_episodes",
 ]
+
+_SUM = "checksum"  # of a line that only programs write
 
 
 def message_to_json(message: Message) -> dict[str, Any]:
@@ -123,6 +127,12 @@ def write_episodes(path: str | Path, episodes: Iterable[Episode], append: bool =
     return count
 
 
+def episode_line(episode: Episode) -> str:
+    """An episode as a line of a file that only programs write: with a checksum at its end."""
+    text = json.dumps(episode_to_json(episode), ensure_ascii=False)
+    return f'{text[:-1]}, "{_SUM}": {_sum(text)}}}\n'
+
+
 def read_episodes(path: str | Path) -> Iterator[Episode]:
     """The episodes of a file, one after the other; empty lines are skipped.
 
@@ -133,7 +143,9 @@ def read_episodes(path: str | Path) -> Iterator[Episode]:
         for number, line in enumerate(file, 1):
             if line.strip():
                 try:
-                    episode = _episode_of(line)
+                    episode = _episode_of(line.decode())
+                except UnicodeDecodeError:
+                    raise DataError(f"{path}:{number}: not UTF-8") from None
                 except DataError as error:
                     raise DataError(f"{path}:{number}: {error}") from None
                 yield episode
@@ -163,9 +175,9 @@ def revive(episode: Episode, kinds: Iterable[type[Task]]) -> Episode:
         raise DataError(f"episode {episode.id}: its task is no {name}: {error}") from None
 
 
-def _opened(path: str | Path) -> TextIO:
+def _opened(path: str | Path) -> BinaryIO:
     try:
-        return Path(path).open(encoding="utf-8")
+        return Path(path).open("rb")
     except OSError as error:
         raise DataError(f"{path}: cannot read episodes: {error.strerror}") from error
 
@@ -177,7 +189,17 @@ def _episode_of(line: str) -> Episode:
         raise DataError(f"not valid JSON: {error.msg} at column {error.colno}") from None
     if not isinstance(data, dict):
         raise DataError(f"expected an object, got {line.strip()[:40]!r}")
+    own = data.pop(_SUM, None)
+    if own not in (None, _sum(json.dumps(data, ensure_ascii=False))):
+        raise DataError(
+            f"it is not what was written: its checksum is another. Remove the key {_SUM!r} if you "
+            "changed the line on purpose"
+        )
     return episode_from_json(data)
+
+
+def _sum(text: str) -> int:
+    return zlib.crc32(text.encode("utf-8", "surrogatepass"))
 
 
 def _default_state(prompt: Iterable[Message]) -> str:

@@ -92,6 +92,11 @@ class GroupLog:
             if file != self._at(step):
                 file.unlink()
 
+    def forget(self, step: int) -> None:
+        """Only the checkpoint of `step` is whole: what was played since others is of no use."""
+        self.keep(step)
+        self.turns.unlink(missing_ok=True)
+
     def add(self, record: Played | Batched) -> None:
         """Append; a process that is killed afterwards has not lost it."""
         assert self._records is not None

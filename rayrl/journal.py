@@ -20,7 +20,7 @@ from typing import TextIO
 from rayrl.bar import Bar
 from rayrl.cluster.hosts import trainable_seats
 from rayrl.cluster.rollouts import Collection, Rollouts
-from rayrl.episodes import episode_to_json, read_episodes
+from rayrl.episodes import episode_line, read_episodes
 from rayrl.errors import RunFailed
 from rayrl.files import sync, write_atomic
 from rayrl.rollout import GroupPlan
@@ -192,9 +192,7 @@ class Play:
 
 
 def _lines(episodes: Iterable[Episode]) -> str:
-    return "".join(
-        json.dumps(episode_to_json(episode), ensure_ascii=False) + "\n" for episode in episodes
-    )
+    return "".join(map(episode_line, episodes))
 
 
 def _read_again(task: Task) -> Task:

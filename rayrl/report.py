@@ -17,7 +17,8 @@ from rayrl.errors import DataError
 from rayrl.files import write_atomic
 from rayrl.report_page import Book, Phase, render
 from rayrl.results import MISSING, Result, columns, entry
-from rayrl.rundir import read_config
+from rayrl.rundir import check_finished, read_config
+from rayrl.seal import opened, parse, read_lines
 from rayrl.stage import EPISODES
 from rayrl.timeline import TIMELINE
 
@@ -85,6 +86,7 @@ def _phase(name: str, verb: str, folder: Path) -> Phase:
     episodes = list(read_episodes(files[-1])) if files else []
     if episodes:
         about = f"{len(episodes)} episodes, {about}"
+    check_finished(folder)
     rows, times = _lines(folder / "metrics.jsonl"), _lines(folder / TIMELINE)
     return Phase(name, verb, read_config(folder), rows, episodes, about, times)
 
@@ -93,17 +95,8 @@ def _lines(file: Path) -> list[dict[str, Any]]:
     """Lines of metrics or of the timeline; a last one that is still being written is left out."""
     if not file.is_file():
         return []
-    lines = file.read_text("utf-8").splitlines()
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            rows.append({key: value for key, value in row.items() if value is not None})
-        except (json.JSONDecodeError, AttributeError) as error:
-            if number == len(lines):
-                break
-            raise DataError(f"{file}:{number}: not a line of {file.stem} ({error})") from error
-    return rows
+    rows = read_lines(file, growing=True)
+    return [{key: value for key, value in row.items() if value is not None} for row in rows]
 
 
 def _results(
@@ -112,7 +105,10 @@ def _results(
     """Rows of the table, and which of them are not stages of this run's model."""
     table = _read(folder / "table.json")
     if table is not None:
-        found = [Result.from_dict(row) for row in table]
+        try:
+            found = [Result.from_dict(row) for row in table]
+        except (DataError, TypeError) as error:
+            raise DataError(f"{folder / 'table.json'}: {error}; remove the file.") from error
     else:
         files = [where / "eval.json" for _, verb, where in stages if verb == "eval"]
         found = [Result.load(file) for file in files if file.is_file()]
@@ -121,10 +117,15 @@ def _results(
 
 
 def _read(file: Path) -> Any:
+    if not file.is_file():
+        return None
     try:
-        return json.loads(file.read_text("utf-8")) if file.is_file() else None
+        data = parse(file.read_bytes())
+        return opened(data) if isinstance(data, dict) else data
     except json.JSONDecodeError as error:
         raise DataError(f"{file}:{error.lineno}: not JSON: {error.msg}") from error
+    except ValueError as error:
+        raise DataError(f"{file}: {error}; remove the file.") from error
 
 
 def _lead(results: Sequence[Result]) -> str:

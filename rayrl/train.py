@@ -55,6 +55,8 @@ async def train(config: Config) -> None:
         found = folder.latest_checkpoint()
         start = found.step if found else 0
         log = GroupLog(folder.path / "groups")
+        if folder.went_back:
+            log.forget(start)
         opening = open_training(config, cfg.steps, log.turns)
         async with opening as (rollouts, learner, weights):
             async with Feed(rollouts, functools.partial(plans, config), config, log) as feed:

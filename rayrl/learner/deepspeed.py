@@ -31,6 +31,7 @@ from torch import Tensor
 from rayrl.config import Config, LearnerConfig
 from rayrl.errors import ConfigError
 from rayrl.learner.base import Learner
+from rayrl.learner.state import read_state
 
 __all__ = ["DeepSpeedLearner"]
 
@@ -123,6 +124,7 @@ class DeepSpeedLearner(Learner):
                 optimizer=self.optimizer,
                 config=self._settings(cfg.learner),
             )
+            self.model.checkpoint_engine.load = _read  # its own would run whatever a file says
 
     def _make_optimizer(self, learner: LearnerConfig) -> _GuardedAdamW:
         return _GuardedAdamW(
@@ -204,6 +206,16 @@ class DeepSpeedLearner(Learner):
 
     def _layout(self) -> dict[str, Any]:
         return {**super()._layout(), "learner.zero_stage": self.cfg.learner.zero_stage}
+
+
+def _read(path: str, map_location: Any = None) -> dict[str, Any]:
+    """What DeepSpeed saved; these classes are numbers with names, and the only ones it may hold."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    known = (DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address)
+    return read_state(path, map_location or "cpu", known)
 
 
 @contextlib.contextmanager
