@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from transformers import GenerationConfig
 
 from rayrl.batch import Totals, Trajectory, micro_batches, minibatches
 from rayrl.config import Config
@@ -44,7 +46,8 @@ if TYPE_CHECKING:
 __all__ = ["Learner"]
 
 BUCKET_BYTES = 64 << 20  # of sharded weights that are whole at once
-TOKENIZER_FILES = (
+KEPT_FILES = (  # of the start model: everything beside its config and its weights
+    "generation_config.json",
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -92,6 +95,8 @@ class Learner(ABC):
         self.module: Any = load_model(model_path, device, self.dtype)
         if cfg.lora.rank:
             self.module = with_adapters(self.module, cfg.lora, derive_seed(cfg.run.seed, "lora"))
+        if rank == 0:
+            self._try_export()
         if cfg.learner.gradient_checkpointing:
             self.module.gradient_checkpointing_enable({"use_reentrant": False})
         self.model: Any = self.module  # what is called; a subclass may wrap it
@@ -230,14 +235,36 @@ class Learner(ABC):
             for name, tensor in (self.named_weights(adapters=True) if self.cfg.lora.rank else ())
         }
         if self.rank == 0:
-            plain = self.module.get_base_model() if adapter else self.module
-            plain.save_pretrained(folder, state_dict=unflatten(flat, manifest))
+            self._write(folder, unflatten(flat, manifest))
             if adapter:
                 save_adapter(self.module, folder / ADAPTER, adapter)
-            for pattern in TOKENIZER_FILES:
-                for file in self.model_path.glob(pattern):
-                    shutil.copy2(file, folder / file.name)
         self._reduce(torch.zeros(1), "sum")
+
+    def _write(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        """A Hugging Face directory with these weights and what else the start model has."""
+        plain = self.module.get_base_model() if self.cfg.lora.rank else self.module
+        own = plain.generation_config
+        if (self.model_path / "generation_config.json").is_file():
+            plain.generation_config = GenerationConfig()  # its file is copied, valid or not
+        try:
+            plain.save_pretrained(folder, state_dict=weights)
+        finally:
+            plain.generation_config = own
+        for pattern in KEPT_FILES:
+            for file in self.model_path.glob(pattern):
+                shutil.copy2(file, folder / file.name)
+
+    def _try_export(self) -> None:
+        """What would fail after the last step fails before the first one."""
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                self._write(Path(folder), {})
+            except Exception as error:  # whatever transformers refuses to write
+                raise ConfigError(
+                    f"model.path={str(self.model_path)!r}: this model could not be exported after "
+                    f"training ({type(error).__name__}: {error}). Mend config.json there, or the "
+                    "file that is named."
+                ) from error
 
     def close(self) -> None:
         """Let go of what outlives a step."""
