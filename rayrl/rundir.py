@@ -39,7 +39,7 @@ from rayrl.config import Config, differences, from_dict, to_dict
 from rayrl.config.convert import interpolation
 from rayrl.errors import ConfigError, DataError, RunFailed
 from rayrl.files import sync, told_if_full, write_atomic
-from rayrl.seal import damage, opened, parse, read_lines, sealed, sums_of, text_sum
+from rayrl.seal import damage, opened, parse, read_lines, seal_weights, sealed, sums_of, text_sum
 from rayrl.types import Group
 
 __all__ = ["Checkpoint", "RunDir", "read_config", "refuse_changes"]
@@ -234,6 +234,7 @@ class RunDir:
             partial.mkdir()
             with removed_on_error(partial):
                 yield partial
+                seal_weights(partial)
                 for path in partial.rglob("*"):
                     sync(path)
         shutil.rmtree(final, ignore_errors=True)

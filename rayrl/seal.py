@@ -15,11 +15,23 @@ from typing import Any
 from rayrl.errors import DataError
 from rayrl.weights import checksum
 
-__all__ = ["Sums", "damage", "opened", "parse", "read_lines", "sealed", "sums_of", "text_sum"]
+__all__ = [
+    "Sums",
+    "check_weights",
+    "damage",
+    "opened",
+    "parse",
+    "read_lines",
+    "seal_weights",
+    "sealed",
+    "sums_of",
+    "text_sum",
+]
 
 Sums = dict[str, tuple[int, str]]
 """Bytes and checksum of files, by their path in a folder."""
 
+SUMS = "checksums.json"  # in the folder of a model
 _THREADS = 4
 _OWN = "checksum"  # key of a record's own
 
@@ -46,6 +58,32 @@ def damage(folder: Path, sums: Mapping[str, Any]) -> str:
             if now != then:
                 return f"{folder / name} holds other bytes than were written (checksum {now})"
     return ""
+
+
+def seal_weights(model: Path) -> None:
+    """Leave the checksums of a model's weights beside them."""
+    if sums := sums_of(model, "*.safetensors"):
+        (model / SUMS).write_text(json.dumps(sealed({"files": sums}), indent=2) + "\n")
+
+
+def check_weights(model: Path) -> None:
+    """Compare a model's weights with the checksums beside them, if there are any.
+
+    Raises:
+        DataError: a file is damaged; names it.
+    """
+    file = model / SUMS
+    if not file.is_file():
+        return
+    try:
+        what = damage(model, opened(parse(file.read_bytes()))["files"])
+    except (ValueError, KeyError) as error:
+        raise DataError(f"{file}: {error}; remove the file to do without checksums.") from error
+    if what:
+        raise DataError(
+            f"{what}. Bring it back from a copy; or remove the run's result.json, and its command "
+            f"exports the model anew. If you changed the file on purpose, remove {file}."
+        )
 
 
 def sealed(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from rayrl.grouplog import Batched, GroupLog, Played
 from rayrl.records import Records
 from rayrl.results import Cell, Result
 from rayrl.rundir import RunDir, read_config
+from rayrl.seal import check_weights
 from rayrl.types import Episode, Group, Message, Task, Turn
 
 STEPS = 8
@@ -279,3 +280,20 @@ def test_a_stored_setting_is_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     file.write_text("env:\n  name: !!python/object/apply:os.mkdir [was-run]\n")
     with pytest.raises(DataError, match=r"config.yaml, line 2: not YAML"):
         read_config(file.parent)
+
+
+def test_exported_weights_are_compared(finished: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(finished / "model", model)
+    check_weights(model)
+    (model / "README.md").write_text("beside the weights")
+    check_weights(model)
+    file = model / "model.safetensors"
+    file.write_bytes(bytes(one ^ 1 for one in file.read_bytes()))
+    with pytest.raises(DataError, match=r"model.safetensors holds other bytes than were written"):
+        check_weights(model)
+    file.unlink()
+    with pytest.raises(DataError, match=r"model.safetensors is missing"):
+        check_weights(model)
+    (model / "checksums.json").unlink()
+    check_weights(model)
