@@ -21,7 +21,7 @@ from rayrl.bar import Bar
 from rayrl.cluster.hosts import trainable_seats
 from rayrl.cluster.rollouts import Collection, Rollouts
 from rayrl.episodes import episode_line, read_episodes
-from rayrl.errors import RunFailed
+from rayrl.errors import DataError, RunFailed
 from rayrl.files import sync, write_atomic
 from rayrl.rollout import GroupPlan
 from rayrl.tasks import same, task_from_json, task_to_json
@@ -60,7 +60,12 @@ class Journal:
         self._synced = time.monotonic()
         if file is not None and file.is_file():
             _cut_torn_line(file)
-            self._read(read_episodes(file), trainable_seats(seats))
+            try:
+                self._read(read_episodes(file), trainable_seats(seats))
+            except DataError as error:
+                raise DataError(
+                    f"{error}. Remove the line, and its episode is played again."
+                ) from error
 
     def _read(self, episodes: Iterable[Episode], trainable: tuple[str, ...]) -> None:
         by_id = {plan.id: plan for plan in self.plans}

@@ -52,7 +52,7 @@ def gather(folder: Path) -> Book:
         stages = [(config.run.name, _verb_of(folder), folder)]
     phases = [_phase(name, verb, where) for name, verb, where in stages if verb != "eval"]
     results, apart = _results(folder, stages)
-    record = _read(folder / "recipe.json") or {}
+    record = _read(folder / "recipe.json", dict) or {}
     return Book(
         title=f"{config.env.name}: {config.run.name}",
         source=str(folder),
@@ -103,7 +103,7 @@ def _results(
     folder: Path, stages: Sequence[tuple[str, str, Path]]
 ) -> tuple[list[Result], frozenset[str]]:
     """Rows of the table, and which of them are not stages of this run's model."""
-    table = _read(folder / "table.json")
+    table = _read(folder / "table.json", list)
     if table is not None:
         try:
             found = [Result.from_dict(row) for row in table]
@@ -116,12 +116,14 @@ def _results(
     return found, frozenset(apart)
 
 
-def _read(file: Path) -> Any:
+def _read(file: Path, kind: type[Any]) -> Any:
     if not file.is_file():
         return None
     try:
         data = parse(file.read_bytes())
-        return opened(data) if isinstance(data, dict) else data
+        if not isinstance(data, kind):
+            raise ValueError(f"expected a {kind.__name__}, got {type(data).__name__}")
+        return opened(data) if kind is dict else data
     except json.JSONDecodeError as error:
         raise DataError(f"{file}:{error.lineno}: not JSON: {error.msg}") from error
     except ValueError as error:

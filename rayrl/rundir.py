@@ -84,6 +84,7 @@ class RunDir:
     Raises:
         ConfigError: the folder's run had other settings; the message lists them. Or the folder
             would not last.
+        DataError: something in the folder is damaged, and there is no older checkpoint.
         RunFailed: another process is writing there.
     """
 
@@ -101,16 +102,16 @@ class RunDir:
         self.resumed = (self.path / "config.yaml").is_file()
         try:
             more = self.resumed and refuse_changes(self.path, config, _REMEDY, more_steps=True)
+            if more:
+                (self.path / "result.json").unlink(missing_ok=True)
+            write_atomic(self.path / "config.yaml", _as_yaml(config).encode())
+            for partial in self.path.glob(".partial-*"):  # an earlier process was killed meanwhile
+                shutil.rmtree(partial)
+            self._checkpoints = Checkpoints(self.path, config.run.keep_checkpoints)
+            self._next_step = self._cut_metrics()
         except BaseException:
             self._unlock()
             raise
-        if more:
-            (self.path / "result.json").unlink(missing_ok=True)
-        write_atomic(self.path / "config.yaml", _as_yaml(config).encode())
-        for partial in self.path.glob(".partial-*"):  # an earlier process was killed meanwhile
-            shutil.rmtree(partial)
-        self._checkpoints = Checkpoints(self.path, config.run.keep_checkpoints)
-        self._next_step = self._cut_metrics()
         self._tensorboard: TensorBoard | None = None
         self._wandb: Wandb | None = None
 
@@ -159,23 +160,25 @@ class RunDir:
         """Where the episodes of a step (in an evaluation: of a cell) are."""
         return self.path / "episodes" / f"{step_name(step)}.jsonl"
 
-    def write_json(self, name: str, data: object) -> Path:
-        """Write `data` as RUN/name, readable and whole."""
+    def write_json(self, name: str, data: Mapping[str, Any]) -> Path:
+        """Write `data` as RUN/name, readable and whole, with a checksum of its own."""
         file = self.path / name
         file.parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(data, Mapping):
-            data = sealed(data)
-        write_atomic(file, (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode())
+        text = json.dumps(sealed(data), indent=2, ensure_ascii=False) + "\n"
+        write_atomic(file, text.encode())
         return file
 
-    def read_json(self, name: str) -> Any:
-        """What `write_json` wrote, or None if it never did."""
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """What `write_json` wrote, or None if it never did.
+
+        Raises:
+            DataError: it is damaged.
+        """
         file = self.path / name
         if not file.is_file():
             return None
         try:
-            data = parse(file.read_bytes())
-            return opened(data) if isinstance(data, dict) else data
+            return opened(parse(file.read_bytes()))
         except json.JSONDecodeError as error:
             raise DataError(
                 f"{file}, line {error.lineno}: {error.msg}; remove the file."
@@ -193,8 +196,6 @@ class RunDir:
         result = self.read_json("result.json")
         if result is None:
             return None
-        if not isinstance(result, dict):
-            raise DataError(f"{self.path / 'result.json'}: not a JSON object; remove the file.")
         return {key: value for key, value in result.items() if key != _FILES}
 
     def rewind(self) -> None:
@@ -332,8 +333,8 @@ def check_finished(run: Path) -> None:
         raise DataError(f"{file}: {error}; remove the file.") from error
     if what := damage(run, sums):
         raise DataError(
-            f"{what}. Bring it back from a copy; if you changed it on purpose, remove {file}, and "
-            "the same command makes it anew."
+            f"{what}. Bring it back from a copy; if you changed it on purpose, remove the keys "
+            f"{_FILES!r} and 'checksum' from {file}."
         )
 
 

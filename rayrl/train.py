@@ -49,7 +49,7 @@ async def train(config: Config) -> None:
     environment = make_environment(config)
     check_trained(environment, config)
     with RunDir(config.run.dir, config) as folder:
-        if folder.finished is not None and folder.finished["steps"] >= cfg.steps:
+        if folder.finished is not None and folder.finished.get("steps", 0) >= cfg.steps:
             return
         say_templates(config, seats_of(environment, config, "model").values())
         found = folder.latest_checkpoint()

@@ -101,12 +101,13 @@ class Task:
     }
     __names__: ClassVar[Mapping[str, Any]] = {}  # classes that its type hints may name
 
-    def __init_subclass__(cls) -> None:
+    def __init_subclass__(cls, **more: Any) -> None:
         """Keep the classes of the function it is defined in: hints as text are looked up there."""
-        super().__init_subclass__()
-        if "__names__" not in vars(cls):  # a dataclass with slots is made twice
-            near = sys._getframe(1).f_locals
-            cls.__names__ = {k: v for k, v in near.items() if isinstance(v, type)}
+        super().__init_subclass__(**more)
+        frame = sys._getframe(1)
+        # in a function, and not again: a dataclass with slots is made twice
+        if frame.f_locals is not frame.f_globals and "__names__" not in vars(cls):
+            cls.__names__ = {k: v for k, v in frame.f_locals.items() if isinstance(v, type)}
 
     def rng(self, *state: object) -> random.Random:
         """Randomness of this task *at this state*: the same state always gets the same draws.
