@@ -22,11 +22,16 @@ __all__ = [
     "message_from_json",
     "message_to_json",
     "read_episodes",
+    "read_kept",
     "revive",
     "write_episodes",
 ]
 
 _SUM = "checksum"  # of a line that only programs write
+_CHANGED = (
+    f"it is not what was written: its checksum is another. If you changed the line on purpose, "
+    f"remove the key {_SUM!r} from it"
+)
 
 
 def message_to_json(message: Message) -> dict[str, Any]:
@@ -139,16 +144,25 @@ def read_episodes(path: str | Path) -> Iterator[Episode]:
     Raises:
         DataError: there is no such file, or a line is malformed; names the file and the line.
     """
+    return (episode for episode, _ in read_kept(path))
+
+
+def read_kept(path: str | Path) -> Iterator[tuple[Episode, str]]:
+    """The episodes of a file, each with what its checksum says, in words; nothing if it is right.
+
+    Raises:
+        DataError: as `read_episodes`.
+    """
     with _opened(path) as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 try:
-                    episode = _episode_of(line.decode())
+                    episode, whole = _episode_of(line.decode())
                 except UnicodeDecodeError:
                     raise DataError(f"{path}:{number}: not UTF-8") from None
                 except DataError as error:
                     raise DataError(f"{path}:{number}: {error}") from None
-                yield episode
+                yield episode, "" if whole else f"{path}:{number}: {_CHANGED}"
 
 
 def revive(episode: Episode, kinds: Iterable[type[Task]]) -> Episode:
@@ -182,7 +196,8 @@ def _opened(path: str | Path) -> BinaryIO:
         raise DataError(f"{path}: cannot read episodes: {error.strerror}") from error
 
 
-def _episode_of(line: str) -> Episode:
+def _episode_of(line: str) -> tuple[Episode, bool]:
+    """An episode, and whether its line is as it was written."""
     try:
         data = json.loads(line)
     except json.JSONDecodeError as error:
@@ -190,12 +205,8 @@ def _episode_of(line: str) -> Episode:
     if not isinstance(data, dict):
         raise DataError(f"expected an object, got {line.strip()[:40]!r}")
     own = data.pop(_SUM, None)
-    if own not in (None, _sum(json.dumps(data, ensure_ascii=False))):
-        raise DataError(
-            f"it is not what was written: its checksum is another. Remove the key {_SUM!r} if you "
-            "changed the line on purpose"
-        )
-    return episode_from_json(data)
+    whole = own in (None, _sum(json.dumps(data, ensure_ascii=False)))
+    return episode_from_json(data), whole
 
 
 def _sum(text: str) -> int:

@@ -15,7 +15,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
-from typing import Any, Literal, Union
+from typing import Any, Literal, NotRequired, Union
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
@@ -107,13 +107,14 @@ def fit(value: Any, hint: Any) -> Any:
         if isinstance(value, Mapping):
             of_key, of_value = args or (Any, Any)
             return {_fit_key(k, of_key): fit(v, of_value) for k, v in value.items()}
-    elif type(base) is type and isinstance(value, base) and not args:
+    elif typing.is_typeddict(base):
+        if isinstance(value, Mapping):
+            return _fit_fields(value, base)
+    elif isinstance(base, type) and isinstance(value, base):
         return value
     elif dataclasses.is_dataclass(base):
-        if isinstance(value, base):  # type: ignore[arg-type]
-            return value
         if isinstance(value, Mapping):
-            return _fit_dataclass(value, base)
+            return base(**_fit_fields(value, base))  # type: ignore[operator]
     else:
         return _parsed(value, hint)
     raise TypeError(f"expected {hint_name(hint)}, got {value!r}")
@@ -202,26 +203,37 @@ def _fit_array(value: Any, hint: Any, base: Any, args: tuple[Any, ...]) -> Any:
     return make(fit(item, of_item) for item in items)
 
 
-def _fit_dataclass(value: Mapping[str, Any], base: Any) -> Any:
-    hints = keyword_hints(base)
-    fields = [field.name for field in dataclasses.fields(base) if field.init]
+def _fit_fields(value: Mapping[str, Any], base: Any) -> dict[str, Any]:
+    hints, required = _fields(base)
+    known = [*hints]
     for key in value:
-        if key not in fields:
-            raise TypeError(f"{base.__name__} has no field {key!r}.{suggestion(key, fields)}")
+        if key not in known:
+            raise TypeError(f"{base.__name__} has no field {key!r}.{suggestion(key, known)}")
     fitted = {}
     for key, part in value.items():
         try:
             fitted[key] = fit(part, hints[key])
         except TypeError as error:
             raise TypeError(f"field {key!r}: {error}") from None
-    for field in dataclasses.fields(base):
-        if field.init and field.name not in fitted and _is_required(field):
-            raise TypeError(f"{base.__name__} needs the field {field.name!r}")
-    return base(**fitted)
+    for key in known:
+        if key in required and key not in fitted:
+            raise TypeError(f"{base.__name__} needs the field {key!r}")
+    return fitted
 
 
-def _is_required(field: dataclasses.Field[Any]) -> bool:
-    return field.default is field.default_factory is dataclasses.MISSING
+def _fields(base: Any) -> tuple[dict[str, Any], list[str]]:
+    """Fields of a dataclass or a `TypedDict` by their hints, and those that must be given."""
+    if typing.is_typeddict(base):
+        marked = typing.get_type_hints(base, include_extras=True)  # as text it is in the hint only
+        free = [name for name, hint in marked.items() if typing.get_origin(hint) is NotRequired]
+        return typing.get_type_hints(base), [
+            name for name in marked if name in base.__required_keys__ and name not in free
+        ]
+    fields = [field for field in dataclasses.fields(base) if field.init]
+    none = dataclasses.MISSING
+    required = [one.name for one in fields if one.default is one.default_factory is none]
+    hints = keyword_hints(base)
+    return {field.name: hints[field.name] for field in fields}, required
 
 
 def schema(hint: Any, within: tuple[type, ...] = ()) -> dict[str, Any]:
@@ -256,22 +268,18 @@ def schema(hint: Any, within: tuple[type, ...] = ()) -> dict[str, Any]:
                 "maxItems": len(args),
             }
         return {"type": "array"} | ({"items": schema(args[0], within)} if args else {})
-    if isinstance(base, type) and dataclasses.is_dataclass(base):
-        return {"type": "object"} if base in within else _dataclass_schema(base, (*within, base))
+    if typing.is_typeddict(base) or (isinstance(base, type) and dataclasses.is_dataclass(base)):
+        return {"type": "object"} if base in within else _fields_schema(base, (*within, base))
     if base is dict or base is Mapping:
         values = schema(args[1], within) if args else {}
         return {"type": "object"} | ({"additionalProperties": values} if args else {})
     return _parsed_schema(hint)
 
 
-def _dataclass_schema(base: Any, within: tuple[type, ...]) -> dict[str, Any]:
-    hints = keyword_hints(base)
-    fields = [field for field in dataclasses.fields(base) if field.init]
-    return {
-        "type": "object",
-        "properties": {field.name: schema(hints[field.name], within) for field in fields},
-        "required": [field.name for field in fields if _is_required(field)],
-    }
+def _fields_schema(base: Any, within: tuple[type, ...]) -> dict[str, Any]:
+    hints, required = _fields(base)
+    properties = {name: schema(hint, within) for name, hint in hints.items()}
+    return {"type": "object", "properties": properties, "required": required}
 
 
 def _parsed_schema(hint: Any) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from typing import TextIO
 from rayrl.bar import Bar
 from rayrl.cluster.hosts import trainable_seats
 from rayrl.cluster.rollouts import Collection, Rollouts
-from rayrl.episodes import episode_line, read_episodes
+from rayrl.episodes import episode_line, read_kept
 from rayrl.errors import DataError, RunFailed
 from rayrl.files import sync, write_atomic
 from rayrl.rollout import GroupPlan
@@ -61,21 +61,23 @@ class Journal:
         if file is not None and file.is_file():
             _cut_torn_line(file)
             try:
-                self._read(read_episodes(file), trainable_seats(seats))
+                self._read(read_kept(file), trainable_seats(seats))
             except DataError as error:
                 raise DataError(
                     f"{error}. Remove the line, and its episode is played again."
                 ) from error
 
-    def _read(self, episodes: Iterable[Episode], trainable: tuple[str, ...]) -> None:
+    def _read(self, episodes: Iterable[tuple[Episode, str]], trainable: tuple[str, ...]) -> None:
         by_id = {plan.id: plan for plan in self.plans}
-        for episode in episodes:
+        for episode, problem in episodes:
             plan = by_id.get(episode.id.rpartition("/")[0])
             if plan is None or not same(_read_again(plan.task), episode.task):
                 raise RunFailed(
                     f"{self.file}: episode {episode.id} is of another task than this run plays; "
                     "has the environment's code changed? Use another run.name to start anew."
                 )
+            if problem:
+                raise DataError(problem)
             self._count(episode)
             if episode.failure is None:
                 own = (replace(episode, task=plan.task),)

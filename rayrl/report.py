@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rayrl.config import Config
-from rayrl.episodes import read_episodes
+from rayrl.episodes import read_kept
 from rayrl.errors import DataError
 from rayrl.files import write_atomic
 from rayrl.report_page import Book, Phase, render
@@ -83,7 +83,11 @@ def _phase(name: str, verb: str, folder: Path) -> Phase:
         files, about = [folder / EPISODES], "kept by synth"
     elif files:
         about = f"step {int(files[-1].stem.removeprefix('step_'))}"
-    episodes = list(read_episodes(files[-1])) if files else []
+    episodes = []
+    for episode, problem in read_kept(files[-1]) if files else ():
+        if problem:
+            raise DataError(problem)
+        episodes.append(episode)
     if episodes:
         about = f"{len(episodes)} episodes, {about}"
     check_finished(folder)

@@ -6,8 +6,9 @@ import enum
 import json
 import pathlib
 import uuid
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
 
 import pytest
 
@@ -94,6 +95,11 @@ class Side(NamedTuple):
     size: int
 
 
+class Row(TypedDict):
+    day: dt.date
+    n: NotRequired[int]
+
+
 @dataclass(frozen=True)
 class Order:
     color: Color
@@ -132,6 +138,8 @@ CONVERTED: list[tuple[Any, Any, Any]] = [
         Order(Color.BLUE, dt.date(2020, 1, 2), (Point(1),)),
     ),
     ({"value": 1, "below": [{"value": 2}]}, Node, Node(1, [Node(2)])),
+    ({"day": "2020-01-02"}, Row, {"day": dt.date(2020, 1, 2)}),
+    ([1], Iterable[int], [1]),
 ]
 
 
@@ -152,6 +160,8 @@ def test_fit_knows_what_pydantic_knows(value: Any, hint: Any, want: Any) -> None
         ("soon", dt.date, "expected a valid date .*, got 'soon'"),
         ({"x": 1}, dict[int, str], "x: expected a valid integer"),
         ({"when": "2020-01-02"}, Order, "Order needs the field 'color'"),
+        ({"n": 1}, Row, "Row needs the field 'day'"),
+        ({"day": "2020-01-02", "m": 1}, Row, "Row has no field 'm'"),
         ({"color": "pink"}, Order, "field 'color': expected 'red' or 'blue', got 'pink'"),
         ({"value": 1, "below": [{"value": "2"}]}, Node, "field 'value': expected int, got '2'"),
     ],
@@ -178,5 +188,7 @@ def test_schema_of_what_pydantic_knows() -> None:
         "required": ["value"],
     }
     assert schema(Side)["prefixItems"] == [{"type": "string"}, {"type": "integer"}]
+    assert schema(Row)["required"] == ["day"]
+    assert schema(Row)["properties"] == {"day": schema(dt.date), "n": {"type": "integer"}}
     for hint in (*(one[1] for one in CONVERTED), object, type(None)):
         assert "$ref" not in json.dumps(schema(hint))
