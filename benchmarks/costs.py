@@ -43,6 +43,7 @@ from rayrl.chat import Chat
 from rayrl.cluster.lines import PAUSE_S
 from rayrl.config import AlgoConfig, from_dict
 from rayrl.durable import TurnLog
+from rayrl.encoding import bytes_of
 from rayrl.engine.protocol import Engine
 from rayrl.episodes import episode_to_json
 from rayrl.grouplog import GroupLog, Played
@@ -162,8 +163,8 @@ def driver_work(folder: Path, size: int = 8) -> dict[str, Any]:
 
 
 def recorder_work() -> dict[str, float]:
-    """Of a turn that has arrived, pickled."""
-    blob = pickle.dumps(a_group("0-0", 1, 1, 64).episodes[0].turns[0])
+    """Of a turn that has arrived, as bytes."""
+    blob = bytes_of(a_group("0-0", 1, 1, 64).episodes[0].turns[0])
 
     def work() -> None:
         log = TurnLog()

@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import itertools
-import json
 import pickle
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rayrl.agent import Conversation, Options, Player
@@ -17,9 +16,10 @@ from rayrl.env import Environment
 from rayrl.errors import RayrlError
 from rayrl.players import ScriptedPlayer
 from rayrl.rollout import play_episode
+from rayrl.tasks import misread
 from rayrl.types import Episode, Message, Task, Turn
 
-__all__ = ["check_env", "find_problems"]
+__all__ = ["check_env", "find_problems", "task_problems"]
 
 DEADLINE_S = 10.0  # for an episode in which nobody thinks
 _TASKS = 8
@@ -100,10 +100,7 @@ def _task_problems(env: Environment, tasks: Sequence[Task], again: Sequence[Task
             "every task has the same seed: the source must pass its `seed` on to the task, or "
             "task.rng() gives the same luck everywhere"
         )
-    try:
-        json.dumps(tasks[0].to_dict())
-    except (TypeError, ValueError) as error:
-        problems.append(f"{kind.__name__} cannot be written to the episode log as JSON: {error}")
+    problems += task_problems(tasks)
     try:
         same = pickle.loads(pickle.dumps(tasks[0])) == tasks[0]
     except Exception as error:
@@ -112,6 +109,21 @@ def _task_problems(env: Environment, tasks: Sequence[Task], again: Sequence[Task
         if not same:
             problems.append(f"{kind.__name__} is not equal to itself after pickling")
     return problems
+
+
+def task_problems(tasks: Iterable[Task]) -> list[str]:
+    """What is wrong with the first task that a file would not give back as it is, if one is."""
+    for task in tasks:
+        try:
+            problem = misread(task)
+        except TypeError as error:
+            problem = str(error)
+        if problem:
+            name = type(task).__name__
+            return [
+                f"{name} cannot be written to the episode log as JSON and read again: {problem}"
+            ]
+    return []
 
 
 async def _play_problems(env: Environment, task: Task, deadline_s: float) -> list[str]:

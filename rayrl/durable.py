@@ -9,12 +9,12 @@ recorded; where that differs, the environment is not deterministic, and the epis
 from __future__ import annotations
 
 import asyncio
-import pickle
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rayrl.encoding import turn_from_bytes
 from rayrl.tools import tool_name
 from rayrl.types import Failure, Message, Turn, Usage, sum_usage
 
@@ -60,14 +60,14 @@ class Begun:
 
 
 Told = tuple[str, int, Turn | bytes]
-"""Episode, number of the attempt, turn (it may come pickled)."""
+"""Episode, number of the attempt, turn (or what `encoding.bytes_of` makes of it)."""
 
 
 class TurnLog:
     """The turns of live episodes, kept where their process cannot take them along.
 
     `add` is for the `on_turn` of `play_groups`; `begun` gives what its `recorded` wants. Turns may
-    come pickled, and stay so until they are asked for, which is seldom.
+    come as bytes, and stay so until they are asked for, which is seldom.
     """
 
     def __init__(self) -> None:
@@ -86,7 +86,7 @@ class TurnLog:
         """What there is of every episode, or of those of some groups, by its id."""
         wanted = self._groups if groups is None else groups
         return {
-            episode: Begun(tuple(map(_unpickled, turns)), attempt + 1)
+            episode: Begun(tuple(map(_decoded, turns)), attempt + 1)
             for group in wanted
             for episode, (attempt, turns) in self._groups.get(group, {}).items()
         }
@@ -110,11 +110,8 @@ class TurnLog:
         self._groups.pop(group, None)
 
 
-def _unpickled(turn: Turn | bytes) -> Turn:
-    if isinstance(turn, bytes):
-        known: Turn = pickle.loads(turn)
-        return known
-    return turn
+def _decoded(turn: Turn | bytes) -> Turn:
+    return turn_from_bytes(turn) if isinstance(turn, bytes) else turn
 
 
 class Course:

@@ -6,7 +6,7 @@ import asyncio
 import statistics
 import textwrap
 
-from rayrl.checker import DEADLINE_S, check_env
+from rayrl.checker import DEADLINE_S, check_env, task_problems
 from rayrl.config import Config
 from rayrl.env import Environment
 from rayrl.errors import EnvError
@@ -33,6 +33,10 @@ def run(config: Config) -> None:
         print(f"  env.args.{key}: {textwrap.shorten(repr(value), 80)}")
     print(f"  installed besides: {', '.join(_others(environment.name)) or 'none'}")
     problems = check_env(environment)
+    if not problems:
+        for name, args in config.eval.cells.items():
+            tasks = environment.configure(args).tasks(config.run.seed, _TASKS)
+            problems += [f"eval.cells.{name}: {what}" for what in task_problems(tasks)]
     for name in sorted(environment.players) if not problems else ():
         row, failed = asyncio.run(_row(environment, name, config.run.seed))
         print(row)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, TextIO, get_args
+from typing import Any, BinaryIO, get_args
 
 from rayrl.errors import DataError
 from rayrl.hints import fit
+from rayrl.tasks import LoggedTask, as_kind, task_from_json, task_to_json
 from rayrl.types import (
     Episode,
     Failure,
@@ -26,25 +28,21 @@ from rayrl.types import (
 __all__ = [
     "LoggedTask",
     "episode_from_json",
+    "episode_line",
     "episode_to_json",
     "message_from_json",
     "message_to_json",
     "read_episodes",
+    "read_kept",
     "revive",
     "write_episodes",
 ]
 
-
-@dataclass(frozen=True, kw_only=True)
-class LoggedTask(Task):
-    """A task read from a file whose class is not loaded here: its fields as plain data."""
-
-    type: str = ""
-    fields: Mapping[str, Any] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The original task's fields."""
-        return dict(self.fields)
+_SUM = "checksum"  # of a line that only programs write
+_CHANGED = (
+    f"it is not what was written: its checksum is another. If you changed the line on purpose, "
+    f"remove the key {_SUM!r} from it"
+)
 
 
 def message_to_json(message: Message) -> dict[str, Any]:
@@ -70,14 +68,18 @@ def message_from_json(data: Mapping[str, Any]) -> Message:
 
 
 def episode_to_json(episode: Episode) -> dict[str, Any]:
-    """An episode as plain data, in the order a person wants to read it."""
+    """An episode as plain data, in the order a person wants to read it.
+
+    Raises:
+        EnvError: its task holds something that cannot be written; names the field.
+    """
     data: dict[str, Any] = {
         "id": episode.id,
         "env": episode.env,
         "index": episode.index,
         "rewards": replace_surrogates(dict(episode.rewards)),
         "scores": replace_surrogates({s: dict(scores) for s, scores in episode.scores.items()}),
-        **_task_to_json(episode.task),
+        "task": replace_surrogates(task_to_json(episode.task)),
         "turns": [_turn_to_json(turn) for turn in episode.turns],
     }
     if episode.failure is not None:
@@ -111,7 +113,7 @@ def episode_from_json(data: Mapping[str, Any]) -> Episode:
         return Episode(
             id=_typed(data["id"], str, "id"),
             env=_typed(data["env"], str, "env"),
-            task=_task_from_json(data["task"], data.get("task_type")),
+            task=task_from_json(data["task"]),
             index=_typed(data["index"], int, "index"),
             turns=tuple(
                 _turn_from_json(turn, f"turn {k}")
@@ -144,20 +146,37 @@ def write_episodes(path: str | Path, episodes: Iterable[Episode], append: bool =
     return count
 
 
+def episode_line(episode: Episode) -> str:
+    """An episode as a line of a file that only programs write: with a checksum at its end."""
+    text = json.dumps(episode_to_json(episode), ensure_ascii=False)
+    return f'{text[:-1]}, "{_SUM}": {_sum(text)}}}\n'
+
+
 def read_episodes(path: str | Path) -> Iterator[Episode]:
     """The episodes of a file, one after the other; empty lines are skipped.
 
     Raises:
         DataError: there is no such file, or a line is malformed; names the file and the line.
     """
+    return (episode for episode, _ in read_kept(path))
+
+
+def read_kept(path: str | Path) -> Iterator[tuple[Episode, str]]:
+    """The episodes of a file, each with what its checksum says, in words; nothing if it is right.
+
+    Raises:
+        DataError: as `read_episodes`.
+    """
     with _opened(path) as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 try:
-                    episode = _episode_of(line)
+                    episode, whole = _episode_of(line.decode())
+                except UnicodeDecodeError:
+                    raise DataError(f"{path}:{number}: not UTF-8") from None
                 except DataError as error:
                     raise DataError(f"{path}:{number}: {error}") from None
-                yield episode
+                yield episode, "" if whole else f"{path}:{number}: {_CHANGED}"
 
 
 def revive(episode: Episode, kinds: Iterable[type[Task]]) -> Episode:
@@ -179,26 +198,33 @@ def revive(episode: Episode, kinds: Iterable[type[Task]]) -> Episode:
             f"episode {episode.id} is of a task {name}, and there are {', '.join(known)} only"
         )
     try:
-        return replace(episode, task=fit(task.fields, known[name]))
+        return replace(episode, task=as_kind(task.fields, known[name]))
     except TypeError as error:
         raise DataError(f"episode {episode.id}: its task is no {name}: {error}") from None
 
 
-def _opened(path: str | Path) -> TextIO:
+def _opened(path: str | Path) -> BinaryIO:
     try:
-        return Path(path).open(encoding="utf-8")
+        return Path(path).open("rb")
     except OSError as error:
         raise DataError(f"{path}: cannot read episodes: {error.strerror}") from error
 
 
-def _episode_of(line: str) -> Episode:
+def _episode_of(line: str) -> tuple[Episode, bool]:
+    """An episode, and whether its line is as it was written."""
     try:
         data = json.loads(line)
     except json.JSONDecodeError as error:
         raise DataError(f"not valid JSON: {error.msg} at column {error.colno}") from None
     if not isinstance(data, dict):
         raise DataError(f"expected an object, got {line.strip()[:40]!r}")
-    return episode_from_json(data)
+    own = data.pop(_SUM, None)
+    whole = own in (None, _sum(json.dumps(data, ensure_ascii=False)))
+    return episode_from_json(data), whole
+
+
+def _sum(text: str) -> int:
+    return zlib.crc32(text.encode("utf-8", "surrogatepass"))
 
 
 def _default_state(prompt: Iterable[Message]) -> str:
@@ -266,38 +292,3 @@ def _typed(value: Any, kind: type, where: str) -> Any:
     if not isinstance(value, kind):
         raise DataError(f"{where} must be {kind.__name__}, got {value!r}")
     return value
-
-
-def _type_name(task: Task) -> str:
-    if isinstance(task, LoggedTask):
-        return task.type
-    return f"{type(task).__module__}:{type(task).__qualname__}"
-
-
-def _task_to_json(task: Task) -> dict[str, Any]:
-    """Its fields and the name of its type, which stands beside them if a field is called `type`."""
-    kind, fields = _type_name(task), task.to_dict()
-    if "type" in fields:
-        return {"task_type": kind, "task": fields}
-    return {"task": {"type": kind, **fields}}
-
-
-def _task_from_json(data: Mapping[str, Any], kind: str | None) -> Task:
-    fields = dict(data)
-    kind = fields.pop("type") if kind is None else kind
-    found = _loaded_tasks().get(kind)
-    if found is not None:
-        task: Task = fit(fields, found)
-        return task
-    return LoggedTask(seed=fields.get("seed", 0), type=kind, fields=fields)
-
-
-def _loaded_tasks() -> dict[str, type[Task]]:
-    """Only classes that are loaded: reading a file must not import what it names."""
-    loaded: dict[str, type[Task]] = {}
-    left: list[type[Task]] = [Task]
-    while left:
-        kind = left.pop()
-        loaded[f"{kind.__module__}:{kind.__qualname__}"] = kind
-        left += kind.__subclasses__()
-    return loaded

@@ -28,7 +28,7 @@ from rayrl.journal import Journal, Play
 from rayrl.results import Cell, Result, rich_table
 from rayrl.rollout import GroupPlan
 from rayrl.rundir import RunDir
-from rayrl.stage import row_name, say_templates, seats_of, unplayed_note
+from rayrl.stage import check_tasks, row_name, say_templates, seats_of, unplayed_note
 from rayrl.types import Sampling, Usage, derive_seed
 
 __all__ = ["cell_of", "check_args", "evaluate", "evaluation_plans", "run"]
@@ -103,6 +103,7 @@ def evaluation_plans(environment: Environment, config: Config, cell: str) -> lis
     """One episode of each task of a cell."""
     seed = derive_seed(config.run.seed, "eval", cell)
     tasks = environment.tasks(seed, config.eval.episodes)
+    check_tasks(environment, tasks)
     return [
         GroupPlan(f"{cell}-{k}", task, 1, derive_seed(seed, "play", k))
         for k, task in enumerate(tasks)

@@ -10,7 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from rayrl.encoding import group_from_data, group_to_data
+from rayrl.errors import DataError
 from rayrl.files import told_if_full
 from rayrl.records import Records
 from rayrl.types import Group
@@ -62,9 +65,15 @@ class GroupLog:
         """What was written since the checkpoint of `step`; appending goes on behind it.
 
         Raises:
-            DataError: a record that is no record of ours, other than a torn last one.
+            DataError: the file is damaged in front of its tail, or was not written by this class.
         """
-        return self._open(step).read()
+        records = self._open(step).read()
+        try:
+            return [_from_data(*record) for record in records]
+        except (TypeError, ValueError, DataError) as error:
+            raise DataError(
+                f"{self._at(step)}: {error}; remove the file, and what it held is played again."
+            ) from error
 
     def begin(self, step: int, records: Sequence[Played | Batched]) -> None:
         """A log for the checkpoint of `step`, which is about to be made, with these to begin with.
@@ -83,12 +92,17 @@ class GroupLog:
             if file != self._at(step):
                 file.unlink()
 
+    def forget(self, step: int) -> None:
+        """Only the checkpoint of `step` is whole: what was played since others is of no use."""
+        self.keep(step)
+        self.turns.unlink(missing_ok=True)
+
     def add(self, record: Played | Batched) -> None:
         """Append; a process that is killed afterwards has not lost it."""
         assert self._records is not None
         then = "it goes on from the last checkpoint and what was played since"
         with told_if_full(self._folder, "a group that was played", then):
-            self._records.add(record)
+            self._records.add(_to_data(record))
 
     def close(self) -> None:
         """Close the file."""
@@ -103,3 +117,15 @@ class GroupLog:
         self.close()
         self._records = Records(self._at(step))
         return self._records
+
+
+def _to_data(record: Played | Batched) -> tuple[Any, ...]:
+    if isinstance(record, Played):
+        return "played", record.index, group_to_data(record.group)
+    return "batched", record.step, record.taken, record.dropped, record.again
+
+
+def _from_data(kind: str, number: int, *rest: Any) -> Played | Batched:
+    if kind == "played":
+        return Played(number, group_from_data(*rest))
+    return Batched(number, *map(tuple, rest))

@@ -61,7 +61,7 @@ def with_group_rewards(env: Environment, episodes: Sequence[Episode]) -> list[Ep
     name = ""
     try:
         for name, group in env.group_rewards.items():
-            values = _group_scores(env, group, valid)
+            values = _group_scores(env, name, group, valid)
             for scores, value in zip(added, values, strict=True):
                 for seat in scores if group.seat is None else (group.seat,):
                     scores[seat][name] = value

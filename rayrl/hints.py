@@ -7,16 +7,22 @@ source, the arguments of a tool.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
+import json
 import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Union
+from enum import Enum
+from typing import Any, Literal, NotRequired, Union
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.errors import PydanticUserError
 
 from rayrl.errors import did_you_mean
 
-__all__ = ["fit", "hint_name", "keyword_hints", "schema", "suggestion"]
+__all__ = ["fit", "hint_name", "keyword_hints", "plain_default", "schema", "suggestion"]
 
 _SCALARS: dict[Any, str] = {int: "integer", float: "number", str: "string", bool: "boolean"}
 _ARRAYS = (list, tuple, set, frozenset)
@@ -28,16 +34,34 @@ def hint_name(hint: Any) -> str:
         return "None"
     if isinstance(hint, type) and not typing.get_args(hint):
         return hint.__name__
+    if _is_union(typing.get_origin(hint)):
+        return " | ".join(map(hint_name, typing.get_args(hint)))
     return str(hint).replace("typing.", "").replace("collections.abc.", "")
 
 
 def keyword_hints(function: Callable[..., Any]) -> dict[str, Any]:
     """The hint of every parameter of `function`; `Any` where it has none or cannot be resolved."""
+    parameters = inspect.signature(function).parameters
     try:
         hints = typing.get_type_hints(function)
-    except (NameError, TypeError):  # a hint that exists for the type checker only
-        hints = {}
-    return {name: hints.get(name, Any) for name in inspect.signature(function).parameters}
+    except (NameError, TypeError):  # one of them exists for the type checker only
+        hints = {name: _resolved(one.annotation, function) for name, one in parameters.items()}
+    return {name: hints.get(name, Any) for name in parameters}
+
+
+def _resolved(hint: Any, function: Any) -> Any:
+    """A hint that is text, from the names that the function's own code can see."""
+    if not isinstance(hint, str):
+        return hint
+    inner = inspect.unwrap(function)
+    inner = getattr(inner, "__func__", inner)
+    cells = getattr(inner, "__closure__", None) or ()
+    near = dict(zip(inner.__code__.co_freevars, cells, strict=True)) if cells else {}
+    try:
+        seen = {name: cell.cell_contents for name, cell in near.items()}
+        return eval(hint, getattr(inner, "__globals__", {}), seen)
+    except (NameError, TypeError, SyntaxError, ValueError):
+        return Any
 
 
 def suggestion(name: str, known: Sequence[str]) -> str:
@@ -66,8 +90,10 @@ def fit(value: Any, hint: Any) -> Any:
     if _is_union(origin):
         return _fit_union(value, hint, args)
     if origin is Literal:
-        if value in args and any(value == arg and type(value) is type(arg) for arg in args):
+        if any(value == arg and type(value) is type(arg) for arg in args):
             return value
+        if any(isinstance(arg, Enum | bytes) for arg in args):
+            return _parsed(value, hint)
         raise TypeError(f"expected one of {', '.join(map(repr, args))}, got {value!r}")
     base = origin or hint
     if hint is None or hint is type(None):
@@ -80,12 +106,59 @@ def fit(value: Any, hint: Any) -> Any:
     elif base is dict or base is Mapping:
         if isinstance(value, Mapping):
             of_key, of_value = args or (Any, Any)
-            return {fit(k, of_key): fit(v, of_value) for k, v in value.items()}
-    elif not isinstance(base, type) or isinstance(value, base):
+            return {_fit_key(k, of_key): fit(v, of_value) for k, v in value.items()}
+    elif typing.is_typeddict(base):
+        if isinstance(value, Mapping):
+            return _fit_fields(value, base)
+    elif isinstance(base, type) and isinstance(value, base):
         return value
-    elif dataclasses.is_dataclass(base) and isinstance(value, Mapping):
-        return _fit_dataclass(value, base)
+    elif dataclasses.is_dataclass(base):
+        if isinstance(value, Mapping):
+            return base(**_fit_fields(value, base))  # type: ignore[operator]
+    else:
+        return _parsed(value, hint)
     raise TypeError(f"expected {hint_name(hint)}, got {value!r}")
+
+
+def _fit_key(key: Any, hint: Any) -> Any:
+    """Of a mapping: JSON has only text there."""
+    try:
+        return fit(key, hint)
+    except TypeError:
+        if not isinstance(key, str):
+            raise
+    (parsed,) = _parsed({key: None}, dict[hint, None])
+    return parsed
+
+
+def _parsed(value: Any, hint: Any) -> Any:
+    """What pydantic makes of it: an `Enum`, a date, a `Path`; of JSON data, or of such a thing."""
+    adapter = _adapter(hint)
+    if adapter is None:  # a kind of its own: nothing can be converted to it
+        if not isinstance(hint, type) or isinstance(value, hint):
+            return value
+        raise TypeError(f"expected {hint_name(hint)}, got {value!r}")
+    try:
+        return adapter.validate_python(value, strict=True)
+    except ValidationError:
+        pass  # as JSON, then
+    try:
+        return adapter.validate_json(json.dumps(value), strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        said = first["msg"].replace("Input should be ", "expected ")
+        where = ".".join(str(part) for part in first["loc"] if part != "[key]")
+        raise TypeError(f"{where}: {said}" if where else f"{said}, got {value!r}") from None
+    except (TypeError, ValueError):
+        raise TypeError(f"expected {hint_name(hint)}, got {value!r}") from None
+
+
+@functools.lru_cache(256)
+def _adapter(hint: Any) -> TypeAdapter[Any] | None:
+    try:
+        return TypeAdapter(hint)
+    except (PydanticUserError, NameError):
+        return None
 
 
 def _fit_union(value: Any, hint: Any, args: tuple[Any, ...]) -> Any:
@@ -97,6 +170,9 @@ def _fit_union(value: Any, hint: Any, args: tuple[Any, ...]) -> Any:
                 return fit(value, arg)
             except TypeError:
                 continue
+    kinds = [arg for arg in args if dataclasses.is_dataclass(arg)]
+    if isinstance(value, Mapping) and len(kinds) == 1:
+        return fit(value, kinds[0])  # says what is wrong with it
     raise TypeError(f"expected {hint_name(hint)}, got {value!r}")
 
 
@@ -127,35 +203,58 @@ def _fit_array(value: Any, hint: Any, base: Any, args: tuple[Any, ...]) -> Any:
     return make(fit(item, of_item) for item in items)
 
 
-def _fit_dataclass(value: Mapping[str, Any], base: Any) -> Any:
-    hints = typing.get_type_hints(base)
-    fields = [field.name for field in dataclasses.fields(base) if field.init]
+def _fit_fields(value: Mapping[str, Any], base: Any) -> dict[str, Any]:
+    hints, required = _fields(base)
+    known = [*hints]
     for key in value:
-        if key not in fields:
-            raise TypeError(f"{base.__name__} has no field {key!r}.{suggestion(key, fields)}")
+        if key not in known:
+            raise TypeError(f"{base.__name__} has no field {key!r}.{suggestion(key, known)}")
     fitted = {}
     for key, part in value.items():
         try:
             fitted[key] = fit(part, hints[key])
         except TypeError as error:
             raise TypeError(f"field {key!r}: {error}") from None
-    return base(**fitted)
+    for key in known:
+        if key in required and key not in fitted:
+            raise TypeError(f"{base.__name__} needs the field {key!r}")
+    return fitted
 
 
-def schema(hint: Any) -> dict[str, Any]:
-    """The JSON schema of a hint; `{}` (anything) where JSON schema has no word for it."""
+def _fields(base: Any) -> tuple[dict[str, Any], list[str]]:
+    """Fields of a dataclass or a `TypedDict` by their hints, and those that must be given."""
+    if typing.is_typeddict(base):
+        marked = typing.get_type_hints(base, include_extras=True)  # as text it is in the hint only
+        free = [name for name, hint in marked.items() if typing.get_origin(hint) is NotRequired]
+        return typing.get_type_hints(base), [
+            name for name in marked if name in base.__required_keys__ and name not in free
+        ]
+    fields = [field for field in dataclasses.fields(base) if field.init]
+    none = dataclasses.MISSING
+    required = [one.name for one in fields if one.default is one.default_factory is none]
+    hints = keyword_hints(base)
+    return {field.name: hints[field.name] for field in fields}, required
+
+
+def schema(hint: Any, within: tuple[type, ...] = ()) -> dict[str, Any]:
+    """The JSON schema of a hint; `{}` (anything) where JSON schema has no word for it.
+
+    Args:
+        within: dataclasses that it is part of; one that holds itself is an object there.
+    """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Annotated:
-        return schema(args[0])
+        return schema(args[0], within)
     if _is_union(origin):
-        options = [schema(arg) for arg in args if arg is not type(None)]
+        options = [schema(arg, within) for arg in args if arg is not type(None)]
         if len(options) == 1:  # Optional[X]: the parameter is not required, X is what it takes
             return options[0]
         return {"anyOf": options}
-    if origin is Literal:
+    if origin is Literal and all(isinstance(arg, str | int | None) for arg in args):
         kinds = {type(arg) for arg in args}
         kind = _SCALARS.get(kinds.pop()) if len(kinds) == 1 else None
-        return ({"type": kind} if kind else {}) | {"enum": list(args)}
+        if not any(isinstance(arg, Enum) for arg in args):
+            return ({"type": kind} if kind else {}) | {"enum": list(args)}
     base = origin or hint
     if base in _SCALARS:
         return {"type": _SCALARS[base]}
@@ -164,24 +263,62 @@ def schema(hint: Any) -> dict[str, Any]:
         if fixed:
             return {
                 "type": "array",
-                "prefixItems": [schema(arg) for arg in args],
+                "prefixItems": [schema(arg, within) for arg in args],
                 "minItems": len(args),
                 "maxItems": len(args),
             }
-        return {"type": "array"} | ({"items": schema(args[0])} if args else {})
-    if isinstance(base, type) and dataclasses.is_dataclass(base):
-        hints = typing.get_type_hints(base)
-        fields = [field for field in dataclasses.fields(base) if field.init]
-        missing = dataclasses.MISSING
-        return {
-            "type": "object",
-            "properties": {field.name: schema(hints[field.name]) for field in fields},
-            "required": [
-                field.name
-                for field in fields
-                if field.default is missing and field.default_factory is missing
-            ],
-        }
+        return {"type": "array"} | ({"items": schema(args[0], within)} if args else {})
+    if typing.is_typeddict(base) or (isinstance(base, type) and dataclasses.is_dataclass(base)):
+        return {"type": "object"} if base in within else _fields_schema(base, (*within, base))
     if base is dict or base is Mapping:
-        return {"type": "object"} | ({"additionalProperties": schema(args[1])} if args else {})
-    return {}
+        values = schema(args[1], within) if args else {}
+        return {"type": "object"} | ({"additionalProperties": values} if args else {})
+    return _parsed_schema(hint)
+
+
+def _fields_schema(base: Any, within: tuple[type, ...]) -> dict[str, Any]:
+    hints, required = _fields(base)
+    properties = {name: schema(hint, within) for name, hint in hints.items()}
+    return {"type": "object", "properties": properties, "required": required}
+
+
+def _parsed_schema(hint: Any) -> dict[str, Any]:
+    """What pydantic says of an `Enum` or a date."""
+    adapter = None if hint in (Any, inspect.Parameter.empty) else _adapter(hint)
+    if adapter is None:
+        return {}
+    try:
+        found = adapter.json_schema()
+    except PydanticUserError:
+        return {}
+    plain: dict[str, Any] = _inlined(found, found.pop("$defs", {}))
+    return plain
+
+
+def _inlined(part: Any, known: Mapping[str, Any]) -> Any:
+    """Without references, which models seldom read, and without titles, which say nothing."""
+    if isinstance(part, list):
+        return [_inlined(one, known) for one in part]
+    if not isinstance(part, dict):
+        return part
+    if "$ref" in part:
+        name = part["$ref"].rpartition("/")[2]
+        left = {key: one for key, one in known.items() if key != name}
+        return _inlined(known[name], left) if name in known else {"type": "object"}
+    return {
+        key: _inlined(one, known)
+        for key, one in part.items()
+        if not (key in ("title", "description") and isinstance(one, str))
+    }
+
+
+def plain_default(value: Any) -> Any:
+    """A default value as JSON data.
+
+    Raises:
+        TypeError, ValueError: JSON has no word for it.
+    """
+    config = ConfigDict(ser_json_inf_nan="constants")
+    plain = TypeAdapter(Any, config=config).dump_python(value, mode="json")
+    json.dumps(plain, allow_nan=False)
+    return plain

@@ -20,11 +20,12 @@ from typing import TextIO
 from rayrl.bar import Bar
 from rayrl.cluster.hosts import trainable_seats
 from rayrl.cluster.rollouts import Collection, Rollouts
-from rayrl.episodes import episode_from_json, episode_to_json, read_episodes
-from rayrl.errors import RunFailed
+from rayrl.episodes import episode_line, read_kept
+from rayrl.errors import DataError, RunFailed
 from rayrl.files import sync, write_atomic
 from rayrl.rollout import GroupPlan
-from rayrl.types import Episode, Group, Usage, sum_usage
+from rayrl.tasks import same, task_from_json, task_to_json
+from rayrl.types import Episode, Group, Task, Usage, sum_usage
 
 __all__ = ["Journal", "Play"]
 
@@ -59,17 +60,24 @@ class Journal:
         self._synced = time.monotonic()
         if file is not None and file.is_file():
             _cut_torn_line(file)
-            self._read(read_episodes(file), trainable_seats(seats))
+            try:
+                self._read(read_kept(file), trainable_seats(seats))
+            except DataError as error:
+                raise DataError(
+                    f"{error}. Remove the line, and its episode is played again."
+                ) from error
 
-    def _read(self, episodes: Iterable[Episode], trainable: tuple[str, ...]) -> None:
+    def _read(self, episodes: Iterable[tuple[Episode, str]], trainable: tuple[str, ...]) -> None:
         by_id = {plan.id: plan for plan in self.plans}
-        for episode in episodes:
+        for episode, problem in episodes:
             plan = by_id.get(episode.id.rpartition("/")[0])
-            if plan is None or _read_again(replace(episode, task=plan.task)).task != episode.task:
+            if plan is None or not same(_read_again(plan.task), episode.task):
                 raise RunFailed(
                     f"{self.file}: episode {episode.id} is of another task than this run plays; "
                     "has the environment's code changed? Use another run.name to start anew."
                 )
+            if problem:
+                raise DataError(problem)
             self._count(episode)
             if _is_over(episode):
                 own = (replace(episode, task=plan.task),)
@@ -195,14 +203,12 @@ def _is_over(episode: Episode) -> bool:
 
 
 def _lines(episodes: Iterable[Episode]) -> str:
-    return "".join(
-        json.dumps(episode_to_json(episode), ensure_ascii=False) + "\n" for episode in episodes
-    )
+    return "".join(map(episode_line, episodes))
 
 
-def _read_again(episode: Episode) -> Episode:
-    """The episode as a file gives it back."""
-    return episode_from_json(json.loads(_lines([episode])))
+def _read_again(task: Task) -> Task:
+    """The task as a file gives it back."""
+    return task_from_json(json.loads(json.dumps(task_to_json(task))))
 
 
 def _cut_torn_line(file: Path) -> None:

@@ -27,6 +27,7 @@ from rayrl.files import write_atomic
 from rayrl.memory import PeakMemory
 from rayrl.results import Result, markdown, rich_table
 from rayrl.rundir import RunDir, refuse_changes
+from rayrl.seal import sealed
 from rayrl.stage import EPISODES, MODEL, is_finished, row_name, versions
 
 __all__ = ["Link", "chain", "rows", "run"]
@@ -156,7 +157,7 @@ def _record(folder: RunDir, stage: str, seconds: float, peak_bytes: int) -> None
 
 
 def _write_table(folder: Path, found: Sequence[Result]) -> None:
-    data = json.dumps([result.to_dict() for result in found], indent=1, ensure_ascii=False)
+    data = json.dumps([sealed(result.to_dict()) for result in found], indent=1, ensure_ascii=False)
     write_atomic(folder / f"{TABLE}.json", (data + "\n").encode())
     write_atomic(folder / f"{TABLE}.md", markdown(found).encode())
 

@@ -1,23 +1,47 @@
-"""Files that records are appended to, and that a killed process leaves readable.
+"""Files that records are appended to, and that a killed process or a power cut leaves readable.
 
-A record is a pickle behind its length. It is written at once: who is killed afterwards has not lost
-it, and who is killed meanwhile leaves at most the last one torn, which is cut off.
+A record is plain data as MessagePack, behind a mark, its length and its CRC-32. It is written at
+once: a process that is killed afterwards has not lost it. Whatever stands behind the last whole
+record (a torn one, zeros of a power cut) is cut off; damage in front of a whole record is an error.
+Reading a file never runs anything that it holds.
 """
 
 from __future__ import annotations
 
 import os
-import pickle
 import struct
+import sys
+import zlib
+from collections.abc import Callable
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
+import msgpack  # type: ignore[import-untyped]
+
 from rayrl.errors import DataError
 
-__all__ = ["Records"]
+__all__ = ["Records", "pack", "unpack"]
 
-_HEAD = struct.Struct(">I")
+_MARK = b"rec\x01"
+_HEAD = struct.Struct(">4sII")  # mark, length and checksum of what follows
+_PICKLE = b"\x80\x05"  # how records began before there was a mark, behind four bytes of length
+_REMEDY = "remove the file, and what it held is played again"
+
+
+def pack(data: object, default: Callable[[Any], Any] | None = None) -> bytes:
+    """Plain data as bytes; `default` makes plain data of anything else."""
+    packed: bytes = msgpack.packb(data, default=default, unicode_errors="surrogatepass")
+    return packed
+
+
+def unpack(data: bytes) -> Any:
+    """What `pack` was given; its tuples are lists now.
+
+    Raises:
+        ValueError: these bytes are not from `pack`.
+    """
+    return msgpack.unpackb(data, unicode_errors="surrogatepass", strict_map_key=False)
 
 
 class Records:
@@ -36,34 +60,49 @@ class Records:
         self.size = os.fstat(self._out.fileno()).st_size
 
     def read(self) -> list[Any]:
-        """All of them; a torn last one is cut off.
+        """All of them, with lists for tuples; what follows the last whole one is cut off.
 
         Raises:
-            DataError: something that is no record.
+            DataError: damage in front of a whole record, or a file of an earlier version.
         """
-        records = []
-        whole = 0
         data = self.file.read_bytes()
-        while whole + _HEAD.size <= len(data):
-            (size,) = _HEAD.unpack_from(data, whole)
-            end = whole + _HEAD.size + size
-            if end > len(data):
-                break
-            try:
-                records.append(pickle.loads(data[whole + _HEAD.size : end]))
-            except Exception as error:
-                raise DataError(
-                    f"{self.file}, byte {whole}: not a record of what was played ({error}); remove "
-                    "the file, and what it held is played again."
-                ) from error
-            whole = end
-        self.cut(whole)
+        records = []
+        at = 0
+        while (body := _body(data, at)) is not None:
+            records.append(unpack(body))
+            at += _HEAD.size + len(body)
+        if at < len(data):
+            self._refuse(data, at)
+            print(
+                f"{self.file}: the last {len(data) - at} bytes are not a whole record; they were "
+                "cut off, and what they held is played again.",
+                file=sys.stderr,
+            )
+            self.cut(at)
         return records
 
+    def _refuse(self, data: bytes, at: int) -> None:
+        """Raise DataError unless nothing but a damaged tail begins at this byte."""
+        if data[at + 4 : at + 6] == _PICKLE:
+            raise DataError(
+                f"{self.file}, byte {at}: a pickle, as earlier versions of rayrl wrote it. It is "
+                f"not read, because reading a pickle can run code; {_REMEDY}."
+            )
+        if not at and not _MARK.startswith(data[:4]) and data.strip(b"\0"):
+            raise DataError(f"{self.file}, byte 0: not records of what was played; {_REMEDY}.")
+        later = data.find(_MARK, at + 1)
+        while later >= 0 and _body(data, later) is None:
+            later = data.find(_MARK, later + 1)
+        if later >= 0:
+            raise DataError(
+                f"{self.file}, byte {at}: {later - at} damaged bytes in front of whole records; "
+                f"{_REMEDY}."
+            )
+
     def add(self, record: object) -> None:
-        """Append one; on an error nothing of it is there."""
-        body = pickle.dumps(record, pickle.HIGHEST_PROTOCOL)
-        left = memoryview(_HEAD.pack(len(body)) + body)
+        """Append one, which must be plain data; on an error nothing of it is there."""
+        body = pack(record)
+        left = memoryview(_HEAD.pack(_MARK, len(body), zlib.crc32(body)) + body)
         size = self.size + len(left)
         try:
             while left:
@@ -81,3 +120,13 @@ class Records:
     def close(self) -> None:
         """Close the file."""
         self._out.close()
+
+
+def _body(data: bytes, at: int) -> bytes | None:
+    """The body of the record that begins at this byte; None unless a whole one does."""
+    if at + _HEAD.size > len(data):
+        return None
+    mark, size, checksum = _HEAD.unpack_from(data, at)
+    body = data[at + _HEAD.size : at + _HEAD.size + size]
+    whole = mark == _MARK and len(body) == size and zlib.crc32(body) == checksum
+    return body if whole else None

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 
 from rayrl.bar import Bar
 from rayrl.cluster.learners import Learners
-from rayrl.errors import LearnerLost
+from rayrl.errors import LearnerLost, RunFailed
 from rayrl.rundir import RunDir
 
 __all__ = ["Recovery"]
@@ -44,6 +44,7 @@ class Recovery:
 
         Raises:
             LearnerLost: too often.
+            RunFailed: after a loss, the newest checkpoint is damaged.
         """
         lost: LearnerLost | None = None
         while True:
@@ -64,9 +65,15 @@ class Recovery:
 
     async def _load(self, again: bool) -> int:
         """Bring the learner to the newest checkpoint; returns the step to go on with."""
+        made = self.folder.checkpoints()
         found = self.folder.latest_checkpoint()
         at = found.step if found else 0
         if again:
+            if found and found.path != made[-1]:
+                raise RunFailed(
+                    f"{made[-1]} is damaged, and the learner was lost. The same command goes on "
+                    f"from the checkpoint of step {at}."
+                )
             self._left -= 1
             self.bar.note(f"a learner process died; it starts again from step {at}")
             await self.learner.restart()

@@ -13,12 +13,13 @@ from typing import Any
 
 from rayrl.alarms import ALARMS
 from rayrl.config import Config
-from rayrl.episodes import read_episodes
+from rayrl.episodes import read_kept
 from rayrl.errors import DataError
 from rayrl.files import write_atomic
 from rayrl.report_page import Book, Phase, render
 from rayrl.results import MISSING, Result, columns, entry
-from rayrl.rundir import read_config
+from rayrl.rundir import check_finished, read_config
+from rayrl.seal import opened, parse, read_lines
 from rayrl.stage import EPISODES
 from rayrl.timeline import TIMELINE
 
@@ -52,7 +53,7 @@ def gather(folder: Path) -> Book:
         stages = [(config.run.name, _verb_of(folder), folder)]
     phases = [_phase(name, verb, where) for name, verb, where in stages if verb != "eval"]
     results, apart = _results(folder, stages)
-    record = _read(folder / "recipe.json") or {}
+    record = _read(folder / "recipe.json", dict) or {}
     return Book(
         title=f"{config.env.name}: {config.run.name}",
         source=str(folder),
@@ -83,9 +84,14 @@ def _phase(name: str, verb: str, folder: Path) -> Phase:
         files, about = [folder / EPISODES], "kept by synth"
     elif files:
         about = f"step {int(files[-1].stem.removeprefix('step_'))}"
-    episodes = list(read_episodes(files[-1])) if files else []
+    episodes = []
+    for episode, problem in read_kept(files[-1]) if files else ():
+        if problem:
+            raise DataError(problem)
+        episodes.append(episode)
     if episodes:
         about = f"{len(episodes)} episodes, {about}"
+    check_finished(folder)
     rows, times, alarms = (_lines(folder / name) for name in ("metrics.jsonl", TIMELINE, ALARMS))
     return Phase(name, verb, read_config(folder), rows, episodes, about, times, alarms)
 
@@ -94,26 +100,20 @@ def _lines(file: Path) -> list[dict[str, Any]]:
     """Lines of metrics or of the timeline; a last one that is still being written is left out."""
     if not file.is_file():
         return []
-    lines = file.read_text("utf-8").splitlines()
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            rows.append({key: value for key, value in row.items() if value is not None})
-        except (json.JSONDecodeError, AttributeError) as error:
-            if number == len(lines):
-                break
-            raise DataError(f"{file}:{number}: not a line of {file.stem} ({error})") from error
-    return rows
+    rows = read_lines(file, growing=True)
+    return [{key: value for key, value in row.items() if value is not None} for row in rows]
 
 
 def _results(
     folder: Path, stages: Sequence[tuple[str, str, Path]]
 ) -> tuple[list[Result], frozenset[str]]:
     """Rows of the table, and which of them are not stages of this run's model."""
-    table = _read(folder / "table.json")
+    table = _read(folder / "table.json", list)
     if table is not None:
-        found = [Result.from_dict(row) for row in table]
+        try:
+            found = [Result.from_dict(row) for row in table]
+        except (DataError, TypeError) as error:
+            raise DataError(f"{folder / 'table.json'}: {error}; remove the file.") from error
     else:
         files = [where / "eval.json" for _, verb, where in stages if verb == "eval"]
         found = [Result.load(file) for file in files if file.is_file()]
@@ -121,11 +121,18 @@ def _results(
     return found, frozenset(apart)
 
 
-def _read(file: Path) -> Any:
+def _read(file: Path, kind: type[Any]) -> Any:
+    if not file.is_file():
+        return None
     try:
-        return json.loads(file.read_text("utf-8")) if file.is_file() else None
+        data = parse(file.read_bytes())
+        if not isinstance(data, kind):
+            raise ValueError(f"expected a {kind.__name__}, got {type(data).__name__}")
+        return opened(data) if kind is dict else data
     except json.JSONDecodeError as error:
         raise DataError(f"{file}:{error.lineno}: not JSON: {error.msg}") from error
+    except ValueError as error:
+        raise DataError(f"{file}: {error}; remove the file.") from error
 
 
 def _lead(results: Sequence[Result]) -> str:

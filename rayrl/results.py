@@ -20,6 +20,7 @@ from rich.text import Text
 
 from rayrl.errors import DataError
 from rayrl.figures import Figure, figure_from_dict
+from rayrl.seal import opened, parse, sealed
 from rayrl.types import Usage, sum_usage
 
 __all__ = [
@@ -139,6 +140,7 @@ class Result:
             DataError: if `data` is not a result.
         """
         try:
+            data = opened(data)
             cells = {
                 name: Cell(
                     dict(cell["args"]),
@@ -170,7 +172,7 @@ class Result:
             DataError: naming the file, if it is missing or malformed.
         """
         try:
-            return cls.from_dict(json.loads(path.read_text()))
+            return cls.from_dict(parse(path.read_bytes()))
         except FileNotFoundError as error:
             raise DataError(f"{path}: no such file; `rayrl eval` writes it") from error
         except json.JSONDecodeError as error:
@@ -181,7 +183,7 @@ class Result:
     def save(self, path: Path) -> None:
         """Write `eval.json`, whole or not at all."""
         part = path.with_name(path.name + ".part")
-        part.write_text(json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n")
+        part.write_text(json.dumps(sealed(self.to_dict()), indent=1, ensure_ascii=False) + "\n")
         part.replace(path)
 
 

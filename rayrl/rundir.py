@@ -4,7 +4,8 @@
     RUN/metrics.jsonl            one line a `log` call: {"step": 3, "reward": 0.4, …}
     RUN/tensorboard/             the same numbers
     RUN/episodes/step_000010.jsonl
-    RUN/checkpoints/step_000010/ what the learner saved, and run.json: the state of the loop
+    RUN/checkpoints/step_000010/ what the learner saved, and run.json: the state of the loop, and
+                                 checksums of all files
     RUN/result.json              what the run came to, once it is finished
 
 Programs add what they make: model/ (sft, train), what `watch.py` names (train), episodes.jsonl and
@@ -24,20 +25,21 @@ import fcntl
 import json
 import math
 import os
-import re
 import shutil
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import OmegaConf
 
 from rayrl.boards import TensorBoard, Wandb
+from rayrl.checkpoints import Checkpoint, Checkpoints, removed_on_error, step_name
 from rayrl.config import Config, differences, from_dict, to_dict
+from rayrl.config.convert import interpolation
 from rayrl.errors import ConfigError, DataError, RunFailed
-from rayrl.files import size_of, sync, told_if_full, write_atomic
+from rayrl.files import sync, told_if_full, write_atomic
+from rayrl.seal import damage, opened, parse, read_lines, seal_weights, sealed, sums_of, text_sum
 from rayrl.types import Group
 
 __all__ = ["Checkpoint", "RunDir", "read_config", "refuse_changes"]
@@ -67,25 +69,9 @@ _MAY_CHANGE = (
 """Settings (or sections) that may differ when a run is resumed; `*.steps` may also be raised."""
 
 RAY_COPIES = "runtime_resources"  # where Ray unpacks a job's working_dir, in a node's folder
+_SUM = "# checksum of the lines above: "
+_FILES = "files"  # key of their checksums in result.json
 _REMEDY = "Use the old ones to resume it, or another run.name (or run.dir) to start a new run."
-_NAME = re.compile(r"step_(\d+)")
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A complete checkpoint.
-
-    Attributes:
-        step: finished steps when it was made; a resumed loop starts at this step.
-        path: its folder.
-        state: what was given to `RunDir.checkpoint`.
-        metrics_bytes: length of metrics.jsonl when it was made.
-    """
-
-    step: int
-    path: Path
-    state: Mapping[str, Any] = field(default_factory=dict)
-    metrics_bytes: int = 0
 
 
 class RunDir:
@@ -98,6 +84,7 @@ class RunDir:
     Raises:
         ConfigError: the folder's run had other settings; the message lists them. Or the folder
             would not last.
+        DataError: something in the folder is damaged, and there is no older checkpoint.
         RunFailed: another process is writing there.
     """
 
@@ -115,14 +102,16 @@ class RunDir:
         self.resumed = (self.path / "config.yaml").is_file()
         try:
             more = self.resumed and refuse_changes(self.path, config, _REMEDY, more_steps=True)
+            if more:
+                (self.path / "result.json").unlink(missing_ok=True)
+            write_atomic(self.path / "config.yaml", _as_yaml(config).encode())
+            for partial in self.path.glob(".partial-*"):  # an earlier process was killed meanwhile
+                shutil.rmtree(partial)
+            self._checkpoints = Checkpoints(self.path, config.run.keep_checkpoints)
+            self._next_step = self._cut_metrics()
         except BaseException:
             self._unlock()
             raise
-        if more:
-            (self.path / "result.json").unlink(missing_ok=True)
-        write_atomic(self.path / "config.yaml", _as_yaml(config).encode())
-        self._clear_partial()
-        self._next_step = self._cut_metrics()
         self._tensorboard: TensorBoard | None = None
         self._wandb: Wandb | None = None
 
@@ -155,17 +144,13 @@ class RunDir:
         file = self.path / "metrics.jsonl"
         if not file.is_file():
             return []
-        return [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+        return read_lines(file)
 
     def write_episodes(self, step: int, groups: Sequence[Group]) -> Path:
         """Write the episodes of `groups` to `episodes/step_….jsonl`, for people and the report."""
-        from rayrl.episodes import episode_to_json
+        from rayrl.episodes import episode_line
 
-        lines = [
-            json.dumps(episode_to_json(episode), ensure_ascii=False) + "\n"
-            for group in groups
-            for episode in group.episodes
-        ]
+        lines = [episode_line(episode) for group in groups for episode in group.episodes]
         file = self.episodes_file(step)
         file.parent.mkdir(exist_ok=True)
         write_atomic(file, "".join(lines).encode())
@@ -173,36 +158,45 @@ class RunDir:
 
     def episodes_file(self, step: int) -> Path:
         """Where the episodes of a step (in an evaluation: of a cell) are."""
-        return self.path / "episodes" / f"{_step_name(step)}.jsonl"
+        return self.path / "episodes" / f"{step_name(step)}.jsonl"
 
-    def write_json(self, name: str, data: object) -> Path:
-        """Write `data` as RUN/name, readable and whole."""
+    def write_json(self, name: str, data: Mapping[str, Any]) -> Path:
+        """Write `data` as RUN/name, readable and whole, with a checksum of its own."""
         file = self.path / name
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(file, (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode())
+        text = json.dumps(sealed(data), indent=2, ensure_ascii=False) + "\n"
+        write_atomic(file, text.encode())
         return file
 
-    def read_json(self, name: str) -> Any:
-        """What `write_json` wrote, or None if it never did."""
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """What `write_json` wrote, or None if it never did.
+
+        Raises:
+            DataError: it is damaged.
+        """
         file = self.path / name
         if not file.is_file():
             return None
         try:
-            return json.loads(file.read_text("utf-8"))
+            return opened(parse(file.read_bytes()))
         except json.JSONDecodeError as error:
             raise DataError(
                 f"{file}, line {error.lineno}: {error.msg}; remove the file."
             ) from error
+        except ValueError as error:
+            raise DataError(f"{file}: {error}; remove the file.") from error
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """Mark the run as finished, with what it came to; opened again, it has nothing to do."""
-        self.write_json("result.json", dict(result))
+        self.write_json("result.json", {**result, _FILES: sums_of(self.path, "*.jsonl")})
 
     @property
     def finished(self) -> dict[str, Any] | None:
         """What `finish` was given, or None while there is something left to do."""
-        result: dict[str, Any] | None = self.read_json("result.json")
-        return result
+        result = self.read_json("result.json")
+        if result is None:
+            return None
+        return {key: value for key, value in result.items() if key != _FILES}
 
     def rewind(self) -> None:
         """Forget the figures of the steps after the newest checkpoint: they will be made again."""
@@ -225,24 +219,8 @@ class RunDir:
         Raises:
             RunFailed: the disk is full. The previous checkpoint is intact.
         """
-        folder = self.path / "checkpoints"
-        folder.mkdir(exist_ok=True)
-        partial = folder / f".partial-{_step_name(step)}-{os.getpid()}"
-        shutil.rmtree(partial, ignore_errors=True)
-        last = self.latest_checkpoint()
-        kept = f"the one of step {last.step} is intact" if last else "there is none before it"
-        needed = size_of(last.path) if last else 0
-        with told_if_full(folder, f"the checkpoint of step {step}", f"it resumes ({kept})", needed):
-            partial.mkdir()
-            with _removed_on_error(partial):
-                yield partial
-                self._seal(partial, step, state or {})
-        final = folder / _step_name(step)
-        if final.exists():  # the same step again, after a resume: make way without a gap
-            os.replace(final, folder / f".old-{_step_name(step)}")
-        os.replace(partial, final)
-        sync(folder)
-        self._prune(keep=final)
+        with self._checkpoints.save(step, state or {}) as path:
+            yield path
 
     @contextlib.contextmanager
     def whole(self, name: str) -> Iterator[Path]:
@@ -255,8 +233,9 @@ class RunDir:
         shutil.rmtree(partial, ignore_errors=True)
         with told_if_full(self.path, f"{name}/", "it goes on from its last checkpoint"):
             partial.mkdir()
-            with _removed_on_error(partial):
+            with removed_on_error(partial):
                 yield partial
+                seal_weights(partial)
                 for path in partial.rglob("*"):
                     sync(path)
         shutil.rmtree(final, ignore_errors=True)
@@ -264,21 +243,27 @@ class RunDir:
         sync(self.path)
 
     def checkpoints(self) -> list[Path]:
-        """Folders of the complete checkpoints, oldest first."""
-        found = [
-            path
-            for path in (self.path / "checkpoints").glob("step_*")
-            if _NAME.fullmatch(path.name) and (path / "run.json").is_file()
-        ]
-        return sorted(found, key=_step_of)
+        """Folders of the checkpoints, oldest first; partial ones do not count."""
+        return self._checkpoints.paths()
 
     def latest_checkpoint(self) -> Checkpoint | None:
-        """The newest complete checkpoint; partial ones do not count."""
-        paths = self.checkpoints()
-        if not paths:
-            return None
-        record = self.read_json(str(paths[-1].relative_to(self.path) / "run.json"))
-        return Checkpoint(record["step"], paths[-1], record["state"], record["metrics_bytes"])
+        """The newest checkpoint that is whole.
+
+        Its files are compared with their checksums when this process first asks for it. Damaged
+        ones that are newer are put aside with a warning; the next checkpoint deletes them.
+
+        Raises:
+            DataError: there are checkpoints, but all are damaged.
+        """
+        return self._checkpoints.newest()
+
+    @property
+    def went_back(self) -> bool:
+        """Whether newer checkpoints were damaged, until there is another one.
+
+        What was played since then is of weights that are gone.
+        """
+        return self._checkpoints.went_back
 
     def close(self) -> None:
         """Flush, and let another process write here."""
@@ -311,36 +296,6 @@ class RunDir:
         os.pwrite(handle, str(os.getpid()).encode(), 0)
         self._unlock = weakref.finalize(self, os.close, handle)
 
-    def _seal(self, partial: Path, step: int, state: Mapping[str, Any]) -> None:
-        metrics = self.path / "metrics.jsonl"
-        size = 0
-        if metrics.is_file():
-            sync(metrics)
-            size = metrics.stat().st_size
-        record = {"step": step, "metrics_bytes": size, "state": dict(state)}
-        (partial / "run.json").write_text(json.dumps(record, indent=2), "utf-8")
-        for path in sorted(partial.rglob("*")):
-            sync(path)
-        sync(partial)
-
-    def _prune(self, keep: Path) -> None:
-        for old in (self.path / "checkpoints").glob(".old-*"):
-            shutil.rmtree(old)
-        for path in self.checkpoints()[: -self._config.run.keep_checkpoints]:
-            if path != keep:
-                shutil.rmtree(path)
-
-    def _clear_partial(self) -> None:
-        """Remove what an earlier process left half done."""
-        for partial in (*self.path.glob("checkpoints/.partial-*"), *self.path.glob(".partial-*")):
-            shutil.rmtree(partial)
-        for old in self.path.glob("checkpoints/.old-*"):
-            final = old.with_name(old.name.removeprefix(".old-"))
-            if final.exists():
-                shutil.rmtree(old)
-            else:  # it was stopped between the two renames
-                os.replace(old, final)
-
     def _cut_metrics(self) -> int:
         """Cut metrics.jsonl back to the checkpoint; returns the first step with no line left."""
         file = self.path / "metrics.jsonl"
@@ -349,17 +304,38 @@ class RunDir:
         if self.finished is None:
             checkpoint = self.latest_checkpoint()
             size = checkpoint.metrics_bytes if checkpoint else 0
+            if checkpoint and checkpoint.metrics_sum:
+                text = file.read_bytes()[:size]
+                if text_sum(text) != checkpoint.metrics_sum:
+                    read_lines(file, text)  # names the line, if it can
+                    raise DataError(
+                        f"{file}: its first {size:,} bytes are not those that were written before "
+                        f"the checkpoint of step {checkpoint.step}. Bring the file back from a "
+                        "copy; or remove it, and the run goes on without the figures of the steps "
+                        "before."
+                    )
             os.truncate(file, min(size, file.stat().st_size))
         return max((int(row["step"]) for row in self.metrics()), default=-1) + 1
 
 
-@contextlib.contextmanager
-def _removed_on_error(folder: Path) -> Iterator[None]:
+def check_finished(run: Path) -> None:
+    """Compare the JSONL files of a finished run with what they were when it ended.
+
+    Raises:
+        DataError: one is damaged, or result.json is.
+    """
+    file = run / "result.json"
+    if not file.is_file():
+        return
     try:
-        yield
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+        sums = opened(parse(file.read_bytes())).get(_FILES, {})
+    except ValueError as error:
+        raise DataError(f"{file}: {error}; remove the file.") from error
+    if what := damage(run, sums):
+        raise DataError(
+            f"{what}. Bring it back from a copy; if you changed it on purpose, remove the keys "
+            f"{_FILES!r} and 'checksum' from {file}."
+        )
 
 
 def read_config(run: Path) -> Config:
@@ -372,14 +348,43 @@ def read_config(run: Path) -> Config:
     if not file.is_file():
         raise DataError(f"{run}: there is no run here (no config.yaml).")
     try:
-        data = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
-        return from_dict(data if isinstance(data, dict) else {})  # type: ignore[arg-type]
+        data = _yaml_of(file)
+        return from_dict(data)
     except ConfigError as error:
         raise DataError(f"{file}: {error}") from error
 
 
 def _as_yaml(config: Config) -> str:
-    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+    text = OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+    return f"{text}{_SUM}{text_sum(text.encode())}\n"
+
+
+def _yaml_of(file: Path) -> dict[str, Any]:
+    """What `_as_yaml` wrote; nothing in it is looked up or run.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    remedy = "Bring the file back from a copy; the command that started the run has its settings"
+    text = file.read_bytes()
+    body, mark, own = text.rpartition(_SUM.encode())
+    if mark and own.strip().decode("latin-1") != text_sum(body):
+        raise DataError(
+            f"{file} is not what was written: its checksum is another. {remedy}. If you changed it "
+            "on purpose, remove its last line."
+        )
+    try:
+        data = OmegaConf.to_container(OmegaConf.create(text.decode()), resolve=False)
+    except Exception as error:  # of PyYAML or OmegaConf, which have no base in common
+        at = getattr(error, "problem_mark", None)
+        line = f", line {at.line + 1}" if at else ""
+        why = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise DataError(f"{file}{line}: not YAML ({why}). {remedy}.") from error
+    if not isinstance(data, dict) or not data:
+        raise DataError(f"{file} holds no settings. {remedy}.")
+    if found := interpolation(data):  # of the environment's variables, say: it may be a stranger's
+        raise DataError(f"{file}: {found!r} is not looked up in what a run has stored. {remedy}.")
+    return cast("dict[str, Any]", data)
 
 
 def refuse_changes(path: Path, config: Config, remedy: str, *, more_steps: bool = False) -> bool:
@@ -415,12 +420,3 @@ def _plain(value: object) -> float | int | str | None:
         return value
     number = float(value)  # type: ignore[arg-type]  # numpy and torch scalars as well
     return number if math.isfinite(number) else None
-
-
-def _step_name(step: int) -> str:
-    return f"step_{step:06d}"
-
-
-def _step_of(path: Path) -> int:
-    match = _NAME.fullmatch(path.name)
-    return int(match.group(1)) if match else -1

@@ -12,13 +12,17 @@ from pathlib import Path
 from rayrl.chat import Chat
 from rayrl.config import Config
 from rayrl.env import Environment
-from rayrl.errors import ConfigError
+from rayrl.errors import ConfigError, EnvError
 from rayrl.models import EMBEDDED
+from rayrl.seal import check_weights
+from rayrl.tasks import as_kind, fields_of
+from rayrl.types import Task
 
 __all__ = [
     "EPISODES",
     "MODEL",
     "POLICY",
+    "check_tasks",
     "check_trained",
     "is_finished",
     "model_row",
@@ -114,19 +118,26 @@ def template_notes(models: Iterable[str]) -> list[str]:
 
 
 def say_templates(config: Config, seats: Iterable[str] = (POLICY,)) -> None:
-    """Print `template_notes` of the models in some seats, each once a program.
+    """Compare the weights of the models in some seats with their checksums, and print what is to
+    be said of their templates (`template_notes`), each once a program.
 
     The stages of a recipe train one model, whose template does the same in all of them.
 
     Args:
         seats: who plays, as `seats_of` names them.
+
+    Raises:
+        DataError: weights that a run exported are damaged.
     """
     paths = {POLICY: config.model.path}
-    for note in template_notes(
+    models = [
         paths.get(who, who.removeprefix("model:"))
-        for who in seats
+        for who in dict.fromkeys(seats)
         if who == POLICY or who.startswith("model:")
-    ):
+    ]
+    for model in models:
+        check_weights(Path(model))
+    for note in template_notes(models):
         what = note.split(": ", 1)[-1]  # without the path, which is another in each stage
         if what not in _said:
             _said.add(what)
@@ -139,6 +150,18 @@ def unplayed_note(n: int) -> str:
         f"{n} episodes are missing: not their environment failed but what is around it. The same "
         "command plays them again."
     )
+
+
+def check_tasks(environment: Environment, tasks: Iterable[Task]) -> None:
+    """Raise EnvError if a resumed run could not read a task, before it is played."""
+    for task in tasks:
+        try:
+            as_kind(fields_of(task), type(task))
+        except TypeError as error:
+            raise EnvError(
+                f"environment {environment.name!r}: a task cannot be written to a file and read "
+                f"again: {error}. `rayrl env check` tries more of them."
+            ) from None
 
 
 def check_trained(environment: Environment, config: Config) -> None:

@@ -29,7 +29,7 @@ from rayrl.journal import Journal, Play
 from rayrl.rollout import GroupPlan
 from rayrl.rundir import RunDir
 from rayrl.show import episode_panel
-from rayrl.stage import EPISODES, say_templates, seats_of, unplayed_note
+from rayrl.stage import EPISODES, check_tasks, say_templates, seats_of, unplayed_note
 from rayrl.types import Episode, derive_seed
 
 __all__ = ["Lengths", "Statistics", "kept", "run", "samples", "statistics_of", "synth"]
@@ -119,9 +119,11 @@ async def synth(config: Config, file: Path | None = None) -> list[Episode]:
     seats = seats_of(environment, config, config.synth.player)
     say_templates(config, seats.values())
     seed = derive_seed(config.run.seed, "synth")
+    tasks = environment.tasks(seed, config.synth.episodes)
+    check_tasks(environment, tasks)
     plans = [
         GroupPlan(f"synth-{k}", task, 1, derive_seed(seed, "play", k))
-        for k, task in enumerate(environment.tasks(seed, config.synth.episodes))
+        for k, task in enumerate(tasks)
     ]
     journal = Journal(file, plans, seats)
     with Bar(f"{config.run.name}: {config.synth.player}", len(plans)) as bar:

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rayrl.errors import ConfigError, described, did_you_mean
-from rayrl.hints import fit, keyword_hints, schema, suggestion
+from rayrl.hints import fit, keyword_hints, plain_default, schema, suggestion
 from rayrl.types import Message, replace_surrogates
 
 __all__ = [
@@ -98,7 +98,8 @@ class Tool:
             if of_parameter.get(key):
                 properties[key]["description"] = of_parameter[key]
             if parameter.default is not parameter.empty and parameter.default is not None:
-                properties[key]["default"] = parameter.default
+                with contextlib.suppress(TypeError, ValueError):  # the model need not know it
+                    properties[key]["default"] = plain_default(parameter.default)
         required = tuple(k for k, p in parameters.items() if p.default is p.empty)
         arguments = {"type": "object", "properties": properties, "required": list(required)}
         described = {"name": name, "description": text, "parameters": arguments}

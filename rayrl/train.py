@@ -25,7 +25,7 @@ from rayrl.progress import Clock, headline, step_metrics, warnings
 from rayrl.recovery import Recovery
 from rayrl.rollout import GroupPlan
 from rayrl.rundir import RunDir
-from rayrl.stage import MODEL, check_trained, say_templates, seats_of
+from rayrl.stage import MODEL, check_tasks, check_trained, say_templates, seats_of
 from rayrl.types import derive_seed
 from rayrl.watch import Watch
 
@@ -49,12 +49,14 @@ async def train(config: Config) -> None:
     environment = make_environment(config)
     check_trained(environment, config)
     with RunDir(config.run.dir, config) as folder:
-        if folder.finished is not None and folder.finished["steps"] >= cfg.steps:
+        if folder.finished is not None and folder.finished.get("steps", 0) >= cfg.steps:
             return
         say_templates(config, seats_of(environment, config, "model").values())
         found = folder.latest_checkpoint()
         start = found.step if found else 0
         log = GroupLog(folder.path / "groups")
+        if folder.went_back:
+            log.forget(start)
         opening = open_training(config, cfg.steps, log.turns)
         async with opening as (rollouts, learner, weights):
             async with Feed(rollouts, functools.partial(plans, config), config, log) as feed:
@@ -154,7 +156,10 @@ def plans(config: Config, step: int) -> list[GroupPlan]:
     """What is played at a step: one group for each stratum of the task source."""
     seed = derive_seed(config.run.seed, config.run.name, "train")
     n = config.train.groups
+    environment = make_environment(config)
+    tasks = environment.tasks(seed, n, start=step * n)
+    check_tasks(environment, tasks)
     return [
         GroupPlan(f"{step}-{k}", task, config.train.group_size, derive_seed(seed, step, k))
-        for k, task in enumerate(make_environment(config).tasks(seed, n, start=step * n))
+        for k, task in enumerate(tasks)
     ]

@@ -20,6 +20,7 @@ from rayrl.cluster.telemetry import Telemetry
 from rayrl.config import Config
 from rayrl.errors import RunFailed
 from rayrl.files import write_atomic
+from rayrl.seal import read_lines
 from rayrl.timeline import TIMELINE
 from rayrl.timeline import row as timeline_row
 
@@ -148,8 +149,10 @@ def _cut(file: Path, step: int) -> None:
     """Leave out the lines from `step` on, which will be made again, and one that is not whole."""
     if not file.is_file():
         return
-    lines = file.read_text("utf-8").splitlines(keepends=True)
-    whole = [line for line in lines if line.endswith("\n")]
-    kept = [line for line in whole if json.loads(line)["step"] < step]
-    if kept != lines:
-        write_atomic(file, "".join(kept).encode())
+    text = file.read_bytes()
+    whole = text[: text.rfind(b"\n") + 1]
+    steps = [int(row.get("step", 0)) for row in read_lines(file, whole)]
+    lines = whole.splitlines(keepends=True)
+    kept = b"".join(line for line, at in zip(lines, steps, strict=True) if at < step)
+    if kept != text:
+        write_atomic(file, kept)

@@ -168,12 +168,13 @@ def checksum(flat: NDArray[np.uint8] | torch.Tensor) -> str:
         flat: (nbytes,) uint8 and contiguous, as an array or as a tensor on any device.
     """
     import numpy as np
-    import torch
 
     count = len(flat)
     whole = count // (4 * _BLOCK) * (4 * _BLOCK)
     rest = np.zeros(4 * _BLOCK, np.uint8)
-    if isinstance(flat, torch.Tensor):
+    if not isinstance(flat, np.ndarray):
+        import torch
+
         rest[: count - whole] = flat[whole:].cpu().numpy()
         keys = torch.from_numpy(_keys()).to(flat.device)
         rows = flat[:whole].view(-1, 4 * _BLOCK)

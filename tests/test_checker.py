@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import enum
 import itertools
 import random
 from dataclasses import dataclass
@@ -44,6 +45,23 @@ def test_settings_are_checked() -> None:
 _count = itertools.count()
 
 
+class Side(enum.StrEnum):
+    LEFT = "left"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hinted(Task):
+    side: Side
+    counts: dict[int, tuple[str, ...]]
+
+
+def test_a_task_with_enums_and_keys_that_are_numbers_has_no_problems() -> None:
+    def source(seed: int, u: float) -> Hinted:
+        return Hinted(seed=seed, side=Side.LEFT, counts={3: ("a",)})
+
+    assert check_env(made(source)) == []
+
+
 class Loose(Task):
     """No dataclass of its own."""
 
@@ -62,6 +80,8 @@ class Holder(Task):
         (lambda seed, u: Holder(seed=seed, thing={1, 2}), "episode log as JSON"),
         (lambda seed, u: Holder(seed=seed, thing=len), "episode log as JSON"),
         (lambda seed, u: Holder(seed=seed, thing=lambda: 0), "sent to another process"),
+        (lambda seed, u: Holder(seed=seed, thing=(1, 2)), "'thing' (type hint Any) holds (1, 2)"),
+        (lambda seed, u: Holder(seed=seed, thing=Side.LEFT), "would be read from a file as 'left'"),
         (lambda seed, u: None, "must return a rayrl.Task"),
     ],
 )

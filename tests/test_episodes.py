@@ -91,7 +91,7 @@ async def test_a_person_can_read_it() -> None:
     keys = ["id", "env", "index", "rewards", "scores", "task", "turns", "seed"]
     keys += ["began", "seconds"]
     assert list(data) == keys
-    assert data["task"]["words"] == ("a", "b")
+    assert data["task"]["words"] == ["a", "b"]
     assert data["turns"][0] == {
         "seat": "agent",
         "prompt": [{"role": "user", "content": "a"}],

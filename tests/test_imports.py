@@ -20,7 +20,7 @@ LAYERS: list[dict[str, str]] = [
     {"words": "types errors hints"},
     {
         "ground": "config conffiles env groups registry bundle gymnasium intervals models "
-        "randomness loading weights buckets records engine.protocol"
+        "randomness loading weights buckets records tasks encoding engine.protocol"
     },
     {
         "act": "tokenizer templates chat agent players tools textcalls durable deadline rollout "
@@ -30,8 +30,8 @@ LAYERS: list[dict[str, str]] = [
     {"engine": "engine", "learner": "learner", "server": "openai"},
     {"cluster": "cluster"},
     {
-        "output": "files rundir figures results show report_page stage journal bar boards progress "
-        "memory alarms timeline watch feed grouplog recovery"
+        "output": "files seal checkpoints rundir figures results show report_page stage journal "
+        "bar boards progress memory alarms timeline watch feed grouplog recovery"
     },
     {
         "programs": "synth sft train evaluate play report recipe plan envcheck fetch serve replay",

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import enum
+import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -8,7 +11,7 @@ import pytest
 from rayrl.bar import Bar
 from rayrl.cluster.rollouts import Collection
 from rayrl.episodes import read_episodes
-from rayrl.errors import RunFailed
+from rayrl.errors import DataError, RunFailed
 from rayrl.journal import Journal, Play
 from rayrl.rollout import GroupPlan
 from rayrl.types import Episode, Failure, Group, Task, Turn, Usage, user
@@ -75,3 +78,63 @@ async def test_a_spent_budget_begins_no_other_cell() -> None:
         with pytest.raises(RunFailed, match="240 tokens for 2 of 4 episodes"):
             await play.collect(rollouts, b)  # type: ignore[arg-type]
     assert rollouts.begun == ["a-0", "a-1"]
+
+
+class Side(enum.StrEnum):
+    LEFT = "left"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Board(Task):
+    side: Side = Side.LEFT
+    marks: dict[int, str] = field(default_factory=lambda: {3: "x"})
+    limit: float = math.nan
+    type: str = "small"
+
+
+def journal(file: Path) -> Journal:
+    return Journal(file, [GroupPlan(f"b-{k}", Board(seed=k), 1, k) for k in range(3)], SEATS)
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> Path:
+    """A journal of three episodes."""
+    one = journal(tmp_path / "played.jsonl")
+    for plan in one.plans:
+        one.add(played(plan))
+    one.close()
+    assert one.file is not None
+    return one.file
+
+
+def test_a_task_is_known_again_whatever_it_holds(kept: Path) -> None:
+    assert [*journal(kept).known] == ["b-0", "b-1", "b-2"]
+
+
+@pytest.mark.parametrize("tail", [b'{"id": "b-2/0", "en', bytes(4096), b"\xff\xfe"])
+def test_a_torn_tail_is_cut_off(kept: Path, tail: bytes) -> None:
+    whole = kept.read_bytes()
+    kept.write_bytes(whole + tail)
+    assert len(journal(kept).known) == 3
+    assert kept.read_bytes() == whole
+
+
+@pytest.mark.parametrize("line", [0, 1, 2])
+def test_every_other_damage_names_file_and_line(kept: Path, line: int) -> None:
+    lines = kept.read_bytes().splitlines(keepends=True)
+    for at in range(0, len(lines[line]) - 1, 7):
+        bad = bytearray(lines[line])
+        bad[at] ^= 1
+        kept.write_bytes(b"".join([*lines[:line], bytes(bad), *lines[line + 1 :]]))
+        try:
+            known = journal(kept).known
+        except RunFailed as error:  # the flipped bit is in its id or its task
+            said = str(error)
+            assert "played.jsonl: episode" in said
+        except DataError as error:
+            said = str(error)
+            assert f"played.jsonl:{line + 1}: " in said, said
+            assert "Remove the line" in said
+        else:  # the name of the checksum: the line itself is whole
+            assert b'"checksum"' not in bad
+            assert [*known] == ["b-0", "b-1", "b-2"]

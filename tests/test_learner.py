@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -459,3 +460,44 @@ def test_objective_of_the_config(model_dir):
     cfg = replace(config(aggregation="constant"), sampling=SamplingConfig(max_tokens=32))
     learner = ReferenceLearner(cfg, model_dir)
     assert learner.objective == Objective.of(cfg.algo, 32.0)
+
+
+def test_a_generation_config_is_kept_as_it_is(model_dir, tmp_path):
+    """Also one that transformers refuses to write: it is the start model's, not ours."""
+    start = tmp_path / "start"
+    shutil.copytree(model_dir, start)
+    text = '{"do_sample": false, "temperature": 0.6}'
+    (start / "generation_config.json").write_text(text)
+    ReferenceLearner(config(0), start).export(tmp_path / "out")
+    assert (tmp_path / "out" / "generation_config.json").read_text() == text
+
+
+def test_what_cannot_be_exported_fails_before_the_first_step(model_dir, tmp_path):
+    start = tmp_path / "start"
+    shutil.copytree(model_dir, start)
+    (start / "vocab.parts").mkdir()  # no file that can be copied
+    with pytest.raises(ConfigError, match=r"model\.path=.*could not be exported.*vocab\.parts"):
+        ReferenceLearner(config(0), start)
+
+
+class _Evil:
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.mark.parametrize("kind", ["reference", 0, 1])
+def test_a_checkpoint_runs_nothing(model_dir, tmp_path, kind):
+    cfg = config(0 if kind == "reference" else kind)
+    learner = (ReferenceLearner if kind == "reference" else DeepSpeedLearner)(cfg, model_dir)
+    learner.save(tmp_path / "save")
+    state = max((tmp_path / "save").rglob("*.pt"), key=lambda file: file.stat().st_size)
+    torch.save({"optimizer_state_dict": _Evil(tmp_path / "was-run")}, state)
+    with pytest.raises(DataError, match=f"{state.name}: not a state.*wants to import posix.mkdir"):
+        learner.load(tmp_path / "save")
+    assert not (tmp_path / "was-run").exists()
+    state.write_bytes(state.read_bytes()[:100])
+    with pytest.raises(DataError, match=f"{state.name}: not a state"):
+        learner.load(tmp_path / "save")

@@ -1,6 +1,11 @@
 from __future__ import annotations
 
 import asyncio
+import datetime as dt
+import enum
+import json
+import math
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import pytest
@@ -66,6 +71,90 @@ def test_schema_from_signature_and_docstring() -> None:
     }
     parameters = Tool.of(slowly).schema["function"]["parameters"]
     assert parameters["properties"] == {"n": {"type": "integer", "description": "how many."}}
+
+
+class Color(enum.Enum):
+    RED = "red"
+    BLUE = "blue"
+
+
+@dataclass(frozen=True)
+class Box:
+    color: Color
+    size: tuple[int, int] = (1, 1)
+
+
+def paint(
+    color: Color,
+    when: dt.date,
+    how: Literal["fast", "slow"] = "fast",
+    over: Color = Color.RED,
+    box: Box | None = None,
+    boxes: tuple[Box, ...] = (Box(Color.BLUE),),
+    limit: float = math.inf,
+    sink: Any = print,
+) -> str:
+    """Paint."""
+    return f"{color!r} {when!r} {how} {over!r} {box!r}"
+
+
+def test_types_that_json_does_not_have() -> None:
+    """Their schema, and defaults that are no JSON."""
+    parameters = Tool.of(paint).schema["function"]["parameters"]
+    json.dumps(parameters, allow_nan=False)
+    found = parameters["properties"]
+    colors = {"type": "string", "enum": ["red", "blue"]}
+    assert found["color"] == colors
+    assert found["when"] == {"type": "string", "format": "date"}
+    assert found["over"] == {**colors, "default": "red"}
+    assert found["box"]["properties"]["color"] == colors
+    assert found["boxes"]["default"] == [{"color": "blue", "size": [1, 1]}]
+    assert "default" not in found["limit"]
+    assert found["sink"] == {}
+    assert parameters["required"] == ["color", "when"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            {"color": "blue", "when": "2020-01-02", "box": {"color": "red", "size": [1, 2]}},
+            "<Color.BLUE: 'blue'> datetime.date(2020, 1, 2) fast <Color.RED: 'red'> Box(color=<C",
+        ),
+        (
+            {"color": "pink", "when": "2020-01-02"},
+            "Error: paint: argument 'color': expected 'red' or 'blue', got 'pink'",
+        ),
+        (
+            {"color": "red", "when": "2020-13-02"},
+            "Error: paint: argument 'when': expected a valid date",
+        ),
+        (
+            {"color": "red", "when": "2020-01-02", "box": {}},
+            "Error: paint: argument 'box': Box needs the field 'color'",
+        ),
+    ],
+)
+async def test_calls_with_types_that_json_does_not_have(
+    arguments: dict[str, Any], said: str
+) -> None:
+    text, _ = await Toolkit([paint]).run(ParsedCall("paint", arguments))
+    assert text.startswith(said)
+
+
+def test_one_hint_that_cannot_be_resolved_leaves_the_others() -> None:
+    class Shade(enum.StrEnum):
+        DARK = "dark"
+
+    def shade(how: Shade, n: int, other: Missing) -> str:  # type: ignore[name-defined]  # noqa: F821
+        return f"{Shade(how)}"
+
+    found = Tool.of(shade).schema["function"]["parameters"]["properties"]
+    assert found == {
+        "how": {"type": "string", "enum": ["dark"]},
+        "n": {"type": "integer"},
+        "other": {},
+    }
 
 
 def test_tools_that_cannot_be_called() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import pickle
 from collections.abc import Sequence
 from contextlib import suppress
 from itertools import chain
@@ -16,6 +15,7 @@ from rayrl.cluster.gone import GONE
 from rayrl.cluster.lines import PAUSE_S
 from rayrl.cluster.session import beside_driver
 from rayrl.durable import Begun, Told, TurnLog
+from rayrl.encoding import bytes_of
 from rayrl.records import Records
 from rayrl.types import Group, Turn
 
@@ -46,7 +46,7 @@ class Recorder:
             self._log.forget(group)
 
     def add(self, turns: Sequence[Told]) -> None:
-        """What happened, in its order; turns are pickled."""
+        """What happened, in its order; turns come as bytes."""
         self._take(turns, ())
         self._write(turns, ())
 
@@ -72,7 +72,7 @@ class Recorder:
             elif self._records.size > self._compact:
                 self._rewrite(self._records)
             else:
-                self._records.add((turns, over))
+                self._records.add((_plain(turns), over))
         except OSError as error:  # what is lost now is lost only if the driver dies, too
             print(f"{self._records.file}: {error}; live turns are kept in memory only.")
             self._records = None
@@ -82,11 +82,15 @@ class Recorder:
         anew = records.file.with_suffix(".new")
         anew.unlink(missing_ok=True)
         self._records = Records(anew)
-        self._records.add((self._log.told(), ()))
+        self._records.add((_plain(self._log.told()), ()))
         self._compact = max(COMPACT_AT, 3 * self._records.size)
         records.close()
         anew.replace(records.file)
         self._records.file = records.file
+
+
+def _plain(turns: Sequence[Told]) -> list[Told]:
+    return [(e, n, turn if isinstance(turn, bytes) else bytes_of(turn)) for e, n, turn in turns]
 
 
 class Telling:
@@ -111,8 +115,8 @@ class Telling:
 
     def add(self, episode: str, attempt: int, turn: Turn) -> None:
         """For `on_turn` of `play_groups`."""
-        # here: the recorder only keeps it, and Ray's own pickling takes five times as long
-        told = episode, attempt, pickle.dumps(turn, pickle.HIGHEST_PROTOCOL)
+        # as bytes already: the recorder only keeps it, and Ray's pickling takes five times as long
+        told = episode, attempt, bytes_of(turn)
         self._waiting.setdefault(episode.rpartition("/")[0], []).append(told)
         if self._sending is None or self._sending.done():
             self._sending = asyncio.get_running_loop().create_task(self._send())
@@ -131,6 +135,16 @@ class Telling:
 
 
 def start_recorder(file: Path | None = None) -> Any:
-    """Start the actor, beside the driver."""
+    """Start the actor, beside the driver.
+
+    Raises:
+        DataError: the file is damaged, or was not written by a recorder.
+    """
+    if file is not None:  # here, so that what is wrong with it is said by the driver
+        records = Records(file)
+        try:
+            records.read()
+        finally:
+            records.close()
     actor = ray.remote(num_cpus=0, max_restarts=-1)(Recorder)
     return actor.options(scheduling_strategy=beside_driver()).remote(file)

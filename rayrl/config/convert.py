@@ -6,6 +6,7 @@ Nothing here knows files or the command line: `cli.py` composes those and calls 
 from __future__ import annotations
 
 import functools
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -50,6 +51,7 @@ def leaves(node: Any = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield key, hint
 
 
+_INTERPOLATION = re.compile(r"(\\*)\$\{")
 _LEAVES = dict(leaves())
 _SECTIONS = tuple(one.name for one in fields(Config))
 
@@ -224,7 +226,26 @@ def from_dict(data: Mapping[str, Any]) -> Config:
 
 def to_dict(config: Config) -> dict[str, Any]:
     """Nested plain data that `from_dict` turns back into the same Config."""
-    return asdict(config)
+    data: dict[str, Any] = _literal(asdict(config))
+    return data
+
+
+def _literal(value: Any) -> Any:
+    """The same with `${` escaped: OmegaConf is not to look up what a setting's value contains."""
+    if isinstance(value, str):
+        return _INTERPOLATION.sub(r"\1\1\\${", value)
+    if isinstance(value, dict):
+        return {key: _literal(one) for key, one in value.items()}
+    return [_literal(one) for one in value] if isinstance(value, list) else value
+
+
+def interpolation(value: Any) -> str:
+    """The first text in plain data in which OmegaConf would look something up; empty if none is."""
+    if isinstance(value, str):
+        live = any(len(found[1]) % 2 == 0 for found in _INTERPOLATION.finditer(value))
+        return value if live else ""
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return next(filter(None, map(interpolation, parts)), "")
 
 
 def differences(config: Config, base: Config | None = None) -> dict[str, tuple[Any, Any]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from transformers import GenerationConfig
 
 from rayrl.batch import Totals, Trajectory, micro_batches, minibatches
 from rayrl.config import Config
@@ -57,7 +59,8 @@ if TYPE_CHECKING:
 __all__ = ["Learner"]
 
 BUCKET_BYTES = 64 << 20  # of sharded weights that are whole at once
-TOKENIZER_FILES = (
+KEPT_FILES = (  # of the start model: everything beside its config and its weights
+    "generation_config.json",
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -109,6 +112,8 @@ class Learner(ABC):
         if cfg.lora.rank:
             self.module = with_adapters(self.module, cfg.lora, derive_seed(cfg.run.seed, "lora"))
             self.module.eval()
+        if rank == 0:
+            self._try_export()
         if cfg.learner.gradient_checkpointing:
             checkpoint_layers(self.module)
         self.model: Any = self.module  # what is called; a subclass may wrap it
@@ -267,24 +272,46 @@ class Learner(ABC):
         }
         wrong = ""
         if self.rank == 0:
-            plain = self.module.get_base_model() if adapter else self.module
             weights = unflatten(flat, manifest)
-            # with the names that the start has: transformers would split fused experts
-            fused = stored_names(self.model_path) <= plain_names(self.module)
-            plain.save_pretrained(folder, state_dict=dict(weights), save_original_format=not fused)
+            self._write(folder, weights)
             if adapter:
                 save_adapter(self.module, folder / ADAPTER, adapter)
-            for pattern in TOKENIZER_FILES:
-                for file in self.model_path.glob(pattern):
-                    shutil.copy2(file, folder / file.name)
             wrong = misfit(folder, weights, rows, learned, self.dtype)
         self._reduce(torch.zeros(1), "sum")
         if wrong:
             raise RunFailed(
                 f"the export in {folder} is not the learner's model: {wrong}. It is dropped; the "
                 "checkpoint is kept, and the same command exports it again. Please report this, "
-                f"with the architecture ({type(plain).__name__})."
+                f"with the architecture ({self.describe()[0]})."
             )
+
+    def _write(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        """A Hugging Face directory with these weights and what else the start model has."""
+        plain = self.module.get_base_model() if self.cfg.lora.rank else self.module
+        own = plain.generation_config
+        if (self.model_path / "generation_config.json").is_file():
+            plain.generation_config = GenerationConfig()  # its file is copied, valid or not
+        try:
+            # with the names that the start has: transformers would split fused experts
+            fused = stored_names(self.model_path) <= plain_names(self.module)
+            plain.save_pretrained(folder, state_dict=dict(weights), save_original_format=not fused)
+        finally:
+            plain.generation_config = own
+        for pattern in KEPT_FILES:
+            for file in self.model_path.glob(pattern):
+                shutil.copy2(file, folder / file.name)
+
+    def _try_export(self) -> None:
+        """What would fail after the last step fails before the first one."""
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                self._write(Path(folder), {})
+            except Exception as error:  # whatever transformers refuses to write
+                raise ConfigError(
+                    f"model.path={str(self.model_path)!r}: this model could not be exported after "
+                    f"training ({type(error).__name__}: {error}). Mend config.json there, or the "
+                    "file that is named."
+                ) from error
 
     def close(self) -> None:
         """Let go of what outlives a step."""

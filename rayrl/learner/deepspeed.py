@@ -32,6 +32,7 @@ from rayrl.config import Config, LearnerConfig
 from rayrl.errors import ConfigError
 from rayrl.learner.base import Learner
 from rayrl.learner.lora import adapts_inside
+from rayrl.learner.state import read_state
 from rayrl.learner.step import rate
 
 __all__ = ["DeepSpeedLearner"]
@@ -131,6 +132,7 @@ class DeepSpeedLearner(Learner):
                 optimizer=self.optimizer,
                 config=self._settings(cfg.learner),
             )
+            self.model.checkpoint_engine.load = _read  # its own would run whatever a file says
 
     def _make_optimizer(self, learner: LearnerConfig) -> _GuardedAdamW:
         return _GuardedAdamW(
@@ -212,6 +214,16 @@ class DeepSpeedLearner(Learner):
 
     def _layout(self) -> dict[str, Any]:
         return {**super()._layout(), "learner.zero_stage": self.cfg.learner.zero_stage}
+
+
+def _read(path: str, map_location: Any = None) -> dict[str, Any]:
+    """What DeepSpeed saved; these classes are numbers with names, and the only ones it may hold."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    known = (DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address)
+    return read_state(path, map_location or "cpu", known)
 
 
 @contextlib.contextmanager

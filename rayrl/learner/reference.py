@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from rayrl.config import Config
 from rayrl.learner.base import Learner
+from rayrl.learner.state import read_state
 from rayrl.learner.step import rate
 
 __all__ = ["ReferenceLearner"]
@@ -85,7 +85,7 @@ class ReferenceLearner(Learner):
         torch.save(state, folder / "state.pt")
 
     def _load_state(self, folder: Path) -> None:
-        state: dict[str, Any] = torch.load(folder / "state.pt", weights_only=True)
+        state = read_state(folder / "state.pt")
         self.module.load_state_dict(state["model"])
         with torch.no_grad():
             for master, saved in zip(self._masters, state["masters"], strict=False):
