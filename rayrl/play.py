@@ -21,6 +21,7 @@ from rayrl.cluster.parts import open_players
 from rayrl.config import Config
 from rayrl.env import Environment
 from rayrl.errors import ConfigError, did_you_mean
+from rayrl.plan import check_start
 from rayrl.players import HumanPlayer
 from rayrl.rollout import play_episode
 from rayrl.show import message_text, reply_text, scores_text, task_text
@@ -58,6 +59,7 @@ class Shown:
 
 def run(config: Config) -> None:
     """Play until the person has had enough, or `play.episodes` were watched."""
+    check_start(config, "play")
     console = Console()
     with suppress(EOFError):
         asyncio.run(play(config, console))

@@ -25,6 +25,7 @@ from rayrl.config import Config, Stage, stage_config, validate
 from rayrl.errors import RunFailed
 from rayrl.files import write_atomic
 from rayrl.memory import PeakMemory
+from rayrl.plan import check_start
 from rayrl.results import Result, markdown, rich_table
 from rayrl.rundir import RunDir, refuse_changes
 from rayrl.stage import EPISODES, MODEL, is_finished, row_name, versions
@@ -67,10 +68,12 @@ def run(config: Config) -> None:
     for link in links:
         validate(link.config, link.stage.verb, chained=True)
     _refuse_changes(links)
-    with RunDir(config.run.dir, config) as folder:
+    check_start(config, "recipe")
+    with RunDir(config.run.dir, config, begin=False) as folder:
         if not all(is_finished(link.config.run.dir) for link in links):
             named = env_names(config)
             with PeakMemory() as memory, open_session(config.cluster, config.run.dir, envs=named):
+                folder.begin()
                 for number, link in enumerate(links, 1):
                     title = f"{number}/{len(links)} {link.stage.name} ({link.stage.verb})"
                     if is_finished(link.config.run.dir):
@@ -81,6 +84,7 @@ def run(config: Config) -> None:
                     PROGRAMS[link.stage.verb](link.config)
                     _record(folder, link.stage.name, time.perf_counter() - began, memory.peak)
                     _refuse_unfinished(link)
+        folder.begin()
         found = rows(links)
         if found:
             _write_table(folder.path, found)

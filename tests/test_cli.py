@@ -231,8 +231,11 @@ def test_interrupt_says_how_to_resume(
         (["play"], "\nStopped.\n"),
         (["plan"], "\nStopped.\n"),
         (["env", "check"], "\nStopped.\n"),
-        (["eval"], "\nStopped. The same command resumes from runs/run:\n  rayrl eval\n"),
-        (["sft", "sft.data=x"], "\nStopped. The same command resumes from runs/run:\n  rayrl sft"),
+        (["eval"], "\nStopped. The same command resumes from runs/tictactoe-eval:\n  rayrl eval"),
+        (
+            ["sft", "sft.data=x"],
+            "\nStopped. The same command resumes from runs/tictactoe-sft:\n  rayrl sft",
+        ),
     ],
 )
 def test_interrupt_promises_what_is_true(
