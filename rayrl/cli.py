@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 from rayrl.conffiles import check_option, conf_dir, is_no_option, options
 from rayrl.errors import ConfigError, RayrlError, RunFailed, did_you_mean
 from rayrl.helppages import completion, usage, verb_page
+from rayrl.terminal import visible
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -87,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             importlib.import_module(VERBS[arguments.verb][0]).run(config)
         except KeyboardInterrupt:
-            print(_stopped(arguments.verb, config, words), file=sys.stderr)
+            print(_stopped(arguments.verb, config, words, terminated), file=sys.stderr)
             return 143 if terminated else 130
         except BrokenPipeError:  # whoever read our output has had enough of it (`| head`)
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -154,9 +155,13 @@ def _full_disk(error: OSError, config: Config) -> str:
     )
 
 
-def _stopped(verb: str, config: Config, words: Sequence[str]) -> str:
-    """What to say after Ctrl-C."""
-    if verb not in ("recipe", "synth", "sft", "train", "eval"):
+def _stopped(verb: str, config: Config, words: Sequence[str], signals: Sequence[int]) -> str:
+    """What to say after Ctrl-C; to a log, after a signal, in one line."""
+    resumes = verb in ("recipe", *WRITING)
+    if signals:
+        then = f"; the same command resumes from {config.run.dir}" if resumes else ""
+        return f"rayrl: stopped by {signal.Signals(signals[0]).name}{then}"
+    if not resumes:
         return "\nStopped."
     command = shlex.join([*_program(), *words])
     return f"\nStopped. The same command resumes from {config.run.dir}:\n  {command}"
@@ -490,5 +495,5 @@ def _refuse_hidden(config: Config, values: dict[str, Any]) -> None:
 
 
 def _complain(error: RayrlError, status: int) -> int:
-    print(f"rayrl: {error}", file=sys.stderr)
+    print(visible(f"rayrl: {error}"), file=sys.stderr)
     return status

@@ -13,8 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from rayrl.agent import Agent, Player
 from rayrl.bar import Bar
 from rayrl.cluster.actors import make_environment, open_rollouts
@@ -28,6 +26,7 @@ from rayrl.plan import check_start
 from rayrl.results import Cell, Result, rich_table
 from rayrl.rollout import GroupPlan
 from rayrl.rundir import RunDir
+from rayrl.show import new_console
 from rayrl.stage import already_finished, row_name, say_templates, seats_of, unplayed_note
 from rayrl.types import Sampling, Usage, derive_seed
 
@@ -39,7 +38,7 @@ DEFAULT_CELL = "tasks"  # the one cell there is when `eval.cells` is empty
 
 def run(config: Config) -> None:
     """Evaluate, print the table, write eval.json and the episodes."""
-    console = Console()
+    console = new_console()
     check_start(config, "eval")
     with RunDir(config.run.dir, config, begin=False) as folder:
         if folder.finished is not None and (folder.path / FILE).is_file():

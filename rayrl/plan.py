@@ -29,6 +29,7 @@ from rayrl.hints import suggestion
 from rayrl.models import model_dir
 from rayrl.registry import load_env
 from rayrl.stage import POLICY, check_trained, seats_of, template_notes
+from rayrl.terminal import visible
 
 __all__ = ["Machine", "check_start", "describe", "problems", "run", "this_machine"]
 
@@ -55,11 +56,11 @@ def run(config: Config) -> None:
         RunFailed: something will not fit; it is named in the plan.
     """
     machine = this_machine()
-    print(describe(config, machine))
+    print(visible(describe(config, machine)))
     found = _all_problems(config, machine, _verb(config))
     if found:
         print("\nWill not fit")
-        print("\n".join(f"  - {one}" for one in found))
+        print(visible("\n".join(f"  - {one}" for one in found)))
         raise RunFailed(f"{len(found)} thing{'s' * (len(found) > 1)} will not fit; see the list.")
     print("\nEverything fits.")
 

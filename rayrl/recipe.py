@@ -16,8 +16,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from rayrl import evaluate, report, sft, synth, train
 from rayrl.bundle import env_names
 from rayrl.cluster.session import open_session
@@ -28,6 +26,7 @@ from rayrl.memory import PeakMemory
 from rayrl.plan import check_start
 from rayrl.results import Result, markdown, rich_table
 from rayrl.rundir import RunDir, refuse_changes
+from rayrl.show import new_console
 from rayrl.stage import EPISODES, MODEL, is_finished, row_name, versions
 
 __all__ = ["Link", "chain", "rows", "run"]
@@ -63,7 +62,7 @@ def run(config: Config) -> None:
         ConfigError: a finished stage would now have other settings.
         RayrlError: of the stage that cannot go on; the ones before it stay finished.
     """
-    console = Console()
+    console = new_console()
     links = chain(config)
     for link in links:
         validate(link.config, link.stage.verb, chained=True)

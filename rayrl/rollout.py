@@ -84,8 +84,13 @@ async def play_episode(
     try:
         # a task of its own, so that code which swallows its cancellation cannot hold the loop
         running = asyncio.create_task(_played(env, task, agents))
-        returned = await within(running, deadline_s, agents, stop)
+        try:
+            returned = await within(running, deadline_s, agents, stop)
+        except (AttributeError, TypeError, ValueError) as error:
+            raise _forgotten(agents, error) or error from error
         _raise_players_error(agents)
+        if forgotten := _forgotten(agents):
+            raise forgotten
         if course.left:
             raise course.cut_short(None)
         scores = env.scores(returned)
@@ -127,6 +132,26 @@ def _player(players: Mapping[str, Player], seat: str, env: Environment) -> Playe
     if seat not in players:
         raise ConfigError(f"environment {env.name!r}: no player for seat {seat!r}")
     return players[seat]
+
+
+def _forgotten(agents: Sequence[Agent], error: Exception | None = None) -> EnvError | None:
+    """The error of an environment that calls without `await`, if that is what it does.
+
+    Args:
+        error: what came of it; its agents' calls aside, Python's messages name the coroutine.
+    """
+    for agent in agents:
+        if agent.awaited < agent.called:
+            return EnvError(
+                f"{agent.seat}(…) was called without `await`, {agent.called - agent.awaited} of "
+                f"{agent.called} times: write `reply = await {agent.seat}(…)`"
+            )
+    if error is not None and "coroutine" in str(error):
+        return EnvError(
+            f"{type(error).__name__}: {error}. A call of an `async def` function was not awaited: "
+            "write `await` before it"
+        )
+    return None
 
 
 def _raise_players_error(agents: Sequence[Agent]) -> None:

@@ -14,6 +14,7 @@ from rayrl.config import Config
 from rayrl.env import Environment
 from rayrl.errors import ConfigError, did_you_mean
 from rayrl.models import EMBEDDED
+from rayrl.terminal import visible
 
 __all__ = [
     "EPISODES",
@@ -146,7 +147,7 @@ def say_templates(config: Config, seats: Iterable[str] = (POLICY,)) -> None:
         what = note.split(": ", 1)[-1]  # without the path, which is another in each stage
         if what not in _said:
             _said.add(what)
-            print(note, file=sys.stderr, flush=True)
+            print(visible(note), file=sys.stderr, flush=True)
 
 
 def unplayed_note(n: int) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -29,7 +29,7 @@ from rayrl.journal import Journal, Play
 from rayrl.plan import check_start
 from rayrl.rollout import GroupPlan
 from rayrl.rundir import RunDir
-from rayrl.show import episode_panel
+from rayrl.show import episode_panel, new_console
 from rayrl.stage import EPISODES, already_finished, say_templates, seats_of, unplayed_note
 from rayrl.types import Episode, derive_seed
 
@@ -80,7 +80,7 @@ def run(config: Config) -> None:
 
     While episodes are unplayed the file has what was kept so far and the run is not finished.
     """
-    console = Console()
+    console = new_console()
     check_start(config, "synth")
     with RunDir(config.run.dir, config, begin=False) as folder:
         out = Path(config.synth.out) if config.synth.out else folder.path / EPISODES

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "rayrl"
 
 # From the bottom up. Families on one line are neighbours: they do not import each other.
 LAYERS: list[dict[str, str]] = [
-    {"words": "types errors hints"},
+    {"words": "types errors hints terminal"},
     {
         "ground": "config conffiles env groups registry bundle gymnasium intervals models "
         "weights buckets records engine.protocol"
