@@ -96,9 +96,12 @@ class Bar:
             column("{task.fields[figures]}"),
             console=console,
         )
-        self._task = self._bar.add_task(visible(self.title), total=self.total, figures="")
+        title, longest = visible(self.title), max(console.width // 4, 8)
+        if len(title) > longest:
+            title = f"{title[: longest - 1]}…"
+        self._task = self._bar.add_task(title, total=self.total, figures="")
         # what is left of a line beside title, bar, step and times
-        taken = min(len(self.title), console.width // 4) + 2 * len(f"{self.total}") + 12
+        taken = len(title) + 2 * len(f"{self.total}") + 12
         self._room = console.width - taken - (37 if wide else 0)
         self._bar.start()
 

@@ -20,6 +20,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
@@ -214,10 +215,11 @@ def _meant(option: str) -> str:
     """What to write instead of an option that does not exist; `--learning-rate` is a setting."""
     from rayrl.config.convert import unknown_key
 
-    near = did_you_mean(option, ["--config-dir", "--help"])
-    if near or option.startswith("--config"):
-        return near
-    key = option.lstrip("-").partition("=")[0].replace("-", "_")
+    name = option.partition("=")[0]
+    known = ["--config-dir", "--help", "--version", "--completion"]
+    if near := get_close_matches(name, known, n=1, cutoff=0.7):
+        return f" Did you mean {near[0]!r}?"
+    key = name.lstrip("-").replace("-", "_")
     _, meant, names = str(unknown_key(key)).partition(" Did you mean ")
     return f" Settings are written key=value; did you mean {names}" if meant else ""
 

@@ -108,10 +108,12 @@ PAGES: Mapping[str, Page] = {
         ("serve", "model", "engine"),
         (
             "model=runs/tictactoe-train/model",
-            "model=DIR serve.host=0.0.0.0 serve.api_key_env=RAYRL_KEY",
+            "model=runs/NAME/model serve.host=0.0.0.0 serve.api_key_env=RAYRL_KEY",
         ),
     ),
-    "report": Page("Write RUN/report.html from what a run has on the disk.", (), ("runs/NAME",)),
+    "report": Page(
+        "Write RUN/report.html from what a run has on the disk.", (), ("runs/tictactoe-train",)
+    ),
     "replay": Page(
         "Play stored episodes again by their recorded replies: does today's code play and score "
         "them as it did?",

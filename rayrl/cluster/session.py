@@ -131,11 +131,22 @@ def open_session(
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     with ExitStack() as stack:
         if local or joined:
-            stack.callback(ray.shutdown)
+            stack.callback(_leave)
             stack.enter_context(watch_cluster(directory))
         if _start_serve(http) and not local:
             stack.callback(_stop_serve_if_unused)
         yield Session(run_name(directory), local)
+
+
+def _leave() -> None:
+    """Leave Ray, and end it if it is ours; answers on their way log that it is gone, as it is."""
+    log = logging.getLogger("ray")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        ray.shutdown()
+    finally:
+        log.setLevel(level)
 
 
 def _connect(cluster: ClusterConfig, envs: Sequence[str]) -> bool:

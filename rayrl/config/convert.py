@@ -181,8 +181,10 @@ def check_keys(data: Mapping[str, Any], prefix: str = "") -> None:
         if key in _LEAVES or _holder(key):
             continue
         if not any(known.startswith(key + ".") for known in _LEAVES):
-            inner = next(iter(value), "") if isinstance(value, Mapping) else ""
-            raise unknown_key(f"{key}.{inner}" if inner else key)
+            while isinstance(value, Mapping) and value:  # to the first that was set
+                inner, value = next(iter(value.items()))
+                key = f"{key}.{inner}"
+            raise unknown_key(key)
         if not isinstance(value, Mapping):
             names = ", ".join(known for known in _LEAVES if known.startswith(key + "."))
             raise ConfigError(f"{key}={value!r}: {key} is a section; set one of {names}.")
