@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,6 +14,13 @@ from rayrl import Agent, Environment, Scores, Task, check_env, play_episode
 from tests.act import says
 
 pytestmark = pytest.mark.filterwarnings("ignore:coroutine:RuntimeWarning")
+
+
+@pytest.fixture(autouse=True)
+def collected() -> Iterator[None]:
+    """What was not awaited goes, and with it Python's own warning, while that is ignored."""
+    yield
+    gc.collect()
 
 
 async def judged(text: str) -> float:

@@ -107,10 +107,6 @@ def test_its_path_is_short_enough_for_a_socket(monkeypatch: pytest.MonkeyPatch) 
     assert len(f"{session.private_folder()}/{longest}") < 107
 
 
-ELSEWHERE: frozenset[str] = frozenset()
-"""Programs of a local run that listen on more than loopback; docs/cluster.md has the list."""
-
-
 @pytest.mark.slow  # a whole run with real processes: their sockets, files and end are what counts
 def test_a_local_run_is_for_this_machine_only_and_ends_in_order(tiny: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
@@ -132,7 +128,7 @@ def test_a_local_run_is_for_this_machine_only_and_ends_in_order(tiny: Path, tmp_
                 for other in process.net_connections("unix"):
                     if "plasma_store" in other.laddr:
                         folders.add(other.laddr.partition("/session_")[0])
-        assert wide <= ELSEWHERE
+        assert not wide
         assert folders == {session.private_folder()}
         os.killpg(run.pid, signal.SIGTERM)  # as `timeout` does
         assert run.wait(60) == 143

@@ -21,6 +21,8 @@ from unittest.mock import patch
 
 import ray
 from ray import serve
+from ray._common.network_utils import build_address, get_localhost_ip, is_localhost
+from ray._common.tls_utils import add_port_to_grpc_server
 from ray._private import ray_constants, services
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray._private.utils import detect_fate_sharing_support
@@ -41,6 +43,7 @@ __all__ = [
     "HttpAt",
     "Session",
     "beside_driver",
+    "listen_on_loopback",
     "open_session",
     "run_name",
     "set_threads",
@@ -100,6 +103,20 @@ def set_threads(threads: int) -> None:
         HF_HUB_DISABLE_PROGRESS_BARS="1",
         TRANSFORMERS_VERBOSITY="error",
     )
+
+
+def listen_on_loopback() -> None:
+    """On a Ray of this machine's only, have the Serve replica of this process listen there only.
+
+    To be called while it is initialized. Serve has it take pickled calls from every interface and
+    from anybody, and no setting for that.
+    """
+    if is_localhost(ray.util.get_node_ip_address()):
+        from ray.serve._private import replica as serving
+
+        serving.add_port_to_grpc_server = lambda server, address: add_port_to_grpc_server(
+            server, build_address(get_localhost_ip(), 0)
+        )
 
 
 @contextmanager
