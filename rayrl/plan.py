@@ -318,7 +318,7 @@ def _seats(config: Config, verb: str) -> list[str]:
 
 def _too_much(config: Config, machine: Machine, verb: str, models: int) -> Iterator[str]:
     cluster, engine = config.cluster, config.engine
-    if not cluster_address(cluster.address):
+    if _here(config):
         cpus, gpus = _asked(config, verb, models)
         if cpus > machine.cpus:
             yield (
@@ -361,18 +361,18 @@ def _missing(config: Config, verb: str, seats: Sequence[str]) -> Iterator[str]:
         )
     if verb not in LEARNING:
         return
-    if config.run.wandb_project and importlib.util.find_spec("wandb") is None:
+    if config.run.wandb_project and not _installed("wandb"):
         yield (
             f"run.wandb_project={config.run.wandb_project}: wandb is not installed; "
             "pip install 'rayrl[wandb]', or leave the setting empty."
         )
-    if config.lora.rank and importlib.util.find_spec("peft") is None:
+    if config.lora.rank and _here(config) and not _installed("peft"):
         yield f"lora.rank={config.lora.rank}: peft is not installed; pip install 'rayrl[lora]'."
 
 
 def _unusable(config: Config, verb: str, models: Collection[str]) -> Iterator[str]:
     """What is wrong with the models and with what generates from them."""
-    if models and config.engine.kind == "vllm" and importlib.util.find_spec("vllm") is None:
+    if models and config.engine.kind == "vllm" and _here(config) and not _installed("vllm"):
         yield "engine.kind=vllm: vLLM is not installed; docs/vllm.md says how."
     longest = _positions(config.model.path) if POLICY in models else 0
     if longest and config.engine.max_len > longest:
@@ -392,6 +392,16 @@ def _unusable(config: Config, verb: str, models: Collection[str]) -> Iterator[st
             template_notes([path])
         except ConfigError as error:
             yield str(error)
+
+
+def _here(config: Config) -> bool:
+    """Whether all processes will be on this machine; other nodes may have what this one lacks."""
+    return not cluster_address(config.cluster.address)
+
+
+def _installed(package: str) -> bool:
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None  # a mere folder of that name has none
 
 
 def _existing(path: Path) -> Path:
