@@ -12,7 +12,6 @@ import errno
 import importlib
 import os
 import platform
-import re
 import shlex
 import signal
 import sys
@@ -28,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from rayrl.conffiles import check_option, conf_dir, is_no_option, options
 from rayrl.errors import ConfigError, RayrlError, RunFailed, did_you_mean
+from rayrl.foldernames import WRITING, named
 from rayrl.helppages import completion, usage, verb_page
 from rayrl.terminal import visible
 
@@ -54,7 +54,6 @@ VERBS = {
 }
 
 PYTHON = platform.python_version()
-WRITING = ("synth", "sft", "train", "eval")  # a folder of its own for each environment
 
 
 @dataclass(frozen=True)
@@ -327,52 +326,7 @@ def compose(settings: Sequence[str] = (), config_dir: Path | None = None, verb: 
     config = _with_stages(from_node(update(composed, nest(values))), stages)
     if verb in ("recipe", "plan"):
         _refuse_hidden(config, values)
-    return _named(config, values, verb)
-
-
-def _named(config: Config, given: Mapping[str, Any], verb: str) -> Config:
-    """`config` with the run folder of `verb`, unless `given` or a file names one.
-
-    Verbs do not share a folder, nor do environments, nor an evaluation and that of another player:
-    runs/tictactoe-train, runs/tictactoe-eval-optimal. The folder that a file of conf/ names is its
-    recipe's.
-    """
-    from rayrl.config import RunConfig
-
-    if verb == "plan" and not config.recipe:
-        verb = "eval" if config.eval.player == "endpoint" else "train"
-    run, default = config.run, RunConfig().name
-    if verb not in WRITING or run.dir != f"runs/{run.name}" or {"run.name", "run.dir"} & {*given}:
-        return config
-    if verb == "eval":
-        verb += _whose(config)
-    if run.name == default:
-        return replace(
-            config,
-            run=replace(run, name=(name := f"{_env_word(config)}-{verb}"), dir=f"runs/{name}"),
-        )
-    return (
-        replace(config, run=replace(run, dir=f"runs/{run.name}-{verb}"))
-        if config.recipe
-        else config
-    )
-
-
-def _whose(config: Config) -> str:
-    """Who is evaluated, for the folder's name; nothing for the base."""
-    from rayrl.stage import row_name
-
-    who = row_name(config, config.eval.player)
-    return "" if who == "base" else f"-{_word(who).removeprefix(_env_word(config) + '-')}"
-
-
-def _env_word(config: Config) -> str:
-    """The environment's name as part of a folder's: of `path/to/addition.py:sums` addition-sums."""
-    return _word(re.sub(r"^.*/|\.py(?=:|$)", "", config.env.name))
-
-
-def _word(text: str) -> str:
-    return re.sub(r"[^\w.-]+", "-", text).strip("-.")
+    return named(config, values, verb)
 
 
 def _in_full(

@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -28,7 +28,7 @@ from rayrl.errors import ConfigError, RunFailed
 from rayrl.hints import suggestion
 from rayrl.models import model_dir
 from rayrl.registry import load_env
-from rayrl.stage import POLICY, check_trained, seats_of, template_notes
+from rayrl.stage import POLICY, check_trained, is_finished, seats_of, template_notes
 from rayrl.terminal import visible
 
 __all__ = ["Machine", "check_start", "describe", "problems", "run", "this_machine"]
@@ -252,24 +252,56 @@ def _recipe(config: Config) -> str:
     return "\n".join(lines)
 
 
-def check_start(config: Config, verb: str) -> None:
+def check_start(config: Config, verb: str, done: Collection[str] = ()) -> None:
     """What every verb does before it starts anything: refuse what `rayrl plan` says won't fit.
+
+    A run that has nothing left to do needs nothing.
+
+    Args:
+        done: stages of a recipe that are finished.
 
     Raises:
         ConfigError: naming all of it.
     """
-    found = _all_problems(config, this_machine(), verb)
+    if verb in WRITING and _is_done(config, verb):
+        return
+    found = _all_problems(config, this_machine(), verb, done)
     if found:
         many = "".join(f"\n  - {one}" for one in found)
         raise ConfigError(found[0] if len(found) == 1 else f"this cannot run:{many}")
 
 
-def _all_problems(config: Config, machine: Machine, verb: str) -> list[str]:
-    """Those of `verb`; of a recipe, each stage's, once."""
+def _is_done(config: Config, verb: str) -> bool:
+    """Whether the run has nothing left to do; learning may have got more steps."""
+    file = Path(config.run.dir) / "result.json"
+    if not is_finished(config.run.dir) or verb not in LEARNING:
+        return is_finished(config.run.dir)
+    steps = json.loads(file.read_text("utf-8")).get("steps", 0)
+    return bool(steps >= (config.train if verb == "train" else config.sft).steps)
+
+
+def _all_problems(
+    config: Config, machine: Machine, verb: str, done: Collection[str] = ()
+) -> list[str]:
+    """Those of `verb`; of a recipe, those of each stage that is not done, once."""
     parts = [(verb, config)]
     if verb == "recipe":
-        parts = [(verb, stage) for _, verb, stage in _stages(config)]
+        parts = [(verb, part) for name, verb, part in _as_they_start(config) if name not in done]
     return list(dict.fromkeys(one for verb, part in parts for one in problems(part, machine, verb)))
+
+
+def _as_they_start(config: Config) -> Iterator[tuple[str, str, Config]]:
+    """Name, verb and settings of the stages, but for what earlier ones make."""
+    folder, made = Path(config.run.dir).absolute(), set()
+    for name, verb, stage in _stages(config):
+        data, model = Path(stage.sft.data).absolute(), Path(stage.model.path).absolute()
+        if data in made or data.is_relative_to(folder):
+            stage = replace(stage, sft=replace(stage.sft, data=""))
+        if model.is_relative_to(folder):
+            stage = replace(stage, model=config.model)
+        yield name, verb, stage
+        if stage.synth.out:
+            made.add(Path(stage.synth.out).absolute())
 
 
 def problems(config: Config, machine: Machine | None = None, verb: str = "train") -> list[str]:

@@ -67,7 +67,8 @@ def run(config: Config) -> None:
     for link in links:
         validate(link.config, link.stage.verb, chained=True)
     _refuse_changes(links)
-    check_start(config, "recipe")
+    done = [link.stage.name for link in links if is_finished(link.config.run.dir)]
+    check_start(config, "recipe", done)
     with RunDir(config.run.dir, config, begin=False) as folder:
         if not all(is_finished(link.config.run.dir) for link in links):
             named = env_names(config)

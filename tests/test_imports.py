@@ -36,7 +36,7 @@ LAYERS: list[dict[str, str]] = [
     {
         "programs": "synth sft train evaluate play report recipe plan envcheck fetch serve replay",
     },
-    {"command": "cli helppages submit jobstart __main__"},
+    {"command": "cli foldernames helppages submit jobstart __main__"},
 ]
 PLACE = {
     f"rayrl.{module}": (height, family)

@@ -14,7 +14,8 @@ import pytest
 from rayrl import cli, evaluate, sft, synth, train
 from rayrl.cluster import session
 from rayrl.config import Config
-from rayrl.errors import InfraError
+from rayrl.errors import ConfigError, InfraError
+from rayrl.foldernames import WRITING
 from tests.documents import ROOT, commands, settings
 
 SERVER = "endpoint.url=https://host/v1 endpoint.model=m endpoint.api_key_env=NO_SUCH_KEY"
@@ -85,7 +86,7 @@ def test_what_is_not_there_is_said_before_ray_starts(
     assert cli.main([verb, *words.split()]) == 2
     assert said in capsys.readouterr().err
     assert not Path("runs").exists()
-    if verb in cli.WRITING:
+    if verb in WRITING:
         recipe = f"recipe=[{{name: a, verb: {verb}}}]"
         assert cli.main(["plan", *words.split(), recipe]) == 1
         assert said in capsys.readouterr().out
@@ -113,6 +114,37 @@ def test_what_a_verb_does_not_need_need_not_be_there(
     without(monkeypatch, "wandb", "peft", "vllm")
     Path("pyproject.toml").touch()
     check_start(cli.configuration(cli.parse([verb, *words.split()])), verb)
+
+
+def test_a_recipe_needs_only_what_it_does_not_make() -> None:
+    from rayrl.plan import check_start
+
+    recipe = (
+        "recipe=[{name: teach, verb: synth, set: {synth.out: kept.jsonl}},"
+        "{name: learn, verb: sft, set: {sft.data: kept.jsonl}},"
+        "{name: seen, verb: eval, set: {model.path: runs/r/learn/model}},"
+        "{name: asked, verb: eval, set: {eval.player: endpoint, endpoint.url: 'https://h/v1',"
+        "endpoint.model: m}}]"
+    )
+    config = cli.configuration(cli.parse(["recipe", "run.name=r", recipe]))
+    with pytest.raises(ConfigError, match=r"^endpoint\.api_key_env=OPENAI_API_KEY: that"):
+        check_start(config, "recipe")
+    check_start(config, "recipe", done=["asked"])
+
+
+@pytest.mark.parametrize(("steps", "refused"), [(4, False), (9, True)])
+def test_a_run_with_nothing_left_to_do_needs_nothing(steps: int, refused: bool) -> None:
+    from rayrl.plan import check_start
+
+    Path("runs/r").mkdir(parents=True)
+    Path("runs/r/result.json").write_text('{"steps": 4}')
+    words = ["train", "run.name=r", f"train.steps={steps}", "model.path=nowhere"]
+    config = cli.configuration(cli.parse(words))
+    if refused:
+        with pytest.raises(ConfigError, match=r"model\.path=nowhere"):
+            check_start(config, "train")
+    else:
+        check_start(config, "train")
 
 
 OPENS: dict[str, tuple[Any, str, Callable[[Config], None]]] = {
@@ -207,7 +239,7 @@ def test_commands_of_the_readme_do_not_share_folders() -> None:
     folders = [
         cli.configuration(cli.parse(words)).run.dir
         for words, _ in lines
-        if words and words[0] in (*cli.WRITING, "recipe")
+        if words and words[0] in (*WRITING, "recipe")
     ]
     own = [one for one in folders if one != "runs/tictactoe"]
     assert len(own) >= 5
