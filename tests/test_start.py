@@ -12,10 +12,13 @@ from typing import Any, NoReturn
 import pytest
 
 from rayrl import cli, evaluate, sft, synth, train
+from rayrl.bar import Bar
 from rayrl.cluster import session
 from rayrl.config import Config
 from rayrl.errors import ConfigError, InfraError
 from rayrl.foldernames import WRITING
+from rayrl.recovery import Recovery
+from rayrl.rundir import RunDir
 from tests.documents import ROOT, commands, settings
 
 SERVER = "endpoint.url=https://host/v1 endpoint.model=m endpoint.api_key_env=NO_SUCH_KEY"
@@ -244,3 +247,47 @@ def test_commands_of_the_readme_do_not_share_folders() -> None:
     own = [one for one in folders if one != "runs/tictactoe"]
     assert len(own) >= 5
     assert len({*own}) == len(own), own
+
+
+# --- what is said when a run goes on, or has nothing left to do ----------------------------------
+
+
+class Learner:
+    """Loads what it is given."""
+
+    def __init__(self) -> None:
+        self.loaded: list[str] = []
+
+    async def load(self, path: Path) -> None:
+        self.loaded.append(path.name)
+
+
+async def test_a_resumed_run_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    config = cli.configuration(cli.parse(["train", "run.name=r", "train.steps=12"]))
+    with RunDir(config.run.dir, config) as folder:
+        with folder.checkpoint(10):
+            pass
+        learner, steps = Learner(), list[int]()
+
+        async def step(number: int) -> None:
+            steps.append(number)
+
+        async def end() -> None:
+            """Nothing is exported."""
+
+        with Bar("r", 12) as bar:
+            await Recovery(learner, folder, bar, 0).through(12, step, end)  # type: ignore[arg-type]
+    assert (learner.loaded, steps) == (["step_000010"], [10, 11])
+    assert "resumed at step 10\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["sft", "train"])
+def test_a_finished_run_says_so(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [verb, "run.name=r", "sft.data=gone.jsonl", f"{verb}.steps=4"]
+    config = cli.configuration(cli.parse(words))
+    with RunDir(config.run.dir, config) as folder:
+        folder.finish({"steps": 4})
+    assert cli.main(words) == 0
+    out = capsys.readouterr().out
+    assert "runs/r: already finished" in out
+    assert "Model in runs/r/model" in out
