@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any, Literal, Protocol, get_args
@@ -121,6 +121,8 @@ class Agent:
             asked, and those made now. The seats of an episode share one.
 
     Attributes:
+        called: times the environment called it.
+        awaited: of these, those it awaited.
         turns: times the model was asked.
         tool_calls: tool calls it made.
         tool_errors: those that went wrong.
@@ -142,6 +144,7 @@ class Agent:
         self.episode = episode
         self.seed = seed
         self.course = course or Course()
+        self.called = self.awaited = 0
         self.turns = 0
         self.tool_calls = 0
         self.tool_errors = 0
@@ -177,7 +180,7 @@ class Agent:
         """The current conversation, replies included."""
         return self._conversation.messages
 
-    async def __call__(
+    def __call__(
         self,
         prompt: str | Message | Sequence[Message],
         *,
@@ -186,8 +189,8 @@ class Agent:
         tool_rounds: int = 8,
         state: str | None = None,
         max_tokens: int | None = None,
-    ) -> Reply:
-        """Say something and wait for the reply.
+    ) -> Coroutine[Any, Any, Reply]:
+        """Say something and wait for the reply: `reply = await agent(prompt)`.
 
         Args:
             prompt: a text from the user, a message, or several.
@@ -204,6 +207,19 @@ class Agent:
         Returns:
             The last text the model wrote, with all tool calls made on the way.
         """
+        self.called += 1  # here, where it is seen even if nobody awaits
+        return self._say(prompt, tools, protocol, tool_rounds, state, max_tokens)
+
+    async def _say(
+        self,
+        prompt: str | Message | Sequence[Message],
+        tools: Sequence[Callable[..., Any]],
+        protocol: str,
+        tool_rounds: int,
+        state: str | None,
+        max_tokens: int | None,
+    ) -> Reply:
+        self.awaited += 1
         new: tuple[Message, ...]
         if isinstance(prompt, str):
             new = (user(str(prompt)),)

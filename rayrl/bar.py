@@ -7,7 +7,11 @@ import time
 from collections.abc import Mapping
 from typing import Any, TextIO
 
+from rayrl.terminal import visible
+
 __all__ = ["Bar", "figure"]
+
+WIDE = 110  # columns of a terminal; narrower ones have no bar and no estimate of the time left
 
 
 def figure(value: float | int | str) -> str:
@@ -40,6 +44,7 @@ class Bar:
         self._last_line = float("-inf")
         self._figures: dict[str, float | int | str] = {}
         self._written = -1
+        self._room = sys.maxsize  # columns for figures
         self._bar: Any = None
         self._task: Any = None
 
@@ -72,31 +77,53 @@ class Bar:
     def note(self, text: str) -> None:
         """Write a line that stays, above the bar if there is one."""
         if self._bar is not None:
-            self._bar.console.print(text, highlight=False, markup=False)
+            self._bar.console.print(visible(text), highlight=False, markup=False)
         else:
-            print(text, file=self._stream, flush=True)
+            print(visible(text), file=self._stream, flush=True)
 
     def _start_bar(self) -> None:
         from rich import progress
         from rich.console import Console
+        from rich.table import Column
 
+        def column(text: str) -> progress.TextColumn:
+            whole = Column(no_wrap=True, overflow="ellipsis")
+            return progress.TextColumn(text, markup=False, table_column=whole)
+
+        console = Console(file=self._stream)
+        wide = console.width >= WIDE
         self._bar = progress.Progress(
-            progress.TextColumn("{task.description}", markup=False),
-            progress.BarColumn(bar_width=24),
-            progress.MofNCompleteColumn(),
-            progress.TimeElapsedColumn(),
-            progress.TimeRemainingColumn(),
-            progress.TextColumn("{task.fields[figures]}", markup=False),
-            console=Console(file=self._stream),
+            column("{task.description}"),
+            *([progress.BarColumn(bar_width=24)] if wide else []),
+            progress.MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            progress.TimeElapsedColumn(table_column=Column(no_wrap=True)),
+            *([progress.TimeRemainingColumn(table_column=Column(no_wrap=True))] if wide else []),
+            column("{task.fields[figures]}"),
+            console=console,
         )
-        self._task = self._bar.add_task(self.title, total=self.total, figures="")
+        title, longest = visible(self.title), max(console.width // 4, 8)
+        if len(title) > longest:
+            title = f"{title[: longest - 1]}…"
+        self._task = self._bar.add_task(title, total=self.total, figures="")
+        # what is left of a line beside title, bar, step and times
+        taken = len(title) + 2 * len(f"{self.total}") + 12
+        self._room = console.width - taken - (37 if wide else 0)
         self._bar.start()
 
     def _in_words(self) -> str:
-        return "  ".join(f"{name} {figure(value)}" for name, value in self._figures.items())
+        """The figures, of which a narrow terminal shows the first ones, whole."""
+        text = ""
+        for name, value in self._figures.items():
+            longer = f"{text}  {visible(name)} {visible(figure(value))}".strip()
+            if len(longer) > self._room:
+                break
+            text = longer
+        return text
 
     def _write_line(self) -> None:
         self._last_line, self._written = time.monotonic(), self.done
         seconds = self._last_line - self._began
-        line = f"{self.title} {self.done}/{self.total}  {seconds:.0f} s  {self._in_words()}"
+        line = (
+            f"{visible(self.title)} {self.done}/{self.total}  {seconds:.0f} s  {self._in_words()}"
+        )
         print(line.rstrip(), file=self._stream, flush=True)

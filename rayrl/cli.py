@@ -11,15 +11,25 @@ from __future__ import annotations
 import errno
 import importlib
 import os
+import platform
 import shlex
+import signal
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from importlib.metadata import version
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from rayrl.conffiles import check_option, conf_dir, is_no_option, options
 from rayrl.errors import ConfigError, RayrlError, RunFailed, clip, did_you_mean
+from rayrl.foldernames import WRITING, named
+from rayrl.helppages import completion, usage, verb_page
+from rayrl.terminal import visible
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -44,25 +54,7 @@ VERBS = {
 }
 
 MOST_SAID = 30_000  # characters of an error: it may hold what an environment raised
-USAGE = """\
-usage: rayrl VERB [key=value ...] [--config-dir DIR]
-       rayrl recipe experiment=tictactoe
-
-verbs:
-{verbs}
-
-settings:
-  experiment=NAME, env=NAME, algo=NAME, ...   choose a file of that folder in conf/
-  train.steps=50                              change one setting
-  model=DIR                                   the model of a Hugging Face directory
-  endpoint=http://HOST/v1 model=NAME          eval, synth, play: a model behind a server
-  recipe.rl1.train.steps=50                   change it for one stage of a recipe
-  --config-dir DIR                            look for such files in DIR as well
-  rayrl plan [key=value ...]                  shows every setting and what it comes to
-
-environment:
-  RAYRL_DEBUG=1                               show tracebacks
-"""
+PYTHON = platform.python_version()
 
 
 @dataclass(frozen=True)
@@ -76,12 +68,16 @@ class Arguments:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit status (0, 1 failed, 2 wrong use, 130 interrupted)."""
+    """Run one command.
+
+    Returns:
+        Its exit status: 0, 1 failed, 2 wrong use, 130 interrupted, 143 ended by SIGTERM.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     debug = os.environ.get("RAYRL_DEBUG", "") not in ("", "0")
     try:
-        if not words or words[0] in ("-h", "--help", "help") or "--help" in words:
-            print(usage())
+        if asked := _page(words):
+            print(asked)
             return 0
         arguments = parse(words)
         config = configuration(arguments)
@@ -89,22 +85,66 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             raise
         return _complain(error, 2)
-    try:
-        importlib.import_module(VERBS[arguments.verb][0]).run(config)
-    except KeyboardInterrupt:
-        print(_stopped(arguments.verb, config, words), file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # whoever read our output has had enough of it (`| head`)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except RayrlError as error:
-        if debug:
-            raise
-        return _complain(error, 2 if isinstance(error, ConfigError) else 1)
-    except OSError as error:
-        if debug or error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        return _complain(RunFailed(_full_disk(error, config)), 1)
+    with _sigterm_interrupts() as terminated:
+        try:
+            importlib.import_module(VERBS[arguments.verb][0]).run(config)
+        except KeyboardInterrupt:
+            print(_stopped(arguments.verb, config, words, terminated), file=sys.stderr)
+            return 143 if terminated else 130
+        except BrokenPipeError:  # whoever read our output has had enough of it (`| head`)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except RayrlError as error:
+            if debug:
+                raise
+            return _complain(error, 2 if isinstance(error, ConfigError) else 1)
+        except OSError as error:
+            if debug or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            return _complain(RunFailed(_full_disk(error, config)), 1)
     return 0
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[list[int]]:
+    """Within, the first SIGTERM ends the program in order, as Ctrl-C does; `timeout` sends two.
+
+    Gives:
+        The signals that came.
+    """
+    came: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        interrupt = signal.getsignal(signal.SIGINT)  # asyncio has one of its own
+        if len(came) > 1:
+            return
+        if not callable(interrupt):  # ignored, as where a shell script started us with &
+            raise KeyboardInterrupt
+        interrupt(signal.SIGINT, frame)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield came
+        return
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _page(words: Sequence[str]) -> str:
+    """The page that the words ask for; empty if they ask for none."""
+    if words[:1] == ["--version"]:
+        found = {name: version(name) for name in ("rayrl", "ray", "torch", "transformers")}
+        return ", ".join(f"{name} {one}" for name, one in found.items()) + f", Python {PYTHON}"
+    if words and words[0].startswith("--completion"):
+        _, equals, shell = words[0].partition("=")
+        return completion(shell if equals else "".join(words[1:2]), [*VERBS])
+    helps = [word for word in words if word in ("-h", "--help")]
+    if words[:1] == ["help"] or (helps and words[0] in VERBS):
+        verb = next((word for word in words if word in VERBS), "")
+        return verb_page(verb) if verb else usage(VERBS)
+    return usage(VERBS) if helps or not words else ""
 
 
 def _full_disk(error: OSError, config: Config) -> str:
@@ -116,9 +156,13 @@ def _full_disk(error: OSError, config: Config) -> str:
     )
 
 
-def _stopped(verb: str, config: Config, words: Sequence[str]) -> str:
-    """What to say after Ctrl-C."""
-    if verb not in ("recipe", "synth", "sft", "train", "eval"):
+def _stopped(verb: str, config: Config, words: Sequence[str], signals: Sequence[int]) -> str:
+    """What to say after Ctrl-C; to a log, after a signal, in one line."""
+    resumes = verb in ("recipe", *WRITING)
+    if signals:
+        then = f"; the same command resumes from {config.run.dir}" if resumes else ""
+        return f"rayrl: stopped by {signal.Signals(signals[0]).name}{then}"
+    if not resumes:
         return "\nStopped."
     command = shlex.join([*_program(), *words])
     return f"\nStopped. The same command resumes from {config.run.dir}:\n  {command}"
@@ -130,11 +174,6 @@ def _program() -> list[str]:
         return ["rayrl"]
     python = min(sys.executable, os.path.relpath(sys.executable), key=len)
     return [python, "-m", "rayrl"]
-
-
-def usage() -> str:
-    """The help page."""
-    return USAGE.format(verbs="\n".join(f"  {verb:8}{what}" for verb, (_, what) in VERBS.items()))
 
 
 def parse(words: Sequence[str]) -> Arguments:
@@ -159,8 +198,7 @@ def parse(words: Sequence[str]) -> Arguments:
             if not value or not config_dir.is_dir():
                 raise ConfigError(f"--config-dir {value}: there is no such folder.")
         elif word.startswith("-"):
-            near = did_you_mean(word, ["--config-dir", "--help"])
-            raise ConfigError(f"{word}: there is no such option.{near} See rayrl --help.")
+            raise ConfigError(f"{word}: there is no such option.{_meant(word)} See rayrl --help.")
         elif "=" in word:
             settings.append(word)
         else:
@@ -171,6 +209,19 @@ def parse(words: Sequence[str]) -> Arguments:
             f"{others[allowed]}: not understood. A setting is written key=value, as train.steps=50."
         )
     return Arguments(verb, tuple(settings), tuple(others), config_dir)
+
+
+def _meant(option: str) -> str:
+    """What to write instead of an option that does not exist; `--learning-rate` is a setting."""
+    from rayrl.config.convert import unknown_key
+
+    name = option.partition("=")[0]
+    known = ["--config-dir", "--help", "--version", "--completion"]
+    if near := get_close_matches(name, known, n=1, cutoff=0.7):
+        return f" Did you mean {near[0]!r}?"
+    key = name.lstrip("-").replace("-", "_")
+    _, meant, names = str(unknown_key(key)).partition(" Did you mean ")
+    return f" Settings are written key=value; did you mean {names}" if meant else ""
 
 
 def configuration(arguments: Arguments) -> Config:
@@ -276,7 +327,7 @@ def compose(settings: Sequence[str] = (), config_dir: Path | None = None, verb: 
     config = _with_stages(from_node(update(composed, nest(values))), stages)
     if verb in ("recipe", "plan"):
         _refuse_hidden(config, values)
-    return config
+    return named(config, values, verb)
 
 
 def _in_full(
@@ -401,5 +452,5 @@ def _refuse_hidden(config: Config, values: dict[str, Any]) -> None:
 
 
 def _complain(error: RayrlError, status: int) -> int:
-    print(f"rayrl: {clip(str(error), MOST_SAID)}", file=sys.stderr)
+    print(visible(clip(f"rayrl: {error}", MOST_SAID)), file=sys.stderr)
     return status

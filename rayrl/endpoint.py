@@ -16,6 +16,7 @@ from rayrl.config import EndpointConfig
 from rayrl.errors import ConfigError, InfraError, Refused, RunFailed
 from rayrl.limits import LONGEST_HOLD_S, Limiter, retry_after
 from rayrl.refusals import Refusal, advice, read_refusal, words
+from rayrl.terminal import visible
 from rayrl.tools import CALL_MARKS, as_user_messages, closed, format_call, without_calls
 from rayrl.types import Finish, Message, Sampling, Turn, Usage
 
@@ -334,7 +335,7 @@ class EndpointPlayer:
     def _say_once(self, what: str) -> None:
         if what not in self._said:
             self._said.add(what)
-            print(f"{self.config.url}: {what}.", file=sys.stderr, flush=True)
+            print(visible(f"{self.config.url}: {what}."), file=sys.stderr, flush=True)
 
 
 async def _sleep(seconds: float, conversation: Conversation, *, held: bool) -> None:

@@ -38,6 +38,8 @@ CheckFunction = Callable[..., Awaitable[dict[str, float]]]
 """`async def check(new_agent, args)`: figures by name (see `Environment.check`)."""
 FiguresFunction = Callable[[Episode], Mapping[str, bool | float | str]]
 """What is worth reporting of one episode; `rayrl/figures.py` says what each type means."""
+EndingFunction = Callable[[Episode, str], str]
+"""What a person in a seat is shown when an episode has ended."""
 TaskSource = Callable[..., Task] | Sequence[Task]
 
 _BELOW_ONE = math.nextafter(1.0, 0.0)
@@ -66,6 +68,7 @@ class Environment:
         players: scripted players by name.
         checks: exhaustive checks by name.
         reported: what is reported of an episode instead of its scores, or None (see `figures`).
+        ended: what a person is shown when an episode has ended, or None (see `ending`).
         form: the reply that is sent for what a person types in a seat, which stands for `{}`.
         slots: most episodes it can play at once, or None.
         ref: what `load_env` finds it by; empty if that is not known.
@@ -95,6 +98,7 @@ class Environment:
         self.players: dict[str, PlayerFunction] = {}
         self.checks: dict[str, CheckFunction] = {}
         self.reported: FiguresFunction | None = None
+        self.ended: EndingFunction | None = None
         self.form = form
         self.slots: int | None = None
         self.ref = _reference(play) if ref is None else ref
@@ -208,7 +212,7 @@ class Environment:
         if not isinstance(task, Task):
             raise EnvError(
                 f"the task source of {self.name!r} returned {shown(task)}: it must return a "
-                "rayrl.Task (a frozen dataclass that inherits it)"
+                f"rayrl.Task (a frozen dataclass that inherits it).{not_awaited(task)}"
             )
         return task
 
@@ -222,7 +226,7 @@ class Environment:
         if not isinstance(returned, Mapping):
             raise EnvError(
                 f"environment {self.name!r} returned {shown(returned)}: it must return its "
-                f"scores, e.g. {dict.fromkeys(self.rewards, 0.0)}"
+                f"scores, e.g. {dict.fromkeys(self.rewards, 0.0)}.{not_awaited(returned)}"
             )
         if len(self.seats) == 1 and not self._by_seat(returned):
             returned = {self.seats[0]: returned}
@@ -234,7 +238,7 @@ class Environment:
             if not isinstance(of_seat, Mapping):
                 raise EnvError(
                     f"environment {self.name!r} returned {shown(of_seat)}{where}: with several "
-                    "seats it must return scores by seat, then name"
+                    f"seats it must return scores by seat, then name.{not_awaited(of_seat)}"
                 )
             for name in self.group_rewards:
                 if name in of_seat:
@@ -289,6 +293,15 @@ class Environment:
         report the mean of every score.
         """
         self.reported = function
+        return function
+
+    def ending(self, function: EndingFunction) -> EndingFunction:
+        """Register what a person is shown when an episode has ended, such as the final board.
+
+        `def ending(episode, seat) -> str`, computed from the episode's task and turns. Models never
+        see it.
+        """
+        self.ended = function
         return function
 
 
@@ -399,4 +412,12 @@ def _finite(env_name: str, name: str, value: Any, where: str) -> float:
         return score_of(value)
     except ValueError as error:
         what = f"environment {env_name!r} returned {shown(value)} as score {name!r}{where}"
-        raise EnvError(f"{what}: {error}") from error
+        raise EnvError(f"{what}: {error}.{not_awaited(value)}") from error
+
+
+def not_awaited(value: object) -> str:
+    """What to say after naming `value` if it is what a call without `await` gives."""
+    if not inspect.iscoroutine(value):
+        return ""
+    value.close()  # or Python says so once more
+    return f" Write `await` before the call of {value.__qualname__}."

@@ -13,8 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from rayrl.agent import Agent, Player
 from rayrl.bar import Bar
 from rayrl.cluster.actors import make_environment, open_rollouts
@@ -25,10 +23,19 @@ from rayrl.env import Environment
 from rayrl.errors import EnvError, RayrlError, described
 from rayrl.figures import measure, task_key
 from rayrl.journal import Journal, Play
+from rayrl.plan import check_start
 from rayrl.results import Cell, Result, rich_table
 from rayrl.rollout import GroupPlan
 from rayrl.rundir import RunDir
-from rayrl.stage import check_tasks, row_name, say_templates, seats_of, unplayed_note
+from rayrl.show import new_console
+from rayrl.stage import (
+    already_finished,
+    check_tasks,
+    row_name,
+    say_templates,
+    seats_of,
+    unplayed_note,
+)
 from rayrl.types import Sampling, Usage, derive_seed
 
 __all__ = ["cell_of", "check_args", "evaluate", "evaluation_plans", "run"]
@@ -39,9 +46,12 @@ DEFAULT_CELL = "tasks"  # the one cell there is when `eval.cells` is empty
 
 def run(config: Config) -> None:
     """Evaluate, print the table, write eval.json and the episodes."""
-    console = Console()
-    with RunDir(config.run.dir, config) as folder:
+    console = new_console()
+    check_start(config, "eval")
+    with RunDir(config.run.dir, config, begin=False) as folder:
         if folder.finished is not None and (folder.path / FILE).is_file():
+            console.print(already_finished(folder.path), highlight=False, markup=False)
+            folder.begin()
             result = replace(Result.load(folder.path / FILE), prices=prices(config))
             result.save(folder.path / FILE)  # prices may be other ones now
         else:
@@ -89,6 +99,8 @@ async def evaluate(config: Config, folder: RunDir | None = None) -> Result:
         play = Play([*journals.values()], bar, budget)
         play.check_budget()
         async with open_rollouts(config, seats=seats, sampling=sampling) as rollouts:
+            if folder is not None:
+                folder.begin()
             for cell, journal in journals.items():
                 played = await play.collect(rollouts, journal)
                 measured[cell] = cell_of(configured[cell], cells[cell], played, journal.usage)

@@ -8,22 +8,34 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from rayrl.cluster import cluster_address
 from rayrl.cluster.topology import transport_of
-from rayrl.config import ClusterConfig, Config, differences, leaves, stage_config
+from rayrl.config import (
+    ClusterConfig,
+    Config,
+    EndpointConfig,
+    differences,
+    leaves,
+    stage_config,
+)
 from rayrl.errors import ConfigError, RunFailed
+from rayrl.hints import suggestion
 from rayrl.models import is_pretrained, learning_rate, model_dir
-from rayrl.stage import check_trained, template_notes
+from rayrl.registry import load_env
+from rayrl.stage import POLICY, check_trained, is_finished, seats_of, template_notes
+from rayrl.terminal import visible
 
-__all__ = ["Machine", "describe", "problems", "run", "this_machine"]
+__all__ = ["Machine", "check_start", "describe", "problems", "run", "this_machine"]
 
 LEARNING = ("sft", "train")  # verbs with learners
+WRITING = ("synth", "sft", "train", "eval")  # verbs with a run folder
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 TOO_FAST = 10  # times the usual learning rate
 STORED = 2.5  # versions of the weights in the object store at a push, and room to move
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -45,12 +57,11 @@ def run(config: Config) -> None:
         RunFailed: something will not fit; it is named in the plan.
     """
     machine = this_machine()
-    print(describe(config, machine))
-    found = [one for _, verb, stage in _stages(config) for one in problems(stage, machine, verb)]
-    found = list(dict.fromkeys(found))
+    print(visible(describe(config, machine)))
+    found = _all_problems(config, machine, _verb(config))
     if found:
         print("\nWill not fit")
-        print("\n".join(f"  - {one}" for one in found))
+        print(visible("\n".join(f"  - {one}" for one in found)))
         raise RunFailed(f"{len(found)} thing{'s' * (len(found) > 1)} will not fit; see the list.")
     print("\nEverything fits.")
 
@@ -77,6 +88,13 @@ def describe(config: Config, machine: Machine) -> str:
         if verb == "train":
             parts.append(f"A step of {name}\n{_batch(stage)}")
     return "\n\n".join(parts)
+
+
+def _verb(config: Config) -> str:
+    """What a plan is of: the recipe, or an evaluation if a server is to be played, or training."""
+    if config.recipe:
+        return "recipe"
+    return "eval" if config.eval.player == "endpoint" else "train"
 
 
 def _stages(config: Config) -> Iterator[tuple[str, str, Config]]:
@@ -117,10 +135,11 @@ def _short(value: object) -> str:
     return text if len(text) <= 90 else text[:87] + "..."
 
 
-def _asked(config: Config, verb: str) -> tuple[float, float]:
-    """CPUs and GPUs that the actors of `verb` reserve."""
+def _asked(config: Config, verb: str, models: int = 1) -> tuple[float, float]:
+    """CPUs and GPUs that the actors of `verb` reserve, with replicas of so many models."""
     cluster = config.cluster
-    hosts, replicas = (0, 0) if verb == "sft" else (cluster.env_hosts, cluster.replicas)
+    hosts = 0 if verb in ("sft", "serve", "play") else cluster.env_hosts
+    replicas = 0 if verb == "sft" else models * cluster.replicas
     ranks = config.learner.world_size if verb in LEARNING else 0
     cpus = (
         hosts * cluster.env_host_cpus
@@ -268,16 +287,106 @@ def _recipe(config: Config) -> str:
     return "\n".join(lines)
 
 
+def check_start(config: Config, verb: str, done: Collection[str] = ()) -> None:
+    """What every verb does before it starts anything: refuse what `rayrl plan` says won't fit.
+
+    A run that has nothing left to do needs nothing.
+
+    Args:
+        done: stages of a recipe that are finished.
+
+    Raises:
+        ConfigError: naming all of it.
+    """
+    if verb in WRITING and _is_done(config, verb):
+        return
+    found = _all_problems(config, this_machine(), verb, done)
+    if found:
+        many = "".join(f"\n  - {one}" for one in found)
+        raise ConfigError(found[0] if len(found) == 1 else f"this cannot run:{many}")
+
+
+def _is_done(config: Config, verb: str) -> bool:
+    """Whether the run has nothing left to do; learning may have got more steps."""
+    file = Path(config.run.dir) / "result.json"
+    if not is_finished(config.run.dir) or verb not in LEARNING:
+        return is_finished(config.run.dir)
+    steps = json.loads(file.read_text("utf-8")).get("steps", 0)
+    return bool(steps >= (config.train if verb == "train" else config.sft).steps)
+
+
+def _all_problems(
+    config: Config, machine: Machine, verb: str, done: Collection[str] = ()
+) -> list[str]:
+    """Those of `verb`; of a recipe, those of each stage that is not done, once."""
+    parts = [(verb, config)]
+    if verb == "recipe":
+        parts = [(verb, part) for name, verb, part in _as_they_start(config) if name not in done]
+    return list(dict.fromkeys(one for verb, part in parts for one in problems(part, machine, verb)))
+
+
+def _as_they_start(config: Config) -> Iterator[tuple[str, str, Config]]:
+    """Name, verb and settings of the stages, but for what earlier ones make."""
+    folder, made = Path(config.run.dir).absolute(), set()
+    for name, verb, stage in _stages(config):
+        data, model = Path(stage.sft.data).absolute(), Path(stage.model.path).absolute()
+        if data in made or data.is_relative_to(folder):
+            stage = replace(stage, sft=replace(stage.sft, data=""))
+        if model.is_relative_to(folder):
+            stage = replace(stage, model=config.model)
+        yield name, verb, stage
+        if stage.synth.out:
+            made.add(Path(stage.synth.out).absolute())
+
+
 def problems(config: Config, machine: Machine | None = None, verb: str = "train") -> list[str]:
     """What `verb` would ask for by `config` that is not there, a sentence each with the remedy."""
     machine = machine or this_machine()
-    return [*_too_much(config, machine, verb), *_missing(config, verb)]
+    found, seats = [], [POLICY]
+    try:
+        seats = _seats(config, verb)
+    except ConfigError as error:
+        found.append(str(error))
+    models = {who for who in seats if who == POLICY or who.startswith("model:")}
+    return [
+        *found,
+        *_too_much(config, machine, verb, len(models)),
+        *_missing(config, verb, seats),
+        *_unusable(config, verb, models),
+    ]
 
 
-def _too_much(config: Config, machine: Machine, verb: str) -> Iterator[str]:
+def _seats(config: Config, verb: str) -> list[str]:
+    """Who plays in the environment of `verb`, by seat; the environment and its settings are there.
+
+    Raises:
+        ConfigError: they are not, or nobody would be trained.
+    """
+    if verb == "serve":
+        return [POLICY]
+    if verb == "sft":
+        return []
+    environment = load_env(config.env.name).configure(config.env.args, config.env.rewards)
+    if verb == "train":
+        check_trained(environment, config)
+    for args in config.eval.cells.values() if verb == "eval" else ():
+        environment.configure(args)
+    player = {"synth": config.synth.player, "eval": config.eval.player, "play": config.play.player}
+    seats = seats_of(environment, config, player.get(verb, "model"))
+    if verb == "play":
+        seats.pop(config.play.seat, None)  # a person sits there
+    for seat, who in seats.items():
+        name = who.removeprefix("player:")
+        if name != who and name not in environment.players:
+            near = suggestion(name, list(environment.players))
+            raise ConfigError(f"{environment.name!r} has no player {name!r} for {seat}.{near}")
+    return list(seats.values())
+
+
+def _too_much(config: Config, machine: Machine, verb: str, models: int) -> Iterator[str]:
     cluster, engine = config.cluster, config.engine
-    if not cluster_address(cluster.address):
-        cpus, gpus = _asked(config, verb)
+    if _here(config):
+        cpus, gpus = _asked(config, verb, models)
         if cpus > machine.cpus:
             yield (
                 f"{cpus:g} cpus are reserved and this machine has {machine.cpus}: lower "
@@ -295,61 +404,71 @@ def _too_much(config: Config, machine: Machine, verb: str) -> Iterator[str]:
                 f"cluster.object_store_gb={cluster.object_store_gb:g}: two versions of the weights "
                 f"take {needs:.1f} GiB; raise it to {math.ceil(2 * needs) / 2 + 0.5:g}."
             )
-        cache = cluster.replicas * engine.kv_cache_gb
+        cache = models * cluster.replicas * engine.kv_cache_gb
         if cache > 0.8 * machine.memory_gb and not cluster.replica_gpus:
             yield (
-                f"engine.kv_cache_gb={engine.kv_cache_gb:g} × {cluster.replicas} replicas is more "
-                f"than 80% of {machine.memory_gb:.0f} GiB: lower it."
+                f"engine.kv_cache_gb={engine.kv_cache_gb:g} × {models * cluster.replicas} replicas "
+                f"is more than 80% of {machine.memory_gb:.0f} GiB: lower it."
             )
-    if config.engine.kind == "vllm" and importlib.util.find_spec("vllm") is None:
-        yield "engine.kind=vllm: vLLM is not installed; docs/vllm.md says how."
     room = shutil.disk_usage(_existing(Path(config.run.dir))).free / 2**30
-    if room < 1:
+    if verb in WRITING and room < 1:
         yield f"run.dir={config.run.dir}: {room:.1f} GiB left on that disk; make room for 1 GiB."
-    longest = _positions(config.model.path)
-    if longest and engine.max_len > longest:
-        yield (
-            f"engine.max_len={engine.max_len}: the model at {config.model.path} has positions for "
-            f"{longest}; lower it, or 0 for what the model allows."
-        )
-    if longest and config.sampling.max_tokens >= longest:
-        yield (
-            f"sampling.max_tokens={config.sampling.max_tokens}: the model at {config.model.path} "
-            f"has positions for {longest}, prompt included; lower it."
-        )
 
 
-def _missing(config: Config, verb: str) -> Iterator[str]:
-    if config.sft.data and not Path(config.sft.data).is_file():
-        yield f"sft.data={config.sft.data}: there is no such file; rayrl synth writes one."
-    players = (config.synth.player, config.eval.player, *config.env.seats.values())
-    key = config.endpoint.api_key_env
-    if "endpoint" in players and key and not os.environ.get(key):
+def _missing(config: Config, verb: str, seats: Sequence[str]) -> Iterator[str]:
+    data, key, url = config.sft.data, config.endpoint.api_key_env, config.endpoint.url
+    if verb == "sft" and data and not Path(data).is_file():
+        yield f"sft.data={data}: there is no such file; rayrl synth writes one."
+    # a server on this machine seldom wants one; a variable that somebody named should be there
+    optional = key == EndpointConfig().api_key_env and urlsplit(url).hostname in LOOPBACK
+    if "endpoint" in seats and key and not os.environ.get(key) and not optional:
         yield (
             f"endpoint.api_key_env={key}: that variable is not set; export it, or set "
             "endpoint.api_key_env='' for a server that wants no key."
         )
-    for check in (partial(_usable, config.model.path), partial(_configured, config, verb)):
+    if verb not in LEARNING:
+        return
+    if config.run.wandb_project and not _installed("wandb"):
+        yield (
+            f"run.wandb_project={config.run.wandb_project}: wandb is not installed; "
+            "pip install 'rayrl[wandb]', or leave the setting empty."
+        )
+    if config.lora.rank and _here(config) and not _installed("peft"):
+        yield f"lora.rank={config.lora.rank}: peft is not installed; pip install 'rayrl[lora]'."
+
+
+def _unusable(config: Config, verb: str, models: Collection[str]) -> Iterator[str]:
+    """What is wrong with the models and with what generates from them."""
+    if models and config.engine.kind == "vllm" and _here(config) and not _installed("vllm"):
+        yield "engine.kind=vllm: vLLM is not installed; docs/vllm.md says how."
+    longest = _positions(config.model.path) if POLICY in models else 0
+    if longest and config.engine.max_len > longest:
+        yield (
+            f"engine.max_len={config.engine.max_len}: the model at {config.model.path} has "
+            f"positions for {longest}; lower it, or 0 for what the model allows."
+        )
+    if longest and verb != "serve" and config.sampling.max_tokens >= longest:
+        yield (
+            f"sampling.max_tokens={config.sampling.max_tokens}: the model at {config.model.path} "
+            f"has positions for {longest}, prompt included; lower it."
+        )
+    paths = {config.model.path} if POLICY in models or verb in LEARNING else set()
+    for path in sorted(paths | {who.removeprefix("model:") for who in models} - {POLICY}):
         try:
-            check()
+            model_dir(path)
+            template_notes([path])
         except ConfigError as error:
             yield str(error)
 
 
-def _usable(model: str) -> None:
-    model_dir(model)
-    template_notes([model])
+def _here(config: Config) -> bool:
+    """Whether all processes will be on this machine; other nodes may have what this one lacks."""
+    return not cluster_address(config.cluster.address)
 
 
-def _configured(config: Config, verb: str) -> None:
-    from rayrl.registry import load_env
-
-    environment = load_env(config.env.name)
-    environment.configure(config.env.args, config.env.rewards)
-    if verb == "train":
-        check_trained(environment, config)
-    for args in config.eval.cells.values():
-        environment.configure({**config.env.args, **args}, config.env.rewards)
+def _installed(package: str) -> bool:
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None  # a mere folder of that name has none
 
 
 def _existing(path: Path) -> Path:

@@ -14,6 +14,7 @@ from contextlib import suppress
 from typing import TextIO, cast
 
 from rich.console import Console
+from rich.text import Text
 
 from rayrl.agent import Conversation, Options, Player
 from rayrl.cluster.actors import make_environment
@@ -21,13 +22,17 @@ from rayrl.cluster.parts import open_players
 from rayrl.config import Config
 from rayrl.env import Environment
 from rayrl.errors import ConfigError, did_you_mean
+from rayrl.plan import check_start
 from rayrl.players import HumanPlayer
 from rayrl.rollout import play_episode
-from rayrl.show import message_text, reply_text, scores_text, task_text
+from rayrl.show import message_text, new_console, reply_text, scores_text, task_text
 from rayrl.stage import say_templates, seats_of
+from rayrl.terminal import visible
 from rayrl.types import Episode, Message, Sampling, Turn, derive_seed
 
-__all__ = ["Shown", "human", "play", "run", "seats_for"]
+__all__ = ["Shown", "human", "outcome", "play", "run", "seats_for"]
+
+WON = {True: "win", False: "loss"}
 
 
 class Shown:
@@ -58,7 +63,8 @@ class Shown:
 
 def run(config: Config) -> None:
     """Play until the person has had enough, or `play.episodes` were watched."""
-    console = Console()
+    check_start(config, "play")
+    console = new_console()
     with suppress(EOFError):
         asyncio.run(play(config, console))
 
@@ -101,11 +107,49 @@ async def play(
             )
             played.append(episode)
             if episode.failure is not None:
-                console.print(episode.failure.message, style="red", markup=False)
+                console.print(visible(episode.failure.message), style="red", markup=False)
             else:
+                if environment.ended is not None:
+                    seat = mine or environment.seats[0]
+                    console.print(Text(visible(environment.ended(episode, seat))))
+                for line in outcome(environment, episode, mine):
+                    console.print(line, style="bold")
                 console.print(scores_text(episode.scores, episode.rewards))
                 console.print(task_text(episode))
     return played
+
+
+def outcome(environment: Environment, episode: Episode, mine: str = "") -> list[str]:
+    """Who won, a line for each seat (or for the person's, if there is one).
+
+    With several seats whoever has the highest score `win` has won. With one it is what the
+    environment reports (`{"win/draw/loss": "loss"}`), or its score `win` if that is 0 or 1.
+    """
+    won = {seat: scores["win"] for seat, scores in episode.scores.items() if "win" in scores}
+    found: dict[str, str] = {}
+    if len(won) > 1:
+        best = max(won.values())
+        winners = [seat for seat, value in won.items() if value == best]
+        for seat in won:
+            found[seat] = "draw" if len(winners) == len(won) else WON[seat in winners]
+    elif len(episode.scores) == 1:
+        (seat,) = episode.scores
+        reported = environment.reported(episode) if environment.reported else {}
+        named = [value for value in reported.values() if isinstance(value, str)]
+        if named:
+            found[seat] = named[0]
+        elif won.get(seat) in (0.0, 1.0):
+            found[seat] = WON[won[seat] == 1.0]
+    return [
+        visible(_in_words("you" if seat == mine else seat, result))
+        for seat, result in found.items()
+        if not mine or seat == mine
+    ]
+
+
+def _in_words(who: str, result: str) -> str:
+    said = {"win": f"{who} won", "loss": f"{who} lost", "draw": "a draw"}
+    return f"{said.get(result, f'{who}: {result}')}."
 
 
 def seats_for(environment: Environment, config: Config) -> dict[str, str]:

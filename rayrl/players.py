@@ -17,6 +17,7 @@ from rayrl.engine.protocol import Generator
 from rayrl.env import PlayerFunction
 from rayrl.errors import EnvError, InfraError, described, shown
 from rayrl.randomness import EpisodeRandom
+from rayrl.terminal import visible
 from rayrl.textcalls import describe_lines, parse_lines
 from rayrl.tools import format_call, tool_name, untold
 from rayrl.types import Message, Request, Sampling, Turn
@@ -179,14 +180,17 @@ class HumanPlayer:
         """Show the new messages and read a line."""
         for message in new:
             label = "" if message.role == "user" else f"[{message.role}] "
-            print(f"{label}{message.content}\n", file=self.out, flush=True)
+            self._show(f"{label}{message.content}")
         tools = untold(options.tools, conversation.tools)
         if tools:
-            print(f"{describe_lines(tools)}\n", file=self.out, flush=True)
+            self._show(describe_lines(tools))
             conversation.tools.update(map(tool_name, tools))
         line = await asyncio.to_thread(self.read, f"{conversation.seat}> ")
         text = self._reply(line, options.tools)
         return Turn(conversation.seat, tuple(new), text, "stop", state=options.state)
+
+    def _show(self, text: str) -> None:
+        print(f"{visible(text)}\n", file=self.out, flush=True)
 
     def _reply(self, line: str, tools: Sequence[Mapping[str, Any]]) -> str:
         calls = parse_lines(line, tools)

@@ -16,8 +16,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from rayrl import evaluate, report, sft, synth, train
 from rayrl.bundle import env_names
 from rayrl.cluster.session import open_session
@@ -25,9 +23,11 @@ from rayrl.config import Config, Stage, stage_config, validate
 from rayrl.errors import RunFailed
 from rayrl.files import write_atomic
 from rayrl.memory import PeakMemory
+from rayrl.plan import check_start
 from rayrl.results import Result, markdown, rich_table
 from rayrl.rundir import RunDir, refuse_changes
 from rayrl.seal import sealed
+from rayrl.show import new_console
 from rayrl.stage import EPISODES, MODEL, is_finished, row_name, versions
 
 __all__ = ["Link", "chain", "rows", "run"]
@@ -63,15 +63,18 @@ def run(config: Config) -> None:
         ConfigError: a finished stage would now have other settings.
         RayrlError: of the stage that cannot go on; the ones before it stay finished.
     """
-    console = Console()
+    console = new_console()
     links = chain(config)
     for link in links:
         validate(link.config, link.stage.verb, chained=True)
     _refuse_changes(links)
-    with RunDir(config.run.dir, config) as folder:
+    done = [link.stage.name for link in links if is_finished(link.config.run.dir)]
+    check_start(config, "recipe", done)
+    with RunDir(config.run.dir, config, begin=False) as folder:
         if not all(is_finished(link.config.run.dir) for link in links):
             named = env_names(config)
             with PeakMemory() as memory, open_session(config.cluster, config.run.dir, envs=named):
+                folder.begin()
                 for number, link in enumerate(links, 1):
                     title = f"{number}/{len(links)} {link.stage.name} ({link.stage.verb})"
                     if is_finished(link.config.run.dir):
@@ -82,6 +85,7 @@ def run(config: Config) -> None:
                     PROGRAMS[link.stage.verb](link.config)
                     _record(folder, link.stage.name, time.perf_counter() - began, memory.peak)
                     _refuse_unfinished(link)
+        folder.begin()
         found = rows(links)
         if found:
             _write_table(folder.path, found)

@@ -78,6 +78,8 @@ class Recovery:
             self.bar.note(f"a learner process died; it starts again from step {at}")
             await self.learner.restart()
             self.folder.rewind()
+        elif found:
+            self.bar.note(f"resumed at step {at}")
         if found:
             await self.learner.load(found.path)
         return at

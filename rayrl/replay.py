@@ -35,6 +35,7 @@ from rayrl.groups import with_group_rewards
 from rayrl.isolation import Isolated
 from rayrl.registry import load_env
 from rayrl.rollout import play_episode
+from rayrl.show import new_console
 from rayrl.types import Episode, Message, Turn
 
 __all__ = ["KINDS", "Replayed", "replay", "run", "stored_episodes"]
@@ -77,7 +78,7 @@ def run(config: Config) -> None:
     found = asyncio.run(replay(env, wanted, config.env.deadline_s, config.env.isolated))
     if settings.episode:
         found = [one for one in found if one.stored.id == settings.episode]
-    console = Console(highlight=False)
+    console = new_console()
     _show(found, settings.show, console)
     if settings.out:
         written = [one.episode for one in found if one.episode is not None]
@@ -85,7 +86,8 @@ def run(config: Config) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         lines = [json.dumps(episode_to_json(e), ensure_ascii=False) + "\n" for e in written]
         write_atomic(out, "".join(lines).encode())
-        console.print(f"{len(written)} episodes with today's scores in {out}", markup=False)
+        said = f"{len(written)} episodes with today's scores in {out}"
+        console.print(said, markup=False, highlight=False)
     fine = KINDS[:2] if settings.out else KINDS[:1]
     wrong = sum(one.kind not in (*fine, "unfinished") for one in found)
     if wrong:
@@ -317,9 +319,10 @@ def _show(found: Sequence[Replayed], texts: int, console: Console) -> None:
         if one.kind == "same" and len(found) > 1:
             continue
         what = textwrap.shorten(one.what, 500)
-        console.print(f"{one.stored.id}: {one.kind}" + (f" {what}" if what else ""), markup=False)
+        line = f"{one.stored.id}: {one.kind}" + (f" {what}" if what else "")
+        console.print(line, markup=False, highlight=False)
         if one.difference and texts > 0:
-            console.print(textwrap.indent(one.difference, "    "), markup=False)
+            console.print(textwrap.indent(one.difference, "    "), markup=False, highlight=False)
             texts -= 1
     counts = Counter(one.kind for one in found)
     table = Table()
@@ -329,4 +332,4 @@ def _show(found: Sequence[Replayed], texts: int, console: Console) -> None:
     console.print(table)
     means = _means(found)
     if means:
-        console.print(f"on average: {', '.join(means)}", markup=False)
+        console.print(f"on average: {', '.join(means)}", markup=False, highlight=False)

@@ -96,8 +96,15 @@ async def play_episode(
     try:
         # a task of its own, so that code which swallows its cancellation cannot hold the loop
         running = asyncio.create_task(_played(env, task, agents, seed), name=label)
-        played = await within(running, deadline_s, agents, stop)
+        try:
+            played = await within(running, deadline_s, agents, stop)
+        except (AttributeError, TypeError, ValueError, EnvError) as error:
+            if forgotten := _forgotten(agents, error):
+                raise forgotten from error
+            raise
         _raise_players_error(agents)
+        if forgotten := _forgotten(agents):
+            raise forgotten
         if course.left:
             raise course.cut_short(None)
         scores, rewards = played
@@ -142,6 +149,27 @@ def _player(players: Mapping[str, Player], seat: str, env: Environment) -> Playe
     if seat not in players:
         raise ConfigError(f"environment {env.name!r}: no player for seat {seat!r}")
     return players[seat]
+
+
+def _forgotten(agents: Sequence[Agent], error: Exception | None = None) -> EnvError | None:
+    """The error of an environment that calls without `await`, if that is what it does.
+
+    Args:
+        error: what came of it; its agents' calls aside, Python's messages name the coroutine.
+    """
+    for agent in agents:
+        if agent.awaited < agent.called:
+            return EnvError(
+                f"{agent.seat}(…) was called without `await`, {agent.called - agent.awaited} of "
+                f"{agent.called} times: write `reply = await {agent.seat}(…)`"
+            )
+    # an EnvError is in words of ours, or of the environment's author
+    if error and not isinstance(error, EnvError) and "coroutine" in message_of(error):
+        return EnvError(
+            f"{described(error)}. A call of an `async def` function was not awaited: write "
+            "`await` before it"
+        )
+    return None
 
 
 def _raise_players_error(agents: Sequence[Agent]) -> None:

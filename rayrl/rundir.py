@@ -27,7 +27,7 @@ import math
 import os
 import shutil
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -77,9 +77,15 @@ _REMEDY = "Use the old ones to resume it, or another run.name (or run.dir) to st
 class RunDir:
     """A run's folder: made when it is not there, resumed when it is. One process at a time.
 
+    A folder in which a start left its settings and nothing else holds no run: it is used anew.
+
     Args:
         path: the folder; usually `config.run.dir`.
         config: what the run runs with; stored, and compared with what is stored.
+        begin: write at once. False: not before `begin`, so that a start which fails leaves nothing.
+
+    Attributes:
+        resumed: whether the folder holds a run already.
 
     Raises:
         ConfigError: the folder's run had other settings; the message lists them. Or the folder
@@ -88,7 +94,7 @@ class RunDir:
         RunFailed: another process is writing there.
     """
 
-    def __init__(self, path: str | Path, config: Config) -> None:
+    def __init__(self, path: str | Path, config: Config, *, begin: bool = True) -> None:
         self.path = Path(path)
         self._config = config
         if RAY_COPIES in self.path.resolve().parts:
@@ -97,23 +103,42 @@ class RunDir:
                 "deletes. Give an absolute path on storage that all nodes share; or submit with "
                 "jobs/submit and RAYRL_WORKDIR."
             )
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock()
-        self.resumed = (self.path / "config.yaml").is_file()
-        try:
-            more = self.resumed and refuse_changes(self.path, config, _REMEDY, more_steps=True)
-            if more:
-                (self.path / "result.json").unlink(missing_ok=True)
-            write_atomic(self.path / "config.yaml", _as_yaml(config).encode())
-            for partial in self.path.glob(".partial-*"):  # an earlier process was killed meanwhile
-                shutil.rmtree(partial)
-            self._checkpoints = Checkpoints(self.path, config.run.keep_checkpoints)
-            self._next_step = self._cut_metrics()
-        except BaseException:
-            self._unlock()
-            raise
         self._tensorboard: TensorBoard | None = None
         self._wandb: Wandb | None = None
+        self._unlock: Callable[[], object] | None = None
+        self._more = self._begun = False
+        self._next_step = 0
+        self.resumed = _holds_run(self.path)
+        try:
+            if self.resumed:
+                self._lock()
+                self._more = refuse_changes(self.path, config, _REMEDY, more_steps=True)
+                for partial in self.path.glob(".partial-*"):  # an earlier process was killed
+                    shutil.rmtree(partial)
+            self._checkpoints = Checkpoints(self.path, config.run.keep_checkpoints)
+            if begin:
+                self.begin()
+        except BaseException:
+            self.close()
+            raise
+
+    def begin(self) -> None:
+        """Write the settings, and cut the metrics back to the newest checkpoint; once.
+
+        To be called when all that the run needs has started.
+
+        Raises:
+            RunFailed: another process is writing there.
+        """
+        if self._begun:
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock()
+        if self._more:
+            (self.path / "result.json").unlink(missing_ok=True)
+        write_atomic(self.path / "config.yaml", _as_yaml(self._config).encode())
+        self._next_step = self._cut_metrics()
+        self._begun = True
 
     # --- what the run measured -------------------------------------------------------------------
 
@@ -188,12 +213,13 @@ class RunDir:
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """Mark the run as finished, with what it came to; opened again, it has nothing to do."""
+        self._more = False
         self.write_json("result.json", {**result, _FILES: sums_of(self.path, "*.jsonl")})
 
     @property
     def finished(self) -> dict[str, Any] | None:
         """What `finish` was given, or None while there is something left to do."""
-        result = self.read_json("result.json")
+        result = None if self._more else self.read_json("result.json")
         if result is None:
             return None
         return {key: value for key, value in result.items() if key != _FILES}
@@ -271,7 +297,8 @@ class RunDir:
             self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.close()
-        self._unlock()
+        if self._unlock is not None:
+            self._unlock()
 
     def __enter__(self) -> RunDir:
         return self
@@ -282,6 +309,8 @@ class RunDir:
     # --- within ----------------------------------------------------------------------------------
 
     def _lock(self) -> None:
+        if self._unlock is not None:
+            return
         handle = os.open(self.path / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -316,6 +345,14 @@ class RunDir:
                     )
             os.truncate(file, min(size, file.stat().st_size))
         return max((int(row["step"]) for row in self.metrics()), default=-1) + 1
+
+
+def _holds_run(folder: Path) -> bool:
+    """Whether there is a run in `folder`: its settings, and anything that it made."""
+    if not (folder / "config.yaml").is_file():
+        return False
+    files = (file for file in folder.rglob("*") if file.name not in ("config.yaml", ".lock"))
+    return any(file.is_file() and file.stat().st_size for file in files)
 
 
 def check_finished(run: Path) -> None:

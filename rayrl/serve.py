@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 from rayrl.cluster.http import open_server
 from rayrl.config import Config
+from rayrl.plan import check_start
 from rayrl.stage import model_row, say_templates
 
 __all__ = ["run", "serve"]
@@ -24,6 +25,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 def run(config: Config) -> None:
     """Serve until interrupted, or asked to end (SIGTERM, as `ray job stop` sends it)."""
+    check_start(config, "serve")
     asyncio.run(serve(config))
 
 

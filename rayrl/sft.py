@@ -21,9 +21,10 @@ from rayrl.config import Config
 from rayrl.episodes import read_episodes
 from rayrl.errors import ConfigError, DataError, did_you_mean
 from rayrl.models import model_dir
+from rayrl.plan import check_start
 from rayrl.recovery import Recovery
 from rayrl.rundir import RunDir
-from rayrl.stage import MODEL, POLICY, positions, say_templates
+from rayrl.stage import MODEL, POLICY, already_finished, positions, say_templates
 from rayrl.types import Episode, Turn, derive_seed
 
 __all__ = ["batch_indices", "conversations", "load_rows", "rows_of", "run", "sft"]
@@ -31,9 +32,12 @@ __all__ = ["batch_indices", "conversations", "load_rows", "rows_of", "run", "sft
 
 def run(config: Config) -> None:
     """Fine-tune `config.model` on `config.sft.data`; resumes if the run folder has a checkpoint."""
-    with RunDir(config.run.dir, config) as folder:
+    check_start(config, "sft")
+    with RunDir(config.run.dir, config, begin=False) as folder:
         if folder.finished is None:
             asyncio.run(sft(config, folder))
+        else:
+            print(already_finished(folder.path))
         print(f"Model in {folder.path / MODEL}")
 
 
@@ -49,6 +53,7 @@ async def sft(config: Config, folder: RunDir) -> None:
     longest = config.engine.max_len or positions(model)
     rows = load_rows(config, Chat.load(str(model)), longest)
     async with open_learners(config, cfg.steps) as learner:
+        folder.begin()
         with Bar(config.run.name, cfg.steps) as bar:
             recovery = Recovery(learner, folder, bar, config.learner.restarts)
 

@@ -2,29 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
-from rich.console import Group
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, Group, RenderHook
 from rich.padding import Padding
 from rich.panel import Panel
+from rich.segment import Segment
 from rich.text import Text
 
+from rayrl.terminal import visible
 from rayrl.types import Episode, Message, Turn
 
-__all__ = ["episode_panel", "message_text", "reply_text", "scores_text", "task_text"]
+__all__ = [
+    "episode_panel",
+    "message_text",
+    "new_console",
+    "reply_text",
+    "scores_text",
+    "task_text",
+]
+
+
+def new_console() -> Console:
+    """A console of this terminal that prints no control characters but its own."""
+    console = Console()
+    console.push_render_hook(_Visible())
+    return console
+
+
+class _Visible(RenderHook):
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        """What is printed, each without control characters."""
+        return [_Shown(one) for one in renderables]
+
+
+class _Shown:
+    def __init__(self, what: ConsoleRenderable) -> None:
+        self.what = what
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
+        for text, style, control in console.render(self.what, options):
+            yield Segment(text if control else visible(text), style, control)
 
 
 def message_text(message: Message) -> Text:
     """What was said to the model."""
     style = "dim italic" if message.role == "system" else ""
     label = "" if message.role == "user" else f"[{message.role}] "
-    return Text(f"{label}{message.content}", style=style)
+    return Text(visible(f"{label}{message.content}"), style=style)
 
 
 def reply_text(turn: Turn, seat: str = "") -> Text:
     """What the model said."""
     text = Text(f"{seat or turn.seat} ▸ ", style="bold cyan")
-    text.append(turn.text, style="not bold cyan")
+    text.append(visible(turn.text), style="not bold cyan")
     if turn.finish != "stop":
         text.append(f"  (cut off: {turn.finish})", style="not bold yellow")
     return text
@@ -54,7 +85,7 @@ def task_text(episode: Episode) -> Text:
         if name != "seed" and not (isinstance(value, str) and len(value) > 20 and value in said)
     }
     text = Text("task: " if fields else "", style="dim")
-    text.append("  ".join(f"{name} {value}" for name, value in fields.items()))
+    text.append(visible("  ".join(f"{name} {value}" for name, value in fields.items())))
     return text
 
 
@@ -65,7 +96,8 @@ def episode_panel(episode: Episode, title: str = "") -> Panel:
         parts += [message_text(message) for message in turn.prompt]
         parts.append(Padding(reply_text(turn), (0, 0, 1, 2)))
     if episode.failure is not None:
-        parts.append(Text(f"{episode.failure.kind} failure: {episode.failure.message}", "red"))
+        said = f"{episode.failure.kind} failure: {episode.failure.message}"
+        parts.append(Text(visible(said), "red"))
     else:
         parts += [scores_text(episode.scores, episode.rewards), task_text(episode)]
     return Panel(Group(*parts), title=Text(title or episode.id), title_align="left", expand=False)

@@ -12,16 +12,18 @@ from pathlib import Path
 from rayrl.chat import Chat
 from rayrl.config import Config
 from rayrl.env import Environment
-from rayrl.errors import ConfigError, EnvError
+from rayrl.errors import ConfigError, EnvError, did_you_mean
 from rayrl.models import EMBEDDED
 from rayrl.seal import check_weights
 from rayrl.tasks import as_kind, fields_of
+from rayrl.terminal import visible
 from rayrl.types import Task
 
 __all__ = [
     "EPISODES",
     "MODEL",
     "POLICY",
+    "already_finished",
     "check_tasks",
     "check_trained",
     "is_finished",
@@ -60,6 +62,11 @@ def is_finished(folder: str | Path) -> bool:
     return (Path(folder) / "result.json").is_file()
 
 
+def already_finished(folder: Path) -> str:
+    """What to tell a person who starts a run that has nothing left to do."""
+    return f"{folder}: already finished; this is what it came to. Another run.name starts anew."
+
+
 def versions() -> dict[str, str]:
     """Versions of Python and of the libraries that results depend on."""
     found = {"python": platform.python_version()}
@@ -94,7 +101,17 @@ def seats_of(environment: Environment, config: Config, player: str) -> dict[str,
 
     Args:
         player: "model" (of `model.path`), "endpoint" or a player of the environment.
+
+    Raises:
+        ConfigError: `env.seats` names a seat that the environment does not have.
     """
+    for seat in config.env.seats:
+        if seat not in environment.seats:
+            near = did_you_mean(seat, environment.seats)
+            known = ", ".join(environment.seats)
+            raise ConfigError(
+                f"env.seats.{seat}: {environment.name!r} has no such seat.{near} It has: {known}."
+            )
     who = {"model": POLICY, "endpoint": "endpoint"}.get(player, f"player:{player}")
     given = {seat: config.env.seats.get(seat, POLICY) for seat in environment.seats}
     return {seat: who if by == POLICY else by for seat, by in given.items()}
@@ -141,7 +158,7 @@ def say_templates(config: Config, seats: Iterable[str] = (POLICY,)) -> None:
         what = note.split(": ", 1)[-1]  # without the path, which is another in each stage
         if what not in _said:
             _said.add(what)
-            print(note, file=sys.stderr, flush=True)
+            print(visible(note), file=sys.stderr, flush=True)
 
 
 def unplayed_note(n: int) -> str:

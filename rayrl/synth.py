@@ -10,11 +10,11 @@ import asyncio
 import re
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -26,10 +26,18 @@ from rayrl.episodes import read_episodes, write_episodes
 from rayrl.errors import ConfigError, RunFailed, did_you_mean
 from rayrl.figures import measure, scores_of
 from rayrl.journal import Journal, Play
+from rayrl.plan import check_start
 from rayrl.rollout import GroupPlan
 from rayrl.rundir import RunDir
-from rayrl.show import episode_panel
-from rayrl.stage import EPISODES, check_tasks, say_templates, seats_of, unplayed_note
+from rayrl.show import episode_panel, new_console
+from rayrl.stage import (
+    EPISODES,
+    already_finished,
+    check_tasks,
+    say_templates,
+    seats_of,
+    unplayed_note,
+)
 from rayrl.types import Episode, derive_seed
 
 __all__ = ["Lengths", "Statistics", "kept", "run", "samples", "statistics_of", "synth"]
@@ -79,12 +87,13 @@ def run(config: Config) -> None:
 
     While episodes are unplayed the file has what was kept so far and the run is not finished.
     """
-    console = Console()
-    with RunDir(config.run.dir, config) as folder:
+    console = new_console()
+    check_start(config, "synth")
+    with RunDir(config.run.dir, config, begin=False) as folder:
         out = Path(config.synth.out) if config.synth.out else folder.path / EPISODES
         everything = folder.path / PLAYED
         if folder.finished is None or not out.is_file():
-            played = asyncio.run(synth(config, everything))
+            played = asyncio.run(synth(config, everything, folder.begin))
             good = kept(played, config.synth.keep)
             if not good:
                 raise RunFailed(_nothing_kept(config, played))
@@ -92,6 +101,7 @@ def run(config: Config) -> None:
             if not unplayed(played):
                 folder.finish({"played": len(played), "kept": len(good), "file": str(out)})
         else:
+            console.print(already_finished(folder.path), highlight=False, markup=False)
             played = list(read_episodes(everything))
             good = list(read_episodes(out))
     console.print(summary(played, good, make_environment(config)))
@@ -106,11 +116,14 @@ def run(config: Config) -> None:
     console.print(f"{len(good)} episodes in {out}", highlight=False, markup=False)
 
 
-async def synth(config: Config, file: Path | None = None) -> list[Episode]:
+async def synth(
+    config: Config, file: Path | None = None, begun: Callable[[], None] = lambda: None
+) -> list[Episode]:
     """Play `synth.episodes` tasks, one episode each, in the order of the tasks.
 
     Args:
         file: where each is written as it ends; those it has already are not played again.
+        begun: called when all that plays has started.
 
     Raises:
         RunFailed: the environment fails too often (`env.failure_budget`).
@@ -130,6 +143,7 @@ async def synth(config: Config, file: Path | None = None) -> list[Episode]:
         play = Play([journal], bar, config.endpoint.max_tokens_total)
         play.check_budget()
         async with open_rollouts(config, seats=seats) as rollouts:
+            begun()
             played = await play.collect(rollouts, journal)
     groups = [*played.groups, *played.dropped]
     if not played.infra_failures:

@@ -21,11 +21,19 @@ from rayrl.cluster.weights import Weights
 from rayrl.config import Config
 from rayrl.feed import Feed
 from rayrl.grouplog import GroupLog
+from rayrl.plan import check_start
 from rayrl.progress import Clock, headline, step_metrics, warnings
 from rayrl.recovery import Recovery
 from rayrl.rollout import GroupPlan
 from rayrl.rundir import RunDir
-from rayrl.stage import MODEL, check_tasks, check_trained, say_templates, seats_of
+from rayrl.stage import (
+    MODEL,
+    already_finished,
+    check_tasks,
+    check_trained,
+    say_templates,
+    seats_of,
+)
 from rayrl.types import derive_seed
 from rayrl.watch import Watch
 
@@ -34,6 +42,7 @@ __all__ = ["run", "train"]
 
 def run(config: Config) -> None:
     """Train `config.model` on `config.env`; resumes if the run folder has a checkpoint."""
+    check_start(config, "train")
     asyncio.run(train(config))
     print(f"Model in {Path(config.run.dir) / MODEL}")
 
@@ -48,8 +57,9 @@ async def train(config: Config) -> None:
     cfg = config.train
     environment = make_environment(config)
     check_trained(environment, config)
-    with RunDir(config.run.dir, config) as folder:
+    with RunDir(config.run.dir, config, begin=False) as folder:
         if folder.finished is not None and folder.finished.get("steps", 0) >= cfg.steps:
+            print(already_finished(folder.path))
             return
         say_templates(config, seats_of(environment, config, "model").values())
         found = folder.latest_checkpoint()
@@ -59,6 +69,7 @@ async def train(config: Config) -> None:
             log.forget(start)
         opening = open_training(config, cfg.steps, log.turns)
         async with opening as (rollouts, learner, weights):
+            folder.begin()
             async with Feed(rollouts, functools.partial(plans, config), config, log) as feed:
                 feed.restore(start, found.state if found else {})
                 with (

@@ -1,7 +1,12 @@
 from __future__ import annotations
 
+import asyncio
 import os
+import re
 import resource
+import shlex
+import shutil
+import signal
 import subprocess
 import sys
 import types
@@ -11,10 +16,13 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from rayrl import cli
+from rayrl import cli, helppages
 from rayrl.cli import compose, main
-from rayrl.config import Config, from_dict, to_dict, validate
+from rayrl.config import Config, from_dict, leaves, to_dict, validate
+from rayrl.config.convert import ELSEWHERE, check_keys, nest
+from rayrl.config.meanings import meanings
 from rayrl.errors import ConfigError, RunFailed
+from tests.documents import understand
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 FILES = sorted(file for file in CONF.glob("*/*.yaml"))
@@ -231,8 +239,11 @@ def test_interrupt_says_how_to_resume(
         (["play"], "\nStopped.\n"),
         (["plan"], "\nStopped.\n"),
         (["env", "check"], "\nStopped.\n"),
-        (["eval"], "\nStopped. The same command resumes from runs/run:\n  rayrl eval\n"),
-        (["sft", "sft.data=x"], "\nStopped. The same command resumes from runs/run:\n  rayrl sft"),
+        (["eval"], "\nStopped. The same command resumes from runs/tictactoe-eval:\n  rayrl eval"),
+        (
+            ["sft", "sft.data=x"],
+            "\nStopped. The same command resumes from runs/tictactoe-sft:\n  rayrl sft",
+        ),
     ],
 )
 def test_interrupt_promises_what_is_true(
@@ -248,6 +259,49 @@ def test_interrupt_promises_what_is_true(
     monkeypatch.setattr(sys, "argv", ["/somewhere/bin/rayrl"])
     assert main(words) == 130
     assert capsys.readouterr().err.startswith(said)
+
+
+@pytest.mark.parametrize("ignored", [False, True], ids=["", "SIGINT ignored"])
+@pytest.mark.parametrize("looping", [False, True], ids=["", "in asyncio"])
+def test_sigterm_ends_a_run_in_order(
+    ignored: bool,
+    looping: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """One line, 143, and everything that is open is closed; `timeout` sends the signal twice."""
+    closed = []
+
+    async def steps() -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+            await asyncio.Event().wait()
+        finally:
+            signal.raise_signal(signal.SIGTERM)
+            await asyncio.sleep(0)
+            closed.append(True)
+
+    def run(config: Config) -> None:
+        if looping:
+            asyncio.run(steps())
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            closed.append(True)
+
+    program(monkeypatch, "train", run)
+    before = signal.getsignal(signal.SIGTERM)
+    interrupt = signal.signal(
+        signal.SIGINT, signal.SIG_IGN if ignored else signal.default_int_handler
+    )
+    try:
+        assert main(["train", "run.name=mine"]) == 143
+    finally:
+        signal.signal(signal.SIGINT, interrupt)
+    said = "rayrl: stopped by SIGTERM; the same command resumes from runs/mine\n"
+    assert capsys.readouterr().err == said
+    assert closed == [True]
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_program_gets_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,6 +361,89 @@ def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
     assert all(f"\n  {verb} " in out for verb in cli.VERBS)
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_help_of_a_verb(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    page = helppages.PAGES[verb]
+    for words in ([verb, "--help"], [verb, "-h"], ["help", verb], [verb, "some=thing", "--help"]):
+        assert main(words) == 0
+        out = capsys.readouterr().out
+        assert out.startswith(f"usage: rayrl {verb} ")
+        assert max(map(len, out.splitlines())) <= 100
+        keys = [key for key, _ in leaves() if key.split(".")[0] in page.sections]
+        assert all(f"\n  {key}=" in out for key in keys)
+        assert page.examples
+        assert all(f"\n  rayrl {verb} {example}\n" in out for example in page.examples)
+
+
+def test_examples_of_the_help_are_understood(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for verb, page in helppages.PAGES.items():
+        for example in page.examples:
+            understand([verb, *example.split()])
+
+
+def test_every_setting_has_a_place_for_its_meaning() -> None:
+    found = meanings()
+    assert [*found] == [key for key, _ in leaves()]
+    assert found["train.groups"] == "tasks a step; one stratum of the task source each"
+    assert found["train.max_lag"].startswith("weights versions a token may be older than the")
+    assert found["alarms.mismatch.patience"].endswith("; steps in a row out of bounds")
+    explained = sum(bool(meaning) for meaning in found.values())
+    assert explained > 0.7 * len(found)
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    out = capsys.readouterr().out
+    assert re.match(r"rayrl \d+\.\d+\S*, ray \S+, torch \S+, transformers \S+, Python 3\.", out)
+
+
+def completed(line: str, script: str) -> set[str]:
+    """What bash offers behind `line`."""
+    words = line.replace("=", " = ").split() + ([""] if line.endswith((" ", "=")) else [])
+    ask = (
+        f"COMP_LINE={shlex.quote(line)} COMP_POINT={len(line)} COMP_CWORD={len(words) - 1} _rayrl; "
+        'printf "%s\\n" "${COMPREPLY[@]}"'
+    )
+    done = subprocess.run(
+        ["bash", "-c", f"{script}\n{ask}"], capture_output=True, text=True, check=True, timeout=20
+    )
+    assert not done.stderr
+    return {*done.stdout.split()}
+
+
+def test_bash_completes_verbs_settings_and_files(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--completion", "bash"]) == 0
+    script = capsys.readouterr().out
+    assert completed("rayrl tr", script) == {"train"}
+    assert {"train", "eval", "--version"} <= completed("rayrl ", script)
+    assert completed("rayrl train train.gr", script) == {"train.groups=", "train.group_size="}
+    assert completed("rayrl train algo=g", script) >= {"grpo", "gspo", "gigpo"}
+    assert completed("rayrl train train.steps=5 env=tic", script) == {
+        "tictactoe",
+        "tictactoe_versus",
+    }
+    assert completed("rayrl train nothing.like", script) == set()
+
+
+@pytest.mark.parametrize("shell", helppages.SHELLS)
+def test_scripts_of_all_shells(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([f"--completion={shell}"]) == 0
+    out = capsys.readouterr().out
+    assert all(word in out for word in ("replay", "train.steps=", "experiment=tictactoe"))
+    program = shutil.which(shell)
+    if program:
+        check = [program, "--no-execute"] if shell == "fish" else [program, "-n"]
+        subprocess.run(check, input=out, text=True, check=True, timeout=20)
+
+
+def test_no_such_shell(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "choose one of bash, zsh, fish" in error_of(capsys, "--completion", "tcsh")
+    assert "choose one of bash, zsh, fish" in error_of(capsys, "--completion")
 
 
 def test_every_verb_has_its_program() -> None:
@@ -402,6 +539,47 @@ def test_plan_says_that_nobody_would_be_trained(capsys: pytest.CaptureFixture[st
     assert main(versus) == 0
     assert main([*versus, "env.seats.o=player:random"]) == 1
     assert "no seat of 'tictactoe_versus' is the policy" in capsys.readouterr().out
+
+
+# --- names of other libraries -------------------------------------------------------------------
+
+
+def test_a_name_of_another_library_is_understood() -> None:
+    settings = dict(leaves())
+    for name, ours in ELSEWHERE.items():
+        assert ours in settings
+        assert name not in settings
+        for key in (name, f"trainer.{name}", f"actor_rollout_ref.actor.{name}"):
+            with pytest.raises(ConfigError, match=f"{re.escape(ours)}'"):
+                check_keys(nest({key: 1}))
+
+
+def test_a_name_of_another_library_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    said = "num_generations: there is no such setting. Did you mean 'train.group_size'?"
+    assert said in error_of(capsys, "train", "num_generations=8")
+
+
+@pytest.mark.parametrize(
+    ("word", "ours"),
+    [
+        ("--num_generations", "train.group_size"),
+        ("--num-generations=8", "train.group_size"),
+        ("--learning-rate", "learner.lr"),
+        ("--train.stepz=3", "train.steps"),
+        ("--beta", "algo.kl_coef"),
+    ],
+)
+def test_options_of_other_libraries(
+    word: str, ours: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = error_of(capsys, "train", word)
+    assert f"Settings are written key=value; did you mean {ours!r}?" in error
+
+
+def test_our_own_names_come_first(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "Did you mean 'learner.lr'?" in error_of(capsys, "train", "optimizer.lr=1")
+    assert "Did you mean 'algo.kl_coef'?" in error_of(capsys, "train", "algorithm.kl_coef=1")
+    assert "Did you mean 'learner.betas'?" in error_of(capsys, "train", "learner.bettas=1")
 
 
 # --- settings in short ---------------------------------------------------------------------------

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "rayrl"
 
 # From the bottom up. Families on one line are neighbours: they do not import each other.
 LAYERS: list[dict[str, str]] = [
-    {"words": "types errors hints"},
+    {"words": "types errors hints terminal"},
     {
         "ground": "config conffiles env groups registry bundle gymnasium intervals models "
         "randomness loading weights buckets records tasks encoding engine.protocol"
@@ -36,7 +36,7 @@ LAYERS: list[dict[str, str]] = [
     {
         "programs": "synth sft train evaluate play report recipe plan envcheck fetch serve replay",
     },
-    {"command": "cli submit jobstart __main__"},
+    {"command": "cli foldernames helppages submit jobstart __main__"},
 ]
 PLACE = {
     f"rayrl.{module}": (height, family)

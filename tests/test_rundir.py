@@ -231,7 +231,8 @@ def test_wandb_gets_the_numbers(folder: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_other_settings_are_refused_by_name(folder: Path) -> None:
-    RunDir(folder, config_of()).close()
+    with RunDir(folder, config_of()) as run:
+        run.log(0, {"reward": 1.0})
     other = config_of(algo={"gamma": 0.5}, learner={"lr": 1.0})
     with pytest.raises(ConfigError, match=r"algo\.gamma: 0\.95 there, 0\.5 now") as caught:
         RunDir(folder, other)
@@ -241,9 +242,44 @@ def test_other_settings_are_refused_by_name(folder: Path) -> None:
 
 
 def test_fewer_steps_are_refused(folder: Path) -> None:
-    RunDir(folder, config_of()).close()
+    with RunDir(folder, config_of()) as run:
+        run.log(0, {"reward": 1.0})
     with pytest.raises(ConfigError, match=r"train\.steps: 4 there, 3 now"):
         RunDir(folder, config_of(train={"steps": 3}))
+
+
+def test_settings_alone_are_no_run(folder: Path) -> None:
+    """A start that failed left them; they must not stand in the way of the next one."""
+    RunDir(folder, config_of()).close()
+    (folder / "groups").mkdir()
+    (folder / "groups" / "turns.log").touch()
+    with RunDir(folder, config_of(train={"steps": 3})) as run:
+        assert not run.resumed
+    assert read_config(folder).train.steps == 3
+
+
+def test_nothing_is_written_before_the_run_begins(folder: Path) -> None:
+    with RunDir(folder, config_of(), begin=False) as run:
+        assert (run.resumed, run.finished, run.latest_checkpoint()) == (False, None, None)
+        assert not folder.exists()
+        run.begin()
+        run.begin()
+        assert read_config(folder) == config_of()
+        with run.checkpoint(2):
+            pass
+        run.log(2, {"reward": 1.0})
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    more = config_of(train={"steps": 9})
+    with RunDir(folder, more, begin=False) as run:
+        assert run.resumed
+        with pytest.raises(RunFailed, match="is writing there"):
+            RunDir(folder, more, begin=False)
+    after = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    assert after == before
+    with RunDir(folder, more, begin=False) as run:
+        run.begin()
+        assert run.metrics() == []
+    assert read_config(folder) == more
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,10 @@ def test_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ((), "which verb"),
         (("train", "env=copyword", "train.stepz=3"), r"train\.steps"),
-        (("train", "env=copyword"), r"run\.dir=runs/run: relative to what.*RAYRL_WORKDIR"),
+        (
+            ("train", "env=copyword"),
+            r"run\.dir=runs/copyword-train: relative to what.*RAYRL_WORKDIR",
+        ),
         (("play", "env=copyword"), "no terminal"),
         (("--env", "NOBODY_SET_THIS", *TRAIN), "NOBODY_SET_THIS.*not set"),
         (("train", "env.name=nim.py", "run.dir=/data/run"), r"no file .*nim\.py"),

@@ -1,4 +1,4 @@
-"""A driver whose cluster is gone says so and ends.
+"""Whether a cluster is there; and a driver whose cluster is gone says so and ends.
 
 Ray itself waits a minute for a head that does not answer, and then ends the process with a message
 of its own, which does not say that the run can be resumed. A head that keeps what it knows on a
@@ -16,14 +16,47 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import ray
+from ray._private import services
+from ray._private.gcs_utils import create_gcs_channel
+from ray.core.generated.gcs_service_pb2 import CheckAliveRequest
+from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 
-__all__ = ["watch_cluster"]
+__all__ = ["check_head", "watch_cluster"]
 
+REACH_S = 15.0  # for the head of a cluster to answer; one that is just starting has as long
 RAYS_LIMIT = "RAY_gcs_rpc_server_reconnect_timeout_s"
 LOOK_EVERY_S = 1.0
 LOOKS = 3  # a raylet is given up when it refused so often
 SOONER_S = 10.0  # than Ray, so that it is we who say what happened
 LEAST_S = 5.0
+
+
+def check_head(address: str) -> None:
+    """Find out whether a head of Ray answers, for which Ray itself waits much longer.
+
+    Args:
+        address: as `cluster.address`; `ray://…` is left to Ray's client.
+
+    Raises:
+        ConnectionError: nothing answers, or something that is not Ray.
+    """
+    if "://" in address:
+        return
+    found = services.canonicalize_bootstrap_address(address)
+    if found is None:  # "auto" where no cluster was started: Ray says so at once
+        return
+    channel = create_gcs_channel(found)
+    try:
+        asked = NodeInfoGcsServiceStub(channel).CheckAlive.future(
+            CheckAliveRequest(), timeout=REACH_S, wait_for_ready=True
+        )
+        code = asked.code().name  # waits
+    finally:
+        channel.close()
+    if code in ("DEADLINE_EXCEEDED", "UNAVAILABLE"):
+        raise ConnectionError(f"nothing that is Ray answered within {REACH_S:g} s")
+    if code == "UNIMPLEMENTED":
+        raise ConnectionError("something answers that is not Ray")
 
 
 @contextmanager

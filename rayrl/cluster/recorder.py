@@ -29,12 +29,13 @@ class Recorder:
 
     Args:
         file: where it keeps it, for a recorder that comes after this one has died, alone or with
-            the driver; None: in memory only.
+            the driver, made when there is something to keep; None: in memory only.
     """
 
     def __init__(self, file: Path | None = None) -> None:
         self._log = TurnLog()
-        self._records = None if file is None else Records(file)
+        self._file = file
+        self._records = Records(file) if file is not None and file.is_file() else None
         self._compact = COMPACT_AT
         for turns, over in () if self._records is None else self._records.read():
             self._take(turns, over)
@@ -64,9 +65,10 @@ class Recorder:
         return self._log.begun(groups)
 
     def _write(self, turns: Sequence[Told], over: Sequence[str]) -> None:
-        if self._records is None:
+        if self._file is None:
             return
         try:
+            self._records = self._records or Records(self._file)
             if over and not self._log.groups:
                 self._records.cut(0)
             elif self._records.size > self._compact:
@@ -74,8 +76,8 @@ class Recorder:
             else:
                 self._records.add((_plain(turns), over))
         except OSError as error:  # what is lost now is lost only if the driver dies, too
-            print(f"{self._records.file}: {error}; live turns are kept in memory only.")
-            self._records = None
+            print(f"{self._file}: {error}; live turns are kept in memory only.")
+            self._records = self._file = None
 
     def _rewrite(self, records: Records) -> None:
         """Leave out what has ended."""

@@ -21,7 +21,7 @@ from rayrl.cluster.client import DEPLOYMENT
 from rayrl.cluster.gone import GONE
 from rayrl.cluster.lines import Answer, Carried, Mailbox, Running
 from rayrl.cluster.router import LaneRouter
-from rayrl.cluster.session import SERVE_LOGGING, Session, set_threads
+from rayrl.cluster.session import SERVE_LOGGING, Session, listen_on_loopback, set_threads
 from rayrl.cluster.store import NAMESPACE, Published, store_name
 from rayrl.config import ClusterConfig, Config
 from rayrl.engine.protocol import Engine, Part, Streamed
@@ -58,6 +58,7 @@ class Replica:
 
     def __init__(self, factory: EngineFactory, store: str, threads: int) -> None:
         set_threads(threads)
+        listen_on_loopback()
         self._engine = factory()
         self._store = ray.get_actor(store, namespace=NAMESPACE) if store else None
         self._id = serve.get_replica_context().replica_id.unique_id

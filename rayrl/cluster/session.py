@@ -6,17 +6,26 @@ import hashlib
 import logging
 import os
 import secrets
+import signal
+import stat
 import tempfile
+import threading
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import ray
 from ray import serve
+from ray._common.network_utils import build_address, get_localhost_ip, is_localhost
+from ray._common.tls_utils import add_port_to_grpc_server
+from ray._private import ray_constants, services
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
+from ray._private.utils import detect_fate_sharing_support
 from ray.exceptions import AuthenticationError
 from ray.serve.context import _get_global_client
 from ray.serve.schema import LoggingConfig
@@ -24,7 +33,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rayrl.bundle import stage, variables
 from rayrl.cluster import cluster_address
-from rayrl.cluster.head import watch_cluster
+from rayrl.cluster.head import check_head, watch_cluster
 from rayrl.cluster.store import NAMESPACE
 from rayrl.config import ClusterConfig
 from rayrl.errors import ConfigError, InfraError
@@ -34,6 +43,7 @@ __all__ = [
     "HttpAt",
     "Session",
     "beside_driver",
+    "listen_on_loopback",
     "open_session",
     "run_name",
     "set_threads",
@@ -95,6 +105,20 @@ def set_threads(threads: int) -> None:
     )
 
 
+def listen_on_loopback() -> None:
+    """On a Ray of this machine's only, have the Serve replica of this process listen there only.
+
+    To be called while it is initialized. Serve has it take pickled calls from every interface and
+    from anybody, and no setting for that.
+    """
+    if is_localhost(ray.util.get_node_ip_address()):
+        from ray.serve._private import replica as serving
+
+        serving.add_port_to_grpc_server = lambda server, address: add_port_to_grpc_server(
+            server, build_address(get_localhost_ip(), 0)
+        )
+
+
 @contextmanager
 def open_session(
     cluster: ClusterConfig,
@@ -124,11 +148,22 @@ def open_session(
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     with ExitStack() as stack:
         if local or joined:
-            stack.callback(ray.shutdown)
+            stack.callback(_leave)
             stack.enter_context(watch_cluster(directory))
         if _start_serve(http) and not local:
             stack.callback(_stop_serve_if_unused)
         yield Session(run_name(directory), local)
+
+
+def _leave() -> None:
+    """Leave Ray, and end it if it is ours; answers on their way log that it is gone, as it is."""
+    log = logging.getLogger("ray")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        ray.shutdown()
+    finally:
+        log.setLevel(level)
 
 
 def _connect(cluster: ClusterConfig, envs: Sequence[str]) -> bool:
@@ -137,7 +172,8 @@ def _connect(cluster: ClusterConfig, envs: Sequence[str]) -> bool:
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "namespace": NAMESPACE}
     if address:
         try:
-            with _code(envs) as code:
+            check_head(address)
+            with _code(envs) as code, _same_sigterm():
                 ray.init(address=address, runtime_env=code, **quiet)
         except (AuthenticationError, ConnectionError, RuntimeError, ValueError) as error:
             raise InfraError(_refused(address, error)) from error
@@ -151,12 +187,13 @@ def _connect(cluster: ClusterConfig, envs: Sequence[str]) -> bool:
         "num_cpus": os.cpu_count(),
         "include_dashboard": False,
         "object_store_memory": int(cluster.object_store_gb * 2**30),
-        "_temp_dir": os.environ.get("RAY_TMPDIR") or str(Path(tempfile.gettempdir()) / "ray"),
+        "_temp_dir": os.environ.get("RAY_TMPDIR") or private_folder(),
         **quiet,
     }
     for attempt in range(START_ATTEMPTS):
         try:
-            ray.init(**settings)
+            with _for_us_alone(), _same_sigterm():
+                ray.init(**settings)
         except Exception as error:  # on a busy machine its raylet may miss a deadline Ray has fixed
             ray.shutdown()
             if attempt + 1 == START_ATTEMPTS:
@@ -164,6 +201,61 @@ def _connect(cluster: ClusterConfig, envs: Sequence[str]) -> bool:
         else:
             break
     return True
+
+
+@contextmanager
+def _for_us_alone() -> Iterator[None]:
+    """Start Ray for this machine and this program only.
+
+    Its processes listen on loopback: by default they do so on all interfaces, those that serve
+    metrics to anybody. They are in a process group each, so that a signal to ours (`timeout`, a
+    supervisor) reaches the driver alone, which ends them in order; where Ray needs the group to end
+    them with us, they stay in it.
+    """
+    grouped = partial(services.ConsolePopen, process_group=0)
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(ray_constants, "ENABLE_RAY_CLUSTER", False))
+        if detect_fate_sharing_support():
+            stack.enter_context(patch.object(services, "ConsolePopen", grouped))
+        yield
+
+
+@contextmanager
+def _same_sigterm() -> Iterator[None]:
+    """Keep the program's own handler of SIGTERM, if it has one.
+
+    `ray.init` replaces it by its own, and by a native one that prints a stack trace and aborts.
+    """
+    handler = signal.getsignal(signal.SIGTERM)
+    if not callable(handler) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    with patch.object(ray._private.utils, "set_sigterm_handler", lambda handler: None):
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+
+
+def private_folder() -> str:
+    """Where a local Ray keeps its sockets and logs: in a folder that nobody else may enter.
+
+    Ray makes its own folder writable for everybody. The path is short: a socket's may have 107
+    bytes, of which Ray needs 70.
+
+    Raises:
+        InfraError: the folder belongs to somebody else.
+    """
+    folder = Path(tempfile.gettempdir()) / f"rayrl-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        raise InfraError(
+            f"{folder} is not a folder of this user, so Ray's sockets are not safe there; remove "
+            "it, or set RAY_TMPDIR to a folder of your own."
+        )
+    folder.chmod(0o700)
+    return str(folder / "ray")
 
 
 @contextmanager
@@ -192,8 +284,9 @@ def _refused(address: str, error: Exception) -> str:
             "with what the cluster has (jobs/submit)."
         )
     return (
-        f"no Ray cluster answers at {address!r} ({error}). Start one with `ray start --head`, or "
-        "leave cluster.address and RAY_ADDRESS empty for a local one."
+        f"no Ray cluster answers at {address!r} ({error}). Start one with `ray start --head`, or, "
+        "for a local one that ends with this program, `unset RAY_ADDRESS` and leave "
+        "cluster.address empty."
     )
 
 

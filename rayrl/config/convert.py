@@ -53,6 +53,88 @@ def leaves(node: Any = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 _INTERPOLATION = re.compile(r"(\\*)\$\{")
 _LEAVES = dict(leaves())
+ELSEWHERE = {
+    # TRL, verl, prime-rl, SkyRL and OpenRLHF call it -> we do
+    "num_generations": "train.group_size",
+    "rollouts_per_example": "train.group_size",
+    "n_samples_per_prompt": "train.group_size",
+    "rollout.n": "train.group_size",
+    "generator.n_samples_per_prompt": "train.group_size",
+    "per_device_train_batch_size": "train.groups",
+    "train_batch_size": "train.groups",
+    "rollout_batch_size": "train.groups",
+    "ppo_mini_batch_size": "algo.minibatches",
+    "policy_mini_batch_size": "algo.minibatches",
+    "ppo_micro_batch_size_per_gpu": "learner.micro_batch_tokens",
+    "micro_batch_size": "learner.micro_batch_tokens",
+    "ppo_max_token_len_per_gpu": "learner.micro_batch_tokens",
+    "num_iterations": "algo.epochs",
+    "ppo_epochs": "algo.epochs",
+    "update_epochs_per_batch": "algo.epochs",
+    "max_steps": "train.steps",
+    "num_train_epochs": "train.steps",
+    "total_epochs": "train.steps",
+    "total_training_steps": "train.steps",
+    "learning_rate": "learner.lr",
+    "optim.lr": "learner.lr",
+    "lr_scheduler_type": "learner.schedule",
+    "warmup_ratio": "learner.warmup_steps",
+    "lr_warmup_steps": "learner.warmup_steps",
+    "clip_grad": "learner.max_grad_norm",
+    "grad_clip": "learner.max_grad_norm",
+    "bf16": "learner.dtype",
+    "torch_dtype": "learner.dtype",
+    "gradient_checkpointing_enable": "learner.gradient_checkpointing",
+    "max_completion_length": "sampling.max_tokens",
+    "max_new_tokens": "sampling.max_tokens",
+    "max_response_length": "sampling.max_tokens",
+    "max_generate_length": "sampling.max_tokens",
+    "max_prompt_length": "engine.max_len",
+    "max_model_len": "engine.max_len",
+    "gpu_memory_utilization": "engine.gpu_memory",
+    "vllm_gpu_memory_utilization": "engine.gpu_memory",
+    "beta": "algo.kl_coef",
+    "kl_coeff": "algo.kl_coef",
+    "kl_loss_coef": "algo.kl_coef",
+    "init_kl_coef": "algo.kl_coef",
+    "entropy_coeff": "algo.entropy_coef",
+    "adv_estimator": "algo.advantage",
+    "advantage_estimator": "algo.advantage",
+    "scale_rewards": "algo.normalize",
+    "loss_type": "algo.loss",
+    "epsilon": "algo.clip_low",
+    "clip_ratio": "algo.clip_low",
+    "clip_ratio_low": "algo.clip_low",
+    "epsilon_high": "algo.clip_high",
+    "clip_ratio_high": "algo.clip_high",
+    "eps_clip_low": "algo.clip_low",
+    "eps_clip_high": "algo.clip_high",
+    "vllm_importance_sampling_cap": "algo.tis_max",
+    "tis_imp_ratio_cap": "algo.tis_max",
+    "max_async_level": "train.max_lag",
+    "max_off_policy_steps": "train.max_lag",
+    "max_staleness_steps": "train.max_lag",
+    "model_name_or_path": "model.path",
+    "pretrain": "model.path",
+    "output_dir": "run.dir",
+    "default_local_dir": "run.dir",
+    "ckpt_path": "run.dir",
+    "run_name": "run.name",
+    "experiment_name": "run.name",
+    "save_steps": "run.checkpoint_every",
+    "save_freq": "run.checkpoint_every",
+    "ckpt_interval": "run.checkpoint_every",
+    "save_total_limit": "run.keep_checkpoints",
+    "project_name": "run.wandb_project",
+    "lora_r": "lora.rank",
+    "lora_rank": "lora.rank",
+    "lora_alpha": "lora.alpha",
+    "lora_target_modules": "lora.targets",
+    "target_modules": "lora.targets",
+    "num_inference_engines": "cluster.replicas",
+    "colocate_all": "cluster.colocate",
+}
+"""Other libraries' names of settings -> ours."""
 _SECTIONS = tuple(one.name for one in fields(Config))
 
 
@@ -64,7 +146,11 @@ def unknown_key(key: str) -> ConfigError:
     likeness = {one: SequenceMatcher(None, key, one).ratio() for one in known}
     best = max(known, key=likeness.__getitem__)
     close = [best] if likeness[best] >= 0.65 else []
-    if close and best in same and "." in key:
+    parts = key.split(".")
+    others = (ELSEWHERE.get(".".join(parts[-n:])) for n in (2, 1))
+    if not same and (other := next(filter(None, others), None)):
+        near = [other]
+    elif close and best in same and "." in key:
         near = close
     elif "." in key:
         near = [*close, *same][:3]
@@ -97,8 +183,10 @@ def check_keys(data: Mapping[str, Any], prefix: str = "") -> None:
         if key in _LEAVES or _holder(key):
             continue
         if not any(known.startswith(key + ".") for known in _LEAVES):
-            inner = next(iter(value), "") if isinstance(value, Mapping) else ""
-            raise unknown_key(f"{key}.{inner}" if inner else key)
+            while isinstance(value, Mapping) and value:  # to the first that was set
+                inner, value = next(iter(value.items()))
+                key = f"{key}.{inner}"
+            raise unknown_key(key)
         if not isinstance(value, Mapping):
             names = ", ".join(known for known in _LEAVES if known.startswith(key + "."))
             raise ConfigError(f"{key}={value!r}: {key} is a section; set one of {names}.")

@@ -37,6 +37,7 @@ class RunConfig:
     """Where a run keeps what it makes, and how it is reproduced."""
 
     dir: str = "runs/${run.name}"  # folder of config, metrics, episodes and checkpoints
+    # names its folder, and its randomness in train; the command line's default is ENV-VERB
     name: str = "run"
     seed: int = 0  # everything random comes from it; in train together with the run's name
     keep_checkpoints: int = 2  # older ones are deleted; the last is always kept

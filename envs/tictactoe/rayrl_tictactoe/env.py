@@ -119,6 +119,21 @@ def figures(episode: Episode) -> dict[str, bool | float | str]:
     return game_figures(episode.scores["agent"])
 
 
+@tictactoe.ending
+def ending(episode: Episode, seat: str) -> str:
+    """The final board, and how the opponent moved last."""
+    task = episode.task
+    assert isinstance(task, Game)
+    match = Match(max_turns=task.max_turns, to_move=task.first)
+    replies = iter(episode.turns)
+    while not match.over:
+        if match.to_move == "O":
+            match = match.reply(opponent_move(task, match.key))
+        else:
+            match = match.hear(next(replies).text)
+    return match.ending()
+
+
 def game_figures(scores: Mapping[str, float]) -> dict[str, bool | float | str]:
     """Figures of one game from its player's scores."""
     return {

@@ -64,6 +64,11 @@ class Match:
         """The next message to X."""
         return prompt(self.status, Board(self.key))
 
+    def ending(self) -> str:
+        """What a person sees when the game is over: how O moved last, and the board."""
+        last = f"{self.status}\n" if self.to_move == "X" and self.status != INVALID else ""
+        return f"{last}{Board(self.key).render()}"
+
     def hear(self, text: str) -> Match:
         """After X's message `text`: the move is made, or refused and X is asked again."""
         heard = replace(self, turns=self.turns + 1, formatted=self.formatted + format_ok(text))

@@ -37,21 +37,31 @@ async def versus(task: Game, x: Agent, o: Agent) -> Scores:
     A seat that runs out of turns has lost and its rival has won.
     """
     agents = {"x": x, "o": o}
-    views = {
+    views = _begun(task)
+    new: dict[str, list[Message]] = {seat: [system(task.system_prompt)] for seat in agents}
+    while not any(view.over for view in views.values()):
+        seat = "x" if views["x"].to_move == "X" else "o"
+        new[seat].append(user(views[seat].prompt()))
+        _hear(views, seat, await agents[seat](new[seat], state=views[seat].state))
+        new[seat] = []
+    return {seat: _scores(view, _result(view)) for seat, view in views.items()}
+
+
+def _begun(task: Game) -> dict[str, Match]:
+    """How each seat sees the start."""
+    return {
         "x": Match(max_turns=task.max_turns, to_move=task.first),
         "o": Match(max_turns=task.max_turns, to_move=other(task.first)),
     }
-    new: dict[str, list[Message]] = {seat: [system(task.system_prompt)] for seat in agents}
-    while not any(view.over for view in views.values()):
-        seat, rival = ("x", "o") if views["x"].to_move == "X" else ("o", "x")
-        before = views[seat]
-        new[seat].append(user(before.prompt()))
-        after = views[seat] = before.hear(await agents[seat](new[seat], state=before.state))
-        new[seat] = []
-        if after.to_move == "O":  # the move was made: the rival sees it as O's
-            cell = next(i for i in range(9) if before.key[i] != after.key[i])
-            views[rival] = views[rival].reply(cell)
-    return {seat: _scores(view, _result(view)) for seat, view in views.items()}
+
+
+def _hear(views: dict[str, Match], seat: str, text: str) -> None:
+    """Bring both views to after a seat's message; a move that was made is O's for its rival."""
+    before, rival = views[seat], "o" if seat == "x" else "x"
+    after = views[seat] = before.hear(text)
+    if after.to_move == "O":
+        cell = next(i for i in range(9) if before.key[i] != after.key[i])
+        views[rival] = views[rival].reply(cell)
 
 
 def _result(view: Match) -> str:
@@ -73,6 +83,16 @@ def _scores(view: Match, result: str) -> Mapping[str, float]:
 def figures(episode: Episode) -> dict[str, bool | float | str]:
     """Seat x's game, as in `tictactoe`."""
     return env.game_figures(episode.scores["x"])
+
+
+@versus.ending
+def ending(episode: Episode, seat: str) -> str:
+    """The final board as the seat sees it, and how its rival moved last."""
+    assert isinstance(episode.task, Game)
+    views = _begun(episode.task)
+    for turn in episode.turns:
+        _hear(views, turn.seat, turn.text)
+    return views[seat].ending()
 
 
 versus.player("optimal")(players.optimal)
