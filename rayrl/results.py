@@ -337,5 +337,5 @@ def spending(results: Sequence[Result]) -> list[str]:
 
 
 def _row(cells: Sequence[str]) -> str:
-    escaped = (cell.replace("|", "\\|").replace("\n", " ") for cell in cells)
+    escaped = (" ".join(cell.splitlines()).replace("|", "\\|") for cell in cells)
     return "| " + " | ".join(escaped) + " |"
