@@ -130,7 +130,8 @@ def _read(path: str | Path) -> Iterator[None]:
         return told is None and record.levelno >= shown
 
     logger.addFilter(keep)
-    logger.setLevel(min(shown, logging.WARNING))
+    if shown > logging.WARNING:  # else left alone: at a level of its own it tells more
+        logger.setLevel(logging.WARNING)
     try:
         yield
     except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
