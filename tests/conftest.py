@@ -22,13 +22,16 @@ def pytest_unconfigure() -> None:
     remove_own_folders()
 
 
-@pytest.hookimpl(trylast=True)
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Slow tests first, so that quick ones fill the end; and what goes to the same worker.
 
-    Workers take tests one by one (`--dist loadgroup`), but for those that share something which is
-    made for their module.
+    What needs Ray is slow. Workers take tests one by one (`--dist loadgroup`), but for those that
+    share something which is made for their module.
     """
+    for item in items:
+        if "session" in item.fixturenames:  # type: ignore[attr-defined]
+            item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     for item in items:
         fixtures = item._fixtureinfo.name2fixturedefs.values()  # type: ignore[attr-defined]

@@ -29,7 +29,7 @@ def line(columns: int, monkeypatch: pytest.MonkeyPatch, title: str = "tictactoe-
     stream = io.StringIO()
     stream.isatty = lambda: True  # type: ignore[method-assign]
     with Bar(title, 1000, stream=stream) as bar:
-        bar.update(60, **FIGURES)
+        bar.update(60, FIGURES)
     text = ESCAPE.sub("", stream.getvalue())
     return [part for part in re.split(r"[\r\n]", text) if part.strip()][-1]
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rayrl.agent import Agent
-from rayrl.endpoint import _from_openai
+from rayrl.endpoint import _read
 from rayrl.openai.text import CallReader
 from rayrl.players import ScriptedPlayer
 from rayrl.textcalls import parse_lines
@@ -83,7 +83,7 @@ def test_native_calls_as_text(content: str, made: list[tuple[dict[str, Any], boo
         function = {"name": "f", "arguments": written if whole else f"{written}</tool_call>,"}
         calls.append({"id": "c", "type": "function", "function": function})
     message = {"content": content, "tool_calls": calls}
-    text, _ = _from_openai({"choices": [{"message": message, "finish_reason": "stop"}]}, "url")
+    text = _read({"choices": [{"message": message, "finish_reason": "stop"}]}, "url").text
     read = parse_calls(text)[-len(made) :]
     for call, (given_, whole) in zip(read, made, strict=True):
         assert bool(call.error) is not whole

@@ -287,6 +287,7 @@ def test_a_cluster_that_wants_a_token_is_not_said_to_be_away(
         (away, "no Ray cluster"),
         (differ, r"(?s)must have the same Ray.*Ray: 2\.0\.0.*jobs/submit"),
     ):
+        monkeypatch.setattr("rayrl.cluster.session.check_head", lambda _: None)
         monkeypatch.setattr("ray.init", init)
         with pytest.raises(InfraError, match=said), open_session(cluster):
             pass
@@ -302,6 +303,7 @@ def test_who_joins_a_cluster_sends_the_code_and_a_job_has_it_already(
         sent.append({one.name for one in folder.iterdir()} if folder else None)
         raise ConnectionError("enough")
 
+    monkeypatch.setattr("rayrl.cluster.session.check_head", lambda _: None)
     monkeypatch.setattr("ray.init", init)
     cluster = from_dict({"cluster": {"address": "here:1"}}).cluster
     for job in (False, True):

@@ -625,6 +625,7 @@ HOST = """
 """
 
 
+@pytest.mark.slow
 def test_episodes_outlive_processes_that_are_killed(tmp_path: Path) -> None:
     code, journal, result = (tmp_path / name for name in ("host.py", "journal", "result"))
     code.write_text(textwrap.dedent(HOST))

@@ -138,8 +138,9 @@ async def test_an_episode_is_played_written_and_read(tmp_path: Path, protocol: A
         assert again.turns == episode.turns == pickle.loads(pickle.dumps(episode.turns))
         assert again.turns[0].prompt[0].content.endswith(f"begin {LOST}") or protocol == "text"
         assert again.turns[-1].prompt[0].content == WHOLE
-        assert again.task.to_dict() == episode.task.to_dict()
-        assert episode.task.to_dict()["words"] == {LOST: [LOST, LOST]}
+        ((key, words),) = again.task.to_dict()["words"].items()
+        assert set(key) == {LOST}
+        assert words == [LOST, LOST]
         out = io.TextIOWrapper(io.BytesIO(), "utf-8")
         Console(file=out).print(episode_panel(episode))
     assert Tool.of(look).schema["function"]["description"] == f"Look a word up, {LOST} or not."

@@ -126,13 +126,14 @@ HELD: list[tuple[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("hint", "value"), HELD, ids=[f"{h}-{v!r}" for h, v in HELD])
+@pytest.mark.parametrize(("hint", "value"), HELD, ids=[f"{h}-{k}" for k, (h, _) in enumerate(HELD)])
 def test_read_as_written(hint: str, value: Any) -> None:
     task = task_of(hint, value)
     assert misread(task) == ""
     back = through_a_file(task)
     assert same(task, back)
-    assert json.loads(json.dumps(task_to_json(back))) == json.loads(json.dumps(task_to_json(task)))
+    if "set[" not in hint:  # a set has no order of its own
+        assert json.dumps(task_to_json(back)) == json.dumps(task_to_json(task))
 
 
 OBJECTED: list[tuple[str, Any]] = [
@@ -155,7 +156,9 @@ OBJECTED: list[tuple[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("hint", "value"), OBJECTED, ids=[f"{h}-{v!r}"[:40] for h, v in OBJECTED])
+@pytest.mark.parametrize(
+    ("hint", "value"), OBJECTED, ids=[f"{h}-{k}" for k, (h, _) in enumerate(OBJECTED)]
+)
 def test_objected_to(hint: str, value: Any) -> None:
     try:
         said = misread(task_of(hint, value))

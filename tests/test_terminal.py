@@ -108,7 +108,7 @@ def test_a_bar_shows_none(tty: bool) -> None:
     stream = io.StringIO()
     stream.isatty = lambda: tty  # type: ignore[method-assign]
     with Bar("title\x9b", 3, stream=stream) as bar:
-        bar.update(3, reward="0\x9b1")
+        bar.update(3, {"reward": "0\x9b1"})
         bar.note("note\x9b")
     assert "\x9b" not in stream.getvalue()
     assert "note\\x9b" in stream.getvalue()

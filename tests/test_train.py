@@ -18,7 +18,9 @@ def test_a_finished_run_says_where_its_model_is(
     with RunDir(tmp_path, config) as folder:
         folder.finish({"steps": 2, "model": "model"})
     train.run(config)
-    assert capsys.readouterr().out == f"Model in {tmp_path / 'model'}\n"
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith(f"{tmp_path}: already finished")
+    assert said[1] == f"Model in {tmp_path / 'model'}"
 
 
 def test_nobody_to_train_is_said_before_anything_starts(tmp_path: Path) -> None:
