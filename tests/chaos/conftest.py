@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from rayrl.cluster.session import private_folder
 from rayrl.engine.shared import memory_dir
 from tests.nodes import Nodes
 
@@ -66,9 +67,10 @@ def _processes() -> set[psutil.Process]:
 
 
 def _files() -> set[Path]:
-    """Ours, in memory and among temporary files; Ray leaves its logs, which are not meant."""
+    """Ours, in memory and among temporary files; Ray leaves its logs in a folder that stays."""
     folders = [tempfile.gettempdir(), *filter(None, [memory_dir()])]
-    return {path for folder in folders for path in Path(folder).glob("rayrl*")}
+    found = {path for folder in folders for path in Path(folder).glob("rayrl*")}
+    return found - {Path(private_folder()).parent}
 
 
 @pytest.fixture
