@@ -411,8 +411,11 @@ def _too_much(config: Config, machine: Machine, verb: str, models: int) -> Itera
                 f"is more than 80% of {machine.memory_gb:.0f} GiB: lower it."
             )
     room = shutil.disk_usage(_existing(Path(config.run.dir))).free / 2**30
-    if verb in WRITING and room < 1:
-        yield f"run.dir={config.run.dir}: {room:.1f} GiB left on that disk; make room for 1 GiB."
+    if verb in LEARNING and room < (needs := _stored_gb(config)):
+        yield (
+            f"run.dir={config.run.dir}: {room:.1f} GiB left on that disk, and checkpoints and the "
+            f"model take about {needs:.1f} GiB; make room, or lower run.keep_checkpoints."
+        )
 
 
 def _missing(config: Config, verb: str, seats: Sequence[str]) -> Iterator[str]:
@@ -486,6 +489,18 @@ def _weights_gb(config: Config) -> float:
         return 0.0
     stored = settings.get("dtype") or settings.get("torch_dtype") or "float32"
     return here / BYTES.get(stored, 4) * BYTES[config.learner.dtype] / 2**30
+
+
+def _stored_gb(config: Config) -> float:
+    """What checkpoints and the exported model take on the disk, in GiB; 0 where that is not known.
+
+    A checkpoint has the weights, AdamW's two moments of each in fp32, and in bf16 fp32 masters.
+    Adapters take far less.
+    """
+    weights = _weights_gb(config)
+    of_optimizer = 2.0 if config.learner.dtype == "float32" else 6.0
+    checkpoint = 0.0 if config.lora.rank else weights * (1 + of_optimizer)
+    return (config.run.keep_checkpoints + 1) * checkpoint + weights
 
 
 def _positions(model: str) -> int:

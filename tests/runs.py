@@ -69,9 +69,11 @@ def figures(folder: Path) -> list[dict[str, Any]]:
 
 
 def episodes(folder: Path) -> dict[str, list[Any]]:
+    chance = ("began", "seconds", "replayed", "checksum")
+
     def plain(line: str) -> Any:
         row = json.loads(line)
-        return {k: v for k, v in row.items() if k not in ("began", "seconds", "replayed")}
+        return {k: v for k, v in row.items() if k not in chance}
 
     files = sorted((folder / "episodes").glob("*.jsonl"))
     return {f.name: [plain(line) for line in f.read_text().splitlines()] for f in files}
