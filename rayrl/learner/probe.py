@@ -113,9 +113,8 @@ def _probe(model: Any, limit: int, longest: int) -> Packed:
     if limit:
         length = min(limit + BEYOND, longest)
         row = np.random.default_rng(0).integers(1, 10, length)
-        row[0] = (
-            ROWS[0][0] + 1
-        )  # it shares nothing, so the trie needs no mask as large as its square
+        # it shares nothing, so the trie needs no mask as large as its square
+        row[0] = ROWS[0][0] + 1
         rows.append(row % vocabulary)
         wanted.append(np.arange(length) >= limit)
     return pack(rows, wanted)
