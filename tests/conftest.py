@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -15,6 +15,7 @@ from tests.apart import Shared, own_folders
 if TYPE_CHECKING:
     from rayrl.cluster.session import Session
 
+ALONE = ("tests/chaos/", "tests/e2e/")  # whose tests take a minute or more each
 remove_own_folders = own_folders()
 
 
@@ -22,21 +23,27 @@ def pytest_unconfigure() -> None:
     remove_own_folders()
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow tests first, so that quick ones fill the end; and what goes to the same worker.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give each worker whole files, which share what is made for a module, but single whole runs."""
+    from xdist.scheduler import LoadScopeScheduling
 
-    What needs Ray is slow. Workers take tests one by one (`--dist loadgroup`), but for those that
-    share something which is made for their module.
-    """
-    for item in items:
-        if "session" in item.fixturenames:  # type: ignore[attr-defined]
-            item.add_marker(pytest.mark.slow)
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return nodeid if nodeid.startswith(ALONE) else nodeid.partition("::")[0]
+
+    return ByFile(config, log)
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark what needs Ray as slow."""
+    if "session" in item.fixturenames:  # type: ignore[attr-defined]
+        item.add_marker(pytest.mark.slow)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put slow tests first, so that quick ones fill the end."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
-    for item in items:
-        fixtures = item._fixtureinfo.name2fixturedefs.values()  # type: ignore[attr-defined]
-        if any(fixture[-1].scope == "module" for fixture in fixtures):
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
 
 
 @pytest.fixture(scope="session")
