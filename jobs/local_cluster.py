@@ -21,7 +21,7 @@ import psutil
 
 PROGRAM = "jobs/local_cluster"
 START_S = 300.0
-ATTEMPTS = 3
+ATTEMPTS = 6
 STOP_S = 30.0
 LINGER_S = 3.0  # what a node started may outlive it; Ray's agents would call a head that is gone
 PIDS = "nodes.json"  # of `ray start`, with when each began

@@ -17,7 +17,7 @@ from tests.apart import free_port
 
 __all__ = ["KINDS", "MORE", "NODES", "PLACES", "PLAYERS", "Nodes"]
 
-STARTS = 3  # on a busy machine `ray start` may miss a deadline that Ray has fixed
+STARTS = 6  # on a busy machine `ray start` may miss a deadline that Ray has fixed
 KINDS = ("EnvHost", "ServeReplica", "LearnerRank", "Recorder", "WeightsStore", "ServeController")
 PLAYERS = {"EnvHost", "ServeReplica", "LearnerRank"}
 MORE = [
