@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import subprocess
-import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -21,7 +18,7 @@ from rayrl.cluster.learners import LearnerRank, Learners
 from rayrl.cluster.replica import deploy, undeploy
 from rayrl.cluster.rollouts import sort_out
 from rayrl.cluster.router import LaneRouter
-from rayrl.cluster.session import Session, open_session, run_name
+from rayrl.cluster.session import Session, run_name
 from rayrl.cluster.store import NAMESPACE, Published, store_name
 from rayrl.cluster.sync import ObjectStore
 from rayrl.cluster.weights import Weights, confirmations, open_store
@@ -266,71 +263,6 @@ def test_a_learner_computes_on_the_gpu_it_reserves(
         settings = from_dict({"learner": {"kind": kind}, "cluster": {"learner_gpus": gpus}})
         LearnerRank(0, 1).start(settings, EMBEDDED, 1, 1, ("", 0))
     assert made == ["cpu", "cuda"]
-
-
-def test_a_cluster_that_wants_a_token_is_not_said_to_be_away(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(**_: object) -> None:
-        why = "GCS: Unauthenticated: RPC error: InvalidAuthToken: Authentication token is missing"
-        raise ConnectionError("Failed to connect to Ray cluster at here") from RuntimeError(why)
-
-    def away(**_: object) -> None:
-        raise ConnectionError("Failed to connect to Ray cluster at here")
-
-    def differ(**_: object) -> None:
-        raise RuntimeError("Version mismatch: The cluster was started with:\n    Ray: 2.0.0\n")
-
-    cluster = from_dict({"cluster": {"address": "here:1"}}).cluster
-    for init, said in (
-        (refuse, "asks for a token.*RAY_AUTH_MODE=token"),
-        (away, "no Ray cluster"),
-        (differ, r"(?s)must have the same Ray.*Ray: 2\.0\.0.*jobs/submit"),
-    ):
-        monkeypatch.setattr("rayrl.cluster.session.check_head", lambda _: None)
-        monkeypatch.setattr("ray.init", init)
-        with pytest.raises(InfraError, match=said), open_session(cluster):
-            pass
-
-
-def test_who_joins_a_cluster_sends_the_code_and_a_job_has_it_already(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sent: list[set[str] | None] = []
-
-    def init(runtime_env: dict[str, Any] | None, **_: object) -> None:
-        folder = runtime_env and Path(runtime_env["working_dir"])
-        sent.append({one.name for one in folder.iterdir()} if folder else None)
-        raise ConnectionError("enough")
-
-    monkeypatch.setattr("rayrl.cluster.session.check_head", lambda _: None)
-    monkeypatch.setattr("ray.init", init)
-    cluster = from_dict({"cluster": {"address": "here:1"}}).cluster
-    for job in (False, True):
-        if job:
-            monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
-        with pytest.raises(InfraError), open_session(cluster, envs=[f"{HERE}/cluster_envs.py"]):
-            pass
-    outside, inside = sent
-    assert outside is not None
-    assert outside >= {"rayrl", "conf", "rayrl_copyword", "env_files"}
-    assert inside is None
-
-
-@pytest.mark.parametrize(("there", "mode"), [(True, "token"), (False, "None")])
-def test_a_token_that_is_there_is_sent(tmp_path: Path, there: bool, mode: str) -> None:
-    if there:
-        (tmp_path / ".ray").mkdir()
-        (tmp_path / ".ray" / "auth_token").write_text("0" * 32)
-    env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    done = subprocess.run(
-        [sys.executable, "-c", "import os, rayrl.cluster; print(os.environ.get('RAY_AUTH_MODE'))"],
-        env={**env, "HOME": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.strip() == mode
 
 
 # --- on Ray ------------------------------------------------------------------------------------

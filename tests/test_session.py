@@ -9,9 +9,11 @@ import signal
 import socket
 import stat
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -19,7 +21,7 @@ import pytest
 from rayrl.cluster import head, session
 from rayrl.config import from_dict
 from rayrl.errors import InfraError
-from tests.runs import command, rows, until
+from tests.runs import ENVS, command, rows, until
 
 
 @contextlib.contextmanager
@@ -107,6 +109,71 @@ def test_its_path_is_short_enough_for_a_socket(monkeypatch: pytest.MonkeyPatch) 
     assert len(f"{session.private_folder()}/{longest}") < 107
 
 
+def test_a_cluster_that_wants_a_token_is_not_said_to_be_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**_: object) -> None:
+        why = "GCS: Unauthenticated: RPC error: InvalidAuthToken: Authentication token is missing"
+        raise ConnectionError("Failed to connect to Ray cluster at here") from RuntimeError(why)
+
+    def away(**_: object) -> None:
+        raise ConnectionError("Failed to connect to Ray cluster at here")
+
+    def differ(**_: object) -> None:
+        raise RuntimeError("Version mismatch: The cluster was started with:\n    Ray: 2.0.0\n")
+
+    cluster = from_dict({"cluster": {"address": "here:1"}}).cluster
+    for init, said in (
+        (refuse, "asks for a token.*RAY_AUTH_MODE=token"),
+        (away, "no Ray cluster"),
+        (differ, r"(?s)must have the same Ray.*Ray: 2\.0\.0.*jobs/submit"),
+    ):
+        monkeypatch.setattr(session, "check_head", lambda _: None)
+        monkeypatch.setattr(session.ray, "init", init)
+        with pytest.raises(InfraError, match=said), session.open_session(cluster):
+            pass
+
+
+def test_who_joins_a_cluster_sends_the_code_and_a_job_has_it_already(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[set[str] | None] = []
+
+    def init(runtime_env: dict[str, Any] | None, **_: object) -> None:
+        folder = runtime_env and Path(runtime_env["working_dir"])
+        sent.append({one.name for one in folder.iterdir()} if folder else None)
+        raise ConnectionError("enough")
+
+    monkeypatch.setattr(session, "check_head", lambda _: None)
+    monkeypatch.setattr(session.ray, "init", init)
+    cluster = from_dict({"cluster": {"address": "here:1"}}).cluster
+    for job in (False, True):
+        if job:
+            monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+        with pytest.raises(InfraError), session.open_session(cluster, envs=[str(ENVS)]):
+            pass
+    outside, inside = sent
+    assert outside is not None
+    assert outside >= {"rayrl", "conf", "rayrl_copyword", "env_files"}
+    assert inside is None
+
+
+@pytest.mark.parametrize(("there", "mode"), [(True, "token"), (False, "None")])
+def test_a_token_that_is_there_is_sent(tmp_path: Path, there: bool, mode: str) -> None:
+    if there:
+        (tmp_path / ".ray").mkdir()
+        (tmp_path / ".ray" / "auth_token").write_text("0" * 32)
+    env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    done = subprocess.run(
+        [sys.executable, "-c", "import os, rayrl.cluster; print(os.environ.get('RAY_AUTH_MODE'))"],
+        env={**env, "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == mode
+
+
 @pytest.mark.slow  # a whole run with real processes: their sockets, files and end are what counts
 def test_a_local_run_is_for_this_machine_only_and_ends_in_order(tiny: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
@@ -130,9 +197,10 @@ def test_a_local_run_is_for_this_machine_only_and_ends_in_order(tiny: Path, tmp_
                         folders.add(other.laddr.partition("/session_")[0])
         assert not wide
         assert folders == {session.private_folder()}
+        before = len(said.read_text())
         os.killpg(run.pid, signal.SIGTERM)  # as `timeout` does
         assert run.wait(60) == 143
-        text = said.read_text()
+        text = said.read_text()[before:]
         last = f"rayrl: stopped by SIGTERM; the same command resumes from {folder}"
         assert text.splitlines()[-1] == last
         assert "SIGTERM received" not in text
