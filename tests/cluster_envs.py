@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import itertools
 import os
 import random
 import time
@@ -28,10 +29,25 @@ def numbers(seed: int, u: float, *, fault: str = "") -> Number:
     return Number(seed=seed, k=k, fault=fault if k == 3 else "")
 
 
+_below_four = itertools.count()
+
+
+async def closed(k: int) -> None:
+    """Wait for ever, in a process that TALK_CLOSED tells so, once three batches were let through.
+
+    Half of each batch's episodes, those with a number below 4, count themselves in that file.
+    """
+    count = os.environ.get("TALK_CLOSED")
+    if count and k < 4 and next(_below_four) >= 3 * 8:
+        count_one(Path(count))
+        await asyncio.Event().wait()
+
+
 @rayrl.env(tasks=numbers, rewards={"vowels": 1.0})
 async def talk(task: Number, agent: Any) -> Scores:
     """Two turns; the reward is the share of vowels in what was said."""
     said = await agent(f"the number is {task.k}")
+    await closed(task.k)
     match task.fault:
         case "raise":
             raise ZeroDivisionError("the fault of number 3")
@@ -111,18 +127,6 @@ def is_there(flag: str) -> bool:
 def count_one(file: Path) -> None:
     with file.open("a") as out:
         out.write(".")
-
-
-@rayrl.env(tasks=mortals, rewards={"letters": 1.0})
-async def patient(task: Mortal, agent: Any) -> Scores:
-    """Three turns; before its third, numbers below 4 wait for the file, and count themselves."""
-    said = [await agent(f"turn {turn} of {task.k}") for turn in range(2)]
-    if task.k < 4 and not is_there(task.flag):
-        count_one(Path(f"{task.flag}-waiting"))
-        while not is_there(task.flag):  # noqa: ASYNC110  # a file tells nobody
-            await asyncio.sleep(0.05)
-    said.append(await agent("the last"))
-    return {"letters": float(len("".join(said)))}
 
 
 @waits.player("parrot")

@@ -11,10 +11,13 @@ import pytest
 
 import rayrl.cluster  # noqa: F401  # sets what Ray reads when it is imported, before a test imports it
 from tests.apart import Shared, own_folders
+from tests.runs import RANKS, train
 
 if TYPE_CHECKING:
     from rayrl.cluster.session import Session
 
+# Before torch is imported: tests run beside each other, and threads that wait would spin.
+os.environ["OMP_NUM_THREADS"] = "1"
 ALONE = ("tests/chaos/", "tests/e2e/")  # whose tests take a minute or more each
 remove_own_folders = own_folders()
 
@@ -70,6 +73,24 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny import save_tiny_model
 
     return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def calm(tiny: Path, shared: Shared) -> Path:
+    """The folder of a run that was left alone, in a home of its own, to be read only."""
+
+    def make(folder: Path) -> None:
+        env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_AUTH_")}
+        folder.mkdir()
+        train(tiny, folder / "run", env={**env, "HOME": str(folder)})
+
+    return shared("calm", make) / "run"
+
+
+@pytest.fixture(scope="session")
+def calm_ranks(tiny: Path, shared: Shared) -> Path:
+    """The same with two learner ranks."""
+    return shared("calm-ranks", lambda folder: train(tiny, folder, *RANKS))
 
 
 @pytest.fixture(scope="module")

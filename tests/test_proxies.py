@@ -7,7 +7,6 @@ import socket
 import threading
 from collections.abc import Iterator
 from concurrent import futures
-from pathlib import Path
 
 import grpc
 import pytest
@@ -15,7 +14,6 @@ import ray
 
 from rayrl.cluster import direct
 from rayrl.submit import environment
-from tests.runs import train
 
 NAMES = ("grpc_proxy", "https_proxy", "http_proxy", "all_proxy")
 USUAL = "localhost,127.0.0.1,.internal"
@@ -112,10 +110,3 @@ def test_grpc_to_a_name_outside_still_takes_the_proxy(
 )
 def test_jobs_are_submitted_to_an_address_directly(given: dict[str, str], wanted: str) -> None:
     assert environment(given) == {**given, "no_proxy": wanted}
-
-
-@pytest.mark.slow  # a run of its own: Ray reads some of this when it starts
-@pytest.mark.timeout(900)
-def test_a_run_behind_a_proxy_ends(tiny: Path, tmp_path: Path, nowhere: str) -> None:
-    plain = {k: v for k, v in os.environ.items() if "proxy" not in k.lower()}
-    train(tiny, tmp_path / "run", "train.steps=1", env=plain | behind(nowhere, USUAL))

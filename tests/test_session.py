@@ -22,6 +22,7 @@ from rayrl.cluster import head, session
 from rayrl.config import from_dict
 from rayrl.errors import InfraError
 from tests.runs import ENVS, command, rows, until
+from tests.test_proxies import USUAL, behind
 
 
 @contextlib.contextmanager
@@ -84,6 +85,30 @@ def test_an_address_where_no_ray_is_is_refused_in_time(
 
 def test_no_wait_is_longer_than_half_a_minute() -> None:
     assert head.REACH_S <= 30
+
+
+def test_a_head_that_comes_back_is_waited_for_and_one_that_does_not_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, seconds in (("LOOK_EVERY_S", 0.01), ("SOONER_S", 60.0), ("LEAST_S", 0.3)):
+        monkeypatch.setattr(head, name, seconds)
+    answers = iter([True, False, True, False])  # and so on, after its first silence
+
+    def end(status: int) -> None:
+        over.set()
+        raise SystemExit(status)
+
+    monkeypatch.setattr(head, "_answers", lambda connect: connect())
+    monkeypatch.setattr(head, "_local", lambda path: True)
+    monkeypatch.setattr(head.socket, "create_connection", lambda *_: next(answers, False))
+    monkeypatch.setattr(head.os, "_exit", end)
+    over = threading.Event()
+    with pytest.raises(SystemExit, match="1"):
+        head._watch("10.0.0.9:6379", "socket", "runs/a", over)
+    said = capsys.readouterr().err
+    assert said.count("The head of Ray at 10.0.0.9:6379 does not answer; waiting 0.3 s") == 2
+    assert said.count("answers again") == 1
+    assert "did not answer for 0.3 s. Start the cluster again, and run the same command" in said
 
 
 def test_ray_has_a_private_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,37 +200,40 @@ def test_a_token_that_is_there_is_sent(tmp_path: Path, there: bool, mode: str) -
 
 
 @pytest.mark.slow  # a whole run with real processes: their sockets, files and end are what counts
-def test_a_local_run_is_for_this_machine_only_and_ends_in_order(tiny: Path, tmp_path: Path) -> None:
+def test_a_local_run_behind_a_proxy_is_for_this_machine_only_and_ends_in_order(
+    tiny: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "run"
     env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     line = command(tiny, folder, "train.steps=1000", "learner.kind=deepspeed")
     said = tmp_path / "said"
-    with said.open("w") as out:
+    with closed() as proxy, said.open("w") as out:
+        env |= behind(f"http://127.0.0.1:{proxy}", USUAL)
         run = subprocess.Popen(line, env=env, stdout=out, stderr=out, start_new_session=True)
-    try:
-        until(lambda: rows(folder) > 1, run)
-        processes = [psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)]
-        wide, folders = set(), set()
-        for process in processes:
-            with contextlib.suppress(psutil.Error):
-                for one in process.net_connections("inet"):
-                    ip = one.laddr.ip.removeprefix("::ffff:")
-                    if one.status == psutil.CONN_LISTEN and ip not in ("127.0.0.1", "::1"):
-                        wide.add(f"{process.name()} {one.laddr}")
-                for other in process.net_connections("unix"):
-                    if "plasma_store" in other.laddr:
-                        folders.add(other.laddr.partition("/session_")[0])
-        assert not wide
-        assert folders == {session.private_folder()}
-        before = len(said.read_text())
-        os.killpg(run.pid, signal.SIGTERM)  # as `timeout` does
-        assert run.wait(60) == 143
-        text = said.read_text()[before:]
-        last = f"rayrl: stopped by SIGTERM; the same command resumes from {folder}"
-        assert text.splitlines()[-1] == last
-        assert "SIGTERM received" not in text
-        assert "Traceback" not in text
-        _, alive = psutil.wait_procs(processes, timeout=60)
-        assert not alive
-    finally:
-        run.kill()
+        try:
+            until(lambda: rows(folder) > 1, run)
+            processes = [psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)]
+            wide, folders = set(), set()
+            for process in processes:
+                with contextlib.suppress(psutil.Error):
+                    for one in process.net_connections("inet"):
+                        ip = one.laddr.ip.removeprefix("::ffff:")
+                        if one.status == psutil.CONN_LISTEN and ip not in ("127.0.0.1", "::1"):
+                            wide.add(f"{process.name()} {one.laddr}")
+                    for other in process.net_connections("unix"):
+                        if "plasma_store" in other.laddr:
+                            folders.add(other.laddr.partition("/session_")[0])
+            assert not wide
+            assert folders == {session.private_folder()}
+            before = len(said.read_text())
+            os.killpg(run.pid, signal.SIGTERM)  # as `timeout` does
+            assert run.wait(60) == 143
+            text = said.read_text()[before:]
+            last = f"rayrl: stopped by SIGTERM; the same command resumes from {folder}"
+            assert text.splitlines()[-1] == last
+            assert "SIGTERM received" not in text
+            assert "Traceback" not in text
+            _, alive = psutil.wait_procs(processes, timeout=60)
+            assert not alive
+        finally:
+            run.kill()

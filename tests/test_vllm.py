@@ -147,7 +147,8 @@ async def test_what_is_in_flight_at_a_push(
     _, flat, manifest = changed(new)
     long = replace(request(PROMPTS[1], max_tokens=200), stop_ids=())
     running = asyncio.create_task(engine.generate(long))
-    await asyncio.sleep(0.1)
+    await asyncio.sleep(0)
+    await engine.generate(request(PROMPTS[0], max_tokens=1))  # and so something of the other
     assert not running.done()
     await engine.load_weights(new, flat, manifest)
     answer = await running

@@ -14,22 +14,19 @@ from rayrl.learner.reference import ReferenceLearner
 from rayrl.rundir import RunDir
 from rayrl.types import Episode, Group, Task, Turn
 from tests.disks import small_disk
-from tests.runs import Going, command, episodes, figures, rows, scraps, train, weights
+from tests.runs import Going, command, episodes, figures, rows, scraps, weights
 
 pytestmark = pytest.mark.slow
 
-MORE = ["train.steps=8"]
-
 
 def test_a_full_disk_stops_a_run_that_goes_on_when_there_is_space(
-    tiny: Path, tmp_path: Path
+    tiny: Path, calm: Path, tmp_path: Path
 ) -> None:
-    train(tiny, tmp_path / "calm", *MORE)
-    (one, *_) = (tmp_path / "calm" / "checkpoints").iterdir()
+    (one, *_) = (calm / "checkpoints").iterdir()
     needed = sum(path.stat().st_size for path in one.iterdir()) // 1024
     with small_disk(tmp_path / "disk", 16 * 1024) as disk:
         folder = disk.path / "run"
-        line = command(tiny, folder, *MORE)
+        line = command(tiny, folder)
         with small_disk(folder / "checkpoints", needed * 3 // 2) as checkpoints:
             with Going(line) as run:
                 assert run.wait() == 1, run.said
@@ -48,9 +45,9 @@ def test_a_full_disk_stops_a_run_that_goes_on_when_there_is_space(
             disk.empty()
             with Going(line) as run:
                 assert run.wait() == 0, run.said
-            assert weights(folder) == weights(tmp_path / "calm")
-            assert figures(folder) == figures(tmp_path / "calm")
-            assert episodes(folder) == episodes(tmp_path / "calm")
+            assert weights(folder) == weights(calm)
+            assert figures(folder) == figures(calm)
+            assert episodes(folder) == episodes(calm)
             assert scraps(folder) == []
 
 

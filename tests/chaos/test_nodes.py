@@ -6,18 +6,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.nodes import MORE, NODES, PLACES, PLAYERS, Nodes
-from tests.runs import Going, command, episodes, rows, scraps, train, weights
+from tests.nodes import NODES, PLACES, PLAYERS, Nodes
+from tests.runs import RANKS, Going, command, episodes, rows, scraps, weights
 
 pytestmark = pytest.mark.slow
 
 
-def test_a_node_is_lost_and_another_comes(nodes: Nodes, tiny: Path, tmp_path: Path) -> None:
-    train(tiny, tmp_path / "calm", *MORE)
+def test_a_node_is_lost_and_another_comes(
+    nodes: Nodes, tiny: Path, calm_ranks: Path, tmp_path: Path
+) -> None:
     for resources in NODES:
         nodes.add(resources)
     folder = tmp_path / "run"
-    words = [*MORE, *PLACES, f"cluster.address={nodes.address}"]
+    words = [*RANKS, *PLACES, f"cluster.address={nodes.address}"]
     with Going(command(tiny, folder, *words), nodes.env) as run:
         run.until(lambda: rows(folder) >= 3)
         found = [nodes.titles(number) & PLAYERS for number in range(3)]
@@ -30,7 +31,7 @@ def test_a_node_is_lost_and_another_comes(nodes: Nodes, tiny: Path, tmp_path: Pa
         {"EnvHost", "ServeReplica"},
         {"EnvHost", "LearnerRank"},
     ]
-    assert weights(folder) == weights(tmp_path / "calm"), "as on one node, with none lost"
-    assert episodes(folder) == episodes(tmp_path / "calm")
+    assert weights(folder) == weights(calm_ranks), "as on one node, with none lost"
+    assert episodes(folder) == episodes(calm_ranks)
     assert "a learner process died; it starts again" in run.said
     assert scraps(folder) == []

@@ -11,12 +11,12 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.nodes import MORE, NODES, PLACES
-from tests.runs import ENVS, ROOT, command, episodes, rows, train, weights
-from tests.tiny import save_tiny_model
+from tests.nodes import NODES, PLACES
+from tests.runs import ENVS, RANKS, ROOT, STEPS, command, episodes, rows, weights
 
 pytestmark = pytest.mark.slow
 
@@ -56,7 +56,7 @@ def copy(tmp_path: Path) -> Path:
     package = folder / "envs" / "talk" / "rayrl_talk"
     package.mkdir(parents=True)
     (package.parent / "pyproject.toml").write_text(TALK)
-    (package / "__init__.py").write_text(ENVS.read_text().replace("the number is", "it was sent:"))
+    shutil.copy(ENVS, package / "__init__.py")
     setup = folder / "scripts" / "setup"  # this Python will do
     setup.parent.mkdir()
     setup.write_text(f"#!/bin/sh\necho {shlex.quote(str(Path(sys.executable).parent.parent))}\n")
@@ -92,25 +92,25 @@ def cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
 
 
 def test_three_nodes_run_what_is_submitted(
-    copy: Path, cluster: dict[str, str], tmp_path: Path
+    copy: Path, cluster: dict[str, str], tiny: Path, calm_ranks: Path, tmp_path: Path
 ) -> None:
-    tiny = save_tiny_model(tmp_path / "model")
+    shutil.copytree(tiny, tmp_path / "model")
     seen = tmp_path / "seen"
     env = {**cluster, "RAYRL_SEEN": str(seen), "PYTHONPATH": str(tmp_path / "none")}
 
     def submit(*more: str) -> subprocess.CompletedProcess[str]:
-        words = command(Path("model"), Path("run"), "env.name=talk", *MORE, *PLACES, *more)[3:]
+        words = command(Path("model"), Path("run"), "env.name=talk", *RANKS, *PLACES, *more)[3:]
         line = [str(copy / "jobs" / "submit"), *words]
         return subprocess.run(line, env=env, capture_output=True, text=True, check=False)
 
-    first = submit("train.steps=4", "run.name=sent")
+    first = submit("train.steps=4")
     assert first.returncode == 0, first.stdout + first.stderr
-    assert "sent 4/4" in first.stdout, "the log streams"
+    assert "run 4/4" in first.stdout, "the log streams"
     assert rows(tmp_path / "run") == 4, "the run is where RAYRL_WORKDIR says"
-    again = submit("run.name=sent")
+    again = submit()
     assert again.returncode == 0, again.stdout + again.stderr
-    assert rows(tmp_path / "run") == 8, "it was resumed"
-    other = submit("run.name=sent", "train.group_size=2")
+    assert rows(tmp_path / "run") == STEPS, "it was resumed"
+    other = submit("train.group_size=2")
     assert other.returncode == 1
     assert "train.group_size" in other.stdout
 
@@ -123,14 +123,11 @@ def test_three_nodes_run_what_is_submitted(
     if sys.platform == "linux":
         assert at == {"EnvHost": {2, 3}, "Replica": {1, 2}, "LearnerRank": {1, 3}}
 
-    code = tmp_path / "code"
-    code.mkdir()
-    stage = "import sys, pathlib, rayrl.bundle as b; b.stage(pathlib.Path(sys.argv[1]))"
-    subprocess.run([sys.executable, "-c", stage, code], cwd=copy, check=True)
-    local = {k: v for k, v in env.items() if k not in ("RAY_ADDRESS", "RAYRL_SEEN", "PYTHONPATH")}
-    more = ["env.name=talk", "run.name=sent", *MORE]
-    train(tiny, tmp_path / "calm", *more, env={**local, "PYTHONPATH": str(code)}, code=code)
-    assert weights(tmp_path / "run") == weights(tmp_path / "calm"), "as on one node"
-    played, want = episodes(tmp_path / "run"), episodes(tmp_path / "calm")
-    assert want == {step: played[step] for step in want}, "and those of the first job's last step"
-    assert "it was sent: 3" in json.dumps(played)
+    assert weights(tmp_path / "run") == weights(calm_ranks), "as on one node"
+    assert turns(tmp_path / "run") == turns(calm_ranks)
+
+
+def turns(folder: Path) -> list[Any]:
+    """What was said; the tasks' module has another name here."""
+    steps = episodes(folder).values()
+    return [(episode["id"], episode["turns"]) for step in steps for episode in step]

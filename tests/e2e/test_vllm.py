@@ -38,7 +38,7 @@ SETTINGS: dict[str, Any] = {
 # they take turns with the replicas
 STREAMED = {"cluster": {"replicas": 2, "sync": "gloo", "bucket_mb": 1, "colocate": True}}
 ADAPTERS = {
-    "cluster": {"replicas": 2, "sync": "adapters"},
+    "cluster": {"sync": "adapters"},
     "lora": {"rank": 4, "alpha": 64.0},
 }
 
@@ -68,7 +68,7 @@ async def played(config: Config, folder: Path) -> list[tuple[int, list[Episode],
     async with open_training(config, 2) as (rollouts, learner, weights):
         for step in range(2):
             confirmed = await weights.push(step)
-            assert len(confirmed) == 2, "both replicas confirm"
+            assert len(confirmed) == config.cluster.replicas, "all replicas confirm"
             assert len(set(confirmed.values())) == 1, "and hold the same"
             groups = (await rollouts.collect(plans(config, step), step)).groups
             await learner.export(folder / str(step))
@@ -79,7 +79,7 @@ async def played(config: Config, folder: Path) -> list[tuple[int, list[Episode],
 
 
 @pytest.mark.parametrize("way", [STREAMED, ADAPTERS], ids=["streamed", "adapters"])
-def test_two_replicas_play_with_the_learners_weights_and_both_confirm(
+def test_replicas_play_with_the_learners_weights_and_all_confirm(
     way: dict[str, Any], tmp_path: Path
 ) -> None:
     run = {"name": "vllm", "dir": str(tmp_path / "run")}

@@ -1,8 +1,9 @@
 """Kills a process of a run at a certain moment: loaded by Python where PYTHONPATH has this folder.
 
-KILL_AT names the moment, KILL_FLAG a file that says that it has come, so that it comes once:
+KILL_AT names moments. A file beside KILL_FLAG, named after a moment, says that it has come, so that
+it comes once:
 
-- load: a replica is asked to take over version 3 from the object store;
+- load: a replica is asked to take over version 7, or a later one, from the object store;
 - receive: it has received the first of the buckets of version 3. The embedded engine takes no
   stream; here it is made to, so that the learner, the channel and the replicas are the real ones;
 - update: learner rank 1 has the gradients of the fourth batch, and rank 0 waits for it.
@@ -20,13 +21,12 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
-VERSION = 3
 BUCKET = 16 << 10  # bytes: several for the smallest model
 
 
-def die_once() -> None:
+def die_once(moment: str) -> None:
     try:
-        os.close(os.open(os.environ["KILL_FLAG"], os.O_CREAT | os.O_EXCL))
+        os.close(os.open(f"{os.environ['KILL_FLAG']}-{moment}", os.O_CREAT | os.O_EXCL))
     except FileExistsError:
         return
     os.kill(os.getpid(), signal.SIGKILL)
@@ -36,8 +36,8 @@ def at_load(module: Any) -> None:
     load = module.EmbeddedEngine.load_weights
 
     async def load_weights(self: Any, version: int, *rest: Any) -> str:
-        if version == VERSION:
-            die_once()
+        if version >= 7:
+            die_once("load")
         digest: str = await load(self, version, *rest)
         return digest
 
@@ -55,9 +55,9 @@ def at_receive(module: Any) -> None:
         state: dict[str, Any] = {}
 
         def keep(pairs: Sequence[tuple[str, Any]]) -> None:
-            if version == VERSION:
+            if version == 3:
                 assert len(plan) > 1
-                die_once()
+                die_once("receive")
             state.update(pairs)
 
         import asyncio
@@ -75,8 +75,8 @@ def at_update(module: Any) -> None:
     update = module.DeepSpeedLearner._update
 
     def _update(self: Any, lr: float, *, finite: bool) -> float:
-        if self.rank == 1 and self.steps == VERSION:
-            die_once()
+        if self.rank == 1 and self.steps == 3:
+            die_once("update")
         norm: float = update(self, lr, finite=finite)
         return norm
 
@@ -128,5 +128,8 @@ class Finder(importlib.abc.MetaPathFinder):
         return spec
 
 
-if os.environ.get("KILL_AT"):
-    sys.meta_path.insert(0, Finder(AFTER_IMPORT[os.environ["KILL_AT"]]))
+after: dict[str, Callable[[Any], None]] = {}
+for moment in filter(None, os.environ.get("KILL_AT", "").split(",")):
+    after |= AFTER_IMPORT[moment]
+if after:
+    sys.meta_path.insert(0, Finder(after))
