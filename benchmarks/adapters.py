@@ -22,7 +22,7 @@ from rayrl.config import EngineConfig, LoraConfig
 from rayrl.engine import Engine, open_engine
 from rayrl.learner.lora import pieces, with_adapters
 from rayrl.types import Request, Sampling
-from rayrl.weights import flatten
+from rayrl.weights.flat import flatten
 
 
 def versions(model: str, lora: LoraConfig) -> dict[str, Any]:

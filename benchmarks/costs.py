@@ -37,21 +37,21 @@ from fake_engine import FakeEngine, counts_of
 
 import rayrl
 from rayrl import Agent, Sampling, Scores, Task
-from rayrl.advantage import advantages
-from rayrl.batch import make_batch
-from rayrl.chat import Chat
-from rayrl.cluster.lines import PAUSE_S
+from rayrl.chat.renderer import Chat
+from rayrl.cluster.serving.streams import PAUSE_S
 from rayrl.config import AlgoConfig, from_dict
-from rayrl.durable import TurnLog
-from rayrl.encoding import bytes_of
 from rayrl.engine.protocol import Engine
-from rayrl.episodes import episode_to_json
-from rayrl.grouplog import GroupLog, Played
-from rayrl.models import model_dir
-from rayrl.players import PolicyPlayer
-from rayrl.rollout import GroupPlan, play_groups
+from rayrl.learner.advantage import advantages
+from rayrl.learner.batch import make_batch
+from rayrl.rollout.encoding import bytes_of
+from rayrl.rollout.episode_io import episode_to_json
+from rayrl.rollout.players import PolicyPlayer
+from rayrl.rollout.resume import TurnLog
+from rayrl.rollout.rollout import GroupPlan, play_groups
+from rayrl.run.group_log import GroupLog, Played
 from rayrl.types import Episode, Group, Request, Turn, VersionSpan, user
-from rayrl.weights import checksum
+from rayrl.weights.flat import checksum
+from rayrl.weights.model_dir import model_dir
 
 HERE = Path(__file__).resolve()
 TURNS = 4
@@ -264,7 +264,7 @@ class Cluster:
 
     async def deploy(self, replicas: int) -> Any:
         """The handle."""
-        from rayrl.cluster.replica import deploy
+        from rayrl.cluster.serving.replica import deploy
 
         make = partial(FakeEngine, self.chat.reply(REPLY), self.latency)
 
@@ -276,8 +276,8 @@ class Cluster:
 
     async def hosts(self, hosts: int, live: int) -> Any:
         """Rollouts that are ready."""
-        from rayrl.cluster.hosts import HostJob
         from rayrl.cluster.rollouts import Rollouts
+        from rayrl.cluster.workers.env_worker import HostJob
 
         where = f"{HERE}:chatter"
         config = from_dict(
@@ -313,7 +313,7 @@ async def on_ray(args: argparse.Namespace, chat: Chat) -> dict[str, Any]:
     import ray
 
     from rayrl.cluster.session import open_session
-    from rayrl.cluster.sync import ask_all
+    from rayrl.cluster.weight_sync.transports import ask_all
 
     found: dict[str, Any] = {"driver by hosts": {}}
     with open_session(from_dict({}).cluster) as session:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from rayrl.engine.embedded import EmbeddedEngine
+from rayrl.engine.embedded.engine import EmbeddedEngine
 from rayrl.types import Request, Sampling
 
 SAMPLED = 8

@@ -37,14 +37,14 @@ from learner_step import finish, make_rows, padded_step
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
-from rayrl.batch import Batch, Trajectory, batch_of, micro_batches
 from rayrl.config import Config
 from rayrl.learner.attention import IMPLEMENTATION
+from rayrl.learner.batch import Batch, Trajectory, batch_of, micro_batches
 from rayrl.learner.deepspeed import DeepSpeedLearner
+from rayrl.learner.forward import loss_of, token_logprobs
 from rayrl.learner.logits import chosen_logprobs
-from rayrl.learner.step import loss_of, token_logprobs
-from rayrl.loss import Objective
-from rayrl.packing import IntArray, Packed, pack
+from rayrl.learner.loss import Objective
+from rayrl.learner.packing import IntArray, Packed, pack
 
 TOKENS = 8192  # distinct tokens a micro-batch
 MODELS: dict[str, Any] = {

@@ -23,12 +23,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from rayrl.buckets import Channel, host, send
 from rayrl.config import EngineConfig
-from rayrl.engine.vllm import VllmEngine
-from rayrl.models import EMBEDDED, model_dir
+from rayrl.engine.vllm.engine import VllmEngine
 from rayrl.types import Request, Sampling
-from rayrl.weights import buckets, checksum, flatten
+from rayrl.weights.broadcast import Channel, host, send
+from rayrl.weights.flat import buckets, checksum, flatten
+from rayrl.weights.model_dir import EMBEDDED, model_dir
 
 BUCKET_BYTES = 256 << 20
 NEW = 16  # ids of an answer

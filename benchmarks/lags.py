@@ -19,12 +19,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from rayrl import recipe
 from rayrl.cli import compose
+from rayrl.commands import recipe
+from rayrl.commands.evaluate import FILE
 from rayrl.config import Config
-from rayrl.evaluate import FILE
-from rayrl.results import Result
-from rayrl.stage import MODEL
+from rayrl.report.table import Result
+from rayrl.run.stage import MODEL
 
 # Student's t, two-sided 95%, by degrees of freedom
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}

@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from rayrl.batch import Totals, Trajectory, batch_of, micro_batches
 from rayrl.learner.attention import IMPLEMENTATION
-from rayrl.learner.step import loss_of
-from rayrl.loss import Objective
-from rayrl.packing import pack
+from rayrl.learner.batch import Totals, Trajectory, batch_of, micro_batches
+from rayrl.learner.forward import loss_of
+from rayrl.learner.loss import Objective
+from rayrl.learner.packing import pack
 
 SHAPE = {
     "hidden_size": 128,

@@ -29,12 +29,12 @@ from fake_engine import FakeEngine, counts_of
 
 import rayrl
 from rayrl import Agent, Sampling, Scores, Task
-from rayrl.chat import Chat
-from rayrl.cluster.hosts import GC_EVERY
+from rayrl.chat.renderer import Chat
+from rayrl.cluster.workers.env_worker import GC_EVERY
 from rayrl.engine.protocol import Engine
-from rayrl.models import model_dir
-from rayrl.players import PolicyPlayer
-from rayrl.rollout import GroupPlan, play_groups
+from rayrl.rollout.players import PolicyPlayer
+from rayrl.rollout.rollout import GroupPlan, play_groups
+from rayrl.weights.model_dir import model_dir
 
 TURNS = 8
 REPLY = "<move>4</move>"
@@ -100,10 +100,10 @@ def report(args: argparse.Namespace, rate: float, cpu: float) -> dict[str, Any]:
 
 async def on_ray(args: argparse.Namespace, chat: Chat) -> dict[str, Any]:
     """Env hosts, one replica, and this process as the driver."""
-    from rayrl.cluster.hosts import HostJob
-    from rayrl.cluster.replica import deploy
     from rayrl.cluster.rollouts import Rollouts
+    from rayrl.cluster.serving.replica import deploy
     from rayrl.cluster.session import open_session
+    from rayrl.cluster.workers.env_worker import HostJob
     from rayrl.config import from_dict
 
     where = f"{HERE}:talk"

@@ -26,17 +26,17 @@ from fake_engine import FakeEngine  # beside this file
 from many_live import TURNS, talk
 
 from rayrl import Sampling, Task, load_env
-from rayrl.chat import Chat
-from rayrl.cluster.hosts import HostJob
-from rayrl.cluster.replica import deploy
+from rayrl.chat.renderer import Chat
 from rayrl.cluster.rollouts import Rollouts
+from rayrl.cluster.serving.replica import deploy
 from rayrl.cluster.session import open_session
+from rayrl.cluster.workers.env_worker import HostJob
 from rayrl.config import Config, from_dict
 from rayrl.engine.protocol import Engine
-from rayrl.feed import Feed
-from rayrl.grouplog import GroupLog
-from rayrl.models import model_dir
-from rayrl.rollout import GroupPlan
+from rayrl.rollout.rollout import GroupPlan
+from rayrl.run.group_log import GroupLog
+from rayrl.run.rollout_buffer import Feed
+from rayrl.weights.model_dir import model_dir
 
 WHERE = f"{Path(__file__).resolve().parent / 'many_live.py'}:{talk.name}"
 WARM_UP = 3

@@ -54,7 +54,7 @@ def train(steps: int, settings: Sequence[str], folder: Path) -> Path:
     """Run some steps of the main job's first phase; returns the run's folder."""
     from rayrl.cli import compose
     from rayrl.config import stage_config, validate
-    from rayrl.train import run
+    from rayrl.loop import run
 
     config = compose(["experiment=tictactoe", *settings])
     stage = next(stage for stage in config.recipe if stage.verb == "train")

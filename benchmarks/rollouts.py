@@ -31,11 +31,11 @@ from fake_engine import FakeEngine
 
 import rayrl
 from rayrl import Agent, Sampling, Scores, Task
-from rayrl.chat import Chat
+from rayrl.chat.renderer import Chat
 from rayrl.engine.protocol import Engine
-from rayrl.models import model_dir
-from rayrl.players import PolicyPlayer
-from rayrl.rollout import GroupPlan, play_groups
+from rayrl.rollout.players import PolicyPlayer
+from rayrl.rollout.rollout import GroupPlan, play_groups
+from rayrl.weights.model_dir import model_dir
 
 TURNS = 4
 REPLY = "<move>4</move>"
@@ -78,10 +78,10 @@ async def on_ray(
 ) -> tuple[float, float]:
     """Seconds for `n` episodes through one env host and one replica, the best of `repeat`; and the
     cores that were there for it."""
-    from rayrl.cluster.hosts import HostJob
-    from rayrl.cluster.replica import deploy
     from rayrl.cluster.rollouts import Rollouts
+    from rayrl.cluster.serving.replica import deploy
     from rayrl.cluster.session import open_session
+    from rayrl.cluster.workers.env_worker import HostJob
     from rayrl.config import from_dict
 
     where = f"{HERE}:game"

@@ -22,8 +22,8 @@ from typing import Any
 
 import ray
 
-from rayrl.cluster.client import DEPLOYMENT, BatchingClient, ServeCall
-from rayrl.cluster.replica import deploy
+from rayrl.cluster.serving.inference_client import DEPLOYMENT, BatchingClient, ServeCall
+from rayrl.cluster.serving.replica import deploy
 from rayrl.cluster.session import open_session
 from rayrl.config import Config, from_dict
 from rayrl.types import Completion, Request, Sampling, VersionSpan

@@ -32,11 +32,11 @@ def serve(told: Connection) -> None:
 
     import uvicorn
 
-    from rayrl.chat import Chat
+    from rayrl.chat.renderer import Chat
     from rayrl.config import EngineConfig
-    from rayrl.engine.embedded import EmbeddedEngine
-    from rayrl.models import EMBEDDED, model_dir
-    from rayrl.openai.app import Service, make_app
+    from rayrl.engine.embedded.engine import EmbeddedEngine
+    from rayrl.server.app import Service, make_app
+    from rayrl.weights.model_dir import EMBEDDED, model_dir
 
     settings = EngineConfig(max_live=8, kv_cache_gb=0.05)
     engine = EmbeddedEngine.load(model_dir(EMBEDDED), settings, raw_logprobs=True)

@@ -409,8 +409,8 @@ def validate(costs: Mapping[str, Any], parts: Sequence[str]) -> None:
     import overlap
     import rollouts
 
-    from rayrl.chat import Chat
-    from rayrl.models import model_dir
+    from rayrl.chat.renderer import Chat
+    from rayrl.weights.model_dir import model_dir
 
     chat = Chat.load(str(model_dir("embedded")))
 

@@ -24,14 +24,14 @@ from typing import Any
 
 import numpy as np
 
-from rayrl.cluster.replica import deploy, undeploy
+from rayrl.cluster.serving.replica import deploy, undeploy
 from rayrl.cluster.session import open_session, set_threads
-from rayrl.cluster.store import Published
-from rayrl.cluster.sync import ObjectStore
-from rayrl.cluster.weights import Weights, open_store
+from rayrl.cluster.weight_sync.push import Weights, open_store
+from rayrl.cluster.weight_sync.transports import ObjectStore
+from rayrl.cluster.weight_sync.weight_store import Published
 from rayrl.config import from_dict
 from rayrl.engine import open_engine
-from rayrl.weights import checksum, layout, put
+from rayrl.weights.flat import checksum, layout, put
 
 
 class Rank:

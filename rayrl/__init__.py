@@ -5,9 +5,12 @@ What an environment needs is here; everything else is imported from its own modu
 
 from __future__ import annotations
 
-from rayrl.agent import Agent, Player
-from rayrl.checker import check_env
-from rayrl.env import Environment, env
+from rayrl.chat.text_protocol import format_line
+from rayrl.chat.tools import format_call
+from rayrl.environment.environment import Environment, env
+from rayrl.environment.group_reward import GroupReward, group_reward
+from rayrl.environment.gymnasium import from_gymnasium
+from rayrl.environment.registry import installed_envs, load_env
 from rayrl.errors import (
     ConfigError,
     DataError,
@@ -18,13 +21,10 @@ from rayrl.errors import (
     RunFailed,
     StaleWeights,
 )
-from rayrl.groups import GroupReward, group_reward
-from rayrl.gymnasium import from_gymnasium
-from rayrl.players import HumanPlayer, PolicyPlayer, ScriptedPlayer
-from rayrl.registry import installed_envs, load_env
-from rayrl.rollout import GroupPlan, play_episode, play_group, play_groups
-from rayrl.textcalls import format_line
-from rayrl.tools import format_call
+from rayrl.rollout.agent import Agent, Player
+from rayrl.rollout.check import check_env
+from rayrl.rollout.players import HumanPlayer, PolicyPlayer, ScriptedPlayer
+from rayrl.rollout.rollout import GroupPlan, play_episode, play_group, play_groups
 from rayrl.types import (
     Completion,
     Episode,

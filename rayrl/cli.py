@@ -25,10 +25,10 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from rayrl.conffiles import check_option, conf_dir, is_no_option, options
+from rayrl.commands.folder_names import WRITING, named
+from rayrl.commands.help_pages import completion, usage, verb_page
+from rayrl.config.yaml_files import check_option, conf_dir, is_no_option, options
 from rayrl.errors import ConfigError, RayrlError, RunFailed, clip, did_you_mean
-from rayrl.foldernames import WRITING, named
-from rayrl.helppages import completion, usage, verb_page
 from rayrl.terminal import visible
 
 if TYPE_CHECKING:
@@ -39,18 +39,24 @@ if TYPE_CHECKING:
 __all__ = ["compose", "main"]
 
 VERBS = {
-    "recipe": ("rayrl.recipe", "run every stage of a recipe, and resume where it stopped"),
-    "synth": ("rayrl.synth", "play a teacher and keep its good episodes"),
-    "sft": ("rayrl.sft", "fine-tune on kept episodes"),
-    "train": ("rayrl.train", "reinforcement learning"),
-    "eval": ("rayrl.evaluate", "play without learning and print the table"),
-    "play": ("rayrl.play", "play against a model in this terminal, or watch it"),
-    "serve": ("rayrl.serve", "answer OpenAI-compatible HTTP requests with a model"),
-    "report": ("rayrl.report", "write RUN/report.html: rayrl report RUN"),
-    "replay": ("rayrl.replay", "play stored episodes again: rayrl replay FILE [EPISODE_ID]"),
-    "plan": ("rayrl.plan", "print what would run and what will not fit; starts nothing"),
-    "env": ("rayrl.envcheck", "check an environment: rayrl env check [NAME]"),
-    "model": ("rayrl.fetch", "fetch a small pretrained model: rayrl model fetch smollm2-135m"),
+    "recipe": ("rayrl.commands.recipe", "run every stage of a recipe, and resume where it stopped"),
+    "synth": ("rayrl.commands.synth", "play a teacher and keep its good episodes"),
+    "sft": ("rayrl.commands.sft", "fine-tune on kept episodes"),
+    "train": ("rayrl.loop", "reinforcement learning"),
+    "eval": ("rayrl.commands.evaluate", "play without learning and print the table"),
+    "play": ("rayrl.commands.play", "play against a model in this terminal, or watch it"),
+    "serve": ("rayrl.commands.serve", "answer OpenAI-compatible HTTP requests with a model"),
+    "report": ("rayrl.report.collect", "write RUN/report.html: rayrl report RUN"),
+    "replay": (
+        "rayrl.commands.replay",
+        "play stored episodes again: rayrl replay FILE [EPISODE_ID]",
+    ),
+    "plan": ("rayrl.commands.plan", "print what would run and what will not fit; starts nothing"),
+    "env": ("rayrl.commands.env_check", "check an environment: rayrl env check [NAME]"),
+    "model": (
+        "rayrl.commands.model_fetch",
+        "fetch a small pretrained model: rayrl model fetch smollm2-135m",
+    ),
 }
 
 MOST_SAID = 30_000  # characters of an error: it may hold what an environment raised
@@ -213,7 +219,7 @@ def parse(words: Sequence[str]) -> Arguments:
 
 def _meant(option: str) -> str:
     """What to write instead of an option that does not exist; `--learning-rate` is a setting."""
-    from rayrl.config.convert import unknown_key
+    from rayrl.config.load import unknown_key
 
     name = option.partition("=")[0]
     known = ["--config-dir", "--help", "--version", "--completion"]
@@ -258,7 +264,7 @@ def _of_run(arguments: Arguments) -> Config:
 def _of_replay(arguments: Arguments) -> Config:
     """That of the run which wrote the file, unless files of conf/ are chosen instead."""
     from rayrl.config import validate
-    from rayrl.stage import run_of
+    from rayrl.run.stage import run_of
 
     if not arguments.words:
         raise ConfigError("replay: which file? Write rayrl replay FILE [EPISODE_ID].")
@@ -276,8 +282,8 @@ def _of_replay(arguments: Arguments) -> Config:
 
 def _stored(run: Path, changes: dict[str, Any]) -> Config:
     """The configuration of a run, with changes."""
-    from rayrl.config.convert import from_node, nest, schema, to_dict, update
-    from rayrl.rundir import read_config
+    from rayrl.config.load import from_node, nest, schema, to_dict, update
+    from rayrl.run.folder import read_config
 
     return from_node(update(update(schema(), to_dict(read_config(run))), nest(changes)))
 
@@ -302,7 +308,7 @@ def compose(settings: Sequence[str] = (), config_dir: Path | None = None, verb: 
     Raises:
         ConfigError: naming what is unknown or wrong and the nearest that is right.
     """
-    from rayrl.config.convert import from_node, nest, update
+    from rayrl.config.load import from_node, nest, update
 
     folders = [conf_dir(), *([config_dir] if config_dir else [])]
     groups = {path.name for folder in folders for path in folder.iterdir() if path.is_dir()}
@@ -397,7 +403,7 @@ def _composed(chosen: Sequence[str], folders: Sequence[Path]) -> DictConfig:
     from omegaconf import OmegaConf
     from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-    from rayrl.config.convert import schema, unknown_key, wrong_type
+    from rayrl.config.load import schema, unknown_key, wrong_type
 
     ConfigStore.instance().store(name="schema", node=schema(), provider="rayrl")
     search = [f"hydra.searchpath=[{','.join(f'file://{one}' for one in folders[1:])}]"]
@@ -421,7 +427,7 @@ def _composed(chosen: Sequence[str], folders: Sequence[Path]) -> DictConfig:
 
 def _with_stages(config: Config, settings: dict[str, Any]) -> Config:
     """`config` with `recipe.STAGE.KEY=VALUE` applied to the stages of its recipe."""
-    from rayrl.config.convert import check_keys, nest
+    from rayrl.config.load import check_keys, nest
 
     stages = {stage.name: stage for stage in config.recipe}
     for key, value in settings.items():

@@ -7,11 +7,11 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from rayrl.agent import Conversation, Options
-from rayrl.chat import Chat
+from rayrl.chat.renderer import Chat
 from rayrl.errors import InfraError
-from rayrl.players import PolicyPlayer, ScriptedPlayer
-from rayrl.rollout import play_groups
+from rayrl.rollout.agent import Conversation, Options
+from rayrl.rollout.players import PolicyPlayer, ScriptedPlayer
+from rayrl.rollout.rollout import play_groups
 from rayrl.types import Completion, Group, Message, Request, Sampling, Turn, VersionSpan
 
 CHATML = (

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from rayrl.buckets import Channel, Meeting, host, receive, send
-from rayrl.weights import buckets
+from rayrl.weights.broadcast import Channel, Meeting, host, receive, send
+from rayrl.weights.flat import buckets
 from tests.learner_rank import config
 
 LIMIT = 136 << 10  # bytes of a bucket

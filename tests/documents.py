@@ -7,7 +7,8 @@ import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
-from rayrl import cli, submit
+from rayrl import cli
+from rayrl.commands import submit
 from rayrl.config import Config
 
 __all__ = ["ROOT", "blocks", "commands", "settings", "understand"]

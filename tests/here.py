@@ -8,13 +8,13 @@ import signal
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 
-from rayrl.agent import Player
 from rayrl.cluster.rollouts import Collection, sort_out
 from rayrl.config import Config
-from rayrl.endpoint import EndpointPlayer
-from rayrl.players import ScriptedPlayer
-from rayrl.registry import load_env
-from rayrl.rollout import GroupPlan, play_groups
+from rayrl.environment.registry import load_env
+from rayrl.rollout.agent import Player
+from rayrl.rollout.endpoint import EndpointPlayer
+from rayrl.rollout.players import ScriptedPlayer
+from rayrl.rollout.rollout import GroupPlan, play_groups
 from rayrl.types import Group, Sampling
 
 __all__ = ["Here", "killing"]

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rayrl.batch import Batch, batch_of, shard
 from rayrl.config import AlgoConfig, Config, LearnerConfig
+from rayrl.learner.batch import Batch, batch_of, shard
 from tests.learner_rows import UPDATES, make_rows
 
 

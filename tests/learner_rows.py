@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from rayrl.batch import Trajectory
+from rayrl.learner.batch import Trajectory
 
 UPDATES = 3
 VOCABULARY = 40

@@ -16,10 +16,11 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from rayrl import cli, helppages
+from rayrl import cli
 from rayrl.cli import compose, main
+from rayrl.commands import help_pages
 from rayrl.config import Config, from_dict, leaves, to_dict, validate
-from rayrl.config.convert import ELSEWHERE, check_keys, nest
+from rayrl.config.load import ELSEWHERE, check_keys, nest
 from rayrl.config.meanings import meanings
 from rayrl.errors import ConfigError, RunFailed
 from tests.documents import understand
@@ -365,7 +366,7 @@ def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("verb", cli.VERBS)
 def test_help_of_a_verb(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
-    page = helppages.PAGES[verb]
+    page = help_pages.PAGES[verb]
     for words in ([verb, "--help"], [verb, "-h"], ["help", verb], [verb, "some=thing", "--help"]):
         assert main(words) == 0
         out = capsys.readouterr().out
@@ -381,7 +382,7 @@ def test_examples_of_the_help_are_understood(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for verb, page in helppages.PAGES.items():
+    for verb, page in help_pages.PAGES.items():
         for example in page.examples:
             understand([verb, *example.split()])
 
@@ -430,7 +431,7 @@ def test_bash_completes_verbs_settings_and_files(capsys: pytest.CaptureFixture[s
     assert completed("rayrl train nothing.like", script) == set()
 
 
-@pytest.mark.parametrize("shell", helppages.SHELLS)
+@pytest.mark.parametrize("shell", help_pages.SHELLS)
 def test_scripts_of_all_shells(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([f"--completion={shell}"]) == 0
     out = capsys.readouterr().out

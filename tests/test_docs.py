@@ -13,14 +13,14 @@ from types import ModuleType
 import pytest
 
 from rayrl import Agent, Environment, ScriptedPlayer, check_env, load_env, play_group
-from rayrl.advantage import advantages
-from rayrl.batch import make_batch
 from rayrl.cluster.rollouts import Collection
-from rayrl.cluster.scaling import Load
+from rayrl.cluster.workers.scaling import Load
 from rayrl.config import from_dict, leaves
-from rayrl.learner.step import Tally
-from rayrl.progress import Clock, step_metrics
-from rayrl.registry import _from_file
+from rayrl.environment.registry import _from_file
+from rayrl.learner.advantage import advantages
+from rayrl.learner.batch import make_batch
+from rayrl.learner.forward import Tally
+from rayrl.run.metrics import Clock, step_metrics
 from tests.act import instant
 from tests.documents import ROOT, blocks, commands, settings, understand
 
@@ -176,7 +176,7 @@ def test_every_figure_of_a_step_is_explained() -> None:
     tally.sums += 1  # so that everything was measured
     learned = {**tally.metrics(), "lr": 0, "grad_norm": 0, "updates": 0, "skipped": 0}
     clock = Clock()
-    for stage in re.findall(r'clock\("(\w+)"\)', (ROOT / "rayrl/train.py").read_text()):
+    for stage in re.findall(r'clock\("(\w+)"\)', (ROOT / "rayrl/loop.py").read_text()):
         with clock(stage):
             pass
     played = Collection((group,), stopped=(group,), idle_s=0.0, load=Load(1, 0, 0))

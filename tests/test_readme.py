@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rayrl import cli
-from rayrl.envcheck import run as check_env
+from rayrl.commands.env_check import run as check_env
 from tests.documents import ROOT, blocks, commands, settings, understand
 
 BLOCKS = blocks("README.md")

@@ -140,10 +140,10 @@ def test_what_every_node_fetches_is_a_nodes_network(model: Any) -> None:
 
 
 def test_the_pace_is_that_of_the_cluster(model: Any) -> None:
-    from rayrl.cluster import lines
+    from rayrl.cluster.serving import streams
 
     for name in ("LEAST_S", "MOST_S", "SHARE", "PAUSE_S"):
-        assert getattr(model, name) == getattr(lines, name)
+        assert getattr(model, name) == getattr(streams, name)
 
 
 def test_what_is_known_of_playing_while_learning(model: Any) -> None:

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from rich.table import Table
 
 from rayrl import cli
-from rayrl.bar import Bar
 from rayrl.cli import compose
+from rayrl.commands.play import play
 from rayrl.config import Config
 from rayrl.errors import RunFailed
-from rayrl.play import play
-from rayrl.players import HumanPlayer
-from rayrl.show import episode_panel, new_console
+from rayrl.report.console import episode_panel, new_console
+from rayrl.rollout.players import HumanPlayer
+from rayrl.run.progress_bar import Bar
 from rayrl.terminal import visible
 from rayrl.types import Episode, Failure, Message, Task, Turn
 from tests.test_cli import program
@@ -86,7 +86,7 @@ def test_an_error_prints_none(
 async def test_a_person_is_shown_none() -> None:
     out = io.StringIO()
     player = HumanPlayer(lambda prompt: "yes", out)
-    from rayrl.agent import Conversation, Options
+    from rayrl.rollout.agent import Conversation, Options
 
     await player.answer(Conversation("s", "agent"), (Message("user", EVIL),), Options(0))
     assert "␛" in out.getvalue()

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rayrl.config import EngineConfig
-from rayrl.models import EMBEDDED, model_dir
+from rayrl.weights.model_dir import EMBEDDED, model_dir
 
 __all__ = ["CONFIG", "MARKS", "load"]
 

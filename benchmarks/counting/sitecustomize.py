@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-MODULE = "rayrl.engine.embedded"
+MODULE = "rayrl.engine.embedded.engine"
 
 
 class Finder(importlib.abc.MetaPathFinder):

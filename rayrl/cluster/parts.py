@@ -5,19 +5,13 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping
 from contextlib import ExitStack, asynccontextmanager
 
-from rayrl.agent import Player
-from rayrl.bundle import env_names
-from rayrl.cluster.actors import (
-    check_endpoint,
-    deploy_models,
-    is_model,
-    make_environment,
-    model_of,
-)
-from rayrl.cluster.hosts import EnvHost, HostJob
+from rayrl.cluster.code_bundle import env_names
+from rayrl.cluster.open import check_endpoint, deploy_models, is_model, make_environment, model_of
 from rayrl.cluster.rollouts import Rollouts
 from rayrl.cluster.session import open_session
+from rayrl.cluster.workers.env_worker import EnvHost, HostJob
 from rayrl.config import Config
+from rayrl.rollout.agent import Player
 from rayrl.types import Sampling
 
 __all__ = ["open_players", "players_here"]

@@ -8,13 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rayrl.cluster.hosts import HostJob, start_host
-from rayrl.cluster.place import kill
-from rayrl.cluster.pool import HostPool
-from rayrl.cluster.recorder import start_recorder
-from rayrl.cluster.scaling import Load
+from rayrl.cluster.workers.env_worker import HostJob, start_host
+from rayrl.cluster.workers.scaling import Load
+from rayrl.cluster.workers.turn_log import start_recorder
+from rayrl.cluster.workers.worker_pool import HostPool
+from rayrl.cluster.workers.worker_slot import kill
 from rayrl.errors import RunFailed, shown
-from rayrl.rollout import GroupPlan
+from rayrl.rollout.rollout import GroupPlan
 from rayrl.types import Episode, Failure, Group
 
 __all__ = ["Collection", "Rollouts", "is_stale", "none_left", "sort_out"]

@@ -31,10 +31,10 @@ from ray.serve.context import _get_global_client
 from ray.serve.schema import LoggingConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from rayrl.bundle import stage, variables
 from rayrl.cluster import cluster_address
-from rayrl.cluster.head import check_head, watch_cluster
-from rayrl.cluster.store import NAMESPACE
+from rayrl.cluster.code_bundle import stage, variables
+from rayrl.cluster.watchdog import check_head, watch_cluster
+from rayrl.cluster.weight_sync.weight_store import NAMESPACE
 from rayrl.config import ClusterConfig
 from rayrl.errors import ConfigError, InfraError
 

@@ -5,15 +5,14 @@ Below `cli.py` nothing else exists: no YAML, no Hydra, no strings to look up.
 
 from __future__ import annotations
 
-from .check import validate
-from .convert import (
+from rayrl.config.load import (
     differences,
     from_dict,
     leaves,
     stage_config,
     to_dict,
 )
-from .schema import (
+from rayrl.config.schema import (
     AlarmConfig,
     AlarmsConfig,
     AlgoConfig,
@@ -37,6 +36,7 @@ from .schema import (
     SynthConfig,
     TrainConfig,
 )
+from rayrl.config.validate import validate
 
 __all__ = [
     "AlarmConfig",

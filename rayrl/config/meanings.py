@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from .schema import Config
+from rayrl.config.schema import Config
 
 __all__ = ["meanings"]
 

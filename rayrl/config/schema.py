@@ -98,7 +98,7 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class AlgoConfig:
-    """Advantages and losses; sources in `advantage.py` and `loss.py`."""
+    """Advantages and losses; sources in `learner/advantage.py` and `learner/loss.py`."""
 
     advantage: str = "grpo"  # grpo | rloo | gigpo
     normalize: str = "std"  # none | std | batch_std : what centred group rewards are divided by

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from rayrl.config.schema import Config
 from rayrl.errors import ConfigError
-
-from .schema import Config
 
 __all__ = ["check_sync"]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from rayrl.config import EngineConfig, LoraConfig
 from rayrl.engine.protocol import Engine, Generator
 from rayrl.errors import ConfigError, did_you_mean
-from rayrl.models import model_dir
+from rayrl.weights.model_dir import model_dir
 
 __all__ = ["Engine", "Generator", "open_engine"]
 
@@ -38,11 +38,11 @@ def open_engine(
     path = model_dir(str(path))
     if config.kind == "embedded":
         # not at the top: it imports torch, and the act half reads only the protocol
-        from rayrl.engine.embedded import EmbeddedEngine
+        from rayrl.engine.embedded.engine import EmbeddedEngine
 
         return EmbeddedEngine.load(path, config, version=version, raw_logprobs=raw_logprobs)
     if config.kind == "vllm":
-        from rayrl.engine.vllm import VllmEngine
+        from rayrl.engine.vllm.engine import VllmEngine
 
         return VllmEngine(
             path, config, version=version, raw_logprobs=raw_logprobs, sleeps=sleeps, lora=lora

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from rayrl.buckets import Meeting, Plan
-    from rayrl.weights import Manifest
+    from rayrl.weights.broadcast import Meeting, Plan
+    from rayrl.weights.flat import Manifest
 
 __all__ = ["Engine", "Generator", "Part", "Streamed"]
 
@@ -67,7 +67,7 @@ class Engine(Generator, Protocol):
         ...
 
     async def load_weights(self, version: int, flat: NDArray[np.uint8], manifest: Manifest) -> str:
-        """Take over new weights (see `rayrl.weights`), and forget any KV made with the old ones.
+        """Take over new weights (see `weights.flat`), and forget any KV made with the old ones.
 
         Returns:
             The checksum of what it holds *now*, computed from its own parameters.
@@ -104,7 +104,7 @@ class Engine(Generator, Protocol):
 
 @runtime_checkable
 class Streamed(Engine, Protocol):
-    """An engine that can also take weights from a channel (`rayrl.buckets`).
+    """An engine that can also take weights from a channel (`rayrl.weights.broadcast`).
 
     Attributes:
         workers: members of a channel it comes with.

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from transformers import AttentionInterface
 
 from rayrl.errors import ConfigError
-from rayrl.packing import Bucket, Packed
+from rayrl.learner.packing import Bucket, Packed
 
 __all__ = ["IMPLEMENTATION", "BeyondWindow", "Plan", "plan"]
 

@@ -23,21 +23,10 @@ import torch
 from numpy.typing import NDArray
 from transformers import GenerationConfig
 
-from rayrl.batch import Totals, Trajectory, micro_batches, minibatches
 from rayrl.config import Config
 from rayrl.errors import ConfigError, DataError, RunFailed
-from rayrl.learner.lora import (
-    ADAPTER,
-    Piece,
-    pieces,
-    plain_names,
-    save_adapter,
-    with_adapters,
-)
-from rayrl.learner.probe import longest_row
-from rayrl.learner.readback import misfit, probe_rows
-from rayrl.learner.rows import shares_prefixes
-from rayrl.learner.step import (
+from rayrl.learner.batch import Totals, Trajectory, micro_batches, minibatches
+from rayrl.learner.forward import (
     Tally,
     checkpoint_layers,
     filler,
@@ -47,11 +36,22 @@ from rayrl.learner.step import (
     row_logprobs,
     with_logprobs,
 )
-from rayrl.loading import stored_names
-from rayrl.loss import SFT, Objective
-from rayrl.models import learning_rate, model_dir
+from rayrl.learner.lora import (
+    ADAPTER,
+    Piece,
+    pieces,
+    plain_names,
+    save_adapter,
+    with_adapters,
+)
+from rayrl.learner.loss import SFT, Objective
+from rayrl.learner.probe import longest_row
+from rayrl.learner.readback import misfit, probe_rows
+from rayrl.learner.rows import shares_prefixes
 from rayrl.types import derive_seed
-from rayrl.weights import Manifest, layout, put, unflatten
+from rayrl.weights.flat import Manifest, layout, put, unflatten
+from rayrl.weights.loading import stored_names
+from rayrl.weights.model_dir import learning_rate, model_dir
 
 if TYPE_CHECKING:
     from torch import Tensor

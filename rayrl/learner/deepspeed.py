@@ -1,7 +1,7 @@
 """The learner on DeepSpeed: one rank, ZeRO 0 to 3, CPU (gloo) or GPU (nccl).
 
 DeepSpeed accumulates, reduces, clips and applies gradients; what the loss is and how rows are
-divided is `base.py`'s and `step.py`'s. Four things DeepSpeed does its own way:
+divided is `base.py`'s and `forward.py`'s. Four things DeepSpeed does its own way:
 
 - It averages gradients over ranks, while a rank's loss is its part of a *sum*: the loss is
   multiplied by the world size.
@@ -31,9 +31,9 @@ from torch import Tensor
 from rayrl.config import Config, LearnerConfig
 from rayrl.errors import ConfigError
 from rayrl.learner.base import Learner
+from rayrl.learner.forward import rate
 from rayrl.learner.lora import adapts_inside
 from rayrl.learner.state import read_state
-from rayrl.learner.step import rate
 
 __all__ = ["DeepSpeedLearner"]
 

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from rayrl.config import LoraConfig
 from rayrl.errors import ConfigError
+from rayrl.learner.forward import row_logprobs
 from rayrl.learner.readback import PROBE_TOKENS, probe_rows
-from rayrl.learner.step import row_logprobs
 
 __all__ = [
     "ADAPTER",

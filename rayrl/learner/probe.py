@@ -21,8 +21,8 @@ from torch import Tensor
 
 from rayrl.errors import ConfigError
 from rayrl.learner.attention import IMPLEMENTATION, BeyondWindow
+from rayrl.learner.packing import Packed, pack
 from rayrl.learner.rows import logits_before
-from rayrl.packing import Packed, pack
 
 __all__ = ["choose_attention", "longest_row"]
 

@@ -11,10 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rayrl.batch import Trajectory, supervised_row
 from rayrl.errors import ConfigError
-from rayrl.learner.step import row_logprobs
-from rayrl.loading import load_causal_lm
+from rayrl.learner.batch import Trajectory, supervised_row
+from rayrl.learner.forward import row_logprobs
+from rayrl.weights.loading import load_causal_lm
 
 __all__ = ["PROBE_TOKENS", "misfit", "probe_rows"]
 

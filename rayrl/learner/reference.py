@@ -10,8 +10,8 @@ from torch import Tensor
 
 from rayrl.config import Config
 from rayrl.learner.base import Learner
+from rayrl.learner.forward import rate
 from rayrl.learner.state import read_state
-from rayrl.learner.step import rate
 
 __all__ = ["ReferenceLearner"]
 

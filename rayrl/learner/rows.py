@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rayrl.learner.attention import IMPLEMENTATION, plan
-from rayrl.packing import Packed
+from rayrl.learner.packing import Packed
 
 __all__ = ["logits_before", "padded_logits", "shares_prefixes"]
 

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from rayrl.cluster.session import private_folder
-from rayrl.engine.shared import memory_dir
+from rayrl.weights.shared_memory import memory_dir
 from tests.nodes import Nodes
 
 PR_SET_CHILD_SUBREAPER = 36

@@ -9,9 +9,9 @@ import pytest
 
 from rayrl.config import from_dict
 from rayrl.errors import RunFailed
-from rayrl.grouplog import GroupLog, Played
 from rayrl.learner.reference import ReferenceLearner
-from rayrl.rundir import RunDir
+from rayrl.run.folder import RunDir
+from rayrl.run.group_log import GroupLog, Played
 from rayrl.types import Episode, Group, Task, Turn
 from tests.disks import small_disk
 from tests.runs import Going, command, episodes, figures, rows, scraps, weights

@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from rayrl.durable import TurnLog
-from rayrl.records import Records
+from rayrl.rollout.records import Records
+from rayrl.rollout.resume import TurnLog
 from tests.runs import (
     RANKS,
     STEPS,

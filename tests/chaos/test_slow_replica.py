@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from rayrl.cluster.client import BatchingClient, ServeCall
-from rayrl.cluster.replica import deploy, undeploy
+from rayrl.cluster.serving.inference_client import BatchingClient, ServeCall
+from rayrl.cluster.serving.replica import deploy, undeploy
 from rayrl.cluster.session import open_session
 from rayrl.config import from_dict
 from rayrl.engine import open_engine

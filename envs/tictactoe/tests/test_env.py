@@ -12,8 +12,8 @@ from rayrl_tictactoe.env import Game, games, opponent_move, tictactoe, unbeatabl
 from rayrl_tictactoe.players import read_board
 
 from rayrl import Agent, ConfigError, Message, Reply
-from rayrl.players import ScriptedPlayer
-from rayrl.rollout import play_group
+from rayrl.rollout.players import ScriptedPlayer
+from rayrl.rollout.rollout import play_group
 
 ARGS = {"max_turns": 8, "system_prompt": SYSTEM}
 PlayerFunction = Callable[[Sequence[Message], random.Random], str]

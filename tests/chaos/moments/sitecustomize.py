@@ -45,8 +45,8 @@ def at_load(module: Any) -> None:
 
 
 def at_receive(module: Any) -> None:
-    from rayrl.buckets import Channel, receive
-    from rayrl.weights import flatten
+    from rayrl.weights.broadcast import Channel, receive
+    from rayrl.weights.flat import flatten
 
     async def join(self: Any, meeting: Any, first: int) -> None:
         self.channel = Channel(meeting, first)
@@ -93,10 +93,10 @@ def allowed(module: Any) -> None:
 
 
 AFTER_IMPORT: dict[str, dict[str, Callable[[Any], None]]] = {
-    "load": {"rayrl.engine.embedded": at_load},
+    "load": {"rayrl.engine.embedded.engine": at_load},
     "receive": {
-        "rayrl.engine.embedded": at_receive,
-        "rayrl.cluster.learners": small_buckets,
+        "rayrl.engine.embedded.engine": at_receive,
+        "rayrl.cluster.learner_group": small_buckets,
         "rayrl.config.sync": allowed,
     },
     "update": {"rayrl.learner.deepspeed": at_update},

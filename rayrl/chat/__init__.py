@@ -1,0 +1,1 @@
+"""Messages into ids and back; the only package that tokenizes."""

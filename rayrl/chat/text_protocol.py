@@ -1,0 +1,111 @@
+"""Tool calls as plain lines, for models that cannot write JSON and templates that know no tools.
+
+    CALL calculator: 12 * 7
+
+The tools are described in a message, each call is a line of its own, and the results come back as a
+user's message. Nothing is asked of a chat template or of a server.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rayrl.chat.tools import CUT_OFF, THOUGHT_MARKS, ParsedCall, thought_end
+from rayrl.types import replace_surrogates
+
+__all__ = ["describe_lines", "format_line", "parse_lines", "results_text"]
+
+_LINE = re.compile(r"^[ \t]*CALL\b[ \t]*(.*)$|" + "|".join(THOUGHT_MARKS), re.MULTILINE)
+_PARTS = re.compile(r"([\w.-]+)[ \t]*:[ \t]*(.*)")
+_FORM = 'a call must be a line of its own: "CALL name: argument"'
+
+
+def describe_lines(tools: Sequence[Mapping[str, Any]]) -> str:
+    """Tools in words, one line each."""
+    lines = [
+        f"CALL {tool['function']['name']}:{_form(tool)} - {tool['function']['description']}"
+        for tool in tools
+    ]
+    return "\n".join(
+        [
+            "You can use these tools. Write each call as a line of its own and stop:",
+            *lines,
+            "The results come back in the next message.",
+        ]
+    )
+
+
+def format_line(name: str, argument: str) -> str:
+    """A call as a model writes it."""
+    return f"CALL {name}: {argument}"
+
+
+def parse_lines(
+    text: str, tools: Sequence[Mapping[str, Any]], *, cut: bool = False, thinking: bool = False
+) -> list[ParsedCall]:
+    """Every call of a reply, in order; a malformed one carries its error. Thoughts have none.
+
+    Args:
+        text: the reply.
+        tools: JSON schemas of the functions offered; they say what an argument is called.
+        cut: whether the reply was cut off. A last line may then lack its end: `12 * 7` of `12 *
+            75`. It would run, so it must not.
+        thinking: whether the reply begins within a thought that the prompt has opened.
+    """
+    parameters = {
+        tool["function"]["name"]: tool["function"]["parameters"]["properties"] for tool in tools
+    }
+    calls: list[ParsedCall] = []
+    at = thought_end(text, 0) if thinking else 0
+    while line := _LINE.search(text, at):
+        at = line.end()
+        if line[0] == THOUGHT_MARKS[0]:
+            at = thought_end(text, at)
+            continue
+        if line[0] == THOUGHT_MARKS[1]:  # of a thought that began before the reply
+            calls.clear()
+            continue
+        parts = _PARTS.fullmatch(line[1].rstrip())
+        if cut and line.end() == len(text):
+            calls.append(ParsedCall(parts[1] if parts else "", error=CUT_OFF))
+        elif parts is None:
+            calls.append(ParsedCall("", error=_FORM))
+        else:
+            calls.append(_call(parts[1], parts[2], parameters.get(parts[1], {})))
+    return calls
+
+
+def results_text(calls: Sequence[ParsedCall], results: Sequence[str]) -> str:
+    """What the model is told of its calls."""
+    return "\n".join(
+        f"RESULT {call.name or 'of a malformed call'}: {result}"
+        for call, result in zip(calls, results, strict=True)
+    )
+
+
+def _form(tool: Mapping[str, Any]) -> str:
+    properties = tool["function"]["parameters"]["properties"]
+    if len(properties) <= 1:
+        return "".join(f" {key}" for key in properties)
+    return " " + json.dumps({key: hint.get("type", "value") for key, hint in properties.items()})
+
+
+def _call(name: str, text: str, properties: Mapping[str, Any]) -> ParsedCall:
+    """One argument is written as it is, several as a JSON object."""
+    try:
+        value = replace_surrogates(json.loads(text))
+    except (ValueError, RecursionError):
+        value = text
+    if isinstance(value, dict) and value.keys() <= properties.keys():
+        return ParsedCall(name, value)
+    if not text:
+        return ParsedCall(name)
+    if len(properties) > 1:
+        return ParsedCall(name, error=f"{name}: write its arguments as a JSON object")
+    for key, hint in properties.items():
+        as_it_is = hint.get("type") == "string" and not isinstance(value, str)
+        return ParsedCall(name, {key: text if as_it_is else value})
+    return ParsedCall(name, {"argument": text})  # a tool without any, or none of this name

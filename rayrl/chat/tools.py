@@ -1,0 +1,390 @@
+"""Typed Python functions as tools of a model: schemas, how calls are written, safe calls.
+
+A call is text (as Hermes and Qwen models write it), so that any player speaks it and it is trained
+on like every other word:
+
+    <tool_call>
+    {"name": "add", "arguments": {"a": 1, "b": 2}}
+    </tool_call>
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import inspect
+import itertools
+import json
+import re
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from rayrl.environment.signature import fit, keyword_hints, plain_default, schema, suggestion
+from rayrl.errors import ConfigError, described, did_you_mean
+from rayrl.types import Message, replace_surrogates
+
+__all__ = [
+    "CALL_MARKS",
+    "CUT_OFF",
+    "THOUGHT_MARKS",
+    "ParsedCall",
+    "Tool",
+    "Toolkit",
+    "as_user_messages",
+    "closed",
+    "describe",
+    "format_call",
+    "introduce",
+    "parse_calls",
+    "read_call",
+    "thought_end",
+    "tool_name",
+    "untold",
+    "without_calls",
+]
+
+ToolFunction = Callable[..., Any]
+
+CUT_OFF = "the reply was cut off in this call, so it was not run: write less before it"
+
+CALL_MARKS = _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
+THOUGHT_MARKS = _THINK, _THOUGHT = "<think>", "</think>"
+_MARK = re.compile("|".join(map(re.escape, (_OPEN, *THOUGHT_MARKS))))
+_LEAD = re.compile(r"\s*(?:```(?:json)?\s*)?")  # what may stand before the JSON of a call
+_DECODER = json.JSONDecoder(strict=False)
+_LONGEST_WORD = len("-Infinity")  # of JSON outside of strings
+_GOOGLE_ARG = re.compile(r"^\s*\*{0,2}(\w+)\s*(?:\([^)]*\)\s*)?:\s*(.*)$")
+_SPHINX_ARG = re.compile(r"^\s*:param\s(?:[^:]*\s)?(\w+)\s*:\s*(.*)$")
+_SECTION = re.compile(r"^\s*(Args|Arguments|Parameters|Returns|Raises|Yields|Examples?)\s*:\s*$")
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A function and what a model is told about it.
+
+    Attributes:
+        schema: OpenAI's function format: name, description, JSON schema of the parameters.
+        hints: type hint of every parameter.
+        required: parameters without a default.
+    """
+
+    name: str
+    function: ToolFunction
+    schema: Mapping[str, Any]
+    hints: Mapping[str, Any]
+    required: tuple[str, ...]
+
+    @classmethod
+    def of(cls, function: ToolFunction) -> Tool:
+        """Read signature and docstring.
+
+        Raises:
+            ConfigError: `*args` or positional-only parameters, which JSON cannot name.
+        """
+        name = getattr(function, "__name__", type(function).__name__)
+        parameters = inspect.signature(function).parameters
+        kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        if any(parameter.kind not in kinds for parameter in parameters.values()):
+            raise ConfigError(
+                f"tool {name!r}: every parameter needs a name; *args cannot be called"
+            )
+        hints = keyword_hints(function)
+        text, of_parameter = _docstring(function)
+        properties: dict[str, Any] = {}
+        for key, parameter in parameters.items():
+            properties[key] = schema(hints[key])
+            if of_parameter.get(key):
+                properties[key]["description"] = of_parameter[key]
+            if parameter.default is not parameter.empty and parameter.default is not None:
+                with contextlib.suppress(TypeError, ValueError):  # the model need not know it
+                    properties[key]["default"] = plain_default(parameter.default)
+        required = tuple(k for k, p in parameters.items() if p.default is p.empty)
+        arguments = {"type": "object", "properties": properties, "required": list(required)}
+        described = {"name": name, "description": text, "parameters": arguments}
+        described = replace_surrogates(described)
+        return cls(name, function, {"type": "function", "function": described}, hints, required)
+
+    def arguments(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """`given`, checked and converted to the hints.
+
+        Raises:
+            TypeError: what is wrong, in words for the model.
+        """
+        for key in given:
+            if key not in self.hints:
+                raise TypeError(f"unknown argument {key!r}.{suggestion(key, list(self.hints))}")
+        for key in self.required:
+            if key not in given:
+                raise TypeError(f"missing argument {key!r}")
+        fitted = {}
+        for key, value in given.items():
+            try:
+                fitted[key] = fit(value, self.hints[key])
+            except TypeError as error:
+                raise TypeError(f"argument {key!r}: {error}") from None
+        return fitted
+
+
+@dataclass(frozen=True)
+class ParsedCall:
+    """One call found in a reply; `error` says, for the model, why it cannot be run."""
+
+    name: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    error: str = ""
+
+
+class Toolkit:
+    """The tools offered in one call of an agent."""
+
+    def __init__(self, functions: Sequence[ToolFunction]) -> None:
+        self.tools = {tool.name: tool for tool in map(_tool, functions)}
+        if len(self.tools) != len(functions):
+            names = [tool.name for tool in map(_tool, functions)]
+            raise ConfigError(f"tools must have different names, got {', '.join(names)}")
+        self.schemas = tuple(tool.schema for tool in self.tools.values())
+
+    async def run(self, call: ParsedCall) -> tuple[str, bool]:
+        """Run a call.
+
+        Returns:
+            What the model is told, and whether it went wrong. Nothing a tool raises gets out.
+        """
+        tool = self.tools.get(call.name)
+        if call.error:
+            return f"Error: {call.error}", True
+        if tool is None:
+            near = did_you_mean(call.name, self.tools)
+            known = ", ".join(self.tools)
+            return f"Error: there is no tool {call.name!r}.{near} Tools: {known}.", True
+        try:
+            arguments = tool.arguments(call.arguments)
+        except TypeError as error:
+            return f"Error: {call.name}: {error}", True
+        try:
+            result = tool.function(**arguments)
+            if inspect.isawaitable(result):
+                result = await result
+            return _as_text(result), False
+        except (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt):  # not the tool's
+            raise
+        except BaseException as error:  # SystemExit would end every other episode
+            return f"Error: {call.name} raised {described(error)}", True
+
+
+@functools.lru_cache(256)
+def _tool(function: ToolFunction) -> Tool:
+    return Tool.of(function)
+
+
+def _as_text(result: object) -> str:
+    if isinstance(result, str):
+        return str(result)
+    try:
+        return json.dumps(result, ensure_ascii=False)
+    except (TypeError, ValueError):
+        return str(result)
+
+
+def parse_calls(text: str, *, cut: bool = False, thinking: bool = False) -> list[ParsedCall]:
+    """Every `<tool_call>` of a reply, in order; a malformed one carries its error.
+
+    What stands in a thought (`<think>`, also one that is never closed) is a draft and no call.
+
+    Args:
+        text: the reply.
+        cut: whether the reply was cut off; if that broke its last call, the error says so.
+        thinking: whether the reply begins within a thought that the prompt has opened.
+    """
+    blocks, _ = _read_blocks(text, thinking)
+    calls = [block.call for block in blocks]
+    if cut and calls and calls[-1].error and not blocks[-1].whole:
+        calls[-1] = replace(calls[-1], error=CUT_OFF)
+    return calls
+
+
+def without_calls(text: str) -> str:
+    """A reply without its `<tool_call>` blocks."""
+    blocks, _ = _read_blocks(text)
+    starts = [block.start for block in blocks]
+    ends = [block.end for block in blocks]
+    pairs = zip([0, *ends], [*starts, len(text)], strict=True)
+    return "".join(text[end:start] for end, start in pairs).strip()
+
+
+def closed(text: str) -> str:
+    """A text with the mark that it lacks if it ends within a call or a thought."""
+    return text + _read_blocks(text)[1]
+
+
+def thought_end(text: str, start: int) -> int:
+    """Where the thought that holds `start` has ended: after its mark, or with the text."""
+    end = text.find(_THOUGHT, start)
+    return len(text) if end < 0 else end + len(_THOUGHT)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A call in a text, and where it stands with its marks."""
+
+    call: ParsedCall
+    start: int
+    end: int
+    whole: bool
+
+
+def _read_blocks(text: str, thinking: bool = False) -> tuple[list[_Block], str]:
+    """The calls outside of thoughts, and the mark that would close what is open at the end."""
+    blocks: list[_Block] = []
+    at = thought_end(text, 0) if thinking else 0
+    missing = _THOUGHT if thinking and not text.endswith(_THOUGHT, 0, at) else ""
+    while mark := _MARK.search(text, at):
+        missing = ""
+        if mark[0] == _OPEN:
+            call, at, whole = read_call(text, mark.end())
+            blocks.append(_Block(call, mark.start(), at, whole))
+            missing = "" if whole else _CLOSE
+        elif mark[0] == _THINK:
+            at = thought_end(text, mark.end())
+            missing = "" if text.endswith(_THOUGHT, mark.end(), at) else _THOUGHT
+        else:  # of a thought that began before the text
+            blocks, at = [], mark.end()
+    return blocks, missing
+
+
+def read_call(text: str, start: int, *, in_part: bool = False) -> tuple[ParsedCall, int, bool]:
+    """The call whose opening mark ends at `start`.
+
+    Its closing mark is the first one after its JSON; the strings in it may have that mark in them.
+
+    Args:
+        text: what it stands in.
+        start: see above.
+        in_part: whether more text may follow. JSON that has no end yet is then no error.
+
+    Returns:
+        The call, where it ends, and whether it has its closing mark.
+    """
+    begin = _LEAD.match(text, start).end()  # type: ignore[union-attr]
+    close = _find(text, begin)
+    while True:
+        body = text[begin : close + len(_CLOSE)]
+        try:
+            parsed, size = _DECODER.raw_decode(body)
+            call = _call_of(replace_surrogates(parsed))
+            close = _find(text, begin + size)
+        except (ValueError, RecursionError) as error:  # too deep, or a number of 5,000 digits
+            why = getattr(error, "msg", type(error).__name__)
+            in_string = why.startswith("Unterminated string")
+            if in_string and close < len(text):
+                close = _find(text, begin + 2 * len(body))  # doubled: all tries are linear
+                continue
+            begun = in_string or getattr(error, "pos", 0) > len(body.rstrip()) - _LONGEST_WORD
+            if not (in_part and begun and close == len(text)):
+                close = _find(text, begin)
+            said = text[begin : min(close, begin + 200)]
+            call = ParsedCall("", error=f"the tool call is not valid JSON ({why}): {said}")
+        return call, min(close + len(_CLOSE), len(text)), close < len(text)
+
+
+def _find(text: str, start: int) -> int:
+    """Where the next closing mark is; the end of the text if there is none."""
+    found = text.find(_CLOSE, start)
+    return len(text) if found < 0 else found
+
+
+def format_call(name: str, arguments: Any) -> str:
+    """A call as a model writes it. Its arguments are an object, or what a model wrote instead."""
+    given = dict(arguments) if isinstance(arguments, Mapping) else arguments
+    body = json.dumps({"name": name, "arguments": given}, ensure_ascii=False)
+    return f"{_OPEN}\n{body}\n{_CLOSE}"
+
+
+def describe(tools: Sequence[Mapping[str, Any]]) -> str:
+    """Tools in words, for templates that have no place for them."""
+    lines = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
+    example = format_call("tool_name", {"argument": "value"})
+    return (
+        f"You can call these tools:\n{lines}\n"
+        f"To call one, write\n{example}\nThe results come back in the next message."
+    )
+
+
+def introduce(messages: Sequence[Message], text: str) -> list[Message]:
+    """Messages whose first one also describes the tools: after the rules, before a question."""
+    first = messages[0]
+    joined = [first.content, text] if first.role == "system" else [text, first.content]
+    return [replace(first, content="\n\n".join(joined)), *messages[1:]]
+
+
+def as_user_messages(
+    messages: Sequence[Message], keep: Container[str | None] = ()
+) -> list[Message]:
+    """Messages for readers that know no role `tool`: results that stand together become one user's.
+
+    One, because many templates refuse two messages of the same role in a row.
+
+    Args:
+        messages: any.
+        keep: ids of calls whose results stay as they are.
+    """
+    given: list[Message] = []
+    for result, some in itertools.groupby(
+        messages, lambda message: message.role == "tool" and message.tool_call_id not in keep
+    ):
+        if result:
+            texts = [f"<tool_response>{one.content}</tool_response>" for one in some]
+            given.append(Message("user", "\n".join(texts)))
+        else:
+            given += some
+    return given
+
+
+def _call_of(parsed: Any) -> ParsedCall:
+    if not isinstance(parsed, dict) or not isinstance(parsed.get("name"), str):
+        return ParsedCall("", error='a tool call must be {"name": ..., "arguments": {...}}')
+    arguments = parsed.get("arguments", parsed.get("parameters", {}))
+    if isinstance(arguments, str):  # some models write the arguments as a JSON string
+        with contextlib.suppress(ValueError, RecursionError):
+            arguments = replace_surrogates(json.loads(arguments))
+    if not isinstance(arguments, dict):
+        return ParsedCall(parsed["name"], error=f"{parsed['name']}: arguments must be an object")
+    return ParsedCall(parsed["name"], arguments)
+
+
+def _docstring(function: ToolFunction) -> tuple[str, dict[str, str]]:
+    """What comes before the first section, and the description of each parameter."""
+    lines = (inspect.getdoc(function) or "").splitlines()
+    text: list[str] = []
+    of_parameter: dict[str, str] = {}
+    section, current = "", ""
+    for line in lines:
+        heading, sphinx = _SECTION.match(line), _SPHINX_ARG.match(line)
+        if heading:
+            section, current = heading[1], ""
+        elif sphinx:
+            section, current = "Args", sphinx[1]
+            of_parameter[current] = sphinx[2].strip()
+        elif not section:
+            text.append(line.strip())
+        elif section in ("Args", "Arguments", "Parameters"):
+            indent = len(line) - len(line.lstrip())
+            entry = _GOOGLE_ARG.match(line) if indent <= 4 else None
+            if entry:
+                current = entry[1]
+                of_parameter[current] = entry[2].strip()
+            elif current and line.strip():
+                of_parameter[current] += " " + line.strip()
+    return " ".join(" ".join(text).split()), of_parameter
+
+
+def tool_name(schema: Mapping[str, Any]) -> str:
+    """The name in a tool's JSON schema."""
+    return str(schema["function"]["name"])
+
+
+def untold(tools: Sequence[Mapping[str, Any]], told: Container[str]) -> list[Mapping[str, Any]]:
+    """Of the tools offered, those that the model has not been told about in this conversation."""
+    return [schema for schema in tools if tool_name(schema) not in told]

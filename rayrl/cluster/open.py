@@ -1,0 +1,206 @@
+"""What a program opens: an environment's hosts, the models that play in it, and the learner."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine, Mapping
+from contextlib import AbstractContextManager, ExitStack, asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.serve.handle import DeploymentHandle
+
+from rayrl.cluster.code_bundle import env_names
+from rayrl.cluster.learner_group import Learners
+from rayrl.cluster.rollouts import Rollouts
+from rayrl.cluster.serving.replica import deploy, undeploy
+from rayrl.cluster.session import Session, open_session
+from rayrl.cluster.weight_sync.probe import Probe
+from rayrl.cluster.weight_sync.push import Weights, open_store
+from rayrl.cluster.weight_sync.topology import transport_of
+from rayrl.cluster.weight_sync.transports import open_transport
+from rayrl.cluster.workers.env_worker import POLICY, HostJob
+from rayrl.config import Config
+from rayrl.engine import open_engine
+from rayrl.environment.environment import Environment
+from rayrl.environment.registry import load_env
+from rayrl.errors import ConfigError, did_you_mean
+from rayrl.rollout.endpoint import check_reachable
+from rayrl.types import Sampling
+from rayrl.weights.model_dir import model_name
+
+__all__ = [
+    "check_endpoint",
+    "deploy_models",
+    "is_model",
+    "make_environment",
+    "model_of",
+    "open_learners",
+    "open_rollouts",
+    "open_training",
+    "seat_players",
+]
+
+
+def make_environment(config: Config) -> Environment:
+    """The environment of a configuration, with its settings and reward weights."""
+    return load_env(config.env.name).configure(config.env.args, config.env.rewards)
+
+
+def seat_players(environment: Environment, seats: Mapping[str, str]) -> dict[str, str]:
+    """Who plays each seat; the policy where nothing is said.
+
+    Raises:
+        ConfigError: a seat the environment does not have.
+    """
+    for seat in seats:
+        if seat not in environment.seats:
+            near = did_you_mean(seat, environment.seats) or f" It has: {environment.seats}."
+            raise ConfigError(f"env.seats.{seat}: {environment.name!r} has no such seat.{near}")
+    return {seat: seats.get(seat, POLICY) for seat in environment.seats}
+
+
+def _sampling(config: Config) -> Sampling:
+    s = config.sampling
+    return Sampling(s.temperature, s.top_p, s.top_k, s.max_tokens, tuple(s.stop))
+
+
+@asynccontextmanager
+async def open_rollouts(
+    config: Config,
+    *,
+    seats: Mapping[str, str] | None = None,
+    sampling: Sampling | None = None,
+) -> AsyncIterator[Rollouts]:
+    """Hosts of `config.env` and replicas of the models that play in it; nothing learns.
+
+    Args:
+        config: `model.path` is the policy.
+        seats: who plays, instead of `config.env.seats`, e.g. `{"agent": "player:teacher"}`; without
+            a seat for a model no engine is started.
+        sampling: instead of `config.sampling`.
+    """
+    await check_endpoint(config, config.env.seats if seats is None else seats)
+    with ExitStack() as stack:
+        session = stack.enter_context(_session(config))
+        job = _job(config, session, seats, sampling)
+        rollouts = Rollouts(job)
+        stack.callback(rollouts.close)
+        await _together(rollouts.ready(), deploy_models(job, session, stack, pushed=False))
+        yield rollouts
+
+
+@asynccontextmanager
+async def open_learners(config: Config, total_steps: int) -> AsyncIterator[Learners]:
+    """Learners on `config.model`, and nothing that plays."""
+    with ExitStack() as stack:
+        stack.enter_context(_session(config))
+        learners = Learners(config)
+        stack.callback(learners.close)
+        await learners.start(model_name(config.model.path), total_steps)
+        yield learners
+
+
+@asynccontextmanager
+async def open_training(
+    config: Config, total_steps: int, turns: Path | None = None
+) -> AsyncIterator[tuple[Rollouts, Learners, Weights]]:
+    """Hosts, replicas and learners, all on `config.model`; replicas get weights by `push`.
+
+    Args:
+        turns: a file for those of live episodes, see `Rollouts`.
+    """
+    await check_endpoint(config, config.env.seats)
+    with ExitStack() as stack:
+        session = stack.enter_context(_session(config))
+        job = _job(config, session, None, None)
+        learners = Learners(config)
+        stack.callback(learners.close)
+        rollouts = Rollouts(job, turns=turns)
+        stack.callback(rollouts.close)
+        store = open_store(session)
+        stack.callback(ray.kill, store)
+        model = model_name(config.model.path)
+        deploying = deploy_models(job, session, stack, pushed=True)
+        if config.cluster.colocate:  # a replica on each GPU first, then a rank beside each
+            handles, _ = await _together(deploying, rollouts.ready())
+            await learners.start(model, total_steps)
+        else:
+            starting = learners.start(model, total_steps)
+            handles, *_ = await _together(deploying, rollouts.ready(), starting)
+        weights = Weights(
+            open_transport(config, learners, store, handles[POLICY]),
+            store,
+            handles[POLICY],
+            config.cluster.push_deadline_s,
+            turns=config.cluster.colocate,
+            probe=Probe(config, learners, handles[POLICY]),
+        )
+        stack.callback(weights.close)
+        yield rollouts, learners, weights
+
+
+def _session(config: Config) -> AbstractContextManager[Session]:
+    return open_session(config.cluster, config.run.dir, envs=env_names(config))
+
+
+async def check_endpoint(config: Config, seats: Mapping[str, str]) -> None:
+    """If a seat is the endpoint's, find out whether it is there before anything starts.
+
+    Raises:
+        ConfigError: it is not, or it refuses the key.
+    """
+    if "endpoint" in seats.values():
+        await check_reachable(config.endpoint)
+
+
+def _job(
+    config: Config,
+    session: Session,
+    seats: Mapping[str, str] | None,
+    sampling: Sampling | None,
+) -> HostJob:
+    """Who plays where, with every model in a Serve app of its own."""
+    environment = make_environment(config)
+    players = seat_players(environment, config.env.seats if seats is None else seats)
+    models = {who: model_of(who, config) for who in players.values() if is_model(who)}
+    apps = {who: f"{session.name}-{number}" for number, who in enumerate(models)}
+    return HostJob(environment.spec, players, sampling or _sampling(config), config, models, apps)
+
+
+async def deploy_models(
+    job: HostJob, session: Session, stack: ExitStack, *, pushed: bool
+) -> dict[str, DeploymentHandle]:
+    """Start the replicas of every model; those of the policy get weights by push if `pushed`."""
+    handles = {}
+    for who, app in job.apps.items():
+        if not session.local:  # the cluster outlives us
+            stack.callback(undeploy, app)
+        store = pushed and who == POLICY
+        sleeps = store and job.config.cluster.colocate
+        lora = job.config.lora if store and transport_of(job.config) == "adapters" else None
+        factory = partial(open_engine, job.models[who], job.config.engine, sleeps=sleeps, lora=lora)
+        handles[who] = await deploy(session, job.config, factory, app=app, store=store)
+    return handles
+
+
+async def _together(*parts: Coroutine[Any, Any, Any]) -> list[Any]:
+    """Run all at once; the first error cancels the others."""
+    tasks = [asyncio.ensure_future(part) for part in parts]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def is_model(who: str) -> bool:
+    """Whether `who` (a value of `env.seats`) is a model: the policy, or `model:PATH`."""
+    return who == POLICY or who.startswith("model:")
+
+
+def model_of(who: str, config: Config) -> str:
+    """What a model in a seat is called on every node."""
+    return model_name(config.model.path if who == POLICY else who.removeprefix("model:"))

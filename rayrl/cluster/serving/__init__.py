@@ -1,0 +1,1 @@
+"""Replicas behind Ray Serve, and how env workers and HTTP clients reach them."""

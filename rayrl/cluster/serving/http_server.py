@@ -1,0 +1,147 @@
+"""The HTTP server on Serve: each replica is an engine with the whole app over it.
+
+Serve's proxy listens, spreads requests over the replicas and passes on that a client hung up. A
+replica refuses what is too much itself (`serve.max_requests`) and not Serve's queue, so that the
+refusal is an error object of OpenAI's and `/health` answers meanwhile.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import AsyncIterator, Sequence
+from contextlib import ExitStack, asynccontextmanager
+from dataclasses import dataclass
+
+from fastapi import FastAPI
+from prometheus_client.metrics_core import Metric
+from ray import serve
+
+from rayrl.chat.renderer import Chat
+from rayrl.cluster import cluster_address
+from rayrl.cluster.serving.inference_client import DEPLOYMENT
+from rayrl.cluster.serving.replica import deployment_settings, run_app, undeploy
+from rayrl.cluster.session import HttpAt, listen_on_loopback, open_session, set_threads
+from rayrl.config import Config, EngineConfig
+from rayrl.engine import open_engine
+from rayrl.errors import ConfigError
+from rayrl.server.app import Service, key_digest, make_app
+from rayrl.server.metrics import merged
+from rayrl.weights.model_dir import model_name
+
+__all__ = ["open_server"]
+
+LEAVE_S = 5.0  # for what is being answered when the server ends
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a replica answers with."""
+
+    path: str
+    name: str
+    digest: str
+    max_requests: int
+    engine: EngineConfig
+    app: str
+
+
+class HttpReplica:
+    """What Serve runs."""
+
+    def __init__(self, served: Served) -> None:
+        set_threads(served.engine.threads)
+        listen_on_loopback()
+        self._app = served.app
+        self._id = serve.get_replica_context().replica_id.unique_id
+        self._service = Service(
+            open_engine(served.path, served.engine, raw_logprobs=True),
+            Chat.load(served.path),
+            served.name,
+            served.digest,
+            served.max_requests,
+            self._scrape,
+        )
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return make_app(self._service)
+
+    async def figures(self) -> Sequence[Metric]:
+        """This replica's metrics."""
+        return self._service.metrics.families(replica=self._id)
+
+    async def _scrape(self) -> bytes:
+        """Those of all replicas: a scrape reaches any of them."""
+        handle = serve.get_deployment_handle(DEPLOYMENT, self._app)
+        parts = await handle.broadcast("figures").results_async(return_exceptions=True)
+        return merged(part for part in parts if not isinstance(part, BaseException))
+
+    async def check_health(self) -> None:
+        """Healthy is: the engine works; else Serve replaces the replica."""
+        await self._service.engine.check()
+
+
+@asynccontextmanager
+async def open_server(config: Config, name: str) -> AsyncIterator[str]:
+    """`config.cluster.replicas` replicas of `config.model` behind HTTP; gives the URL.
+
+    Args:
+        config: `serve` says where and for whom.
+        name: of the model.
+
+    Raises:
+        ConfigError: the address is taken, or the variable that should hold the key does not.
+        InfraError: a replica cannot start.
+    """
+    wanted, cluster = config.serve, config.cluster
+    path = model_name(config.model.path)
+    digest = _digest(wanted.api_key_env)
+    local = not cluster_address(cluster.address)
+    at = HttpAt(wanted.host, _free_port(wanted.host, wanted.port) if local else wanted.port)
+    with ExitStack() as stack:
+        session = stack.enter_context(open_session(cluster, http=at))
+        app = f"{session.name}-http"
+        served = Served(path, name, digest, wanted.max_requests, config.engine, app)
+        deployment = serve.deployment(
+            **deployment_settings(cluster),
+            health_check_timeout_s=60.0,
+            graceful_shutdown_timeout_s=LEAVE_S,
+        )(serve.ingress()(HttpReplica))
+        if not session.local:  # the cluster outlives us
+            stack.callback(undeploy, app)
+        target = deployment.bind(served)
+        await run_app(session, cluster, target, app=app, route_prefix="/")
+        yield f"http://{_reachable(at.host)}:{at.port}/v1"
+
+
+def _digest(variable: str) -> str:
+    if not variable:
+        return ""
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        raise ConfigError(
+            f"serve.api_key_env={variable}: the environment has no {variable}; export the key that "
+            "clients must send."
+        )
+    return key_digest(key)
+
+
+def _free_port(host: str, port: int) -> int:
+    """The port, or any that is free for 0."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as one:
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            one.bind((host, port))
+        except OSError as error:
+            raise ConfigError(
+                f"serve.host={host} serve.port={port}: cannot listen there ({error.strerror}). "
+                "Choose another, or serve.port=0 for any that is free."
+            ) from error
+        return int(one.getsockname()[1])
+
+
+def _reachable(host: str) -> str:
+    """The host as this machine's clients write it."""
+    named = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"[{named}]" if ":" in named else named

@@ -1,0 +1,320 @@
+"""A replica: an engine behind Serve, with weights admitted by version."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any, Protocol
+
+import ray
+from ray import serve
+from ray.exceptions import ObjectLostError
+from ray.serve import Application
+from ray.serve.config import RequestRouterConfig
+from ray.serve.handle import DeploymentHandle
+
+from rayrl.cluster.gone import GONE
+from rayrl.cluster.serving.inference_client import DEPLOYMENT
+from rayrl.cluster.serving.router import LaneRouter
+from rayrl.cluster.serving.streams import Answer, Carried, Mailbox, Running
+from rayrl.cluster.session import SERVE_LOGGING, Session, listen_on_loopback, set_threads
+from rayrl.cluster.weight_sync.weight_store import NAMESPACE, Published, store_name
+from rayrl.config import ClusterConfig, Config
+from rayrl.engine.protocol import Engine, Part, Streamed
+from rayrl.errors import ConfigError, InfraError, RayrlError, StaleWeights
+from rayrl.types import Completion, Request
+from rayrl.weights.broadcast import Meeting, Plan
+
+__all__ = ["Replica", "deploy", "deployment_settings", "run_app", "undeploy"]
+
+MAX_ONGOING = 100_000  # calls a replica; admission is the engine's, which queues
+HEALTH_PERIOD_S = 2.0
+POLL_S = 0.2
+REACH_S = 10.0  # for a version that was asked for and is not here
+START_DEADLINE_S = 300.0  # for all replicas of an app, loading the model included
+START_ATTEMPTS = 3
+
+
+class EngineFactory(Protocol):
+    """Makes the engine inside the replica's process."""
+
+    def __call__(self) -> Engine: ...
+
+
+class Replica:
+    """What Serve runs. Methods are thin: the engine does the work.
+
+    Args:
+        factory: makes the engine.
+        store: name of the weights store's actor, or "" for weights that never change.
+        threads: of the engine.
+
+    Serve calls `check_health` before a replica takes traffic, and it loads the newest weights: so
+    one that restarts never answers with the weights its constructor read from disk.
+    """
+
+    def __init__(self, factory: EngineFactory, store: str, threads: int) -> None:
+        set_threads(threads)
+        listen_on_loopback()
+        self._engine = factory()
+        self._store = ray.get_actor(store, namespace=NAMESPACE) if store else None
+        self._id = serve.get_replica_context().replica_id.unique_id
+        self._loading = asyncio.Lock()
+        self._loaded = (self._engine.version, "")
+        self._running: dict[str, Running] = {}  # what is generated, by session
+        self._boxes: dict[str, Mailbox] = {}  # by caller
+
+    async def generate(
+        self,
+        requests: Sequence[Request],
+        release: Sequence[str] = (),
+        caller: str = "",
+        number: int = 0,
+    ) -> AsyncIterator[list[Answer] | Carried]:
+        """Answers in lists, as they finish.
+
+        Args:
+            requests: their answers are numbered from `number`.
+            release: conversations that are over.
+            caller: answers to all calls of one caller travel together (see `streams`); ""
+                has this call to itself.
+            number: differs for all requests of a caller.
+        """
+        self._engine.release(release)
+        box = self._boxes.get(caller)
+        carried = box is not None
+        if box is None:
+            box = Mailbox(number)
+            if caller:
+                self._boxes[caller] = box
+        for k, request in enumerate(requests):
+            self._running[request.session] = task = box.expect(number + k, self._answer(request))
+            task.add_done_callback(partial(self._ended, request.session))
+        if carried:
+            yield Carried(box.carrier)
+            return
+        try:
+            async for answers in box.carry():
+                yield answers
+        finally:  # nothing is left, or the caller is gone
+            if self._boxes.get(caller) is box:
+                del self._boxes[caller]
+            box.close()
+
+    def _ended(self, session: str, task: Running) -> None:
+        if self._running.get(session) is task:
+            del self._running[session]
+
+    def cancel(self, sessions: Sequence[str]) -> None:
+        """End what is generated for these: nobody waits for it any more."""
+        for session in sessions:
+            if (task := self._running.get(session)) is not None:
+                task.cancel()
+
+    async def _answer(self, request: Request) -> Completion | Exception:
+        try:
+            if self._engine.version < request.min_version:
+                await self._reach(request.min_version)
+            return await self._engine.generate(request)
+        except RayrlError as error:
+            return error
+        except Exception as error:
+            return InfraError(f"the engine failed: {type(error).__name__}: {error}")
+
+    async def _reach(self, version: int) -> None:
+        end = time.monotonic() + REACH_S
+        await self.catch_up()
+        while self._engine.version < version and time.monotonic() < end:
+            await asyncio.sleep(POLL_S)  # the store itself may just have begun anew
+            await self.catch_up()
+        if self._engine.version < version:
+            raise StaleWeights(
+                f"replica {self._id} holds weights version {self._engine.version}, the newest "
+                f"there is; version {version} was asked for"
+            )
+
+    async def catch_up(self, *, wait: bool = False) -> None:
+        """Load the newest weights, if they are newer.
+
+        Args:
+            wait: for those that were streamed before we came, until the driver has put them there.
+        """
+        if not self._store:
+            return
+        with suppress(*GONE):  # nothing newer can come; the driver's push says so
+            newest: Published | None = await self._store.newest.remote()
+            while newest is not None and newest.version > self._engine.version:
+                if newest.buffer:
+                    with suppress(ObjectLostError):  # with the learner that had it; it will push
+                        await self.load(newest)
+                        return
+                else:  # each time: a version that is published clears it
+                    await self._store.miss.remote()
+                if not wait:
+                    return
+                await asyncio.sleep(POLL_S)
+                newest = await self._store.newest.remote()
+
+    async def load(self, published: Published) -> tuple[str, int, str]:
+        """Take over weights; returns who we are, and the version and checksum we hold now."""
+        async with self._loading:
+            if self._loaded != (published.version, published.checksum):
+                flat = await published.buffer[0]
+                checksum = await self._engine.load_weights(
+                    published.version, flat, published.manifest
+                )
+                self._loaded = (self._engine.version, checksum)
+        return self._id, *self._loaded
+
+    async def workers(self) -> tuple[str, int]:
+        """Who we are, and how many members of a channel the engine is."""
+        if not isinstance(self._engine, Streamed):
+            raise ConfigError(
+                f"cluster.sync: {type(self._engine).__name__} takes no stream; choose engine=vllm, "
+                "or cluster.sync=object_store."
+            )
+        return self._id, self._engine.workers
+
+    async def join(self, meeting: Meeting, first: Mapping[str, int]) -> None:
+        """Join a channel; `first` says, by replica, which rank its workers begin with."""
+        if self._id not in first:
+            raise InfraError(f"replica {self._id} came while the channel was opened")
+        await self._engine.join(meeting, first[self._id])  # type: ignore[attr-defined]
+
+    async def receive(self, version: int, plan: Plan) -> tuple[str, int, str]:
+        """Take over weights from the channel; returns as `load`."""
+        async with self._loading:
+            checksum = await self._engine.receive(version, plan)  # type: ignore[attr-defined]
+            self._loaded = (self._engine.version, checksum)
+        return self._id, *self._loaded
+
+    async def probe(self, requests: Sequence[Request]) -> tuple[str, list[Completion]]:
+        """Answer requests of no episode and keep nothing of them; who we are, and the answers."""
+        try:
+            return self._id, await asyncio.gather(*map(self._engine.generate, requests))
+        finally:
+            self._engine.release([request.session for request in requests])
+
+    async def sleep(self) -> None:
+        """Let the learner have the GPU."""
+        await self._engine.sleep()
+
+    async def wake(self, part: Part) -> None:
+        """Take a part of it again."""
+        await self._engine.wake(part)
+
+    async def check_health(self) -> None:
+        """Healthy is: the engine works, and holds the newest weights."""
+        await self._engine.check()
+        await self.catch_up(wait=True)
+
+
+def deployment_settings(cluster: ClusterConfig) -> dict[str, Any]:
+    """What every deployment of replicas has in common, for training and for HTTP."""
+    return {
+        "name": DEPLOYMENT,
+        "num_replicas": cluster.replicas,
+        "max_ongoing_requests": MAX_ONGOING,
+        "max_constructor_retry_count": START_ATTEMPTS,
+        "health_check_period_s": HEALTH_PERIOD_S,
+        "graceful_shutdown_wait_loop_s": 0.1,
+        "logging_config": SERVE_LOGGING,
+        "ray_actor_options": {
+            "num_cpus": cluster.replica_cpus,
+            "num_gpus": cluster.replica_gpus,
+            "resources": dict(cluster.replica_resources),
+        },
+    }
+
+
+async def deploy(
+    session: Session,
+    config: Config,
+    factory: EngineFactory,
+    *,
+    app: str,
+    store: bool,
+) -> DeploymentHandle:
+    """Start replicas as a Serve app of their own; returns the handle when all of them serve.
+
+    Args:
+        session: where.
+        config: number of replicas and their resources (`cluster`), threads (`engine`).
+        factory: makes the engine in the replica's process.
+        app: its name; an app that is left of this name is replaced.
+        store: whether its weights are pushed to it.
+
+    Raises:
+        InfraError: a replica cannot start (the message ends with its traceback), or has no place.
+    """
+    cluster = config.cluster
+    deployment = serve.deployment(
+        **deployment_settings(cluster),
+        health_check_timeout_s=max(60.0, cluster.push_deadline_s),
+        graceful_shutdown_timeout_s=1.0,
+        request_router_config=RequestRouterConfig(request_router_class=LaneRouter),
+    )(Replica)
+    target = deployment.bind(
+        factory, store_name(session.name) if store else "", config.engine.threads
+    )
+    return await run_app(session, cluster, target, app=app)
+
+
+async def run_app(
+    session: Session,
+    cluster: ClusterConfig,
+    target: Application,
+    *,
+    app: str,
+    route_prefix: str | None = None,
+) -> DeploymentHandle:
+    """Start an app of one deployment, in place of one of this name; returns when it serves.
+
+    Args:
+        cluster: what the app asks for, for the message.
+        route_prefix: of HTTP; None: it has none.
+
+    Raises:
+        InfraError: a replica cannot start (the message ends with its traceback), or has no place.
+    """
+    if not session.local:
+        undeploy(app)
+    # not serve.run, which blocks: an interrupted program must be able to leave
+    (handle,) = serve.run_many(
+        [serve.RunTarget(target, name=app, route_prefix=route_prefix)],
+        wait_for_ingress_deployment_creation=False,
+        wait_for_applications_running=False,
+    )
+    end = time.monotonic() + START_DEADLINE_S
+    while (status := serve.status().applications[app]).status != "RUNNING":
+        if status.status == "DEPLOY_FAILED":
+            reasons = [d.message for d in status.deployments.values()]
+            raise InfraError("\n".join([f"the replicas of {app} cannot start:", *reasons]))
+        if time.monotonic() > end:
+            raise InfraError(_no_place(cluster))
+        await asyncio.sleep(POLL_S)
+    return handle
+
+
+def _no_place(cluster: ClusterConfig) -> str:
+    there, free = ray.cluster_resources(), ray.available_resources()
+    has = " and ".join(
+        f"{there.get(kind, 0):g} {kind}s ({free.get(kind, 0):g} free)" for kind in ("CPU", "GPU")
+    )
+    own = f" and {dict(cluster.replica_resources)}" if cluster.replica_resources else ""
+    return (
+        f"cluster.replicas={cluster.replicas}: they did not all start within {START_DEADLINE_S:g} "
+        f"s. Each reserves cluster.replica_cpus={cluster.replica_cpus:g} and "
+        f"cluster.replica_gpus={cluster.replica_gpus:g}{own}; the cluster has {has}. Lower one of "
+        "these keys, or give the cluster more nodes."
+    )
+
+
+def undeploy(app: str) -> None:
+    """Delete an app, if it is there; other apps of the cluster stay."""
+    with suppress(Exception):  # leaving: the cluster may be gone already
+        if ray.is_initialized() and app in serve.status().applications:
+            serve.delete(app)

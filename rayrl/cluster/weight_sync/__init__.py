@@ -1,0 +1,1 @@
+"""New weights from the learner to every replica, each push confirmed."""

@@ -1,0 +1,212 @@
+"""Whether replicas compute what the learner computes.
+
+A checksum says which bytes have arrived. An engine may still compute another model from them: it
+packs, fuses and shards what it loads, and vLLM 0.32 on a CPU once took unpacked experts for packed
+ones. So each replica completes a few prompts on the path that plays, and the learner scores the ids
+it drew. Their mean |difference| estimates, and is at least in expectation, the divergence of the
+two distributions, whatever the replica drew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from ray.serve.handle import DeploymentHandle
+
+from rayrl.cluster.gone import GONE
+from rayrl.cluster.weight_sync.transports import ask_all
+from rayrl.config import Config
+from rayrl.errors import ConfigError, InfraError, NumericsError, RunFailed
+from rayrl.learner.batch import Trajectory, supervised_row
+from rayrl.types import Completion, Request, Sampling
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = ["Probe", "Scorer", "mean_difference", "probe_requests", "tolerance"]
+
+PROMPTS = (3, 11, 23, 38)  # ids each: below and above a KV block of vLLM's (16 or 32)
+TOKENS = 8  # drawn for each
+SAMPLING = Sampling(max_tokens=TOKENS)  # of the model's own distribution, whatever a run samples
+# Nats. In fp32 the engines differ from the learner by 1e-7 to 3e-4 on a CPU; where a GPU multiplies
+# in TF32, which has 10 bits of mantissa, thousandths are to be expected.
+EXACT = 0.02
+# With 8 or 11 bits of mantissa on either side a logit of 16 is off by up to 0.06 from rounding
+# alone, and a probe's ids are unlikely ones, where that counts most: a random Qwen3-MoE in bf16 on
+# vLLM differs by 0.06 from fp32. Experts that were packed wrongly differed by 2.3.
+ROUNDED = 0.3
+AGAIN = (
+    "Others or earlier versions were right. What was played since the last comparison cannot be "
+    "trusted. Run the same command again to go on from the last checkpoint with new replicas, with "
+    "cluster.check_pushes=1 to compare after every push."
+)
+
+
+class Scorer(Protocol):
+    """What a probe asks of the learner; `Learners` is one."""
+
+    async def describe(self) -> tuple[str, int]:
+        """The model's architecture, and the number of its ids."""
+        ...
+
+    async def logprobs(self, rows: Sequence[Trajectory]) -> Sequence[NDArray[np.float32]]:
+        """(T,) of each row at temperature 1, 0 where no loss is taken."""
+        ...
+
+
+def tolerance(config: Config) -> float:
+    """The largest mean |difference| of logprobs, in nats, that precision explains."""
+    engine = "float32" if config.engine.kind == "embedded" else config.engine.dtype
+    return EXACT if engine == config.learner.dtype == "float32" else ROUNDED
+
+
+def probe_requests(vocabulary: int, version: int) -> list[Request]:
+    """The same for every replica and push.
+
+    Args:
+        vocabulary: ids the model has. Only the middle half is used: control tokens, and those that
+            stand for images, are at the ends.
+        version: no older weights may answer.
+    """
+    rng = random.Random(0)
+    ids = range(vocabulary // 4, max(3 * vocabulary // 4, vocabulary // 4 + 1))
+    return [
+        Request(
+            session=f"rayrl-probe-{n}",
+            prompt_ids=tuple(rng.choice(ids) for _ in range(n)),
+            sampling=SAMPLING,
+            seed=n,
+            min_version=version,
+        )
+        for n in PROMPTS
+    ]
+
+
+def mean_difference(
+    answers: Sequence[Completion], scored: Sequence[NDArray[np.float32]]
+) -> tuple[float, int]:
+    """Mean |difference| of the logprobs that answers came with from the learner's; of how many ids.
+
+    Args:
+        answers: to `probe_requests`.
+        scored: by `Scorer.logprobs`.
+    """
+    gaps = [
+        abs(float(theirs) - float(ours))
+        for answer, row in zip(answers, scored, strict=True)
+        for theirs, ours in zip(answer.logprobs, row[len(row) - len(answer.ids) :], strict=True)
+    ]
+    return (sum(gaps) / len(gaps) if gaps else 0.0), len(gaps)
+
+
+class Probe:
+    """Compares replicas with the learner after a push, where that is due.
+
+    It is due at a run's first push, at the next one after a replica was started anew, and every
+    `cluster.check_pushes` pushes.
+    """
+
+    def __init__(self, config: Config, learner: Scorer, handle: DeploymentHandle) -> None:
+        self._config = config
+        self._learner = learner
+        self._handle = handle
+        self._pushes = 0
+        self._checked: set[str] = set()  # replicas that computed the learner's model once
+
+    async def look(self, version: int, replicas: Collection[str]) -> None:
+        """Raise unless the replicas compute the learner's model; `version` was just pushed to them.
+
+        A replica that dies meanwhile, or is too busy to answer, is compared at the next push.
+
+        Raises:
+            ConfigError: no replica computes it at a run's first push: the engine cannot be given
+                weights of this architecture.
+            RunFailed: a replica does not compute it.
+            InfraError: at a run's first push no replica has answered.
+            NumericsError: the learner computes no numbers.
+        """
+        every, count = self._config.cluster.check_pushes, self._pushes
+        self._pushes += 1
+        if self._checked.issuperset(replicas) and not (every and count % every == 0):
+            return
+        architecture, vocabulary = await self._learner.describe()
+        requests = probe_requests(vocabulary, version)
+        answers = await self._answers(requests)
+        rows = [
+            supervised_row(
+                (*request.prompt_ids, *answer.ids),
+                [False] * len(request.prompt_ids) + [True] * len(answer.ids),
+            )
+            for replica in answers
+            for request, answer in zip(requests, answers[replica], strict=True)
+        ]
+        scored = await self._learner.logprobs(rows)
+        if not all(np.isfinite(row).all() for row in scored):
+            raise NumericsError(
+                f"the learner's log-probabilities are not finite; version {version} of its weights "
+                "has diverged. Go on from an earlier checkpoint, with a lower learner.lr."
+            )
+        limit = tolerance(self._config)
+        wrong: dict[str, tuple[float, int]] = {}
+        for k, (replica, own) in enumerate(answers.items()):
+            difference, ids = mean_difference(own, scored[k * len(own) : (k + 1) * len(own)])
+            if not difference <= limit:  # so that one that is no number is wrong
+                wrong[replica] = difference, ids
+        if wrong:
+            text = self._explain(version, architecture, wrong, len(answers))
+            if not self._checked and len(wrong) == len(answers):
+                raise ConfigError(text + self._remedy(architecture))
+            raise RunFailed(text + AGAIN)
+        self._checked.update(answers)
+
+    async def _answers(self, requests: Sequence[Request]) -> Mapping[str, Sequence[Completion]]:
+        """By replica, of those that answer in time."""
+        limit_s = self._config.cluster.push_deadline_s
+        try:
+            async with asyncio.timeout(limit_s):
+                results = await ask_all(self._handle, "probe", requests)
+        except (TimeoutError, InfraError) as error:
+            results = [error]
+        found: dict[str, Sequence[Completion]] = {}
+        missing: list[str] = []
+        for result in results:
+            if isinstance(result, (TimeoutError, InfraError, *GONE)):
+                missing.append(f"{type(result).__name__}: {result}")
+            elif isinstance(result, BaseException):
+                raise getattr(result, "cause", None) or result
+            else:
+                found |= [result]
+        if not found and not self._checked:
+            raise InfraError(
+                f"no replica has completed the prompts that confirm a push within {limit_s:g} s "
+                f"(cluster.push_deadline_s): {'; '.join(missing)}"
+            )
+        return found
+
+    def _explain(
+        self, version: int, architecture: str, wrong: Mapping[str, tuple[float, int]], n: int
+    ) -> str:
+        replica, (difference, ids) = max(wrong.items(), key=lambda one: one[1])
+        return (
+            f"engine.kind={self._config.engine.kind}: {len(wrong)} of {n} replicas compute another "
+            f"model than the learner, although version {version} of the weights "
+            f"({architecture}) has arrived whole. The log-probabilities of {ids} ids that replica "
+            f"{replica} sampled differ from the learner's by {difference:.3g} nats on average, and "
+            f"rounding explains at most {tolerance(self._config):g}. "
+        )
+
+    def _remedy(self, architecture: str) -> str:
+        """What to do about an engine that never computed the learner's model."""
+        config = self._config
+        ways = ["engine=embedded" if config.engine.kind == "vllm" else "engine=vllm"]
+        if config.cluster.sync == "adapters":
+            ways.insert(0, "cluster.sync=object_store, which pushes whole weights")
+        if tolerance(config) == ROUNDED:
+            ways.append(
+                "engine.dtype=float32 and learner.dtype=float32, if the difference is small"
+            )
+        return f"This engine cannot take weights of {architecture}; choose {', or '.join(ways)}."

@@ -1,0 +1,208 @@
+"""`rayrl eval`: play without learning, and say what it came to with intervals.
+
+Every cell plays the same tasks whoever is evaluated, and never a training task: their seeds come
+from `run.seed` and the cell's name only. An environment's exhaustive checks follow, if the player
+is a model that decodes greedily: only then its play is a function that can be checked to the end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rayrl.cluster.open import make_environment, open_rollouts
+from rayrl.cluster.parts import players_here
+from rayrl.cluster.rollouts import Collection, Rollouts
+from rayrl.config import Config
+from rayrl.environment.environment import Environment
+from rayrl.errors import EnvError, RayrlError, described
+from rayrl.report.console import new_console
+from rayrl.report.statistics import measure, task_key
+from rayrl.report.table import Cell, Result, rich_table
+from rayrl.rollout.agent import Agent, Player
+from rayrl.rollout.rollout import GroupPlan
+from rayrl.run.folder import RunDir
+from rayrl.run.journal import Journal, Play
+from rayrl.run.progress_bar import Bar
+from rayrl.run.stage import (
+    already_finished,
+    check_tasks,
+    row_name,
+    say_templates,
+    seats_of,
+    unplayed_note,
+)
+from rayrl.run.start_check import check_start
+from rayrl.types import Sampling, Usage, derive_seed
+
+__all__ = ["cell_of", "check_args", "evaluate", "evaluation_plans", "run"]
+
+FILE = "eval.json"
+DEFAULT_CELL = "tasks"  # the one cell there is when `eval.cells` is empty
+
+
+def run(config: Config) -> None:
+    """Evaluate, print the table, write eval.json and the episodes."""
+    console = new_console()
+    check_start(config, "eval")
+    with RunDir(config.run.dir, config, begin=False) as folder:
+        if folder.finished is not None and (folder.path / FILE).is_file():
+            console.print(already_finished(folder.path), highlight=False, markup=False)
+            folder.begin()
+            result = replace(Result.load(folder.path / FILE), prices=prices(config))
+            result.save(folder.path / FILE)  # prices may be other ones now
+        else:
+            result = asyncio.run(evaluate(config, folder))
+            result.save(folder.path / FILE)
+            if not result.unplayed:
+                folder.finish({"figures": FILE})
+    console.print(rich_table([result]))
+    if result.unplayed:
+        console.print(unplayed_note(result.unplayed), style="yellow")
+    console.print(f"Written to {Path(config.run.dir) / FILE}", highlight=False, markup=False)
+
+
+async def evaluate(config: Config, folder: RunDir | None = None) -> Result:
+    """Play every cell of `config.eval`, then the environment's checks.
+
+    Args:
+        config: `eval.player` says who plays the seats that `env.seats` leaves to the policy.
+        folder: where the episodes are written; None writes none.
+
+    Raises:
+        RunFailed: the environment fails too often (`env.failure_budget`).
+    """
+    environment = make_environment(config)
+    cells = dict(config.eval.cells) or {DEFAULT_CELL: {}}
+    total = len(cells) * config.eval.episodes
+    s = config.sampling
+    sampling = Sampling(config.eval.temperature, s.top_p, s.top_k, s.max_tokens, tuple(s.stop))
+    name = row_name(config, config.eval.player)
+    seats = seats_of(environment, config, config.eval.player)
+    say_templates(config, seats.values())
+    configured = {cell: environment.configure(args) for cell, args in cells.items()}
+    journals = {
+        cell: Journal(
+            folder.episodes_file(number) if folder else None,
+            evaluation_plans(configured[cell], config, cell),
+            seats,
+        )
+        for number, cell in enumerate(cells)
+    }
+    measured: dict[str, Cell] = {}
+    checks: dict[str, Mapping[str, float]] = {}
+    budget = config.endpoint.max_tokens_total
+    with Bar(f"eval {name}", total) as bar:
+        play = Play([*journals.values()], bar, budget)
+        play.check_budget()
+        async with open_rollouts(config, seats=seats, sampling=sampling) as rollouts:
+            if folder is not None:
+                folder.begin()
+            for cell, journal in journals.items():
+                played = await play.collect(rollouts, journal)
+                measured[cell] = cell_of(configured[cell], cells[cell], played, journal.usage)
+                if not played.infra_failures:
+                    journal.seal([*played.groups, *played.dropped])
+            if _checkable(config):
+                checks = await run_checks(environment, cells, rollouts)
+    return Result(name, measured, checks, _settings(config), prices(config))
+
+
+def evaluation_plans(environment: Environment, config: Config, cell: str) -> list[GroupPlan]:
+    """One episode of each task of a cell."""
+    seed = derive_seed(config.run.seed, "eval", cell)
+    tasks = environment.tasks(seed, config.eval.episodes)
+    check_tasks(environment, tasks)
+    return [
+        GroupPlan(f"{cell}-{k}", task, 1, derive_seed(seed, "play", k))
+        for k, task in enumerate(tasks)
+    ]
+
+
+def cell_of(
+    environment: Environment,
+    args: Mapping[str, Any],
+    played: Collection,
+    usage: Usage | None = None,
+) -> Cell:
+    """A cell's figures. Failed episodes are counted, never measured."""
+    episodes = [episode for group in played.groups for episode in group.episodes]
+    failed = sum(len(group.episodes) for group in played.dropped)
+    figures = measure(episodes, environment.reported)
+    unplayed, refused = played.infra_failures, played.refused
+    distinct = len({task_key(episode.task) for episode in episodes})
+    tasks = distinct if distinct < len(episodes) else 0
+    return Cell(dict(args), len(episodes), failed, figures, usage, unplayed, refused, tasks)
+
+
+def _checkable(config: Config) -> bool:
+    return config.eval.exhaustive and config.eval.player == "model" and config.eval.temperature == 0
+
+
+def check_args(environment: Environment, cells: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Settings a check runs with: the environment's, and what all cells agree on."""
+    args = dict(environment.args)
+    rows = list(cells.values())
+    for key in args:
+        if rows and all(key in row for row in rows) and all(r[key] == rows[0][key] for r in rows):
+            args[key] = rows[0][key]
+    return args
+
+
+async def run_checks(
+    environment: Environment, cells: Mapping[str, Mapping[str, Any]], rollouts: Rollouts
+) -> dict[str, Mapping[str, float]]:
+    """Every exhaustive check of the environment; none for several seats."""
+    if len(environment.seats) > 1 or not environment.checks:
+        return {}
+    args = check_args(environment, cells)
+    (player,) = players_here(rollouts).values()
+    found: dict[str, Mapping[str, float]] = {}
+    for name, check in environment.checks.items():
+        new_agent, made = agents(player, environment.seats[0], name)
+        try:
+            found[name] = await check(new_agent, args)
+        except RayrlError:
+            raise
+        except Exception as error:
+            what = f"check {name!r} of environment {environment.name!r} raised {described(error)}"
+            raise EnvError(what) from error
+        for agent in made:
+            agent.close()
+    return found
+
+
+def agents(player: Player, seat: str, name: str) -> tuple[Callable[[], Agent], Sequence[Agent]]:
+    """A maker of fresh agents for a check, and the list of those it has made."""
+    made: list[Agent] = []
+
+    def new_agent() -> Agent:
+        made.append(Agent(player, seat=seat, episode=f"check-{name}-{len(made)}"))
+        return made[-1]
+
+    return new_agent, made
+
+
+def _model(config: Config) -> str:
+    played = {"model": config.model.path, "endpoint": config.endpoint.model}
+    return played.get(config.eval.player, "")
+
+
+def prices(config: Config) -> tuple[float, float]:
+    """Of a million tokens read and written."""
+    return (config.endpoint.price_in, config.endpoint.price_out)
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    return {
+        "env": config.env.name,
+        "env_args": dict(config.env.args),
+        "player": config.eval.player,
+        "model": _model(config),
+        "temperature": config.eval.temperature,
+        "max_tokens": config.sampling.max_tokens,
+        "seed": config.run.seed,
+    }

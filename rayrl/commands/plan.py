@@ -1,0 +1,233 @@
+"""What would run, what it comes to, and what will not fit: before anything starts."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from rayrl.cluster import cluster_address
+from rayrl.cluster.weight_sync.topology import transport_of
+from rayrl.config import (
+    ClusterConfig,
+    Config,
+    differences,
+    leaves,
+    stage_config,
+)
+from rayrl.errors import ConfigError, RunFailed
+from rayrl.run.stage import template_notes
+from rayrl.run.start_check import LEARNING, Machine, all_problems, reserved, stages_of, this_machine
+from rayrl.terminal import visible
+from rayrl.weights.model_dir import is_pretrained, learning_rate, model_dir
+
+__all__ = ["describe", "run"]
+
+TOO_FAST = 10  # times the usual learning rate
+
+
+def run(config: Config) -> None:
+    """Print the plan.
+
+    Raises:
+        RunFailed: something will not fit; it is named in the plan.
+    """
+    machine = this_machine()
+    print(visible(describe(config, machine)))
+    found = all_problems(config, machine, _verb(config))
+    if found:
+        print("\nWill not fit")
+        print(visible("\n".join(f"  - {one}" for one in found)))
+        raise RunFailed(f"{len(found)} thing{'s' * (len(found) > 1)} will not fit; see the list.")
+    print("\nEverything fits.")
+
+
+def describe(config: Config, machine: Machine) -> str:
+    """The plan as text: settings, resources, the batch, the stages."""
+    parts = [_settings(config), *_resources(config, machine)]
+    if config.recipe:
+        parts.append(_recipe(config))
+    parts += _templates(config)
+    if fast := list(_too_fast(config)):
+        parts.append("\n".join(["Warnings", *(f"  - {one}" for one in fast)]))
+    for name, verb, stage in stages_of(config):
+        if verb == "train":
+            parts.append(f"A step of {name}\n{_batch(stage)}")
+    return "\n\n".join(parts)
+
+
+def _verb(config: Config) -> str:
+    """What a plan is of: the recipe, or an evaluation if a server is to be played, or training."""
+    if config.recipe:
+        return "recipe"
+    return "eval" if config.eval.player == "endpoint" else "train"
+
+
+def _value(config: Config, key: str) -> Any:
+    node: Any = config
+    for part in key.split("."):
+        node = getattr(node, part)
+    return node
+
+
+def _settings(config: Config) -> str:
+    changed = differences(config)
+    lines = ["Settings (* differs from the default, which stands behind it)"]
+    section = ""
+    for key, _ in leaves():
+        if key == "recipe":
+            continue
+        head, name = key.split(".", 1)
+        if head != section:
+            lines.append(f"  {head}")
+            section = head
+        mark, was = " ", ""
+        if key in changed:
+            mark, was = "*", f"   (default {_short(changed[key][0])})"
+        lines.append(f"  {mark} {name}: {_short(_value(config, key))}{was}")
+    return "\n".join(lines)
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 90 else text[:87] + "..."
+
+
+def _resources(config: Config, machine: Machine) -> Iterator[str]:
+    """What the stages have on Ray, those together that have the same."""
+    address = cluster_address(config.cluster.address)
+    here = f"{machine.cpus} cpus, {machine.gpus} gpus, {machine.memory_gb:.0f} GiB"
+    where = f"the cluster at {address}" if address else f"this machine ({here})"
+    alike: dict[str, list[str]] = {}
+    for name, verb, stage in stages_of(config):
+        alike.setdefault(_processes(stage, verb), []).append(name)
+    for text, names in alike.items():
+        yield f"Resources of {', '.join(names)} on {where}\n{text}"
+
+
+def _processes(config: Config, verb: str) -> str:
+    cluster, learner = config.cluster, config.learner
+    rows = []
+    if verb != "sft":
+        rows += [
+            (
+                f"  env hosts {_hosts(cluster)} × {cluster.env_host_cpus:g} cpu, "
+                f"{cluster.concurrency} live episodes each"
+            ),
+            (
+                f"  replicas  {cluster.replicas} × {cluster.replica_cpus:g} cpu, "
+                f"{cluster.replica_gpus:g} gpu, {config.engine.kind}, {config.engine.threads} "
+                f"threads, {config.engine.kv_cache_gb:g} GiB of cache"
+            ),
+        ]
+    if verb in LEARNING:
+        rows.append(
+            f"  learners  {learner.world_size} × {cluster.learner_cpus:g} cpu, "
+            f"{cluster.learner_gpus:g} gpu, {learner.kind} ZeRO {learner.zero_stage}, "
+            f"{learner.threads} threads"
+        )
+        rows.append(f"  learning  {_rate(config)}")
+    if verb == "train":
+        rows.append(f"  weights   {_way(config)}")
+    cpus, gpus = reserved(config, verb)
+    return "\n".join([*rows, f"  reserved  {cpus:g} cpus, {gpus:g} gpus"])
+
+
+def _rate(config: Config) -> str:
+    """The learning rate, and why where nobody has chosen it."""
+    if config.learner.lr is not None:
+        return f"at {config.learner.lr:g}"
+    try:
+        folder = model_dir(config.model.path)
+    except ConfigError:  # `problems` says it
+        return "by the kind of model"
+    kind = "for a pretrained model" if is_pretrained(folder) else "for a model of this size"
+    of = ", with adapters" if config.lora.rank and is_pretrained(folder) else ""
+    return f"at {learning_rate(config, folder):g} (learner.lr=null: {kind}{of})"
+
+
+def _too_fast(config: Config) -> Iterator[str]:
+    """Learning rates that a person has chosen and that pretrained models do not survive."""
+    for name, verb, stage in stages_of(config):
+        given = stage.learner.lr
+        if verb not in LEARNING or given is None:
+            continue
+        with contextlib.suppress(ConfigError):  # `problems` says it
+            folder = model_dir(stage.model.path)
+            usual = learning_rate(replace(stage, learner=replace(stage.learner, lr=None)), folder)
+            if is_pretrained(folder) and given > TOO_FAST * usual:
+                kind = "adapters on a pretrained model" if stage.lora.rank else "a pretrained model"
+                yield (
+                    f"learner.lr={given:g} of {name} is {given / usual:.0f} times the usual "
+                    f"{usual:g} for {kind}: a few steps may ruin what it knows. Lower it, or leave "
+                    "it out."
+                )
+
+
+def _hosts(cluster: ClusterConfig) -> str:
+    least, most = cluster.env_hosts, cluster.most_env_hosts
+    return f"{least}" if most == least else f"{least} (to {most} while groups wait)"
+
+
+def _way(config: Config) -> str:
+    """How weights reach the replicas."""
+    cluster, kind = config.cluster, transport_of(config)
+    text = "adapters alone, by object_store" if kind == "adapters" else f"by {kind}"
+    if kind in ("nccl", "gloo"):
+        text += f", in buckets of {cluster.bucket_mb} MiB"
+    if cluster.colocate:
+        text += "; replicas sleep while learners work"
+    return text
+
+
+def _batch(config: Config) -> str:
+    train, algo = config.train, config.algo
+    episodes = train.groups * train.group_size
+    live = min(episodes, config.cluster.most_env_hosts * config.cluster.concurrency)
+    slots = config.cluster.replicas * config.engine.max_live
+    rows = [
+        f"  {train.groups} groups × {train.group_size} episodes = {episodes} episodes",
+        f"  {live} live at once, {min(live, slots)} decoded at once",
+        (
+            f"  about {episodes / config.learner.world_size:g} episodes a rank, in micro-batches "
+            f"of at most {config.learner.micro_batch_tokens} tokens"
+        ),
+        (
+            f"  {algo.epochs} × {algo.minibatches} optimizer steps (passes × minibatches) of about "
+            f"{episodes / algo.minibatches:g} episodes"
+        ),
+        (
+            f"  replies of at most {config.sampling.max_tokens} tokens at temperature "
+            f"{config.sampling.temperature:g}"
+        ),
+        (
+            f"  {train.steps} steps = {train.steps * episodes} episodes, at most {train.max_lag} "
+            "versions behind"
+        ),
+    ]
+    return "\n".join(rows)
+
+
+def _templates(config: Config) -> Iterator[str]:
+    """What the models' chat templates do of their own."""
+    models = []
+    for _, _, stage in stages_of(config):
+        models.append(stage.model.path)
+        seats = stage.env.seats.values()
+        models += [who.removeprefix("model:") for who in seats if who.startswith("model:")]
+    with contextlib.suppress(ConfigError):  # `problems` says it
+        notes = template_notes(models)
+        if notes:
+            yield "\n".join(["Chat templates", *(f"  - {note}" for note in notes)])
+
+
+def _recipe(config: Config) -> str:
+    lines = ["Recipe (each stage with what it changes)"]
+    for number, stage in enumerate(config.recipe, 1):
+        lines.append(f"  {number}. {stage.name} ({stage.verb})")
+        ready = stage_config(config, stage)
+        for key, (_, now) in differences(ready, config).items():
+            lines.append(f"       {key}: {_short(now)}")
+    return "\n".join(lines)

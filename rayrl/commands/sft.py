@@ -1,0 +1,211 @@
+"""`rayrl sft`: supervised fine-tuning on episodes, with the learner that reinforcement uses.
+
+A conversation gets exactly the ids that playing it would give (`Chat.render`), and the loss is
+taken on the model's replies, their end of turn included. Batch s of a run is a function of the seed
+and s, so a resumed run sees the same batches.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Iterator, Sequence
+
+from rayrl.chat.renderer import Chat
+from rayrl.cluster.learner_group import Learners
+from rayrl.cluster.open import open_learners
+from rayrl.config import Config
+from rayrl.errors import ConfigError, DataError, did_you_mean
+from rayrl.learner.batch import Trajectory, batch_of, supervised_row
+from rayrl.rollout.episode_io import read_episodes
+from rayrl.run.folder import RunDir
+from rayrl.run.progress_bar import Bar
+from rayrl.run.recovery import Recovery
+from rayrl.run.stage import MODEL, POLICY, already_finished, positions, say_templates
+from rayrl.run.start_check import check_start
+from rayrl.types import Episode, Turn, derive_seed
+from rayrl.weights.model_dir import model_dir
+
+__all__ = ["batch_indices", "conversations", "load_rows", "rows_of", "run", "sft"]
+
+
+def run(config: Config) -> None:
+    """Fine-tune `config.model` on `config.sft.data`; resumes if the run folder has a checkpoint."""
+    check_start(config, "sft")
+    with RunDir(config.run.dir, config, begin=False) as folder:
+        if folder.finished is None:
+            asyncio.run(sft(config, folder))
+        else:
+            print(already_finished(folder.path))
+        print(f"Model in {folder.path / MODEL}")
+
+
+async def sft(config: Config, folder: RunDir) -> None:
+    """The loop: pick rows, update, log.
+
+    Raises:
+        DataError: the data cannot be read, or nothing in it can be trained on.
+    """
+    cfg = config.sft
+    model = model_dir(config.model.path)
+    say_templates(config)
+    longest = config.engine.max_len or positions(model)
+    rows = load_rows(config, Chat.load(str(model)), longest)
+    async with open_learners(config, cfg.steps) as learner:
+        folder.begin()
+        with Bar(config.run.name, cfg.steps) as bar:
+            recovery = Recovery(learner, folder, bar, config.learner.restarts)
+
+            async def step(number: int) -> None:
+                picked = batch_indices(len(rows), cfg.batch_size, number, config.run.seed)
+                batch = [rows[i] for i in picked]
+                await _step(config, folder, learner, bar, batch, number, len(rows))
+                done = number + 1
+                if done % config.run.checkpoint_every == 0 or done == cfg.steps:
+                    with folder.checkpoint(done) as path:
+                        await learner.save(path)
+                    recovery.checkpointed()
+
+            async def export() -> None:
+                with folder.whole(MODEL) as path:
+                    await learner.export(path)
+
+            await recovery.through(cfg.steps, step, export)
+    folder.finish({"steps": cfg.steps, "rows": len(rows)})
+
+
+async def _step(
+    config: Config,
+    folder: RunDir,
+    learner: Learners,
+    bar: Bar,
+    picked: Sequence[Trajectory],
+    step: int,
+    rows: int,
+) -> None:
+    """One update, and its figures."""
+    began = time.perf_counter()
+    batch = batch_of(picked)
+    ready = time.perf_counter()
+    learned = await learner.sft_step(batch)
+    done = time.perf_counter()
+    figures = {
+        "loss": learned["loss"],
+        "entropy": learned["entropy"],
+        "grad_norm": learned["grad_norm"],
+        "lr": learned["lr"],
+        "skipped": learned["skipped"],
+        "tokens": batch.totals.tokens,
+        "episodes": float(len(picked)),
+        "epoch": (step + 1) * config.sft.batch_size / rows,
+        "time/batch": ready - began,
+        "time/update": done - ready,
+        "time/total": done - began,
+    }
+    folder.log(step, figures)
+    bar.update(step + 1, {"loss": learned["loss"], "grad": learned["grad_norm"]})
+    if learned["skipped"]:
+        bar.note(f"step {step}: skipped, its loss or gradient was not finite")
+
+
+def batch_indices(n: int, size: int, step: int, seed: int) -> list[int]:
+    """Which of `n` rows batch `step` has: `size` in a row from one shuffle after another."""
+    chosen: list[int] = []
+    at = step * size
+    while len(chosen) < size:
+        epoch, within = divmod(at, n)
+        order = list(range(n))
+        random.Random(derive_seed(seed, "sft", epoch)).shuffle(order)
+        part = order[within : within + size - len(chosen)]
+        chosen += part
+        at += len(part)
+    return chosen
+
+
+def load_rows(config: Config, chat: Chat, longest: int = 0) -> list[Trajectory]:
+    """Training rows of the data file.
+
+    Args:
+        config: `sft.data`, `sft.loss_on`, and `env.seats` for whose replies to learn.
+        chat: of the model that is trained.
+        longest: most ids of a conversation; 0 is no limit.
+
+    Raises:
+        DataError: no usable episode, or a conversation too long for the model; names file and line.
+    """
+    data = config.sft.data
+    if not data:
+        raise ConfigError(
+            "sft.data is empty: name the JSONL that `rayrl synth` wrote, as "
+            "sft.data=runs/x/episodes.jsonl."
+        )
+    rows: list[Trajectory] = []
+    for episode in read_episodes(data):
+        if episode.failure is not None:
+            continue
+        seats = _learned_seats(config, episode, data)
+        found = rows_of(episode, seats, chat, loss_on_all=config.sft.loss_on == "all")
+        found = [row for row in found if row.n_loss]
+        for row in found:
+            if 0 < longest < len(row.ids):
+                what = f"{config.model.path} has positions for {longest}; use another model"
+                if config.engine.max_len:
+                    what = f"a conversation can have {longest}; raise engine.max_len"
+                raise DataError(
+                    f"{data}: {row.id} has {len(row.ids)} ids, but {what}, or remove the episode."
+                )
+        rows += found
+    if not rows:
+        raise DataError(f"{data}: there is no reply to learn from; see what `rayrl synth` kept.")
+    return rows
+
+
+def _learned_seats(config: Config, episode: Episode, data: str) -> list[str]:
+    """Seats whose replies are learned: those `env.seats` gives to the policy, else all."""
+    played = list(dict.fromkeys(turn.seat for turn in episode.turns))
+    for seat in config.env.seats:
+        if episode.scores and seat not in episode.scores:
+            raise ConfigError(
+                f"env.seats.{seat}: {data} has no such seat.{did_you_mean(seat, episode.scores)}"
+            )
+    return [seat for seat in played if config.env.seats.get(seat, POLICY) == POLICY]
+
+
+def rows_of(
+    episode: Episode, seats: Sequence[str], chat: Chat, *, loss_on_all: bool = False
+) -> list[Trajectory]:
+    """One row for each conversation of the seats.
+
+    Args:
+        loss_on_all: take the loss on what was said to the model as well.
+    """
+    rows = []
+    for seat in seats:
+        for number, talk in enumerate(conversations(episode.turns_of(seat))):
+            ids, is_reply = chat.render(talk)
+            mask = (True,) * len(ids) if loss_on_all else is_reply
+            rows.append(supervised_row(ids, mask, f"{episode.id}/{seat}/{number}"))
+    return rows
+
+
+def conversations(turns: Sequence[Turn]) -> Iterator[list[Turn]]:
+    """A seat's turns, cut where a new conversation starts.
+
+    Turns with ids say so by an offset of 0; turns without are one conversation, unless a system
+    message shows that another one began.
+    """
+    talk: list[Turn] = []
+    for turn in turns:
+        if talk and _starts(turn):
+            yield talk
+            talk = []
+        talk.append(turn)
+    if talk:
+        yield talk
+
+
+def _starts(turn: Turn) -> bool:
+    if turn.prompt_ids or turn.completion_ids:
+        return turn.offset == 0
+    return any(message.role == "system" for message in turn.prompt)

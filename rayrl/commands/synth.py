@@ -1,0 +1,267 @@
+"""`rayrl synth`: play a teacher, keep its good episodes, and show them to a person.
+
+What a student copies is what the teacher wrote, tics included, so the statistics and samples are
+part of the program: they are printed every time, before anything is trained.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import statistics
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from rayrl.cluster.open import make_environment, open_rollouts
+from rayrl.config import Config
+from rayrl.environment.environment import Environment
+from rayrl.errors import ConfigError, RunFailed, did_you_mean
+from rayrl.report.console import episode_panel, new_console
+from rayrl.report.statistics import measure, scores_of
+from rayrl.rollout.episode_io import read_episodes, write_episodes
+from rayrl.rollout.rollout import GroupPlan
+from rayrl.run.folder import RunDir
+from rayrl.run.journal import Journal, Play
+from rayrl.run.progress_bar import Bar
+from rayrl.run.stage import (
+    EPISODES,
+    already_finished,
+    check_tasks,
+    say_templates,
+    seats_of,
+    unplayed_note,
+)
+from rayrl.run.start_check import check_start
+from rayrl.types import Episode, derive_seed
+
+__all__ = ["Lengths", "Statistics", "kept", "run", "samples", "statistics_of", "synth"]
+
+PLAYED = "played.jsonl"  # every episode, kept or not
+
+COMMON = 8  # reply texts listed
+_NUMBER = re.compile(r"\d+")
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """Median, 95th percentile and greatest of a count."""
+
+    median: float
+    p95: float
+    most: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Lengths:
+        """Of at least one value."""
+        ordered = sorted(values)
+        return cls(statistics.median(ordered), ordered[int(0.95 * (len(ordered) - 1))], ordered[-1])
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """What there is to know of a set of episodes before learning from it.
+
+    Attributes:
+        turns: replies an episode.
+        characters: of a reply.
+        common: reply texts with every number written as `#`, and how often each was said.
+        distinct: how many such texts there are.
+        replies: how many replies.
+    """
+
+    turns: Lengths
+    characters: Lengths
+    common: tuple[tuple[str, int], ...]
+    distinct: int
+    replies: int
+
+
+def run(config: Config) -> None:
+    """Play, keep, write and print; a finished run prints again what it kept.
+
+    While episodes are unplayed the file has what was kept so far and the run is not finished.
+    """
+    console = new_console()
+    check_start(config, "synth")
+    with RunDir(config.run.dir, config, begin=False) as folder:
+        out = Path(config.synth.out) if config.synth.out else folder.path / EPISODES
+        everything = folder.path / PLAYED
+        if folder.finished is None or not out.is_file():
+            played = asyncio.run(synth(config, everything, folder.begin))
+            good = kept(played, config.synth.keep)
+            if not good:
+                raise RunFailed(_nothing_kept(config, played))
+            write_whole(out, good)
+            if not unplayed(played):
+                folder.finish({"played": len(played), "kept": len(good), "file": str(out)})
+        else:
+            console.print(already_finished(folder.path), highlight=False, markup=False)
+            played = list(read_episodes(everything))
+            good = list(read_episodes(out))
+    console.print(summary(played, good, make_environment(config)))
+    for episode in samples(good, config.synth.show):
+        console.print(episode_panel(episode))
+    names = {episode.id for episode in good}
+    for episode in [e for e in played if e.id not in names][: min(1, config.synth.show)]:
+        console.print(episode_panel(episode, f"{episode.id} (not kept)"))
+    missing = unplayed(played)
+    if missing:
+        console.print(unplayed_note(missing), style="yellow")
+    console.print(f"{len(good)} episodes in {out}", highlight=False, markup=False)
+
+
+async def synth(
+    config: Config, file: Path | None = None, begun: Callable[[], None] = lambda: None
+) -> list[Episode]:
+    """Play `synth.episodes` tasks, one episode each, in the order of the tasks.
+
+    Args:
+        file: where each is written as it ends; those it has already are not played again.
+        begun: called when all that plays has started.
+
+    Raises:
+        RunFailed: the environment fails too often (`env.failure_budget`).
+    """
+    environment = make_environment(config)
+    seats = seats_of(environment, config, config.synth.player)
+    say_templates(config, seats.values())
+    seed = derive_seed(config.run.seed, "synth")
+    tasks = environment.tasks(seed, config.synth.episodes)
+    check_tasks(environment, tasks)
+    plans = [
+        GroupPlan(f"synth-{k}", task, 1, derive_seed(seed, "play", k))
+        for k, task in enumerate(tasks)
+    ]
+    journal = Journal(file, plans, seats)
+    with Bar(f"{config.run.name}: {config.synth.player}", len(plans)) as bar:
+        play = Play([journal], bar, config.endpoint.max_tokens_total)
+        play.check_budget()
+        async with open_rollouts(config, seats=seats) as rollouts:
+            begun()
+            played = await play.collect(rollouts, journal)
+    groups = [*played.groups, *played.dropped]
+    if not played.infra_failures:
+        journal.seal(groups)
+    by_id = {group.id: group for group in groups}
+    return [episode for plan in plans for episode in by_id[plan.id].episodes]
+
+
+def unplayed(episodes: Iterable[Episode]) -> int:
+    """How many failed for no fault of their environment, so that they are to be played again."""
+    return sum(e.failure is not None and e.failure.kind == "infra" for e in episodes)
+
+
+def write_whole(file: Path, episodes: Sequence[Episode]) -> None:
+    """Write a file of episodes that is there whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.partial")
+    write_episodes(partial, episodes)
+    partial.replace(file)
+
+
+def _nothing_kept(config: Config, played: Sequence[Episode]) -> str:
+    best: dict[str, float] = {}
+    for episode in played:
+        for name, value in scores_of(episode).items():
+            best[name] = max(value, best.get(name, value))
+    found = ", ".join(f"{name} {value:.3g}" for name, value in best.items()) or "none"
+    asked = ", ".join(f"{name} {value:g}" for name, value in config.synth.keep.items())
+    return (
+        f"none of {len(played)} episodes has all of synth.keep ({asked}); the best scores were "
+        f"{found}. Lower synth.keep, or use a better synth.player than {config.synth.player!r}."
+    )
+
+
+def kept(episodes: Sequence[Episode], least: Mapping[str, float]) -> list[Episode]:
+    """Episodes that did not fail and have every score of `least`, at or above its value.
+
+    With several seats a score counts for each (`win`) or for one (`x.win`).
+
+    Raises:
+        ConfigError: a score that no episode has.
+    """
+    good = [(episode, scores_of(episode)) for episode in episodes if episode.failure is None]
+    known = dict.fromkeys(name for _, scores in good for name in scores)
+    for name, value in least.items() if good else ():
+        if not _called(name, known):
+            near = did_you_mean(name, known) or f" There are: {', '.join(known)}."
+            raise ConfigError(
+                f"synth.keep.{name}={value:g}: the environment gives no such score.{near}"
+            )
+    return [episode for episode, scores in good if _good_enough(scores, least)]
+
+
+def _called(name: str, scores: Iterable[str]) -> list[str]:
+    """The scores that `name` means: of that name, or every seat's."""
+    return [score for score in scores if score == name or score.endswith(f".{name}")]
+
+
+def _good_enough(scores: Mapping[str, float], least: Mapping[str, float]) -> bool:
+    found = {name: [scores[score] for score in _called(name, scores)] for name in least}
+    return all(values and min(values) >= least[name] for name, values in found.items())
+
+
+def statistics_of(episodes: Sequence[Episode]) -> Statistics:
+    """Statistics of at least one episode with at least one turn."""
+    replies = [turn.text for episode in episodes for turn in episode.turns]
+    texts = Counter(_NUMBER.sub("#", text) for text in replies)
+    return Statistics(
+        turns=Lengths.of([len(episode.turns) for episode in episodes]),
+        characters=Lengths.of([len(text) for text in replies]),
+        common=tuple(texts.most_common(COMMON)),
+        distinct=len(texts),
+        replies=len(replies),
+    )
+
+
+def samples(episodes: Sequence[Episode], n: int) -> list[Episode]:
+    """`n` episodes, evenly from all of them, so from the whole range of tasks."""
+    n = min(n, len(episodes))
+    return [episodes[(2 * i + 1) * len(episodes) // (2 * n)] for i in range(n)]
+
+
+def summary(played: Sequence[Episode], good: Sequence[Episode], env: Environment) -> RenderableType:
+    """The statistics for a terminal."""
+    parts: list[RenderableType] = []
+    failed = sum(episode.failure is not None for episode in played)
+    lost = f", {failed} failed" if failed else ""
+    share = 100 * len(good) / len(played)
+    parts.append(Text(f"{len(played)} episodes played{lost}, {len(good)} kept ({share:.1f}%)"))
+    figures = {
+        name: measure(set_, env.reported) for name, set_ in (("played", played), ("kept", good))
+    }
+    table = Table()
+    table.add_column("")
+    for name in figures["played"]:
+        table.add_column(Text(name), justify="right")
+    for name, row in figures.items():
+        table.add_row(
+            name, *(row[column].text() if column in row else "–" for column in figures["played"])
+        )
+    parts.append(table)
+    if any(episode.turns for episode in good):
+        parts += _lengths(statistics_of(good))
+    return Group(*parts)
+
+
+def _lengths(found: Statistics) -> list[RenderableType]:
+    sizes = Table()
+    for name in ("kept", "median", "95%", "most"):
+        sizes.add_column(name, justify="left" if name == "kept" else "right")
+    for name, lengths in (
+        ("replies an episode", found.turns),
+        ("characters a reply", found.characters),
+    ):
+        sizes.add_row(name, f"{lengths.median:g}", f"{lengths.p95:g}", f"{lengths.most:g}")
+    common = Table(title_justify="left", title=f"{found.distinct} different texts (numbers as #)")
+    common.add_column("share", justify="right")
+    common.add_column("reply")
+    for text, count in found.common:
+        common.add_row(f"{100 * count / found.replies:.1f}%", Text(text))
+    return [sizes, common]

@@ -1,0 +1,417 @@
+"""Whether a configuration makes sense. Every complaint names the key, its value and the remedy.
+
+Nothing is ever rewritten: what was asked for is what runs, or the run does not start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from rayrl.config.load import leaves, stage_config
+from rayrl.config.schema import ALARM_ACTIONS, Config
+from rayrl.config.sync import check_sync
+from rayrl.errors import ConfigError, did_you_mean
+
+__all__ = ["VERBS", "validate"]
+
+VERBS = ("synth", "sft", "train", "eval")
+"""What a stage of a recipe can be."""
+
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "engine.kind": ("embedded", "vllm"),
+    "engine.dtype": ("auto", "float32", "bfloat16", "float16"),
+    "engine.on_update": ("wait", "keep", "abort"),
+    "algo.advantage": ("grpo", "rloo", "gigpo"),
+    "algo.normalize": ("none", "std", "batch_std"),
+    "algo.loss": ("grpo", "cispo", "gspo"),
+    "algo.aggregation": ("token", "sequence", "constant"),
+    "algo.kl_estimator": ("k1", "k2", "k3"),
+    "learner.kind": ("deepspeed", "reference"),
+    "learner.zero_stage": (0, 1, 2, 3),
+    "learner.dtype": ("float32", "bfloat16"),
+    "learner.schedule": ("constant", "linear", "cosine"),
+    "cluster.placement": ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"),
+    "cluster.sync": ("auto", "object_store", "nccl", "gloo", "adapters"),
+    "sft.loss_on": ("replies", "all"),
+}
+
+_AT_LEAST: dict[str, float] = {
+    "run.keep_checkpoints": 1,
+    "run.checkpoint_every": 1,
+    "run.episodes_every": 1,
+    "env.retries": 0,
+    "engine.max_live": 1,
+    "engine.max_len": 0,
+    "engine.threads": 1,
+    "sampling.temperature": 0,
+    "sampling.top_k": 0,
+    "sampling.max_tokens": 1,
+    "algo.step_weight": 0,
+    "algo.clip_high": 0,
+    "algo.cispo_max": 1,
+    "algo.entropy_coef": 0,
+    "algo.kl_coef": 0,
+    "algo.tis_max": 0,
+    "algo.epochs": 1,
+    "algo.minibatches": 1,
+    "learner.world_size": 1,
+    "learner.threads": 1,
+    "learner.warmup_steps": 0,
+    "learner.weight_decay": 0,
+    "learner.micro_batch_tokens": 1,
+    "learner.restarts": 0,
+    "lora.rank": 0,
+    "cluster.env_hosts": 1,
+    "cluster.env_hosts_max": 0,
+    "cluster.concurrency": 1,
+    "cluster.env_host_cpus": 0,
+    "cluster.replicas": 1,
+    "cluster.replica_cpus": 0,
+    "cluster.replica_gpus": 0,
+    "cluster.learner_cpus": 0,
+    "cluster.learner_gpus": 0,
+    "cluster.bucket_mb": 1,
+    "cluster.check_pushes": 0,
+    "train.steps": 0,
+    "train.groups": 1,
+    "train.group_size": 1,
+    "train.max_lag": 0,
+    "alarms.reward_window": 2,
+    "sft.steps": 0,
+    "sft.batch_size": 1,
+    "synth.episodes": 1,
+    "synth.show": 0,
+    "endpoint.concurrency": 1,
+    "endpoint.retries": 0,
+    "endpoint.requests_per_minute": 0,
+    "endpoint.tokens_per_minute": 0,
+    "endpoint.max_tokens_total": 0,
+    "endpoint.price_in": 0,
+    "endpoint.price_out": 0,
+    "eval.episodes": 1,
+    "eval.temperature": 0,
+    "play.episodes": 1,
+    "play.temperature": 0,
+    "replay.show": 0,
+    "serve.port": 0,
+    "serve.max_requests": 1,
+}
+
+_ABOVE_ZERO = (
+    "env.deadline_s",
+    "engine.kv_cache_gb",
+    "engine.gpu_memory",
+    "sampling.top_p",
+    "learner.lr",
+    "learner.eps",
+    "learner.max_grad_norm",
+    "lora.alpha",
+    "cluster.env_host_idle_s",
+    "cluster.object_store_gb",
+    "cluster.push_deadline_s",
+    "cluster.request_deadline_s",
+    "endpoint.timeout_s",
+)
+
+_SHARES = (
+    "env.failure_budget",
+    "engine.gpu_memory",
+    "sampling.top_p",
+    "algo.gamma",
+    "algo.clip_low",
+    "learner.min_lr_ratio",
+    "alarms.entropy_share.threshold",
+    "alarms.dead_groups.threshold",
+    "alarms.starvation.threshold",
+    "alarms.idle_replicas.threshold",
+)
+
+
+_NOT_EXTRA = {
+    "messages": "an episode's messages are the environment's; remove it.",
+    "tools": "an episode's tools are the environment's; remove it.",
+    "stream": "an answer is read whole; remove it.",
+    "n": "a turn has one answer; remove it.",
+    "model": "set endpoint.model.",
+}
+
+_ALARMS = [key for key, _ in leaves() if key.startswith("alarms.")]
+_CHOICES |= {key: ALARM_ACTIONS for key in _ALARMS if key.endswith(".action")}
+_AT_LEAST |= {key: 1 for key in _ALARMS if key.endswith(".patience")}
+_AT_LEAST |= {key: 0 for key in _ALARMS if key.endswith(".threshold")}
+
+_WHOLE_RECIPE = ("cluster.address", "run.dir", "run.name")
+"""Settings that would do nothing in one stage: Ray is open already, and folders have its name."""
+
+
+def validate(config: Config, verb: str = "", *, chained: bool = False) -> None:
+    """Raise ConfigError if `config` cannot do what `verb` needs of it.
+
+    Args:
+        config: what to check.
+        verb: synth, sft, train, eval, recipe (checks every stage) or another; each has needs of its
+            own besides those all share.
+        chained: the stage follows others of a recipe, which give it its data and its model.
+    """
+    _check_ranges(config)
+    _check_shared(config)
+    if verb == "train":
+        _check_train(config)
+        check_sync(config)
+    if verb == "sft":
+        _check_sft(config, chained)
+    if verb == "serve":
+        _check_serve(config)
+    for asking in _asking(config, verb):
+        _check_endpoint(config, asking)
+        if verb != "play" and config.cluster.most_env_hosts > config.endpoint.concurrency:
+            grows = config.cluster.env_hosts_max > config.cluster.env_hosts
+            key = "cluster.env_hosts_max" if grows else "cluster.env_hosts"
+            raise _wrong(
+                key,
+                config.cluster.most_env_hosts,
+                f"{asking} shares endpoint.concurrency={config.endpoint.concurrency} among the "
+                f"hosts, and each needs 1; lower {key} or raise it.",
+            )
+    if verb == "recipe" and not config.recipe:
+        raise ConfigError(
+            "recipe=[]: there are no stages. Choose some, as experiment=tictactoe has."
+        )
+    _check_stages(config)
+
+
+def _at(config: Config, key: str) -> Any:
+    node: Any = config
+    for part in key.split("."):
+        node = getattr(node, part)
+    return node
+
+
+def _wrong(key: str, value: object, why: str) -> ConfigError:
+    return ConfigError(f"{key}={value}: {why}")
+
+
+def _check_ranges(config: Config) -> None:
+    for key, known in _CHOICES.items():
+        value = _at(config, key)
+        if value not in known:
+            names = ", ".join(map(str, known))
+            near = did_you_mean(str(value), map(str, known))
+            raise _wrong(key, value, f"must be one of {names}.{near}")
+    bounds: list[tuple[str, Callable[[float], bool], str]] = [
+        *(
+            (key, lambda v, low=low: v >= low, f"must be {low} or more.")
+            for key, low in _AT_LEAST.items()
+        ),
+        *((key, lambda v: v > 0, "must be more than 0.") for key in _ABOVE_ZERO),
+        *((key, lambda v: 0 <= v <= 1, "must be from 0 to 1.") for key in _SHARES),
+    ]
+    for key, fits, why in bounds:
+        value = _at(config, key)
+        if value is not None and not fits(value):  # a NaN fits nothing
+            raise _wrong(key, value, why)
+
+
+def _check_shared(config: Config) -> None:
+    run, env, algo, learner = config.run, config.env, config.algo, config.learner
+    if not run.name or "/" in run.name:
+        raise _wrong("run.name", run.name, "must be a word without slashes: it names a folder.")
+    if not run.dir:
+        raise _wrong("run.dir", run.dir, "must name a folder, such as runs/first.")
+    if not env.name:
+        raise _wrong(
+            "env.name", "", "no environment is chosen; try env=tictactoe or env.name=NAME."
+        )
+    if not config.model.path:
+        raise _wrong("model.path", "", "name a Hugging Face directory, or model.path=embedded.")
+    for seat, who in env.seats.items():
+        kind = who.split(":", 1)[0]
+        if who not in ("policy", "endpoint") and not (
+            kind in ("player", "model") and who != kind and who != kind + ":"
+        ):
+            raise _wrong(
+                f"env.seats.{seat}", who, "must be policy, endpoint, player:NAME or model:PATH."
+            )
+    if 0 < algo.tis_max < 1:
+        raise _wrong(
+            "algo.tis_max", algo.tis_max, "a bound under 1 shrinks every token; use 0 (off) or ≥ 1."
+        )
+    if len(learner.betas) != 2 or not all(0 <= beta < 1 for beta in learner.betas):
+        raise _wrong(
+            "learner.betas", learner.betas, "must be two numbers in [0, 1), as [0.9, 0.95]."
+        )
+    if learner.kind == "deepspeed" and learner.dtype == "bfloat16" and learner.zero_stage == 0:
+        raise _wrong(
+            "learner.dtype",
+            "bfloat16",
+            "DeepSpeed keeps the fp32 copy of the weights in ZeRO only; set learner.zero_stage=1.",
+        )
+    if learner.kind == "reference":
+        for key, value, only in (
+            ("learner.world_size", learner.world_size, 1),
+            ("learner.zero_stage", learner.zero_stage, 0),
+        ):
+            if value != only:
+                raise _wrong(
+                    key,
+                    value,
+                    f"the reference learner is one plain process; set {key}={only} or "
+                    "learner.kind=deepspeed.",
+                )
+    if 0 < config.cluster.env_hosts_max < config.cluster.env_hosts:
+        raise _wrong(
+            "cluster.env_hosts_max",
+            config.cluster.env_hosts_max,
+            f"is less than cluster.env_hosts={config.cluster.env_hosts}; raise it, or 0 for a "
+            "fixed number.",
+        )
+    for key in ("env_host_resources", "replica_resources", "learner_resources"):
+        for name, amount in getattr(config.cluster, key).items():
+            if not amount > 0:
+                raise _wrong(f"cluster.{key}.{name}", amount, "must be more than 0.")
+            if name in ("CPU", "GPU", "memory"):
+                kind = key.removesuffix("_resources")
+                raise _wrong(
+                    f"cluster.{key}.{name}", amount, f"is Ray's own; see cluster.{kind}_cpus."
+                )
+    if 0 < config.engine.max_len <= config.sampling.max_tokens:
+        raise _wrong(
+            "engine.max_len",
+            config.engine.max_len,
+            f"leaves no room for a prompt before sampling.max_tokens={config.sampling.max_tokens}; "
+            "raise the one or lower the other.",
+        )
+
+
+def _check_train(config: Config) -> None:
+    sampling, train, algo = config.sampling, config.train, config.algo
+    if config.learner.dtype == "bfloat16" and config.engine.kind == "embedded":
+        raise _wrong(
+            "learner.dtype",
+            "bfloat16",
+            "the embedded engine computes in fp32; choose engine=vllm, or learner.dtype=float32.",
+        )
+    if sampling.temperature == 0:
+        raise _wrong(
+            "sampling.temperature", 0, "greedy play explores nothing; train with about 1.0."
+        )
+    if sampling.top_p < 1 or sampling.top_k > 0:
+        key, value, off = ("sampling.top_p", sampling.top_p, "1.0")
+        if sampling.top_k > 0:
+            key, value, off = ("sampling.top_k", sampling.top_k, "0")
+        raise _wrong(
+            key,
+            value,
+            "the learner cannot reproduce the probabilities of a truncated distribution, so the "
+            f"importance weights would be wrong; set {key}={off} for training.",
+        )
+    if train.group_size < 2:
+        raise _wrong(
+            "train.group_size",
+            train.group_size,
+            f"{algo.advantage} compares episodes of one task; use 2 or more (8 to 32 is usual).",
+        )
+    rows = train.groups * train.group_size
+    if algo.minibatches > rows:
+        raise _wrong(
+            "algo.minibatches",
+            algo.minibatches,
+            f"a step has train.groups × train.group_size = {rows} episodes; use {rows} or fewer.",
+        )
+    if config.learner.world_size > rows:
+        raise _wrong(
+            "learner.world_size",
+            config.learner.world_size,
+            f"a step has {rows} episodes, so some ranks would never have work; use fewer.",
+        )
+    if 0 < train.steps < config.learner.warmup_steps:
+        raise _wrong(
+            "learner.warmup_steps",
+            config.learner.warmup_steps,
+            f"the warm-up would not end within train.steps={train.steps}; shorten it.",
+        )
+
+
+def _check_sft(config: Config, chained: bool) -> None:
+    if not config.sft.data and not chained:
+        raise _wrong(
+            "sft.data",
+            "",
+            "name the JSONL that `rayrl synth` wrote, as sft.data=runs/x/episodes.jsonl.",
+        )
+    if 0 < config.sft.steps < config.learner.warmup_steps:
+        raise _wrong(
+            "learner.warmup_steps",
+            config.learner.warmup_steps,
+            f"the warm-up would not end within sft.steps={config.sft.steps}; shorten it.",
+        )
+
+
+def _check_serve(config: Config) -> None:
+    serve = config.serve
+    if not serve.host:
+        raise _wrong("serve.host", "", "name an address: 127.0.0.1 (this machine), or 0.0.0.0.")
+    if serve.port > 65535:
+        raise _wrong("serve.port", serve.port, "ports end at 65535.")
+
+
+def _asking(config: Config, verb: str) -> list[str]:
+    """Settings by which `verb` asks the server of `endpoint.*`."""
+    players = {"synth": config.synth.player, "eval": config.eval.player, "train": ""} | {
+        "play": config.play.player
+    }
+    if verb not in players:
+        return []
+    given = {f"env.seats.{seat}": who for seat, who in config.env.seats.items()}
+    if verb == "play":
+        given.pop(f"env.seats.{config.play.seat}", None)  # a person sits there
+    given[f"{verb}.player"] = players[verb]
+    return [f"{key}={who}" for key, who in given.items() if who == "endpoint"]
+
+
+def _check_endpoint(config: Config, asking: str) -> None:
+    endpoint = config.endpoint
+    if not endpoint.url.startswith(("http://", "https://")):
+        raise _wrong(
+            "endpoint.url",
+            endpoint.url,
+            f"{asking} needs the address of a server, as https://host/v1.",
+        )
+    for key in endpoint.extra:
+        if key in _NOT_EXTRA:
+            raise _wrong(f"endpoint.extra.{key}", endpoint.extra[key], _NOT_EXTRA[key])
+    if not endpoint.model:
+        raise _wrong("endpoint.model", "", f"{asking} needs the name of a model.")
+
+
+def _check_stages(config: Config) -> None:
+    seen: set[str] = set()
+    for stage in config.recipe:
+        if not stage.name or not stage.name.replace("_", "").replace("-", "").isalnum():
+            raise ConfigError(
+                f"recipe stage {stage.name!r}: it names a folder; use letters, digits, - and _."
+            )
+        if stage.name in seen:
+            raise ConfigError(f"recipe stage {stage.name!r} is there twice; rename one.")
+        seen.add(stage.name)
+        where = f"recipe stage {stage.name!r}"
+        if stage.verb not in VERBS:
+            near = did_you_mean(stage.verb, VERBS)
+            raise ConfigError(
+                f"{where}: verb={stage.verb}: must be one of {', '.join(VERBS)}.{near}"
+            )
+        if any(key.split(".")[0] == "recipe" for key in stage.set):
+            raise ConfigError(f"{where}: a stage cannot change the recipe; remove that key.")
+        ready = replace(stage_config(config, stage), recipe=[])
+        for key in _WHOLE_RECIPE:
+            if _at(ready, key) != _at(config, key):
+                raise ConfigError(
+                    f"{where}: {key}={_at(ready, key)}: all stages share it; set it for the whole "
+                    "recipe."
+                )
+        try:
+            validate(ready, stage.verb, chained=True)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from error

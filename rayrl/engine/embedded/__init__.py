@@ -1,0 +1,1 @@
+"""The embedded engine: small Hugging Face models, without vLLM."""

@@ -1,0 +1,296 @@
+"""Groups become training rows: masks from the turns' own spans, one denominator for a whole batch.
+
+A row is one conversation of one seat in one episode, up to its last id with loss: what follows that
+id (an environment's last message, which nobody answered) predicts nothing. Rows whose advantages
+are all zero change nothing and are left out of the computation, but still count in the
+denominators, so that leaving them out is exact. Numpy only: batches travel between processes
+without torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rayrl.learner.packing import common_prefixes, lexicographic
+from rayrl.types import Group, Turn
+
+__all__ = [
+    "Batch",
+    "Totals",
+    "Trajectory",
+    "batch_of",
+    "make_batch",
+    "micro_batches",
+    "minibatches",
+    "shard",
+    "supervised_row",
+]
+
+GATHER_LIMIT = 8  # times max_tokens: bound on the (row, key) pairs attention gathers at once
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Trajectory:
+    """One training row of T ids. Rows made in this module end with an id that has loss.
+
+    Attributes:
+        ids: (T,) int32.
+        loss_mask: (T,) bool, True where the loss is taken: the ids the policy sampled.
+        old_logprobs: (T,) float32, what the engine recorded; 0 where `loss_mask` is False.
+        advantages: (T,) float32; 0 where `loss_mask` is False.
+        version: the oldest weights any of its sampled ids came from.
+        group: which group of the batch it belongs to.
+        id: episode id and seat, for messages.
+        proximal: (T,) float32, logprobs before the step's first update; filled in by the learner
+            where a step needs them.
+        reference: (T,) float32, logprobs of the reference policy; likewise.
+    """
+
+    ids: NDArray[np.int32]
+    loss_mask: NDArray[np.bool_]
+    old_logprobs: NDArray[np.float32]
+    advantages: NDArray[np.float32]
+    version: int = 0
+    group: int = 0
+    id: str = ""
+    proximal: NDArray[np.float32] | None = None
+    reference: NDArray[np.float32] | None = None
+
+    @property
+    def n_loss(self) -> int:
+        """How many of its tokens the loss is taken on."""
+        return int(self.loss_mask.sum())
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """The denominators of a batch, over all ranks and micro-batches, dropped rows included."""
+
+    tokens: float
+    rows: float
+
+    def share(self, n: int) -> Totals:
+        """Denominators of one of `n` minibatches, so that each estimates the whole gradient."""
+        return Totals(self.tokens / n, self.rows / n)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Rows to compute on, the denominators of the *full* batch, and figures about it."""
+
+    rows: tuple[Trajectory, ...]
+    totals: Totals
+    stats: Mapping[str, float] = field(default_factory=dict)
+
+
+def make_batch(
+    groups: Sequence[Group],
+    advantages: Sequence[Mapping[tuple[int, str], Sequence[float]]],
+    *,
+    keep_zero: bool = False,
+) -> Batch:
+    """Training rows of the groups' trainable seats.
+
+    Args:
+        groups: complete groups.
+        advantages: from `learner.advantage.advantages`: for each group, by (episode index, seat),
+            one number a turn of that seat.
+        keep_zero: compute rows whose advantages are all zero too; needed when another term of the
+            loss (KL to a reference) acts on them.
+
+    Raises:
+        ValueError: a group has a failed episode, or a turn does not continue its conversation.
+    """
+    rows: list[Trajectory] = []
+    dead_groups = 0
+    for g, (group, by_seat) in enumerate(zip(groups, advantages, strict=True)):
+        if not group.complete:
+            failed = next(e for e in group.episodes if e.failure is not None)
+            raise ValueError(
+                f"group {group.id!r}: episode {failed.id!r} has no reward; repair or drop the group"
+            )
+        dead_groups += not any(any(values) for values in by_seat.values())
+        for episode in group.episodes:
+            for seat in group.trainable:
+                turns = episode.turns_of(seat)
+                name = f"{episode.id}/{seat}"
+                rows += _rows(turns, by_seat[episode.index, seat], g, name)
+    totals = Totals(float(sum(row.n_loss for row in rows)), float(len(rows)))
+    kept = tuple(row for row in rows if keep_zero or bool(row.advantages.any()))
+    stats = {
+        "groups": float(len(groups)),
+        "dead_groups": float(dead_groups),
+        "rows": float(len(rows)),
+        "dropped_rows": float(len(rows) - len(kept)),
+        "row_tokens": float(sum(len(row.ids) for row in rows)),
+        "loss_tokens": totals.tokens,
+    }
+    return Batch(kept, totals, stats)
+
+
+def _rows(
+    turns: Sequence[Turn], advantages: Sequence[float], group: int, name: str
+) -> list[Trajectory]:
+    """The conversations in `turns`; a turn with offset 0 starts one. Rows with no loss are left."""
+    if len(turns) != len(advantages):
+        raise ValueError(f"{name}: {len(turns)} turns but {len(advantages)} advantages")
+    rows: list[Trajectory] = []
+    conversation: list[tuple[Turn, float]] = []
+    length = 0
+    for turn, advantage in zip(turns, advantages, strict=True):
+        if not turn.prompt_ids and not turn.completion_ids:
+            continue
+        if turn.offset == 0 and conversation:
+            rows += _row(conversation, group, name)
+            conversation, length = [], 0
+        if turn.offset != length:
+            raise ValueError(
+                f"{name}: a turn at offset {turn.offset} follows {length} ids of its conversation"
+            )
+        conversation.append((turn, advantage))
+        length += len(turn.prompt_ids) + len(turn.completion_ids)
+    return rows + _row(conversation, group, name)
+
+
+def _row(conversation: Sequence[tuple[Turn, float]], group: int, name: str) -> list[Trajectory]:
+    length = sum(len(t.prompt_ids) + len(t.completion_ids) for t, _ in conversation)
+    ids = np.zeros(length, np.int32)
+    mask = np.zeros(length, np.bool_)
+    old = np.zeros(length, np.float32)
+    adv = np.zeros(length, np.float32)
+    at = 0
+    for turn, advantage in conversation:
+        if len(turn.logprobs) != len(turn.completion_ids):
+            raise ValueError(
+                f"{name}: {len(turn.completion_ids)} sampled ids, {len(turn.logprobs)} logprobs"
+            )
+        begin = at + len(turn.prompt_ids)
+        end = begin + len(turn.completion_ids)
+        ids[at:begin] = turn.prompt_ids
+        ids[begin:end] = turn.completion_ids
+        mask[begin:end] = True
+        old[begin:end] = turn.logprobs
+        adv[begin:end] = advantage
+        at = end
+    if not mask.any():
+        return []
+    if mask[0]:
+        raise ValueError(f"{name}: a conversation cannot begin with a sampled id")
+    versions = [span.version for turn, _ in conversation for span in turn.versions]
+    end = _end(mask)
+    ids, mask, old, adv = ids[:end], mask[:end], old[:end], adv[:end]
+    return [Trajectory(ids, mask, old, adv, min(versions, default=0), group, name)]
+
+
+def _end(mask: NDArray[np.bool_]) -> int:
+    """Where a row with this loss mask ends: after its last id with loss."""
+    return int(np.flatnonzero(mask)[-1]) + 1
+
+
+def supervised_row(ids: Sequence[int], loss_mask: Sequence[bool], name: str = "") -> Trajectory:
+    """A row for supervised learning, up to its last id with loss; without any, it is left whole.
+
+    A loss at position 0 is taken out: nothing predicts it.
+    """
+    mask = np.array(loss_mask, np.bool_)
+    mask[:1] = False
+    mask = mask[: _end(mask)] if mask.any() else mask
+    zeros = np.zeros(len(mask), np.float32)
+    whole = np.array(ids, np.int32)
+    return Trajectory(whole[: len(mask)], mask, zeros, mask.astype(np.float32), id=name)
+
+
+def batch_of(rows: Sequence[Trajectory]) -> Batch:
+    """A batch of exactly these rows."""
+    return Batch(tuple(rows), Totals(float(sum(r.n_loss for r in rows)), float(len(rows))))
+
+
+def _sorted(rows: Sequence[Trajectory]) -> list[Trajectory]:
+    return [rows[i] for i in lexicographic([row.ids for row in rows])]
+
+
+def _distinct(rows: Sequence[Trajectory]) -> NDArray[Any]:
+    """(B,) tokens each of the sorted rows adds to the trie."""
+    lengths = np.fromiter((len(row.ids) for row in rows), np.int64, len(rows))
+    return lengths - common_prefixes([row.ids for row in rows])
+
+
+def shard(batch: Batch, rank: int, world: int) -> Batch:
+    """The part of `batch` that `rank` of `world` computes; its totals stay the whole batch's.
+
+    The rows in lexicographic order are cut into contiguous runs of near-equal distinct tokens:
+    siblings stay together, only the siblings at a cut are computed on two ranks. A rank may get no
+    rows. Deterministic.
+    """
+    rows = _sorted(batch.rows)
+    if not rows:
+        return batch
+    cost = np.cumsum(_distinct(rows))
+    middle = cost - _distinct(rows) / 2
+    part = np.minimum(middle * world // cost[-1], world - 1)
+    mine = tuple(row for row, p in zip(rows, part, strict=True) if p == rank)
+    return Batch(mine, batch.totals, batch.stats)
+
+
+def micro_batches(
+    rows: Sequence[Trajectory], max_tokens: int, *, shared: bool = True
+) -> list[list[Trajectory]]:
+    """Rows in runs of at most `max_tokens` *distinct* tokens each (padding and copies are free).
+
+    A row longer than `max_tokens` forms a run alone. Also bounds the keys attention gathers (rows
+    times length) to `GATHER_LIMIT` times `max_tokens`.
+
+    Args:
+        shared: false where rows are computed whole and padded; then all that counts.
+    """
+    rows = _sorted(rows)
+    if not rows:
+        return []
+    if not shared:
+        return _padded_runs(rows, max_tokens)
+    out: list[list[Trajectory]] = []
+    distinct = gathered = max_tokens * GATHER_LIMIT + 1
+    for row, added in zip(rows, _distinct(rows).tolist(), strict=True):
+        length = len(row.ids)
+        if distinct + added > max_tokens or gathered + length > GATHER_LIMIT * max_tokens:
+            out.append([])
+            distinct, gathered, added = 0, 0, length
+        out[-1].append(row)
+        distinct += added
+        gathered += length
+    return out
+
+
+def _padded_runs(rows: Sequence[Trajectory], max_tokens: int) -> list[list[Trajectory]]:
+    out: list[list[Trajectory]] = []
+    for row in sorted(rows, key=lambda row: len(row.ids)):  # the longest of a run comes last
+        if not out or (len(out[-1]) + 1) * len(row.ids) > max_tokens:
+            out.append([])
+        out[-1].append(row)
+    return out
+
+
+def minibatches(rows: Sequence[Trajectory], n: int, seed: int) -> list[list[Trajectory]]:
+    """`n` parts of near-equal loss tokens, whole groups together, in an order drawn from `seed`.
+
+    Parts may be empty (fewer groups than parts): every rank still makes `n` optimizer steps.
+    """
+    if n == 1:
+        return [list(rows)]
+    by_group: dict[int, list[Trajectory]] = {}
+    for row in rows:
+        by_group.setdefault(row.group, []).append(row)
+    names = sorted(by_group)
+    np.random.default_rng(seed).shuffle(names)
+    parts: list[list[Trajectory]] = [[] for _ in range(n)]
+    loads = [0] * n
+    for name in names:
+        lightest = loads.index(min(loads))
+        parts[lightest] += by_group[name]
+        loads[lightest] += sum(row.n_loss for row in by_group[name])
+    return parts

@@ -1,0 +1,332 @@
+"""One forward pass over packed rows, its loss, and the figures of a step.
+
+Shared by every learner, so that they can only differ in how gradients become an update.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from rayrl.config import LearnerConfig
+from rayrl.errors import ConfigError
+from rayrl.learner.batch import Totals, Trajectory, micro_batches
+from rayrl.learner.logits import chosen_logprobs
+from rayrl.learner.loss import LossTokens, Objective, objective_loss
+from rayrl.learner.packing import Packed, pack
+from rayrl.learner.probe import choose_attention, longest_row
+from rayrl.learner.rows import logits_before, shares_prefixes
+from rayrl.weights.loading import load_causal_lm
+from rayrl.weights.model_dir import model_dir
+
+__all__ = [
+    "Tally",
+    "checkpoint_layers",
+    "filler",
+    "load_model",
+    "loss_of",
+    "rate",
+    "row_logprobs",
+    "token_logprobs",
+    "with_logprobs",
+]
+
+
+def load_model(
+    path: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    max_len: int = 0,
+) -> Any:
+    """The causal LM in the Hugging Face directory `path`, in evaluation mode, tried by `probe.py`.
+
+    It has the trie's attention where that is exact; models that mix tokens by other means as well
+    (convolutions, recurrences, windows that a row can outgrow) keep their own attention, and
+    `token_logprobs` gives them whole rows, padded.
+
+    Training mode would turn on dropout, router noise and skipped layers, wherever an architecture
+    has them, and make the learner another policy than the one that was sampled from. Gradients
+    need no training mode.
+
+    Args:
+        max_len: ids that a row can have; 0: what the model has positions for.
+    """
+    model = load_causal_lm(model_dir(str(path)), dtype=dtype)
+    model.eval().to(device)
+    choose_attention(model, longest_row(model, max_len))
+    return model
+
+
+def checkpoint_layers(model: Any) -> None:
+    """Let every layer of `model` compute its activations again in the backward pass, not keep them.
+
+    transformers' own switch for that works in training mode only; see `load_model`.
+
+    Raises:
+        ConfigError: the model has no layers that can be computed again.
+    """
+    layers = [one for one in model.modules() if isinstance(one, GradientCheckpointingLayer)]
+    if not layers:
+        raise ConfigError(
+            f"learner.gradient_checkpointing=true: {type(model).__name__} does not support it; set "
+            "it to false and lower learner.micro_batch_tokens"
+        )
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+
+
+def rate(cfg: LearnerConfig, step: int, total: int) -> float:
+    """The learning rate of step `step` (from 0) of `total`.
+
+    Rises linearly over `warmup_steps`, then stays, or falls to `min_lr_ratio` of `lr` at the last
+    step along a line or half a cosine. `cfg.lr` is a number here: `Learner` says which.
+    """
+    assert cfg.lr is not None
+    if step < cfg.warmup_steps:
+        return cfg.lr * (step + 1) / (cfg.warmup_steps + 1)
+    if cfg.schedule == "constant":
+        return cfg.lr
+    done = min(1.0, (step - cfg.warmup_steps) / max(1, total - 1 - cfg.warmup_steps))
+    if cfg.schedule == "linear":
+        left = 1 - done
+    elif cfg.schedule == "cosine":
+        left = (1 + math.cos(math.pi * done)) / 2
+    else:
+        raise ConfigError(
+            f"learner.schedule={cfg.schedule!r} is not one of constant, linear, cosine"
+        )
+    return cfg.lr * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * left)
+
+
+def token_logprobs(
+    model: Any, packed: Packed, temperature: float, *, entropy_gradient: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the loss tokens under the *sampling* distribution, and its entropy.
+
+    Logits are computed at the distinct source tokens only and divided by `temperature` before the
+    softmax, as the engine did. top-p and top-k are not applied: with them, the rollout's are of a
+    truncated distribution, and the mismatch shows it.
+
+    Returns:
+        (N,) with gradient, in `packed`'s order, and (N,) entropies in nats, with gradient if
+        `entropy_gradient`.
+    """
+    logits, slot = logits_before(model, packed)
+    target = torch.from_numpy(packed.target).to(model.device)
+    return chosen_logprobs(logits, slot, target, temperature, entropy_gradient=entropy_gradient)
+
+
+def _pack(rows: Sequence[Trajectory]) -> Packed:
+    return pack([row.ids for row in rows], [row.loss_mask for row in rows])
+
+
+def _flat(rows: Sequence[Trajectory], packed: Packed, name: str, device: Any) -> Tensor:
+    """Field `name` of the rows at the packed loss tokens, (N,)."""
+    parts = [getattr(rows[i], name)[rows[i].loss_mask] for i in packed.order]
+    return torch.from_numpy(np.concatenate(parts)).to(device)
+
+
+def row_logprobs(
+    model: Any,
+    rows: Sequence[Trajectory],
+    max_tokens: int,
+    temperature: float,
+    *,
+    passes: int = 0,
+) -> dict[int, NDArray[np.float32]]:
+    """(T,) log-probabilities of each row, 0 where `loss_mask` is False; keyed by `id(row)`.
+
+    Makes at least `passes` forward passes: where one is a collective, all ranks make as many.
+    """
+    out: dict[int, NDArray[np.float32]] = {}
+    micros = micro_batches(rows, max_tokens, shared=shares_prefixes(model))
+    for micro in micros + [[filler()]] * (passes - len(micros)):
+        packed = _pack(micro)
+        with torch.no_grad():
+            values = token_logprobs(model, packed, temperature)[0].cpu().numpy()
+        for b, i in enumerate(packed.order):
+            line = np.zeros(len(micro[i].ids), np.float32)
+            mine = packed.row == b
+            line[packed.position[mine]] = values[mine]
+            out[id(micro[i])] = line
+    return out
+
+
+def with_logprobs(
+    rows: Iterable[Trajectory],
+    field: Literal["proximal", "reference"],
+    values: dict[int, NDArray[np.float32]],
+) -> list[Trajectory]:
+    """The rows with `field` filled in from `row_logprobs`."""
+    if field == "proximal":
+        return [replace(row, proximal=values[id(row)]) for row in rows]
+    return [replace(row, reference=values[id(row)]) for row in rows]
+
+
+def filler() -> Trajectory:
+    """The smallest row there is, with no weight: keeps a rank without work in step with others."""
+    zero = np.zeros(2, np.float32)
+    return Trajectory(np.zeros(2, np.int32), np.array([False, True]), zero, zero)
+
+
+class Tally:
+    """Figures of a step as two small vectors that can be reduced over ranks: sums and maxima.
+
+    Beside each sum over tokens stands how many tokens it is over. What no token was measured for
+    is no figure: its mean would be 0, which reads as a policy that is sure of every token.
+    """
+
+    SUMS = (
+        "tokens",
+        "loss",
+        "entropy",
+        "ratio_tokens",
+        "ratio",
+        "clipped",
+        "approx_kl",
+        "tis_tokens",
+        "tis_truncated",
+        "kl_tokens",
+        "kl",
+        "mismatch_tokens",
+        "mismatch",
+        "mismatch_kl",
+        "distinct_tokens",
+        "row_tokens",
+    )
+    MAXIMA = ("ratio_max", "mismatch_max")
+    # number of tokens -> the means over them, as metric -> sum, and the maxima of them
+    MEASURED: ClassVar[Mapping[str, tuple[Mapping[str, str], tuple[str, ...]]]] = {
+        "tokens": ({"entropy": "entropy"}, ()),
+        "ratio_tokens": (
+            {"ratio_mean": "ratio", "clip_fraction": "clipped", "approx_kl": "approx_kl"},
+            ("ratio_max",),
+        ),
+        "tis_tokens": ({"tis_truncated": "tis_truncated"}, ()),
+        "kl_tokens": ({"kl": "kl"}, ()),
+        "mismatch_tokens": (
+            {"mismatch_mean": "mismatch", "mismatch_kl": "mismatch_kl"},
+            ("mismatch_max",),
+        ),
+    }
+
+    def __init__(self) -> None:
+        self.sums = torch.zeros(len(self.SUMS), dtype=torch.float64)
+        self.maxima = torch.zeros(len(self.MAXIMA), dtype=torch.float64)
+
+    def add(self, name: str, value: Tensor | float) -> None:
+        """Add to a sum."""
+        self.sums[self.SUMS.index(name)] += float(value)
+
+    def most(self, name: str, value: Tensor | float) -> None:
+        """Raise a maximum."""
+        at = self.MAXIMA.index(name)
+        self.maxima[at] = max(float(self.maxima[at]), float(value))
+
+    def merge(self, other: Tally) -> None:
+        """Add another's figures."""
+        self.sums += other.sums
+        self.maxima = torch.maximum(self.maxima, other.maxima)
+
+    def total(self, name: str) -> float:
+        """A sum."""
+        return float(self.sums[self.SUMS.index(name)])
+
+    def metrics(self) -> dict[str, float]:
+        """What is logged: counts, and means and maxima of what was measured."""
+        total = dict(zip(self.SUMS, self.sums.tolist(), strict=True))
+        top = dict(zip(self.MAXIMA, self.maxima.tolist(), strict=True))
+        found = {"loss": total["loss"]} if total["tokens"] else {}
+        for tokens, (means, maxima) in self.MEASURED.items():
+            if n := total[tokens]:
+                found |= {name: total[of] / n for name, of in means.items()}
+                found |= {name: top[name] for name in maxima}
+        return {
+            **found,
+            "computed_loss_tokens": total["tokens"],
+            "distinct_tokens": total["distinct_tokens"],
+            "row_tokens": total["row_tokens"],
+        }
+
+
+def loss_of(
+    model: Any,
+    rows: Sequence[Trajectory],
+    objective: Objective,
+    totals: Totals,
+    temperature: float,
+    *,
+    first: bool,
+) -> tuple[Tensor, Tally]:
+    """Forward one micro-batch: its part of the batch's loss (to differentiate), and its figures.
+
+    Args:
+        first: these weights are the ones the step began with, so the difference between learner
+            and rollout log-probabilities is the mismatch and not what the step has learned.
+    """
+    packed = _pack(rows)
+    device = model.device
+    bonus = objective.entropy_coef > 0
+    logprobs, entropy = token_logprobs(model, packed, temperature, entropy_gradient=bonus)
+    fields = {
+        name: _flat(rows, packed, name, device)
+        for name in ("proximal", "reference")
+        if getattr(rows[0], name) is not None
+    }
+    tokens = LossTokens(
+        row=torch.from_numpy(packed.row).to(device),
+        n_rows=len(rows),
+        advantages=_flat(rows, packed, "advantages", device),
+        rollout=_flat(rows, packed, "old_logprobs", device),
+        entropy=entropy if bonus else None,
+        **fields,
+    )
+    loss, terms = objective_loss(objective, logprobs, tokens, totals)
+    tally = Tally()
+    tally.add("tokens", len(packed.row))
+    tally.add("loss", loss.detach())
+    tally.add("entropy", entropy.detach().sum())
+    tally.add("distinct_tokens", len(packed.ids))
+    tally.add("row_tokens", packed.lengths.sum())
+    if objective.loss != "sft":
+        _figures(tally, terms, objective, logprobs.detach(), tokens.rollout, first)
+    return loss, tally
+
+
+def _figures(
+    tally: Tally,
+    terms: dict[str, Tensor],
+    objective: Objective,
+    logprobs: Tensor,
+    rollout: Tensor,
+    first: bool,
+) -> None:
+    ratio = terms["ratio"]
+    tally.add("ratio_tokens", len(ratio))
+    tally.add("ratio", ratio.sum())
+    tally.most("ratio_max", ratio.max())
+    tally.add("clipped", terms["clipped"].sum())
+    tally.add("approx_kl", (ratio - 1 - terms["log_ratio"]).sum())
+    if "tis" in terms:
+        tally.add("tis_tokens", len(ratio))
+        tally.add("tis_truncated", (terms["tis"] >= objective.tis_max).sum())
+    if "kl" in terms:
+        tally.add("kl_tokens", len(ratio))
+        tally.add("kl", terms["kl"].sum())
+    if first:
+        d = logprobs - rollout
+        tally.add("mismatch_tokens", len(d))
+        tally.add("mismatch", d.abs().sum())
+        tally.add("mismatch_kl", (d.exp() - 1 - d).sum())
+        tally.most("mismatch_max", d.abs().max())

@@ -1,0 +1,1 @@
+"""Statistics of episodes, tables and pages: what a run is read by."""

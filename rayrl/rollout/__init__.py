@@ -1,0 +1,1 @@
+"""Task -> Episode -> Group: agents, players, and the one loop that plays episodes."""

@@ -1,0 +1,203 @@
+"""Who can answer: the policy in training, a script, a remote endpoint, a person."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import random
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TextIO
+
+from rayrl.chat.renderer import Chat
+from rayrl.chat.text_protocol import describe_lines, parse_lines
+from rayrl.chat.tools import format_call, tool_name, untold
+from rayrl.engine.protocol import Generator
+from rayrl.environment.environment import PlayerFunction
+from rayrl.environment.randomness import EpisodeRandom
+from rayrl.errors import EnvError, InfraError, described, shown
+from rayrl.rollout.agent import Conversation, Options
+from rayrl.terminal import visible
+from rayrl.types import Message, Request, Sampling, Turn
+
+__all__ = ["HumanPlayer", "PolicyPlayer", "ScriptedPlayer"]
+
+
+class PolicyPlayer:
+    """A model behind a generator: its turns have ids and logprobs, and can be trained on.
+
+    Args:
+        chat: of the model's tokenizer.
+        client: what generates.
+        sampling: how completions are drawn.
+        min_version: oldest weights that may answer; may be set between episodes.
+        trainable: whether its seat is trained.
+    """
+
+    def __init__(
+        self,
+        chat: Chat,
+        client: Generator,
+        sampling: Sampling,
+        *,
+        min_version: int = 0,
+        trainable: bool = True,
+    ) -> None:
+        self.chat = chat
+        self.client = client
+        self.sampling = sampling
+        self.min_version = min_version
+        self.trainable = trainable
+        self.opens_thought = chat.opens_thought  # a reply begins within one
+        self._release = getattr(client, "release", None)
+
+    async def answer(
+        self, conversation: Conversation, new: Sequence[Message], options: Options
+    ) -> Turn:
+        """Append the new messages' ids, generate, and keep exactly what was sampled."""
+        chat, ids = self.chat, conversation.ids
+        prompt_ids, offset = self._prompt(conversation, new, options), len(ids)
+        sampling = self.sampling
+        if options.max_tokens is not None:
+            sampling = replace(sampling, max_tokens=options.max_tokens)
+        whole = (*ids, *prompt_ids)
+        clock_time, began = time.time(), time.perf_counter()
+        done = await self.client.generate(
+            Request(
+                session=conversation.session,
+                prompt_ids=whole,
+                sampling=sampling,
+                stop_ids=chat.stop_ids,
+                seed=options.seed,
+                min_version=self.min_version,
+            )
+        )
+        completion_ids = done.ids
+        if done.finish == "abort":
+            raise InfraError(f"generation of {conversation.session} was aborted")
+        if len(done.logprobs) != len(completion_ids):
+            raise InfraError(
+                f"{conversation.session}: the engine gave {len(completion_ids)} ids but "
+                f"{len(done.logprobs)} logprobs"
+            )
+        turn = Turn(
+            seat=conversation.seat,
+            prompt=tuple(new),
+            text=chat.text(completion_ids),
+            finish=done.finish,
+            offset=offset,
+            prompt_ids=prompt_ids,
+            completion_ids=completion_ids,
+            logprobs=done.logprobs,
+            versions=done.versions,
+            state=options.state,
+            tools=options.tools,
+            began=clock_time,
+            seconds=time.perf_counter() - began,
+        )
+        self.resume(conversation, turn)
+        return turn
+
+    def resume(self, conversation: Conversation, turn: Turn) -> None:
+        """Append a turn's ids: what the next one is appended to."""
+        ids = turn.completion_ids
+        conversation.ids += turn.prompt_ids
+        conversation.ids += ids
+        conversation.finished = bool(ids) and ids[-1] == self.chat.stop_ids[0]
+        conversation.tools.update(map(tool_name, turn.tools))
+
+    def _prompt(
+        self, conversation: Conversation, new: Sequence[Message], options: Options
+    ) -> tuple[int, ...]:
+        tools = untold(options.tools, conversation.tools)
+        if not conversation.ids:
+            return self.chat.start(new, tools)
+        return self.chat.extend(new, conversation.finished, tools)
+
+    def end(self, conversation: Conversation) -> None:
+        """Let the generator forget the conversation."""
+        if self._release is not None and conversation.ids:
+            self._release([conversation.session])
+
+
+class ScriptedPlayer:
+    """A function of the conversation, such as an environment's teacher.
+
+    Args:
+        function: gets all messages and a generator for its randomness; may be async.
+    """
+
+    trainable = False
+
+    def __init__(self, function: PlayerFunction) -> None:
+        self.function = function
+
+    async def answer(
+        self, conversation: Conversation, new: Sequence[Message], options: Options
+    ) -> Turn:
+        """Call the function. What it raises is the environment's failure."""
+        messages = [*conversation.messages, *new]
+        name = getattr(self.function, "__name__", "scripted player")
+        try:
+            with EpisodeRandom(options.seed, "player"):
+                text = self.function(messages, random.Random(options.seed))
+                if inspect.isawaitable(text):
+                    text = await text
+        except Exception as error:
+            raise EnvError(f"player {name} raised {described(error)}") from error
+        if not isinstance(text, str):
+            raise EnvError(f"player {name} returned {shown(text)}: it must return a text")
+        return Turn(conversation.seat, tuple(new), text, "stop", state=options.state)
+
+
+class HumanPlayer:
+    """A person at a terminal.
+
+    Args:
+        read: gives one line; runs in a thread, so that other episodes go on. By default `input`.
+        out: where messages are shown.
+        form: turns the line into the reply, e.g. puts a move into its tags. A line that calls a
+            tool, `CALL name: argument`, is sent as the call.
+    """
+
+    trainable = False
+
+    def __init__(
+        self,
+        read: Callable[[str], str] = input,
+        out: TextIO | None = None,
+        form: Callable[[str], str] = str,
+    ) -> None:
+        self.read = read
+        self.out = out or sys.stdout
+        self.form = form
+
+    async def answer(
+        self, conversation: Conversation, new: Sequence[Message], options: Options
+    ) -> Turn:
+        """Show the new messages and read a line."""
+        for message in new:
+            label = "" if message.role == "user" else f"[{message.role}] "
+            self._show(f"{label}{message.content}")
+        tools = untold(options.tools, conversation.tools)
+        if tools:
+            self._show(describe_lines(tools))
+            conversation.tools.update(map(tool_name, tools))
+        line = await asyncio.to_thread(self.read, f"{conversation.seat}> ")
+        text = self._reply(line, options.tools)
+        return Turn(conversation.seat, tuple(new), text, "stop", state=options.state)
+
+    def _show(self, text: str) -> None:
+        print(f"{visible(text)}\n", file=self.out, flush=True)
+
+    def _reply(self, line: str, tools: Sequence[Mapping[str, Any]]) -> str:
+        calls = parse_lines(line, tools)
+        if not calls:
+            return self.form(line)
+        if not tools:  # none, or they are called by such lines
+            return line
+        call = calls[0]
+        good = format_call(call.name, call.arguments)
+        return f"<tool_call>{line}</tool_call>" if call.error else good

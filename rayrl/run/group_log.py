@@ -1,0 +1,131 @@
+"""Groups on the disk between two checkpoints: played once, they are never lost or trained on twice.
+
+RUN/groups/step_000010.log belongs to the checkpoint of step 10. It begins with the groups that were
+waiting then; each group is appended when it ends, and each batch as the ids of its groups. Who goes
+on from the checkpoint trains on the same batches again and plays only what is not there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rayrl.errors import DataError
+from rayrl.rollout.encoding import group_from_data, group_to_data
+from rayrl.rollout.records import Records
+from rayrl.run.files import told_if_full
+from rayrl.types import Group
+
+__all__ = ["Batched", "GroupLog", "Played"]
+
+
+@dataclass(frozen=True, slots=True)
+class Played:
+    """A group that ended.
+
+    Attributes:
+        index: of its plan in the run.
+    """
+
+    index: int
+    group: Group
+
+
+@dataclass(frozen=True, slots=True)
+class Batched:
+    """What a step was given.
+
+    Attributes:
+        taken: indices of the groups it trains on, in order.
+        dropped: indices of groups that are never trained on.
+        again: indices of plans that began anew since the last batch: what was played was too old.
+    """
+
+    step: int
+    taken: tuple[int, ...]
+    dropped: tuple[int, ...] = ()
+    again: tuple[int, ...] = ()
+
+
+class GroupLog:
+    """The log of one checkpoint; opened to append.
+
+    Attributes:
+        turns: a file beside it for the turns of groups that have not ended.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.turns = folder.resolve() / "turns.log"
+        self._records: Records | None = None
+
+    def read(self, step: int) -> list[Played | Batched]:
+        """What was written since the checkpoint of `step`; appending goes on behind it.
+
+        Raises:
+            DataError: the file is damaged in front of its tail, or was not written by this class.
+        """
+        records = self._open(step).read()
+        try:
+            return [_from_data(*record) for record in records]
+        except (TypeError, ValueError, DataError) as error:
+            raise DataError(
+                f"{self._at(step)}: {error}; remove the file, and what it held is played again."
+            ) from error
+
+    def begin(self, step: int, records: Sequence[Played | Batched]) -> None:
+        """A log for the checkpoint of `step`, which is about to be made, with these to begin with.
+
+        The one before stays until `keep`.
+        """
+        self.close()
+        self._at(step).unlink(missing_ok=True)
+        self._open(step)
+        for one in records:
+            self.add(one)
+
+    def keep(self, step: int) -> None:
+        """The checkpoint of `step` is there: logs of others are not needed any more."""
+        for file in self._folder.glob("step_*.log"):
+            if file != self._at(step):
+                file.unlink()
+
+    def forget(self, step: int) -> None:
+        """Only the checkpoint of `step` is whole: what was played since others is of no use."""
+        self.keep(step)
+        self.turns.unlink(missing_ok=True)
+
+    def add(self, record: Played | Batched) -> None:
+        """Append; a process that is killed afterwards has not lost it."""
+        assert self._records is not None
+        then = "it goes on from the last checkpoint and what was played since"
+        with told_if_full(self._folder, "a group that was played", then):
+            self._records.add(_to_data(record))
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._records is not None:
+            self._records.close()
+            self._records = None
+
+    def _at(self, step: int) -> Path:
+        return self._folder / f"step_{step:06d}.log"
+
+    def _open(self, step: int) -> Records:
+        self.close()
+        self._records = Records(self._at(step))
+        return self._records
+
+
+def _to_data(record: Played | Batched) -> tuple[Any, ...]:
+    if isinstance(record, Played):
+        return "played", record.index, group_to_data(record.group)
+    return "batched", record.step, record.taken, record.dropped, record.again
+
+
+def _from_data(kind: str, number: int, *rest: Any) -> Played | Batched:
+    if kind == "played":
+        return Played(number, group_from_data(*rest))
+    return Batched(number, *map(tuple, rest))

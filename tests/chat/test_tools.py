@@ -1,0 +1,245 @@
+from __future__ import annotations
+
+import asyncio
+import datetime as dt
+import enum
+import json
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pytest
+
+from rayrl.chat.text_protocol import parse_lines
+from rayrl.chat.tools import ParsedCall, Tool, Toolkit, format_call, parse_calls, without_calls
+from rayrl.errors import ConfigError
+
+
+def convert(
+    value: float,
+    unit: Literal["m", "ft"] = "m",
+    digits: int | None = None,
+    notes: list[str] = [],  # noqa: B006
+) -> str:
+    """Convert a length.
+
+    Rounds half to even.
+
+    Args:
+        value: what to convert,
+            in metres.
+        unit (str): the target unit
+
+    Returns:
+        The length as text.
+    """
+    return f"{value}{unit}{digits}"
+
+
+async def slowly(n: int) -> dict[str, Any]:
+    """:param n: how many."""
+    await asyncio.sleep(0)
+    return {"n": n}
+
+
+def fails(x: int) -> int:
+    raise KeyError("no such row")
+
+
+def test_schema_from_signature_and_docstring() -> None:
+    assert Tool.of(convert).schema == {
+        "type": "function",
+        "function": {
+            "name": "convert",
+            "description": "Convert a length. Rounds half to even.",
+            "parameters": {
+                "type": "object",
+                "properties": {
+                    "value": {"type": "number", "description": "what to convert, in metres."},
+                    "unit": {
+                        "type": "string",
+                        "enum": ["m", "ft"],
+                        "description": "the target unit",
+                        "default": "m",
+                    },
+                    "digits": {"type": "integer"},
+                    "notes": {"type": "array", "items": {"type": "string"}, "default": []},
+                },
+                "required": ["value"],
+            },
+        },
+    }
+    parameters = Tool.of(slowly).schema["function"]["parameters"]
+    assert parameters["properties"] == {"n": {"type": "integer", "description": "how many."}}
+
+
+class Color(enum.Enum):
+    RED = "red"
+    BLUE = "blue"
+
+
+@dataclass(frozen=True)
+class Box:
+    color: Color
+    size: tuple[int, int] = (1, 1)
+
+
+def paint(
+    color: Color,
+    when: dt.date,
+    how: Literal["fast", "slow"] = "fast",
+    over: Color = Color.RED,
+    box: Box | None = None,
+    boxes: tuple[Box, ...] = (Box(Color.BLUE),),
+    limit: float = math.inf,
+    sink: Any = print,
+) -> str:
+    """Paint."""
+    return f"{color!r} {when!r} {how} {over!r} {box!r}"
+
+
+def test_types_that_json_does_not_have() -> None:
+    """Their schema, and defaults that are no JSON."""
+    parameters = Tool.of(paint).schema["function"]["parameters"]
+    json.dumps(parameters, allow_nan=False)
+    found = parameters["properties"]
+    colors = {"type": "string", "enum": ["red", "blue"]}
+    assert found["color"] == colors
+    assert found["when"] == {"type": "string", "format": "date"}
+    assert found["over"] == {**colors, "default": "red"}
+    assert found["box"]["properties"]["color"] == colors
+    assert found["boxes"]["default"] == [{"color": "blue", "size": [1, 1]}]
+    assert "default" not in found["limit"]
+    assert found["sink"] == {}
+    assert parameters["required"] == ["color", "when"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            {"color": "blue", "when": "2020-01-02", "box": {"color": "red", "size": [1, 2]}},
+            "<Color.BLUE: 'blue'> datetime.date(2020, 1, 2) fast <Color.RED: 'red'> Box(color=<C",
+        ),
+        (
+            {"color": "pink", "when": "2020-01-02"},
+            "Error: paint: argument 'color': expected 'red' or 'blue', got 'pink'",
+        ),
+        (
+            {"color": "red", "when": "2020-13-02"},
+            "Error: paint: argument 'when': expected a valid date",
+        ),
+        (
+            {"color": "red", "when": "2020-01-02", "box": {}},
+            "Error: paint: argument 'box': Box needs the field 'color'",
+        ),
+    ],
+)
+async def test_calls_with_types_that_json_does_not_have(
+    arguments: dict[str, Any], said: str
+) -> None:
+    text, _ = await Toolkit([paint]).run(ParsedCall("paint", arguments))
+    assert text.startswith(said)
+
+
+def test_one_hint_that_cannot_be_resolved_leaves_the_others() -> None:
+    class Shade(enum.StrEnum):
+        DARK = "dark"
+
+    def shade(how: Shade, n: int, other: Missing) -> str:  # type: ignore[name-defined]  # noqa: F821
+        return f"{Shade(how)}"
+
+    found = Tool.of(shade).schema["function"]["parameters"]["properties"]
+    assert found == {
+        "how": {"type": "string", "enum": ["dark"]},
+        "n": {"type": "integer"},
+        "other": {},
+    }
+
+
+def test_tools_that_cannot_be_called() -> None:
+    def spread(*numbers: int) -> int:
+        return sum(numbers)
+
+    with pytest.raises(ConfigError, match="'spread': every parameter needs a name"):
+        Tool.of(spread)
+    with pytest.raises(ConfigError, match="different names"):
+        Toolkit([convert, convert])
+
+
+@pytest.mark.parametrize(
+    ("call", "said", "failed"),
+    [
+        (ParsedCall("convert", {"value": 2}), "2.0mNone", False),
+        (ParsedCall("convert", {"value": 2, "unit": "ft", "digits": 1}), "2.0ft1", False),
+        (ParsedCall("slowly", {"n": 3}), '{"n": 3}', False),
+        (ParsedCall("convert", {}), "Error: convert: missing argument 'value'", True),
+        (
+            ParsedCall("convert", {"value": "2"}),
+            "Error: convert: argument 'value': expected float, got '2'",
+            True,
+        ),
+        (
+            ParsedCall("convert", {"value": 2, "uint": "m"}),
+            "Error: convert: unknown argument 'uint'. Did you mean 'unit'?",
+            True,
+        ),
+        (ParsedCall("fails", {"x": 1}), "Error: fails raised KeyError: 'no such row'", True),
+        (
+            ParsedCall("covert", {}),
+            "Error: there is no tool 'covert'. Did you mean 'convert'? Tools: convert, slow",
+            True,
+        ),
+        (ParsedCall("convert", error="arguments must be an object"), "Error: arg", True),
+    ],
+)
+async def test_calls(call: ParsedCall, said: str, failed: bool) -> None:
+    text, wrong = await Toolkit([convert, slowly, fails]).run(call)
+    assert text.startswith(said)
+    assert wrong is failed
+
+
+def test_parse_well_formed() -> None:
+    second = '{"name": "b", "arguments": {"s": "</x> \\n"}}'
+    text = f"First {format_call('a', {'x': 1})} then\n<tool_call>\n{second}\n</tool_call> done"
+    assert parse_calls(text) == [ParsedCall("a", {"x": 1}), ParsedCall("b", {"s": "</x> \n"})]
+    assert without_calls(text) == "First  then\n done"
+    assert parse_calls("no call, only <tool> text") == []
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        '{"name": "a", "arguments": {"x": 1}}',  # closed below by nothing at all
+        '```json\n{"name": "a", "arguments": {"x": 1}}\n```</tool_call>',
+        '{"name": "a", "arguments": "{\\"x\\": 1}"}</tool_call>',
+        '{"name": "a", "parameters": {"x": 1}}</tool_call>',
+        '{"name": "a", "arguments": {"x": 1}}}</tool_call>',
+    ],
+)
+def test_parse_sloppy(body: str) -> None:
+    assert parse_calls(f"<tool_call>{body}") == [ParsedCall("a", {"x": 1})]
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ('{"name": "a", "argum', "not valid JSON"),
+        ("", "not valid JSON"),
+        ("[1]", "must be"),
+        ('{"arguments": {}}', "must be"),
+        ('{"name": "a", "arguments": [1]}', "arguments must be an object"),
+        ('{"name": "a", "arguments": null}', "arguments must be an object"),
+    ],
+)
+def test_parse_malformed(body: str, said: str) -> None:
+    (call,) = parse_calls(f"<tool_call>{body}</tool_call>")
+    assert said in call.error
+
+
+@pytest.mark.parametrize("body", ["[" * 100_000, '{"name": ' + "9" * 5_000 + "}"])
+def test_what_no_parser_takes_is_an_error_for_the_model(body: str) -> None:
+    (call,) = parse_calls(f"<tool_call>{body}</tool_call>")
+    assert "not valid JSON" in call.error
+    (line,) = parse_lines(f"CALL slowly: {body}", [Tool.of(slowly).schema])
+    assert line.name == "slowly"

@@ -1,0 +1,147 @@
+"""Code that blocks its host is named at once. Ray's actors are played by plain objects."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import rayrl
+from rayrl import Agent, GroupPlan, Scores, Task
+from rayrl.cluster.workers import worker_slot as places
+from rayrl.cluster.workers.env_worker import Running, running_in
+from rayrl.cluster.workers.worker_pool import BLOCKED_SAID, HostPool
+from rayrl.cluster.workers.worker_slot import Call, Place, Work, blocked
+from rayrl.config import from_dict
+from rayrl.rollout.rollout import play_episode
+from tests.act import says
+
+
+async def test_what_runs_in_an_event_loop_that_is_blocked() -> None:
+    began, over = threading.Event(), threading.Event()
+
+    @rayrl.env(tasks=[Task()], rewards={"win": 1.0})
+    async def blocks(task: Task, agent: Agent) -> Scores:
+        began.set()
+        over.wait()
+        return {"win": 1.0}
+
+    found: dict[str, Any] = {}
+
+    async def host() -> None:
+        found["loop"], found["thread"] = asyncio.get_running_loop(), threading.get_ident()
+        await play_episode(blocks, Task(), says(), id="g7/3", attempt=2)
+
+    thread = threading.Thread(target=asyncio.run, args=(host(),))
+    thread.start()
+    assert await asyncio.to_thread(began.wait, 30)
+    running = running_in(found["loop"], found["thread"])
+    over.set()
+    await asyncio.to_thread(thread.join)
+    assert running.episode == "g7/3"
+    assert "over.wait()" in running.stack
+    assert "in blocks" in running.stack.splitlines()[0]  # nothing of ours before it
+
+
+async def test_an_idle_loop_runs_nothing() -> None:
+    ready, over = threading.Event(), threading.Event()
+    found: dict[str, Any] = {}
+
+    async def idle() -> None:
+        found["loop"], found["thread"] = asyncio.get_running_loop(), threading.get_ident()
+        ready.set()
+        await asyncio.to_thread(over.wait)
+
+    thread = threading.Thread(target=asyncio.run, args=(idle(),))
+    thread.start()
+    await asyncio.to_thread(ready.wait)
+    for _ in range(200):
+        if not (running := running_in(found["loop"], found["thread"])).stack:
+            break
+        await asyncio.sleep(0.01)
+    over.set()
+    await asyncio.to_thread(thread.join)
+    assert running == Running()
+
+
+class Actor:
+    """A host that does not answer `ping`; `running` is what it says it does, or an error."""
+
+    def __init__(self, running: Running | Exception | None) -> None:
+        self.ping = SimpleNamespace(remote=self._never)
+        self.running = SimpleNamespace(remote=self._running)
+        self._says = running
+
+    async def _never(self) -> None:
+        await asyncio.Event().wait()
+
+    async def _running(self) -> Running:
+        if isinstance(self._says, Running):
+            return self._says
+        if self._says is not None:
+            raise self._says
+        await asyncio.Event().wait()
+        raise AssertionError
+
+
+@pytest.mark.parametrize("says", [Running("g/0", "File"), None, TimeoutError()])
+async def test_silence_is_told_long_before_the_host_is_given_up(
+    monkeypatch: pytest.MonkeyPatch, says: Any
+) -> None:
+    monkeypatch.setattr(places, "BLOCKED_S", 0.01)
+    told: asyncio.Queue[Running | None] = asyncio.Queue()
+    place = Place(Actor(says), 3600.0, lambda _, running: told.put_nowait(running))
+    watch = asyncio.create_task(place._watch(place.actor))
+    assert await told.get() == (says if isinstance(says, Running) else None)
+    assert not watch.done()
+    watch.cancel()
+
+
+async def test_a_host_that_is_given_up_says_why() -> None:
+    place = Place(Actor(None), 0.01)
+    assert "blocked the event loop of its host for more than 0.01 s" in await place._watch(
+        place.actor
+    )
+
+
+def pool_of(place: Place, **env: Any) -> Any:
+    config = from_dict({"env": {"name": "nim", "deadline_s": 60.0, **env}})
+    pool = object.__new__(HostPool)
+    pool._job = SimpleNamespace(config=config)  # type: ignore[assignment]
+    pool._said_blocked = set()
+    return pool
+
+
+async def test_it_is_said_which_environment_and_task_and_what_to_do(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    place = Place(None, 65.0)
+    plans = [GroupPlan(f"g{k}", Task(seed=k), 1, 0) for k in range(5)]
+    call = Call(plans, lambda group: None)
+    place.take([Work(plan, call, again=False) for plan in plans])
+    pool = pool_of(place)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            pool._say_blocked(place, Running("g3/0", "nim.py:7: time.sleep(60)\n"))
+        pool._say_blocked(place, Running())  # nothing runs there
+        assert len(caplog.records) == 1  # once
+        pool._say_blocked(place, None)
+        for k in range(100):
+            place.works = {f"other{k}": Work(GroupPlan("", Task(seed=k), 1, 0), call, again=False)}
+            pool._say_blocked(place, Running(f"other{k}/0", "x"))
+    first, second = caplog.messages[:2]
+    for part in ("'nim'", "episode g3/0", "Task(seed=3)", "65 s", "env.isolated=true", "nim.py:7"):
+        assert part in first
+    assert (
+        "one of 5 groups (the first tasks are Task(seed=0); Task(seed=1); Task(seed=2))" in second
+    )
+    assert len(caplog.records) == BLOCKED_SAID
+
+
+def test_an_isolated_environment_is_not_told_to_be_isolated() -> None:
+    env = from_dict({"env": {"isolated": True}}).env
+    assert "env.isolated" not in blocked(env, "x", None)

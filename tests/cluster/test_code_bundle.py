@@ -1,0 +1,187 @@
+"""What is sent to a cluster: all that a run needs, little else, and it wins over what is there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayrl.cluster import code_bundle
+from rayrl.cluster.code_bundle import env_names, stage, variables
+from rayrl.config import from_dict
+from rayrl.errors import ConfigError
+from tests.documents import ROOT
+
+GAME = """\
+import dataclasses
+import rayrl
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Move(rayrl.Task):
+    where: int = 3
+
+@rayrl.env(tasks=[Move(seed=1)], rewards={"won": 1.0})
+async def game(task, agent):
+    return {"won": 1.0}
+"""
+
+
+@pytest.fixture
+def sent(tmp_path: Path) -> Path:
+    folder = tmp_path / "sent"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def absent(tmp_path: Path) -> Path:
+    """A folder for PYTHONPATH, after which nothing that is installed can be imported."""
+    for name in ("rayrl", "rayrl_copyword"):
+        (tmp_path / "absent" / name).mkdir(parents=True)
+        (tmp_path / "absent" / name / "__init__.py").write_text("raise ImportError('not sent')")
+    return tmp_path / "absent"
+
+
+def there(sent: Path, absent: Path, code: str, *words: str) -> Any:
+    """What `code` prints, as JSON, in a process that has been sent the folder."""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words],
+        cwd=absent.parent,
+        env={**os.environ, "PYTHONPATH": f"{sent}{os.pathsep}{absent}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_a_node_without_the_clone_has_all_of_it(sent: Path, absent: Path) -> None:
+    stage(sent)
+    code = """
+import json, sys, rayrl, importlib.metadata
+from rayrl.cli import compose
+from rayrl.models import model_dir
+from rayrl.registry import load_env, installed_envs
+names = installed_envs()
+modules = {type(load_env(name).tasks(0, 1)[0]).__module__ for name in names}
+files = {sys.modules[module].__file__ for module in modules}
+print(json.dumps([names, [rayrl.__file__, str(model_dir("embedded")), *files],
+    compose(["experiment=tictactoe"]).run.name, importlib.metadata.version("rayrl")]))
+"""
+    names, files, run, version = there(sent, absent, code)
+    assert set(names) >= {"copyword", "double_check", "reverse_text", "tictactoe", "tools"}
+    assert all(file.startswith(str(sent)) for file in files), files
+    assert (run, version) == ("tictactoe", "0.1.0")
+
+
+def test_small_and_without_what_is_not_code(sent: Path) -> None:
+    stage(sent)
+    files = [file for file in sent.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) < 10 << 20
+    parts = {part for file in files for part in file.relative_to(sent).parts}
+    assert not parts & {"__pycache__", ".git", ".venv", "runs", "models", "tests", "docs"}
+
+
+def test_a_file_is_the_same_module_for_the_sender_and_on_the_nodes(
+    sent: Path, absent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or tasks could not be unpickled; found by what was written and by its absolute path."""
+    (tmp_path / "mine").mkdir()
+    file = tmp_path / "mine" / "my-game.py"
+    file.write_text(GAME)
+    monkeypatch.chdir(tmp_path)
+    stage(sent, ["mine/my-game.py"])
+    written = "mine/my-game.py"
+    load = f"import json, rayrl; env = rayrl.load_env('{written}')"
+    tell = "print(json.dumps([type(env.tasks(0, 1)[0]).__module__, env.ref]))"
+    here, ref = there(ROOT, absent, f"import os; os.chdir({str(tmp_path)!r}); {load}; {tell}")
+    file.unlink()
+    assert there(sent, absent, f"{load}; {tell}") == [here, ref]
+    assert ref == f"{file}:"
+    assert there(sent, absent, f"{load.replace(written, ref)}; {tell}")[0] == here
+
+
+def test_a_package_of_ones_own(
+    sent: Path, absent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "elsewhere" / "zz_mine"
+    (package / "data").mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "games.py").write_text(GAME)
+    (package / "data" / "words.txt").write_text("a b c")
+    monkeypatch.syspath_prepend(str(package.parent))
+    stage(sent, ["zz_mine.games:game"])
+    code = "import json, rayrl; print(json.dumps(rayrl.load_env('zz_mine.games:game').seats))"
+    assert there(sent, absent, code) == ["agent"]
+    assert (sent / "zz_mine" / "data" / "words.txt").read_text() == "a b c"
+    with pytest.raises(ConfigError, match=r"env.name='zz_nobody:game'.*no module 'zz_nobody'"):
+        stage(sent, ["zz_nobody:game"])
+
+
+@pytest.mark.parametrize("editable", [True, False])
+def test_a_package_that_is_installed_from_elsewhere(
+    editable: bool, sent: Path, absent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site, source = tmp_path / "site", tmp_path / ("source" if editable else "site")
+    info = site / "zz_theirs-2.0.dist-info"
+    info.mkdir(parents=True)
+    source.mkdir(exist_ok=True)
+    (source / "zz_theirs.py").write_text("from zz_rules import game\n")
+    (source / "zz_rules.py").write_text(GAME)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: zz-theirs\nVersion: 2.0\n\nLong.")
+    (info / "entry_points.txt").write_text("[rayrl.envs]\ntheirs = zz_theirs:game\n")
+    files = ["zz_theirs.pth"] if editable else ["zz_theirs.py", "zz_rules.py"]
+    (info / "RECORD").write_text("".join(f"{file},,\n" for file in files))
+    monkeypatch.syspath_prepend(str(site))
+    monkeypatch.syspath_prepend(str(source))
+    stage(sent, [] if not editable else ["zz_rules:game"])
+    code = "import json, rayrl; print(json.dumps(rayrl.load_env('theirs').name))"
+    assert there(sent, absent, code) == "game"
+
+
+def test_what_is_too_large_is_named(
+    sent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "zz_large"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "corpus.bin").write_bytes(bytes(6 << 20))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(code_bundle, "LIMIT_MB", 9)
+    with pytest.raises(ConfigError, match=r"at most 9 .*corpus\.bin \(6 MiB\).*by path"):
+        stage(sent, ["zz_large:game"])
+    assert not list(sent.iterdir())
+
+
+def test_a_file_that_is_nowhere(
+    sent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"there is no file .*nim\.py"):
+        stage(sent, ["nim.py:nim"])
+    stage(sent, ["/shared/nim.py"])  # the nodes may have it
+
+
+def test_environments_of_all_stages() -> None:
+    config = from_dict(
+        {
+            "env": {"name": "a"},
+            "recipe": [
+                {"name": "one", "verb": "eval", "set": {"env.name": "b.py"}},
+                {"name": "two", "verb": "train"},
+            ],
+        }
+    )
+    assert env_names(config) == ["a", "b.py"]
+
+
+def test_variables_of_a_run_and_not_of_a_machine() -> None:
+    here = {"RAYRL_DEBUG": "1", "RAYRL_VENV": "/x", "HOME": "/root", "HF_HUB_OFFLINE": "1"}
+    here |= {"NCCL_DEBUG": "INFO", "OPENAI_API_KEY": "secret", "HF_TOKEN": "secret"}
+    assert variables(here) == {"RAYRL_DEBUG": "1", "HF_HUB_OFFLINE": "1", "NCCL_DEBUG": "INFO"}

@@ -1,0 +1,86 @@
+"""Turns of live episodes, and the file that brings them back to another process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from rayrl.cluster.workers import turn_log
+from rayrl.cluster.workers.turn_log import Recorder
+from rayrl.rollout.resume import Begun
+from rayrl.types import Turn
+
+Make = Callable[[Path], Recorder]
+
+
+@pytest.fixture
+def recorders() -> Iterator[Make]:
+    """Makes recorders, as other processes would: the files of all stay open until the end."""
+    made: list[Recorder] = []
+
+    def make(file: Path) -> Recorder:
+        made.append(Recorder(file))
+        return made[-1]
+
+    yield make
+    for one in made:
+        if one._records is not None:
+            one._records.close()
+
+
+def turn(text: str) -> Turn:
+    return Turn("agent", (), text, "stop")
+
+
+def test_another_recorder_goes_on_with_what_has_not_ended(tmp_path: Path, recorders: Make) -> None:
+    file = tmp_path / "groups" / "turns.log"
+    first = recorders(file)
+    first.add([("a/0", 0, turn("1")), ("b/0", 0, turn("2")), ("a/0", 0, turn("3"))])
+    first.add([("a/0", 1, turn("1"))])  # begun again: what was of attempt 0 is void
+    first.forget(["b"])
+    second = recorders(file)
+    assert second.known() == {"a"}
+    assert second.begun(["a", "b"]) == {"a/0": Begun((turn("1"),), attempt=2)}
+    whole = file.stat().st_size
+    with file.open("ab") as out:
+        out.write(b"\0\0\1\0half")  # killed while it wrote
+    third = recorders(file)
+    assert third.begun(["a"]) == second.begun(["a"])
+    assert file.stat().st_size == whole
+    third.forget(["a"])
+    assert file.stat().st_size == 0, "nothing is live"
+
+
+def test_its_file_is_written_anew_without_what_has_ended(
+    tmp_path: Path, recorders: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(turn_log, "COMPACT_AT", 10_000)
+    file = tmp_path / "turns.log"
+    one = recorders(file)
+    one.add([("long/0", 0, turn("stays"))])
+    for k in range(100):
+        one.add([(f"{k}/0", 0, turn("x" * 1000))])
+        one.forget([str(k)])
+        assert file.stat().st_size < 13_000
+    assert recorders(file).begun(["long", "99"]) == {"long/0": Begun((turn("stays"),), attempt=1)}
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_without_space_it_goes_on_in_memory(
+    tmp_path: Path, recorders: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = recorders(tmp_path / "turns.log")
+    one.add([("a/0", 0, turn("1"))])
+    records = one._records
+    assert records is not None
+
+    def full(record: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(records, "add", full)
+    one.add([("a/0", 0, turn("2"))])
+    one.add([("a/0", 0, turn("3"))])
+    assert [t.text for t in one.begun(["a"])["a/0"].turns] == ["1", "2", "3"]
+    records.close()

@@ -1,0 +1,321 @@
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import rayrl
+from rayrl import Agent, Scores, load_env
+from rayrl.chat.renderer import Chat
+from rayrl.chat.tools import format_call
+from rayrl.commands import sft
+from rayrl.commands.sft import batch_indices, conversations, load_rows, rows_of
+from rayrl.config import Config, from_dict
+from rayrl.errors import ConfigError, DataError
+from rayrl.learner.batch import Batch
+from rayrl.rollout.episode_io import read_episodes, write_episodes
+from rayrl.rollout.players import PolicyPlayer, ScriptedPlayer
+from rayrl.rollout.rollout import play_group
+from rayrl.run.folder import RunDir
+from rayrl.types import Episode, Failure, Message, Sampling, Task, Turn, system, user
+from tests.act import CHATML, HERMES, Instant, build_tokenizer, chat
+from tests.tiny import save_tiny_model
+
+
+def config(data: Path | str, **sections: Any) -> Config:
+    base = {"env": {"name": "tictactoe"}, "sft": {"data": str(data)}}
+    return from_dict({**base, **sections})
+
+
+async def games(n: int) -> list[Episode]:
+    """Games of the scripted teacher."""
+    env = load_env("tictactoe")
+    player = {"agent": ScriptedPlayer(env.players["teacher"])}
+    tasks = env.tasks(seed=5, n=n)
+    groups = [await play_group(env, t, player, id=f"g{k}", size=1) for k, t in enumerate(tasks)]
+    return [group.episodes[0] for group in groups]
+
+
+# --- which rows a batch has ----------------------------------------------------------------------
+
+
+def test_batches_go_through_one_shuffle_after_another() -> None:
+    n, size, seed = 10, 4, 7
+    seen = [i for step in range(5) for i in batch_indices(n, size, step, seed)]
+    assert sorted(seen[:10]) == list(range(10))  # the first epoch
+    assert sorted(seen[10:]) == list(range(10))  # the second, from the middle of a batch on
+    assert seen[:10] != seen[10:]
+    assert batch_indices(n, size, 3, seed) == seen[12:16]  # a function of the step alone
+
+
+def test_a_batch_may_be_larger_than_the_data() -> None:
+    assert Counter(batch_indices(3, 7, 0, seed=0)).most_common()[-1][1] == 2
+    assert len(batch_indices(3, 7, 5, seed=0)) == 7
+    assert batch_indices(3, 3, 0, seed=0) != batch_indices(3, 3, 0, seed=2)
+
+
+# --- ids and masks -------------------------------------------------------------------------------
+
+
+async def test_a_row_has_the_ids_that_playing_it_gives() -> None:
+    """The same words said by a policy and by a script end up as the same training row."""
+    from rayrl.learner.batch import make_batch
+
+    (scripted,) = await games(1)
+    replies = iter([turn.text for turn in scripted.turns])
+
+    class Repeats(Instant):
+        async def generate(self, request):  # type: ignore[no-untyped-def]
+            self.replies = [chat().reply(next(replies))]
+            return await super().generate(request)
+
+    policy = PolicyPlayer(chat(), Repeats(chat(), [""]), Sampling(max_tokens=99))
+    env = load_env("tictactoe")
+    group = await play_group(env, scripted.task, {"agent": policy}, id="g", size=1)
+    played = make_batch([group], [{(0, "agent"): [1.0] * len(scripted.turns)}]).rows[0]
+
+    (row,) = rows_of(scripted, ["agent"], chat())
+    assert row.ids.tolist() == played.ids.tolist()
+    assert row.loss_mask.tolist() == played.loss_mask.tolist()
+
+
+def add(a: int, b: int) -> int:
+    """Add two numbers."""
+    return a + b
+
+
+def negate(a: int) -> int:
+    """Change the sign."""
+    return -a
+
+
+@rayrl.env(tasks=[Task()], rewards={"right": 1.0})
+async def sums(task: Task, agent: Agent) -> Scores:
+    await agent([system("be brief"), user("Ready?")])
+    await agent("1 + 2?", tools=[add])
+    return {"right": float(await agent("and its negative?", tools=[add, negate]) == "-3")}
+
+
+CALLS = [
+    "yes",
+    format_call("add", {"a": 1, "b": 2}),
+    "3",
+    format_call("negate", {"a": 3}),
+    "-3",
+]
+
+
+@pytest.mark.parametrize("template", [CHATML, HERMES])
+async def test_tools_are_in_the_prompts_as_in_play(tmp_path: Path, template: str) -> None:
+    talk = Chat(build_tokenizer(template))
+    replies = iter(CALLS)
+    teacher = {"agent": ScriptedPlayer(lambda messages, rng: next(replies))}
+    shown = await play_group(sums, Task(), teacher, id="g", size=1)
+    write_episodes(tmp_path / "d.jsonl", shown.episodes)
+    (scripted,) = read_episodes(tmp_path / "d.jsonl")
+    assert [[t["function"]["name"] for t in turn.tools] for turn in scripted.turns] == [
+        [],
+        *[["add"]] * 2,
+        *[["add", "negate"]] * 2,
+    ]
+    (row,) = rows_of(scripted, ["agent"], talk)
+
+    said = iter(CALLS)
+
+    class Repeats(Instant):
+        async def generate(self, request):  # type: ignore[no-untyped-def]
+            self.replies = [talk.reply(next(said))]
+            return await super().generate(request)
+
+    policy = PolicyPlayer(talk, Repeats(talk, [""]), Sampling(max_tokens=99))
+    played = await play_group(sums, Task(), {"agent": policy}, id="g", size=1)
+    turns = played.episodes[0].turns
+    assert row.ids.tolist() == [i for t in turns for i in (*t.prompt_ids, *t.completion_ids)]
+    assert "Change the sign." in talk.tokenizer.decode(row.ids)
+
+
+async def test_the_loss_is_on_replies_and_their_end_of_turn() -> None:
+    (one,) = await games(1)
+    (row,) = rows_of(one, ["agent"], chat())
+    learned = row.ids[row.loss_mask].tolist()
+    end = chat().stop_ids[0]
+    texts = [chat().text(part) for part in split_after(learned, end)]
+    assert texts == [turn.text for turn in one.turns]
+    (everything,) = rows_of(one, ["agent"], chat(), loss_on_all=True)
+    assert everything.n_loss == len(row.ids) - 1  # nothing predicts the first id
+
+
+def split_after(ids: list[int], end: int) -> list[list[int]]:
+    parts: list[list[int]] = [[]]
+    for i in ids:
+        parts[-1].append(i)
+        if i == end:
+            parts.append([])
+    assert parts[-1] == []
+    return parts[:-1]
+
+
+def turn(*said: Message, ids: tuple[int, ...] = (), offset: int = 0) -> Turn:
+    return Turn("agent", said, "ok", "stop", offset=offset, prompt_ids=ids)
+
+
+def test_conversations_are_cut_where_one_starts() -> None:
+    with_ids = [turn(user("a"), ids=(1,)), turn(user("b"), ids=(2,), offset=5), turn(ids=(3,))]
+    assert [len(talk) for talk in conversations(with_ids)] == [2, 1]
+    without = [turn(system("s"), user("a")), turn(user("b")), turn(system("s"), user("c"))]
+    assert [len(talk) for talk in conversations(without)] == [2, 1]
+    assert list(conversations([])) == []
+
+
+# --- the data file -------------------------------------------------------------------------------
+
+
+async def test_rows_of_a_file(tmp_path: Path) -> None:
+    played = await games(6)
+    failed = Episode("f", "tictactoe", Task(), 0, (), failure=Failure("env", "broke"))
+    write_episodes(tmp_path / "d.jsonl", [*played, failed])
+    rows = load_rows(config(tmp_path / "d.jsonl"), chat())
+    assert [row.id for row in rows] == [f"{e.id}/agent/0" for e in played]
+    assert all(row.n_loss > 0 for row in rows)
+
+
+async def test_only_the_seats_of_the_policy_are_learned(tmp_path: Path) -> None:
+    env = load_env("tictactoe_versus")
+    players = {seat: ScriptedPlayer(env.players["random"]) for seat in env.seats}
+    group = await play_group(env, env.tasks(seed=1, n=1)[0], players, id="g", size=1)
+    write_episodes(tmp_path / "d.jsonl", group.episodes)
+    seats = {"x": "policy", "o": "player:optimal"}
+    both = load_rows(config(tmp_path / "d.jsonl", env={"name": "tictactoe_versus"}), chat())
+    named = {"name": "tictactoe_versus", "seats": seats}
+    one = load_rows(config(tmp_path / "d.jsonl", env=named), chat())
+    assert sorted(row.id for row in both) == ["g/0/o/0", "g/0/x/0"]
+    assert [row.id for row in one] == ["g/0/x/0"]
+    wrong = {"name": "tictactoe_versus", "seats": {"y": "policy"}}
+    with pytest.raises(ConfigError, match=r"env.seats.y: .* has no such seat"):
+        load_rows(config(tmp_path / "d.jsonl", env=wrong), chat())
+
+
+async def test_a_conversation_too_long_for_the_model_is_named(tmp_path: Path) -> None:
+    write_episodes(tmp_path / "d.jsonl", await games(1))
+    with pytest.raises(DataError, match=r"d\.jsonl: g0/0/agent/0 has \d+ ids.*positions for 20"):
+        load_rows(config(tmp_path / "d.jsonl"), chat(), longest=20)
+    with pytest.raises(DataError, match=r"a conversation can have 20; .*raise engine\.max_len"):
+        load_rows(config(tmp_path / "d.jsonl", engine={"max_len": 20}), chat(), longest=20)
+
+
+@pytest.mark.parametrize(
+    ("lines", "complaint"),
+    [
+        ("", "no reply to learn from"),
+        ("\n{\n", r"d\.jsonl:2: not valid JSON"),
+        ('{"id": "a"}\n', r"d\.jsonl:1: an episode needs the key"),
+    ],
+)
+def test_a_bad_file_names_file_and_line(tmp_path: Path, lines: str, complaint: str) -> None:
+    (tmp_path / "d.jsonl").write_text(lines)
+    with pytest.raises(DataError, match=complaint):
+        load_rows(config(tmp_path / "d.jsonl"), chat())
+
+
+def test_no_data_says_how_to_get_some(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"rayrl synth"):
+        load_rows(config(""), chat())
+    with pytest.raises(DataError, match=r"none\.jsonl"):
+        load_rows(config(tmp_path / "none.jsonl"), chat())
+
+
+def test_rows_survive_the_file(tmp_path: Path) -> None:
+    """What synth writes is text only: a scripted episode has no ids in its file."""
+    one = Episode("e", "g", Task(), 0, (turn(user("a")),), {"agent": {"s": 1.0}}, {"agent": 1.0})
+    write_episodes(tmp_path / "d.jsonl", [one])
+    assert "prompt_ids" not in json.loads((tmp_path / "d.jsonl").read_text())["turns"][0]
+    (row,) = load_rows(config(tmp_path / "d.jsonl"), chat())
+    (direct,) = rows_of(one, ["agent"], chat())
+    assert row.ids.tolist() == direct.ids.tolist()
+
+
+# --- the loop ------------------------------------------------------------------------------------
+
+
+class Stopped(BaseException):
+    """What kill -9 looks like from inside."""
+
+
+@pytest.fixture
+def learner_here(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """The plain learner in this process; `dies` is after how many steps it takes the run down."""
+    fate = {"dies": 10**9, "steps": 0}
+
+    class Here:
+        def __init__(self, cfg: Config, total: int) -> None:
+            from rayrl.learner.reference import ReferenceLearner
+
+            self.learner = ReferenceLearner(cfg, cfg.model.path, total_steps=total)
+
+        async def sft_step(self, batch: Batch) -> dict[str, float]:
+            if fate["steps"] >= fate["dies"]:
+                raise Stopped
+            fate["steps"] += 1
+            return self.learner.sft_step(batch.rows, batch.totals)
+
+        async def save(self, folder: Path) -> None:
+            self.learner.save(folder)
+
+        async def load(self, folder: Path) -> None:
+            self.learner.load(folder)
+
+        async def export(self, folder: Path) -> None:
+            self.learner.export(folder)
+
+    @asynccontextmanager
+    async def open_here(cfg: Config, total: int) -> AsyncIterator[Here]:
+        yield Here(cfg, total)
+
+    monkeypatch.setattr(sft, "open_learners", open_here)
+    return fate
+
+
+async def test_a_killed_run_ends_as_if_it_had_not_stopped(
+    tmp_path: Path, learner_here: dict[str, int]
+) -> None:
+    write_episodes(tmp_path / "d.jsonl", await games(6))
+    model = save_tiny_model(tmp_path / "model")
+
+    def cfg(name: str) -> Config:
+        return config(
+            tmp_path / "d.jsonl",
+            run={"dir": str(tmp_path / name), "name": "same", "checkpoint_every": 2},
+            model={"path": str(model)},
+            learner={"kind": "reference", "lr": 0.01, "schedule": "cosine"},
+            sft={"data": str(tmp_path / "d.jsonl"), "steps": 7, "batch_size": 4},
+        )
+
+    async def whole(name: str) -> None:
+        with RunDir(tmp_path / name, cfg(name)) as folder:
+            await sft.sft(cfg(name), folder)
+
+    await whole("unbroken")
+    learner_here.update(steps=0, dies=5)  # after the checkpoint of step 4
+    with pytest.raises(Stopped):
+        await whole("killed")
+    learner_here.update(steps=0, dies=10**9)
+    await whole("killed")
+    assert learner_here["steps"] == 3  # steps 4, 5 and 6
+
+    def written(name: str) -> tuple[bytes, list[dict[str, float]]]:
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        untimed = [{k: v for k, v in r.items() if not k.startswith("time/")} for r in rows]
+        return (tmp_path / name / "model" / "model.safetensors").read_bytes(), untimed
+
+    weights, rows = written("unbroken")
+    assert written("killed") == (weights, rows)
+    assert [row["step"] for row in rows] == list(range(7))
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert weights != (model / "model.safetensors").read_bytes()
+    assert (tmp_path / "killed" / "model" / "tokenizer.json").is_file()

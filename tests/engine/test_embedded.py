@@ -1,0 +1,559 @@
+"""The embedded engine against transformers, and against itself in other company."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+from rayrl.engine.embedded.engine import EmbeddedEngine
+from rayrl.engine.embedded.sampler import Draws, sample, uniform
+from rayrl.engine.protocol import Engine
+from rayrl.errors import ConfigError, DataError, InfraError, NumericsError, StaleWeights
+from rayrl.types import Completion, Request, Sampling
+from rayrl.weights.flat import checksum, flatten
+
+VOCAB = 97
+STOP = 5
+SHAPES = {  # name: heads, key heads, width of each: all heads folded, grouped, one key head, few
+    "mha": (4, 4, 16),
+    "gqa": (4, 2, 16),
+    "mqa": (8, 1, 16),
+    "few": (3, 3, 16),
+    "wide": (4, 4, 64),  # some kernels for few rows begin with the width
+}
+
+
+def llama(shape: str = "mha", seed: int = 0, **options: Any) -> LlamaForCausalLM:
+    heads, kv_heads, width = SHAPES[shape]
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        hidden_size=width * heads,
+        num_hidden_layers=3,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        intermediate_size=96,
+        vocab_size=VOCAB,
+        max_position_embeddings=options.pop("max_position_embeddings", 512),
+        initializer_range=0.2,  # so that what a token attends to matters
+        **options,
+    )
+    return LlamaForCausalLM(config)
+
+
+@asynccontextmanager
+async def engine_of(model: Any = None, **options: Any) -> AsyncIterator[EmbeddedEngine]:
+    engine = EmbeddedEngine(llama() if model is None else model, **options)
+    try:
+        yield engine
+    finally:
+        await engine.close()
+
+
+def ids_of(rng: random.Random, count: int) -> tuple[int, ...]:
+    return tuple(rng.randrange(6, VOCAB) for _ in range(count))
+
+
+def request(session: str, prompt: Sequence[int], seed: int = 0, **sampling: Any) -> Request:
+    stop_ids = tuple(sampling.pop("stop_ids", ()))
+    min_version = sampling.pop("min_version", 0)
+    return Request(session, tuple(prompt), Sampling(**sampling), stop_ids, seed, min_version)
+
+
+def reference_logprobs(
+    model: LlamaForCausalLM, prompt: Sequence[int], completion: Sequence[int], temperature: float
+) -> list[float]:
+    """A plain forward of transformers on the same ids, by another of its attentions."""
+    plain = type(model)(model.config.__class__(**model.config.to_dict()))
+    plain.load_state_dict(model.state_dict())
+    plain.eval().set_attn_implementation("eager")
+    with torch.no_grad():
+        logits = plain(input_ids=torch.tensor([[*prompt, *completion]])).logits[0]
+    logprobs = (logits / temperature).log_softmax(-1)
+    first = len(prompt) - 1
+    return [float(logprobs[first + i, token]) for i, token in enumerate(completion)]
+
+
+def close_to(left: Sequence[float], right: Sequence[float], tolerance: float = 1e-4) -> bool:
+    return len(left) == len(right) and all(
+        abs(a - b) <= tolerance for a, b in zip(left, right, strict=True)
+    )
+
+
+async def sampled(engine: EmbeddedEngine, tokens: int) -> None:
+    """Wait until the engine has sampled this many."""
+    for _ in range(5000):
+        if engine.stats()["sampled_tokens"] >= tokens:
+            return
+        await asyncio.sleep(0.001)
+    pytest.fail(f"the engine did not sample {tokens} tokens")
+
+
+async def conversation(
+    engine: EmbeddedEngine, name: str, seed: int, turns: int, **sampling: Any
+) -> list[tuple[tuple[int, ...], Completion]]:
+    """A conversation whose added prompts and lengths come from `seed` alone."""
+    rng = random.Random(seed)
+    context: tuple[int, ...] = ()
+    played = []
+    for turn in range(turns):
+        context += ids_of(rng, rng.choice([1, 3, 17, 40]))
+        options = {"max_tokens": rng.choice([1, 4, 9]), "temperature": 0.8, **sampling}
+        asked = request(name, context, seed * 100 + turn, stop_ids=(STOP,), **options)
+        answer = await engine.generate(asked)
+        played.append((context, answer))
+        context += answer.ids
+    return played
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+async def test_logprobs_are_those_of_a_plain_forward_in_ragged_conversations(shape: str) -> None:
+    model = llama(shape)
+    async with engine_of(model) as engine:
+        games = await asyncio.gather(*(conversation(engine, f"s{i}", i, 4) for i in range(9)))
+    for prompt, answer in (turn for game in games for turn in game):
+        expected = reference_logprobs(model, prompt, answer.ids, 0.8)
+        assert close_to(answer.logprobs, expected)
+        assert [(s.version, s.start, s.end) for s in answer.versions] == [(0, 0, len(answer.ids))]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+async def test_greedy_is_what_transformers_generates(shape: str) -> None:
+    model = llama(shape)
+    rng = random.Random(1)
+    prompts = [ids_of(rng, length) for length in (1, 2, 9, 33, 150)]
+    async with engine_of(model) as engine:
+        answers = await asyncio.gather(
+            *(
+                engine.generate(request(f"s{i}", prompt, temperature=0, max_tokens=12))
+                for i, prompt in enumerate(prompts)
+            )
+        )
+    model.set_attn_implementation("eager")
+    for prompt, answer in zip(prompts, answers, strict=True):
+        made = model.generate(
+            torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None
+        )
+        assert answer.ids == tuple(made[0, len(prompt) :].tolist())
+        assert answer.logprobs == (0.0,) * 12
+        assert answer.finish == "length"
+
+
+Played = list[tuple[tuple[int, ...], tuple[float, ...]]]
+
+
+def outcome(games: Sequence[Sequence[tuple[tuple[int, ...], Completion]]]) -> list[Played]:
+    return [[(answer.ids, answer.logprobs) for _, answer in game] for game in games]
+
+
+async def staggered(
+    engine: EmbeddedEngine, delay: float, name: str, seed: int
+) -> list[tuple[tuple[int, ...], Completion]]:
+    await asyncio.sleep(delay)
+    return await conversation(engine, name, seed, 4)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+async def test_results_have_the_same_bits_in_any_company(shape: str) -> None:
+    model = llama(shape)
+    seeds = list(range(14))
+    async with engine_of(model) as engine:  # alone, one after the other
+        alone = outcome([await conversation(engine, f"s{s}", s, 4) for s in seeds])
+    async with engine_of(model) as engine:  # all at once
+        crowd = outcome(await asyncio.gather(*(conversation(engine, f"s{s}", s, 4) for s in seeds)))
+    async with engine_of(model, max_live=5) as engine:  # other order, with strangers, crowded
+        others = [conversation(engine, f"x{s}", s, 5) for s in range(100, 109)]
+        games = [conversation(engine, f"s{s}", s, 4) for s in reversed(seeds)]
+        mixed = await asyncio.gather(*others, *games)
+        reverse = outcome(mixed[len(others) :])[::-1]
+    async with engine_of(model) as engine:
+        late = outcome(
+            await asyncio.gather(
+                *(staggered(engine, 0.002 * (s * 9 % 14), f"s{s}", s) for s in seeds)
+            )
+        )
+    assert any(len(ids) > 4 for game in alone for ids, _ in game)
+    assert crowd == alone
+    assert reverse == alone
+    assert late == alone
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+async def test_kept_copied_and_recomputed_keys_give_the_same_bits(shape: str) -> None:
+    model = llama(shape)
+    rng = random.Random(3)
+    context = ids_of(rng, 310)  # longer than one block of keys
+    kept: list[tuple[tuple[int, ...], Completion]] = []
+    async with engine_of(model) as engine:
+        for turn in range(6):
+            answer = await engine.generate(request("a", context, turn, max_tokens=9))
+            kept.append((context, answer))
+            context += answer.ids + ids_of(rng, 13)
+        assert kept[-1][1].cached > 370
+        copied = [
+            await engine.generate(request("b", p, t, max_tokens=9)) for t, (p, _) in enumerate(kept)
+        ]
+        assert copied[0].cached == 309  # all but the last, from the other conversation
+    for turn, (prompt, answer) in enumerate(kept):
+        async with engine_of(model) as engine:
+            fresh = await engine.generate(request("c", prompt, turn, max_tokens=9))
+        assert fresh.cached == 0
+        assert (fresh.ids, fresh.logprobs) == (answer.ids, answer.logprobs)
+        assert (copied[turn].ids, copied[turn].logprobs) == (answer.ids, answer.logprobs)
+
+
+async def test_eviction_changes_nothing_but_the_work() -> None:
+    model = llama()
+    slot_gb = 3 * 2 * 4 * 16 * 4 * 512 / 1e9
+    async with engine_of(model, kv_cache_gb=3.5 * slot_gb) as engine:  # three conversations
+        few = await asyncio.gather(*(conversation(engine, f"s{s}", s, 5) for s in range(8)))
+        work = engine.stats()["computed_tokens"]
+    async with engine_of(model) as engine:
+        many = await asyncio.gather(*(conversation(engine, f"s{s}", s, 5) for s in range(8)))
+        assert engine.stats()["computed_tokens"] < work
+    assert outcome(few) == outcome(many)
+
+
+async def test_a_conversation_computes_only_what_is_new() -> None:
+    rng = random.Random(4)
+    first = ids_of(rng, 30)
+    async with engine_of() as engine:
+        answer = await engine.generate(request("a", first, max_tokens=6))
+        assert (answer.cached, len(answer.ids)) == (0, 6)
+        second = first + answer.ids + ids_of(rng, 10)
+        again = await engine.generate(request("a", second, max_tokens=1))
+        assert again.cached == 35  # the sixth sampled id was never run through the model
+        stats = engine.stats()
+        assert stats["computed_tokens"] == 30 + 11
+        assert stats["reused_tokens"] == 35
+        assert stats["sampled_tokens"] == 7
+        other = first[:20] + ids_of(rng, 5)  # history was edited: what agrees is kept
+        assert (await engine.generate(request("a", other, max_tokens=1))).cached == 20
+
+
+async def test_siblings_compute_a_common_prompt_once() -> None:
+    rng = random.Random(5)
+    common = ids_of(rng, 50)
+    prompts = [common for _ in range(8)] + [(*common, 50 + i, 7) for i in range(8)]
+    async with engine_of() as engine:
+        first = asyncio.gather(
+            *(engine.generate(request(f"s{i}", p, i, max_tokens=3)) for i, p in enumerate(prompts))
+        )
+        answers = await first
+        assert engine.stats()["computed_tokens"] == 50 + 8 * 2
+        late = await engine.generate(request("late", prompts[9], 9, max_tokens=3))
+        assert late.cached == 51
+        assert (late.ids, late.logprobs) == (answers[9].ids, answers[9].logprobs)
+    async with engine_of() as engine:
+        alone = [
+            await engine.generate(request("one", p, i, max_tokens=3)) for i, p in enumerate(prompts)
+        ]
+    assert [(a.ids, a.logprobs) for a in alone] == [(a.ids, a.logprobs) for a in answers]
+    assert len({a.ids for a in answers[:8]}) > 1  # their seeds differ
+
+
+async def test_new_weights_replace_the_old_ones_and_their_keys() -> None:
+    model, newer = llama(seed=0), llama(seed=1)
+    flat, manifest = flatten(newer.state_dict())
+    prompt = ids_of(random.Random(6), 40)
+    async with engine_of(model) as engine:
+        assert isinstance(engine, Engine)
+        await engine.check()
+        old = await engine.generate(request("a", prompt, max_tokens=5))
+        assert await engine.load_weights(3, flat, manifest) == checksum(flat)
+        assert engine.version == 3
+        new = await engine.generate(request("a", prompt, max_tokens=5))
+        assert new.cached == 0
+        assert [span.version for span in old.versions + new.versions] == [0, 3]
+    with pytest.raises(InfraError, match="closed"):
+        await engine.check()
+    assert close_to(new.logprobs, reference_logprobs(newer, prompt, new.ids, 1.0))
+    assert not close_to(new.logprobs, reference_logprobs(llama(seed=0), prompt, new.ids, 1.0))
+
+
+async def test_running_generations_end_on_the_weights_they_began_with() -> None:
+    flat, manifest = flatten(llama(seed=1).state_dict())
+    prompt = ids_of(random.Random(7), 10)
+    async with engine_of() as engine:
+        running = asyncio.create_task(engine.generate(request("a", prompt, max_tokens=100)))
+        await sampled(engine, 3)
+        push = asyncio.create_task(engine.load_weights(1, flat, manifest))
+        await asyncio.sleep(0)
+        later = asyncio.create_task(
+            engine.generate(request("b", prompt, max_tokens=4, min_version=1))
+        )
+        first = await running
+        await push
+        assert [(s.version, s.start, s.end) for s in first.versions] == [(0, 0, 100)]
+        assert [s.version for s in (await later).versions] == [1]
+
+
+async def test_tied_weights_and_their_checksum() -> None:
+    model, newer = (llama(seed=s, tie_word_embeddings=True) for s in (0, 1))
+    flat, manifest = flatten(newer.state_dict())
+    assert "lm_head.weight" not in manifest.names() or "model.embed_tokens.weight" not in (
+        manifest.names()
+    )
+    prompt = ids_of(random.Random(8), 12)
+    async with engine_of(model) as engine:
+        assert await engine.load_weights(1, flat, manifest) == checksum(flat)
+        answer = await engine.generate(request("a", prompt, max_tokens=5))
+    assert close_to(answer.logprobs, reference_logprobs(newer, prompt, answer.ids, 1.0))
+
+
+async def test_weights_of_another_model_are_refused_and_the_old_ones_kept() -> None:
+    flat, manifest = flatten(llama("gqa").state_dict())
+    partial = flatten(list(llama().state_dict().items())[:-2])
+    prompt = ids_of(random.Random(8), 12)
+    async with engine_of() as engine:
+        before = await engine.generate(request("a", prompt, max_tokens=5))
+        with pytest.raises(DataError, match="other shape"):
+            await engine.load_weights(1, flat, manifest)
+        with pytest.raises(DataError, match="missing"):
+            await engine.load_weights(1, *partial)
+        assert engine.version == 0
+        after = await engine.generate(request("b", prompt, max_tokens=5))
+        assert after.logprobs == before.logprobs
+
+
+async def test_a_request_for_newer_weights_is_stale() -> None:
+    async with engine_of(version=2) as engine:
+        assert (await engine.generate(request("a", (9,), max_tokens=1, min_version=2))).ids
+        with pytest.raises(StaleWeights, match="version 3 asked, version 2 held"):
+            await engine.generate(request("a", (9,), min_version=3))
+
+
+class Letters:
+    """A tokenizer of one letter an id, as far as stop strings need one."""
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        assert not skip_special_tokens
+        return "".join(chr(33 + i) for i in ids)
+
+
+async def test_stop_ids_stop_strings_and_lengths() -> None:
+    prompt = ids_of(random.Random(9), 10)
+    async with engine_of(tokenizer=Letters(), max_len=32) as engine:
+        free = await engine.generate(request("a", prompt, 1, max_tokens=100))
+        assert (len(free.ids), free.finish) == (22, "length")  # 32 ids in all
+        by_id = await engine.generate(request("b", prompt, 1, stop_ids=(3, free.ids[6])))
+        end = free.ids.index(free.ids[6]) + 1
+        assert (by_id.ids, by_id.finish) == (free.ids[:end], "stop")
+        text = Letters().decode(free.ids[9:12], skip_special_tokens=False)
+        by_text = await engine.generate(request("c", prompt, 1, stop=("never!", text)))
+        assert (by_text.ids, by_text.finish) == (free.ids[:12], "stop")
+        full = await engine.generate(request("d", ids_of(random.Random(1), 32), 1))
+        assert (full.ids, full.logprobs, full.versions, full.finish) == ((), (), (), "length")
+        last = await engine.generate(request("e", ids_of(random.Random(1), 31), 1))
+        assert (len(last.ids), last.finish) == (1, "length")
+        many = await engine.generate(request("f", prompt, 1, stop_ids=(*range(70, 96), *range(60))))
+        assert len(many.ids) < 22
+        assert many.finish == "stop"
+
+
+async def test_a_cancelled_request_frees_its_row() -> None:
+    prompt = ids_of(random.Random(10), 8)
+    async with engine_of(max_live=1) as engine:
+        running = asyncio.create_task(engine.generate(request("a", prompt, max_tokens=500)))
+        waiting = asyncio.create_task(engine.generate(request("b", prompt, max_tokens=500)))
+        await sampled(engine, 2)
+        for task in (waiting, running):
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        after = await asyncio.wait_for(
+            engine.generate(request("c", prompt, max_tokens=3)), timeout=600
+        )
+        assert len(after.ids) == 3
+        assert engine.stats()["sampled_tokens"] < 400
+        assert engine.stats()["completions"] == 1
+
+
+async def test_closing_fails_what_is_in_flight_and_twice_is_fine() -> None:
+    engine = EmbeddedEngine(llama())
+    task = asyncio.create_task(engine.generate(request("a", (9, 9), max_tokens=500)))
+    await asyncio.sleep(0.01)
+    await engine.close()
+    await engine.close()
+    with pytest.raises(InfraError, match="closed"):
+        await task
+    with pytest.raises(InfraError, match="closed"):
+        await engine.generate(request("a", (9, 9)))
+
+
+async def test_a_failing_step_fails_its_requests_and_new_weights_heal_it() -> None:
+    broken = llama()
+    torch.nn.init.constant_(broken.model.norm.weight, float("nan"))
+    async with engine_of() as engine:
+        good = flatten(llama().state_dict())
+        await engine.load_weights(1, *flatten(broken.state_dict()))
+        with pytest.raises(NumericsError, match="not finite"):
+            await asyncio.wait_for(engine.generate(request("a", (9, 8, 7))), timeout=600)
+        await engine.load_weights(2, *good)
+        assert (await engine.generate(request("a", (9, 8, 7), max_tokens=2))).finish == "length"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"prompt": ()}, "one or more ids"),
+        ({"prompt": (1, VOCAB)}, "tokenizer of another model"),
+        ({"prompt": (1,), "temperature": -1.0}, "temperature >= 0"),
+        ({"prompt": (1,), "top_p": 0.0}, "top_p"),
+        ({"prompt": (1,), "stop": ("x",)}, "no tokenizer"),
+        ({"prompt": (1,), "stop_ids": (2.5,)}, "whole numbers"),
+        ({"prompt": (1,), "seed": 0.5}, "whole numbers"),
+    ],
+)
+async def test_a_senseless_request_is_refused(wrong: dict[str, Any], said: str) -> None:
+    async with engine_of() as engine:
+        with pytest.raises(ConfigError, match=said):
+            await engine.generate(request("a", **wrong))
+
+
+class Picky(Letters):
+    """Cannot decode one id; a text that holds a lone surrogate would be refused by any encoder."""
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        if BAD in ids:
+            raise ValueError("no such id")
+        return super().decode(ids, skip_special_tokens=skip_special_tokens)
+
+
+BAD = 11
+ODD: list[dict[str, Any]] = [  # what one client may ask for, and fails or answers its request only
+    {"stop": ("\ud83d",)},
+    {"stop": ("a\udc00b", "x" * 10_000)},
+    {"stop": ("",)},
+    {"stop": (7,)},
+    {"stop": ("never!",), "prompt": (BAD,)},  # decoding fails wherever the id is sampled
+    {"stop_ids": (2**70, -(2**70), -1)},
+    {"stop_ids": ("x",)},
+    {"stop_ids": (None,)},
+    {"seed": 2**100},
+    {"seed": -1},
+    {"seed": 0.5},
+    {"top_k": 2**80},
+    {"top_k": 1.5},
+    {"top_k": -1},
+    {"top_p": float("nan")},
+    {"top_p": 5e-324},
+    {"temperature": float("nan")},
+    {"temperature": float("inf")},
+    {"temperature": 1e300},
+    {"temperature": 1e-300},
+    {"temperature": 1e-40},
+    {"max_tokens": float("nan")},
+    {"max_tokens": 2**80},
+    {"top": 2**80},
+    {"top": -1},
+    {"prompt": (2**70,)},
+]
+
+
+async def test_a_request_fails_alone() -> None:
+    prompt = ids_of(random.Random(3), 9)
+    async with engine_of(tokenizer=Picky(), raw_logprobs=True) as engine:
+        alone = await engine.generate(request("alone", prompt, max_tokens=12))
+        for number, odd in enumerate(ODD):
+            wanted = {"prompt": (9, 8), "max_tokens": 3, **odd}
+            asked = request(f"odd{number}", **{k: v for k, v in wanted.items() if k != "top"})
+            asked = replace(asked, top_logprobs=odd.get("top", 0))
+            beside = engine.generate(request(f"beside{number}", prompt, max_tokens=12))
+            done, same = await asyncio.gather(
+                engine.generate(asked), beside, return_exceptions=True
+            )
+            assert same == alone, odd
+            if isinstance(done, Completion):
+                assert all(0 <= one < VOCAB for one in done.ids), odd
+            else:
+                assert isinstance(done, (ConfigError, InfraError, OverflowError)), odd
+
+
+def test_models_it_cannot_run_are_refused() -> None:
+    sliding = MistralForCausalLM(
+        MistralConfig(
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            intermediate_size=32,
+            vocab_size=VOCAB,
+            sliding_window=8,
+        )
+    )
+    with pytest.raises(ConfigError, match="sliding_window"):
+        EmbeddedEngine(sliding)
+    with pytest.raises(ConfigError, match="float32"):
+        EmbeddedEngine(llama().to(torch.bfloat16))
+    with pytest.raises(ConfigError, match="512 positions"):
+        EmbeddedEngine(llama(), max_len=513)
+    with pytest.raises(ConfigError, match="kv_cache_gb"):
+        EmbeddedEngine(llama(), kv_cache_gb=1e-6)
+
+
+def draws(count: int, **options: Any) -> Draws:
+    return Draws(
+        np.full(count, options.get("temperature", 1.0), np.float32),
+        np.full(count, options.get("top_k", 0), np.int64),
+        np.full(count, options.get("top_p", 1.0), np.float64),
+        np.arange(count, dtype=np.uint64),
+        np.zeros(count, dtype=np.int64),
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [0.4, 0.1, 0.3, 0.2]),
+        ({"temperature": 0.5}, [16 / 30, 1 / 30, 9 / 30, 4 / 30]),
+        ({"top_k": 2}, [4 / 7, 0, 3 / 7, 0]),
+        ({"top_p": 0.75}, [4 / 9, 0, 3 / 9, 2 / 9]),
+        ({"top_p": 0.69}, [4 / 7, 0, 3 / 7, 0]),
+        ({"top_k": 3, "top_p": 0.5}, [4 / 7, 0, 3 / 7, 0]),
+        ({"top_p": 0.01}, [1, 0, 0, 0]),
+    ],
+)
+def test_draws_follow_the_distribution(options: dict[str, Any], expected: list[float]) -> None:
+    count = 40_000
+    logits = torch.tensor([0.4, 0.1, 0.3, 0.2]).log().expand(count, 4)
+    ids, logprobs = sample(logits, draws(count, **options))
+    share = np.bincount(ids, minlength=4) / count
+    assert np.abs(share - expected).max() < 0.01
+    for i in np.flatnonzero(expected):
+        assert logprobs[ids == i] == pytest.approx(np.log(expected[i]), abs=1e-5)
+    assert share[np.array(expected) == 0].sum() == 0
+
+
+def test_a_draw_depends_on_its_own_row_only() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(64, 300) * 3
+    plan = draws(64)
+    rng = np.random.default_rng(0)
+    plan.temperature[:] = rng.choice([0.0, 0.7, 1.0], 64)
+    plan.top_k[:] = rng.choice([0, 5], 64)
+    plan.top_p[:] = rng.choice([1.0, 0.9], 64)
+    ids, logprobs = sample(logits, plan)
+    for i in range(64):
+        one = Draws(*(getattr(plan, f)[i : i + 1] for f in Draws.__slots__))
+        id_, logprob = sample(logits[i : i + 1], one)
+        assert (id_[0], logprob[0]) == (ids[i], logprobs[i])
+
+
+def test_uniform_is_in_range_and_spread() -> None:
+    seeds = np.repeat(np.arange(200, dtype=np.uint64), 50)
+    u = uniform(seeds, np.tile(np.arange(50), 200))
+    assert u.min() >= 0
+    assert u.max() < 1
+    assert len(np.unique(u)) == 10_000
+    assert np.abs(np.histogram(u, 10, (0, 1))[0] - 1000).max() < 150
+    by_seed = u.reshape(200, 50)
+    assert abs(np.corrcoef(by_seed[:, :-1].ravel(), by_seed[:, 1:].ravel())[0, 1]) < 0.05

