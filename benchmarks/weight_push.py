@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from rayrl.cluster.serving.replica import deploy, undeploy
-from rayrl.cluster.session import open_session, set_threads
+from rayrl.cluster.session import open_session, prepare_process
 from rayrl.cluster.weight_sync.push import Weights, open_store
 from rayrl.cluster.weight_sync.transports import ObjectStore
 from rayrl.cluster.weight_sync.weight_store import Published
@@ -38,7 +38,7 @@ class Rank:
     """A learner's rank 0 without the learning."""
 
     def __init__(self, model: str, dtype: str) -> None:
-        set_threads(1)
+        prepare_process(1)
         import torch
         from transformers import AutoModelForCausalLM
 

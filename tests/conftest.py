@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from tests.runs import RANKS, train
 if TYPE_CHECKING:
     from rayrl.cluster.session import Session
 
+gc.set_threshold(50_000, 20, 100)  # a quarter of the time of large imports
 # Before torch is imported: tests run beside each other, and threads that wait would spin.
 os.environ["OMP_NUM_THREADS"] = "1"
 ALONE = ("tests/chaos/", "tests/e2e/")  # whose tests take a minute or more each

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import socket
 import sys
 import threading
@@ -18,7 +19,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rayrl.cluster.gone import GONE
-from rayrl.cluster.session import set_threads
+from rayrl.cluster.session import prepare_process
 from rayrl.cluster.weight_sync.topology import transport_of
 from rayrl.cluster.weight_sync.weight_store import Published
 from rayrl.config import Config
@@ -45,7 +46,7 @@ class LearnerRank:
     """One rank. Methods are thin: `rayrl.learner` does the work."""
 
     def __init__(self, rank: int, threads: int) -> None:
-        set_threads(threads)
+        prepare_process(threads)
         self._rank = rank
         self._learner: Learner
         self._adapters = False  # whether they are all that is published
@@ -72,19 +73,21 @@ class LearnerRank:
             from rayrl.learner.reference import ReferenceLearner
 
             self._learner = ReferenceLearner(config, model, total_steps=total_steps, device=device)
-            return
-        from rayrl.learner.deepspeed import DeepSpeedLearner
+        else:
+            from rayrl.learner.deepspeed import DeepSpeedLearner
 
-        self._learner = DeepSpeedLearner(
-            config,
-            model,
-            rank=self._rank,
-            world_size=world,
-            master_addr=master[0],
-            master_port=master[1],
-            total_steps=total_steps,
-            device=device,
-        )
+            self._learner = DeepSpeedLearner(
+                config,
+                model,
+                rank=self._rank,
+                world_size=world,
+                master_addr=master[0],
+                master_port=master[1],
+                total_steps=total_steps,
+                device=device,
+            )
+        gc.freeze()  # what is there stays, and garbage from now on, which may hold tensors,
+        gc.set_threshold(700, 10, 10)  # is found as soon as Python would by itself
 
     def step(self, part: Batch, supervised: bool = False) -> dict[str, float]:
         """One step on this rank's part of a batch."""

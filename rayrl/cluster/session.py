@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import logging
 import os
@@ -45,11 +46,12 @@ __all__ = [
     "beside_driver",
     "listen_on_loopback",
     "open_session",
+    "prepare_process",
     "run_name",
-    "set_threads",
 ]
 
 START_ATTEMPTS = 2
+GC_EVERY = 50_000  # objects more than before
 SERVE_LOGGING = LoggingConfig(log_level="WARNING", enable_access_log=False)
 
 
@@ -89,12 +91,16 @@ def beside_driver() -> NodeAffinitySchedulingStrategy:
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
 
 
-def set_threads(threads: int) -> None:
-    """Prepare an actor's process for that many compute threads; to be called before torch is there.
+def prepare_process(threads: int) -> None:
+    """Prepare an actor's process for that many compute threads, before it imports torch.
 
     Idle OpenMP threads sleep instead of spinning: on a small machine the processes take turns. Set
     here and not in a `runtime_env`, for which Ray would start every process anew.
+
+    Python looks for garbage less often: a quarter of the time that torch and transformers take to
+    import, and with thousands of live episodes a tenth of the turns (benchmarks/many_live.py).
     """
+    gc.set_threshold(GC_EVERY, 10, 10)
     os.environ.update(
         OMP_NUM_THREADS=str(threads),
         MKL_NUM_THREADS=str(threads),

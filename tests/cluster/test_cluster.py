@@ -258,7 +258,7 @@ def test_a_learner_computes_on_the_gpu_it_reserves(
 
     monkeypatch.setattr("rayrl.learner.reference.ReferenceLearner", learner)
     monkeypatch.setattr("rayrl.learner.deepspeed.DeepSpeedLearner", learner)
-    monkeypatch.setattr("rayrl.cluster.learner_group.set_threads", lambda _: None)
+    monkeypatch.setattr("rayrl.cluster.learner_group.prepare_process", lambda _: None)
     for gpus in (0, 1):
         settings = from_dict({"learner": {"kind": kind}, "cluster": {"learner_gpus": gpus}})
         LearnerRank(0, 1).start(settings, EMBEDDED, 1, 1, ("", 0))

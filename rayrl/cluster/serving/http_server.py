@@ -21,7 +21,7 @@ from rayrl.chat.renderer import Chat
 from rayrl.cluster import cluster_address
 from rayrl.cluster.serving.inference_client import DEPLOYMENT
 from rayrl.cluster.serving.replica import deployment_settings, run_app, undeploy
-from rayrl.cluster.session import HttpAt, listen_on_loopback, open_session, set_threads
+from rayrl.cluster.session import HttpAt, listen_on_loopback, open_session, prepare_process
 from rayrl.config import Config, EngineConfig
 from rayrl.engine import open_engine
 from rayrl.errors import ConfigError
@@ -50,7 +50,7 @@ class HttpReplica:
     """What Serve runs."""
 
     def __init__(self, served: Served) -> None:
-        set_threads(served.engine.threads)
+        prepare_process(served.engine.threads)
         listen_on_loopback()
         self._app = served.app
         self._id = serve.get_replica_context().replica_id.unique_id

@@ -20,7 +20,7 @@ from rayrl.cluster.gone import GONE
 from rayrl.cluster.serving.inference_client import DEPLOYMENT
 from rayrl.cluster.serving.router import LaneRouter
 from rayrl.cluster.serving.streams import Answer, Carried, Mailbox, Running
-from rayrl.cluster.session import SERVE_LOGGING, Session, listen_on_loopback, set_threads
+from rayrl.cluster.session import SERVE_LOGGING, Session, listen_on_loopback, prepare_process
 from rayrl.cluster.weight_sync.weight_store import NAMESPACE, Published, store_name
 from rayrl.config import ClusterConfig, Config
 from rayrl.engine.protocol import Engine, Part, Streamed
@@ -57,7 +57,7 @@ class Replica:
     """
 
     def __init__(self, factory: EngineFactory, store: str, threads: int) -> None:
-        set_threads(threads)
+        prepare_process(threads)
         listen_on_loopback()
         self._engine = factory()
         self._store = ray.get_actor(store, namespace=NAMESPACE) if store else None

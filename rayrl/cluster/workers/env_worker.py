@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import sys
 import threading
@@ -18,7 +17,7 @@ import ray
 from rayrl.chat.renderer import Chat
 from rayrl.cluster.serving.inference_client import BatchingClient, ServeCall
 from rayrl.cluster.serving.streams import PAUSE_S
-from rayrl.cluster.session import set_threads
+from rayrl.cluster.session import prepare_process
 from rayrl.cluster.workers.turn_log import Telling
 from rayrl.config import Config
 from rayrl.environment.environment import Environment, EnvSpec
@@ -45,7 +44,6 @@ __all__ = [
 ]
 
 POLICY = "policy"
-GC_EVERY = 50_000  # objects more than before
 WATCH = "watch"  # concurrency group of what answers while the event loop is blocked
 FRAMES = 5  # of a stack that are shown
 ISOLATED_SLOTS = 16  # child processes a host, where env.isolated asks for them
@@ -119,11 +117,8 @@ class EnvHost:
     """
 
     def __init__(self, job: HostJob, recorder: Any = None) -> None:
-        set_threads(1)
+        prepare_process(1)
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
-        # thousands of live episodes are millions of objects, which Python would look through for
-        # garbage again and again: a tenth of the turns (benchmarks/many_live.py)
-        gc.set_threshold(GC_EVERY, 10, 10)
         self._job = job
         self._telling = Telling(recorder)
         self._clients: dict[str, BatchingClient] = {}
