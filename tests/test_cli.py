@@ -452,7 +452,7 @@ def test_every_verb_has_its_program() -> None:
     missing = [
         module
         for module, _ in cli.VERBS.values()
-        if not (package / f"{module.removeprefix('rayrl.')}.py").is_file()
+        if not (package.parent / f"{module.replace('.', '/')}.py").is_file()
     ]
     assert not missing
 

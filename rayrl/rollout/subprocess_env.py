@@ -37,7 +37,7 @@ __all__ = ["Isolated", "child"]
 _HEAD = struct.Struct(">I")
 _BOOT = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[2]); "
-    "from rayrl.isolation import child; child(int(sys.argv[1]))"
+    "from rayrl.rollout.subprocess_env import child; child(int(sys.argv[1]))"
 )
 
 

@@ -226,7 +226,8 @@ def test_render_is_what_playing_gives() -> None:
 
 def test_the_chat_of_the_base_does_without_torch() -> None:
     """Every env host loads one."""
-    code = "import sys; from rayrl.chat import Chat; Chat.load('embedded'); print(*sys.modules)"
+    load = "from rayrl.chat.renderer import Chat; Chat.load('embedded')"
+    code = f"import sys; {load}; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "tokenizers" in done.stdout.split()
     assert "torch" not in done.stdout.split()

@@ -233,7 +233,7 @@ def episodes_in(folder: Path) -> list[list[Any]]:
 
 KILLED = """
 import sys
-from rayrl import evaluate
+from rayrl.commands import evaluate
 from rayrl.cli import compose
 from tests.here import killing
 evaluate.open_rollouts = killing(40)

@@ -253,7 +253,7 @@ def test_functions_taken_before_rayrl_was_imported() -> None:
         seed(3), numpy_seed(3)
         import rayrl
         from rayrl import Task
-        from rayrl.rollout import play_episode
+        from rayrl.rollout.rollout import play_episode
 
         @rayrl.env(tasks=[Task(seed=1)], rewards={"n": 1.0})
         async def game(task, agent):

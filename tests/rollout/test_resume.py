@@ -583,13 +583,13 @@ async def test_a_host_tells_pickled_turns_and_nothing_of_a_group_that_has_ended(
 HOST = """
     import asyncio, os, pickle, signal, sys
     import rayrl
-    from rayrl.chat import Chat
+    from rayrl.chat.renderer import Chat
     from rayrl.config import EngineConfig
     from rayrl.engine import open_engine
-    from rayrl.models import EMBEDDED, model_dir
-    from rayrl.players import PolicyPlayer
-    from rayrl.rollout import GroupPlan, play_groups
-    from rayrl.durable import TurnLog
+    from rayrl.weights.model_dir import EMBEDDED, model_dir
+    from rayrl.rollout.players import PolicyPlayer
+    from rayrl.rollout.rollout import GroupPlan, play_groups
+    from rayrl.rollout.resume import TurnLog
     from rayrl.types import Sampling
 
     async def main(journal, result, die_after):

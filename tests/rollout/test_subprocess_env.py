@@ -239,7 +239,7 @@ async def test_isolated_forks_have_heard_the_same(far: rayrl.Environment) -> Non
 async def test_a_child_ends_with_its_parent(far: rayrl.Environment, tmp_path: Path) -> None:
     code = f"""
         import asyncio, rayrl
-        from rayrl.isolation import Isolated
+        from rayrl.rollout.subprocess_env import Isolated
         async def main():
             env = rayrl.load_env({far.ref!r})
             async with Isolated(env, slots=1) as env:

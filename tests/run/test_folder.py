@@ -182,7 +182,7 @@ def test_full_disk_while_sealing(folder: Path, monkeypatch: pytest.MonkeyPatch) 
 KILLED = """
 import sys, os, signal
 from pathlib import Path
-from rayrl.rundir import RunDir, read_config
+from rayrl.run.folder import RunDir, read_config
 folder = Path(sys.argv[1])
 run = RunDir(folder, read_config(folder))
 run.log(2, {"reward": 2.0})
