@@ -31,6 +31,8 @@ def own_folders() -> Callable[[], None]:
 
     The names are short: a Unix socket in Ray's folder may have 107 characters.
     """
+    # What torch has compiled is found by its content, and may be anybody's.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"/tmp/rayrl-test-compiled-{os.getuid()}")
     folders = [Path(tempfile.mkdtemp(prefix="t-", dir="/tmp"))]
     os.environ["TMPDIR"] = tempfile.tempdir = str(folders[0])
     if os.path.isdir("/dev/shm"):

@@ -37,10 +37,6 @@ SETTINGS: dict[str, Any] = {
 }
 # they take turns with the replicas
 STREAMED = {"cluster": {"replicas": 2, "sync": "gloo", "bucket_mb": 1, "colocate": True}}
-ADAPTERS = {
-    "cluster": {"sync": "adapters"},
-    "lora": {"rank": 4, "alpha": 64.0},
-}
 
 
 def worst_mismatch(episodes: list[Episode], model: Any, version: int) -> float:
@@ -68,7 +64,7 @@ async def played(config: Config, folder: Path) -> list[tuple[int, list[Episode],
     async with open_training(config, 2) as (rollouts, learner, weights):
         for step in range(2):
             confirmed = await weights.push(step)
-            assert len(confirmed) == config.cluster.replicas, "all replicas confirm"
+            assert len(confirmed) == 2, "both replicas confirm"
             assert len(set(confirmed.values())) == 1, "and hold the same"
             groups = (await rollouts.collect(plans(config, step), step)).groups
             await learner.export(folder / str(step))
@@ -78,12 +74,9 @@ async def played(config: Config, folder: Path) -> list[tuple[int, list[Episode],
     return out
 
 
-@pytest.mark.parametrize("way", [STREAMED, ADAPTERS], ids=["streamed", "adapters"])
-def test_replicas_play_with_the_learners_weights_and_all_confirm(
-    way: dict[str, Any], tmp_path: Path
-) -> None:
+def test_two_replicas_play_with_the_learners_weights_and_both_confirm(tmp_path: Path) -> None:
     run = {"name": "vllm", "dir": str(tmp_path / "run")}
-    config = from_dict({**SETTINGS, **way, "run": run})
+    config = from_dict({**SETTINGS, **STREAMED, "run": run})
     steps = asyncio.run(played(config, tmp_path))
     for version, episodes, path in steps:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
@@ -92,7 +85,8 @@ def test_replicas_play_with_the_learners_weights_and_all_confirm(
     assert worst_mismatch(steps[1][1], old, 1) > 1e-3  # the update is seen in what is served
 
 
-def test_the_main_job_trains_on_it(tmp_path: Path) -> None:
+def test_the_main_job_trains_adapters_on_it(tmp_path: Path) -> None:
+    """Its replica computes what the learner does, which with older adapters would differ by more."""
     words = [
         "experiment=tictactoe",
         "engine.kind=vllm",
@@ -102,6 +96,10 @@ def test_the_main_job_trains_on_it(tmp_path: Path) -> None:
         "train.groups=2",
         "train.group_size=4",
         "train.steps=2",
+        "cluster.sync=adapters",
+        "lora.rank=4",
+        "lora.alpha=64",
+        "learner.lr=1e-3",
         "env.args={random_min: 0.2, random_max: 0.7, max_turns: 7}",
     ]
     done = subprocess.run(
