@@ -86,7 +86,7 @@ def test_two_replicas_play_with_the_learners_weights_and_both_confirm(tmp_path: 
 
 
 def test_the_main_job_trains_adapters_on_it(tmp_path: Path) -> None:
-    """Its replica computes what the learner does, which with older adapters would differ by more."""
+    """Its replica computes what the learner does; with older adapters it would differ by more."""
     words = [
         "experiment=tictactoe",
         "engine.kind=vllm",
