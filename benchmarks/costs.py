@@ -277,7 +277,7 @@ class Cluster:
     async def hosts(self, hosts: int, live: int) -> Any:
         """Rollouts that are ready."""
         from rayrl.cluster.rollouts import Rollouts
-        from rayrl.cluster.workers.env_worker import HostJob
+        from rayrl.cluster.workers.env_worker import WorkerJob
 
         where = f"{HERE}:chatter"
         config = from_dict(
@@ -285,7 +285,7 @@ class Cluster:
         )
         models, apps = {"policy": str(model_dir("embedded"))}, {"policy": self.app}
         spec = rayrl.load_env(where).spec
-        rollouts = Rollouts(HostJob(spec, {"agent": "policy"}, Sampling(), config, models, apps))
+        rollouts = Rollouts(WorkerJob(spec, {"agent": "policy"}, Sampling(), config, models, apps))
         await rollouts.ready()
         return rollouts
 

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM
 from rayrl.config import EngineConfig
 from rayrl.engine.vllm.engine import VllmEngine
 from rayrl.types import Request, Sampling
-from rayrl.weights.broadcast import Channel, host, send
+from rayrl.weights.broadcast import BroadcastGroup, host, send
 from rayrl.weights.flat import buckets, checksum, flatten
 from rayrl.weights.model_dir import EMBEDDED, model_dir
 
@@ -127,7 +127,7 @@ class Pushes:
         backend = "nccl" if self.gpu else "gloo"
         meeting, store = host(backend, "127.0.0.1", world, TIMEOUT_S)
         channel, _ = await asyncio.gather(
-            asyncio.to_thread(self.on_second, Channel, meeting, 0, store),
+            asyncio.to_thread(self.on_second, BroadcastGroup, meeting, 0, store),
             self.engine.join(meeting, 1),
         )
         for name in (f"buckets over {backend}, first", f"buckets over {backend}"):

@@ -103,7 +103,7 @@ async def on_ray(args: argparse.Namespace, chat: Chat) -> dict[str, Any]:
     from rayrl.cluster.rollouts import Rollouts
     from rayrl.cluster.serving.replica import deploy
     from rayrl.cluster.session import open_session
-    from rayrl.cluster.workers.env_worker import HostJob
+    from rayrl.cluster.workers.env_worker import WorkerJob
     from rayrl.config import from_dict
 
     where = f"{HERE}:talk"
@@ -121,7 +121,7 @@ async def on_ray(args: argparse.Namespace, chat: Chat) -> dict[str, Any]:
         handle = await deploy(session, config, engine, app=app, store=False)
         models, apps = {"policy": str(model_dir("embedded"))}, {"policy": app}
         spec = rayrl.load_env(where).spec
-        rollouts = Rollouts(HostJob(spec, {"agent": "policy"}, Sampling(), config, models, apps))
+        rollouts = Rollouts(WorkerJob(spec, {"agent": "policy"}, Sampling(), config, models, apps))
 
         try:
             await rollouts.ready()

@@ -30,12 +30,12 @@ from rayrl.chat.renderer import Chat
 from rayrl.cluster.rollouts import Rollouts
 from rayrl.cluster.serving.replica import deploy
 from rayrl.cluster.session import open_session
-from rayrl.cluster.workers.env_worker import HostJob
+from rayrl.cluster.workers.env_worker import WorkerJob
 from rayrl.config import Config, from_dict
 from rayrl.engine.protocol import Engine
 from rayrl.rollout.rollout import GroupPlan
 from rayrl.run.group_log import GroupLog
-from rayrl.run.rollout_buffer import Feed
+from rayrl.run.rollout_buffer import RolloutBuffer
 from rayrl.weights.model_dir import model_dir
 
 WHERE = f"{Path(__file__).resolve().parent / 'many_live.py'}:{talk.name}"
@@ -70,7 +70,7 @@ async def run(args: argparse.Namespace, rollouts: Rollouts, lag: int, learn: flo
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         log = GroupLog(Path(folder))
-        async with Feed(rollouts, partial(plans, args), config(args, lag), log) as feed:
+        async with RolloutBuffer(rollouts, partial(plans, args), config(args, lag), log) as feed:
             feed.restore(0, {})
             feed.advance(0)
             for step in range(args.steps):
@@ -98,7 +98,7 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
         await deploy(session, base, engine, app=app, store=False)
         models, apps = {"policy": str(model_dir("embedded"))}, {"policy": app}
         spec = load_env(WHERE).spec
-        rollouts = Rollouts(HostJob(spec, {"agent": "policy"}, Sampling(), base, models, apps))
+        rollouts = Rollouts(WorkerJob(spec, {"agent": "policy"}, Sampling(), base, models, apps))
         try:
             await rollouts.ready()
             alone = statistics.median(row[0] for row in await run(args, rollouts, 0, 0.0))

@@ -26,7 +26,7 @@ import numpy as np
 
 from rayrl.cluster.serving.replica import deploy, undeploy
 from rayrl.cluster.session import open_session, prepare_process
-from rayrl.cluster.weight_sync.push import Weights, open_store
+from rayrl.cluster.weight_sync.push import WeightSync, open_store
 from rayrl.cluster.weight_sync.transports import ObjectStore
 from rayrl.cluster.weight_sync.weight_store import Published
 from rayrl.config import from_dict
@@ -105,7 +105,7 @@ async def pushes(args: argparse.Namespace) -> list[dict[str, float]]:
             rows.append(parts)
             return published
 
-        weights = Weights(ObjectStore(publish, store, handle), store, handle, 300.0)
+        weights = WeightSync(ObjectStore(publish, store, handle), store, handle, 300.0)
         for version in range(1, args.pushes + 1):
             began = time.perf_counter()
             await weights.push(version)

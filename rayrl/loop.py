@@ -12,9 +12,9 @@ import asyncio
 import functools
 from pathlib import Path
 
-from rayrl.cluster.learner_group import Learners
+from rayrl.cluster.learner_group import LearnerGroup
 from rayrl.cluster.open import make_environment, open_training
-from rayrl.cluster.weight_sync.push import Weights
+from rayrl.cluster.weight_sync.push import WeightSync
 from rayrl.config import Config
 from rayrl.learner.advantage import advantages
 from rayrl.learner.batch import make_batch
@@ -22,16 +22,16 @@ from rayrl.rollout.rollout import GroupPlan
 from rayrl.run.folder import RunDir
 from rayrl.run.group_log import GroupLog
 from rayrl.run.metrics import Clock, headline, step_metrics, warnings
-from rayrl.run.monitor import Watch
-from rayrl.run.progress_bar import Bar
+from rayrl.run.monitor import Monitor
+from rayrl.run.progress_bar import ProgressBar
 from rayrl.run.recovery import Recovery
-from rayrl.run.rollout_buffer import Feed
+from rayrl.run.rollout_buffer import RolloutBuffer
 from rayrl.run.stage import (
     MODEL,
     already_finished,
     check_tasks,
     check_trained,
-    say_templates,
+    log_template_notes,
     seats_of,
 )
 from rayrl.run.start_check import check_start
@@ -61,7 +61,7 @@ async def train(config: Config) -> None:
         if folder.finished is not None and folder.finished.get("steps", 0) >= cfg.steps:
             print(already_finished(folder.path))
             return
-        say_templates(config, seats_of(environment, config, "model").values())
+        log_template_notes(config, seats_of(environment, config, "model").values())
         found = folder.latest_checkpoint()
         start = found.step if found else 0
         log = GroupLog(folder.path / "groups")
@@ -70,13 +70,17 @@ async def train(config: Config) -> None:
         opening = open_training(config, cfg.steps, log.turns)
         async with opening as (rollouts, learner, weights):
             folder.begin()
-            async with Feed(rollouts, functools.partial(plans, config), config, log) as feed:
-                feed.restore(start, found.state if found else {})
+            async with RolloutBuffer(
+                rollouts, functools.partial(plans, config), config, log
+            ) as buffer:
+                buffer.restore(start, found.state if found else {})
                 with (
-                    Bar(config.run.name, cfg.steps) as bar,
-                    Watch(config, folder, bar.note) as watch,
+                    ProgressBar(config.run.name, cfg.steps) as progress,
+                    Monitor(config, folder, progress.note) as monitor,
                 ):
-                    loop = Loop(config, folder, feed, learner, weights, bar, watch, pushed=start)
+                    loop = Loop(
+                        config, folder, buffer, learner, weights, progress, monitor, pushed=start
+                    )
                     await loop.recovery.through(cfg.steps, loop.step, loop.export, loop.begin)
             folder.finish({"steps": cfg.steps, "model": MODEL})
 
@@ -92,18 +96,18 @@ class Loop:
         self,
         config: Config,
         folder: RunDir,
-        feed: Feed,
-        learner: Learners,
-        weights: Weights,
-        bar: Bar,
-        watch: Watch,
+        buffer: RolloutBuffer,
+        learner: LearnerGroup,
+        weights: WeightSync,
+        progress: ProgressBar,
+        monitor: Monitor,
         *,
         pushed: int,
     ) -> None:
-        self.config, self.folder, self.bar, self.watch = config, folder, bar, watch
-        self.feed, self.learner, self.weights = feed, learner, weights
+        self.config, self.folder, self.progress, self.monitor = config, folder, progress, monitor
+        self.buffer, self.learner, self.weights = buffer, learner, weights
         self.pushed = pushed
-        self.recovery = Recovery(learner, folder, bar, config.learner.restarts)
+        self.recovery = Recovery(learner, folder, progress, config.learner.restarts)
 
     async def begin(self, step: int) -> None:
         """The learner is at this step, at first, or again because it was lost.
@@ -112,11 +116,11 @@ class Loop:
         is gone with its processes.
         """
         self.weights.forget()
-        self.feed.rewind(step)
-        self.watch.rewind()
+        self.buffer.rewind(step)
+        self.monitor.rewind()
         if step == self.pushed:
             await self.weights.push(step)
-        self.feed.advance(self.pushed)
+        self.buffer.advance(self.pushed)
 
     async def export(self) -> None:
         """Leave the trained model."""
@@ -126,36 +130,36 @@ class Loop:
     async def step(self, step: int) -> None:
         """One step of training."""
         config, folder = self.config, self.folder
-        await self.watch.go_on()
+        await self.monitor.go_on()
         clock = Clock()
         with clock("collect"):
-            played = await self.feed.batch(step)
+            played = await self.buffer.batch(step)
         with clock("batch"):
             scored = advantages(played.groups, config.algo)
             batch = make_batch(played.groups, scored, keep_zero=needs_every_row(config))
         with clock("update"):
-            await self.weights.make_room()
+            await self.weights.sleep_replicas()
             learned = await self.learner.step(batch)
         with clock("push"):
             if self.pushed <= step + 1:  # else the replicas have newer ones: a learner was lost
                 await self.weights.push(step + 1)
                 self.pushed = step + 1
-        self.feed.advance(step + 1)
+        self.buffer.advance(step + 1)
         metrics = step_metrics(step, played, batch, learned, clock)
         folder.log(step, metrics)
-        self.watch.look(step, metrics, clock, played)
+        self.monitor.look(step, metrics, clock, played)
         last = step + 1 == config.train.steps
         if step % config.run.episodes_every == 0 or last:
             folder.write_episodes(step, (*played.groups, *played.dropped))
-        if (step + 1) % config.run.checkpoint_every == 0 or last or self.watch.halting:
-            self.feed.checkpointed(step + 1)
-            with folder.checkpoint(step + 1, self.feed.state()) as path:
+        if (step + 1) % config.run.checkpoint_every == 0 or last or self.monitor.halting:
+            self.buffer.checkpointed(step + 1)
+            with folder.checkpoint(step + 1, self.buffer.state()) as path:
                 await self.learner.save(path)
-            self.feed.log.keep(step + 1)
+            self.buffer.log.keep(step + 1)
             self.recovery.checkpointed()
-        self.bar.update(step + 1, headline(metrics))
+        self.progress.update(step + 1, headline(metrics))
         for warning in warnings(metrics):
-            self.bar.note(f"step {step + 1}: {warning}")
+            self.progress.note(f"step {step + 1}: {warning}")
 
 
 def needs_every_row(config: Config) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from rayrl.weights.broadcast import Channel, Meeting, host, receive, send
+from rayrl.weights.broadcast import BroadcastGroup, Rendezvous, host, receive, send
 from rayrl.weights.flat import buckets
 from tests.learner_rank import config
 
@@ -44,7 +44,7 @@ def learner(rank: int, port: int, folder: Path) -> None:
         (folder / "meeting.tmp").write_text(json.dumps([list(astuple(meeting)), len(plan)]))
         torch.save(plan, folder / "plan.pt")
         (folder / "meeting.tmp").rename(folder / "meeting.json")
-        channel = Channel(meeting, 0, store)
+        channel = BroadcastGroup(meeting, 0, store)
     digests = []
     for _ in range(PUSHES):
         if channel is not None:
@@ -64,7 +64,7 @@ def receiver(rank: int, folder: Path) -> None:
         time.sleep(0.05)
     fields, _ = json.loads((folder / "meeting.json").read_text())
     plan = torch.load(folder / "plan.pt", weights_only=False)
-    channel = Channel(Meeting(*fields), rank)
+    channel = BroadcastGroup(Rendezvous(*fields), rank)
     digests = []
     for _ in range(PUSHES):
         got: dict[str, torch.Tensor] = {}

@@ -8,7 +8,7 @@ import signal
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 
-from rayrl.cluster.rollouts import Collection, sort_out
+from rayrl.cluster.rollouts import CollectedGroups, sort_out
 from rayrl.config import Config
 from rayrl.environment.registry import load_env
 from rayrl.rollout.agent import Player
@@ -47,7 +47,7 @@ class Here:
         plans: Sequence[GroupPlan],
         on_group: Callable[[Group], None],
         known: Mapping[str, Group],
-    ) -> Collection:
+    ) -> CollectedGroups:
         """As `Rollouts.collect`, but nothing that failed is played once more."""
         groups = dict(known)
         missing = [plan for plan in plans if plan.id not in known]

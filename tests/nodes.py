@@ -18,8 +18,8 @@ from tests.apart import free_port
 __all__ = ["KINDS", "NODES", "PLACES", "PLAYERS", "Nodes"]
 
 STARTS = 6  # on a busy machine `ray start` may miss a deadline that Ray has fixed
-KINDS = ("EnvHost", "ServeReplica", "LearnerRank", "Recorder", "WeightsStore", "ServeController")
-PLAYERS = {"EnvHost", "ServeReplica", "LearnerRank"}
+KINDS = ("EnvWorker", "ServeReplica", "LearnerRank", "Recorder", "WeightStore", "ServeController")
+PLAYERS = {"EnvWorker", "ServeReplica", "LearnerRank"}
 PLACES = [
     "cluster.env_hosts=2",
     "cluster.replicas=2",

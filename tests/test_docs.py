@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 
 from rayrl import Agent, Environment, ScriptedPlayer, check_env, load_env, play_group
-from rayrl.cluster.rollouts import Collection
+from rayrl.cluster.rollouts import CollectedGroups
 from rayrl.cluster.workers.scaling import Load
 from rayrl.config import from_dict, leaves
 from rayrl.environment.registry import _from_file
@@ -179,7 +179,7 @@ def test_every_figure_of_a_step_is_explained() -> None:
     for stage in re.findall(r'clock\("(\w+)"\)', (ROOT / "rayrl/loop.py").read_text()):
         with clock(stage):
             pass
-    played = Collection((group,), stopped=(group,), idle_s=0.0, load=Load(1, 0, 0))
+    played = CollectedGroups((group,), stopped=(group,), idle_s=0.0, load=Load(1, 0, 0))
     metrics = step_metrics(0, played, batch, learned, clock)
     text = (ROOT / "docs/training.md").read_text("utf-8")
     rows = set(re.findall(r"`([\w/]+)`", "".join(re.findall(r"^\| `.*?\|", text, re.M))))

@@ -18,7 +18,7 @@ from rayrl.config import Config
 from rayrl.errors import RunFailed
 from rayrl.report.console import episode_panel, new_console
 from rayrl.rollout.players import HumanPlayer
-from rayrl.run.progress_bar import Bar
+from rayrl.run.progress_bar import ProgressBar
 from rayrl.terminal import visible
 from rayrl.types import Episode, Failure, Message, Task, Turn
 from tests.test_cli import program
@@ -107,7 +107,7 @@ async def test_play_shows_none(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_bar_shows_none(tty: bool) -> None:
     stream = io.StringIO()
     stream.isatty = lambda: tty  # type: ignore[method-assign]
-    with Bar("title\x9b", 3, stream=stream) as bar:
+    with ProgressBar("title\x9b", 3, stream=stream) as bar:
         bar.update(3, {"reward": "0\x9b1"})
         bar.note("note\x9b")
     assert "\x9b" not in stream.getvalue()

@@ -15,7 +15,7 @@ from rayrl.chat.renderer import Chat
 from rayrl.chat.template import gap, render
 from rayrl.types import assistant, system, user
 
-__all__ = ["peculiarities"]
+__all__ = ["describe_template"]
 
 _HEARD, _THOUGHT, _SAID, _NEXT, _RULE = (f"RAYRLPROBE{word}" for word in "ABCDE")
 _REPLY = f"<think>\n{_THOUGHT}\n</think>\n\n{_SAID}"
@@ -29,7 +29,7 @@ _TOOL = {
 }
 
 
-def peculiarities(chat: Chat) -> list[str]:
+def describe_template(chat: Chat) -> list[str]:
     """Sentences on what the template does besides putting messages one after the other.
 
     Each says what it does and what rayrl does about it. Empty for a template that only appends.

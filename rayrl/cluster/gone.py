@@ -2,7 +2,7 @@
 
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, WorkerCrashedError
 
-__all__ = ["GONE"]
+__all__ = ["ACTOR_DIED"]
 
-GONE = (RayActorError, OutOfMemoryError, NodeDiedError, WorkerCrashedError)
+ACTOR_DIED = (RayActorError, OutOfMemoryError, NodeDiedError, WorkerCrashedError)
 """Died, or killed by Ray because its node had no memory left (which is an error of its own)."""

@@ -18,14 +18,14 @@ import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from rayrl.cluster.gone import GONE
+from rayrl.cluster.gone import ACTOR_DIED
 from rayrl.cluster.session import prepare_process
 from rayrl.cluster.weight_sync.topology import transport_of
 from rayrl.cluster.weight_sync.weight_store import Published
 from rayrl.config import Config
 from rayrl.errors import InfraError, LearnerLost, RayrlError, RunFailed
 from rayrl.learner.batch import Batch, Trajectory, shard
-from rayrl.weights.broadcast import Channel, Meeting, Plan, host, send
+from rayrl.weights.broadcast import BroadcastGroup, Plan, Rendezvous, host, send
 from rayrl.weights.flat import buckets
 from rayrl.weights.model_dir import model_dir
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from rayrl.learner.base import Learner
 
-__all__ = ["LearnerRank", "Learners"]
+__all__ = ["LearnerGroup", "LearnerRank"]
 
 PLACEMENT_DEADLINE_S = 120.0
 START_ATTEMPTS = 3
@@ -53,7 +53,7 @@ class LearnerRank:
         self._flat: NDArray[np.uint8] | None = None
         self._plan: Plan = ()
         self._meeting: Any = None
-        self._channel: Channel | None = None
+        self._channel: BroadcastGroup | None = None
         self._streamed = (-1, -1)
 
     def address(self) -> tuple[str, int]:
@@ -114,7 +114,9 @@ class LearnerRank:
             digest = beside.submit(checksum, flat)
             return Published(version, (ray.put(flat),), manifest, digest.result())
 
-    def host(self, backend: str, world: int, timeout_s: float, limit: int) -> tuple[Meeting, Plan]:
+    def host(
+        self, backend: str, world: int, timeout_s: float, limit: int
+    ) -> tuple[Rendezvous, Plan]:
         """Open a meeting for a channel of `world` members; and what will be sent there."""
         import torch
 
@@ -122,13 +124,13 @@ class LearnerRank:
         plan = buckets(((e.name, getattr(torch, e.dtype), e.shape) for e in entries), limit)
         self._plan = plan
         if self._rank:
-            return Meeting("", "", 0, 0, 0), plan
+            return Rendezvous("", "", 0, 0, 0), plan
         meeting, self._meeting = host(backend, self.address()[0], world, timeout_s)
         return meeting, plan
 
-    def connect(self, meeting: Meeting) -> None:
+    def connect(self, meeting: Rendezvous) -> None:
         """Meet the engines, on rank 0."""
-        self._channel = Channel(meeting, 0, self._meeting)
+        self._channel = BroadcastGroup(meeting, 0, self._meeting)
 
     def stream(self, version: int, deadline_s: float, store: Any) -> str:
         """Send the weights over the channel; on all ranks together. Their checksum, from rank 0."""
@@ -160,7 +162,7 @@ class LearnerRank:
         self._learner.export(folder)
 
 
-class Learners:
+class LearnerGroup:
     """All ranks as one learner. Metrics and files are rank 0's."""
 
     def __init__(self, config: Config) -> None:
@@ -248,16 +250,18 @@ class Learners:
         published: Published = (await self._all("publish", version))[0]
         return published
 
-    async def host(self, backend: str, world: int, timeout_s: float) -> tuple[Meeting, Plan]:
+    async def host(self, backend: str, world: int, timeout_s: float) -> tuple[Rendezvous, Plan]:
         """Open a meeting at rank 0 for a channel of `world` members; and what will be sent there.
 
         Buckets are of `cluster.bucket_mb`.
         """
         limit = self._config.cluster.bucket_mb << 20
-        found: tuple[Meeting, Plan] = (await self._all("host", backend, world, timeout_s, limit))[0]
+        found: tuple[Rendezvous, Plan] = (
+            await self._all("host", backend, world, timeout_s, limit)
+        )[0]
         return found
 
-    async def connect(self, meeting: Meeting) -> None:
+    async def connect(self, meeting: Rendezvous) -> None:
         """Let rank 0 join the channel; waits for all members."""
         await _together([self._ranks[0].connect.remote(meeting)])
 
@@ -357,7 +361,7 @@ def _failure(errors: Mapping[int, BaseException]) -> BaseException:
         if isinstance(cause, RayrlError) and not isinstance(cause, InfraError):
             return cause
     for rank, error in errors.items():
-        if isinstance(error, GONE):
+        if isinstance(error, ACTOR_DIED):
             return LearnerLost(
                 f"a learner process died (rank {rank}: {error}). Run the same command again to go "
                 "on from the last checkpoint."

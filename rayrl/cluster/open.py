@@ -13,15 +13,15 @@ import ray
 from ray.serve.handle import DeploymentHandle
 
 from rayrl.cluster.code_bundle import env_names
-from rayrl.cluster.learner_group import Learners
+from rayrl.cluster.learner_group import LearnerGroup
 from rayrl.cluster.rollouts import Rollouts
 from rayrl.cluster.serving.replica import deploy, undeploy
 from rayrl.cluster.session import Session, open_session
 from rayrl.cluster.weight_sync.probe import Probe
-from rayrl.cluster.weight_sync.push import Weights, open_store
+from rayrl.cluster.weight_sync.push import WeightSync, open_store
 from rayrl.cluster.weight_sync.topology import transport_of
 from rayrl.cluster.weight_sync.transports import open_transport
-from rayrl.cluster.workers.env_worker import POLICY, HostJob
+from rayrl.cluster.workers.env_worker import POLICY, WorkerJob
 from rayrl.config import Config
 from rayrl.engine import open_engine
 from rayrl.environment.environment import Environment
@@ -93,11 +93,11 @@ async def open_rollouts(
 
 
 @asynccontextmanager
-async def open_learners(config: Config, total_steps: int) -> AsyncIterator[Learners]:
+async def open_learners(config: Config, total_steps: int) -> AsyncIterator[LearnerGroup]:
     """Learners on `config.model`, and nothing that plays."""
     with ExitStack() as stack:
         stack.enter_context(_session(config))
-        learners = Learners(config)
+        learners = LearnerGroup(config)
         stack.callback(learners.close)
         await learners.start(model_name(config.model.path), total_steps)
         yield learners
@@ -106,7 +106,7 @@ async def open_learners(config: Config, total_steps: int) -> AsyncIterator[Learn
 @asynccontextmanager
 async def open_training(
     config: Config, total_steps: int, turns: Path | None = None
-) -> AsyncIterator[tuple[Rollouts, Learners, Weights]]:
+) -> AsyncIterator[tuple[Rollouts, LearnerGroup, WeightSync]]:
     """Hosts, replicas and learners, all on `config.model`; replicas get weights by `push`.
 
     Args:
@@ -116,7 +116,7 @@ async def open_training(
     with ExitStack() as stack:
         session = stack.enter_context(_session(config))
         job = _job(config, session, None, None)
-        learners = Learners(config)
+        learners = LearnerGroup(config)
         stack.callback(learners.close)
         rollouts = Rollouts(job, turns=turns)
         stack.callback(rollouts.close)
@@ -130,7 +130,7 @@ async def open_training(
         else:
             starting = learners.start(model, total_steps)
             handles, *_ = await _together(deploying, rollouts.ready(), starting)
-        weights = Weights(
+        weights = WeightSync(
             open_transport(config, learners, store, handles[POLICY]),
             store,
             handles[POLICY],
@@ -161,17 +161,17 @@ def _job(
     session: Session,
     seats: Mapping[str, str] | None,
     sampling: Sampling | None,
-) -> HostJob:
+) -> WorkerJob:
     """Who plays where, with every model in a Serve app of its own."""
     environment = make_environment(config)
     players = seat_players(environment, config.env.seats if seats is None else seats)
     models = {who: model_of(who, config) for who in players.values() if is_model(who)}
     apps = {who: f"{session.name}-{number}" for number, who in enumerate(models)}
-    return HostJob(environment.spec, players, sampling or _sampling(config), config, models, apps)
+    return WorkerJob(environment.spec, players, sampling or _sampling(config), config, models, apps)
 
 
 async def deploy_models(
-    job: HostJob, session: Session, stack: ExitStack, *, pushed: bool
+    job: WorkerJob, session: Session, stack: ExitStack, *, pushed: bool
 ) -> dict[str, DeploymentHandle]:
     """Start the replicas of every model; those of the policy get weights by push if `pushed`."""
     handles = {}

@@ -9,7 +9,7 @@ from rayrl.cluster.code_bundle import env_names
 from rayrl.cluster.open import check_endpoint, deploy_models, is_model, make_environment, model_of
 from rayrl.cluster.rollouts import Rollouts
 from rayrl.cluster.session import open_session
-from rayrl.cluster.workers.env_worker import EnvHost, HostJob
+from rayrl.cluster.workers.env_worker import EnvWorker, WorkerJob
 from rayrl.config import Config
 from rayrl.rollout.agent import Player
 from rayrl.types import Sampling
@@ -30,13 +30,13 @@ async def open_players(
     spec = make_environment(config).spec
     models = {who: model_of(who, config) for who in seats.values() if is_model(who)}
     with ExitStack() as stack:
-        job = HostJob(spec, dict(seats), sampling, config)
+        job = WorkerJob(spec, dict(seats), sampling, config)
         if models:
             session = stack.enter_context(open_session(config.cluster, envs=env_names(config)))
             apps = {who: f"{session.name}-{number}" for number, who in enumerate(models)}
-            job = HostJob(spec, dict(seats), sampling, config, models, apps)
+            job = WorkerJob(spec, dict(seats), sampling, config, models, apps)
             await deploy_models(job, session, stack, pushed=False)
-        yield EnvHost(job).players
+        yield EnvWorker(job).players
 
 
 def players_here(rollouts: Rollouts) -> Mapping[str, Player]:
@@ -45,4 +45,4 @@ def players_here(rollouts: Rollouts) -> Mapping[str, Player]:
     For exhaustive checks, whose tree grows by the answers. To be called inside an event loop, which
     the players then belong to.
     """
-    return EnvHost(rollouts.job).players
+    return EnvWorker(rollouts.job).players

@@ -8,22 +8,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rayrl.cluster.workers.env_worker import HostJob, start_host
+from rayrl.cluster.workers.env_worker import WorkerJob, start_worker
 from rayrl.cluster.workers.scaling import Load
 from rayrl.cluster.workers.turn_log import start_recorder
-from rayrl.cluster.workers.worker_pool import HostPool
+from rayrl.cluster.workers.worker_pool import WorkerPool
 from rayrl.cluster.workers.worker_slot import kill
 from rayrl.errors import RunFailed, shown
 from rayrl.rollout.rollout import GroupPlan
 from rayrl.types import Episode, Failure, Group
 
-__all__ = ["Collection", "Rollouts", "is_stale", "none_left", "sort_out"]
+__all__ = ["CollectedGroups", "Rollouts", "is_stale", "none_left", "sort_out"]
 
 FORGET_AT = 32  # groups that have ended, of which the recorder is told at once
 
 
 @dataclass(frozen=True, slots=True)
-class Collection:
+class CollectedGroups:
     """What came of a batch of plans.
 
     Attributes:
@@ -54,7 +54,7 @@ class Collection:
     load: Load | None = None
 
 
-def sort_out(groups: Sequence[Group], min_version: int, budget: float, env: str) -> Collection:
+def sort_out(groups: Sequence[Group], min_version: int, budget: float, env: str) -> CollectedGroups:
     """Separate what can be trained on, and stop a run whose environment fails too often.
 
     Args:
@@ -81,7 +81,7 @@ def sort_out(groups: Sequence[Group], min_version: int, budget: float, env: str)
     )
     if groups and not kept and not (failed and refused == len(failed)):
         raise none_left(groups, min_version)
-    return Collection(
+    return CollectedGroups(
         groups=kept,
         dropped=tuple(g for g in groups if g not in kept),
         env_failures=len(by_env),
@@ -138,13 +138,13 @@ class Rollouts:
 
     def __init__(
         self,
-        job: HostJob,
-        start: Callable[[HostJob, Any], Any] = start_host,
+        job: WorkerJob,
+        start: Callable[[WorkerJob, Any], Any] = start_worker,
         turns: Path | None = None,
     ) -> None:
         self.job = job
         self._recorder = start_recorder(turns)
-        self._pool = HostPool(job, partial(start, job, self._recorder), self._recorder)
+        self._pool = WorkerPool(job, partial(start, job, self._recorder), self._recorder)
 
     @property
     def restarts(self) -> int:
@@ -165,7 +165,7 @@ class Rollouts:
         min_version: int = 0,
         on_group: Callable[[Group], None] = lambda group: None,
         known: Mapping[str, Group] | None = None,
-    ) -> Collection:
+    ) -> CollectedGroups:
         """Play all plans.
 
         Args:

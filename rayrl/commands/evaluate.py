@@ -15,7 +15,7 @@ from typing import Any
 
 from rayrl.cluster.open import make_environment, open_rollouts
 from rayrl.cluster.parts import players_here
-from rayrl.cluster.rollouts import Collection, Rollouts
+from rayrl.cluster.rollouts import CollectedGroups, Rollouts
 from rayrl.config import Config
 from rayrl.environment.environment import Environment
 from rayrl.errors import EnvError, RayrlError, described
@@ -26,12 +26,12 @@ from rayrl.rollout.agent import Agent, Player
 from rayrl.rollout.rollout import GroupPlan
 from rayrl.run.folder import RunDir
 from rayrl.run.journal import Journal, Play
-from rayrl.run.progress_bar import Bar
+from rayrl.run.progress_bar import ProgressBar
 from rayrl.run.stage import (
     already_finished,
     check_tasks,
+    log_template_notes,
     row_name,
-    say_templates,
     seats_of,
     unplayed_note,
 )
@@ -82,7 +82,7 @@ async def evaluate(config: Config, folder: RunDir | None = None) -> Result:
     sampling = Sampling(config.eval.temperature, s.top_p, s.top_k, s.max_tokens, tuple(s.stop))
     name = row_name(config, config.eval.player)
     seats = seats_of(environment, config, config.eval.player)
-    say_templates(config, seats.values())
+    log_template_notes(config, seats.values())
     configured = {cell: environment.configure(args) for cell, args in cells.items()}
     journals = {
         cell: Journal(
@@ -95,7 +95,7 @@ async def evaluate(config: Config, folder: RunDir | None = None) -> Result:
     measured: dict[str, Cell] = {}
     checks: dict[str, Mapping[str, float]] = {}
     budget = config.endpoint.max_tokens_total
-    with Bar(f"eval {name}", total) as bar:
+    with ProgressBar(f"eval {name}", total) as bar:
         play = Play([*journals.values()], bar, budget)
         play.check_budget()
         async with open_rollouts(config, seats=seats, sampling=sampling) as rollouts:
@@ -125,7 +125,7 @@ def evaluation_plans(environment: Environment, config: Config, cell: str) -> lis
 def cell_of(
     environment: Environment,
     args: Mapping[str, Any],
-    played: Collection,
+    played: CollectedGroups,
     usage: Usage | None = None,
 ) -> Cell:
     """A cell's figures. Failed episodes are counted, never measured."""

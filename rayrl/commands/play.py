@@ -25,7 +25,7 @@ from rayrl.report.console import message_text, new_console, reply_text, scores_t
 from rayrl.rollout.agent import Conversation, Options, Player
 from rayrl.rollout.players import HumanPlayer
 from rayrl.rollout.rollout import play_episode
-from rayrl.run.stage import say_templates, seats_of
+from rayrl.run.stage import log_template_notes, seats_of
 from rayrl.run.start_check import check_start
 from rayrl.terminal import visible
 from rayrl.types import Episode, Message, Sampling, Turn, derive_seed
@@ -81,7 +81,7 @@ async def play(
     """
     environment = make_environment(config)
     seats = seats_for(environment, config)
-    say_templates(config, seats.values())
+    log_template_notes(config, seats.values())
     s = config.sampling
     sampling = Sampling(config.play.temperature, s.top_p, s.top_k, s.max_tokens, tuple(s.stop))
     mine = config.play.seat

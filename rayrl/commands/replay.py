@@ -32,9 +32,9 @@ from rayrl.errors import ConfigError, DataError, EnvError, did_you_mean
 from rayrl.report.console import new_console
 from rayrl.rollout.agent import Conversation, Options
 from rayrl.rollout.episode_io import episode_to_json, read_episodes, revive
-from rayrl.rollout.resume import Course, Diverged
+from rayrl.rollout.resume import Diverged, EpisodeResume
 from rayrl.rollout.rollout import play_episode
-from rayrl.rollout.subprocess_env import Isolated
+from rayrl.rollout.subprocess_env import SubprocessEnv
 from rayrl.run.files import write_atomic
 from rayrl.types import Episode, Message, Turn
 
@@ -146,7 +146,7 @@ async def replay(
         isolated: run its code in a process of its own.
     """
     async with contextlib.AsyncExitStack() as stack:
-        playing = await stack.enter_async_context(Isolated(env, 1)) if isolated else env
+        playing = await stack.enter_async_context(SubprocessEnv(env, 1)) if isolated else env
         found = [await _again(playing, episode, deadline_s) for episode in stored]
     groups: dict[str, list[int]] = {}
     for k, one in enumerate(found):
@@ -162,7 +162,7 @@ class _Nobody:
 
     trainable = False
 
-    def __init__(self, course: Course) -> None:
+    def __init__(self, course: EpisodeResume) -> None:
         self.course = course
         self.diverged: Diverged | None = None
 
@@ -187,7 +187,7 @@ async def _again(env: Environment, stored: Episode, deadline_s: float | None) ->
     """One episode, without the rewards over its group."""
     if stored.failure is not None and stored.failure.kind != "env":
         return Replayed(stored, "unfinished", "it had not come to its end")
-    course = Course(stored.turns)
+    course = EpisodeResume(stored.turns)
     nobody = _Nobody(course)
     try:
         episode = await play_episode(

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from rayrl.cluster.serving.http_server import open_server
 from rayrl.config import Config
-from rayrl.run.stage import model_row, say_templates
+from rayrl.run.stage import log_template_notes, model_row
 from rayrl.run.start_check import check_start
 
 __all__ = ["run", "serve"]
@@ -33,7 +33,7 @@ async def serve(config: Config, say: Callable[[str], None] = print) -> None:
     """Start the server, say how to reach it, and wait."""
     ended = asyncio.Event()
     loop = asyncio.get_running_loop()
-    say_templates(config)
+    log_template_notes(config)
     name = config.serve.model_name or model_row(config.model.path)
     async with open_server(config, name) as url:
         say(_welcome(config, name, url))

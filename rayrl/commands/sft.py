@@ -13,16 +13,16 @@ import time
 from collections.abc import Iterator, Sequence
 
 from rayrl.chat.renderer import Chat
-from rayrl.cluster.learner_group import Learners
+from rayrl.cluster.learner_group import LearnerGroup
 from rayrl.cluster.open import open_learners
 from rayrl.config import Config
 from rayrl.errors import ConfigError, DataError, did_you_mean
 from rayrl.learner.batch import Trajectory, batch_of, supervised_row
 from rayrl.rollout.episode_io import read_episodes
 from rayrl.run.folder import RunDir
-from rayrl.run.progress_bar import Bar
+from rayrl.run.progress_bar import ProgressBar
 from rayrl.run.recovery import Recovery
-from rayrl.run.stage import MODEL, POLICY, already_finished, positions, say_templates
+from rayrl.run.stage import MODEL, POLICY, already_finished, log_template_notes, positions
 from rayrl.run.start_check import check_start
 from rayrl.types import Episode, Turn, derive_seed
 from rayrl.weights.model_dir import model_dir
@@ -49,12 +49,12 @@ async def sft(config: Config, folder: RunDir) -> None:
     """
     cfg = config.sft
     model = model_dir(config.model.path)
-    say_templates(config)
+    log_template_notes(config)
     longest = config.engine.max_len or positions(model)
     rows = load_rows(config, Chat.load(str(model)), longest)
     async with open_learners(config, cfg.steps) as learner:
         folder.begin()
-        with Bar(config.run.name, cfg.steps) as bar:
+        with ProgressBar(config.run.name, cfg.steps) as bar:
             recovery = Recovery(learner, folder, bar, config.learner.restarts)
 
             async def step(number: int) -> None:
@@ -78,8 +78,8 @@ async def sft(config: Config, folder: RunDir) -> None:
 async def _step(
     config: Config,
     folder: RunDir,
-    learner: Learners,
-    bar: Bar,
+    learner: LearnerGroup,
+    bar: ProgressBar,
     picked: Sequence[Trajectory],
     step: int,
     rows: int,

@@ -28,12 +28,12 @@ from rayrl.rollout.episode_io import read_episodes, write_episodes
 from rayrl.rollout.rollout import GroupPlan
 from rayrl.run.folder import RunDir
 from rayrl.run.journal import Journal, Play
-from rayrl.run.progress_bar import Bar
+from rayrl.run.progress_bar import ProgressBar
 from rayrl.run.stage import (
     EPISODES,
     already_finished,
     check_tasks,
-    say_templates,
+    log_template_notes,
     seats_of,
     unplayed_note,
 )
@@ -130,7 +130,7 @@ async def synth(
     """
     environment = make_environment(config)
     seats = seats_of(environment, config, config.synth.player)
-    say_templates(config, seats.values())
+    log_template_notes(config, seats.values())
     seed = derive_seed(config.run.seed, "synth")
     tasks = environment.tasks(seed, config.synth.episodes)
     check_tasks(environment, tasks)
@@ -139,7 +139,7 @@ async def synth(
         for k, task in enumerate(tasks)
     ]
     journal = Journal(file, plans, seats)
-    with Bar(f"{config.run.name}: {config.synth.player}", len(plans)) as bar:
+    with ProgressBar(f"{config.run.name}: {config.synth.player}", len(plans)) as bar:
         play = Play([journal], bar, config.endpoint.max_tokens_total)
         play.check_budget()
         async with open_rollouts(config, seats=seats) as rollouts:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from rayrl.weights.broadcast import Meeting, Plan
+    from rayrl.weights.broadcast import Plan, Rendezvous
     from rayrl.weights.flat import Manifest
 
 __all__ = ["Engine", "Generator", "Part", "Streamed"]
@@ -112,7 +112,7 @@ class Streamed(Engine, Protocol):
 
     workers: int
 
-    async def join(self, meeting: Meeting, first: int) -> None:
+    async def join(self, meeting: Rendezvous, first: int) -> None:
         """Join a channel as ranks `first` and up, leaving any other; waits for all members.
 
         Raises:

@@ -12,7 +12,7 @@ from rayrl.chat.text_protocol import describe_lines, parse_lines, results_text
 from rayrl.chat.tools import ParsedCall, Toolkit, introduce, parse_calls
 from rayrl.environment.randomness import EPISODE
 from rayrl.errors import EnvError, shown
-from rayrl.rollout.resume import Course
+from rayrl.rollout.resume import EpisodeResume
 from rayrl.types import Message, Reply, Role, ToolCall, Turn, assistant, derive_seed, tool, user
 
 __all__ = ["Agent", "Conversation", "Options", "Player"]
@@ -137,13 +137,13 @@ class Agent:
         seat: str = "agent",
         episode: str = "episode",
         seed: int = 0,
-        course: Course | None = None,
+        course: EpisodeResume | None = None,
     ) -> None:
         self.player = player
         self.seat = seat
         self.episode = episode
         self.seed = seed
-        self.course = course or Course()
+        self.course = course or EpisodeResume()
         self.called = self.awaited = 0
         self.turns = 0
         self.tool_calls = 0

@@ -15,7 +15,7 @@ from rayrl.environment.tasks import misread
 from rayrl.errors import RayrlError
 from rayrl.rollout.agent import Conversation, Options, Player
 from rayrl.rollout.players import ScriptedPlayer
-from rayrl.rollout.resume import Course, Diverged
+from rayrl.rollout.resume import Diverged, EpisodeResume
 from rayrl.rollout.rollout import play_episode
 from rayrl.types import Episode, Message, Task, Turn
 
@@ -154,7 +154,7 @@ async def _player_problem(
     if first.failure is not None:
         return first.failure.message
     try:
-        again = await _play(env, task, player, deadline_s, Course(first.turns))
+        again = await _play(env, task, player, deadline_s, EpisodeResume(first.turns))
     except Diverged as error:
         return f"not deterministic: with the same replies, {error}; {_REMEDY}"
     if again.scores != first.scores:
@@ -249,7 +249,7 @@ async def _play(
     task: Task,
     player: Player,
     deadline_s: float,
-    course: Course | None = None,
+    course: EpisodeResume | None = None,
 ) -> Episode:
     players = dict.fromkeys(env.seats, player)
     return await play_episode(env, task, players, id="check", deadline_s=deadline_s, course=course)

@@ -6,10 +6,10 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Iterable
 
-__all__ = ["Room", "Stops"]
+__all__ = ["ConcurrencyLimit", "GroupCanceller"]
 
 
-class Room:
+class ConcurrencyLimit:
     """Places for live episodes, shared by all who play on one event loop.
 
     Attributes:
@@ -42,7 +42,7 @@ class Room:
             self._waiting.remove(wake)
 
 
-class Stops:
+class GroupCanceller:
     """Ends the episodes of a plan before their time. Belongs to one event loop.
 
     Args:

@@ -18,7 +18,7 @@ from rayrl.chat.tools import tool_name
 from rayrl.rollout.encoding import turn_from_bytes
 from rayrl.types import Failure, Message, Turn, Usage, sum_usage
 
-__all__ = ["Begun", "Course", "Diverged", "Told", "TurnLog"]
+__all__ = ["Diverged", "EpisodeResume", "PartialEpisode", "TurnLog", "TurnRecord"]
 
 PATIENCE_S = 5.0  # without any turn, until what is awaited in order counts as never said
 
@@ -46,7 +46,7 @@ class Diverged(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Begun:
+class PartialEpisode:
     """How far an episode came before it lost its process.
 
     Attributes:
@@ -59,7 +59,7 @@ class Begun:
     attempt: int = 1
 
 
-Told = tuple[str, int, Turn | bytes]
+TurnRecord = tuple[str, int, Turn | bytes]
 """Episode, number of the attempt, turn (or what `encoding.bytes_of` makes of it)."""
 
 
@@ -82,16 +82,16 @@ class TurnLog:
         if attempt == known[0]:  # and not what came late of an attempt that was given up
             known[1].append(turn)
 
-    def begun(self, groups: Iterable[str] | None = None) -> dict[str, Begun]:
+    def begun(self, groups: Iterable[str] | None = None) -> dict[str, PartialEpisode]:
         """What there is of every episode, or of those of some groups, by its id."""
         wanted = self._groups if groups is None else groups
         return {
-            episode: Begun(tuple(map(_decoded, turns)), attempt + 1)
+            episode: PartialEpisode(tuple(map(_decoded, turns)), attempt + 1)
             for group in wanted
             for episode, (attempt, turns) in self._groups.get(group, {}).items()
         }
 
-    def told(self) -> list[Told]:
+    def told(self) -> list[TurnRecord]:
         """What has to be added to another log, so that it is as this one."""
         return [
             (episode, attempt, turn)
@@ -114,7 +114,7 @@ def _decoded(turn: Turn | bytes) -> Turn:
     return turn_from_bytes(turn) if isinstance(turn, bytes) else turn
 
 
-class Course:
+class EpisodeResume:
     """The turns of one attempt at an episode; all its seats share it.
 
     Args:

@@ -24,16 +24,16 @@ from rayrl.errors import (
     traceback_of,
 )
 from rayrl.rollout.agent import Agent, Player
-from rayrl.rollout.concurrency import Room, Stops
+from rayrl.rollout.concurrency import ConcurrencyLimit, GroupCanceller
 from rayrl.rollout.deadline import Late, Stopped, within
-from rayrl.rollout.resume import Begun, Course, Diverged
+from rayrl.rollout.resume import Diverged, EpisodeResume, PartialEpisode
 from rayrl.types import Episode, Failure, Group, Task, Turn, Usage, derive_seed, sum_usage
 
 __all__ = ["GroupPlan", "play_episode", "play_group", "play_groups"]
 
 _Played = tuple[dict[str, dict[str, float]], dict[str, float]]
 _INFRA = (InfraError, OSError, TimeoutError)
-_NEW = Begun((), 0)
+_NEW = PartialEpisode((), 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ async def play_episode(
     seed: int = 0,
     deadline_s: float | None = None,
     attempt: int = 0,
-    course: Course | None = None,
+    course: EpisodeResume | None = None,
     stop: asyncio.Future[None] | None = None,
 ) -> Episode:
     """Play one task to its end.
@@ -83,7 +83,7 @@ async def play_episode(
         Diverged: the environment did not do again what `course` has recorded.
         Exception: an error of the program itself (not of the environment or of a process).
     """
-    course = course or Course()
+    course = course or EpisodeResume()
     label = f"{id}~{attempt}" if attempt else id
     agents = [
         Agent(_player(players, seat, env), seat=seat, episode=label, seed=seed, course=course)
@@ -236,7 +236,7 @@ async def _play_with_retries(
     failures = diverged = 0
     wasted: Usage | None = None
     while True:
-        course = Course(turns, rules.listener(name, attempt))
+        course = EpisodeResume(turns, rules.listener(name, attempt))
         try:
             episode = await play_episode(
                 env,
@@ -274,9 +274,9 @@ class _Rules:
     deadline_s: float | None
     trainable: tuple[str, ...] | None
     backoff_s: float
-    recorded: Mapping[str, Begun] = field(default_factory=dict)
+    recorded: Mapping[str, PartialEpisode] = field(default_factory=dict)
     on_turn: Callable[[str, int, Turn], None] | None = None
-    stops: Stops | None = None
+    stops: GroupCanceller | None = None
 
     def listener(self, episode: str, attempt: int) -> Callable[[Turn], None] | None:
         return self.on_turn and functools.partial(self.on_turn, episode, attempt)
@@ -336,13 +336,13 @@ async def play_groups(
     plans: Iterable[GroupPlan],
     players: Mapping[str, Player],
     *,
-    concurrency: int | Room,
+    concurrency: int | ConcurrencyLimit,
     retries: int = 2,
     deadline_s: float | None = None,
     trainable: Sequence[str] | None = None,
     backoff_s: float = 0.1,
-    stops: Stops | None = None,
-    recorded: Mapping[str, Begun] | None = None,
+    stops: GroupCanceller | None = None,
+    recorded: Mapping[str, PartialEpisode] | None = None,
     on_turn: Callable[[str, int, Turn], None] | None = None,
     on_end: Callable[[], None] = lambda: None,
 ) -> AsyncIterator[Group]:
@@ -353,7 +353,7 @@ async def play_groups(
     the loop early (use `contextlib.aclosing`) cancels what is live.
 
     Args:
-        concurrency: a number, or a `Room` that is shared with other calls.
+        concurrency: a number, or a `ConcurrencyLimit` that is shared with other calls.
         stops: can end what is live of a plan; its group then comes with what was played of it.
         recorded: episodes to go on with, by id: begun where they could not end.
         on_turn: told episode, number of the attempt and turn whenever a turn is made or played
@@ -363,7 +363,7 @@ async def play_groups(
 
     Other arguments: see `play_group`.
     """
-    room = concurrency if isinstance(concurrency, Room) else _room(concurrency, env)
+    room = concurrency if isinstance(concurrency, ConcurrencyLimit) else _room(concurrency, env)
     named = None if trainable is None else tuple(trainable)
     rules = _Rules(retries, deadline_s, named, backoff_s, recorded or {}, on_turn, stops)
     seats = rules.seats(env, players)
@@ -422,10 +422,10 @@ async def play_groups(
             await asyncio.gather(*live, return_exceptions=True)
 
 
-def _room(concurrency: int, env: Environment) -> Room:
+def _room(concurrency: int, env: Environment) -> ConcurrencyLimit:
     if concurrency < 1:
         raise ConfigError(f"cluster.concurrency={concurrency}: at least one episode must be live")
-    return Room(concurrency if env.slots is None else min(concurrency, env.slots))
+    return ConcurrencyLimit(concurrency if env.slots is None else min(concurrency, env.slots))
 
 
 class _Opening:

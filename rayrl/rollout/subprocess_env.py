@@ -32,7 +32,7 @@ from rayrl.rollout.agent import Agent, Conversation, Options
 from rayrl.rollout.episode_io import message_from_json, message_to_json
 from rayrl.types import Message, Scores, Task, Turn
 
-__all__ = ["Isolated", "child"]
+__all__ = ["SubprocessEnv", "child"]
 
 _HEAD = struct.Struct(">I")
 _BOOT = (
@@ -41,7 +41,7 @@ _BOOT = (
 )
 
 
-class Isolated:
+class SubprocessEnv:
     """An environment whose episodes run in child processes; an async context manager.
 
         async with Isolated(env, slots=8) as isolated:

@@ -21,6 +21,7 @@ from typing import Any
 from rayrl.errors import DataError
 from rayrl.run.files import (
     damage,
+    explain_full_disk,
     opened,
     parse,
     sealed,
@@ -28,7 +29,6 @@ from rayrl.run.files import (
     sums_of,
     sync,
     text_sum,
-    told_if_full,
 )
 
 __all__ = ["Checkpoint", "Checkpoints", "removed_on_error", "step_name"]
@@ -81,7 +81,7 @@ class Checkpoints:
         last = next(reversed(self.paths()), None)
         kept = f"the one of step {_step_of(last)} is intact" if last else "there is none before it"
         then, needed = f"it resumes ({kept})", size_of(last) if last else 0
-        with told_if_full(self.folder, f"the checkpoint of step {step}", then, needed):
+        with explain_full_disk(self.folder, f"the checkpoint of step {step}", then, needed):
             partial.mkdir()
             with removed_on_error(partial):
                 yield partial

@@ -25,6 +25,7 @@ __all__ = [
     "check_weights",
     "damage",
     "disk_is_full",
+    "explain_full_disk",
     "opened",
     "parse",
     "read_lines",
@@ -34,7 +35,6 @@ __all__ = [
     "sums_of",
     "sync",
     "text_sum",
-    "told_if_full",
     "write_atomic",
 ]
 
@@ -69,7 +69,7 @@ def disk_is_full(error: Exception, path: Path) -> bool:
 
 
 @contextmanager
-def told_if_full(path: Path, what: str, then: str, needed: int = 0) -> Iterator[None]:
+def explain_full_disk(path: Path, what: str, then: str, needed: int = 0) -> Iterator[None]:
     """While within, a full disk is an error that says what to do.
 
     Args:

@@ -39,6 +39,7 @@ from rayrl.errors import ConfigError, DataError, RunFailed
 from rayrl.run.checkpoints import Checkpoint, Checkpoints, removed_on_error, step_name
 from rayrl.run.files import (
     damage,
+    explain_full_disk,
     opened,
     parse,
     read_lines,
@@ -47,7 +48,6 @@ from rayrl.run.files import (
     sums_of,
     sync,
     text_sum,
-    told_if_full,
     write_atomic,
 )
 from rayrl.run.loggers import TensorBoard, Wandb
@@ -268,7 +268,7 @@ class RunDir:
         """
         final, partial = self.path / name, self.path / f".partial-{name}"
         shutil.rmtree(partial, ignore_errors=True)
-        with told_if_full(self.path, f"{name}/", "it goes on from its last checkpoint"):
+        with explain_full_disk(self.path, f"{name}/", "it goes on from its last checkpoint"):
             partial.mkdir()
             with removed_on_error(partial):
                 yield partial

@@ -15,7 +15,7 @@ from typing import Any
 from rayrl.errors import DataError
 from rayrl.rollout.encoding import group_from_data, group_to_data
 from rayrl.rollout.records import Records
-from rayrl.run.files import told_if_full
+from rayrl.run.files import explain_full_disk
 from rayrl.types import Group
 
 __all__ = ["Batched", "GroupLog", "Played"]
@@ -101,7 +101,7 @@ class GroupLog:
         """Append; a process that is killed afterwards has not lost it."""
         assert self._records is not None
         then = "it goes on from the last checkpoint and what was played since"
-        with told_if_full(self._folder, "a group that was played", then):
+        with explain_full_disk(self._folder, "a group that was played", then):
             self._records.add(_to_data(record))
 
     def close(self) -> None:

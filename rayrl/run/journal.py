@@ -17,14 +17,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
-from rayrl.cluster.rollouts import Collection, Rollouts
+from rayrl.cluster.rollouts import CollectedGroups, Rollouts
 from rayrl.cluster.workers.env_worker import trainable_seats
 from rayrl.environment.tasks import same, task_from_json, task_to_json
 from rayrl.errors import DataError, RunFailed
 from rayrl.rollout.episode_io import episode_line, read_kept
 from rayrl.rollout.rollout import GroupPlan
 from rayrl.run.files import sync, write_atomic
-from rayrl.run.progress_bar import Bar
+from rayrl.run.progress_bar import ProgressBar
 from rayrl.types import Episode, Group, Task, Usage, sum_usage
 
 __all__ = ["Journal", "Play"]
@@ -139,7 +139,7 @@ class Play:
         max_tokens: nothing new is begun once so many are spent; 0 is no limit.
     """
 
-    def __init__(self, journals: Sequence[Journal], bar: Bar, max_tokens: int = 0) -> None:
+    def __init__(self, journals: Sequence[Journal], bar: ProgressBar, max_tokens: int = 0) -> None:
         self.journals, self.bar, self.max_tokens = journals, bar, max_tokens
         self.total = sum(len(journal.plans) for journal in journals)
         self.done = sum(len(journal.known) for journal in journals)
@@ -163,7 +163,7 @@ class Play:
                 "command goes on from there."
             )
 
-    async def collect(self, rollouts: Rollouts, journal: Journal) -> Collection:
+    async def collect(self, rollouts: Rollouts, journal: Journal) -> CollectedGroups:
         """Play what one journal lacks.
 
         Raises:

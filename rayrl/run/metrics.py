@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from rayrl.types import Episode, Group
 
 if TYPE_CHECKING:
-    from rayrl.cluster.rollouts import Collection
+    from rayrl.cluster.rollouts import CollectedGroups
     from rayrl.cluster.workers.scaling import Load
     from rayrl.learner.batch import Batch
 
@@ -52,7 +52,7 @@ class Clock:
 
 def step_metrics(
     step: int,
-    played: Collection,
+    played: CollectedGroups,
     batch: Batch,
     learned: Mapping[str, float],
     clock: Clock,

@@ -24,17 +24,17 @@ from rayrl.run.timeline import TIMELINE
 from rayrl.run.timeline import row as timeline_row
 
 if TYPE_CHECKING:
-    from rayrl.cluster.rollouts import Collection
+    from rayrl.cluster.rollouts import CollectedGroups
     from rayrl.run.folder import RunDir
     from rayrl.run.metrics import Clock
 
-__all__ = ["ALARMS", "PAUSED", "Watch"]
+__all__ = ["ALARMS", "PAUSED", "Monitor"]
 
 PAUSED = "PAUSED"
 LOOK_EVERY_S = 1.0  # whether the file is still there
 
 
-class Watch:
+class Monitor:
     """What a run watches in itself, to be used in a `with` block.
 
     An alarm is raised when it has been out of bounds for its patience, and again only after it was
@@ -63,7 +63,7 @@ class Watch:
         for name in (ALARMS, TIMELINE):
             _cut(self._path / name, start)
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> Monitor:
         self._telemetry.__enter__()
         return self
 
@@ -71,7 +71,7 @@ class Watch:
         self._telemetry.__exit__(*error)
 
     def look(
-        self, step: int, metrics: Mapping[str, float], clock: Clock, played: Collection
+        self, step: int, metrics: Mapping[str, float], clock: Clock, played: CollectedGroups
     ) -> list[Alarm]:
         """Look at a finished step; returns what is raised at it."""
         self._rows = needed([*self._rows, metrics], self._cfg)

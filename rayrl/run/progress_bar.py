@@ -9,7 +9,7 @@ from typing import Any, TextIO
 
 from rayrl.terminal import visible
 
-__all__ = ["Bar", "figure"]
+__all__ = ["ProgressBar", "figure"]
 
 WIDE = 110  # columns of a terminal; narrower ones have no bar and no estimate of the time left
 
@@ -21,7 +21,7 @@ def figure(value: float | int | str) -> str:
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
-class Bar:
+class ProgressBar:
     """Progress of one stage, to be used in a `with` block.
 
     In a terminal it is one line that redraws itself. Elsewhere (a log, `ray job logs`) it is a line
@@ -48,7 +48,7 @@ class Bar:
         self._bar: Any = None
         self._task: Any = None
 
-    def __enter__(self) -> Bar:
+    def __enter__(self) -> ProgressBar:
         self._began = time.monotonic()
         if self._stream.isatty():
             self._start_bar()

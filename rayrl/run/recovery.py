@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 
-from rayrl.cluster.learner_group import Learners
+from rayrl.cluster.learner_group import LearnerGroup
 from rayrl.errors import LearnerLost, RunFailed
 from rayrl.run.folder import RunDir
-from rayrl.run.progress_bar import Bar
+from rayrl.run.progress_bar import ProgressBar
 
 __all__ = ["Recovery"]
 
@@ -19,7 +19,7 @@ class Recovery:
         limit: times it may be lost between two checkpoints, `learner.restarts`.
     """
 
-    def __init__(self, learner: Learners, folder: RunDir, bar: Bar, limit: int) -> None:
+    def __init__(self, learner: LearnerGroup, folder: RunDir, bar: ProgressBar, limit: int) -> None:
         self.learner, self.folder, self.bar, self.limit = learner, folder, bar, limit
         self._left = limit
 

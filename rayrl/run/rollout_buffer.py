@@ -18,17 +18,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from rayrl.cluster.rollouts import Collection, is_stale, none_left, sort_out
+from rayrl.cluster.rollouts import CollectedGroups, is_stale, none_left, sort_out
 from rayrl.cluster.workers.scaling import Load
 from rayrl.config import Config
 from rayrl.rollout.rollout import GroupPlan
 from rayrl.run.group_log import Batched, GroupLog, Played
 from rayrl.types import Group
 
-__all__ = ["Feed"]
+__all__ = ["RolloutBuffer"]
 
 
-class Plays(Protocol):
+class RolloutBackend(Protocol):
     """What a feed needs of `cluster.Rollouts`."""
 
     async def play(
@@ -58,7 +58,7 @@ class _Kept:
         yield self.record
 
 
-class Feed:
+class RolloutBuffer:
     """Launches plans and closes batches; an async context manager.
 
     Args:
@@ -72,7 +72,7 @@ class Feed:
 
     def __init__(
         self,
-        rollouts: Plays,
+        rollouts: RolloutBackend,
         plans: Callable[[int], Sequence[GroupPlan]],
         config: Config,
         log: GroupLog,
@@ -244,7 +244,7 @@ class Feed:
 
     # --- batches -----------------------------------------------------------------------------
 
-    async def batch(self, step: int) -> Collection:
+    async def batch(self, step: int) -> CollectedGroups:
         """The groups of a step; waits until there are enough.
 
         Raises:
@@ -275,7 +275,7 @@ class Feed:
                 self._stopped.append(group)
                 self._begin_again(index)
 
-    def _close(self, step: int, oldest: int) -> Collection:
+    def _close(self, step: int, oldest: int) -> CollectedGroups:
         taken = dict(sorted(self._ready.items())[: self._n])
         for index in taken:
             del self._ready[index]
@@ -294,7 +294,7 @@ class Feed:
             load=self._rollouts.load(),
         )
 
-    def _sorted(self, groups: Sequence[Group], oldest: int) -> Collection:
+    def _sorted(self, groups: Sequence[Group], oldest: int) -> CollectedGroups:
         env = self._config.env
         found = sort_out(groups, oldest, env.failure_budget, env.name)
         if groups and not found.groups:  # a server refused them all: there is nothing to learn from
@@ -310,7 +310,7 @@ class Feed:
         idle, self._idle_s = self._idle_s, 0.0
         return idle
 
-    async def __aenter__(self) -> Feed:
+    async def __aenter__(self) -> RolloutBuffer:
         return self
 
     async def __aexit__(self, *error: object) -> None:

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from rayrl.chat.renderer import Chat
-from rayrl.chat.template_notes import peculiarities
+from rayrl.chat.template_notes import describe_template
 from rayrl.config import Config
 from rayrl.environment.environment import Environment
 from rayrl.environment.tasks import as_kind, fields_of
@@ -28,11 +28,11 @@ __all__ = [
     "check_tasks",
     "check_trained",
     "is_finished",
+    "log_template_notes",
     "model_row",
     "positions",
     "row_name",
     "run_of",
-    "say_templates",
     "seats_of",
     "template_notes",
     "unplayed_note",
@@ -131,11 +131,11 @@ def template_notes(models: Iterable[str]) -> list[str]:
         f"chat template of {model}: {one}."
         for model in dict.fromkeys(models)
         if model != EMBEDDED  # it does nothing of its own, and hosts load it soon enough
-        for one in peculiarities(Chat.load(model))
+        for one in describe_template(Chat.load(model))
     ]
 
 
-def say_templates(config: Config, seats: Iterable[str] = (POLICY,)) -> None:
+def log_template_notes(config: Config, seats: Iterable[str] = (POLICY,)) -> None:
     """Compare the weights of the models in some seats with their checksums, and print what is to
     be said of their templates (`template_notes`), each once a program.
 

@@ -22,7 +22,7 @@ from rayrl.weights.flat import Manifest, checksum, put, views
 if TYPE_CHECKING:  # an actor imports this before it says how many threads torch may have
     from torch import Tensor
 
-__all__ = ["Channel", "Meeting", "Plan", "host", "receive", "send"]
+__all__ = ["BroadcastGroup", "Plan", "Rendezvous", "host", "receive", "send"]
 
 Plan = tuple[Manifest, ...]
 """The layout of every bucket, in order (`rayrl.weights.flat.buckets`)."""
@@ -31,7 +31,7 @@ SENDER = 0  # rank in the channel
 
 
 @dataclass(frozen=True, slots=True)
-class Meeting:
+class Rendezvous:
     """Where the members of a channel meet.
 
     Attributes:
@@ -48,7 +48,7 @@ class Meeting:
     timeout_s: float
 
 
-def host(backend: str, address: str, world: int, timeout_s: float) -> tuple[Meeting, Any]:
+def host(backend: str, address: str, world: int, timeout_s: float) -> tuple[Rendezvous, Any]:
     """Open a meeting here (at `address`, on a free port); returns it with its store."""
     import torch.distributed as dist
 
@@ -60,10 +60,10 @@ def host(backend: str, address: str, world: int, timeout_s: float) -> tuple[Meet
         timeout=timedelta(seconds=timeout_s),
         wait_for_workers=False,
     )
-    return Meeting(backend, address, store.port, world, timeout_s), store
+    return Rendezvous(backend, address, store.port, world, timeout_s), store
 
 
-class Channel:
+class BroadcastGroup:
     """A process group apart from the default one; constructing it waits for all members.
 
     Args:
@@ -74,7 +74,7 @@ class Channel:
         InfraError: not everybody came in time.
     """
 
-    def __init__(self, meeting: Meeting, rank: int, store: Any = None) -> None:
+    def __init__(self, meeting: Rendezvous, rank: int, store: Any = None) -> None:
         import torch.distributed as dist
 
         self.device = "cpu" if meeting.backend == "gloo" else "cuda"
@@ -122,7 +122,7 @@ def _group(backend: str, store: Any, rank: int, world: int, timeout: timedelta) 
     return dist.ProcessGroupNCCL(apart, rank, world, options)
 
 
-def send(pairs: Iterable[tuple[str, Tensor]], plan: Plan, channel: Channel) -> str:
+def send(pairs: Iterable[tuple[str, Tensor]], plan: Plan, channel: BroadcastGroup) -> str:
     """Broadcast every bucket; returns the checksum of what was sent.
 
     Args:
@@ -131,7 +131,7 @@ def send(pairs: Iterable[tuple[str, Tensor]], plan: Plan, channel: Channel) -> s
     Raises:
         DataError: `pairs` are not what was planned. The receivers are left waiting then, until
             the channel's timeout.
-        InfraError: as `Channel.broadcast`.
+        InfraError: as `BroadcastGroup.broadcast`.
     """
     import torch
 
@@ -158,7 +158,7 @@ def send(pairs: Iterable[tuple[str, Tensor]], plan: Plan, channel: Channel) -> s
 
 
 def receive(
-    plan: Plan, channel: Channel, load: Callable[[Sequence[tuple[str, Tensor]]], object]
+    plan: Plan, channel: BroadcastGroup, load: Callable[[Sequence[tuple[str, Tensor]]], object]
 ) -> str:
     """Take every bucket and hand its tensors to `load`; returns the checksum of what came.
 
@@ -166,7 +166,7 @@ def receive(
     needs them (vLLM does, until a layer is complete).
 
     Raises:
-        InfraError: as `Channel.broadcast`.
+        InfraError: as `BroadcastGroup.broadcast`.
     """
     import torch
 

@@ -75,7 +75,7 @@ def test_whatever_is_killed_it_ends_as_if_unbroken(tiny: Path, calm: Path, tmp_p
     assert "Run the same command again" in run.said
     with Going(line, at(tmp_path / "killed", "load")) as run:
         run.until(lambda: rows(folder) >= 6)
-        workers(run.process.pid, "EnvHost")[0].kill()
+        workers(run.process.pid, "EnvWorker")[0].kill()
         run.until(lambda: rows(folder) >= 9)
         workers(run.process.pid, "ServeReplica")[0].kill()
         assert run.wait() == 0, run.said

@@ -42,9 +42,9 @@ def test_a_head_that_remembers_is_waited_for_and_a_lost_cluster_ends_the_run(
         with Going(line, nodes.env) as run:
             run.until(lambda: rows(folder) >= 3)
             assert "ServeController" in nodes.titles(0)
-            assert {"EnvHost", "ServeReplica", "LearnerRank"} <= nodes.titles(1)
+            assert {"EnvWorker", "ServeReplica", "LearnerRank"} <= nodes.titles(1)
             nodes.kill(0)
-            for title in ("EnvHost", "ServeReplica"):  # only a head can replace them
+            for title in ("EnvWorker", "ServeReplica"):  # only a head can replace them
                 nodes.find(1, title)[0].kill()
             run.until(lambda: "does not answer; waiting" in run.said)
             nodes.restart_head(HEAD)

@@ -28,8 +28,8 @@ def test_a_node_is_lost_and_another_comes(
     assert not any(nodes.titles(number) for number in (0, 1, 3)), "an actor is left"
     assert found == [
         {"ServeReplica", "LearnerRank"},
-        {"EnvHost", "ServeReplica"},
-        {"EnvHost", "LearnerRank"},
+        {"EnvWorker", "ServeReplica"},
+        {"EnvWorker", "LearnerRank"},
     ]
     assert weights(folder) == weights(calm_ranks), "as on one node, with none lost"
     assert episodes(folder) == episodes(calm_ranks)

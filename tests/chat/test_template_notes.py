@@ -11,11 +11,11 @@ import pytest
 from rayrl import loop
 from rayrl.chat.renderer import Chat
 from rayrl.chat.template import fold, render
-from rayrl.chat.template_notes import peculiarities
+from rayrl.chat.template_notes import describe_template
 from rayrl.cli import main
 from rayrl.config import from_dict
 from rayrl.errors import RunFailed
-from rayrl.run.stage import POLICY, say_templates
+from rayrl.run.stage import POLICY, log_template_notes
 from rayrl.types import Message, Turn, assistant, system, user
 from tests.act import CHATML, HERMES, build_tokenizer
 
@@ -162,8 +162,8 @@ THOUGHT = "<think>\nI take it\n</think>\n\nyes"
 
 
 def test_only_appending_is_not_worth_a_word() -> None:
-    assert peculiarities(made(HERMES)) == []
-    assert peculiarities(made(CHATML)) == [
+    assert describe_template(made(HERMES)) == []
+    assert describe_template(made(CHATML)) == [
         "it has no place for tools; rayrl describes them in the first message"
     ]
 
@@ -174,18 +174,18 @@ def test_tool_calls_in_a_form_that_is_not_read_here() -> None:
     other = HERMES.replace('<tool_call>\n{"name": "{{', '[TOOL_CALLS] {"name": "{{')
     assert other != HERMES
     form = "it writes tool calls in a form of its own; rayrl describes them in the first message"
-    assert peculiarities(made(other)) == [form]
+    assert describe_template(made(other)) == [form]
     left = "with tools it leaves that system message out; rayrl does so too"
-    assert left in peculiarities(made(begins + HERMES))
+    assert left in describe_template(made(begins + HERMES))
     told = made(begins + other)
-    assert left not in peculiarities(told)
-    assert form in peculiarities(told)
+    assert left not in describe_template(told)
+    assert form in describe_template(told)
     assert "Own rule." in str(told.tokenizer.decode(told.start([user("u")], [TOOL])))
 
 
 def test_thoughts_that_are_dropped_from_history_are_kept() -> None:
     chat = qwen()
-    (found,) = peculiarities(chat)
+    (found,) = describe_template(chat)
     assert found == (
         "it drops earlier <think> blocks when a conversation is rendered again; rayrl keeps "
         "them, because it trains on exactly the ids that were sampled"
@@ -203,7 +203,7 @@ def test_thoughts_that_are_dropped_from_history_are_kept() -> None:
 
 def test_a_thought_that_the_template_opens() -> None:
     chat = seek()
-    opens, forgets, drops = peculiarities(chat)[:3]
+    opens, forgets, drops = describe_template(chat)[:3]
     assert "a reply begins inside it" in opens
     assert r"asks for a reply with '<think>\n' and leaves that out" in forgets
     assert "drops earlier <think> blocks" in drops
@@ -224,7 +224,7 @@ def test_a_thought_that_the_template_opens() -> None:
 
 def test_roles_that_are_refused_are_folded() -> None:
     chat = gemma()
-    assert [one.split("; ")[0] for one in peculiarities(chat)] == [
+    assert [one.split("; ")[0] for one in describe_template(chat)] == [
         "it refuses system messages",
         "it refuses two messages of one role in a row",
         "it strips white space around messages",
@@ -255,7 +255,7 @@ def test_roles_that_are_refused_are_folded() -> None:
 
 def test_spaces_before_the_end_of_a_turn_are_not_the_models() -> None:
     chat = brackets()
-    found = peculiarities(chat)
+    found = describe_template(chat)
     assert "it writes ' ' between a reply and its end of turn; rayrl does not" in found
     assert any("writes ' ' before earlier replies" in one for one in found)
     assert chat.stop_ids == tuple(control(chat, "</s>"))
@@ -267,7 +267,7 @@ def test_spaces_before_the_end_of_a_turn_are_not_the_models() -> None:
 def test_a_system_message_that_moves() -> None:
     chat = made(LATE, "<s>", "</s>", bos="<s>")
     assert any(
-        "moves the system message to the last user message" in p for p in peculiarities(chat)
+        "moves the system message to the last user message" in p for p in describe_template(chat)
     )
     assert appended(chat, [system("rule"), user("one")], "yes", "two") == (
         "<s>[INST]rule\n\none[/INST]yes</s>[INST]two[/INST]"
@@ -276,7 +276,7 @@ def test_a_system_message_that_moves() -> None:
 
 def test_a_date_makes_other_ids_tomorrow() -> None:
     chat = made(DATED, "<s>", "<start>", "<end>", "<eot>", bos="<s>")
-    (dated,) = [one for one in peculiarities(chat) if "date" in one]
+    (dated,) = [one for one in describe_template(chat) if "date" in one]
     assert "the same task has other ids tomorrow" in dated
     day = time.strftime("%d %b %Y")
     assert appended(chat, "one", "yes", "two") == (
@@ -289,7 +289,7 @@ def test_smollm2() -> None:
     tokenizer = build_tokenizer(SMOL)
     tokenizer.bos_token = "<|im_start|>"
     chat = Chat(tokenizer)
-    first, second = peculiarities(chat)
+    first, second = describe_template(chat)
     assert "a system message of its own where none is given ('You are a helpful AI" in first
     assert "no place for tools" in second
     opening = (
@@ -312,16 +312,16 @@ def test_smollm2() -> None:
 def test_a_beginning_too_much_or_too_little(template: str, said: str) -> None:
     control = ("<|s|>", "<|im_start|>", "<|im_end|>")
     chat = adding_begin(template, *control, begin="<|s|>", eos="<|im_end|>")
-    assert any(said in one for one in peculiarities(chat))
+    assert any(said in one for one in describe_template(chat))
 
 
 def test_any_other_difference_is_shown() -> None:
     chat = made(CHATML.replace("{{ m['content'] }}", "{{ loop.index }}: {{ m['content'] }}"))
-    found, *_ = peculiarities(chat)
+    found, *_ = describe_template(chat)
     assert "before earlier replies" in found
     users = "{{ loop.index if m['role'] == 'user' }}: {{ m['content'] }}"
     chat = made(CHATML.replace("{{ m['content'] }}", users.replace(": ", "")))
-    (found, _) = peculiarities(chat)
+    (found, _) = describe_template(chat)
     assert found.startswith("rendered again, a conversation reads '5RAYRL")
     assert "where rayrl has appended '3RAYRL" in found
 
@@ -343,11 +343,13 @@ def test_it_is_said_before_anything_is_played(
 ) -> None:
     qwen = saved(QWEN, tmp_path / "qwen")
     config = from_dict({"model": {"path": qwen}})
-    say_templates(config, ["player:random", "model:" + saved(CHATML, tmp_path / "plain"), POLICY])
+    log_template_notes(
+        config, ["player:random", "model:" + saved(CHATML, tmp_path / "plain"), POLICY]
+    )
     first, second = capsys.readouterr().err.splitlines()
     assert first.startswith(f"chat template of {tmp_path / 'plain'}: it has no place for tools")
     assert second.startswith(f"chat template of {qwen}: it drops earlier <think> blocks")
-    say_templates(from_dict({}))  # the embedded base only appends
+    log_template_notes(from_dict({}))  # the embedded base only appends
     assert capsys.readouterr().err == ""
 
 
@@ -372,7 +374,7 @@ def test_stages_of_one_program_say_it_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for stage in ("sft", "rl1"):
-        say_templates(from_dict({"model": {"path": saved(QWEN, tmp_path / stage)}}))
+        log_template_notes(from_dict({"model": {"path": saved(QWEN, tmp_path / stage)}}))
     said = capsys.readouterr().err
     assert said.count("it drops earlier") == 1
     assert str(tmp_path / "sft") in said

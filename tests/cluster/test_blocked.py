@@ -14,7 +14,7 @@ import rayrl
 from rayrl import Agent, GroupPlan, Scores, Task
 from rayrl.cluster.workers import worker_slot as places
 from rayrl.cluster.workers.env_worker import Running, running_in
-from rayrl.cluster.workers.worker_pool import BLOCKED_SAID, HostPool
+from rayrl.cluster.workers.worker_pool import BLOCKED_SAID, WorkerPool
 from rayrl.cluster.workers.worker_slot import Call, Place, Work, blocked
 from rayrl.config import from_dict
 from rayrl.rollout.rollout import play_episode
@@ -110,7 +110,7 @@ async def test_a_host_that_is_given_up_says_why() -> None:
 
 def pool_of(place: Place, **env: Any) -> Any:
     config = from_dict({"env": {"name": "nim", "deadline_s": 60.0, **env}})
-    pool = object.__new__(HostPool)
+    pool = object.__new__(WorkerPool)
     pool._job = SimpleNamespace(config=config)  # type: ignore[assignment]
     pool._said_blocked = set()
     return pool

@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 
-from rayrl.cluster.learner_group import LearnerRank, Learners
+from rayrl.cluster.learner_group import LearnerGroup, LearnerRank
 from rayrl.cluster.open import make_environment, open_rollouts, seat_players
 from rayrl.cluster.rollouts import sort_out
 from rayrl.cluster.serving.inference_client import Answer, BatchingClient, ReplicaGone, ServeCall
 from rayrl.cluster.serving.replica import deploy, undeploy
 from rayrl.cluster.serving.router import LaneRouter
 from rayrl.cluster.session import Session, run_name
-from rayrl.cluster.weight_sync.push import Weights, confirmations, open_store
+from rayrl.cluster.weight_sync.push import WeightSync, confirmations, open_store
 from rayrl.cluster.weight_sync.transports import ObjectStore
 from rayrl.cluster.weight_sync.weight_store import NAMESPACE, Published, store_name
 from rayrl.config import Config, from_dict
@@ -221,8 +221,8 @@ class Rank:
             ((self.into or Path(folder)) / name).touch()
 
 
-def learners_of(*ranks: Rank) -> Learners:
-    learners = Learners(from_dict({}))
+def learners_of(*ranks: Rank) -> LearnerGroup:
+    learners = LearnerGroup(from_dict({}))
     learners._ranks = list(ranks)
     return learners
 
@@ -332,7 +332,7 @@ async def test_replicas_admit_weights_by_version(
         stack.callback(ray.kill, store)
         stack.callback(undeploy, app)
         handle = await deploy(session, settings, engine, app=app, store=True)
-        weights = Weights(ObjectStore(publish, store, handle), store, handle, deadline_s=600)
+        weights = WeightSync(ObjectStore(publish, store, handle), store, handle, deadline_s=600)
         one = client(ServeCall(app, 2), lanes=2, deadline_s=600)
         requests = [request(f"s{k}", k) for k in range(16)]
 

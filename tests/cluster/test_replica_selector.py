@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rayrl.cluster.serving.replica_selector import PROBE_S, Lanes, Trip
+from rayrl.cluster.serving.replica_selector import PROBE_S, InFlightRequest, ReplicaSelector
 from rayrl.types import Request, Sampling
 
 
@@ -20,13 +20,13 @@ class Road:
 
     def __init__(self) -> None:
         self.clock = Clock()
-        self.lanes = Lanes(2, self.clock)
+        self.lanes = ReplicaSelector(2, self.clock)
 
-    def send(self, session: str, prompt: int = 8) -> Trip:
+    def send(self, session: str, prompt: int = 8) -> InFlightRequest:
         sampling = Sampling(max_tokens=8)
         return self.lanes.send(Request(session, tuple(range(prompt)), sampling))
 
-    def answer(self, trip: Trip, after_s: float, cached: int = 0) -> None:
+    def answer(self, trip: InFlightRequest, after_s: float, cached: int = 0) -> None:
         self.clock.now += after_s
         self.lanes.answered(trip, 8, cached)
 
@@ -127,6 +127,8 @@ def test_one_answer_that_is_far_off_does_not_last(road: Road) -> None:
     road.paces(10.0, 0.1)
     lane = road.lanes._lanes[0]
     for _ in range(3):
-        trip = Trip(Request("d", (), Sampling(max_tokens=8)), 0, None, road.clock.now, 8.0, 8.0)
+        trip = InFlightRequest(
+            Request("d", (), Sampling(max_tokens=8)), 0, None, road.clock.now, 8.0, 8.0
+        )
         road.answer(trip, 0.8)
     assert lane.pace == pytest.approx(10 ** (2 * 0.8**3 - 1)), "0.1 s, a fifth nearer each time"

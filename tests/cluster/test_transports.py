@@ -12,9 +12,9 @@ from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
 from rayrl.cluster import learner_group
 from rayrl.cluster.learner_group import _together, _watched
-from rayrl.cluster.weight_sync.push import Weights
+from rayrl.cluster.weight_sync.push import WeightSync
 from rayrl.cluster.weight_sync.topology import transport_of
-from rayrl.cluster.weight_sync.weight_store import Published, WeightsStore
+from rayrl.cluster.weight_sync.weight_store import Published, WeightStore
 from rayrl.config import Config, from_dict, validate
 from rayrl.errors import ConfigError, DataError, InfraError, LearnerLost
 from rayrl.weights.flat import Manifest
@@ -131,7 +131,7 @@ async def test_the_rank_that_failed_is_named_and_not_the_first_to_complain(
 
 
 def test_a_rank_that_hangs_tells_where() -> None:
-    store, told = WeightsStore(), threading.Event()
+    store, told = WeightStore(), threading.Event()
 
     def hang(who: str, stack: str) -> None:
         store.hang(who, stack)
@@ -172,7 +172,7 @@ class Scripted:
 
 def push(*attempts: Any, deadline_s: float = 600) -> Any:
     handle: Any = None
-    return asyncio.run(Weights(Scripted(*attempts), None, handle, deadline_s).push(5))
+    return asyncio.run(WeightSync(Scripted(*attempts), None, handle, deadline_s).push(5))
 
 
 def test_a_push_is_tried_again_until_all_confirm() -> None:
@@ -211,8 +211,8 @@ class Replicas:
 @pytest.mark.parametrize("turns", [True, False])
 async def test_on_a_shared_gpu_they_take_turns(turns: bool) -> None:
     replicas: Any = Replicas()
-    weights = Weights(Scripted([("a", 5, "good")]), None, replicas, 20.0, turns=turns)
-    await weights.make_room()
+    weights = WeightSync(Scripted([("a", 5, "good")]), None, replicas, 20.0, turns=turns)
+    await weights.sleep_replicas()
     replicas.told.append("update")
     await weights.push(5)
     turn = [("sleep",), "update", ("wake", "weights"), ("wake", "kv")]

@@ -9,7 +9,7 @@ import pytest
 
 from rayrl.cluster.workers import turn_log
 from rayrl.cluster.workers.turn_log import Recorder
-from rayrl.rollout.resume import Begun
+from rayrl.rollout.resume import PartialEpisode
 from rayrl.types import Turn
 
 Make = Callable[[Path], Recorder]
@@ -42,7 +42,7 @@ def test_another_recorder_goes_on_with_what_has_not_ended(tmp_path: Path, record
     first.forget(["b"])
     second = recorders(file)
     assert second.known() == {"a"}
-    assert second.begun(["a", "b"]) == {"a/0": Begun((turn("1"),), attempt=2)}
+    assert second.begun(["a", "b"]) == {"a/0": PartialEpisode((turn("1"),), attempt=2)}
     whole = file.stat().st_size
     with file.open("ab") as out:
         out.write(b"\0\0\1\0half")  # killed while it wrote
@@ -64,7 +64,9 @@ def test_its_file_is_written_anew_without_what_has_ended(
         one.add([(f"{k}/0", 0, turn("x" * 1000))])
         one.forget([str(k)])
         assert file.stat().st_size < 13_000
-    assert recorders(file).begun(["long", "99"]) == {"long/0": Begun((turn("stays"),), attempt=1)}
+    assert recorders(file).begun(["long", "99"]) == {
+        "long/0": PartialEpisode((turn("stays"),), attempt=1)
+    }
     assert list(tmp_path.iterdir()) == [file]
 
 

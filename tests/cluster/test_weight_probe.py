@@ -24,7 +24,7 @@ from rayrl.cluster.weight_sync.probe import (
     probe_requests,
     tolerance,
 )
-from rayrl.cluster.weight_sync.push import Weights
+from rayrl.cluster.weight_sync.push import WeightSync
 from rayrl.cluster.weight_sync.weight_store import Published
 from rayrl.config import Config, from_dict, validate
 from rayrl.engine.embedded.engine import EmbeddedEngine
@@ -80,7 +80,7 @@ class Here:
             self.start(name)
         handle: Any = self
         self.probe = Probe(cfg, self, handle)
-        self.weights = Weights(self, None, handle, 60.0, probe=self.probe)
+        self.weights = WeightSync(self, None, handle, 60.0, probe=self.probe)
         self.weights._reminding = SimpleNamespace(cancel=lambda: None)  # type: ignore[assignment]
 
     def start(self, name: str) -> None:

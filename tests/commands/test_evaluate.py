@@ -15,7 +15,7 @@ import pytest
 import rayrl
 from rayrl import Agent, Scores, Task, load_env
 from rayrl.cli import compose
-from rayrl.cluster.rollouts import Collection
+from rayrl.cluster.rollouts import CollectedGroups
 from rayrl.commands import evaluate
 from rayrl.commands.evaluate import cell_of, check_args, evaluation_plans, run_checks
 from rayrl.config import Config, from_dict
@@ -109,7 +109,7 @@ async def test_held_out_rows_played_four_times_are_worth_their_number() -> None:
         of_rows = from_dict({"env": {"name": "rows"}, "eval": {"episodes": episodes}})
         plans = evaluation_plans(rows, of_rows, "tasks")
         groups = await collect(rows, plans, says("yes"), concurrency=8)
-        cells[episodes] = cell_of(rows, {}, Collection(tuple(groups)))
+        cells[episodes] = cell_of(rows, {}, CollectedGroups(tuple(groups)))
     once, repeated = cells[100], cells[400]
     assert (once.tasks, once.size) == (0, "100 episodes")
     assert (repeated.tasks, repeated.size) == (100, "400 episodes of 100 tasks")
@@ -125,7 +125,7 @@ def test_failed_episodes_are_counted_and_not_measured() -> None:
 
     failed = Episode("f", "t", Task(), 0, (), failure=Failure("env", "broke"))
     groups = tuple(Group(str(k), Task(), (one(w, k),)) for k, w in enumerate((1.0, 0.5, 0.5)))
-    played = Collection(groups, dropped=(Group("f", Task(), (failed,)),))
+    played = CollectedGroups(groups, dropped=(Group("f", Task(), (failed,)),))
     cell = cell_of(load_env("tictactoe"), {"a": 1}, played)
     assert (cell.episodes, cell.failed, cell.tasks) == (3, 1, 0)
     assert cell.figures["win/draw/loss"] == Split({"win": 1, "draw": 2, "loss": 0}, 3)

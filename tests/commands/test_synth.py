@@ -95,7 +95,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Play in this process, as hosts would; counts how often."""
     from contextlib import asynccontextmanager
 
-    from rayrl.cluster.rollouts import Collection
+    from rayrl.cluster.rollouts import CollectedGroups
     from rayrl.rollout.players import ScriptedPlayer
     from rayrl.rollout.rollout import play_groups
 
@@ -113,7 +113,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             async for group in play_groups(self.env, missing, self.players, concurrency=8):
                 groups[group.id] = group
                 on_group(group)
-            return Collection(tuple(groups[plan.id] for plan in plans))
+            return CollectedGroups(tuple(groups[plan.id] for plan in plans))
 
     @asynccontextmanager
     async def open_here(cfg, *, seats):  # type: ignore[no-untyped-def]

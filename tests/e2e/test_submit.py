@@ -118,7 +118,7 @@ def test_three_nodes_run_what_is_submitted(
     for who, where, _ in told:
         at.setdefault(who, set()).add(nodes[where] if where.startswith("127.0.0.") else 1)
     if sys.platform == "linux":
-        assert at == {"EnvHost": {2, 3}, "Replica": {1, 2}, "LearnerRank": {1, 3}}
+        assert at == {"EnvWorker": {2, 3}, "Replica": {1, 2}, "LearnerRank": {1, 3}}
 
     assert weights(tmp_path / "run") == weights(calm_ranks), "as on one node"
     assert turns(tmp_path / "run") == turns(calm_ranks)

@@ -69,7 +69,7 @@ async def played(config: Config, folder: Path) -> list[tuple[int, list[Episode],
             groups = (await rollouts.collect(plans(config, step), step)).groups
             await learner.export(folder / str(step))
             out.append((step, [e for g in groups for e in g.episodes], folder / str(step)))
-            await weights.make_room()
+            await weights.sleep_replicas()
             await learner.step(make_batch(groups, advantages(groups, config.algo)))
     return out
 

@@ -15,7 +15,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from rayrl.engine.embedded.engine import EmbeddedEngine
-from rayrl.engine.embedded.sampler import Draws, sample, uniform
+from rayrl.engine.embedded.sampler import SamplingBatch, sample, uniform
 from rayrl.engine.protocol import Engine
 from rayrl.errors import ConfigError, DataError, InfraError, NumericsError, StaleWeights
 from rayrl.types import Completion, Request, Sampling
@@ -500,8 +500,8 @@ def test_models_it_cannot_run_are_refused() -> None:
         EmbeddedEngine(llama(), kv_cache_gb=1e-6)
 
 
-def draws(count: int, **options: Any) -> Draws:
-    return Draws(
+def draws(count: int, **options: Any) -> SamplingBatch:
+    return SamplingBatch(
         np.full(count, options.get("temperature", 1.0), np.float32),
         np.full(count, options.get("top_k", 0), np.int64),
         np.full(count, options.get("top_p", 1.0), np.float64),
@@ -543,7 +543,7 @@ def test_a_draw_depends_on_its_own_row_only() -> None:
     plan.top_p[:] = rng.choice([1.0, 0.9], 64)
     ids, logprobs = sample(logits, plan)
     for i in range(64):
-        one = Draws(*(getattr(plan, f)[i : i + 1] for f in Draws.__slots__))
+        one = SamplingBatch(*(getattr(plan, f)[i : i + 1] for f in SamplingBatch.__slots__))
         id_, logprob = sample(logits[i : i + 1], one)
         assert (id_[0], logprob[0]) == (ids[i], logprobs[i])
 

@@ -14,7 +14,7 @@ import rayrl
 from rayrl import ConfigError, EnvError, Scores, Task
 from rayrl.environment.environment import EnvSpec
 from rayrl.rollout.agent import Agent
-from rayrl.rollout.subprocess_env import Isolated
+from rayrl.rollout.subprocess_env import SubprocessEnv
 from rayrl.types import derive_seed
 
 
@@ -234,7 +234,7 @@ async def test_an_adapted_environment_is_made_in_another_process() -> None:
     nowhere = rayrl.from_gymnasium(Guess, tasks=[Task()])
     with pytest.raises(ConfigError, match=r"'Guess' .* by rayrl\.load_env, or .* ref="):
         _ = nowhere.spec
-    async with Isolated(guessing, slots=1) as env:
+    async with SubprocessEnv(guessing, slots=1) as env:
         player = rayrl.ScriptedPlayer(lambda messages, rng: "1")
         episode = await rayrl.play_episode(env, Task(seed=1), {"agent": player}, id="e")
     assert episode.failure is None

@@ -22,9 +22,9 @@ from rayrl.commands.replay import replay
 from rayrl.environment.randomness import EpisodeRandom
 from rayrl.rollout.agent import Conversation, Options
 from rayrl.rollout.episode_io import episode_from_json, episode_to_json
-from rayrl.rollout.resume import Begun
+from rayrl.rollout.resume import PartialEpisode
 from rayrl.rollout.rollout import play_episode, play_groups
-from rayrl.rollout.subprocess_env import Isolated
+from rayrl.rollout.subprocess_env import SubprocessEnv
 from rayrl.types import Episode, Message, Turn
 from tests.act import collect
 
@@ -160,14 +160,14 @@ async def test_what_goes_on_is_what_never_stopped(game: rayrl.Environment) -> No
     plan = PLANS[3]
     whole = await played(game, Slow(), [plan], concurrency=1)
     for kept in range(0, len(whole["3/1"].turns) + 1, 7):
-        recorded = {name: Begun(one.turns[:kept]) for name, one in whole.items()}
+        recorded = {name: PartialEpisode(one.turns[:kept]) for name, one in whole.items()}
         again = await played(game, Slow(), [plan], concurrency=2, recorded=recorded)
         assert again == whole
         assert all(one.replayed == kept and not one.diverged for one in again.values())
 
 
 async def test_a_process_of_its_own_plays_the_same(game: rayrl.Environment) -> None:
-    async with Isolated(game, 2) as isolated:
+    async with SubprocessEnv(game, 2) as isolated:
         apart = await played(isolated, Slow(), PLANS[:2], concurrency=2)
     assert apart == await played(game, Slow(), PLANS[:2], concurrency=1)
 

@@ -24,9 +24,9 @@ from rayrl.cluster.workers.turn_log import Recorder, Telling
 from rayrl.rollout.agent import Agent, Conversation, Options
 from rayrl.rollout.episode_io import episode_from_json, episode_to_json
 from rayrl.rollout.players import PolicyPlayer, ScriptedPlayer
-from rayrl.rollout.resume import Begun, Course, Diverged, TurnLog
+from rayrl.rollout.resume import Diverged, EpisodeResume, PartialEpisode, TurnLog
 from rayrl.rollout.rollout import play_episode
-from rayrl.rollout.subprocess_env import Isolated
+from rayrl.rollout.subprocess_env import SubprocessEnv
 from rayrl.types import Completion, Episode, Failure, Group, Request, Sampling, Turn, Usage, user
 from tests.act import HERMES, Flaky, Instant, InTurn, build_tokenizer, chat, collect, says
 
@@ -105,10 +105,10 @@ async def test_every_environment_comes_back_after_every_turn(
         turns = episode_from_json(json.loads(json.dumps(episode_to_json(episode)))).turns
         for made in range(len(turns) + 1):
             players = {seat: Teacher(teacher) for seat in env.seats}
-            again, told = await resumed(env, plan, players, Begun(turns[:made], 3))
+            again, told = await resumed(env, plan, players, PartialEpisode(turns[:made], 3))
             assert again == episode
             assert (again.replayed, again.diverged) == (made, 0)
-            assert told == {f"g{k}/0": Begun(episode.turns, 4)}
+            assert told == {f"g{k}/0": PartialEpisode(episode.turns, 4)}
             sessions = [one for seat in players.values() for one in seat.sessions]
             assert len(sessions) == len(turns) - made  # nothing was generated twice
             assert all(session.startswith(f"g{k}/0~3/") for session in sessions)
@@ -174,13 +174,13 @@ async def test_an_environment_that_differs_starts_over() -> None:
 
     turns = await recorded(forgets, says("abc"))
     paid = tuple(replace(turn, usage=Usage(1, 0, 10, k)) for k, turn in enumerate(turns, 1))
-    episode, told = await resumed(forgets, PLAN, says("abc"), Begun(paid, 5))
+    episode, told = await resumed(forgets, PLAN, says("abc"), PartialEpisode(paid, 5))
     assert episode.failure is None
     assert episode.scores == {"agent": {"n": 6.0}}
     assert [turn.prompt[0].content for turn in episode.turns] == ["same", "not the same 2"]
     assert (episode.replayed, episode.diverged) == (0, 1)
     assert episode.wasted == Usage(2, 0, 20, 3)
-    assert told == {"g/0": Begun(episode.turns, 7)}  # attempt 5 is void, 6 ended
+    assert told == {"g/0": PartialEpisode(episode.turns, 7)}  # attempt 5 is void, 6 ended
 
     # once is enough: its later failures of infrastructure start over at once
     class Dies(ScriptedPlayer):
@@ -197,7 +197,7 @@ async def test_an_environment_that_differs_starts_over() -> None:
             return await super().answer(conversation, new, options)
 
     player = Dies()
-    episode, _ = await resumed(forgets, PLAN, {"agent": player}, Begun(turns, 1))
+    episode, _ = await resumed(forgets, PLAN, {"agent": player}, PartialEpisode(turns, 1))
     assert episode.failure is None
     assert (episode.replayed, episode.diverged) == (0, 1)
     assert player.sessions == ["g/0~2/agent/0"] * 2 + ["g/0~3/agent/0"] * 2
@@ -247,7 +247,7 @@ async def test_what_counts_as_different(today: str, what: str) -> None:
             Task(),
             {"agent": PolicyPlayer(chat(), engine, Sampling())},
             id="e",
-            course=Course(turns),
+            course=EpisodeResume(turns),
         )
     assert len(engine.requests) == asked
     assert caught.value.number == (2 if today == "shorter" else 1)
@@ -296,10 +296,10 @@ async def test_seats_that_are_asked_at_once_hear_in_the_recorded_order() -> None
     assert [turn.seat for turn in episode.turns] == ["b", "a"] * 4
     assert episode.scores == {"a": {"first": 0.0}, "b": {"first": 2.0}}
     for made in range(len(episode.turns) + 1):  # replayed at once, b is first all the same
-        again, _ = await resumed(buzzer, PLAN, late_a, Begun(episode.turns[:made]))
+        again, _ = await resumed(buzzer, PLAN, late_a, PartialEpisode(episode.turns[:made]))
         assert again == episode
         assert (again.replayed, again.diverged) == (made, 0)
-    again, _ = await resumed(buzzer, PLAN, late_b, Begun(episode.turns[:5]))
+    again, _ = await resumed(buzzer, PLAN, late_b, PartialEpisode(episode.turns[:5]))
     assert again.scores == {"a": {"first": 0.0}, "b": {"first": 2.0}}  # b had answered twice
 
 
@@ -308,7 +308,11 @@ async def test_nobody_waits_for_a_seat_that_differs() -> None:
     other = replace(turns[0], prompt=(user("round 7"),))
     with pytest.raises(Diverged, match="'b' was told something else"):
         await play_episode(
-            buzzer, Task(), {}.fromkeys("ab", Slow("", 0)), id="e", course=Course([other, turns[1]])
+            buzzer,
+            Task(),
+            {}.fromkeys("ab", Slow("", 0)),
+            id="e",
+            course=EpisodeResume([other, turns[1]]),
         )
     for _ in range(5):
         await asyncio.sleep(0)
@@ -327,7 +331,7 @@ async def test_an_answer_after_the_end_is_nobodys() -> None:
     (group,) = await collect(hasty, [PLAN], players, concurrency=1, on_turn=log.add)
     assert await late[0] == "b"
     assert [turn.seat for turn in group.episodes[0].turns] == ["a"]
-    assert log.begun() == {"g/0": Begun(group.episodes[0].turns, 1)}
+    assert log.begun() == {"g/0": PartialEpisode(group.episodes[0].turns, 1)}
 
 
 async def test_the_state_key_is_todays() -> None:
@@ -339,7 +343,7 @@ async def test_the_state_key_is_todays() -> None:
 
     turns = await recorded(keyed, says())
     key = "new"
-    episode, _ = await resumed(keyed, PLAN, {"agent": Flaky(9)}, Begun(turns))
+    episode, _ = await resumed(keyed, PLAN, {"agent": Flaky(9)}, PartialEpisode(turns))
     assert [turn.state for turn in episode.turns] == ["new", "two"]
     assert episode.replayed == 2
 
@@ -361,12 +365,12 @@ async def test_what_was_not_reached_is_kept_for_the_next_attempt() -> None:
     paid = tuple(replace(turn, usage=Usage(1, 0, 10, k)) for k, turn in enumerate(turns, 1))
     fails = 1
     nobody: dict[str, Any] = {"agent": Flaky(9)}
-    episode, told = await resumed(connects, PLAN, nobody, Begun(paid))
+    episode, told = await resumed(connects, PLAN, nobody, PartialEpisode(paid))
     assert episode.failure is None
     assert (episode.replayed, episode.wasted) == (3, None)
-    assert told == {"g/0": Begun(paid, 3)}
+    assert told == {"g/0": PartialEpisode(paid, 3)}
     fails = 9
-    episode, _ = await resumed(connects, PLAN, nobody, Begun(paid))
+    episode, _ = await resumed(connects, PLAN, nobody, PartialEpisode(paid))
     assert episode.failure is not None
     assert episode.failure.kind == "infra"
     assert (episode.replayed, episode.wasted) == (1, Usage(2, 0, 20, 5))
@@ -388,9 +392,9 @@ async def test_a_seat_whose_turn_never_comes(monkeypatch: pytest.MonkeyPatch) ->
     turns = await recorded(coin, players)
     assert [turn.seat for turn in turns] == ["a", "b"]
     with pytest.raises(Diverged, match="'a' was to be asked before 'b'"):
-        await play_episode(coin, Task(), players, id="e", course=Course(turns))
+        await play_episode(coin, Task(), players, id="e", course=EpisodeResume(turns))
     next(begins)  # so that b begins again
-    episode, _ = await resumed(coin, PLAN, players, Begun(turns))
+    episode, _ = await resumed(coin, PLAN, players, PartialEpisode(turns))
     assert episode.failure is None
     assert (episode.replayed, episode.diverged) == (0, 1)
 
@@ -416,7 +420,7 @@ async def test_forks_are_asked_again_and_conversations_anew_come_back() -> None:
     assert [turn.offset > 0 for turn in turns] == [False, True, False, True]
     for made in range(len(turns) + 1):
         engine = Instant(chat(), texts)
-        episode, _ = await resumed(branches, PLAN, players(engine), Begun(turns[:made]))
+        episode, _ = await resumed(branches, PLAN, players(engine), PartialEpisode(turns[:made]))
         assert episode.turns == turns
         assert episode.replayed == made
         aside = made > 0
@@ -456,7 +460,7 @@ async def test_a_tool_loop_comes_back_in_its_middle(protocol: Any) -> None:
     for made in range(6):
         ran.clear()
         player = PolicyPlayer(speaks, InTurn(speaks, *texts[made:]), sampling)
-        episode, _ = await resumed(sums, PLAN, {"agent": player}, Begun(turns[:made]))
+        episode, _ = await resumed(sums, PLAN, {"agent": player}, PartialEpisode(turns[:made]))
         assert episode.failure is None
         assert episode.turns == turns
         assert episode.scores == {"agent": {"right": 1.0, "tool_calls": 3.0, "tool_errors": 0.0}}
@@ -478,7 +482,7 @@ async def test_rewards_over_a_group_with_one_episode_brought_back() -> None:
         return {"agent": PolicyPlayer(chat(), engine, Sampling())}
 
     (whole,) = await collect(env, [plan], players(), concurrency=3)
-    begun = {"g/1": Begun(whole.episodes[1].turns[:2])}
+    begun = {"g/1": PartialEpisode(whole.episodes[1].turns[:2])}
     (again,) = await collect(env, [plan], players(), concurrency=3, recorded=begun)
     assert again == whole
     assert [episode.replayed for episode in again.episodes] == [0, 2, 0]
@@ -519,14 +523,14 @@ async def test_isolated_environments_come_back(tmp_path: Path) -> None:
         asks = messages[-1].content.startswith("a said") and not called
         return rayrl.format_call("look", {"number": 3}) if asks else f"x{rng.randrange(9)}"
 
-    async with Isolated(far, slots=1) as env:
+    async with SubprocessEnv(far, slots=1) as env:
         plan = GroupPlan("g", Task(seed=0), 1, 7)
         (group,) = await collect(env, [plan], dict.fromkeys("ab", Teacher(player)), concurrency=1)
         (episode,) = group.episodes
         assert [turn.seat for turn in episode.turns] == ["a", "b", "b", "a"]
         for made in range(5):
             players = {seat: Teacher(player) for seat in "ab"}
-            again, _ = await resumed(env, plan, players, Begun(episode.turns[:made]))
+            again, _ = await resumed(env, plan, players, PartialEpisode(episode.turns[:made]))
             assert again == episode
             assert again.replayed == made
             assert sum(len(one.sessions) for one in players.values()) == 4 - made
@@ -534,7 +538,9 @@ async def test_isolated_environments_come_back(tmp_path: Path) -> None:
         (group,) = await collect(env, [plan], dict.fromkeys("ab", Teacher(player)), concurrency=1)
         turns = group.episodes[0].turns
         assert turns[-1].prompt[0].content == "time 0"
-        again, _ = await resumed(env, plan, dict.fromkeys("ab", Teacher(player)), Begun(turns))
+        again, _ = await resumed(
+            env, plan, dict.fromkeys("ab", Teacher(player)), PartialEpisode(turns)
+        )
         assert again.failure is None
         assert again.turns[-1].prompt[0].content == "time 2"
         assert (again.replayed, again.diverged) == (0, 1)
@@ -546,11 +552,11 @@ def test_the_log_forgets_what_is_void() -> None:
     log.add("g/0", 0, one)
     log.add("g/0", 0, two)
     log.add("h/0", 0, one)
-    assert log.begun() == {"g/0": Begun((one, two), 1), "h/0": Begun((one,), 1)}
+    assert log.begun() == {"g/0": PartialEpisode((one, two), 1), "h/0": PartialEpisode((one,), 1)}
     log.add("g/0", 1, one)
     log.add("g/0", 0, two)  # of the host that was thought dead
     log.forget("h")
-    assert log.begun() == {"g/0": Begun((one,), 2)}
+    assert log.begun() == {"g/0": PartialEpisode((one,), 2)}
 
 
 async def test_a_host_tells_pickled_turns_and_nothing_of_a_group_that_has_ended() -> None:
@@ -575,9 +581,12 @@ async def test_a_host_tells_pickled_turns_and_nothing_of_a_group_that_has_ended(
     while not told:  # noqa: ASYNC110
         await asyncio.sleep(0.01)
     assert told == [["g/0", "g/1", "k/0"]]
-    assert recorder.begun(["g", "none"]) == {"g/0": Begun((one,), 1), "g/1": Begun((one,), 1)}
+    assert recorder.begun(["g", "none"]) == {
+        "g/0": PartialEpisode((one,), 1),
+        "g/1": PartialEpisode((one,), 1),
+    }
     recorder.forget(["g"])
-    assert recorder.begun(["g", "k"]) == {"k/0": Begun((one,), 1)}
+    assert recorder.begun(["g", "k"]) == {"k/0": PartialEpisode((one,), 1)}
 
 
 HOST = """

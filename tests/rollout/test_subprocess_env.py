@@ -14,7 +14,7 @@ import pytest
 import rayrl
 from rayrl import ConfigError, GroupPlan, ScriptedPlayer, Task
 from rayrl.rollout.rollout import play_episode
-from rayrl.rollout.subprocess_env import Isolated
+from rayrl.rollout.subprocess_env import SubprocessEnv
 from rayrl.types import Episode, Message
 from tests.act import Flaky, collect, instant, says
 
@@ -110,7 +110,7 @@ async def test_isolated_episodes_are_the_same(far: rayrl.Environment) -> None:
     tasks = far.tasks(0, 3)
     plans = [GroupPlan(str(k), task, 2, k) for k, task in enumerate(tasks)]
     near = {g.id: g for g in await collect(far, plans, instant(), concurrency=9)}
-    async with Isolated(far, slots=2) as env:
+    async with SubprocessEnv(far, slots=2) as env:
         groups = await collect(env, plans, instant(), concurrency=9, deadline_s=60)
     pids = set()
     for group in groups:
@@ -127,7 +127,7 @@ async def test_isolated_episodes_are_the_same(far: rayrl.Environment) -> None:
 
 
 async def test_isolated_code_that_blocks_is_killed(far: rayrl.Environment) -> None:
-    async with Isolated(far, slots=1) as env:
+    async with SubprocessEnv(far, slots=1) as env:
         first = await play_far(env, "", says(), deadline_s=60)
         for act in ("block", "sleep"):
             late = await play_far(env, act, says(), deadline_s=2)
@@ -144,7 +144,7 @@ async def test_isolated_code_that_blocks_is_killed(far: rayrl.Environment) -> No
 
 
 async def test_what_isolated_code_does_wrong(far: rayrl.Environment) -> None:
-    async with Isolated(far, slots=1) as env:
+    async with SubprocessEnv(far, slots=1) as env:
         raised = await play_far(env, "raise", says(), deadline_s=60)
         assert raised.failure is not None
         assert raised.failure.kind == "env"
@@ -179,7 +179,7 @@ async def test_whatever_isolated_code_raises_or_returns(
         "complex": "returned 1j as score 'n'",
         "text": "returned '1' as score 'n'",
     }
-    async with Isolated(far, slots=1) as there:
+    async with SubprocessEnv(far, slots=1) as there:
         env = there if isolated else far
         first = await play_far(env, "", says(), deadline_s=60)
         for act, words in said.items():
@@ -199,7 +199,7 @@ async def test_isolated_tools_and_conversations(far: rayrl.Environment) -> None:
         asked = messages[-1].content == "which?"
         return '<tool_call>{"name": "pid", "arguments": {}}</tool_call>' if asked else "yes"
 
-    async with Isolated(far, slots=1) as env:
+    async with SubprocessEnv(far, slots=1) as env:
         used = await play_far(env, "tool", {"agent": ScriptedPlayer(player)}, deadline_s=60)
         assert used.failure is None
         assert used.scores["agent"]["tool_calls"] == 1.0
@@ -214,7 +214,7 @@ async def test_isolated_forks_have_heard_the_same(far: rayrl.Environment) -> Non
     def counts(messages: Sequence[Message], rng: Any) -> str:
         return str(len(messages))
 
-    async with Isolated(far, slots=1) as env:
+    async with SubprocessEnv(far, slots=1) as env:
         there = await play_far(env, "fork", {"agent": ScriptedPlayer(counts)}, deadline_s=60)
         here = await play_far(far, "fork", {"agent": ScriptedPlayer(counts)}, deadline_s=60)
         assert here.turns == there.turns
@@ -280,6 +280,6 @@ async def test_an_environment_no_child_can_make() -> None:
         return {"win": 1.0}
 
     env = lost
-    async with Isolated(env, slots=1) as isolated:
+    async with SubprocessEnv(env, slots=1) as isolated:
         with pytest.raises(ConfigError, match="cannot run in a process of its own"):
             await play_episode(isolated, Task(), says(), id="e", deadline_s=60)

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from rayrl.cluster.rollouts import Collection
+from rayrl.cluster.rollouts import CollectedGroups
 from rayrl.errors import DataError, RunFailed
 from rayrl.rollout.episode_io import read_episodes
 from rayrl.rollout.rollout import GroupPlan
 from rayrl.run.journal import Journal, Play
-from rayrl.run.progress_bar import Bar
+from rayrl.run.progress_bar import ProgressBar
 from rayrl.types import Episode, Failure, Group, Task, Turn, Usage, user
 
 SEATS = {"agent": "endpoint"}
@@ -41,13 +41,13 @@ class Unlucky:
         plans: Sequence[GroupPlan],
         on_group: Callable[[Group], None],
         known: Mapping[str, Group],
-    ) -> Collection:
+    ) -> CollectedGroups:
         self.begun += [plan.id for plan in plans if plan.id not in known]
         for failure in (Failure("infra", "HTTP 503"), None):
             for plan in plans:
                 if plan.id not in known:
                     on_group(played(plan, failure))
-        return Collection(tuple(known.get(plan.id) or played(plan) for plan in plans))
+        return CollectedGroups(tuple(known.get(plan.id) or played(plan) for plan in plans))
 
     def wind_down(self) -> None:
         """It plays to the end what is begun."""
@@ -56,14 +56,14 @@ class Unlucky:
 async def test_a_sealed_cell_remembers_what_broken_episodes_cost(tmp_path: Path) -> None:
     files = {cell: tmp_path / f"{cell}.jsonl" for cell in "ab"}
     first = {cell: Journal(file, plans(cell), SEATS) for cell, file in files.items()}
-    with Bar("x", 4) as bar:
+    with ProgressBar("x", 4) as bar:
         done = await Play([*first.values()], bar).collect(Unlucky(), first["a"])  # type: ignore[arg-type]
     first["a"].seal(done.groups)  # and here it is killed
     assert first["a"].usage == Usage(4, 0, 200, 40)
     assert [e.wasted for e in read_episodes(files["a"])] == [COST, COST]
     again = {cell: Journal(file, plans(cell), SEATS) for cell, file in files.items()}
     assert again["a"].usage == first["a"].usage
-    with Bar("x", 4) as bar:
+    with ProgressBar("x", 4) as bar:
         assert Play([*again.values()], bar).spent == 240
     again["a"].seal([*again["a"].known.values()])
     assert [e.wasted for e in read_episodes(files["a"])] == [COST, COST]  # not twice
@@ -72,7 +72,7 @@ async def test_a_sealed_cell_remembers_what_broken_episodes_cost(tmp_path: Path)
 async def test_a_spent_budget_begins_no_other_cell() -> None:
     a, b = (Journal(None, plans(cell), SEATS) for cell in "ab")
     rollouts = Unlucky()
-    with Bar("x", 4) as bar:
+    with ProgressBar("x", 4) as bar:
         play = Play([a, b], bar, 240)
         await play.collect(rollouts, a)  # type: ignore[arg-type]  # its last episode spends it
         with pytest.raises(RunFailed, match="240 tokens for 2 of 4 episodes"):

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from rayrl.cluster.rollouts import Collection
+from rayrl.cluster.rollouts import CollectedGroups
 from rayrl.config import Config, from_dict
 from rayrl.errors import RunFailed
 from rayrl.run import monitor as watch_module
 from rayrl.run.folder import RunDir
 from rayrl.run.metrics import Clock
-from rayrl.run.monitor import ALARMS, PAUSED, Watch
+from rayrl.run.monitor import ALARMS, PAUSED, Monitor
 from rayrl.types import Episode, Group, Task
 
 FINE = {"mismatch/mean": 0.0, "entropy": 1.0, "reward": 0.5, "groups/dead_share": 0.0}
@@ -31,11 +31,11 @@ def config(folder: Path, **alarms: Mapping[str, Any]) -> Config:
 
 
 class Run:
-    """A run whose figures are made up: what a loop does with a `Watch`."""
+    """A run whose figures are made up: what a loop does with a `Monitor`."""
 
     def __init__(self, folder: RunDir, config: Config) -> None:
         self.folder, self.said = folder, list[str]()
-        self.watch = Watch(config, folder, self.said.append)
+        self.watch = Monitor(config, folder, self.said.append)
         self.step = max((row["step"] for row in folder.metrics()), default=-1) + 1
 
     def did(self, *rows: Mapping[str, float]) -> list[list[str]]:
@@ -46,7 +46,7 @@ class Run:
             with clock("collect"):
                 pass
             self.folder.log(self.step, row)
-            raised = self.watch.look(self.step, row, clock, Collection((GROUP,)))
+            raised = self.watch.look(self.step, row, clock, CollectedGroups((GROUP,)))
             names.append([alarm.rule.name for alarm in raised])
             if self.watch.halting:
                 with self.folder.checkpoint(self.step + 1) as path:

@@ -17,7 +17,7 @@ from rich.console import Console
 
 import rayrl
 from rayrl import Agent, Scores, Task
-from rayrl.cluster.rollouts import Collection
+from rayrl.cluster.rollouts import CollectedGroups
 from rayrl.commands.evaluate import cell_of
 from rayrl.commands.replay import _figures
 from rayrl.commands.synth import summary
@@ -31,7 +31,7 @@ from rayrl.rollout.check import check_env
 from rayrl.rollout.episode_io import LoggedTask, read_episodes, revive, write_episodes
 from rayrl.rollout.rollout import play_group
 from rayrl.run.metrics import Clock, headline, step_metrics
-from rayrl.run.progress_bar import Bar
+from rayrl.run.progress_bar import ProgressBar
 from rayrl.types import Episode, Group
 from tests.act import instant
 
@@ -125,7 +125,7 @@ def test_an_environment_goes_through_everything(
         with clock(stage):
             pass
     learned = {"entropy": 1.0, "grad_norm": 1.0, "reward": -7.0, "step": -8.0, "{odd}": 1.0}
-    metrics = step_metrics(0, Collection((group,)), batch, learned, clock)
+    metrics = step_metrics(0, CollectedGroups((group,)), batch, learned, clock)
     several = len(env.seats) > 1
     for seat, own in scores.items():
         for name, value in own.items():
@@ -135,12 +135,12 @@ def test_an_environment_goes_through_everything(
     figures = headline(metrics)
     assert len(figures) == 5 + min(4, len(names) * len(env.seats))
     for stream in (io.StringIO(), Terminal()):
-        with Bar("[/odd] {title}", 2, stream=stream) as bar:
+        with ProgressBar("[/odd] {title}", 2, stream=stream) as bar:
             bar.update(1, figures)
             bar.update(2, figures)
 
     # evaluation and its table
-    cell = cell_of(env, {"[/x]": "{}"}, Collection((group,)))
+    cell = cell_of(env, {"[/x]": "{}"}, CollectedGroups((group,)))
     result = Result("[/row]", {"done": cell}, {"done": {"total": 1, "[/x]": 2}})
     assert Result.from_dict(json.loads(json.dumps(result.to_dict()))) == result
     assert len(columns([result])) == len(names) * len(env.seats) + 2

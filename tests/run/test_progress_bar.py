@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from rayrl.run.progress_bar import Bar
+from rayrl.run.progress_bar import ProgressBar
 
 FIGURES = {
     "reward": "0.553 ±0.41",
@@ -28,7 +28,7 @@ def line(columns: int, monkeypatch: pytest.MonkeyPatch, title: str = "tictactoe-
     monkeypatch.setenv("TERM", "xterm")
     stream = io.StringIO()
     stream.isatty = lambda: True  # type: ignore[method-assign]
-    with Bar(title, 1000, stream=stream) as bar:
+    with ProgressBar(title, 1000, stream=stream) as bar:
         bar.update(60, FIGURES)
     text = ESCAPE.sub("", stream.getvalue())
     return [part for part in re.split(r"[\r\n]", text) if part.strip()][-1]

@@ -15,7 +15,7 @@ from rayrl.config import Config, from_dict
 from rayrl.errors import DataError, RunFailed
 from rayrl.rollout.rollout import GroupPlan
 from rayrl.run.group_log import Batched, GroupLog, Played
-from rayrl.run.rollout_buffer import Feed
+from rayrl.run.rollout_buffer import RolloutBuffer
 from rayrl.types import Episode, Failure, Group, Task, Turn, VersionSpan
 
 N = 2  # groups a step
@@ -91,7 +91,7 @@ class Run:
 
     def __init__(self, folder: Path, lag: int, steps: int = 4) -> None:
         self.hosts = Hosts()
-        self.feed = Feed(self.hosts, plans, config(lag, steps), GroupLog(folder))
+        self.feed = RolloutBuffer(self.hosts, plans, config(lag, steps), GroupLog(folder))
 
     async def start(self, step: int = 0, state: dict[str, Any] | None = None) -> Run:
         self.feed.restore(step, state or {})

@@ -18,7 +18,7 @@ from rayrl.commands.folder_names import WRITING
 from rayrl.config import Config
 from rayrl.errors import ConfigError, InfraError
 from rayrl.run.folder import RunDir
-from rayrl.run.progress_bar import Bar
+from rayrl.run.progress_bar import ProgressBar
 from rayrl.run.recovery import Recovery
 from tests.documents import ROOT, commands, settings
 
@@ -276,7 +276,7 @@ async def test_a_resumed_run_says_so(capsys: pytest.CaptureFixture[str]) -> None
         async def end() -> None:
             """Nothing is exported."""
 
-        with Bar("r", 12) as bar:
+        with ProgressBar("r", 12) as bar:
             await Recovery(learner, folder, bar, 0).through(12, step, end)  # type: ignore[arg-type]
     assert (learner.loaded, steps) == (["step_000010"], [10, 11])
     assert "resumed at step 10\n" in capsys.readouterr().err

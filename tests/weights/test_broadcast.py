@@ -17,7 +17,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rayrl.errors import DataError, InfraError
-from rayrl.weights.broadcast import Channel, Meeting, host, receive, send
+from rayrl.weights.broadcast import BroadcastGroup, Rendezvous, host, receive, send
 from rayrl.weights.flat import Manifest, buckets, unflatten
 from tests.bucket_member import LIMIT
 from tests.runs import ROOT
@@ -35,13 +35,13 @@ def plan_of(pairs: list[tuple[str, torch.Tensor]], limit: int) -> tuple[Manifest
     return buckets([(n, t.dtype, tuple(t.shape)) for n, t in pairs], limit)
 
 
-def two(timeout_s: float = 30.0) -> tuple[Channel, Channel]:
+def two(timeout_s: float = 30.0) -> tuple[BroadcastGroup, BroadcastGroup]:
     """Both ends of a channel in this process."""
     meeting, store = host("gloo", "127.0.0.1", 2, timeout_s)
     ends: list[Any] = [None, None]
-    other = threading.Thread(target=lambda: ends.__setitem__(1, Channel(meeting, 1)))
+    other = threading.Thread(target=lambda: ends.__setitem__(1, BroadcastGroup(meeting, 1)))
     other.start()
-    ends[0] = Channel(meeting, 0, store)
+    ends[0] = BroadcastGroup(meeting, 0, store)
     other.join()
     return ends[0], ends[1]
 
@@ -81,7 +81,7 @@ def test_other_weights_than_planned_are_refused_before_they_are_sent() -> None:
 
 
 def _vanish(fields: list[Any], plan: Any) -> None:
-    Channel(Meeting(*fields), 1).broadcast(torch.empty(plan[0].nbytes, dtype=torch.uint8))
+    BroadcastGroup(Rendezvous(*fields), 1).broadcast(torch.empty(plan[0].nbytes, dtype=torch.uint8))
     # and is gone before the second bucket
 
 
@@ -99,7 +99,7 @@ def test_a_member_that_is_lost_ends_the_push_within_its_deadline(how: str) -> No
         target=_vanish, args=(list(astuple(meeting)), plan)
     )
     other.start()
-    sender = Channel(meeting, 0, store)
+    sender = BroadcastGroup(meeting, 0, store)
 
     def send_on() -> None:
         for _ in range(100):  # what is sent first may wait in the socket's buffer
@@ -113,7 +113,7 @@ def test_a_member_that_is_lost_ends_the_push_within_its_deadline(how: str) -> No
 def test_who_does_not_come_is_not_waited_for() -> None:
     meeting, store = host("gloo", "127.0.0.1", 2, 1.0)
     with pytest.raises(InfraError, match=r"member 0 of 2 did not meet .* within 1 s"):
-        Channel(meeting, 0, store)
+        BroadcastGroup(meeting, 0, store)
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from tests.architectures import ARCHITECTURES, Change, change_weights, save_mode
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-Weights = dict[str, Any]
+WeightSync = dict[str, Any]
 
 
 def into_learner(folder: Path) -> None:
@@ -128,13 +128,13 @@ def test_what_transformers_writes_is_read(name: str, tmp_path: Path) -> None:
         assert all(torch.equal(plain[key], ours[key]) for key in plain)
 
 
-def legacy_gpt2(weights: Weights) -> Weights:
+def legacy_gpt2(weights: WeightSync) -> WeightSync:
     """As OpenAI's checkpoints on the hub: no prefix, and buffers of masks."""
     bare = {name.removeprefix("transformer."): one for name, one in weights.items()}
     return {**bare, "h.0.attn.bias": torch.ones(1, 1, 64, 64)}
 
 
-def both_tied(weights: Weights) -> Weights:
+def both_tied(weights: WeightSync) -> WeightSync:
     return {**weights, "lm_head.weight": weights["model.embed_tokens.weight"]}
 
 

@@ -19,8 +19,8 @@ from ray import serve
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from rayrl.cluster.gone import GONE
-from rayrl.cluster.serving.replica_selector import Lanes
+from rayrl.cluster.gone import ACTOR_DIED
+from rayrl.cluster.serving.replica_selector import ReplicaSelector
 from rayrl.cluster.serving.streams import Answer, CarrierGone, Lines, Pace
 from rayrl.errors import InfraError
 from rayrl.types import Completion, Request
@@ -89,7 +89,7 @@ class ServeCall:
         try:
             async for answers in self._lines.answers(first, len(requests), stream):
                 yield answers
-        except (CarrierGone, *GONE, BackPressureError, DeploymentUnavailableError) as error:
+        except (CarrierGone, *ACTOR_DIED, BackPressureError, DeploymentUnavailableError) as error:
             raise ReplicaGone(str(error)) from error
 
     def cancel(self, lane: int, sessions: Sequence[str]) -> None:
@@ -119,7 +119,7 @@ class BatchingClient:
         self._call = call
         self._deadline_s = deadline_s
         self._pace = Pace()
-        self._lanes = Lanes(lanes)
+        self._lanes = ReplicaSelector(lanes)
         self._waiting: list[list[tuple[Request, asyncio.Future[Completion]]]] = [
             [] for _ in range(lanes)
         ]

@@ -16,7 +16,7 @@ from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
-from rayrl.cluster.gone import GONE
+from rayrl.cluster.gone import ACTOR_DIED
 from rayrl.cluster.serving.inference_client import DEPLOYMENT
 from rayrl.cluster.serving.router import LaneRouter
 from rayrl.cluster.serving.streams import Answer, Carried, Mailbox, Running
@@ -26,7 +26,7 @@ from rayrl.config import ClusterConfig, Config
 from rayrl.engine.protocol import Engine, Part, Streamed
 from rayrl.errors import ConfigError, InfraError, RayrlError, StaleWeights
 from rayrl.types import Completion, Request
-from rayrl.weights.broadcast import Meeting, Plan
+from rayrl.weights.broadcast import Plan, Rendezvous
 
 __all__ = ["Replica", "deploy", "deployment_settings", "run_app", "undeploy"]
 
@@ -144,7 +144,7 @@ class Replica:
         """
         if not self._store:
             return
-        with suppress(*GONE):  # nothing newer can come; the driver's push says so
+        with suppress(*ACTOR_DIED):  # nothing newer can come; the driver's push says so
             newest: Published | None = await self._store.newest.remote()
             while newest is not None and newest.version > self._engine.version:
                 if newest.buffer:
@@ -178,7 +178,7 @@ class Replica:
             )
         return self._id, self._engine.workers
 
-    async def join(self, meeting: Meeting, first: Mapping[str, int]) -> None:
+    async def join(self, meeting: Rendezvous, first: Mapping[str, int]) -> None:
         """Join a channel; `first` says, by replica, which rank its workers begin with."""
         if self._id not in first:
             raise InfraError(f"replica {self._id} came while the channel was opened")

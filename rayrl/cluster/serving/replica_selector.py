@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from rayrl.types import Request
 
-__all__ = ["Lanes", "Trip"]
+__all__ = ["InFlightRequest", "ReplicaSelector"]
 
 PROMPT_WORK = 1 / 8  # of an id of the prompt that has no KV yet; a sampled id is 1
 NEWEST = 0.2  # the least weight that the newest measurement has in a lane's pace
@@ -27,7 +27,7 @@ PROBE_S = 5.0  # a slow lane that had nothing to do for so long gets a new conve
 
 
 @dataclass(eq=False, slots=True)
-class Trip:
+class InFlightRequest:
     """A request under way.
 
     Attributes:
@@ -54,7 +54,7 @@ class _Lane:
     measured_at: float = -math.inf
     idle_since: float = -math.inf
     work: float = 0.0  # under way
-    trips: dict[int, Trip] = field(default_factory=dict)  # the oldest first
+    trips: dict[int, InFlightRequest] = field(default_factory=dict)  # the oldest first
 
     def overdue(self, now: float) -> float:
         """The pace it has at best, by the oldest request that it has not answered."""
@@ -62,7 +62,7 @@ class _Lane:
         return (now - oldest.began) / oldest.most if oldest else 0.0
 
 
-class Lanes:
+class ReplicaSelector:
     """Chooses lanes, and learns from how long they take.
 
     A new conversation goes where the work that is under way, with its own, would be done first. It
@@ -80,14 +80,14 @@ class Lanes:
         self._homes: dict[str, tuple[int, int]] = {}  # session -> lane, ids that have KV there
         self._sampled: float | None = None  # ids an answer, lately
 
-    def send(self, request: Request) -> Trip:
+    def send(self, request: Request) -> InFlightRequest:
         """Choose a lane for a request, and count it as under way."""
         now = self._clock()
         home = self._homes.get(request.session)
         lane = self._new(request, now) if home is None else self._bound(request, *home, now)
         has = home[1] if home is not None and home[0] == lane else 0
         new = PROMPT_WORK * max(0, len(request.prompt_ids) - has)
-        trip = Trip(
+        trip = InFlightRequest(
             request,
             lane,
             home[0] if home is not None and home[0] != lane else None,
@@ -100,7 +100,7 @@ class Lanes:
         self._lanes[lane].work += trip.work
         return trip
 
-    def answered(self, trip: Trip, sampled: int, cached: int) -> None:
+    def answered(self, trip: InFlightRequest, sampled: int, cached: int) -> None:
         """It has been answered, with so many ids; so many of the prompt's had KV."""
         prompt = len(trip.request.prompt_ids)
         self._measure(trip, sampled + PROMPT_WORK * max(0, prompt - cached))
@@ -110,12 +110,12 @@ class Lanes:
             self._homes[trip.request.session] = (trip.lane, prompt + sampled)
         self.gone(trip)
 
-    def late(self, trip: Trip) -> None:
+    def late(self, trip: InFlightRequest) -> None:
         """It was waited for in vain."""
         self._measure(trip, trip.most)
         self.gone(trip)
 
-    def gone(self, trip: Trip) -> None:
+    def gone(self, trip: InFlightRequest) -> None:
         """It is under way no more, and says nothing about its lane."""
         lane = self._lanes[trip.lane]
         if lane.trips.pop(id(trip), None) is not None:
@@ -127,7 +127,7 @@ class Lanes:
         home = self._homes.pop(session, None)
         return home[0] if home else None
 
-    def _measure(self, trip: Trip, work: float) -> None:
+    def _measure(self, trip: InFlightRequest, work: float) -> None:
         lane, now = self._lanes[trip.lane], self._clock()
         pace = max((now - trip.began) / max(work, 1.0), LEAST)
         if lane.pace is None:

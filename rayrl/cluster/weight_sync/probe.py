@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from ray.serve.handle import DeploymentHandle
 
-from rayrl.cluster.gone import GONE
+from rayrl.cluster.gone import ACTOR_DIED
 from rayrl.cluster.weight_sync.transports import ask_all
 from rayrl.config import Config
 from rayrl.errors import ConfigError, InfraError, NumericsError, RunFailed
@@ -47,7 +47,7 @@ AGAIN = (
 
 
 class Scorer(Protocol):
-    """What a probe asks of the learner; `Learners` is one."""
+    """What a probe asks of the learner; `LearnerGroup` is one."""
 
     async def describe(self) -> tuple[str, int]:
         """The model's architecture, and the number of its ids."""
@@ -174,7 +174,7 @@ class Probe:
         found: dict[str, Sequence[Completion]] = {}
         missing: list[str] = []
         for result in results:
-            if isinstance(result, (TimeoutError, InfraError, *GONE)):
+            if isinstance(result, (TimeoutError, InfraError, *ACTOR_DIED)):
                 missing.append(f"{type(result).__name__}: {result}")
             elif isinstance(result, BaseException):
                 raise getattr(result, "cause", None) or result

@@ -16,14 +16,14 @@ from typing import Any
 import ray
 from ray.serve.handle import DeploymentHandle
 
-from rayrl.cluster.gone import GONE
+from rayrl.cluster.gone import ACTOR_DIED
 from rayrl.cluster.session import Session, beside_driver
 from rayrl.cluster.weight_sync.probe import Probe
 from rayrl.cluster.weight_sync.transports import Transport, ask_all
-from rayrl.cluster.weight_sync.weight_store import NAMESPACE, Published, WeightsStore, store_name
+from rayrl.cluster.weight_sync.weight_store import NAMESPACE, Published, WeightStore, store_name
 from rayrl.errors import ConfigError, DataError, InfraError
 
-__all__ = ["Weights", "confirmations", "open_store"]
+__all__ = ["WeightSync", "confirmations", "open_store"]
 
 RETRY_S = 0.25  # between broadcasts while a replica has not confirmed
 REMIND_S = 2.0  # between looks at whether the store still knows the newest version
@@ -34,8 +34,8 @@ def open_store(session: Session) -> Any:
     name = store_name(session.name)
     with suppress(ValueError):  # of a run in this folder that was killed a moment ago
         ray.kill(ray.get_actor(name, namespace=NAMESPACE))
-    # one that died is started again, empty; `Weights` tells it what it knew
-    actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(WeightsStore)
+    # one that died is started again, empty; `WeightSync` tells it what it knew
+    actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(WeightStore)
     place = beside_driver()
     return actor.options(name=name, namespace=NAMESPACE, scheduling_strategy=place).remote()
 
@@ -71,7 +71,7 @@ def refuse(results: Sequence[Any]) -> None:
             raise cause
 
 
-class Weights:
+class WeightSync:
     """The driver's side: pushes, and turns on a shared accelerator.
 
     Args:
@@ -102,7 +102,7 @@ class Weights:
         self._turns = turns
         self._probe = probe
 
-    async def make_room(self) -> None:
+    async def sleep_replicas(self) -> None:
         """Let the learner have the GPU until the next push, where the two take turns."""
         if self._turns:
             await self._each("sleep")
@@ -167,7 +167,7 @@ class Weights:
         """Tell the store what is newest, if it died and began anew."""
         while True:
             await asyncio.sleep(REMIND_S)
-            with suppress(*GONE):
+            with suppress(*ACTOR_DIED):
                 if await self._store.newest.remote() is None:
                     await self._store.publish.remote(self._newest)
 
@@ -186,7 +186,7 @@ class Weights:
                 "(cluster.push_deadline_s)"
             ) from None
         for error in answers:
-            if isinstance(error, BaseException) and not isinstance(error, GONE):
+            if isinstance(error, BaseException) and not isinstance(error, ACTOR_DIED):
                 raise InfraError(f"a replica did not {method}: {error}") from error
 
     def forget(self) -> None:

@@ -18,8 +18,8 @@ from typing import Any, Protocol
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from rayrl.cluster.gone import GONE
-from rayrl.cluster.learner_group import Learners
+from rayrl.cluster.gone import ACTOR_DIED
+from rayrl.cluster.learner_group import LearnerGroup
 from rayrl.cluster.weight_sync.topology import transport_of
 from rayrl.cluster.weight_sync.weight_store import Published
 from rayrl.config import Config
@@ -60,7 +60,7 @@ class Transport(Protocol):
 
 
 def open_transport(
-    config: Config, learners: Learners, store: Any, handle: DeploymentHandle
+    config: Config, learners: LearnerGroup, store: Any, handle: DeploymentHandle
 ) -> Transport:
     """The transport of a configuration."""
     kind = transport_of(config)
@@ -88,7 +88,7 @@ async def ask_all(handle: DeploymentHandle, method: str, *args: Any) -> Sequence
 async def _tell(store: Any, published: Published) -> None:
     try:
         await store.publish.remote(published)
-    except GONE as error:
+    except ACTOR_DIED as error:
         raise RunFailed(
             f"the weights store, an actor that knows the newest version, died ({error}). Run "
             "the same command again to go on from the last checkpoint."
@@ -134,7 +134,7 @@ class Stream:
     def __init__(
         self,
         backend: str,
-        learners: Learners,
+        learners: LearnerGroup,
         store: Any,
         handle: DeploymentHandle,
         deadline_s: float,
@@ -199,7 +199,7 @@ class Stream:
         """Give the newest version to replicas that came after it was streamed."""
         while True:
             await asyncio.sleep(POLL_S)
-            with suppress(InfraError, *GONE):  # the next push says what is wrong
+            with suppress(InfraError, *ACTOR_DIED):  # the next push says what is wrong
                 if not await self._store.is_missed.remote():
                     continue
                 async with self._turn:
@@ -210,7 +210,7 @@ class Stream:
     async def stuck(self) -> str:
         """See `Transport`."""
         self._members = {}
-        with suppress(*GONE, TimeoutError):
+        with suppress(*ACTOR_DIED, TimeoutError):
             async with asyncio.timeout(5):
                 return str(await self._store.stacks.remote())
         return ""

@@ -7,7 +7,7 @@ from typing import Any
 
 from rayrl.weights.flat import Manifest
 
-__all__ = ["NAMESPACE", "Published", "WeightsStore", "store_name"]
+__all__ = ["NAMESPACE", "Published", "WeightStore", "store_name"]
 
 NAMESPACE = "rayrl"  # of our named actors; a replica's own is Serve's or whatever the driver had
 
@@ -27,7 +27,7 @@ class Published:
     checksum: str
 
 
-class WeightsStore:
+class WeightStore:
     """Holds the newest version; the buffer of the one before is freed when it forgets it."""
 
     def __init__(self) -> None:

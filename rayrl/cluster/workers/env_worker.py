@@ -24,22 +24,22 @@ from rayrl.environment.environment import Environment, EnvSpec
 from rayrl.environment.registry import load_env
 from rayrl.errors import ConfigError, did_you_mean
 from rayrl.rollout.agent import Player
-from rayrl.rollout.concurrency import Room, Stops
+from rayrl.rollout.concurrency import ConcurrencyLimit, GroupCanceller
 from rayrl.rollout.endpoint import EndpointPlayer, share
 from rayrl.rollout.players import PolicyPlayer, ScriptedPlayer
-from rayrl.rollout.resume import Begun
+from rayrl.rollout.resume import PartialEpisode
 from rayrl.rollout.rollout import GroupPlan, play_groups
-from rayrl.rollout.subprocess_env import Isolated
+from rayrl.rollout.subprocess_env import SubprocessEnv
 from rayrl.types import Group, Sampling
 
 __all__ = [
     "POLICY",
-    "EnvHost",
-    "HostJob",
+    "EnvWorker",
     "News",
     "Running",
+    "WorkerJob",
     "running_in",
-    "start_host",
+    "start_worker",
     "trainable_seats",
 ]
 
@@ -50,7 +50,7 @@ ISOLATED_SLOTS = 16  # child processes a host, where env.isolated asks for them
 
 
 @dataclass(frozen=True)
-class HostJob:
+class WorkerJob:
     """What a host needs to play.
 
     Attributes:
@@ -108,7 +108,7 @@ def trainable_seats(seats: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(seat for seat, who in seats.items() if who == POLICY)
 
 
-class EnvHost:
+class EnvWorker:
     """Plays groups. Methods are thin: `rayrl.rollout.rollout` has the one loop.
 
     Args:
@@ -116,13 +116,13 @@ class EnvHost:
         recorder: is told every turn; needed by `begin` only.
     """
 
-    def __init__(self, job: HostJob, recorder: Any = None) -> None:
+    def __init__(self, job: WorkerJob, recorder: Any = None) -> None:
         prepare_process(1)
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         self._job = job
         self._telling = Telling(recorder)
         self._clients: dict[str, BatchingClient] = {}
-        self._stops = Stops(self._version)
+        self._stops = GroupCanceller(self._version)
         self._unbegun: dict[str, GroupPlan] = {}
         self._playing: set[asyncio.Task[None]] = set()
         # what `news` will tell
@@ -142,7 +142,7 @@ class EnvHost:
         if not self._job.config.env.isolated:
             return environment
         slots = min(ISOLATED_SLOTS, self._job.config.cluster.concurrency)
-        self._isolated = Isolated(environment, slots)
+        self._isolated = SubprocessEnv(environment, slots)
         return self._isolated.environment
 
     @cached_property
@@ -174,13 +174,13 @@ class EnvHost:
         return PolicyPlayer(chat, client, job.sampling, trainable=who == POLICY)
 
     @cached_property
-    def _room(self) -> Room:
+    def _room(self) -> ConcurrencyLimit:
         """Episodes at once: what a server is asked for is asked by episodes that soon end."""
         job, config = self._job, self._job.config
         most = [config.cluster.concurrency, self.environment.slots or config.cluster.concurrency]
         if "endpoint" in job.seats.values():
             most.append(share(config.endpoint, config.cluster.most_env_hosts).concurrency)
-        return Room(min(most))
+        return ConcurrencyLimit(min(most))
 
     def _version(self) -> int:
         """Weights that the policy's requests now ask for."""
@@ -210,7 +210,7 @@ class EnvHost:
         self,
         plans: Sequence[GroupPlan],
         min_version: int = 0,
-        recorded: Mapping[str, Begun] | None = None,
+        recorded: Mapping[str, PartialEpisode] | None = None,
         hosts: int = 1,
     ) -> None:
         """Play groups as there is room, earlier ones first; `news` says what comes of them.
@@ -251,7 +251,7 @@ class EnvHost:
         self._unbegun.clear()
         return names
 
-    async def _play(self, names: Sequence[str], recorded: Mapping[str, Begun]) -> None:
+    async def _play(self, names: Sequence[str], recorded: Mapping[str, PartialEpisode]) -> None:
         env = self._job.config.env
         async for group in play_groups(
             self.environment,
@@ -285,12 +285,12 @@ class EnvHost:
             self._changed.set()
 
 
-def start_host(job: HostJob, recorder: Any) -> Any:
+def start_worker(job: WorkerJob, recorder: Any) -> Any:
     """Start a host's actor; it tells every turn to the recorder."""
     actor = ray.remote(
         num_cpus=job.config.cluster.env_host_cpus,
         resources=dict(job.config.cluster.env_host_resources),
         max_concurrency=1000,
         concurrency_groups={WATCH: 1},
-    )(EnvHost)
+    )(EnvWorker)
     return actor.remote(job, recorder)

@@ -11,12 +11,12 @@ from typing import Any
 
 import ray
 
-from rayrl.cluster.gone import GONE
+from rayrl.cluster.gone import ACTOR_DIED
 from rayrl.cluster.serving.streams import PAUSE_S
 from rayrl.cluster.session import beside_driver
 from rayrl.rollout.encoding import bytes_of
 from rayrl.rollout.records import Records
-from rayrl.rollout.resume import Begun, Told, TurnLog
+from rayrl.rollout.resume import PartialEpisode, TurnLog, TurnRecord
 from rayrl.types import Group, Turn
 
 __all__ = ["Recorder", "Telling", "start_recorder"]
@@ -40,13 +40,13 @@ class Recorder:
         for turns, over in () if self._records is None else self._records.read():
             self._take(turns, over)
 
-    def _take(self, turns: Sequence[Told], over: Sequence[str]) -> None:
+    def _take(self, turns: Sequence[TurnRecord], over: Sequence[str]) -> None:
         for episode, attempt, turn in turns:
             self._log.add(episode, attempt, turn)
         for group in over:
             self._log.forget(group)
 
-    def add(self, turns: Sequence[Told]) -> None:
+    def add(self, turns: Sequence[TurnRecord]) -> None:
         """What happened, in its order; turns come as bytes."""
         self._take(turns, ())
         self._write(turns, ())
@@ -60,11 +60,11 @@ class Recorder:
         """The groups of which there is something."""
         return self._log.groups
 
-    def begun(self, groups: Sequence[str]) -> dict[str, Begun]:
+    def begun(self, groups: Sequence[str]) -> dict[str, PartialEpisode]:
         """What there is of the episodes of these groups, by id."""
         return self._log.begun(groups)
 
-    def _write(self, turns: Sequence[Told], over: Sequence[str]) -> None:
+    def _write(self, turns: Sequence[TurnRecord], over: Sequence[str]) -> None:
         if self._file is None:
             return
         try:
@@ -91,7 +91,7 @@ class Recorder:
         self._records.file = records.file
 
 
-def _plain(turns: Sequence[Told]) -> list[Told]:
+def _plain(turns: Sequence[TurnRecord]) -> list[TurnRecord]:
     return [(e, n, turn if isinstance(turn, bytes) else bytes_of(turn)) for e, n, turn in turns]
 
 
@@ -112,7 +112,7 @@ class Telling:
     def __init__(self, recorder: Any) -> None:
         self.pause_s = PAUSE_S
         self._recorder = recorder
-        self._waiting: dict[str, list[Told]] = {}  # by group
+        self._waiting: dict[str, list[TurnRecord]] = {}  # by group
         self._sending: asyncio.Task[None] | None = None
 
     def add(self, episode: str, attempt: int, turn: Turn) -> None:
@@ -131,7 +131,7 @@ class Telling:
     async def _send(self) -> None:
         while self._waiting:
             now, self._waiting = self._waiting, {}
-            with suppress(*GONE):
+            with suppress(*ACTOR_DIED):
                 await self._recorder.add.remote(list(chain.from_iterable(now.values())))
             await asyncio.sleep(self.pause_s)
 

@@ -20,25 +20,25 @@ from typing import Any
 
 import ray
 
-from rayrl.cluster.gone import GONE
-from rayrl.cluster.workers.env_worker import HostJob, Running, trainable_seats
+from rayrl.cluster.gone import ACTOR_DIED
+from rayrl.cluster.workers.env_worker import Running, WorkerJob, trainable_seats
 from rayrl.cluster.workers.scaling import Growth, Load
 from rayrl.cluster.workers.worker_slot import (
     GRACE_S,
-    Call,
-    HostGone,
-    Place,
-    Work,
+    PendingGroup,
+    RolloutRequest,
+    WorkerGone,
+    WorkerSlot,
     blocked,
     kill,
     placing,
 )
 from rayrl.errors import InfraError, RayrlError, RunFailed, shown
-from rayrl.rollout.resume import Begun
+from rayrl.rollout.resume import PartialEpisode
 from rayrl.rollout.rollout import GroupPlan
 from rayrl.types import Episode, Failure, Group, Turn
 
-__all__ = ["HostPool"]
+__all__ = ["WorkerPool"]
 
 START_DEADLINE_S = 300.0
 START_ATTEMPTS = 3
@@ -50,7 +50,7 @@ LOOK_EVERY_S = 1.0  # whether there should be more hosts, or fewer
 _log = logging.getLogger(__name__)
 
 
-class HostPool:
+class WorkerPool:
     """Plays groups on a number of hosts.
 
     Args:
@@ -62,13 +62,13 @@ class HostPool:
         restarts: hosts replaced so far.
     """
 
-    def __init__(self, job: HostJob, start: Callable[[], Any], recorder: Any) -> None:
+    def __init__(self, job: WorkerJob, start: Callable[[], Any], recorder: Any) -> None:
         cluster = job.config.cluster
         self._job, self._start, self._recorder = job, start, recorder
         self._first = [self._place() for _ in range(cluster.env_hosts)]
-        self._more: list[Place] = []
-        self._queue: deque[Work] = deque()
-        self._calls: set[Call] = set()
+        self._more: list[WorkerSlot] = []
+        self._queue: deque[PendingGroup] = deque()
+        self._calls: set[RolloutRequest] = set()
         self._brought: set[str] = set()  # groups that began with an earlier driver
         self._growth = Growth(cluster.most_env_hosts)
         self._broken_starts = 0  # of hosts that were asked for, in a row
@@ -78,15 +78,15 @@ class HostPool:
         self._version = 0
         self._winding_down = False
         self._error: BaseException | None = None
-        self._tasks: dict[asyncio.Task[None], Place | None] = {}
+        self._tasks: dict[asyncio.Task[None], WorkerSlot | None] = {}
         self.restarts = 0
 
-    def _place(self) -> Place:
+    def _place(self) -> WorkerSlot:
         patience_s = self._job.config.env.deadline_s + GRACE_S
-        return Place(self._start(), patience_s, self._say_blocked)
+        return WorkerSlot(self._start(), patience_s, self._say_blocked)
 
     @property
-    def _places(self) -> Iterator[Place]:
+    def _places(self) -> Iterator[WorkerSlot]:
         yield from self._first
         yield from self._more
 
@@ -121,10 +121,10 @@ class HostPool:
             raise self._error
         if self._winding_down:
             return
-        call = Call(plans, keep)
+        call = RolloutRequest(plans, keep)
         self._version = max(self._version, min_version)
         self._calls.add(call)
-        self._queue += [Work(plan, call, again=again) for plan in plans]
+        self._queue += [PendingGroup(plan, call, again=again) for plan in plans]
         self._deal()
         try:
             await call.done
@@ -182,7 +182,7 @@ class HostPool:
         for place in self._places:
             kill(place.actor)
 
-    def _spawn(self, coroutine: Coroutine[Any, Any, None], place: Place | None = None) -> None:
+    def _spawn(self, coroutine: Coroutine[Any, Any, None], place: WorkerSlot | None = None) -> None:
         task = asyncio.create_task(coroutine)
         self._tasks[task] = place
         task.add_done_callback(self._ended)
@@ -198,7 +198,7 @@ class HostPool:
 
     def _deal(self) -> None:
         """Give what waits to the hosts that have room."""
-        dealt: dict[Place, list[Work]] = {}
+        dealt: dict[WorkerSlot, list[PendingGroup]] = {}
         for place in self._places:
             if place.suspects and place.room and not place.works:
                 part = place.suspects.pop()
@@ -213,14 +213,14 @@ class HostPool:
             self._spawn(self._give(place, works))
         self._most_waiting = max(self._most_waiting, len(self._queue))
 
-    def _roomiest(self) -> Place | None:
+    def _roomiest(self) -> WorkerSlot | None:
         """Of the first hosts the one with most room; if there is none, the next that has some."""
         best = max(self._first, key=lambda place: place.free)
         if best.free:
             return best
         return next((place for place in self._more if place.free), None)
 
-    async def _give(self, place: Place, works: Sequence[Work]) -> None:
+    async def _give(self, place: WorkerSlot, works: Sequence[PendingGroup]) -> None:
         actor = place.actor
         known = [work.plan.id for work in works if work.again or work.deaths]
         recorded = await self._recorded(known) if known else {}
@@ -233,23 +233,23 @@ class HostPool:
         hosts, _ = self._count()
         await place.begin(works, self._version, recorded, hosts)
 
-    async def _give_back(self, place: Place) -> None:
+    async def _give_back(self, place: WorkerSlot) -> None:
         self._skip(place, await place.give_back())
 
-    def _skip(self, place: Place, names: Sequence[str]) -> None:
+    def _skip(self, place: WorkerSlot, names: Sequence[str]) -> None:
         for name in names:
             if (work := place.drop(name)) is not None:
                 place.open -= work.plan.size
                 work.call.skip(name)
 
-    async def _recorded(self, plans: Sequence[str]) -> dict[str, Begun]:
+    async def _recorded(self, plans: Sequence[str]) -> dict[str, PartialEpisode]:
         try:
-            found: dict[str, Begun] = await self._recorder.begun.remote(plans)
-        except GONE:  # it died as well, and begins anew: so do the episodes
+            found: dict[str, PartialEpisode] = await self._recorder.begun.remote(plans)
+        except ACTOR_DIED:  # it died as well, and begins anew: so do the episodes
             return {}
         return found
 
-    async def _brought_back(self, plans: Sequence[str]) -> dict[str, Begun]:
+    async def _brought_back(self, plans: Sequence[str]) -> dict[str, PartialEpisode]:
         """The episodes that began with an earlier driver, without what newer weights have said."""
         brought = [plan for plan in plans if plan in self._brought]
         if not brought:
@@ -263,12 +263,12 @@ class HostPool:
 
     # --- the lives of hosts ------------------------------------------------------------------
 
-    async def _live(self, place: Place) -> None:
+    async def _live(self, place: WorkerSlot) -> None:
         """One of the first hosts, through its deaths."""
         while True:
             try:
                 await self._hear(place)
-            except HostGone as gone:
+            except WorkerGone as gone:
                 self.restarts += 1
                 self._say_gone(place, gone)
                 kill(place.actor)
@@ -276,7 +276,7 @@ class HostPool:
                 place.renew(self._start())
                 await self._started(place)
 
-    async def _started(self, place: Place) -> None:
+    async def _started(self, place: WorkerSlot) -> None:
         """Wait for a host. One may be placed on a node whose loss Ray has not noticed yet.
 
         Raises:
@@ -291,18 +291,18 @@ class HostPool:
                 needs = placing(self._job.config.cluster)
                 what = f"an env host did not start within {START_DEADLINE_S:g} s. {needs}"
                 raise InfraError(what) from None
-            except HostGone as gone:
+            except WorkerGone as gone:
                 if attempt + 1 == START_ATTEMPTS:
                     raise RunFailed(f"an env host cannot start: {gone}") from gone
                 kill(place.actor)
                 place.renew(self._start())
 
-    def _say_gone(self, place: Place, gone: HostGone) -> None:
+    def _say_gone(self, place: WorkerSlot, gone: WorkerGone) -> None:
         name, n = self._job.config.env.name, len(place.works)
         what = "an env host of environment %r was lost with %d groups that had not ended: %s"
         _log.warning(what, name, n, gone)
 
-    def _say_blocked(self, place: Place, running: Running | None) -> None:
+    def _say_blocked(self, place: WorkerSlot, running: Running | None) -> None:
         """Say whose code blocks a host, as soon as that is noticed, and once for each."""
         if running is not None and not running.stack:  # it runs nothing: the machine is slow
             return
@@ -312,7 +312,7 @@ class HostPool:
         self._said_blocked.add(what)
         _log.warning("%s", blocked(self._job.config.env, what, running))
 
-    async def _hear(self, place: Place) -> None:
+    async def _hear(self, place: WorkerSlot) -> None:
         """Take what a host has played, until it is gone."""
         self._deal()
         async for news in place.news():
@@ -323,7 +323,7 @@ class HostPool:
                     work.call.finish(group)
             self._deal()
 
-    def _suspects(self, place: Place, why: str) -> list[list[Work]]:
+    def _suspects(self, place: WorkerSlot, why: str) -> list[list[PendingGroup]]:
         """What a host has died with, to be played again in parts.
 
         Episodes go on from the turns that were recorded of them. What was live is played in two
@@ -377,12 +377,12 @@ class HostPool:
         self._more.append(place)
         self._spawn(self._visit(place), place)
 
-    async def _visit(self, place: Place) -> None:
+    async def _visit(self, place: WorkerSlot) -> None:
         """A host above the first ones: it may never come, and may leave at any time."""
         late = asyncio.get_running_loop().call_later(LATE_S, self._say_late)
         try:
             await place.start()
-        except (HostGone, RayrlError) as error:
+        except (WorkerGone, RayrlError) as error:
             self._broken_starts += 1
             _log.warning("another env host could not start, play goes on without it: %s", error)
             self._let_go(place)
@@ -392,7 +392,7 @@ class HostPool:
         self._broken_starts = 0
         try:
             await self._hear(place)
-        except HostGone as gone:
+        except WorkerGone as gone:
             self._say_gone(place, gone)
             parts = self._suspects(place, str(gone))
             self._let_go(place)
@@ -400,7 +400,7 @@ class HostPool:
             heir.suspects[:0] = parts
             self._deal()
 
-    def _let_go(self, place: Place) -> None:
+    def _let_go(self, place: WorkerSlot) -> None:
         self._more.remove(place)
         kill(place.actor)
         for task, whose in self._tasks.items():

@@ -11,15 +11,24 @@ from typing import Any
 import ray
 from ray.exceptions import RayTaskError
 
-from rayrl.cluster.gone import GONE
+from rayrl.cluster.gone import ACTOR_DIED
 from rayrl.cluster.workers.env_worker import News, Running
 from rayrl.config import ClusterConfig, EnvConfig
 from rayrl.errors import RayrlError, RunFailed, shown
-from rayrl.rollout.resume import Begun
+from rayrl.rollout.resume import PartialEpisode
 from rayrl.rollout.rollout import GroupPlan
 from rayrl.types import Group
 
-__all__ = ["GRACE_S", "Call", "HostGone", "Place", "Work", "blocked", "kill", "placing"]
+__all__ = [
+    "GRACE_S",
+    "PendingGroup",
+    "RolloutRequest",
+    "WorkerGone",
+    "WorkerSlot",
+    "blocked",
+    "kill",
+    "placing",
+]
 
 GRACE_S = 5.0  # a host may be silent this much longer than env.deadline_s before it counts as hung
 PING_EVERY_S = 1.0
@@ -27,11 +36,11 @@ BLOCKED_S = 5.0  # of silence after which it is said what blocks a host
 AHEAD = 8  # a host is given 1/8 more than it has room for: the driver may be busy when it runs dry
 
 
-class HostGone(Exception):
+class WorkerGone(Exception):
     """A host died, or its event loop is blocked."""
 
 
-class Call:
+class RolloutRequest:
     """Groups that somebody waits for.
 
     Args:
@@ -69,7 +78,7 @@ class Call:
             self.done.set_result(None)
 
 
-class Work:
+class PendingGroup:
     """A group to be played.
 
     Attributes:
@@ -77,16 +86,16 @@ class Work:
         again: whether it was played before, so that turns of it are recorded.
     """
 
-    def __init__(self, plan: GroupPlan, call: Call, *, again: bool) -> None:
+    def __init__(self, plan: GroupPlan, call: RolloutRequest, *, again: bool) -> None:
         self.plan, self.call, self.again = plan, call, again
         self.deaths = 0
 
 
-class Place:
+class WorkerSlot:
     """A place for a host: its actor now, and what that was given.
 
     Args:
-        actor: of `EnvHost`.
+        actor: of `EnvWorker`.
         patience_s: of silence, after which it counts as hung.
         on_blocked: told when it has been silent for `BLOCKED_S`, with what it does instead; None
             if it cannot say even that.
@@ -104,10 +113,10 @@ class Place:
         self,
         actor: Any,
         patience_s: float,
-        on_blocked: Callable[[Place, Running | None], None] = lambda place, running: None,
+        on_blocked: Callable[[WorkerSlot, Running | None], None] = lambda place, running: None,
     ) -> None:
         self._patience_s, self._on_blocked = patience_s, on_blocked
-        self.suspects: list[list[Work]] = []
+        self.suspects: list[list[PendingGroup]] = []
         self.busy_at = time.monotonic()
         self.renew(actor)
 
@@ -115,7 +124,7 @@ class Place:
         """Another actor takes the place, with nothing to do yet."""
         self.actor = actor
         self.room = self.open = self.trial = 0
-        self.works: dict[str, Work] = {}
+        self.works: dict[str, PendingGroup] = {}
 
     @property
     def free(self) -> int:
@@ -133,13 +142,13 @@ class Place:
         """
         self.room = await answer(self.actor.ping.remote())
 
-    def take(self, works: Sequence[Work]) -> None:
+    def take(self, works: Sequence[PendingGroup]) -> None:
         """It is given these."""
         for work in works:
             self.works[work.plan.id] = work
             self.open += work.plan.size
 
-    def drop(self, name: str) -> Work | None:
+    def drop(self, name: str) -> PendingGroup | None:
         """It has this no longer; returns what it was, if it was there."""
         work = self.works.pop(name, None)
         if not self.works:
@@ -156,16 +165,20 @@ class Place:
         return f"one of {len(self.works)} groups (the first tasks are {tasks})"
 
     async def begin(
-        self, works: Sequence[Work], version: int, recorded: Mapping[str, Begun], hosts: int
+        self,
+        works: Sequence[PendingGroup],
+        version: int,
+        recorded: Mapping[str, PartialEpisode],
+        hosts: int,
     ) -> None:
         """Have the host play these; a host that is gone is not told of here, but by `news`."""
-        with suppress(HostGone):
+        with suppress(WorkerGone):
             plans = [work.plan for work in works]
             await answer(self.actor.begin.remote(plans, version, recorded, hosts))
 
     async def give_back(self) -> list[str]:
         """Have the host give up, by id, what it has not begun."""
-        with suppress(HostGone):
+        with suppress(WorkerGone):
             names: list[str] = await answer(self.actor.give_back.remote())
             return names
         return []
@@ -185,7 +198,7 @@ class Place:
                 try:
                     await asyncio.wait({following, watch}, return_when=asyncio.FIRST_COMPLETED)
                     if not following.done():
-                        raise HostGone(watch.result())
+                        raise WorkerGone(watch.result())
                 finally:
                     following.cancel()
                 yield following.result()
@@ -204,7 +217,7 @@ class Place:
                     "its code blocked the event loop of its host for more than "
                     f"{self._patience_s:g} s"
                 )
-            except GONE as error:
+            except ACTOR_DIED as error:
                 return f"its host process died: {error}"
             finally:
                 saying.cancel()
@@ -214,7 +227,7 @@ class Place:
         """Say what blocks the host, unless this is cancelled before."""
         await asyncio.sleep(BLOCKED_S)
         running = None
-        with suppress(TimeoutError, *GONE):  # it may hold the interpreter as well, or be dead
+        with suppress(TimeoutError, *ACTOR_DIED):  # it may hold the interpreter as well, or be dead
             async with asyncio.timeout(BLOCKED_S):
                 running = await actor.running.remote()
         self._on_blocked(self, running)
@@ -244,8 +257,8 @@ async def answer(ref: Any) -> Any:
         if isinstance(error.cause, RayrlError):
             raise error.cause from None
         raise RunFailed(f"an env host failed: {error}") from error
-    except GONE as error:
-        raise HostGone(f"its host process died: {error}") from error
+    except ACTOR_DIED as error:
+        raise WorkerGone(f"its host process died: {error}") from error
 
 
 def kill(actor: Any) -> None:

@@ -35,10 +35,17 @@ from rayrl.chat.tokenizer import load_tokenizer
 from rayrl.config import EngineConfig
 from rayrl.engine.embedded.attention import Decode, KVSlab, Prefill
 from rayrl.engine.embedded.kv import SlotTable, slots_for
-from rayrl.engine.embedded.mail import Answer, Job, Load, Parts, Release, deliver
+from rayrl.engine.embedded.mail import (
+    Answer,
+    DeltaStream,
+    EngineRequest,
+    Release,
+    WeightUpdate,
+    deliver,
+)
 from rayrl.engine.embedded.model import FlatModel
 from rayrl.engine.embedded.prompts import flatten_prompts
-from rayrl.engine.embedded.rows import Rows
+from rayrl.engine.embedded.rows import DecodeState
 from rayrl.engine.embedded.sampler import raw_logprobs, sample
 from rayrl.engine.embedded.stats import Stats
 from rayrl.errors import ConfigError, InfraError, RayrlError, StaleWeights
@@ -107,14 +114,14 @@ class EmbeddedEngine:
         slots = slots_for(geometry, self.max_len, kv_cache_gb, max_live)
         self._slab = KVSlab(geometry, slots, self.max_len)
         self._table = SlotTable(self._slab)
-        self._rows = Rows(slots, self._slab.max_len)
+        self._rows = DecodeState(slots, self._slab.max_len)
         self._tokenizer = tokenizer
         self._raw_logprobs = raw_logprobs
         self._threads = threads
-        self._jobs: dict[int, Job] = {}  # by slot
-        self._waiting: deque[Job] = deque()
-        self._load: Load | None = None
-        self._inbox: deque[Job | Load | Release] = deque()
+        self._jobs: dict[int, EngineRequest] = {}  # by slot
+        self._waiting: deque[EngineRequest] = deque()
+        self._load: WeightUpdate | None = None
+        self._inbox: deque[EngineRequest | WeightUpdate | Release] = deque()
         self._wake = threading.Event()
         self._mail = threading.Lock()  # so that nothing is posted after the last look
         self._closing = False
@@ -165,7 +172,7 @@ class EmbeddedEngine:
         if self._has_no_room(request):
             return Completion((), (), (), "length")
         future: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
-        job = Job(request, prompt, future)
+        job = EngineRequest(request, prompt, future)
         self._send(job)
         try:
             return await future
@@ -179,8 +186,8 @@ class EmbeddedEngine:
         if self._has_no_room(request):
             yield Delta((), (), "length")
             return
-        parts = Parts()
-        job = Job(request, prompt, parts)
+        parts = DeltaStream()
+        job = EngineRequest(request, prompt, parts)
         self._send(job)
         try:
             finish = None
@@ -205,7 +212,7 @@ class EmbeddedEngine:
         Raises:
             DataError: the weights are not this model's; the old ones are kept.
         """
-        load = Load(version, flat, manifest, asyncio.get_running_loop().create_future())
+        load = WeightUpdate(version, flat, manifest, asyncio.get_running_loop().create_future())
         self._send(load)
         return await load.future
 
@@ -271,7 +278,7 @@ class EmbeddedEngine:
             )
         return prompt
 
-    def _send(self, message: Job | Load) -> None:
+    def _send(self, message: EngineRequest | WeightUpdate) -> None:
         with self._mail:
             if self._closing:
                 raise InfraError("the engine is closed")
@@ -319,9 +326,9 @@ class EmbeddedEngine:
         # a load stops the mail: what comes after it waits for the new weights
         while self._inbox and self._load is None:
             message = self._inbox.popleft()
-            if isinstance(message, Job):
+            if isinstance(message, EngineRequest):
                 self._waiting.append(message)
-            elif isinstance(message, Load):
+            elif isinstance(message, WeightUpdate):
                 self._load = message
             else:
                 self._table.release(message.sessions)
@@ -331,7 +338,7 @@ class EmbeddedEngine:
             del self._jobs[slot]
             self._table.finish(np.array([slot]))
 
-    def _take_weights(self, load: Load) -> None:
+    def _take_weights(self, load: WeightUpdate) -> None:
         self._load = None
         began = time.perf_counter()
         try:
@@ -344,9 +351,9 @@ class EmbeddedEngine:
         self._done.append((load.future, digest))
         self._stats.load_seconds += time.perf_counter() - began
 
-    def _admit(self) -> list[Job]:
+    def _admit(self) -> list[EngineRequest]:
         """Waiting requests that get a slot now, for at most about `PREFILL_TOKENS` new tokens."""
-        admitted: list[Job] = []
+        admitted: list[EngineRequest] = []
         tokens = 0
         seen: set[bytes] = set()
         while self._waiting and tokens < PREFILL_TOKENS and len(self._jobs) < self.max_live:
@@ -365,7 +372,7 @@ class EmbeddedEngine:
             self._waiting.popleft()
             job.slot, job.cached = claim
             self._jobs[job.slot] = job
-            streams = isinstance(job.reader, Parts)
+            streams = isinstance(job.reader, DeltaStream)
             self._rows.start(job.slot, job.request, self.max_len, streams)
             admitted.append(job)
             key = job.prompt.tobytes()
@@ -374,7 +381,7 @@ class EmbeddedEngine:
                 seen.add(key)
         return admitted
 
-    def _prefill(self, jobs: list[Job]) -> None:
+    def _prefill(self, jobs: list[EngineRequest]) -> None:
         """Compute the admitted prompts' new tokens, each distinct one once, and sample."""
         flat = flatten_prompts([(job.slot, job.prompt, job.cached) for job in jobs])
         slots = np.array([job.slot for job in jobs])
@@ -476,9 +483,9 @@ class EmbeddedEngine:
             error = InfraError(f"the engine's step failed: {type(error).__name__}: {error}")
         while self._inbox:
             message = self._inbox.popleft()
-            if isinstance(message, Job):
+            if isinstance(message, EngineRequest):
                 self._done.append((message.reader, error))
-            elif isinstance(message, Load):
+            elif isinstance(message, WeightUpdate):
                 self._done.append((message.future, error))
         if self._load is not None:
             self._done.append((self._load.future, error))

@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from rayrl.types import Alternatives, Completion, Delta, Request
     from rayrl.weights.flat import Manifest
 
-__all__ = ["Answer", "Job", "Load", "Parts", "Release", "deliver"]
+__all__ = ["Answer", "DeltaStream", "EngineRequest", "Release", "WeightUpdate", "deliver"]
 
-Answer = tuple["asyncio.Future[Any] | Parts", Any]
-"""Who waits, and the result (of `Parts`: the next one), or the exception it fails with."""
+Answer = tuple["asyncio.Future[Any] | DeltaStream", Any]
+"""Who waits, and the result (of `DeltaStream`: the next one), or the exception it fails with."""
 
 
-class Parts:
+class DeltaStream:
     """A completion that is read while it is made; belongs to the event loop it was made on."""
 
     __slots__ = ("_loop", "_queue")
@@ -46,7 +46,7 @@ class Parts:
 
 
 @dataclass(slots=True, eq=False)
-class Job:
+class EngineRequest:
     """A request on its way; `prompt` is (n,), `slot` and `cached` are set when it is admitted.
 
     Attributes:
@@ -57,7 +57,7 @@ class Job:
 
     request: Request
     prompt: NDArray[np.int64]
-    reader: asyncio.Future[Completion] | Parts
+    reader: asyncio.Future[Completion] | DeltaStream
     slot: int = -1
     cached: int = 0
     cancelled: bool = False
@@ -66,7 +66,7 @@ class Job:
 
 
 @dataclass(slots=True, eq=False)
-class Load:
+class WeightUpdate:
     """New weights on their way; `flat` and `manifest` as in `rayrl.weights.flat`."""
 
     version: int
@@ -96,7 +96,7 @@ def deliver(answers: Sequence[Answer]) -> None:
 
 def _settle(answers: Sequence[Answer]) -> None:
     for reader, result in answers:
-        if isinstance(reader, Parts):
+        if isinstance(reader, DeltaStream):
             reader.put(result)
         elif reader.done():
             continue

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from rayrl.engine.embedded.sampler import Draws
+from rayrl.engine.embedded.sampler import SamplingBatch
 from rayrl.types import Request
 
-__all__ = ["Rows"]
+__all__ = ["DecodeState"]
 
 COLDEST, HOTTEST = 1e-30, 1e30  # temperatures
 MOST_IDS = 2**62
@@ -18,7 +18,7 @@ STOP_IDS = 8  # columns of the table of stop ids; it grows when a request has mo
 
 
 @dataclass(slots=True)
-class Rows:
+class DecodeState:
     """What is being generated in each slot; arrays (slots,) so that no step loops over rows.
 
     Attributes:
@@ -79,9 +79,9 @@ class Rows:
         self.top[slot] = min(request.top_logprobs, np.iinfo(np.int64).max)
         self.streams[slot] = streams
 
-    def draws(self, slots: NDArray[np.int64]) -> Draws:
+    def draws(self, slots: NDArray[np.int64]) -> SamplingBatch:
         """How the next id of each of `slots` is drawn."""
-        return Draws(
+        return SamplingBatch(
             self.temperature[slots],
             self.top_k[slots],
             self.top_p[slots],

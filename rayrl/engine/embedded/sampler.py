@@ -17,7 +17,7 @@ from torch import Tensor
 from rayrl.errors import NumericsError
 from rayrl.types import Alternatives
 
-__all__ = ["Draws", "raw_logprobs", "sample", "uniform"]
+__all__ = ["SamplingBatch", "raw_logprobs", "sample", "uniform"]
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
@@ -41,7 +41,7 @@ def uniform(seeds: NDArray[np.uint64], positions: NDArray[np.int64]) -> NDArray[
 
 
 @dataclass(frozen=True, slots=True)
-class Draws:
+class SamplingBatch:
     """How each of n rows is drawn, all (n,). Temperature 0 is greedy; top_k 0, top_p 1 are off."""
 
     temperature: NDArray[np.float32]
@@ -51,7 +51,7 @@ class Draws:
     positions: NDArray[np.int64]
 
 
-def sample(logits: Tensor, draws: Draws) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+def sample(logits: Tensor, draws: SamplingBatch) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """The next id of each row and its log-probability under the distribution it was drawn from.
 
     top-k keeps the k most probable ids (ties: the smaller id); then top-p keeps the fewest most

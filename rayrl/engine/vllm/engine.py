@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from rayrl.weights.broadcast import Meeting, Plan
+    from rayrl.weights.broadcast import Plan, Rendezvous
     from rayrl.weights.flat import Manifest
 
 __all__ = ["VllmEngine"]
@@ -272,7 +272,7 @@ class VllmEngine:
             ) from error
         return digest
 
-    async def join(self, meeting: Meeting, first: int) -> None:
+    async def join(self, meeting: Rendezvous, first: int) -> None:
         """Let the workers meet a learner, as ranks `first` and up of the channel.
 
         Raises:

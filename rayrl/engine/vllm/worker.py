@@ -25,7 +25,7 @@ from vllm.model_executor.model_loader.reload import (
 
 from rayrl.engine.vllm.adapters import FILE, file_names
 from rayrl.engine.vllm.wire import MISFIT, from_wire
-from rayrl.weights.broadcast import Channel, Meeting, receive
+from rayrl.weights.broadcast import BroadcastGroup, Rendezvous, receive
 from rayrl.weights.flat import checksum, flatten, unflatten
 
 __all__ = ["BACKEND", "Transfer", "Worker"]
@@ -56,7 +56,7 @@ class Transfer(WeightTransferEngine[Init, Update]):  # type: ignore[misc]
     update_info_cls = Update
 
     digest = ""  # of what was loaded last
-    channel: Channel | None = None
+    channel: BroadcastGroup | None = None
     mapped: tuple[str, Any] = ("", None)  # the file, which is written anew for every push
 
     def init_transfer_engine(self, init_info: Init) -> None:
@@ -64,7 +64,7 @@ class Transfer(WeightTransferEngine[Init, Update]):  # type: ignore[misc]
         self.shutdown()
         config = self.parallel_config
         rank = init_info.first + config.data_parallel_index * config.world_size + config.rank
-        self.channel = Channel(Meeting(*init_info.meeting), rank)
+        self.channel = BroadcastGroup(Rendezvous(*init_info.meeting), rank)
 
     def start_weight_update(self) -> None:
         """Undo what loading did to the layers (packing, fusing), so that they can load again."""

@@ -45,11 +45,11 @@ def at_load(module: Any) -> None:
 
 
 def at_receive(module: Any) -> None:
-    from rayrl.weights.broadcast import Channel, receive
+    from rayrl.weights.broadcast import BroadcastGroup, receive
     from rayrl.weights.flat import flatten
 
     async def join(self: Any, meeting: Any, first: int) -> None:
-        self.channel = Channel(meeting, first)
+        self.channel = BroadcastGroup(meeting, first)
 
     async def take(self: Any, version: int, plan: Any) -> str:
         state: dict[str, Any] = {}
