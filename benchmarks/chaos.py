@@ -4,7 +4,7 @@
 
 Runs `rayrl recipe experiment=tictactoe` at small scale twice: undisturbed, and with processes of
 every kind killed (SIGKILL) at random moments of its training stages, each after at least one more
-update: env hosts, replicas, learner ranks, the weights store, the recorder, Serve's controller, and
+update: env workers, replicas, learner ranks, the weights store, the recorder, Serve's controller, and
 the driver, which is started again with the same command. Prints as JSON what was killed, what each
 run came to (updates, weights, table), and what was lost.
 
@@ -35,7 +35,7 @@ from typing import Any
 import psutil
 
 KINDS = {
-    "env host": "ray::EnvHost",
+    "env worker": "ray::EnvHost",
     "replica": "ray::ServeReplica",
     "learner rank": "ray::LearnerRank",
     "weights store": "ray::WeightsStore",
@@ -50,7 +50,7 @@ SETTINGS = [
     "run.episodes_every=1",
     "run.checkpoint_every=5",
     "eval.episodes=100",
-    "cluster.env_hosts=2",
+    "cluster.env_workers=2",
 ]
 
 

@@ -281,7 +281,7 @@ class Cluster:
 
         where = f"{HERE}:chatter"
         config = from_dict(
-            {"env": {"name": where}, "cluster": {"concurrency": live, "env_hosts": hosts}}
+            {"env": {"name": where}, "cluster": {"concurrency": live, "env_workers": hosts}}
         )
         models, apps = {"policy": str(model_dir("embedded"))}, {"policy": self.app}
         spec = rayrl.load_env(where).spec

@@ -8,7 +8,7 @@ For the peer: `python -m venv .venv-trl && .venv-trl/bin/pip install torch==2.13
 
 Both sides sample `--groups` x `--group-size` episodes from the same prompts, with the same limit of
 tokens that nearly every reply reaches, and make one update of all weights; `multi` has four turns.
-Our side is what a user runs: `rayrl train`, with env hosts, Serve, vLLM and DeepSpeed on Ray, and
+Our side is what a user runs: `rayrl train`, with env workers, Serve, vLLM and DeepSpeed on Ray, and
 the weights' push is part of its step. The first step of each side warms up and is left out. TRL
 runs in fp32 and under bf16 autocast; ours in bf16 with fp32 masters, with `--fp32` in fp32 as well.
 """

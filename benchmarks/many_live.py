@@ -6,7 +6,7 @@ An environment of eight turns and a *fake* engine that answers after a delay (ha
 of `--latency`, drawn for each request) and computes nothing: what is measured is all around
 generation. With L episodes live and a mean latency of t seconds no system can make more than L / t
 turns a second: the ideal. Turns are counted in the last half of `--seconds`, when starts have
-spread. First in one process, then through env hosts and one replica on Ray. Printed as JSON.
+spread. First in one process, then through env workers and one replica on Ray. Printed as JSON.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def memory() -> int:
 
 
 async def in_process(args: argparse.Namespace, chat: Chat) -> dict[str, Any]:
-    """One event loop, set up as an env host's."""
+    """One event loop, set up as an env worker's."""
     gc.set_threshold(GC_EVERY, 10, 10)
     engine = FakeEngine(chat.reply(REPLY), args.latency)
     player = PolicyPlayer(chat, engine, Sampling())
@@ -99,7 +99,7 @@ def report(args: argparse.Namespace, rate: float, cpu: float) -> dict[str, Any]:
 
 
 async def on_ray(args: argparse.Namespace, chat: Chat) -> dict[str, Any]:
-    """Env hosts, one replica, and this process as the driver."""
+    """Env workers, one replica, and this process as the driver."""
     from rayrl.cluster.rollouts import Rollouts
     from rayrl.cluster.serving.replica import deploy
     from rayrl.cluster.session import open_session
@@ -109,7 +109,7 @@ async def on_ray(args: argparse.Namespace, chat: Chat) -> dict[str, Any]:
     where = f"{HERE}:talk"
     share = args.live // args.hosts
     config = from_dict(
-        {"env": {"name": where}, "cluster": {"concurrency": share, "env_hosts": args.hosts}}
+        {"env": {"name": where}, "cluster": {"concurrency": share, "env_workers": args.hosts}}
     )
     make = partial(FakeEngine, chat.reply(REPLY), args.latency)
 

@@ -2,7 +2,7 @@
 
     python benchmarks/overlap.py [--lags 0 1 2] [--steps 12] [--latency 0.5] [--learn 4.0]
 
-Real env hosts, a real replica and the training loop's own feed; the engine is a *fake* that answers
+Real env workers, a real replica and the training loop's own feed; the engine is a *fake* that answers
 after `--latency` seconds (half to one and a half of it) and computes nothing, and the learner is a
 *fake* that takes `--learn` seconds, so that two cores can stand for many. Played alone (the learner
 takes no time) a step takes what the slowest of its episodes takes. Printed as JSON for each lag:
@@ -46,7 +46,7 @@ def config(args: argparse.Namespace, lag: int) -> Config:
     return from_dict(
         {
             "env": {"name": WHERE},
-            "cluster": {"env_hosts": 2},
+            "cluster": {"env_workers": 2},
             "train": {
                 "groups": args.groups,
                 "group_size": args.group_size,

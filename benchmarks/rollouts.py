@@ -1,7 +1,7 @@
 """Turns a second of the rollout stack alone: a 4-turn environment, an engine that takes no time.
 
     python benchmarks/rollouts.py                                  rayrl in one process
-    python benchmarks/rollouts.py --ray                            and through env hosts and Serve
+    python benchmarks/rollouts.py --ray                            and through env workers and Serve
     python benchmarks/rollouts.py --peer .venv-verifiers/bin/python   and the same on `verifiers`
 
 For the peer: `python -m venv .venv-verifiers && .venv-verifiers/bin/pip install 'verifiers<0.4'`
@@ -76,7 +76,7 @@ async def in_process(chat: Chat, n: int, concurrency: int) -> Spent:
 async def on_ray(
     chat: Chat, model: str, n: int, concurrency: int, repeat: int
 ) -> tuple[float, float]:
-    """Seconds for `n` episodes through one env host and one replica, the best of `repeat`; and the
+    """Seconds for `n` episodes through one env worker and one replica, the best of `repeat`; and the
     cores that were there for it."""
     from rayrl.cluster.rollouts import Rollouts
     from rayrl.cluster.serving.replica import deploy

@@ -1,10 +1,10 @@
-"""What a call of Ray Serve costs an env host, and what batching leaves of it.
+"""What a call of Ray Serve costs an env worker, and what batching leaves of it.
 
     python benchmarks/serve_cost.py [--live 128] [--turns 8] [--step-ms 4]
 
 A stand-in engine answers each request after a random number of steps of `--step-ms`, as continuous
 batching does: some end at each step. One host keeps `--live` conversations going. Compared: the
-engine in the host's own process (nothing between), the batching client over Serve (what env hosts
+engine in the host's own process (nothing between), the batching client over Serve (what env workers
 use), and a call of the handle for each request. Printed as JSON: turns a second, and milliseconds
 added to a turn of a conversation.
 """

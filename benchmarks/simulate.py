@@ -4,7 +4,7 @@
     python benchmarks/simulate.py --validate        predicted against measured, on this machine
 
 A closed queueing network: a fixed number of live episodes go round; a turn waits for the engine
-and is served by the env host's process, the replica's process, the engine, the recorder, the driver
+and is served by the env worker's process, the replica's process, the engine, the recorder, the driver
 and the head node's network (*stations*; a station of several servers gets its work evenly). Demands
 a turn are those `costs.py` measured, as functions of ids a turn, length of context, turns an
 episode and requests a message. Throughput is Schweitzer's approximate mean value analysis; a step
@@ -30,7 +30,7 @@ HERE = Path(__file__).resolve().parent
 FULL = 0.5  # of its time a part is busy: who comes waits as long as he is served, and ever longer
 PARTS = ("live", "rollouts", "overlap")
 PUSHING = 0.1  # of a step
-PYTHON = ("cores", "env hosts", "replicas' Python")  # where messages wait
+PYTHON = ("cores", "env workers", "replicas' Python")  # where messages wait
 LEAST_S, MOST_S, SHARE, PAUSE_S = 0.001, 0.02, 0.01, 0.01  # as rayrl.cluster.lines
 
 
@@ -210,7 +210,7 @@ def stations_of(
         at_host /= 1 - steady[0]
         at_replica /= 1 - steady[1]
     stations = [
-        Station("env hosts", at_host, hosts),
+        Station("env workers", at_host, hosts),
         Station("replicas' Python", at_replica, replicas),
         Station("engines", engine, replicas),
         Station("recorder", told + 12e-6 * costs["put a MB"]["MB"] * work.ids),

@@ -436,7 +436,7 @@ class Episode(_Compact):
         wasted: tokens that were lost with earlier attempts at it, of those a server counts.
         replayed: turns that an earlier attempt had made, and that were not asked for again.
         diverged: times it started over because its environment did not do again what it had done.
-        began: wall-clock time of its (last) start, in seconds, as its env host's clock has it.
+        began: wall-clock time of its (last) start, in seconds, as its env worker's clock has it.
         seconds: wall time from there; both are for the timing report only.
         seed: of its players and of the module-level generators its environment may draw from.
     """

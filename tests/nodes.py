@@ -21,14 +21,14 @@ STARTS = 6  # on a busy machine `ray start` may miss a deadline that Ray has fix
 KINDS = ("EnvWorker", "ServeReplica", "LearnerRank", "Recorder", "WeightStore", "ServeController")
 PLAYERS = {"EnvWorker", "ServeReplica", "LearnerRank"}
 PLACES = [
-    "cluster.env_hosts=2",
+    "cluster.env_workers=2",
     "cluster.replicas=2",
-    "cluster.env_host_resources={play: 1}",
+    "cluster.env_worker_resources={play: 1}",
     "cluster.replica_resources={serve: 1}",
     "cluster.learner_resources={learn: 1}",
     "cluster.placement=STRICT_SPREAD",
 ]
-# env hosts on the second and third, replicas on the first and second, ranks on the first and third
+# env workers on the second and third, replicas on the first and second, ranks on the first and third
 NODES = [{"serve": 1, "learn": 1}, {"play": 1, "serve": 1}, {"play": 1, "learn": 1}]
 
 

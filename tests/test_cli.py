@@ -488,8 +488,8 @@ def test_plan_shows_what_each_stage_reserves(capsys: pytest.CaptureFixture[str])
 def test_plan_says_how_many_hosts_there_may_be(
     most: int, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main(["plan", "env=tictactoe", "cluster.env_hosts=2", f"cluster.env_hosts_max={most}"])
-    assert f"env hosts {said}" in capsys.readouterr().out
+    main(["plan", "env=tictactoe", "cluster.env_workers=2", f"cluster.env_workers_max={most}"])
+    assert f"env workers {said}" in capsys.readouterr().out
 
 
 def test_plan_says_how_weights_travel_and_what_that_needs(

@@ -29,7 +29,7 @@ _GENERIC = ("TokenizersBackend", "PreTrainedTokenizerFast")  # `tokenizer_class`
 def load_tokenizer(folder: Path) -> Any:
     """A tokenizer without a class of its own does not need AutoTokenizer, which imports torch.
 
-    That would cost every env host 260 MB and 2 s of a core.
+    That would cost every env worker 260 MB and 2 s of a core.
     """
     import transformers
 

@@ -113,7 +113,7 @@ def _processes(config: Config, verb: str) -> str:
     if verb != "sft":
         rows += [
             (
-                f"  env hosts {_hosts(cluster)} × {cluster.env_host_cpus:g} cpu, "
+                f"  env workers {_hosts(cluster)} × {cluster.env_worker_cpus:g} cpu, "
                 f"{cluster.concurrency} live episodes each"
             ),
             (
@@ -167,7 +167,7 @@ def _too_fast(config: Config) -> Iterator[str]:
 
 
 def _hosts(cluster: ClusterConfig) -> str:
-    least, most = cluster.env_hosts, cluster.most_env_hosts
+    least, most = cluster.env_workers, cluster.most_env_workers
     return f"{least}" if most == least else f"{least} (to {most} while groups wait)"
 
 
@@ -185,7 +185,7 @@ def _way(config: Config) -> str:
 def _batch(config: Config) -> str:
     train, algo = config.train, config.algo
     episodes = train.groups * train.group_size
-    live = min(episodes, config.cluster.most_env_hosts * config.cluster.concurrency)
+    live = min(episodes, config.cluster.most_env_workers * config.cluster.concurrency)
     slots = config.cluster.replicas * config.engine.max_live
     rows = [
         f"  {train.groups} groups × {train.group_size} episodes = {episodes} episodes",

@@ -159,12 +159,12 @@ class ClusterConfig:
     """Processes on Ray and where they go."""
 
     address: str = ""  # "" joins the cluster this runs in, or starts a local one
-    env_hosts: int = 1
-    # so many, while groups wait for room on all of them; 0: as env_hosts, a fixed number
-    env_hosts_max: int = 0
-    env_host_idle_s: float = 300.0  # without work, after which one above env_hosts is let go
+    env_workers: int = 1
+    # so many, while groups wait for room on all of them; 0: as env_workers, a fixed number
+    env_workers_max: int = 0
+    env_worker_idle_s: float = 300.0  # without work, after which one above env_workers is let go
     concurrency: int = 512  # live episodes a host
-    env_host_cpus: float = 0.0
+    env_worker_cpus: float = 0.0
     replicas: int = 1
     replica_cpus: float = 0.0
     replica_gpus: float = 0.0
@@ -172,7 +172,7 @@ class ClusterConfig:
     learner_gpus: float = 0.0
     # custom resources of Ray's nodes, name -> amount, that each process reserves besides, so that
     # it goes to nodes that were started with them
-    env_host_resources: dict[str, float] = field(default_factory=dict)
+    env_worker_resources: dict[str, float] = field(default_factory=dict)
     replica_resources: dict[str, float] = field(default_factory=dict)
     learner_resources: dict[str, float] = field(default_factory=dict)
     placement: str = "PACK"  # of the learners: PACK | SPREAD | STRICT_PACK | STRICT_SPREAD
@@ -189,9 +189,9 @@ class ClusterConfig:
     request_deadline_s: float = 60.0  # for one completion, from asking to its last id
 
     @property
-    def most_env_hosts(self) -> int:
-        """Env hosts there may be at once."""
-        return max(self.env_hosts, self.env_hosts_max)
+    def most_env_workers(self) -> int:
+        """Env workers there may be at once."""
+        return max(self.env_workers, self.env_workers_max)
 
 
 @dataclass(frozen=True)
@@ -266,7 +266,7 @@ class EndpointConfig:
     url: str = ""  # https://host/v1
     model: str = ""
     api_key_env: str = "OPENAI_API_KEY"  # environment variable that holds the key; empty: none
-    # limits of the whole run, however many env hosts it has
+    # limits of the whole run, however many env workers it has
     concurrency: int = 16  # requests, and live episodes, at once
     requests_per_minute: float = 0.0  # 0: as fast as it answers
     tokens_per_minute: float = 0.0  # read and written, as the server counts them; 0: no limit

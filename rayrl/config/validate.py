@@ -63,10 +63,10 @@ _AT_LEAST: dict[str, float] = {
     "learner.micro_batch_tokens": 1,
     "learner.restarts": 0,
     "lora.rank": 0,
-    "cluster.env_hosts": 1,
-    "cluster.env_hosts_max": 0,
+    "cluster.env_workers": 1,
+    "cluster.env_workers_max": 0,
     "cluster.concurrency": 1,
-    "cluster.env_host_cpus": 0,
+    "cluster.env_worker_cpus": 0,
     "cluster.replicas": 1,
     "cluster.replica_cpus": 0,
     "cluster.replica_gpus": 0,
@@ -108,7 +108,7 @@ _ABOVE_ZERO = (
     "learner.eps",
     "learner.max_grad_norm",
     "lora.alpha",
-    "cluster.env_host_idle_s",
+    "cluster.env_worker_idle_s",
     "cluster.object_store_gb",
     "cluster.push_deadline_s",
     "cluster.request_deadline_s",
@@ -166,12 +166,12 @@ def validate(config: Config, verb: str = "", *, chained: bool = False) -> None:
         _check_serve(config)
     for asking in _asking(config, verb):
         _check_endpoint(config, asking)
-        if verb != "play" and config.cluster.most_env_hosts > config.endpoint.concurrency:
-            grows = config.cluster.env_hosts_max > config.cluster.env_hosts
-            key = "cluster.env_hosts_max" if grows else "cluster.env_hosts"
+        if verb != "play" and config.cluster.most_env_workers > config.endpoint.concurrency:
+            grows = config.cluster.env_workers_max > config.cluster.env_workers
+            key = "cluster.env_workers_max" if grows else "cluster.env_workers"
             raise _wrong(
                 key,
-                config.cluster.most_env_hosts,
+                config.cluster.most_env_workers,
                 f"{asking} shares endpoint.concurrency={config.endpoint.concurrency} among the "
                 f"hosts, and each needs 1; lower {key} or raise it.",
             )
@@ -260,14 +260,14 @@ def _check_shared(config: Config) -> None:
                     f"the reference learner is one plain process; set {key}={only} or "
                     "learner.kind=deepspeed.",
                 )
-    if 0 < config.cluster.env_hosts_max < config.cluster.env_hosts:
+    if 0 < config.cluster.env_workers_max < config.cluster.env_workers:
         raise _wrong(
-            "cluster.env_hosts_max",
-            config.cluster.env_hosts_max,
-            f"is less than cluster.env_hosts={config.cluster.env_hosts}; raise it, or 0 for a "
+            "cluster.env_workers_max",
+            config.cluster.env_workers_max,
+            f"is less than cluster.env_workers={config.cluster.env_workers}; raise it, or 0 for a "
             "fixed number.",
         )
-    for key in ("env_host_resources", "replica_resources", "learner_resources"):
+    for key in ("env_worker_resources", "replica_resources", "learner_resources"):
         for name, amount in getattr(config.cluster, key).items():
             if not amount > 0:
                 raise _wrong(f"cluster.{key}.{name}", amount, "must be more than 0.")

@@ -107,8 +107,8 @@ def test_groups_that_wait_bring_nodes(cluster: Cluster, tiny: Path, tmp_path: Pa
     folder, gate = tmp_path / "run", tmp_path / "open"
     words = [
         f"cluster.address={cluster.address}",
-        "cluster.env_host_resources={play: 1}",
-        "cluster.env_hosts_max=3",
+        "cluster.env_worker_resources={play: 1}",
+        "cluster.env_workers_max=3",
         "cluster.concurrency=4",  # a group
         "train.steps=1",
         f"env.name={ENVS}:waits",

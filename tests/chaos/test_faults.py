@@ -30,7 +30,7 @@ from tests.runs import (
 pytestmark = pytest.mark.slow
 
 MOMENTS = Path(__file__).parent / "moments"
-TWO = ["cluster.replicas=2", "cluster.env_hosts=2"]
+TWO = ["cluster.replicas=2", "cluster.env_workers=2"]
 
 
 def workers(driver: int, title: str) -> list[psutil.Process]:

@@ -12,10 +12,10 @@ from tests.runs import STEPS, Going, command, rows, scraps, train, weights
 pytestmark = pytest.mark.slow
 
 PLACES = [
-    "cluster.env_host_resources={rest: 1}",
+    "cluster.env_worker_resources={rest: 1}",
     "cluster.replica_resources={rest: 1}",
     "cluster.learner_resources={rest: 1}",
-    "cluster.env_hosts=2",
+    "cluster.env_workers=2",
 ]
 HEAD, REST = {"head": 1}, {"rest": 9}
 # a driver on the node that has this folder; without it Ray puts a driver on the head

@@ -225,7 +225,7 @@ def test_render_is_what_playing_gives() -> None:
 
 
 def test_the_chat_of_the_base_does_without_torch() -> None:
-    """Every env host loads one."""
+    """Every env worker loads one."""
     load = "from rayrl.chat.renderer import Chat; Chat.load('embedded')"
     code = f"import sys; {load}; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

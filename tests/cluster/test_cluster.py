@@ -393,7 +393,7 @@ async def test_a_task_that_takes_its_host_down_is_the_environments_failure(
     settings = config(
         tiny,
         env={"args": {"fault": fault}, "deadline_s": 6.0, "failure_budget": 0.5},
-        cluster={"env_hosts": 2},
+        cluster={"env_workers": 2},
     )
     async with open_rollouts(settings, seats={"agent": "player:parrot"}) as rollouts:
         found = await rollouts.collect(plans(settings))
@@ -476,7 +476,7 @@ async def test_what_is_known_is_not_played_and_winding_down_begins_nothing_new(
 
     async with server_of.serving(slow) as server:
         asked = {"url": server.url, "model": "m", "concurrency": 2}
-        settings = config(tiny, endpoint=asked, cluster={"env_hosts": 2})
+        settings = config(tiny, endpoint=asked, cluster={"env_workers": 2})
         async with open_rollouts(settings, seats={"agent": "endpoint"}) as rollouts:
             some = await rollouts.collect(plans(settings), on_group=lambda _: rollouts.wind_down())
             episodes = sum(len(group.episodes) for group in some.groups)
@@ -495,7 +495,7 @@ async def test_what_is_known_is_not_played_and_winding_down_begins_nothing_new(
 async def test_results_do_not_depend_on_hosts_or_replicas(session: Session, tiny: Path) -> None:
     found = []
     for hosts, replicas in ((1, 1), (2, 2)):
-        settings = config(tiny, cluster={"env_hosts": hosts, "replicas": replicas})
+        settings = config(tiny, cluster={"env_workers": hosts, "replicas": replicas})
         async with open_rollouts(settings) as rollouts:
             found.append(await rollouts.collect(plans(settings)))
             app = rollouts.job.apps["policy"]

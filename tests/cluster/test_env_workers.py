@@ -1,4 +1,4 @@
-"""The number of env hosts follows the work: by hand first, then on a real local Ray."""
+"""The number of env workers follows the work: by hand first, then on a real local Ray."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ async def test_hosts_come_with_the_work_and_go_without(
     session: Session, tiny: Path, tmp_path: Path
 ) -> None:
     gate = tmp_path / "open"
-    settings = config(tiny, gate, env_hosts_max=3, env_host_idle_s=1.0)
+    settings = config(tiny, gate, env_workers_max=3, env_worker_idle_s=1.0)
     async with open_rollouts(settings) as rollouts:
         playing = asyncio.ensure_future(rollouts.collect(plans(settings)))
         await until(lambda: hosts(rollouts) == 3)
@@ -120,7 +120,7 @@ async def test_a_host_that_is_lost_again_leaves_its_episodes_to_the_others(
     session: Session, tiny: Path, tmp_path: Path
 ) -> None:
     gate = tmp_path / "open"
-    settings = config(tiny, gate, env_hosts_max=2)
+    settings = config(tiny, gate, env_workers_max=2)
     async with open_rollouts(settings) as rollouts:
         playing = asyncio.ensure_future(rollouts.collect(plans(settings)))
         pool = rollouts._pool
@@ -155,7 +155,7 @@ async def test_a_host_without_a_place_harms_nothing_and_is_said_once(
     monkeypatch.setattr("rayrl.cluster.workers.worker_pool.LATE_S", 0.3)
     gate = tmp_path / "open"
     cpus = ray.cluster_resources()["CPU"]
-    settings = config(tiny, gate, env_hosts_max=3, env_host_cpus=cpus, env_host_idle_s=0.5)
+    settings = config(tiny, gate, env_workers_max=3, env_worker_cpus=cpus, env_worker_idle_s=0.5)
     async with open_rollouts(settings, seats={"agent": "player:parrot"}) as rollouts:
         playing = asyncio.ensure_future(rollouts.collect(plans(settings)))
         await until(lambda: rollouts.load().asked == 2)
@@ -172,5 +172,5 @@ async def test_a_host_without_a_place_harms_nothing_and_is_said_once(
         gate.touch()
         await playing
     (said,) = caplog.messages
-    for part in ("cluster.env_hosts_max=3", "goes on with 1", f"env_host_cpus={cpus:g}", "0 free"):
+    for part in ("cluster.env_workers_max=3", "goes on with 1", f"env_worker_cpus={cpus:g}", "0 free"):
         assert part in said

@@ -64,8 +64,8 @@ def asked(config: Config, verb: str) -> Iterator[dict[str, float]]:
     """What each process of a stage reserves."""
     c = config.cluster
     if verb != "sft":
-        host = {"CPU": c.env_host_cpus, **c.env_host_resources}
-        yield from [host] * c.most_env_hosts
+        host = {"CPU": c.env_worker_cpus, **c.env_worker_resources}
+        yield from [host] * c.most_env_workers
         replica = {"CPU": c.replica_cpus, "GPU": c.replica_gpus, **c.replica_resources}
         yield from [replica] * c.replicas
     if verb in LEARNING:
@@ -121,7 +121,7 @@ def test_the_pools_have_what_every_stage_reserves(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_only_the_pool_of_env_hosts_grows(name: str) -> None:
+def test_only_the_pool_of_env_workers_grows(name: str) -> None:
     job = manifest(name)
     assert job["spec"]["rayClusterSpec"]["enableInTreeAutoscaling"]
     grow = {
@@ -132,9 +132,9 @@ def test_only_the_pool_of_env_hosts_grows(name: str) -> None:
     assert grow == {"play"}
     config = configuration(job)
     (play,) = (group for group in groups(job) if group["groupName"] == "play")
-    assert config.cluster.env_host_resources == {"play": 1}
-    assert play["minReplicas"] * has(play)["play"] >= config.cluster.env_hosts
-    assert play["maxReplicas"] * has(play)["play"] == config.cluster.env_hosts_max
+    assert config.cluster.env_worker_resources == {"play": 1}
+    assert play["minReplicas"] * has(play)["play"] >= config.cluster.env_workers
+    assert play["maxReplicas"] * has(play)["play"] == config.cluster.env_workers_max
     assert has(play)["GPU"] == 0
     assert play["minReplicas"] <= play["replicas"] <= play["maxReplicas"]
     others = {key for group in groups(job) if group is not play for key in has(group)}

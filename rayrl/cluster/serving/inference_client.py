@@ -1,4 +1,4 @@
-"""How an env host talks to the replicas: many requests a call, answers as they come.
+"""How an env worker talks to the replicas: many requests a call, answers as they come.
 
 A Serve call costs 1 to 3 ms whatever it carries, so requests made at about the same time travel in
 one call, and the answers to all calls come back in lists as they finish (`streams.py`). No request

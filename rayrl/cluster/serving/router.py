@@ -12,7 +12,7 @@ __all__ = ["LaneRouter"]
 class LaneRouter(RequestRouter):  # type: ignore[misc]
     """Sends lane k (a number in the handle's `session_id`) to replica k modulo the live replicas.
 
-    An env host puts a conversation into a lane (`replica_selector.py`) and sends all of a lane's
+    An env worker puts a conversation into a lane (`replica_selector.py`) and sends all of a lane's
     requests together, so that a batch goes to one replica and a turn finds its KV. Serve's
     ConsistentHashRouter is sticky too, but with as many lanes as replicas its ring leaves some
     replicas with two lanes and some with none. When a replica dies its lanes move to the

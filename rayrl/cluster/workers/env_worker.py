@@ -1,4 +1,4 @@
-"""Env hosts: Ray actors that each play hundreds of episodes on one event loop."""
+"""Env workers: Ray actors that each play hundreds of episodes on one event loop."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ class EnvWorker:
         job, config = self._job, self._job.config
         kind, _, name = who.partition(":")
         if kind == "endpoint":
-            endpoint = share(config.endpoint, config.cluster.most_env_hosts)
+            endpoint = share(config.endpoint, config.cluster.most_env_workers)
             return EndpointPlayer(endpoint, sampling=job.sampling)
         if kind == "player":
             known = self.environment.players
@@ -179,7 +179,7 @@ class EnvWorker:
         job, config = self._job, self._job.config
         most = [config.cluster.concurrency, self.environment.slots or config.cluster.concurrency]
         if "endpoint" in job.seats.values():
-            most.append(share(config.endpoint, config.cluster.most_env_hosts).concurrency)
+            most.append(share(config.endpoint, config.cluster.most_env_workers).concurrency)
         return ConcurrencyLimit(min(most))
 
     def _version(self) -> int:
@@ -288,8 +288,8 @@ class EnvWorker:
 def start_worker(job: WorkerJob, recorder: Any) -> Any:
     """Start a host's actor; it tells every turn to the recorder."""
     actor = ray.remote(
-        num_cpus=job.config.cluster.env_host_cpus,
-        resources=dict(job.config.cluster.env_host_resources),
+        num_cpus=job.config.cluster.env_worker_cpus,
+        resources=dict(job.config.cluster.env_worker_resources),
         max_concurrency=1000,
         concurrency_groups={WATCH: 1},
     )(EnvWorker)

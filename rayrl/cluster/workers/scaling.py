@@ -1,4 +1,4 @@
-"""How many env hosts there should be: two clocks, and nothing cleverer."""
+"""How many env workers there should be: two clocks, and nothing cleverer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The turns of live episodes, in a process that env hosts do not take along when they die."""
+"""The turns of live episodes, in a process that env workers do not take along when they die."""
 
 from __future__ import annotations
 

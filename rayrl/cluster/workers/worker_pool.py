@@ -1,8 +1,8 @@
 """The driver's queue of groups, and the hosts that play them.
 
 Groups wait here and not on a host: each host has little more than it has room for, so that one that
-comes later finds work, and one that dies takes little along. The first `cluster.env_hosts` hosts
-share what there is evenly. Others, up to `cluster.env_hosts_max`, are asked for when groups wait
+comes later finds work, and one that dies takes little along. The first `cluster.env_workers` hosts
+share what there is evenly. Others, up to `cluster.env_workers_max`, are asked for when groups wait
 for room (`scaling.py`), play what the first ones have no room for, and are let go when there is
 nothing of that for a while.
 """
@@ -65,12 +65,12 @@ class WorkerPool:
     def __init__(self, job: WorkerJob, start: Callable[[], Any], recorder: Any) -> None:
         cluster = job.config.cluster
         self._job, self._start, self._recorder = job, start, recorder
-        self._first = [self._place() for _ in range(cluster.env_hosts)]
+        self._first = [self._place() for _ in range(cluster.env_workers)]
         self._more: list[WorkerSlot] = []
         self._queue: deque[PendingGroup] = deque()
         self._calls: set[RolloutRequest] = set()
         self._brought: set[str] = set()  # groups that began with an earlier driver
-        self._growth = Growth(cluster.most_env_hosts)
+        self._growth = Growth(cluster.most_env_workers)
         self._broken_starts = 0  # of hosts that were asked for, in a row
         self._said_late = False
         self._said_blocked: set[str] = set()
@@ -100,7 +100,7 @@ class WorkerPool:
         self._brought = await self._recorder.known.remote()
         for place in self._first:
             self._spawn(self._live(place), place)
-        if self._job.config.cluster.most_env_hosts > len(self._first):
+        if self._job.config.cluster.most_env_workers > len(self._first):
             self._spawn(self._scale())
 
     async def play(
@@ -289,17 +289,17 @@ class WorkerPool:
                 return
             except TimeoutError:
                 needs = placing(self._job.config.cluster)
-                what = f"an env host did not start within {START_DEADLINE_S:g} s. {needs}"
+                what = f"an env worker did not start within {START_DEADLINE_S:g} s. {needs}"
                 raise InfraError(what) from None
             except WorkerGone as gone:
                 if attempt + 1 == START_ATTEMPTS:
-                    raise RunFailed(f"an env host cannot start: {gone}") from gone
+                    raise RunFailed(f"an env worker cannot start: {gone}") from gone
                 kill(place.actor)
                 place.renew(self._start())
 
     def _say_gone(self, place: WorkerSlot, gone: WorkerGone) -> None:
         name, n = self._job.config.env.name, len(place.works)
-        what = "an env host of environment %r was lost with %d groups that had not ended: %s"
+        what = "an env worker of environment %r was lost with %d groups that had not ended: %s"
         _log.warning(what, name, n, gone)
 
     def _say_blocked(self, place: WorkerSlot, running: Running | None) -> None:
@@ -358,7 +358,7 @@ class WorkerPool:
     async def _scale(self) -> None:
         while True:
             await asyncio.sleep(LOOK_EVERY_S)
-            now, idle_s = time.monotonic(), self._job.config.cluster.env_host_idle_s
+            now, idle_s = time.monotonic(), self._job.config.cluster.env_worker_idle_s
             hosts, asked = self._count()
             waiting = sum(work.plan.size for work in self._queue)
             room = max(place.room for place in self._first)
@@ -384,7 +384,7 @@ class WorkerPool:
             await place.start()
         except (WorkerGone, RayrlError) as error:
             self._broken_starts += 1
-            _log.warning("another env host could not start, play goes on without it: %s", error)
+            _log.warning("another env worker could not start, play goes on without it: %s", error)
             self._let_go(place)
             return
         finally:
@@ -412,9 +412,9 @@ class WorkerPool:
             return
         self._said_late = True
         _log.warning(
-            "cluster.env_hosts_max=%d: an env host that was asked for %g s ago is not there yet; "
+            "cluster.env_workers_max=%d: an env worker that was asked for %g s ago is not there yet; "
             "play goes on with %d. %s",
-            self._job.config.cluster.env_hosts_max,
+            self._job.config.cluster.env_workers_max,
             LATE_S,
             self._count()[0],
             placing(self._job.config.cluster),

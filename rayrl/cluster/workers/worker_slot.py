@@ -240,10 +240,10 @@ def blocked(env: EnvConfig, what: str, running: Running | None) -> str:
         "a process of its own, which is killed at its deadline."
     )
     if env.isolated:
-        remedy = "Its machine may have too much to do (cluster.concurrency, cluster.env_hosts)."
+        remedy = "Its machine may have too much to do (cluster.concurrency, cluster.env_workers)."
     stack = f"\n{running.stack.rstrip()}" if running else ""
     return (
-        f"environment {env.name!r} has blocked the event loop of an env host for {BLOCKED_S:g} s, "
+        f"environment {env.name!r} has blocked the event loop of an env worker for {BLOCKED_S:g} s, "
         f"in {what}. Nothing else goes on there, and after {env.deadline_s + GRACE_S:g} s the host "
         f"is replaced. {remedy}{stack}"
     )
@@ -256,7 +256,7 @@ async def answer(ref: Any) -> Any:
     except RayTaskError as error:
         if isinstance(error.cause, RayrlError):
             raise error.cause from None
-        raise RunFailed(f"an env host failed: {error}") from error
+        raise RunFailed(f"an env worker failed: {error}") from error
     except ACTOR_DIED as error:
         raise WorkerGone(f"its host process died: {error}") from error
 
@@ -270,9 +270,9 @@ def kill(actor: Any) -> None:
 def placing(cluster: ClusterConfig) -> str:
     """What a host needs and what there is, for who reads that one has no place."""
     there, free = ray.cluster_resources(), ray.available_resources()
-    own = f" and {dict(cluster.env_host_resources)}" if cluster.env_host_resources else ""
+    own = f" and {dict(cluster.env_worker_resources)}" if cluster.env_worker_resources else ""
     return (
-        f"Each reserves cluster.env_host_cpus={cluster.env_host_cpus:g}{own}; the cluster has "
+        f"Each reserves cluster.env_worker_cpus={cluster.env_worker_cpus:g}{own}; the cluster has "
         f"{there.get('CPU', 0):g} CPUs ({free.get('CPU', 0):g} free). Give the cluster more "
         "nodes, or ask for fewer hosts."
     )

@@ -9,7 +9,7 @@
     { key: "learner", label: "learner", height: 30 },
     { key: "push", label: "push", height: 18 },
     { key: "requests", label: "replicas", about: "requests", height: 64 },
-    { key: "episodes", label: "env hosts", about: "episodes", height: 64 },
+    { key: "episodes", label: "env workers", about: "episodes", height: 64 },
   ];
   const GAP = 12;
 
