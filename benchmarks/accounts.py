@@ -12,12 +12,12 @@ import psutil
 __all__ = ["ROLES", "Accounts"]
 
 ROLES = {  # beginning of a process's title, as Ray sets it: what we call it
-    "ray::EnvHost": "host",
+    "ray::EnvWorker": "host",
     "ray::ServeReplica": "replica",
     "ray::Replica": "replica",
     "ray::ServeController": "controller",
     "ray::Recorder": "recorder",
-    "ray::WeightsStore": "store",
+    "ray::WeightStore": "store",
     "ray::Rank": "rank",
 }
 

@@ -4,9 +4,9 @@
 
 Runs `rayrl recipe experiment=tictactoe` at small scale twice: undisturbed, and with processes of
 every kind killed (SIGKILL) at random moments of its training stages, each after at least one more
-update: env workers, replicas, learner ranks, the weights store, the recorder, Serve's controller, and
-the driver, which is started again with the same command. Prints as JSON what was killed, what each
-run came to (updates, weights, table), and what was lost.
+update: env workers, replicas, learner ranks, the weights store, the recorder, Serve's controller,
+and the driver, which is started again with the same command. Prints as JSON what was killed, what
+each run came to (updates, weights, table), and what was lost.
 
 With --max-lag 0 the weights must be equal bit for bit. With more, what is played with which weights
 is a matter of time, killed or not: then the number of updates must be the same, every group that is
@@ -35,10 +35,10 @@ from typing import Any
 import psutil
 
 KINDS = {
-    "env worker": "ray::EnvHost",
+    "env worker": "ray::EnvWorker",
     "replica": "ray::ServeReplica",
     "learner rank": "ray::LearnerRank",
-    "weights store": "ray::WeightsStore",
+    "weights store": "ray::WeightStore",
     "recorder": "ray::Recorder",
     "Serve controller": "ray::ServeController",
     "driver": "",

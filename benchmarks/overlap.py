@@ -2,12 +2,12 @@
 
     python benchmarks/overlap.py [--lags 0 1 2] [--steps 12] [--latency 0.5] [--learn 4.0]
 
-Real env workers, a real replica and the training loop's own feed; the engine is a *fake* that answers
-after `--latency` seconds (half to one and a half of it) and computes nothing, and the learner is a
-*fake* that takes `--learn` seconds, so that two cores can stand for many. Played alone (the learner
-takes no time) a step takes what the slowest of its episodes takes. Printed as JSON for each lag:
-seconds a step, the slower of playing alone and learning, and what part of the time the learner and
-the hosts had nothing to do. The first steps, which fill the pipe, are left out.
+Real env workers, a real replica and the training loop's own feed; the engine is a *fake* that
+answers after `--latency` seconds (half to one and a half of it) and computes nothing, and the
+learner is a *fake* that takes `--learn` seconds, so that two cores can stand for many. Played alone
+(the learner takes no time) a step takes what the slowest of its episodes takes. Printed as JSON for
+each lag: seconds a step, the slower of playing alone and learning, and what part of the time the
+learner and the hosts had nothing to do. The first steps, which fill the pipe, are left out.
 """
 
 from __future__ import annotations

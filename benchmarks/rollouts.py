@@ -76,8 +76,8 @@ async def in_process(chat: Chat, n: int, concurrency: int) -> Spent:
 async def on_ray(
     chat: Chat, model: str, n: int, concurrency: int, repeat: int
 ) -> tuple[float, float]:
-    """Seconds for `n` episodes through one env worker and one replica, the best of `repeat`; and the
-    cores that were there for it."""
+    """Seconds for `n` episodes through one env worker and one replica, the best of `repeat`; and
+    the cores that were there for it."""
     from rayrl.cluster.rollouts import Rollouts
     from rayrl.cluster.serving.replica import deploy
     from rayrl.cluster.session import open_session

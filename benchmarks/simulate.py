@@ -3,8 +3,8 @@
     python benchmarks/simulate.py [--costs benchmarks/costs.json] [--picture scaling.png]
     python benchmarks/simulate.py --validate        predicted against measured, on this machine
 
-A closed queueing network: a fixed number of live episodes go round; a turn waits for the engine
-and is served by the env worker's process, the replica's process, the engine, the recorder, the driver
+A closed queueing network: a fixed number of live episodes go round; a turn waits for the engine and
+is served by the env worker's process, the replica's process, the engine, the recorder, the driver
 and the head node's network (*stations*; a station of several servers gets its work evenly). Demands
 a turn are those `costs.py` measured, as functions of ids a turn, length of context, turns an
 episode and requests a message. Throughput is Schweitzer's approximate mean value analysis; a step

@@ -70,7 +70,7 @@ class Mortal(Task):
 
 
 def mortals(seed: int, u: float, *, flag: str = "") -> Mortal:
-    """Numbers 0 to 7, and a file that says that the host has died already."""
+    """Numbers 0 to 7, and a file that says that the worker has died already."""
     return Mortal(seed=seed, k=int(u * 8), flag=flag)
 
 
@@ -82,7 +82,7 @@ def die_once(flag: Path) -> None:
 
 @rayrl.env(tasks=mortals, rewards={"letters": 1.0})
 async def mortal(task: Mortal, agent: Any) -> Scores:
-    """Three turns; before its third, number 3 takes its host down, once.
+    """Three turns; before its third, number 3 takes its worker down, once.
 
     It waits for the file `flag`-recorded: until the recorder has what was said.
     """

@@ -1,4 +1,4 @@
-"""Rollouts in this process instead of on Ray: the same loop, without hosts."""
+"""Rollouts in this process instead of on Ray: the same loop, without workers."""
 
 from __future__ import annotations
 

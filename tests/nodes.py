@@ -28,7 +28,8 @@ PLACES = [
     "cluster.learner_resources={learn: 1}",
     "cluster.placement=STRICT_SPREAD",
 ]
-# env workers on the second and third, replicas on the first and second, ranks on the first and third
+# env workers on the second and third, replicas on the first and second, ranks on the first and
+# third
 NODES = [{"serve": 1, "learn": 1}, {"play": 1, "serve": 1}, {"play": 1, "learn": 1}]
 
 

@@ -69,7 +69,7 @@ def weights(folder: Path) -> bytes:
 def figures(folder: Path) -> list[dict[str, Any]]:
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
-    chance = ("time/", "hosts/", "turns/replayed")
+    chance = ("time/", "workers/", "turns/replayed")
     return [{k: v for k, v in row.items() if not k.startswith(chance)} for row in rows]
 
 

@@ -1,4 +1,4 @@
-"""Learners: one Ray actor a rank, and the driver's side that speaks to all of them at once."""
+"""Learner ranks, one Ray actor each, and the driver's side that speaks to all of them at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a program opens: an environment's hosts, the models that play in it, and the learner."""
+"""What a program opens: an environment's workers, the models that play in it, and the learner."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ async def open_rollouts(
     seats: Mapping[str, str] | None = None,
     sampling: Sampling | None = None,
 ) -> AsyncIterator[Rollouts]:
-    """Hosts of `config.env` and replicas of the models that play in it; nothing learns.
+    """Workers of `config.env` and replicas of the models that play in it; nothing learns.
 
     Args:
         config: `model.path` is the policy.
@@ -107,7 +107,7 @@ async def open_learners(config: Config, total_steps: int) -> AsyncIterator[Learn
 async def open_training(
     config: Config, total_steps: int, turns: Path | None = None
 ) -> AsyncIterator[tuple[Rollouts, LearnerGroup, WeightSync]]:
-    """Hosts, replicas and learners, all on `config.model`; replicas get weights by `push`.
+    """Workers, replicas and learners, all on `config.model`; replicas get weights by `push`.
 
     Args:
         turns: a file for those of live episodes, see `Rollouts`.

@@ -40,7 +40,7 @@ async def open_players(
 
 
 def players_here(rollouts: Rollouts) -> Mapping[str, Player]:
-    """Who plays each seat, as the hosts have them; models answer from the same replicas.
+    """Who plays each seat, as the workers have them; models answer from the same replicas.
 
     For exhaustive checks, whose tree grows by the answers. To be called inside an event loop, which
     the players then belong to.

@@ -38,7 +38,7 @@ class CollectedGroups:
         live: groups that are being played.
         idle_s: seconds since the last batch in which nothing was played; None with max_lag=0, where
             play waits for the learner by design.
-        load: what the hosts had to do.
+        load: what the workers had to do.
     """
 
     groups: tuple[Group, ...]
@@ -122,18 +122,18 @@ def _details(episode: Episode, failure: Failure) -> str:
 
 
 class Rollouts:
-    """Plays plans on a set of hosts.
+    """Plays plans on a set of workers.
 
-    Results do not depend on who plays what, nor on how many there are. A host that dies or hangs is
-    replaced, and what it had not finished is played again: a group that takes down a second host,
-    alone on it, is recorded as a failure of the environment.
+    Results do not depend on who plays what, nor on how many there are. A worker that dies or hangs
+    is replaced, and what it had not finished is played again: a group that takes down a second
+    worker, alone on it, is recorded as a failure of the environment.
 
     Args:
         turns: a file for those of live episodes. Where an earlier driver has left one, its episodes
             go on when their plans are played again.
 
     Attributes:
-        job: what the hosts play.
+        job: what the workers play.
     """
 
     def __init__(
@@ -148,14 +148,14 @@ class Rollouts:
 
     @property
     def restarts(self) -> int:
-        """Hosts replaced so far."""
+        """Workers replaced so far."""
         return self._pool.restarts
 
     async def ready(self) -> None:
-        """Wait until the hosts can play; those that may come later are not waited for.
+        """Wait until the workers can play; those that may come later are not waited for.
 
         Raises:
-            ConfigError: a setting the hosts cannot work with.
+            ConfigError: a setting the workers cannot work with.
         """
         await self._pool.ready()
 
@@ -239,10 +239,10 @@ class Rollouts:
         self._pool.wind_down()
 
     def load(self) -> Load:
-        """What the hosts have to do."""
+        """What the workers have to do."""
         return self._pool.load()
 
     def close(self) -> None:
-        """End the hosts."""
+        """End the workers."""
         self._pool.close()
         kill(self._recorder)

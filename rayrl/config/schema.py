@@ -60,7 +60,8 @@ class EnvConfig:
     # is then played once more as a whole
     retries: int = 2
     failure_budget: float = 0.05  # share of a step's episodes whose env code may fail
-    # run each episode's env code in a child process that can be killed; at most 16 at once a host
+    # run each episode's env code in a child process that can be killed; at most 16 at once per
+    # worker
     isolated: bool = False
 
 
@@ -163,7 +164,7 @@ class ClusterConfig:
     # so many, while groups wait for room on all of them; 0: as env_workers, a fixed number
     env_workers_max: int = 0
     env_worker_idle_s: float = 300.0  # without work, after which one above env_workers is let go
-    concurrency: int = 512  # live episodes a host
+    concurrency: int = 512  # live episodes per worker
     env_worker_cpus: float = 0.0
     replicas: int = 1
     replica_cpus: float = 0.0

@@ -36,7 +36,7 @@ _FAILED = ("abort", "cancelled", "error", "insufficient_system_resource", "netwo
 
 
 def share(config: EndpointConfig, n: int) -> EndpointConfig:
-    """The limits of one of `n` hosts that ask the same server; together they keep `config`'s."""
+    """The limits of one of `n` workers that ask the same server; together they keep `config`'s."""
     return replace(
         config,
         concurrency=max(1, config.concurrency // n),

@@ -1,11 +1,11 @@
 """Environment code in child processes that can be killed.
 
 Code that blocks the event loop (`time.sleep`, a C call, an endless loop) would stop every other
-episode of its host, and no deadline could end it. Here each live episode runs in a process of its
+episode of its worker, and no deadline could end it. Here each live episode runs in a process of its
 own, kept for the next episode and killed with everything it started when it is late. The players
 stay in the parent; what is said travels over a socket. What a child sends is JSON, never pickles.
 
-This protects the host from code that hangs or crashes. It is no sandbox against hostile code.
+This protects the worker from code that hangs or crashes. It is no sandbox against hostile code.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _BOOT = (
 class SubprocessEnv:
     """An environment whose episodes run in child processes; an async context manager.
 
-        async with Isolated(env, slots=8) as isolated:
+        async with SubprocessEnv(env, slots=8) as isolated:
             async for group in play_groups(isolated, plans, players, concurrency=8): ...
 
     Args:

@@ -165,9 +165,9 @@ def rules(cfg: AlarmsConfig, *, kl_coef: float = 0.0, max_lag: int = 0) -> list[
             cfg.starvation,
             share_of_step("time/collect"),
             "the share of the step that the learner waited for episodes",
-            "Play is what takes the time; add cluster.replicas, or where hosts/waiting_groups is "
-            "not 0 raise cluster.env_workers, cluster.env_workers_max or cluster.concurrency, or look "
-            "for episodes that take much longer than the others.",
+            "Rollouts are the bottleneck: add cluster.replicas; where workers/waiting_groups is "
+            "not 0 raise cluster.env_workers, cluster.env_workers_max or cluster.concurrency; or "
+            "look for episodes that take much longer than the others.",
         ),
         Rule(
             "idle_replicas",

@@ -118,13 +118,13 @@ def _lag(step: int, episodes: Sequence[Episode]) -> dict[str, float]:
 
 
 def _hosts(load: Load | None) -> dict[str, float]:
-    """How many hosts there are, and what waits for room on one."""
+    """How many workers there are, and what waits for room on one."""
     if load is None:
         return {}
     return {
-        "hosts/ready": float(load.hosts),
-        "hosts/asked": float(load.asked),
-        "hosts/waiting_groups": float(load.waiting),
+        "workers/ready": float(load.workers),
+        "workers/asked": float(load.asked),
+        "workers/waiting_groups": float(load.waiting),
     }
 
 

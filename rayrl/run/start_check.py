@@ -294,11 +294,11 @@ def stages_of(config: Config) -> Iterator[tuple[str, str, Config]]:
 def reserved(config: Config, verb: str, models: int = 1) -> tuple[float, float]:
     """CPUs and GPUs that the actors of `verb` reserve, with replicas of so many models."""
     cluster = config.cluster
-    hosts = 0 if verb in ("sft", "serve", "play") else cluster.env_workers
+    workers = 0 if verb in ("sft", "serve", "play") else cluster.env_workers
     replicas = 0 if verb == "sft" else models * cluster.replicas
     ranks = config.learner.world_size if verb in LEARNING else 0
     cpus = (
-        hosts * cluster.env_worker_cpus
+        workers * cluster.env_worker_cpus
         + replicas * cluster.replica_cpus
         + ranks * cluster.learner_cpus
     )

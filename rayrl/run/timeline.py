@@ -9,7 +9,8 @@ steps did at once can be laid over each other:
 `episodes` has the mean number of live ones in intervals of `width` seconds from `began` on, and
 `requests` that of completions an engine was asked for and had not given. Each is of the episodes
 the step was trained on (and of those it dropped), whenever they were played. Times of episodes are
-those of their env worker's clock: on several nodes the lanes are as exact as the nodes' clocks agree.
+those of their env worker's clock: on several nodes the lanes are as exact as the nodes' clocks
+agree.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Ray's autoscaler adds nodes because hosts were asked for, and takes them away again.
+"""Ray's autoscaler adds nodes because workers were asked for, and takes them away again.
 
 Its provider of fake nodes starts another raylet on this machine for each node.
 """
@@ -32,7 +32,7 @@ COMMANDS += [f"{kind}_start_ray_commands" for kind in ("head", "worker")]
 
 
 class Cluster:
-    """A head with room for one host, and an autoscaler that may add nodes for one each."""
+    """A head with room for one worker, and an autoscaler that may add nodes for one each."""
 
     def __init__(self, folder: Path) -> None:
         self.address = f"127.0.0.1:{free_port()}"
@@ -122,7 +122,7 @@ def test_groups_that_wait_bring_nodes(cluster: Cluster, tiny: Path, tmp_path: Pa
         stderr=subprocess.PIPE,
         text=True,
     ) as run:
-        until(lambda: len(list(tmp_path.glob("open.*"))) == 3, run)  # hosts that play
+        until(lambda: len(list(tmp_path.glob("open.*"))) == 3, run)  # workers that play
         assert cluster.nodes() == 3, "each has room for one"
         gate.touch()
         said: list[str] = []
@@ -133,6 +133,6 @@ def test_groups_that_wait_bring_nodes(cluster: Cluster, tiny: Path, tmp_path: Pa
     assert rows(folder) == 1
     (played,) = episodes(folder).values()
     assert len(played) == 16
-    hosts = {episode["scores"]["agent"]["process"] for episode in played}
-    assert len(hosts) == 3
+    workers = {episode["scores"]["agent"]["process"] for episode in played}
+    assert len(workers) == 3
     until(lambda: cluster.nodes() == 1, cluster.head)

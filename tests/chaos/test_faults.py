@@ -60,8 +60,8 @@ def assert_same(folder: Path, calm: Path) -> None:
 
 
 def test_whatever_is_killed_it_ends_as_if_unbroken(tiny: Path, calm: Path, tmp_path: Path) -> None:
-    """The learner again and again, which ends the run; resumed, a replica in a push, a host, and a
-    replica that plays. Every token was made with the weights that its episode claims."""
+    """The learner again and again, which ends the run; resumed, a replica in a push, a worker, and
+    a replica that plays. Every token was made with the weights that its episode claims."""
     folder = tmp_path / "run"
     line = command(tiny, folder, *TWO, "learner.restarts=1")
     with Going(line) as run:

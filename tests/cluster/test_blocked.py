@@ -1,4 +1,4 @@
-"""Code that blocks its host is named at once. Ray's actors are played by plain objects."""
+"""Code that blocks its worker is named at once. Ray's actors are played by plain objects."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rayrl import Agent, GroupPlan, Scores, Task
 from rayrl.cluster.workers import worker_slot as places
 from rayrl.cluster.workers.env_worker import Running, running_in
 from rayrl.cluster.workers.worker_pool import BLOCKED_SAID, WorkerPool
-from rayrl.cluster.workers.worker_slot import Call, Place, Work, blocked
+from rayrl.cluster.workers.worker_slot import PendingGroup, RolloutRequest, WorkerSlot, blocked
 from rayrl.config import from_dict
 from rayrl.rollout.rollout import play_episode
 from tests.act import says
@@ -32,11 +32,11 @@ async def test_what_runs_in_an_event_loop_that_is_blocked() -> None:
 
     found: dict[str, Any] = {}
 
-    async def host() -> None:
+    async def worker() -> None:
         found["loop"], found["thread"] = asyncio.get_running_loop(), threading.get_ident()
         await play_episode(blocks, Task(), says(), id="g7/3", attempt=2)
 
-    thread = threading.Thread(target=asyncio.run, args=(host(),))
+    thread = threading.Thread(target=asyncio.run, args=(worker(),))
     thread.start()
     assert await asyncio.to_thread(began.wait, 30)
     running = running_in(found["loop"], found["thread"])
@@ -69,7 +69,7 @@ async def test_an_idle_loop_runs_nothing() -> None:
 
 
 class Actor:
-    """A host that does not answer `ping`; `running` is what it says it does, or an error."""
+    """A worker that does not answer `ping`; `running` is what it says it does, or an error."""
 
     def __init__(self, running: Running | Exception | None) -> None:
         self.ping = SimpleNamespace(remote=self._never)
@@ -94,7 +94,7 @@ async def test_silence_is_told_long_before_the_host_is_given_up(
 ) -> None:
     monkeypatch.setattr(places, "BLOCKED_S", 0.01)
     told: asyncio.Queue[Running | None] = asyncio.Queue()
-    place = Place(Actor(says), 3600.0, lambda _, running: told.put_nowait(running))
+    place = WorkerSlot(Actor(says), 3600.0, lambda _, running: told.put_nowait(running))
     watch = asyncio.create_task(place._watch(place.actor))
     assert await told.get() == (says if isinstance(says, Running) else None)
     assert not watch.done()
@@ -102,13 +102,13 @@ async def test_silence_is_told_long_before_the_host_is_given_up(
 
 
 async def test_a_host_that_is_given_up_says_why() -> None:
-    place = Place(Actor(None), 0.01)
-    assert "blocked the event loop of its host for more than 0.01 s" in await place._watch(
+    place = WorkerSlot(Actor(None), 0.01)
+    assert "blocked the event loop of its worker for more than 0.01 s" in await place._watch(
         place.actor
     )
 
 
-def pool_of(place: Place, **env: Any) -> Any:
+def pool_of(place: WorkerSlot, **env: Any) -> Any:
     config = from_dict({"env": {"name": "nim", "deadline_s": 60.0, **env}})
     pool = object.__new__(WorkerPool)
     pool._job = SimpleNamespace(config=config)  # type: ignore[assignment]
@@ -119,10 +119,10 @@ def pool_of(place: Place, **env: Any) -> Any:
 async def test_it_is_said_which_environment_and_task_and_what_to_do(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    place = Place(None, 65.0)
+    place = WorkerSlot(None, 65.0)
     plans = [GroupPlan(f"g{k}", Task(seed=k), 1, 0) for k in range(5)]
-    call = Call(plans, lambda group: None)
-    place.take([Work(plan, call, again=False) for plan in plans])
+    call = RolloutRequest(plans, lambda group: None)
+    place.take([PendingGroup(plan, call, again=False) for plan in plans])
     pool = pool_of(place)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
@@ -131,7 +131,9 @@ async def test_it_is_said_which_environment_and_task_and_what_to_do(
         assert len(caplog.records) == 1  # once
         pool._say_blocked(place, None)
         for k in range(100):
-            place.works = {f"other{k}": Work(GroupPlan("", Task(seed=k), 1, 0), call, again=False)}
+            place.works = {
+                f"other{k}": PendingGroup(GroupPlan("", Task(seed=k), 1, 0), call, again=False)
+            }
             pool._say_blocked(place, Running(f"other{k}/0", "x"))
     first, second = caplog.messages[:2]
     for part in ("'nim'", "episode g3/0", "Task(seed=3)", "65 s", "env.isolated=true", "nim.py:7"):

@@ -1,4 +1,4 @@
-"""The cluster's parts: those without Ray first, then hosts and replicas on a real local one."""
+"""The cluster's parts: those without Ray first, then workers and replicas on a real local one."""
 
 from __future__ import annotations
 
@@ -466,10 +466,10 @@ async def test_wrong_players_are_named_before_anything_is_played(
 async def test_what_is_known_is_not_played_and_winding_down_begins_nothing_new(
     session: Session, tiny: Path
 ) -> None:
-    """The limits of an endpoint are shared by the hosts: two requests at once, one a host."""
+    """The limits of an endpoint are shared by the workers: two requests at once, one a worker."""
 
     async def slow() -> Any:
-        while server.most < 2:  # noqa: ASYNC110 - both hosts have asked; more must not come
+        while server.most < 2:  # noqa: ASYNC110 - both workers have asked; more must not come
             await asyncio.sleep(0.01)
         await asyncio.sleep(0.1)
         return server_of.said("yes")
@@ -494,8 +494,8 @@ async def test_what_is_known_is_not_played_and_winding_down_begins_nothing_new(
 
 async def test_results_do_not_depend_on_hosts_or_replicas(session: Session, tiny: Path) -> None:
     found = []
-    for hosts, replicas in ((1, 1), (2, 2)):
-        settings = config(tiny, cluster={"env_workers": hosts, "replicas": replicas})
+    for workers, replicas in ((1, 1), (2, 2)):
+        settings = config(tiny, cluster={"env_workers": workers, "replicas": replicas})
         async with open_rollouts(settings) as rollouts:
             found.append(await rollouts.collect(plans(settings)))
             app = rollouts.job.apps["policy"]

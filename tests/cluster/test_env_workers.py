@@ -26,19 +26,19 @@ HERE = Path(__file__).parents[1]
 def test_hosts_are_asked_for_once_work_has_waited_for_a_while() -> None:
     growth = Growth(most=5)
 
-    def more(at: float, waiting: int, hosts: int = 1, asked: int = 0) -> int:
-        return growth.more(at, waiting=waiting, room=10, hosts=hosts, asked=asked)
+    def more(at: float, waiting: int, workers: int = 1, asked: int = 0) -> int:
+        return growth.more(at, waiting=waiting, room=10, workers=workers, asked=asked)
 
     assert more(0, 25) == 0, "just now"
     assert more(GROW_AFTER_S - 1, 25) == 0
     assert more(GROW_AFTER_S - 0.5, 0) == 0, "a pause: the clock begins anew"
     assert more(10, 25) == 0
-    assert more(10 + GROW_AFTER_S, 25) == 3, "25 episodes have room on three hosts"
+    assert more(10 + GROW_AFTER_S, 25) == 3, "25 episodes have room on three workers"
     assert more(16, 25, asked=3) == 0, "they are on their way"
     assert more(17, 35, asked=3) == 1
     assert more(18, 99, asked=4) == 0, "five in all"
-    assert more(19, 99, hosts=3, asked=1) == 1
-    assert more(20, 1, hosts=5) == 0
+    assert more(19, 99, workers=3, asked=1) == 1
+    assert more(20, 1, workers=5) == 0
 
 
 @pytest.fixture
@@ -73,8 +73,8 @@ async def until(fact: Callable[[], bool]) -> None:
         await asyncio.sleep(0.02)
 
 
-def hosts(rollouts: Rollouts) -> int:
-    return rollouts.load().hosts
+def workers(rollouts: Rollouts) -> int:
+    return rollouts.load().workers
 
 
 def processes(groups: tuple[Group, ...]) -> set[int]:
@@ -98,14 +98,14 @@ async def test_hosts_come_with_the_work_and_go_without(
     settings = config(tiny, gate, env_workers_max=3, env_worker_idle_s=1.0)
     async with open_rollouts(settings) as rollouts:
         playing = asyncio.ensure_future(rollouts.collect(plans(settings)))
-        await until(lambda: hosts(rollouts) == 3)
-        assert rollouts.load().waiting == 5, "each host plays a group"
+        await until(lambda: workers(rollouts) == 3)
+        assert rollouts.load().waiting == 5, "each worker plays a group"
         gate.touch()
         found = await playing
         assert len(found.groups) == 8
         all_three = processes(found.groups)
         assert len(all_three) == 3
-        await until(lambda: hosts(rollouts) == 1)
+        await until(lambda: workers(rollouts) == 1)
         await until(lambda: sum(map(psutil.pid_exists, all_three)) == 1)
         again = await rollouts.collect(plans(settings)[:1])
         assert processes(again.groups) < all_three
@@ -172,5 +172,10 @@ async def test_a_host_without_a_place_harms_nothing_and_is_said_once(
         gate.touch()
         await playing
     (said,) = caplog.messages
-    for part in ("cluster.env_workers_max=3", "goes on with 1", f"env_worker_cpus={cpus:g}", "0 free"):
+    for part in (
+        "cluster.env_workers_max=3",
+        "goes on with 1",
+        f"env_worker_cpus={cpus:g}",
+        "0 free",
+    ):
         assert part in said

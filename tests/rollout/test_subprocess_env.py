@@ -239,10 +239,10 @@ async def test_isolated_forks_have_heard_the_same(far: rayrl.Environment) -> Non
 async def test_a_child_ends_with_its_parent(far: rayrl.Environment, tmp_path: Path) -> None:
     code = f"""
         import asyncio, rayrl
-        from rayrl.rollout.subprocess_env import Isolated
+        from rayrl.rollout.subprocess_env import SubprocessEnv
         async def main():
             env = rayrl.load_env({far.ref!r})
-            async with Isolated(env, slots=1) as env:
+            async with SubprocessEnv(env, slots=1) as env:
                 player = rayrl.ScriptedPlayer(lambda m, r: "yes")
                 task = env.configure({{"act": ""}}).tasks(0, 1)[0]
                 episode = await rayrl.play_episode(env, task, {{"agent": player}}, id="e")

@@ -42,7 +42,7 @@ def group(plan: GroupPlan, version: int, kind: str = "") -> Group:
     return Group(plan.id, plan.task, (episode,))
 
 
-class Hosts:
+class Workers:
     """Plays what it is told to end, when it is told; a group has the version it began with."""
 
     def __init__(self) -> None:
@@ -75,7 +75,7 @@ class Hosts:
                     done.set()
 
     def load(self) -> Load:
-        return Load(hosts=1, asked=0, waiting=0)
+        return Load(workers=1, asked=0, waiting=0)
 
     def stop(self, plans: Sequence[str], oldest: int) -> None:
         for name in plans:
@@ -87,11 +87,11 @@ class Hosts:
 
 
 class Run:
-    """A feed with its hosts."""
+    """A feed with its workers."""
 
     def __init__(self, folder: Path, lag: int, steps: int = 4) -> None:
-        self.hosts = Hosts()
-        self.feed = RolloutBuffer(self.hosts, plans, config(lag, steps), GroupLog(folder))
+        self.workers = Workers()
+        self.feed = RolloutBuffer(self.workers, plans, config(lag, steps), GroupLog(folder))
 
     async def start(self, step: int = 0, state: dict[str, Any] | None = None) -> Run:
         self.feed.restore(step, state or {})
@@ -115,7 +115,7 @@ class Run:
 
     @property
     def live(self) -> list[str]:
-        return sorted(self.hosts.live)
+        return sorted(self.workers.live)
 
 
 Start = Callable[..., Awaitable[Run]]
@@ -140,14 +140,14 @@ async def test_without_lag_a_batch_is_the_steps_own_groups_and_waits_for_all(
 ) -> None:
     run = await start(0, steps=2)
     assert run.live == ["0-0", "0-1"]
-    run.hosts.end("0-1")
+    run.workers.end("0-1")
     assert await run.waits(0)
-    run.hosts.end("0-0")
+    run.workers.end("0-0")
     assert await run.batch(0) == ["0-0", "0-1"]
     assert run.live == []
     await run.at(1)
     assert run.live == ["1-0", "1-1"]
-    run.hosts.end("1-0", "1-1")
+    run.workers.end("1-0", "1-1")
     assert await run.batch(1) == ["1-0", "1-1"]
     await run.at(2)
     assert run.live == [], "there are two steps"
@@ -155,8 +155,8 @@ async def test_without_lag_a_batch_is_the_steps_own_groups_and_waits_for_all(
 
 async def test_without_lag_a_failed_group_is_dropped_and_not_replaced(start: Start) -> None:
     run = await start(0)
-    run.hosts.end("0-1", kind="env")
-    run.hosts.end("0-0")
+    run.workers.end("0-1", kind="env")
+    run.workers.end("0-0")
     played = await run.feed.batch(0)
     assert [one.id for one in played.groups] == ["0-0"]
     assert [one.id for one in played.dropped] == ["0-1"]
@@ -169,11 +169,11 @@ async def test_with_lag_groups_begin_ahead_and_a_straggler_is_for_a_later_batch(
 ) -> None:
     run = await start(1)
     assert run.live == ["0-0", "0-1", "1-0", "1-1"]
-    run.hosts.end("0-1", "1-1")
+    run.workers.end("0-1", "1-1")
     assert await run.batch(0) == ["0-1", "1-1"], "it does not wait for 0-0"
     await run.at(1)
     assert run.live == ["0-0", "1-0", "2-0", "2-1"]
-    run.hosts.end("2-1", "2-0", "0-0")
+    run.workers.end("2-1", "2-0", "0-0")
     played = await run.feed.batch(1)
     assert [one.id for one in played.groups] == ["0-0", "2-0"], "the oldest first"
     assert (played.waiting, played.live) == (1, 1)
@@ -181,42 +181,42 @@ async def test_with_lag_groups_begin_ahead_and_a_straggler_is_for_a_later_batch(
 
 async def test_what_is_too_old_is_stopped_and_its_task_is_played_again(start: Start) -> None:
     run = await start(1)
-    run.hosts.end("0-1", "1-1")
+    run.workers.end("0-1", "1-1")
     await run.batch(0)
     await run.at(1)
-    run.hosts.end("2-0", "2-1")
+    run.workers.end("2-0", "2-1")
     assert await run.batch(1) == ["2-0", "2-1"]
     await run.at(2)  # 0-0 and 1-0 began with version 0
     assert run.live == ["0-0~1", "1-0~1", "3-0", "3-1"]
-    run.hosts.end("0-0~1", "3-1")
+    run.workers.end("0-0~1", "3-1")
     played = await run.feed.batch(2)
     assert [one.id for one in played.groups] == ["0-0~1", "3-1"]
     assert [one.id for one in played.stopped] == ["0-0", "1-0"]
     assert played.groups[0].task == plans(0)[0].task
-    run.hosts.end("1-0~1", "3-0")
+    run.workers.end("1-0~1", "3-0")
     await run.at(3)
     assert await run.batch(3) == ["1-0~1", "3-0"], "every task of four steps was trained on once"
 
 
 async def test_a_complete_group_that_waited_too_long_is_not_trained_on(start: Start) -> None:
     run = await start(1)
-    run.hosts.end("0-0", "0-1", "1-0")
+    run.workers.end("0-0", "0-1", "1-0")
     assert await run.batch(0) == ["0-0", "0-1"]
     await run.at(1)
-    run.hosts.end("2-0", "2-1")
-    run.hosts.end("1-1")
+    run.workers.end("2-0", "2-1")
+    run.workers.end("1-1")
     assert await run.batch(1) == ["1-0", "1-1"]
     await run.at(2)
     run.feed._ready[9] = group(plans(4)[1], 0)  # two versions old at step 2
     assert await run.batch(2) == ["2-0", "2-1"]
     await run.at(3)
-    run.hosts.end("3-0", "3-1")
+    run.workers.end("3-0", "3-1")
     assert await run.batch(3) == ["3-0", "3-1"]
 
 
 async def test_with_lag_a_failed_group_makes_room_for_another(start: Start) -> None:
     run = await start(1)
-    run.hosts.end("0-0", kind="env")
+    run.workers.end("0-0", kind="env")
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     assert run.live == ["0-1", "1-0", "1-1", "2-0"]
@@ -226,21 +226,21 @@ async def test_an_infrastructure_failure_counts_when_it_was_played_once_more(
     start: Start,
 ) -> None:
     run = await start(0)
-    plan, version, keep = run.hosts.live["0-0"]
+    plan, version, keep = run.workers.live["0-0"]
     keep(group(plan, version, "infra"))
-    run.hosts.end("0-1")
+    run.workers.end("0-1")
     assert await run.waits(0)
-    run.hosts.end("0-0")  # the same plan, once more
+    run.workers.end("0-0")  # the same plan, once more
     assert await run.batch(0) == ["0-0", "0-1"]
 
 
 async def test_what_cannot_be_played_ends_the_run(start: Start) -> None:
     run = await start(0)
-    run.hosts.end("0-0", "0-1")
+    run.workers.end("0-0", "0-1")
     await run.batch(0)
-    run.hosts.broken = RunFailed("no hosts")
+    run.workers.broken = RunFailed("no workers")
     await run.at(1)
-    with pytest.raises(RunFailed, match="no hosts"):
+    with pytest.raises(RunFailed, match="no workers"):
         await run.batch(1)
 
 
@@ -248,12 +248,12 @@ async def test_killed_it_goes_on_with_the_same_batches_and_plays_only_the_rest(
     start: Start,
 ) -> None:
     run = await start(1)
-    run.hosts.end("0-1", "1-1")
+    run.workers.end("0-1", "1-1")
     await run.batch(0)
     await run.at(1)
     run.feed.checkpointed(1)
     state = run.feed.state()
-    run.hosts.end("2-1", "2-0", "0-0")
+    run.workers.end("2-1", "2-0", "0-0")
     assert await run.batch(1) == ["0-0", "2-0"]
     await run.at(2)
     assert run.live == ["1-0~1", "3-0", "3-1"]
@@ -263,28 +263,28 @@ async def test_killed_it_goes_on_with_the_same_batches_and_plays_only_the_rest(
     assert await again.batch(1) == ["0-0", "2-0"], "as it was"
     await again.at(2)
     assert again.live == ["1-0", "3-0", "3-1"], "2-1 is there"
-    again.hosts.end("3-1")
+    again.workers.end("3-1")
     assert await again.batch(2) == ["2-1", "3-1"]
     await again.at(3)
     assert again.live == ["1-0", "3-0"]
-    again.hosts.end("1-0", "3-0")
+    again.workers.end("1-0", "3-0")
     assert await again.batch(3) == ["1-0", "3-0"]
 
 
 async def test_a_learner_that_went_back_gets_the_same_batches(start: Start) -> None:
     run = await start(0)
     for step in range(2):
-        run.hosts.end(f"{step}-0", f"{step}-1")
+        run.workers.end(f"{step}-0", f"{step}-1")
         await run.batch(step)
         await run.at(step + 1)
-    run.hosts.end("2-0", "2-1")
+    run.workers.end("2-0", "2-1")
     await run.batch(2)
     run.feed.rewind(0)  # it died at step 2, before the first checkpoint
     for step in range(3):
         assert await run.batch(step) == [f"{step}-0", f"{step}-1"]
         await run.at(step + 1)
     assert run.live == ["3-0", "3-1"]
-    assert len(run.hosts.begun) == 8, "nothing was played twice"
+    assert len(run.workers.begun) == 8, "nothing was played twice"
 
 
 async def test_a_checkpoint_on_the_way_back_keeps_what_is_still_to_be_learned_again(
@@ -292,7 +292,7 @@ async def test_a_checkpoint_on_the_way_back_keeps_what_is_still_to_be_learned_ag
 ) -> None:
     run = await start(0)
     for step in range(3):
-        run.hosts.end(f"{step}-0", f"{step}-1")
+        run.workers.end(f"{step}-0", f"{step}-1")
         await run.batch(step)
         await run.at(step + 1)
     run.feed.rewind(0)
@@ -302,24 +302,24 @@ async def test_a_checkpoint_on_the_way_back_keeps_what_is_still_to_be_learned_ag
     assert await again.batch(1) == ["1-0", "1-1"]
     assert await again.batch(2) == ["2-0", "2-1"]
     await again.at(3)
-    assert again.hosts.begun == ["3-0", "3-1"]
+    assert again.workers.begun == ["3-0", "3-1"]
 
 
 async def test_what_ended_during_a_checkpoint_that_failed_is_not_lost(start: Start) -> None:
     run = await start(0)
-    run.hosts.end("0-0", "0-1")
+    run.workers.end("0-0", "0-1")
     await run.batch(0)
     await run.at(1)
     run.feed.checkpointed(1)
-    run.hosts.end("1-0")
+    run.workers.end("1-0")
     run.feed.rewind(0)  # the learner died before it had saved
     assert await run.batch(0) == ["0-0", "0-1"]
-    run.hosts.end("1-1")
+    run.workers.end("1-1")
     assert await run.batch(1) == ["1-0", "1-1"]
     again = await start(0)
     for step in range(2):
         assert await again.batch(step) == [f"{step}-0", f"{step}-1"]
-    assert again.hosts.begun == []
+    assert again.workers.begun == []
 
 
 @pytest.fixture
@@ -354,6 +354,6 @@ def test_a_file_that_is_no_log_is_named(log: GroupLog, tmp_path: Path) -> None:
 
 async def test_nothing_is_learned_where_a_server_refused_everything(start: Start) -> None:
     run = await start(lag=0)
-    run.hosts.end("0-0", "0-1", kind="refused")
+    run.workers.end("0-0", "0-1", kind="refused")
     with pytest.raises(RunFailed, match=r"none of 2 groups is complete.\n.*because"):
         await run.batch(0)

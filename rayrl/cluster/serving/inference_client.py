@@ -66,7 +66,7 @@ class ServeCall:
 
     @cached_property
     def _handle(self) -> DeploymentHandle:
-        # at the first call: a host is made ready while the replicas still start
+        # at the first call: a worker is made ready while the replicas still start
         return serve.get_deployment_handle(DEPLOYMENT, self._app)
 
     @cached_property
@@ -101,7 +101,7 @@ class BatchingClient:
     """A `Generator` over the replicas, for one event loop.
 
     Requests of one conversation take the same lane as long as that is not much slower than others
-    (see `lanes.Lanes`). A request that a dead replica did not answer is sent again; its seed makes
+    (see `ReplicaSelector`). A request that a dead replica did not answer is sent again; its seed makes
     the answer the same. One that nobody waits for any more is cancelled at its replica.
 
     Attributes:

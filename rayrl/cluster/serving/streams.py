@@ -7,8 +7,8 @@ at once and says which it is. The carrier ends when nothing is left to answer.
 
 Both sides wait for company, `Pace` says how long: a small share of what an answer takes anyway.
 
-What hosts send to one process, the driver or the recorder, waits the longer the more hosts there
-are: `PAUSE_S` for each. So there are as many messages a second from many hosts as from one.
+What workers send to one process, the driver or the recorder, waits the longer the more workers
+there are: `PAUSE_S` for each. So there are as many messages a second from many workers as from one.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Answer = tuple[int, Completion | Exception]
 T = TypeVar("T")
 Running = asyncio.Task[Completion | Exception]
 
-PAUSE_S = 0.01  # for each host, between what one of them sends to the driver or the recorder
+PAUSE_S = 0.01  # for each worker, between what one of them sends to the driver or the recorder
 LEAST_S, MOST_S = 0.001, 0.02
 SHARE = 0.01  # of the time of an answer: each side may make it that much later
 MEMORY = 0.05  # weight of the newest answer in the mean

@@ -46,12 +46,12 @@ __all__ = [
 POLICY = "policy"
 WATCH = "watch"  # concurrency group of what answers while the event loop is blocked
 FRAMES = 5  # of a stack that are shown
-ISOLATED_SLOTS = 16  # child processes a host, where env.isolated asks for them
+ISOLATED_SLOTS = 16  # child processes a worker, where env.isolated asks for them
 
 
 @dataclass(frozen=True)
 class WorkerJob:
-    """What a host needs to play.
+    """What a worker needs to play.
 
     Attributes:
         env: how to make the environment.
@@ -71,7 +71,7 @@ class WorkerJob:
 
 @dataclass(frozen=True, slots=True)
 class News:
-    """What happened on a host: how many episodes ended there, and the groups that did."""
+    """What happened on a worker: how many episodes ended there, and the groups that did."""
 
     episodes: int
     groups: tuple[Group, ...]
@@ -211,15 +211,15 @@ class EnvWorker:
         plans: Sequence[GroupPlan],
         min_version: int = 0,
         recorded: Mapping[str, PartialEpisode] | None = None,
-        hosts: int = 1,
+        workers: int = 1,
     ) -> None:
         """Play groups as there is room, earlier ones first; `news` says what comes of them.
 
         Args:
             recorded: episodes of these groups that began elsewhere, to go on with, by id.
-            hosts: how many there are; the more, the longer each waits between two messages.
+            workers: how many there are; the more, the longer each waits between two messages.
         """
-        self._telling.pause_s = PAUSE_S * hosts
+        self._telling.pause_s = PAUSE_S * workers
         if POLICY in self._clients:
             client = self._clients[POLICY]
             client.min_version = max(client.min_version, min_version)
@@ -286,7 +286,7 @@ class EnvWorker:
 
 
 def start_worker(job: WorkerJob, recorder: Any) -> Any:
-    """Start a host's actor; it tells every turn to the recorder."""
+    """Start a worker's actor; it tells every turn to the recorder."""
     actor = ray.remote(
         num_cpus=job.config.cluster.env_worker_cpus,
         resources=dict(job.config.cluster.env_worker_resources),

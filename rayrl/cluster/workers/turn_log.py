@@ -25,7 +25,7 @@ COMPACT_AT = 64 << 20  # bytes of its file, when it begins to be worth writing a
 
 
 class Recorder:
-    """Keeps what hosts tell, until their groups have ended.
+    """Keeps what workers tell, until their groups have ended.
 
     Args:
         file: where it keeps it, for a recorder that comes after this one has died, alone or with
@@ -96,14 +96,14 @@ def _plain(turns: Sequence[TurnRecord]) -> list[TurnRecord]:
 
 
 class Telling:
-    """A host's side. Turns made while it waits, and while a call is under way, travel together.
+    """A worker's side. Turns made while it waits, and while a call is under way, travel together.
 
-    A call costs the recorder as much as a hundred turns. What a lost host had not told is asked for
-    again.
+    A call costs the recorder as much as a hundred turns. What a lost worker had not told is asked
+    for again.
 
     Args:
         recorder: the actor. While it is away turns are lost; their episodes start over then, if
-            their host is lost as well.
+            their worker is lost as well.
 
     Attributes:
         pause_s: between two calls.

@@ -1,10 +1,10 @@
-"""The driver's queue of groups, and the hosts that play them.
+"""The driver's queue of groups, and the workers that play them.
 
-Groups wait here and not on a host: each host has little more than it has room for, so that one that
-comes later finds work, and one that dies takes little along. The first `cluster.env_workers` hosts
-share what there is evenly. Others, up to `cluster.env_workers_max`, are asked for when groups wait
-for room (`scaling.py`), play what the first ones have no room for, and are let go when there is
-nothing of that for a while.
+Groups wait here and not on a worker: each worker has little more than it has room for, so that one
+that comes later finds work, and one that dies takes little along. The first `cluster.env_workers`
+workers share what there is evenly. Others, up to `cluster.env_workers_max`, are asked for when
+groups wait for room (`scaling.py`), play what the first ones have no room for, and are let go when
+there is nothing of that for a while.
 """
 
 from __future__ import annotations
@@ -42,24 +42,24 @@ __all__ = ["WorkerPool"]
 
 START_DEADLINE_S = 300.0
 START_ATTEMPTS = 3
-LATE_S = 300.0  # after which it is said that a host that was asked for has not come
-BLAMED_AFTER = 2  # host deaths, the last one alone on the host, after which a group is to blame
-BLOCKED_SAID = 8  # blocked hosts of which is told; where all tasks block, that is enough
-LOOK_EVERY_S = 1.0  # whether there should be more hosts, or fewer
+LATE_S = 300.0  # after which it is said that a worker that was asked for has not come
+BLAMED_AFTER = 2  # worker deaths, the last one alone on the worker, after which a group is to blame
+BLOCKED_SAID = 8  # blocked workers of which is told; where all tasks block, that is enough
+LOOK_EVERY_S = 1.0  # whether there should be more workers, or fewer
 
 _log = logging.getLogger(__name__)
 
 
 class WorkerPool:
-    """Plays groups on a number of hosts.
+    """Plays groups on a number of workers.
 
     Args:
-        job: what the hosts play.
-        start: starts a host's actor.
+        job: what the workers play.
+        start: starts a worker's actor.
         recorder: the actor that keeps the turns of live episodes.
 
     Attributes:
-        restarts: hosts replaced so far.
+        restarts: workers replaced so far.
     """
 
     def __init__(self, job: WorkerJob, start: Callable[[], Any], recorder: Any) -> None:
@@ -71,7 +71,7 @@ class WorkerPool:
         self._calls: set[RolloutRequest] = set()
         self._brought: set[str] = set()  # groups that began with an earlier driver
         self._growth = Growth(cluster.most_env_workers)
-        self._broken_starts = 0  # of hosts that were asked for, in a row
+        self._broken_starts = 0  # of workers that were asked for, in a row
         self._said_late = False
         self._said_blocked: set[str] = set()
         self._most_waiting = 0  # groups, since `load` was asked
@@ -91,10 +91,10 @@ class WorkerPool:
         yield from self._more
 
     async def ready(self) -> None:
-        """Wait until the first hosts can play.
+        """Wait until the first workers can play.
 
         Raises:
-            ConfigError: a setting the hosts cannot work with.
+            ConfigError: a setting the workers cannot work with.
         """
         await asyncio.gather(*(self._started(place) for place in self._first))
         self._brought = await self._recorder.known.remote()
@@ -136,7 +136,7 @@ class WorkerPool:
         """End those of these plans, by id, that began with weights older than `oldest`."""
         if not plans:
             return
-        told = ray.put(list(plans))  # once, not for every host
+        told = ray.put(list(plans))  # once, not for every worker
         for place in self._places:
             if place.works:
                 place.actor.stop.remote(told, oldest)
@@ -164,19 +164,19 @@ class WorkerPool:
         self._winding_down = False
 
     def load(self) -> Load:
-        """What the hosts have to do."""
-        hosts, asked = self._count()
-        load = Load(hosts, asked, self._most_waiting)
+        """What the workers have to do."""
+        workers, asked = self._count()
+        load = Load(workers, asked, self._most_waiting)
         self._most_waiting = len(self._queue)
         return load
 
     def _count(self) -> tuple[int, int]:
-        """Hosts that can play, and those that are not there yet."""
-        hosts = sum(place.room > 0 for place in self._places)
-        return hosts, len(self._first) + len(self._more) - hosts
+        """Workers that can play, and those that are not there yet."""
+        workers = sum(place.room > 0 for place in self._places)
+        return workers, len(self._first) + len(self._more) - workers
 
     def close(self) -> None:
-        """End the hosts."""
+        """End the workers."""
         for task in list(self._tasks):
             task.cancel()
         for place in self._places:
@@ -197,7 +197,7 @@ class WorkerPool:
     # --- who plays what ----------------------------------------------------------------------
 
     def _deal(self) -> None:
-        """Give what waits to the hosts that have room."""
+        """Give what waits to the workers that have room."""
         dealt: dict[WorkerSlot, list[PendingGroup]] = {}
         for place in self._places:
             if place.suspects and place.room and not place.works:
@@ -214,7 +214,7 @@ class WorkerPool:
         self._most_waiting = max(self._most_waiting, len(self._queue))
 
     def _roomiest(self) -> WorkerSlot | None:
-        """Of the first hosts the one with most room; if there is none, the next that has some."""
+        """Of the first workers the one with most room; if there is none, the next that has some."""
         best = max(self._first, key=lambda place: place.free)
         if best.free:
             return best
@@ -230,8 +230,8 @@ class WorkerPool:
         if self._winding_down:
             self._skip(place, [work.plan.id for work in works])
             return
-        hosts, _ = self._count()
-        await place.begin(works, self._version, recorded, hosts)
+        workers, _ = self._count()
+        await place.begin(works, self._version, recorded, workers)
 
     async def _give_back(self, place: WorkerSlot) -> None:
         self._skip(place, await place.give_back())
@@ -261,10 +261,10 @@ class WorkerPool:
             for episode, begun in (await self._recorded(brought)).items()
         }
 
-    # --- the lives of hosts ------------------------------------------------------------------
+    # --- the lives of workers ------------------------------------------------------------------
 
     async def _live(self, place: WorkerSlot) -> None:
-        """One of the first hosts, through its deaths."""
+        """One of the first workers, through its deaths."""
         while True:
             try:
                 await self._hear(place)
@@ -277,7 +277,7 @@ class WorkerPool:
                 await self._started(place)
 
     async def _started(self, place: WorkerSlot) -> None:
-        """Wait for a host. One may be placed on a node whose loss Ray has not noticed yet.
+        """Wait for a worker. One may be placed on a node whose loss Ray has not noticed yet.
 
         Raises:
             RunFailed: none can start.
@@ -303,7 +303,7 @@ class WorkerPool:
         _log.warning(what, name, n, gone)
 
     def _say_blocked(self, place: WorkerSlot, running: Running | None) -> None:
-        """Say whose code blocks a host, as soon as that is noticed, and once for each."""
+        """Say whose code blocks a worker, as soon as that is noticed, and once for each."""
         if running is not None and not running.stack:  # it runs nothing: the machine is slow
             return
         what = place.whose(running)
@@ -313,7 +313,7 @@ class WorkerPool:
         _log.warning("%s", blocked(self._job.config.env, what, running))
 
     async def _hear(self, place: WorkerSlot) -> None:
-        """Take what a host has played, until it is gone."""
+        """Take what a worker has played, until it is gone."""
         self._deal()
         async for news in place.news():
             place.open -= news.episodes
@@ -324,11 +324,11 @@ class WorkerPool:
             self._deal()
 
     def _suspects(self, place: WorkerSlot, why: str) -> list[list[PendingGroup]]:
-        """What a host has died with, to be played again in parts.
+        """What a worker has died with, to be played again in parts.
 
         Episodes go on from the turns that were recorded of them. What was live is played in two
-        halves, and so on, until it is known which group, if any, is to blame: each part has a host
-        to itself, where it can take down nobody else.
+        halves, and so on, until it is known which group, if any, is to blame: each part has a
+        worker to itself, where it can take down nobody else.
         """
         works, alone = list(place.works.values()), place.trial == 1
         place.works.clear()
@@ -353,17 +353,19 @@ class WorkerPool:
         )
         return Group(plan.id, plan.task, episodes, trainable_seats(self._job.seats))
 
-    # --- more hosts, and fewer ---------------------------------------------------------------
+    # --- more workers, and fewer ---------------------------------------------------------------
 
     async def _scale(self) -> None:
         while True:
             await asyncio.sleep(LOOK_EVERY_S)
             now, idle_s = time.monotonic(), self._job.config.cluster.env_worker_idle_s
-            hosts, asked = self._count()
+            workers, asked = self._count()
             waiting = sum(work.plan.size for work in self._queue)
             room = max(place.room for place in self._first)
             if room and self._broken_starts < START_ATTEMPTS:
-                more = self._growth.more(now, waiting=waiting, room=room, hosts=hosts, asked=asked)
+                more = self._growth.more(
+                    now, waiting=waiting, room=room, workers=workers, asked=asked
+                )
                 for _ in range(more):
                     self._ask()
             for place in list(self._more):
@@ -378,7 +380,7 @@ class WorkerPool:
         self._spawn(self._visit(place), place)
 
     async def _visit(self, place: WorkerSlot) -> None:
-        """A host above the first ones: it may never come, and may leave at any time."""
+        """A worker above the first ones: it may never come, and may leave at any time."""
         late = asyncio.get_running_loop().call_later(LATE_S, self._say_late)
         try:
             await place.start()
@@ -412,8 +414,8 @@ class WorkerPool:
             return
         self._said_late = True
         _log.warning(
-            "cluster.env_workers_max=%d: an env worker that was asked for %g s ago is not there yet; "
-            "play goes on with %d. %s",
+            "cluster.env_workers_max=%d: an env worker requested %g s ago has not started; "
+            "rollouts go on with %d. %s",
             self._job.config.cluster.env_workers_max,
             LATE_S,
             self._count()[0],

@@ -1,4 +1,4 @@
-"""A host as the driver sees it: what it was given, and whether it is still there."""
+"""A worker as the driver sees it: what it was given, and whether it is still there."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ __all__ = [
     "placing",
 ]
 
-GRACE_S = 5.0  # a host may be silent this much longer than env.deadline_s before it counts as hung
+GRACE_S = 5.0  # of silence beyond env.deadline_s, after which a worker counts as hung
 PING_EVERY_S = 1.0
-BLOCKED_S = 5.0  # of silence after which it is said what blocks a host
-AHEAD = 8  # a host is given 1/8 more than it has room for: the driver may be busy when it runs dry
+BLOCKED_S = 5.0  # of silence after which it is said what blocks a worker
+AHEAD = 8  # a worker gets 1/8 more than it has room for: the driver may be busy when it runs dry
 
 
 class WorkerGone(Exception):
-    """A host died, or its event loop is blocked."""
+    """A worker died, or its event loop is blocked."""
 
 
 class RolloutRequest:
@@ -82,7 +82,7 @@ class PendingGroup:
     """A group to be played.
 
     Attributes:
-        deaths: hosts that died while they had it.
+        deaths: workers that died while they had it.
         again: whether it was played before, so that turns of it are recorded.
     """
 
@@ -92,7 +92,7 @@ class PendingGroup:
 
 
 class WorkerSlot:
-    """A place for a host: its actor now, and what that was given.
+    """A place for a worker: its actor now, and what that was given.
 
     Args:
         actor: of `EnvWorker`.
@@ -101,10 +101,10 @@ class WorkerSlot:
             if it cannot say even that.
 
     Attributes:
-        room: episodes the host may have live; 0 until it can play.
+        room: episodes the worker may have live; 0 until it can play.
         open: episodes it was given that have not ended.
         works: groups it was given that have not ended, by id.
-        suspects: parts of what hosts died with; it plays them by themselves, the last one first.
+        suspects: parts of what workers died with; it plays them by themselves, the last one first.
         trial: groups in the part it plays now; 0: it plays what comes.
         busy_at: when it last had something to do, by `time.monotonic`.
     """
@@ -134,10 +134,10 @@ class WorkerSlot:
         return max(0, self.room + self.room // AHEAD - self.open)
 
     async def start(self) -> None:
-        """Wait until the host can play: it is placed, and has its imports and players.
+        """Wait until the worker can play: it is placed, and has its imports and players.
 
         Raises:
-            HostGone: it died.
+            WorkerGone: it died.
             RayrlError: it says that it cannot.
         """
         self.room = await answer(self.actor.ping.remote())
@@ -169,25 +169,25 @@ class WorkerSlot:
         works: Sequence[PendingGroup],
         version: int,
         recorded: Mapping[str, PartialEpisode],
-        hosts: int,
+        workers: int,
     ) -> None:
-        """Have the host play these; a host that is gone is not told of here, but by `news`."""
+        """Have the worker play these; a worker that is gone is not told of here, but by `news`."""
         with suppress(WorkerGone):
             plans = [work.plan for work in works]
-            await answer(self.actor.begin.remote(plans, version, recorded, hosts))
+            await answer(self.actor.begin.remote(plans, version, recorded, workers))
 
     async def give_back(self) -> list[str]:
-        """Have the host give up, by id, what it has not begun."""
+        """Have the worker give up, by id, what it has not begun."""
         with suppress(WorkerGone):
             names: list[str] = await answer(self.actor.give_back.remote())
             return names
         return []
 
     async def news(self) -> AsyncIterator[News]:
-        """What happens on the host.
+        """What happens on the worker.
 
         Raises:
-            HostGone: sooner or later.
+            WorkerGone: sooner or later.
             RayrlError: an error of the program itself.
         """
         actor = self.actor
@@ -206,7 +206,7 @@ class WorkerSlot:
             watch.cancel()
 
     async def _watch(self, actor: Any) -> str:
-        """Returns why, once the host is silent."""
+        """Returns why, once the worker is silent."""
         while True:
             saying = asyncio.create_task(self._say_blocked(actor))
             try:
@@ -214,17 +214,17 @@ class WorkerSlot:
                     await actor.ping.remote()
             except TimeoutError:
                 return (
-                    "its code blocked the event loop of its host for more than "
+                    "its code blocked the event loop of its worker for more than "
                     f"{self._patience_s:g} s"
                 )
             except ACTOR_DIED as error:
-                return f"its host process died: {error}"
+                return f"its worker process died: {error}"
             finally:
                 saying.cancel()
             await asyncio.sleep(PING_EVERY_S)
 
     async def _say_blocked(self, actor: Any) -> None:
-        """Say what blocks the host, unless this is cancelled before."""
+        """Say what blocks the worker, unless this is cancelled before."""
         await asyncio.sleep(BLOCKED_S)
         running = None
         with suppress(TimeoutError, *ACTOR_DIED):  # it may hold the interpreter as well, or be dead
@@ -234,7 +234,7 @@ class WorkerSlot:
 
 
 def blocked(env: EnvConfig, what: str, running: Running | None) -> str:
-    """What to tell a person when a host is found blocked, in `what`."""
+    """What to tell a person when a worker is found blocked, in `what`."""
     remedy = (
         "Await what waits, and bound what computes; or let env.isolated=true play each episode in "
         "a process of its own, which is killed at its deadline."
@@ -243,14 +243,14 @@ def blocked(env: EnvConfig, what: str, running: Running | None) -> str:
         remedy = "Its machine may have too much to do (cluster.concurrency, cluster.env_workers)."
     stack = f"\n{running.stack.rstrip()}" if running else ""
     return (
-        f"environment {env.name!r} has blocked the event loop of an env worker for {BLOCKED_S:g} s, "
-        f"in {what}. Nothing else goes on there, and after {env.deadline_s + GRACE_S:g} s the host "
-        f"is replaced. {remedy}{stack}"
+        f"environment {env.name!r} has blocked the event loop of an env worker for "
+        f"{BLOCKED_S:g} s, in {what}. Nothing else runs there, and after "
+        f"{env.deadline_s + GRACE_S:g} s the worker is replaced. {remedy}{stack}"
     )
 
 
 async def answer(ref: Any) -> Any:
-    """A host's answer, with its errors as ours."""
+    """A worker's answer, with its errors as ours."""
     try:
         return await ref
     except RayTaskError as error:
@@ -258,7 +258,7 @@ async def answer(ref: Any) -> Any:
             raise error.cause from None
         raise RunFailed(f"an env worker failed: {error}") from error
     except ACTOR_DIED as error:
-        raise WorkerGone(f"its host process died: {error}") from error
+        raise WorkerGone(f"its worker process died: {error}") from error
 
 
 def kill(actor: Any) -> None:
@@ -268,11 +268,11 @@ def kill(actor: Any) -> None:
 
 
 def placing(cluster: ClusterConfig) -> str:
-    """What a host needs and what there is, for who reads that one has no place."""
+    """What a worker needs and what there is, for who reads that one has no place."""
     there, free = ray.cluster_resources(), ray.available_resources()
     own = f" and {dict(cluster.env_worker_resources)}" if cluster.env_worker_resources else ""
     return (
         f"Each reserves cluster.env_worker_cpus={cluster.env_worker_cpus:g}{own}; the cluster has "
         f"{there.get('CPU', 0):g} CPUs ({free.get('CPU', 0):g} free). Give the cluster more "
-        "nodes, or ask for fewer hosts."
+        "nodes, or ask for fewer workers."
     )
