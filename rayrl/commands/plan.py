@@ -191,7 +191,7 @@ def _batch(config: Config) -> str:
         f"  {train.groups} groups × {train.group_size} episodes = {episodes} episodes",
         f"  {live} live at once, {min(live, slots)} decoded at once",
         (
-            f"  about {episodes / config.learner.world_size:g} episodes a rank, in micro-batches "
+            f"  about {episodes / config.learner.world_size:g} episodes per rank, in micro-batches "
             f"of at most {config.learner.micro_batch_tokens} tokens"
         ),
         (

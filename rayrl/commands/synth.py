@@ -68,7 +68,7 @@ class Statistics:
     """What there is to know of a set of episodes before learning from it.
 
     Attributes:
-        turns: replies an episode.
+        turns: replies per episode.
         characters: of a reply.
         common: reply texts with every number written as `#`, and how often each was said.
         distinct: how many such texts there are.
@@ -255,7 +255,7 @@ def _lengths(found: Statistics) -> list[RenderableType]:
     for name in ("kept", "median", "95%", "most"):
         sizes.add_column(name, justify="left" if name == "kept" else "right")
     for name, lengths in (
-        ("replies an episode", found.turns),
+        ("replies per episode", found.turns),
         ("characters a reply", found.characters),
     ):
         sizes.add_row(name, f"{lengths.median:g}", f"{lengths.p95:g}", f"{lengths.most:g}")

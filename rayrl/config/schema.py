@@ -201,7 +201,7 @@ class TrainConfig:
 
     steps: int = 100
     groups: int = 16  # tasks a step; one stratum of the task source each
-    group_size: int = 16  # episodes a task
+    group_size: int = 16  # episodes per task
     # weights versions a token may be older than the learner's when it is trained on; 1 and more:
     # episodes are played while the learner works
     max_lag: int = 0
@@ -224,15 +224,17 @@ class AlarmsConfig:
     """What a training run watches in itself; `alarms.py` says what each one usually means."""
 
     mismatch: AlarmConfig = AlarmConfig(0.1)  # above: mean |logprob difference|, engine to learner
-    entropy_floor: AlarmConfig = AlarmConfig(0.01, 3)  # below: nats a token
+    entropy_floor: AlarmConfig = AlarmConfig(0.01, 3)  # below: nats per token
     entropy_share: AlarmConfig = AlarmConfig(0.1, 3)  # below: of the mean of the first 5 steps
     # above: distance of the mean reward, up or down, from that of the last `reward_window` steps,
     # in standard deviations of theirs
     reward_jump: AlarmConfig = AlarmConfig(5.0)
     reward_window: int = 20  # steps; at least half of them must be there to compare with
-    kl: AlarmConfig = AlarmConfig(0.5, 3)  # above: nats a token from the reference (algo.kl_coef)
-    step_kl: AlarmConfig = AlarmConfig(0.1)  # above: nats a token that the updates of a step moved
-    dead_groups: AlarmConfig = AlarmConfig(0.9, 3)  # above: share of groups without any advantage
+    kl: AlarmConfig = AlarmConfig(0.5, 3)  # above: nats per token from the reference (algo.kl_coef)
+    # above: nats per token that the updates of a step moved
+    step_kl: AlarmConfig = AlarmConfig(0.1)
+    # above: share of groups without any advantage
+    zero_variance_groups: AlarmConfig = AlarmConfig(0.9, 3)
     # above: share of the step that the learner waited for episodes
     starvation: AlarmConfig = AlarmConfig(0.95, 5)
     # above: share of the step that replicas had nothing to do; only where train.max_lag > 0

@@ -123,7 +123,7 @@ _SHARES = (
     "algo.clip_low",
     "learner.min_lr_ratio",
     "alarms.entropy_share.threshold",
-    "alarms.dead_groups.threshold",
+    "alarms.zero_variance_groups.threshold",
     "alarms.starvation.threshold",
     "alarms.idle_replicas.threshold",
 )

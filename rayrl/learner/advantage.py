@@ -104,7 +104,7 @@ def advantages(
         groups: complete groups (every episode has a reward for every trainable seat).
 
     Returns:
-        For each group, by (episode index, seat), one number a turn of that seat.
+        For each group, by (episode index, seat), one number per turn of that seat.
 
     Raises:
         ConfigError: an unknown method or normalizer.

@@ -99,7 +99,7 @@ def make_batch(
     Args:
         groups: complete groups.
         advantages: from `learner.advantage.advantages`: for each group, by (episode index, seat),
-            one number a turn of that seat.
+            one number per turn of that seat.
         keep_zero: compute rows whose advantages are all zero too; needed when another term of the
             loss (KL to a reference) acts on them.
 
@@ -107,14 +107,14 @@ def make_batch(
         ValueError: a group has a failed episode, or a turn does not continue its conversation.
     """
     rows: list[Trajectory] = []
-    dead_groups = 0
+    zero_variance_groups = 0
     for g, (group, by_seat) in enumerate(zip(groups, advantages, strict=True)):
         if not group.complete:
             failed = next(e for e in group.episodes if e.failure is not None)
             raise ValueError(
                 f"group {group.id!r}: episode {failed.id!r} has no reward; repair or drop the group"
             )
-        dead_groups += not any(any(values) for values in by_seat.values())
+        zero_variance_groups += not any(any(values) for values in by_seat.values())
         for episode in group.episodes:
             for seat in group.trainable:
                 turns = episode.turns_of(seat)
@@ -124,7 +124,7 @@ def make_batch(
     kept = tuple(row for row in rows if keep_zero or bool(row.advantages.any()))
     stats = {
         "groups": float(len(groups)),
-        "dead_groups": float(dead_groups),
+        "zero_variance_groups": float(zero_variance_groups),
         "rows": float(len(rows)),
         "dropped_rows": float(len(rows) - len(kept)),
         "row_tokens": float(sum(len(row.ids) for row in rows)),

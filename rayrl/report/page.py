@@ -96,19 +96,19 @@ KNOWN = (
     Known("reward", "Reward", "mean over the batch", size="wide"),
     Known("score/*", "{}", "score, mean over the batch", unit=True),
     Known("loss", "Loss", "what the optimizer minimises"),
-    Known("entropy", "Entropy", "of the policy, nats a token"),
+    Known("entropy", "Entropy", "of the policy, nats per token"),
     Known("reward_std", "Spread of rewards", "standard deviation over the batch"),
     Known("mismatch/mean", "Mismatch", "mean |log p(learner) − log p(engine)| of sampled tokens"),
     Known("grad_norm", "Gradient norm", "before clipping"),
     Known(
-        "groups/dead_share",
+        "groups/zero_variance_share",
         "Groups without spread",
         "share of groups; they teach nothing",
         unit=True,
     ),
     Known("turns", "Turns", "an episode"),
     Known("clip_fraction", "Clipped", "share of tokens"),
-    Known("reply_tokens", "Reply length", "tokens a turn"),
+    Known("reply_tokens", "Reply length", "tokens per turn"),
 )
 
 
@@ -176,8 +176,8 @@ def _table(results: Sequence[Result], apart: frozenset[str]) -> dict[str, Any]:
     sizes = [cell.episodes for result in results for cell in result.cells.values()]
     size = f"{min(sizes)}" if sizes and min(sizes) == max(sizes) else "the given number of"
     note = (
-        f"{size} episodes a cell. The small figures are 95% intervals: Wilson's for shares, normal "
-        "for means. Counts of exhaustive checks are exact."
+        f"{size} episodes per cell. The small figures are 95% intervals: Wilson's for shares, "
+        "Student's t for means. Counts of exhaustive checks are exact."
     )
     note = " ".join([note, *losses(results), *spending(results)])
     names = [column.name for column in shown]

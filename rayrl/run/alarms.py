@@ -152,9 +152,9 @@ def rules(cfg: AlarmsConfig, *, kl_coef: float = 0.0, max_lag: int = 0) -> list[
             "algo.epochs or algo.minibatches.",
         ),
         Rule(
-            "dead_groups",
-            cfg.dead_groups,
-            latest("groups/dead_share"),
+            "zero_variance_groups",
+            cfg.zero_variance_groups,
+            latest("groups/zero_variance_share"),
             "the share of groups without any advantage",
             "All siblings get the same reward, so there is nothing to learn from. Where it is low, "
             "the tasks are too hard; where it is high, too easy. Change env.args, or raise "

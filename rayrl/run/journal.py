@@ -135,7 +135,7 @@ class Play:
 
     Args:
         journals: all that is to be played, so that progress and budget are of the whole.
-        bar: told episodes a minute, tokens and errors.
+        bar: told episodes per minute, tokens and errors.
         max_tokens: nothing new is begun once so many are spent; 0 is no limit.
     """
 

@@ -75,6 +75,7 @@ def step_metrics(
     ]
     own = {_RENAMED.get(name, name): value for name, value in learned.items()}
     groups = batch.stats["groups"]
+    zero_variance = batch.stats["zero_variance_groups"]
     figures = {
         "reward": statistics.fmean(rewards),
         "reward_std": statistics.pstdev(rewards),
@@ -83,7 +84,7 @@ def step_metrics(
         **({"reply_tokens": statistics.fmean(lengths)} if lengths else {}),
         "episodes": float(len(episodes)),
         "tokens": batch.stats["loss_tokens"],
-        **({"groups/dead_share": batch.stats["dead_groups"] / groups} if groups else {}),
+        **({"groups/zero_variance_share": zero_variance / groups} if groups else {}),
         "groups/dropped": float(len(played.dropped)),
         "failures/env": float(played.env_failures),
         "failures/infra": float(played.infra_failures),

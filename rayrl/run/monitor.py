@@ -3,7 +3,7 @@
 `look` after each step, `go_on` before each:
 
     RUN/alarms.jsonl     one line an alarm that was raised
-    RUN/timeline.jsonl   one line a step, see `timeline.py`
+    RUN/timeline.jsonl   one line per step, see `timeline.py`
     RUN/PAUSED           there while the run is paused; who removes it lets the run go on
 """
 

@@ -59,7 +59,7 @@ def test_zero_rows_cost_nothing_but_count():
     batch = make_batch([group, group], [values, dict.fromkeys(values, (0.0, 0.0))])
     assert [row.id for row in batch.rows] == ["g/1/agent"]
     assert (batch.totals.tokens, batch.totals.rows) == (2 * (3 + 4 + 3), 6)
-    assert batch.stats["dead_groups"] == 1
+    assert batch.stats["zero_variance_groups"] == 1
     assert batch.stats["dropped_rows"] == 5
     kept = make_batch([group], [values], keep_zero=True)
     assert len(kept.rows) == 3

@@ -104,7 +104,7 @@ def test_the_page_shows_everything(folder: Path) -> None:
         "1 min 2 s",
         "3.0 GiB",
         "torch 2.13",
-        "5 s a step × 4 steps",
+        "5 s per step × 4 steps",
         "collect 60% 3 s",
         "other 20% 1 s",
         "learner.lr",

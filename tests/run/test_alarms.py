@@ -33,7 +33,7 @@ def rewards(*values: float, std: float = 0.0) -> list[dict[str, float | None]]:
         ("entropy_floor", {"entropy": 0.009}, 0.009, True),
         ("kl", {"kl": 0.6, "approx_kl": 0.0}, 0.6, True),
         ("step_kl", {"kl": 0.6, "approx_kl": 0.0}, 0.0, False),
-        ("dead_groups", {"groups/dead_share": 0.95}, 0.95, True),
+        ("zero_variance_groups", {"groups/zero_variance_share": 0.95}, 0.95, True),
         ("starvation", {"time/collect": 9.0, "time/total": 10.0}, 0.9, False),
         ("starvation", {"time/collect": 9.6, "time/total": 10.0}, 0.96, True),
         ("idle_replicas", {"time/idle": 6.0, "time/total": 10.0}, 0.6, True),
@@ -142,16 +142,16 @@ def test_off_is_not_there() -> None:
 
 
 def test_what_is_said() -> None:
-    alarm = Alarm(rule("dead_groups"), 6, 1.0)
+    alarm = Alarm(rule("zero_variance_groups"), 6, 1.0)
     said = str(alarm)
     assert said.startswith(
-        "alarm dead_groups: the share of groups without any advantage is 1, above "
-        "alarms.dead_groups.threshold=0.9 for 3 steps. All siblings get the same reward"
+        "alarm zero_variance_groups: the share of groups without any advantage is 1, above "
+        "alarms.zero_variance_groups.threshold=0.9 for 3 steps. All siblings get the same reward"
     )
     assert "below alarms.entropy_floor.threshold=0.01" in str(Alarm(rule("entropy_floor"), 6, 0.0))
     assert alarm.to_json() == {
         "step": 6,
-        "alarm": "dead_groups",
+        "alarm": "zero_variance_groups",
         "value": 1.0,
         "threshold": 0.9,
         "patience": 3,
@@ -180,7 +180,7 @@ def test_settings_that_cannot_be(settings: Mapping[str, Any], said: str) -> None
 def test_one_setting_leaves_the_others() -> None:
     found = config({"mismatch": {"action": "stop"}}).alarms
     assert found.mismatch == AlarmConfig(0.1, 1, "stop")
-    assert found.dead_groups == CFG.dead_groups
+    assert found.zero_variance_groups == CFG.zero_variance_groups
 
 
 def config(alarms: Mapping[str, Any]) -> Config:

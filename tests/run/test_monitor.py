@@ -20,8 +20,8 @@ from rayrl.run.metrics import Clock
 from rayrl.run.monitor import ALARMS, PAUSED, Monitor
 from rayrl.types import Episode, Group, Task
 
-FINE = {"mismatch/mean": 0.0, "entropy": 1.0, "reward": 0.5, "groups/dead_share": 0.0}
-DEAD = {**FINE, "groups/dead_share": 1.0}
+FINE = {"mismatch/mean": 0.0, "entropy": 1.0, "reward": 0.5, "groups/zero_variance_share": 0.0}
+DEAD = {**FINE, "groups/zero_variance_share": 1.0}
 
 
 def config(folder: Path, **alarms: Mapping[str, Any]) -> Config:
@@ -63,18 +63,18 @@ def lines(file: Path) -> list[Any]:
 
 
 async def test_it_is_said_once_until_it_was_within_bounds(tmp_path: Path) -> None:
-    cfg = config(tmp_path)  # dead_groups: three steps in a row
+    cfg = config(tmp_path)  # zero_variance_groups: three steps in a row
     with RunDir(tmp_path, cfg) as folder:
         run = Run(folder, cfg)
-        dead = ["dead_groups"]
+        dead = ["zero_variance_groups"]
         assert run.did(DEAD, DEAD, FINE, DEAD, DEAD, DEAD, DEAD) == [[], [], [], [], [], dead, []]
-        assert run.watch.alarms()["dead_groups"]
+        assert run.watch.alarms()["zero_variance_groups"]
         assert run.did(FINE, DEAD, DEAD, DEAD) == [[], [], [], dead]
         assert not run.watch.halting
         await run.watch.go_on()
         assert [row["step"] for row in lines(tmp_path / ALARMS)] == [5, 10]
         assert len(run.said) == 2
-        assert run.said[0].startswith("step 6: alarm dead_groups: the share of groups")
+        assert run.said[0].startswith("step 6: alarm zero_variance_groups: the share of groups")
     assert not run.watch.alarms()["mismatch"]
 
 
@@ -102,7 +102,7 @@ async def test_a_number_that_is_none_is_said_too(tmp_path: Path) -> None:
 
 async def test_stopped_and_resumed(tmp_path: Path) -> None:
     """It goes on where it stopped, and what it stopped for has to last again."""
-    cfg = config(tmp_path, dead_groups={"action": "stop", "patience": 2})
+    cfg = config(tmp_path, zero_variance_groups={"action": "stop", "patience": 2})
     with RunDir(tmp_path, cfg) as folder:
         run = Run(folder, cfg)
         run.did(FINE, DEAD)
@@ -113,8 +113,8 @@ async def test_stopped_and_resumed(tmp_path: Path) -> None:
             await run.watch.go_on()
     said = str(stopped.value)
     for part in (
-        "stopped after step 3 by alarms.dead_groups.action=stop",
-        "is 1, above alarms.dead_groups.threshold=0.9 for 2 steps",
+        "stopped after step 3 by alarms.zero_variance_groups.action=stop",
+        "is 1, above alarms.zero_variance_groups.threshold=0.9 for 2 steps",
         "raise train.group_size",
         "The same command goes on from there",
     ):
@@ -127,10 +127,10 @@ async def test_stopped_and_resumed(tmp_path: Path) -> None:
         await run.watch.go_on()
         assert run.did(DEAD) == [[]]
         await run.watch.go_on()
-        assert run.did(DEAD) == [["dead_groups"]]
+        assert run.did(DEAD) == [["zero_variance_groups"]]
         with pytest.raises(RunFailed):
             await run.watch.go_on()
-    bolder = config(tmp_path, dead_groups={"action": "log", "patience": 2})
+    bolder = config(tmp_path, zero_variance_groups={"action": "log", "patience": 2})
     with RunDir(tmp_path, bolder) as folder:  # alarms may change
         run = Run(folder, bolder)
         run.did(DEAD, DEAD, DEAD)
@@ -141,7 +141,7 @@ async def test_stopped_and_resumed(tmp_path: Path) -> None:
 async def test_a_pause_that_ends_at_once_is_said_to_have_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cfg = config(tmp_path, dead_groups={"action": "pause", "patience": 1})
+    cfg = config(tmp_path, zero_variance_groups={"action": "pause", "patience": 1})
     monkeypatch.setattr(
         "rayrl.run.monitor.write_atomic", lambda file, data: None
     )  # removed already
@@ -154,7 +154,7 @@ async def test_a_pause_that_ends_at_once_is_said_to_have_ended(
 
 async def test_what_came_before_is_remembered(tmp_path: Path) -> None:
     """Rewards and entropy of the steps before a stop are what later ones are compared with."""
-    cfg = config(tmp_path, entropy_share={"patience": 1}, dead_groups={"action": "stop"})
+    cfg = config(tmp_path, entropy_share={"patience": 1}, zero_variance_groups={"action": "stop"})
     with RunDir(tmp_path, cfg) as folder:
         run = Run(folder, cfg)
         run.did(*[{**FINE, "entropy": 2.0}] * 9, *[{**DEAD, "reward": 0.52}] * 3)
@@ -195,7 +195,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("quick")
 async def test_paused_until_the_file_is_gone(tmp_path: Path) -> None:
-    cfg = config(tmp_path, dead_groups={"action": "pause", "patience": 1})
+    cfg = config(tmp_path, zero_variance_groups={"action": "pause", "patience": 1})
     with RunDir(tmp_path, cfg) as folder:
         run = Run(folder, cfg)
         run.did(DEAD)
@@ -204,7 +204,7 @@ async def test_paused_until_the_file_is_gone(tmp_path: Path) -> None:
         while not file.exists():  # noqa: ASYNC110  # a file tells nobody
             await asyncio.sleep(0.01)
         assert not waiting.done()
-        assert "alarm dead_groups" in file.read_text()
+        assert "alarm zero_variance_groups" in file.read_text()
         assert file.read_text().endswith("Remove this file to go on.\n")
         assert run.said[-1] == f"paused; remove {file} to go on"
         assert folder.latest_checkpoint() is not None

@@ -1,4 +1,4 @@
-"""How an env worker talks to the replicas: many requests a call, answers as they come.
+"""How an env worker talks to the replicas: many requests per call, answers as they come.
 
 A Serve call costs 1 to 3 ms whatever it carries, so requests made at about the same time travel in
 one call, and the answers to all calls come back in lists as they finish (`streams.py`). No request
@@ -101,8 +101,8 @@ class BatchingClient:
     """A `Generator` over the replicas, for one event loop.
 
     Requests of one conversation take the same lane as long as that is not much slower than others
-    (see `ReplicaSelector`). A request that a dead replica did not answer is sent again; its seed makes
-    the answer the same. One that nobody waits for any more is cancelled at its replica.
+    (see `ReplicaSelector`). A request that a dead replica did not answer is sent again; its seed
+    makes the answer the same. One that nobody waits for any more is cancelled at its replica.
 
     Attributes:
         min_version: put on every request that asks for less.

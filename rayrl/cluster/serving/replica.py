@@ -30,7 +30,7 @@ from rayrl.weights.broadcast import Plan, Rendezvous
 
 __all__ = ["Replica", "deploy", "deployment_settings", "run_app", "undeploy"]
 
-MAX_ONGOING = 100_000  # calls a replica; admission is the engine's, which queues
+MAX_ONGOING = 100_000  # calls per replica; admission is the engine's, which queues
 HEALTH_PERIOD_S = 2.0
 POLL_S = 0.2
 REACH_S = 10.0  # for a version that was asked for and is not here

@@ -8,7 +8,8 @@ at once and says which it is. The carrier ends when nothing is left to answer.
 Both sides wait for company, `Pace` says how long: a small share of what an answer takes anyway.
 
 What workers send to one process, the driver or the recorder, waits the longer the more workers
-there are: `PAUSE_S` for each. So there are as many messages a second from many workers as from one.
+there are: `PAUSE_S` for each. So there are as many messages per second from many workers as from
+one.
 """
 
 from __future__ import annotations

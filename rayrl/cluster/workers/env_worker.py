@@ -46,7 +46,7 @@ __all__ = [
 POLICY = "policy"
 WATCH = "watch"  # concurrency group of what answers while the event loop is blocked
 FRAMES = 5  # of a stack that are shown
-ISOLATED_SLOTS = 16  # child processes a worker, where env.isolated asks for them
+ISOLATED_SLOTS = 16  # child processes per worker, where env.isolated asks for them
 
 
 @dataclass(frozen=True)

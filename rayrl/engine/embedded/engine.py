@@ -8,7 +8,7 @@ and weights give the same ids and logprobs, bit for bit, whatever else is in fli
 and values were kept, copied or computed again (`attention.py` says how).
 
 **Why not transformers' own continuous batching.** Measured on this project's machine (5.19, one
-thread) it samples fewer tokens a second from 16 or 64 conversations than `generate` does, has no
+thread) it samples fewer tokens per second from 16 or 64 conversations than `generate` does, has no
 KV kept across the turns of a conversation, and no promise that a batch does not change a result.
 
 **The floor.** A decode step of n rows at context L reads layers * 2 * n * kv_heads * D * L * 4

@@ -56,7 +56,7 @@ def environment(config: EngineConfig) -> dict[str, str]:
     """What vLLM reads from the environment, and must find there before it is imported."""
     return {
         "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "ERROR",  # it warns of what it cannot use, several lines a push
+        "VLLM_LOGGING_LEVEL": "ERROR",  # it warns of what it cannot use, several lines per push
         "TORCH_CPP_LOG_LEVEL": "ERROR",  # a line on NUMA at every start
         "PYTHONWARNINGS": "ignore::FutureWarning",  # of torch, in vLLM's own processes
         "VLLM_CPU_KVCACHE_SPACE": str(max(1, round(config.kv_cache_gb))),

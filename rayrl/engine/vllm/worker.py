@@ -35,7 +35,7 @@ BACKEND = "rayrl"
 
 @dataclass
 class Init(WeightTransferInitInfo):  # type: ignore[misc]  # vLLM is not type-checked
-    """A channel to a learner: `broadcast.Rendezvous`, and the first rank of this engine's workers."""
+    """A `broadcast.Rendezvous` with a learner, and the first rank of this engine's workers."""
 
     meeting: list[Any]
     first: int
