@@ -174,7 +174,7 @@ async def test_a_host_without_a_place_harms_nothing_and_is_said_once(
     (said,) = caplog.messages
     for part in (
         "cluster.env_workers_max=3",
-        "goes on with 1",
+        "go on with 1",
         f"env_worker_cpus={cpus:g}",
         "0 free",
     ):
