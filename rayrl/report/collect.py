@@ -162,10 +162,10 @@ def _facts(config: Config, phases: Sequence[Phase], record: dict[str, Any]) -> d
     if alarms := sum(len(phase.alarms) for phase in phases):
         facts["alarms"] = str(alarms)
     if trained:
-        facts["episodes of practice"] = f"{sum(row.get('episodes', 0) for row in trained):,.0f}"
-        facts["tokens written"] = compact(sum(row.get("tokens", 0) for row in trained))
+        facts["training episodes"] = f"{sum(row.get('episodes', 0) for row in trained):,.0f}"
+        facts["tokens generated"] = compact(sum(row.get("tokens", 0) for row in trained))
         if times := [row["time/total"] for row in trained if "time/total" in row]:
-            facts["a step of practice"] = duration(statistics.fmean(times))
+            facts["per training step"] = duration(statistics.fmean(times))
     if record.get("peak_memory"):
         facts["peak memory"] = f"{record['peak_memory'] / 2**30:.1f} GiB"
     facts["seed"] = str(config.run.seed)

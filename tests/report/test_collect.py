@@ -162,14 +162,14 @@ def test_curves_are_in_the_data_by_phase(folder: Path) -> None:
 
 def test_the_timeline_of_the_last_steps(folder: Path) -> None:
     """Its data is in an attribute, where a hostile name stays text."""
-    assert "Who waited for whom" not in Page(collect.write(folder).read_text()).text
+    assert "Timeline" not in Page(collect.write(folder).read_text()).text
     lines = [timeline_row(k, [("update", 100.0 + k, 100.5 + k)], []) for k in range(60)]
     lines[59]["stages"].append([f'"><u>{EVIL}', 160.0, 161.0])
     with (folder / "rl1" / "timeline.jsonl").open("w") as file:
         file.writelines(json.dumps(line) + "\n" for line in lines)
         file.write('{"step": 60, "sta')  # being written
     page = Page(collect.write(folder).read_text())
-    assert "Who waited for whom" in page.text
+    assert "Timeline" in page.text
     (data,) = [a["data-steps"] for _, a in page.tags if "data-steps" in a]
     assert data is not None
     steps = json.loads(data)
