@@ -72,6 +72,7 @@ class Arguments:
     settings: tuple[str, ...]
     words: tuple[str, ...]  # what is neither a setting nor an option: a run folder, a name
     config_dir: Path | None
+    every: bool = False  # of a plan: settings that are left at their defaults as well
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,7 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(error, 2)
     with _sigterm_interrupts() as terminated:
         try:
-            importlib.import_module(VERBS[arguments.verb][0]).run(config)
+            run = importlib.import_module(VERBS[arguments.verb][0]).run
+            run(config, every=True) if arguments.every else run(config)
         except KeyboardInterrupt:
             print(_stopped(arguments.verb, config, words, terminated), file=sys.stderr)
             return 143 if terminated else 130
@@ -197,6 +199,7 @@ def parse(words: Sequence[str]) -> Arguments:
     settings: list[str] = []
     others: list[str] = []
     config_dir: Path | None = None
+    every = False
     while rest:
         word = rest.pop(0)
         if word == "--config-dir" or word.startswith("--config-dir="):
@@ -205,6 +208,8 @@ def parse(words: Sequence[str]) -> Arguments:
             config_dir = Path(value).resolve()
             if not value or not config_dir.is_dir():
                 raise ConfigError(f"--config-dir {value}: there is no such folder.")
+        elif word == "--all" and verb == "plan":
+            every = True
         elif word.startswith("-"):
             raise ConfigError(f"{word}: there is no such option.{_meant(word)} See rayrl --help.")
         elif "=" in word:
@@ -216,7 +221,7 @@ def parse(words: Sequence[str]) -> Arguments:
         raise ConfigError(
             f"{others[allowed]}: not understood. A setting is written key=value, as train.steps=50."
         )
-    return Arguments(verb, tuple(settings), tuple(others), config_dir)
+    return Arguments(verb, tuple(settings), tuple(others), config_dir, every)
 
 
 def _meant(option: str) -> str:

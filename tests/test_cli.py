@@ -460,9 +460,18 @@ def test_every_verb_has_its_program() -> None:
 def test_plan_prints_what_would_run(capsys: pytest.CaptureFixture[str]) -> None:
     main(["plan", "experiment=copyword", "train.group_size=4"])
     out = capsys.readouterr().out
-    assert "* group_size: 4   (default 16)" in out
+    assert "group_size: 4   (default 16)" in out
+    assert "max_lag" not in out, "nobody has set it"
     assert "8 groups × 4 episodes = 32 episodes" in out
     assert "3. rl (train)\n       train.steps: 4" in out
+
+
+def test_plan_prints_every_setting_where_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["plan", "--all", "train.group_size=4"])
+    out = capsys.readouterr().out
+    assert "  * group_size: 4   (default 16)" in out
+    assert "    max_lag: 0\n" in out
+    assert "there is no such option" in error_of(capsys, "train", "--all")
 
 
 def test_plan_names_what_will_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
@@ -500,12 +509,12 @@ def test_plan_says_how_weights_travel_and_what_that_needs(
         lines = capsys.readouterr().out.splitlines()
         return "\n".join(line for line in lines if "weights " in line or "object_store_gb=" in line)
 
-    assert weights() == "  weights   by object_store"
+    assert weights() == "  weights     by object_store"
     monkeypatch.setenv("RAY_ADDRESS", "elsewhere:6379")
     many = weights("cluster=multi_node", "engine=vllm", "learner=zero3", "learner.world_size=4")
-    assert many == "  weights   by nccl, in buckets of 512 MiB"
+    assert many == "  weights     by nccl, in buckets of 512 MiB"
     turns = weights("cluster=gpu_colocated", "engine=vllm")
-    assert turns == "  weights   by object_store; replicas sleep while learners work"
+    assert turns == "  weights     by object_store; replicas sleep while learners work"
     monkeypatch.setenv("RAY_ADDRESS", "local")
     # 900,224 parameters in fp32 and a header are 0.0034 GiB: twice that does not fit into 0.005
     said = weights("cluster.object_store_gb=0.005")
@@ -639,5 +648,5 @@ def test_what_is_short_and_wrong(
 def test_plan_shows_what_short_settings_come_to(capsys: pytest.CaptureFixture[str]) -> None:
     main(["plan", "env=copyword", SERVER, "model=m", "endpoint.api_key_env=''"])
     out = capsys.readouterr().out
-    assert '* url: "http://127.0.0.1:8000/v1"   (default "")' in out
-    assert '* player: "endpoint"   (default "model")' in out
+    assert 'url: "http://127.0.0.1:8000/v1"   (default "")' in out
+    assert 'player: "endpoint"   (default "model")' in out

@@ -125,10 +125,10 @@ PAGES: Mapping[str, Page] = {
         ),
     ),
     "plan": Page(
-        "Print every setting, what it comes to on this machine, and what will not fit. Starts "
-        "nothing.",
+        "Print the settings that differ from the defaults (with --all every setting), what follows "
+        "from them on this machine, and what will not fit. Starts nothing.",
         (),
-        ("experiment=tictactoe", "env.name=addition.py train.steps=50"),
+        ("experiment=tictactoe", "env.name=addition.py train.steps=50", "--all"),
     ),
     "env": Page(
         "Check an environment with scripted players: is it deterministic, scored, ready to train "

@@ -28,14 +28,17 @@ __all__ = ["describe", "run"]
 TOO_FAST = 10  # times the usual learning rate
 
 
-def run(config: Config) -> None:
+def run(config: Config, *, every: bool = False) -> None:
     """Print the plan.
+
+    Args:
+        every: also settings that are left at their defaults.
 
     Raises:
         RunFailed: something will not fit; it is named in the plan.
     """
     machine = this_machine()
-    print(visible(describe(config, machine)))
+    print(visible(describe(config, machine, every=every)))
     found = all_problems(config, machine, _verb(config))
     if found:
         print("\nWill not fit")
@@ -44,9 +47,13 @@ def run(config: Config) -> None:
     print("\nEverything fits.")
 
 
-def describe(config: Config, machine: Machine) -> str:
-    """The plan as text: settings, resources, the batch, the stages."""
-    parts = [_settings(config), *_resources(config, machine)]
+def describe(config: Config, machine: Machine, *, every: bool = False) -> str:
+    """The plan as text: settings, resources, the batch, the stages.
+
+    Args:
+        every: also settings that are left at their defaults.
+    """
+    parts = [*_settings(config, every), *_resources(config, machine)]
     if config.recipe:
         parts.append(_recipe(config))
     parts += _templates(config)
@@ -72,22 +79,26 @@ def _value(config: Config, key: str) -> Any:
     return node
 
 
-def _settings(config: Config) -> str:
+def _settings(config: Config, every: bool) -> Iterator[str]:
     changed = differences(config)
-    lines = ["Settings (* differs from the default, which stands behind it)"]
+    lines = [
+        "Settings (* differs from the default)"
+        if every
+        else "Settings that differ from the defaults (--all: every setting)"
+    ]
     section = ""
     for key, _ in leaves():
-        if key == "recipe":
+        if key == "recipe" or not (every or key in changed):
             continue
         head, name = key.split(".", 1)
         if head != section:
             lines.append(f"  {head}")
             section = head
-        mark, was = " ", ""
-        if key in changed:
-            mark, was = "*", f"   (default {_short(changed[key][0])})"
+        was = f"   (default {_short(changed[key][0])})" if key in changed else ""
+        mark = "*" if every and was else " "
         lines.append(f"  {mark} {name}: {_short(_value(config, key))}{was}")
-    return "\n".join(lines)
+    if len(lines) > 1:
+        yield "\n".join(lines)
 
 
 def _short(value: object) -> str:
@@ -113,26 +124,26 @@ def _processes(config: Config, verb: str) -> str:
     if verb != "sft":
         rows += [
             (
-                f"  env workers {_hosts(cluster)} × {cluster.env_worker_cpus:g} cpu, "
+                f"  env workers {_workers(cluster)} × {cluster.env_worker_cpus:g} cpu, "
                 f"{cluster.concurrency} live episodes each"
             ),
             (
-                f"  replicas  {cluster.replicas} × {cluster.replica_cpus:g} cpu, "
+                f"  replicas    {cluster.replicas} × {cluster.replica_cpus:g} cpu, "
                 f"{cluster.replica_gpus:g} gpu, {config.engine.kind}, {config.engine.threads} "
                 f"threads, {config.engine.kv_cache_gb:g} GiB of cache"
             ),
         ]
     if verb in LEARNING:
         rows.append(
-            f"  learners  {learner.world_size} × {cluster.learner_cpus:g} cpu, "
+            f"  learners    {learner.world_size} × {cluster.learner_cpus:g} cpu, "
             f"{cluster.learner_gpus:g} gpu, {learner.kind} ZeRO {learner.zero_stage}, "
             f"{learner.threads} threads"
         )
-        rows.append(f"  learning  {_rate(config)}")
+        rows.append(f"  learning    {_rate(config)}")
     if verb == "train":
-        rows.append(f"  weights   {_way(config)}")
+        rows.append(f"  weights     {_way(config)}")
     cpus, gpus = reserved(config, verb)
-    return "\n".join([*rows, f"  reserved  {cpus:g} cpus, {gpus:g} gpus"])
+    return "\n".join([*rows, f"  reserved    {cpus:g} cpus, {gpus:g} gpus"])
 
 
 def _rate(config: Config) -> str:
@@ -166,7 +177,7 @@ def _too_fast(config: Config) -> Iterator[str]:
                 )
 
 
-def _hosts(cluster: ClusterConfig) -> str:
+def _workers(cluster: ClusterConfig) -> str:
     least, most = cluster.env_workers, cluster.most_env_workers
     return f"{least}" if most == least else f"{least} (to {most} while groups wait)"
 

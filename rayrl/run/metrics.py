@@ -95,7 +95,7 @@ def step_metrics(
         **_lag(step, episodes),
         "queue/waiting": float(played.waiting),
         "queue/live": float(played.live),
-        **_hosts(played.load),
+        **_workers(played.load),
         **_stopped(played.stopped, episodes),
         **({} if played.idle_s is None else {"time/idle": played.idle_s}),
         **clock.metrics(),
@@ -118,7 +118,7 @@ def _lag(step: int, episodes: Sequence[Episode]) -> dict[str, float]:
     return {"lag/mean": total / tokens, "lag/max": float(step - oldest)} if tokens else {}
 
 
-def _hosts(load: Load | None) -> dict[str, float]:
+def _workers(load: Load | None) -> dict[str, float]:
     """How many workers there are, and what waits for room on one."""
     if load is None:
         return {}

@@ -87,7 +87,7 @@ def test_the_plan_shows_the_rate(tmp_path: Path) -> None:
     assert "at 1e-05 (learner.lr=null: for a pretrained model)" in planned(large)
     adapted = planned(large, "lora.rank=8")
     assert "at 0.0001 (learner.lr=null: for a pretrained model, with adapters)" in adapted
-    assert "learning  at 0.002\n" in planned(large, "learner.lr=0.002")
+    assert "learning    at 0.002\n" in planned(large, "learner.lr=0.002")
 
 
 @pytest.mark.parametrize(
