@@ -208,7 +208,9 @@ def parse(words: Sequence[str]) -> Arguments:
             config_dir = Path(value).resolve()
             if not value or not config_dir.is_dir():
                 raise ConfigError(f"--config-dir {value}: there is no such folder.")
-        elif word == "--all" and verb == "plan":
+        elif word == "--all":
+            if verb != "plan":
+                raise ConfigError(f"--all: {verb} has no such option, only `rayrl plan --all` has.")
             every = True
         elif word.startswith("-"):
             raise ConfigError(f"{word}: there is no such option.{_meant(word)} See rayrl --help.")
@@ -229,7 +231,7 @@ def _meant(option: str) -> str:
     from rayrl.config.load import unknown_key
 
     name = option.partition("=")[0]
-    known = ["--config-dir", "--help", "--version", "--completion"]
+    known = ["--all", "--config-dir", "--help", "--version", "--completion"]
     if near := get_close_matches(name, known, n=1, cutoff=0.7):
         return f" Did you mean {near[0]!r}?"
     key = name.lstrip("-").replace("-", "_")

@@ -471,7 +471,7 @@ def test_plan_prints_every_setting_where_asked(capsys: pytest.CaptureFixture[str
     out = capsys.readouterr().out
     assert "  * group_size: 4   (default 16)" in out
     assert "    max_lag: 0\n" in out
-    assert "there is no such option" in error_of(capsys, "train", "--all")
+    assert "only `rayrl plan --all` has" in error_of(capsys, "train", "--all")
 
 
 def test_plan_names_what_will_not_fit(capsys: pytest.CaptureFixture[str]) -> None:

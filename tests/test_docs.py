@@ -146,6 +146,13 @@ def test_blocks_are_of_a_known_kind_and_parse(file: str) -> None:
             subprocess.run(["bash", "-n"], input=text, text=True, check=True, timeout=600)
 
 
+@pytest.mark.parametrize("file", [*DOCS, "README.md", "CONTRIBUTING.md"])
+def test_files_of_this_project_that_are_named_exist(file: str) -> None:
+    folders = "rayrl|tests|benchmarks|conf|docs|envs"
+    named = re.findall(rf"`((?:{folders})/[\w/]+\.\w+)`", (ROOT / file).read_text("utf-8"))
+    assert [one for one in named if not (ROOT / one).is_file()] == []
+
+
 @pytest.mark.parametrize("file", DOCS)
 def test_lines_links_and_settings(file: str) -> None:
     text = (ROOT / file).read_text("utf-8")

@@ -5,7 +5,7 @@
     NAME-VERSION.dist-info/     by which they are found by name
     env_files/                  environments that are single files, by a number for their path
     config-dir/                 the folder of --config-dir
-    start.py                    what a submitted job runs (`jobstart.py`)
+    start.py                    what a submitted job runs (`job_start.py`)
     rayrl-code.json             who sent it, and where the files came from
 
 Ray puts its copy of the folder first on the path of every process, before what is installed there.

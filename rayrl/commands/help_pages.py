@@ -29,7 +29,7 @@ settings:
   endpoint=http://HOST/v1 model=NAME          eval, synth, play: a model behind a server
   recipe.rl1.train.steps=50                   change it for one stage of a recipe
   --config-dir DIR                            look for such files in DIR as well
-  rayrl plan [key=value ...]                  shows every setting and what it comes to
+  rayrl plan [key=value ...]                  shows what they lead to; --all: every setting
 
 options:
   --version                                   say which rayrl, Python and Ray this is
@@ -169,7 +169,7 @@ def verb_page(verb: str) -> str:
             if key.startswith(f"{section}.")
         ]
         parts.append(f"{section}:\n" + "\n".join(lines))
-    parts.append("rayrl plan shows all settings; rayrl --help how they are written.")
+    parts.append("rayrl plan --all shows all settings; rayrl --help how they are written.")
     return "\n\n".join(parts)
 
 
@@ -231,6 +231,6 @@ def completion(shell: str, verbs: Sequence[str]) -> str:
     groups = sorted(path.name for path in folder.iterdir() if path.is_dir())
     chosen = [f"{group}={name}" for group in groups for name in options(group, [folder])]
     settings = [f"{key}=" for key, _ in leaves() if key != "recipe"]
-    found = [*chosen, *settings, "--help", "--config-dir"]
+    found = [*chosen, *settings, "--all", "--help", "--config-dir"]
     first = [*verbs, "--help", "--version"]
     return SHELLS[shell].format(verbs=" ".join(first), words=" ".join(found))

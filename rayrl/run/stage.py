@@ -130,7 +130,7 @@ def template_notes(models: Iterable[str]) -> list[str]:
     return [
         f"chat template of {model}: {one}."
         for model in dict.fromkeys(models)
-        if model != EMBEDDED  # it does nothing of its own, and hosts load it soon enough
+        if model != EMBEDDED  # it does nothing of its own, and workers load it soon enough
         for one in describe_template(Chat.load(model))
     ]
 

@@ -14,7 +14,7 @@ What is in flight when new weights come (`engine.on_update`):
 
 Keys and values of the old weights are dropped in each case.
 
-With `lora`, what is loaded is an adapter (`vllm_adapters.py`) and vLLM does not stop for it: "wait"
+With `lora`, what is loaded is an adapter (`adapters.py`) and vLLM does not stop for it: "wait"
 lets each request end on the adapter it began with, beside new ones; "abort" is as above.
 """
 
