@@ -286,7 +286,7 @@ class EvalConfig:
     """Playing without learning."""
 
     player: str = "model"  # model (model.path) | endpoint | a player of the environment
-    episodes: int = 400  # a cell
+    episodes: int = 400  # per cell
     temperature: float = 0.0
     cells: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> env.args of that cell
     exhaustive: bool = True  # run the environment's own exhaustive check, if it has one

@@ -135,7 +135,7 @@ def _read(file: Path, kind: type[Any]) -> Any:
 
 
 def _lead(results: Sequence[Result]) -> str:
-    """The last row in words, a figure a cell and every count of the checks."""
+    """The last row in words, a figure per cell and every count of the checks."""
     if not results:
         return ""
     last = results[-1]

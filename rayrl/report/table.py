@@ -229,7 +229,7 @@ def rich_table(results: Sequence[Result]) -> RenderableType:
         own = [column for column in shown if (column.group, column.is_check) == group]
         parts.append(_part(results, own))
     lines = [
-        "Beneath each figure: its 95% interval.",
+        "Below each figure: its 95% interval.",
         *repeats(results),
         *losses(results),
         *spending(results),
@@ -283,7 +283,9 @@ def notes(results: Sequence[Result]) -> list[str]:
         failed, refused = (sum(getattr(c, key) for c in cells) for key in ("failed", "refused"))
         lost = f"; {failed} failed and are not counted" if failed else ""
         lost += f" ({refused} refused by the server)" if refused else ""
-        lines.append(f"- {group}: {settings or 'default settings'}; {sizes} episodes a row{lost}.")
+        lines.append(
+            f"- {group}: {settings or 'default settings'}; {sizes} episodes per row{lost}."
+        )
     lines += [f"- {line}" for line in (*repeats(results), *spending(results))]
     lines.append("- In brackets: 95% intervals (Wilson's for shares, Student's t for means).")
     return lines
@@ -316,7 +318,7 @@ def losses(results: Sequence[Result]) -> list[str]:
 
 
 def spending(results: Sequence[Result]) -> list[str]:
-    """What each row cost at a server, a sentence a cell and one for all of them."""
+    """What each row cost at a server, a sentence per cell and one for all of them."""
     lines = []
     for result in results:
         costs = [(name, cell.usage) for name, cell in result.cells.items() if cell.usage]

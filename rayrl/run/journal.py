@@ -179,7 +179,9 @@ class Play:
             self._errors += any(episode.failure is not None for episode in group.episodes)
             self._played += 1
             minutes = (time.monotonic() - self._began) / 60
-            figures: dict[str, float | int | str] = {"a minute": self._played / max(minutes, 1e-9)}
+            figures: dict[str, float | int | str] = {
+                "per minute": self._played / max(minutes, 1e-9)
+            }
             if journal.usage is not None:
                 figures["tokens"] = f"{self.spent:,}"
             if self._errors:

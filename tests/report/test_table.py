@@ -68,8 +68,8 @@ def test_markdown() -> None:
     assert lines[0].startswith("|  | random: w/l | random: bad | optimal: bad |")
     assert lines[2].startswith("| base | 60/40 (31.3–83.2 · 16.8–68.7) | – | – |")
     assert lines[3].startswith("| rl\\|1 | 100/0")
-    assert "- random: p=1; 8 to 10 episodes a row; 1 failed and are not counted." in lines
-    assert "- optimal: default settings; 8 episodes a row." in lines
+    assert "- random: p=1; 8 to 10 episodes per row; 1 failed and are not counted." in lines
+    assert "- optimal: default settings; 8 episodes per row." in lines
 
 
 def test_repeated_tasks_are_said() -> None:

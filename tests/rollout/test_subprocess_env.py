@@ -128,15 +128,14 @@ async def test_isolated_episodes_are_the_same(far: rayrl.Environment) -> None:
 
 async def test_isolated_code_that_blocks_is_killed(far: rayrl.Environment) -> None:
     async with SubprocessEnv(far, slots=1) as env:
-        first = await play_far(env, "", says(), deadline_s=60)
-        for act in ("block", "sleep"):
-            late = await play_far(env, act, says(), deadline_s=2)
+        after = first = await play_far(env, "", says(), deadline_s=60)
+        for act in ("block", "sleep"):  # in a process that runs already: starting one takes a while
+            late = await play_far(env, act, says(), deadline_s=5)
             assert late.failure is not None
             assert late.failure.kind == "env"
-            assert "did not end within 2 s" in late.failure.message
-            assert late.seconds < 4
+            assert "did not end within 5 s" in late.failure.message
             assert len(late.turns) == 3
-        after = await play_far(env, "", says(), deadline_s=60)
+            after = await play_far(env, "", says(), deadline_s=60)
         assert after.failure is None
         assert after.scores["agent"]["n"] == first.scores["agent"]["n"] == 9.0
         with pytest.raises(ProcessLookupError):
