@@ -130,18 +130,28 @@ async def test_the_rank_that_failed_is_named_and_not_the_first_to_complain(
         await _together([call(0, lost), call(99, 0)])
 
 
-def test_a_rank_that_hangs_tells_where() -> None:
-    store, told = WeightStore(), threading.Event()
+def test_a_rank_that_hangs_tells_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, stuck, told = WeightStore(), threading.Event(), threading.Event()
+
+    class Deadline(threading.Timer):
+        """Passes when the thread is stuck, however busy the machine."""
+
+        def run(self) -> None:
+            assert stuck.wait(600)
+            self.function(*self.args, **self.kwargs)
+
+    monkeypatch.setattr(threading, "Timer", Deadline)
 
     def hang(who: str, stack: str) -> None:
         store.hang(who, stack)
         told.set()
 
     def stuck_in_a_collective() -> None:
+        stuck.set()
         assert told.wait(600)
 
     handle = SimpleNamespace(hang=SimpleNamespace(remote=hang))
-    with _watched("learner rank 3", 0.01, handle):
+    with _watched("learner rank 3", 600, handle):
         stuck_in_a_collective()
     text = store.stacks()
     assert text.startswith("learner rank 3 is at\n")
