@@ -96,7 +96,7 @@ def run(folder: Path, stop: int = STEPS) -> None:
         start = found.step if found else 0
         log = stack.enter_context(contextlib.closing(GroupLog(folder / "groups")))
         if kept.went_back:
-            log.forget(start)
+            log.go_back(start)
         turns = stack.enter_context(contextlib.closing(Records(log.turns)))
         turns.read()
         weight = int((found.path / "weights").read_text()) if found else 1
@@ -117,7 +117,7 @@ def run(folder: Path, stop: int = STEPS) -> None:
                     (path / "weights").write_text(f"{weight}")
                     (path / "more").mkdir()
                     (path / "more" / "rank1").write_bytes(bytes(300))
-                log.keep(step + 1)
+                log.delete_others(step + 1)
         if stop == STEPS:
             with kept.whole("model") as path:
                 (path / "model.safetensors").write_text(f"{weight}")
