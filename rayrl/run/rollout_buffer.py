@@ -55,8 +55,8 @@ class ClosedBatch:
         stale: what had been played of those.
     """
 
-    taken: Mapping[int, Group]
-    failed: Mapping[int, Group]
+    taken: dict[int, Group]
+    failed: dict[int, Group]
     restarted: tuple[int, ...]
     stale: tuple[Group, ...]
 
@@ -83,7 +83,7 @@ class RolloutBuffer:
     def state_of(self, index: int) -> GroupState | None:
         """The state of a group; None before it began and after it left with a batch."""
         entry = self._entries.get(index)
-        return entry and entry.state
+        return entry.state if entry else None
 
     def count(self, state: GroupState) -> int:
         """How many groups are in that state."""
