@@ -96,7 +96,7 @@ def padded_step(
         mask = pad([row.loss_mask for row in part])[:, 1:]
         attention = pad([np.ones(len(row.ids), np.int64) for row in part])
         advantages = pad([row.advantages for row in part])[:, 1:]
-        old = pad([row.old_logprobs for row in part])[:, 1:]
+        old = pad([row.rollout_logprobs for row in part])[:, 1:]
         logits = model(input_ids=ids, attention_mask=attention, use_cache=False).logits[:, :-1]
         logprobs = -F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
         logprobs = logprobs.view(mask.shape)

@@ -159,9 +159,9 @@ class Learner(ABC):
         algo = self.cfg.algo
         rows = list(rows)
         if algo.epochs * algo.minibatches > 1 and self.objective.tis_max > 0:
-            rows = with_logprobs(rows, "proximal", self._each_row(rows))
+            rows = with_logprobs(rows, "proximal_logprobs", self._each_row(rows))
         if self.objective.kl_coef > 0:
-            rows = with_logprobs(rows, "reference", self._reference_logprobs(rows))
+            rows = with_logprobs(rows, "reference_logprobs", self._reference_logprobs(rows))
         return self._train(rows, totals, self.objective, algo.epochs, algo.minibatches)
 
     def sft_step(self, rows: Sequence[Trajectory], totals: Totals) -> dict[str, float]:

@@ -165,13 +165,13 @@ def row_logprobs(
 
 def with_logprobs(
     rows: Iterable[Trajectory],
-    field: Literal["proximal", "reference"],
+    field: Literal["proximal_logprobs", "reference_logprobs"],
     values: dict[int, NDArray[np.float32]],
 ) -> list[Trajectory]:
     """The rows with `field` filled in from `row_logprobs`."""
-    if field == "proximal":
-        return [replace(row, proximal=values[id(row)]) for row in rows]
-    return [replace(row, reference=values[id(row)]) for row in rows]
+    if field == "proximal_logprobs":
+        return [replace(row, proximal_logprobs=values[id(row)]) for row in rows]
+    return [replace(row, reference_logprobs=values[id(row)]) for row in rows]
 
 
 def filler() -> Trajectory:
@@ -280,15 +280,15 @@ def loss_of(
     bonus = objective.entropy_coef > 0
     logprobs, entropy = token_logprobs(model, packed, temperature, entropy_gradient=bonus)
     fields = {
-        name: _flat(rows, packed, name, device)
+        name: _flat(rows, packed, f"{name}_logprobs", device)
         for name in ("proximal", "reference")
-        if getattr(rows[0], name) is not None
+        if getattr(rows[0], f"{name}_logprobs") is not None
     }
     tokens = LossTokens(
         row=torch.from_numpy(packed.row).to(device),
         n_rows=len(rows),
         advantages=_flat(rows, packed, "advantages", device),
-        rollout=_flat(rows, packed, "old_logprobs", device),
+        rollout=_flat(rows, packed, "rollout_logprobs", device),
         entropy=entropy if bonus else None,
         **fields,
     )

@@ -127,7 +127,7 @@ def test_one_step_by_hand(model_dir):
     for row in rows:
         mask = torch.from_numpy(row.loss_mask)
         logprobs = plain_logprobs(plain, row.ids)[mask]
-        old = torch.from_numpy(row.old_logprobs)[mask]
+        old = torch.from_numpy(row.rollout_logprobs)[mask]
         gaps += (logprobs - old).detach().abs().tolist()
         tis = (logprobs.detach() - old).exp().clamp(max=2.0)
         advantages = torch.from_numpy(row.advantages)[mask]
@@ -201,7 +201,9 @@ def test_several_updates_use_the_policy_the_step_began_with(model_dir):
     assert metrics["approx_kl"] > 0
     assert metrics["ratio_max"] > 1.001
     # Mismatch is measured before the first update only, whatever was learned since.
-    gap = [np.abs(b - r.old_logprobs)[r.loss_mask].max() for b, r in zip(before, rows, strict=True)]
+    gap = [
+        np.abs(b - r.rollout_logprobs)[r.loss_mask].max() for b, r in zip(before, rows, strict=True)
+    ]
     assert metrics["mismatch_max"] <= max(gap) + 1e-5
 
 
