@@ -163,8 +163,9 @@ class Loop:
 
 
 def needs_every_row(config: Config) -> bool:
-    """Whether the loss has terms that act where the advantage is zero."""
-    return config.algo.kl_coef > 0 or config.algo.entropy_coef > 0
+    """Whether the loss has terms that act where the advantage is zero; one from outside may."""
+    algo = config.algo
+    return algo.kl_coef > 0 or algo.entropy_coef > 0 or ":" in algo.loss
 
 
 def plans(config: Config, step: int) -> list[GroupPlan]:

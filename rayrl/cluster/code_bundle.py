@@ -59,7 +59,7 @@ def env_names(config: Config) -> list[str]:
 
 def function_references(config: Config) -> dict[str, str]:
     """Every loss and advantage from outside the package that a configuration names -> its key."""
-    named = {}
+    named: dict[str, str] = {}
     for one in _with_stages(config):
         named |= {one.algo.loss: "algo.loss", one.algo.advantage: "algo.advantage"}
     return {reference: key for reference, key in named.items() if ":" in reference}

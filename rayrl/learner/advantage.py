@@ -158,7 +158,7 @@ def rloo(inputs: AdvantageInputs) -> list[list[float]]:
 
 
 @ADVANTAGES.register("gigpo")
-def gigpo(inputs: AdvantageInputs) -> list[list[float]]:
+def gigpo(inputs: AdvantageInputs) -> Sequence[Sequence[float]]:
     """That of `grpo`, plus `step_weight` times the turn's among turns in the same state."""
     algo = inputs.algo
     episode_level = grpo(inputs)

@@ -261,7 +261,7 @@ def test_a_learner_computes_on_the_gpu_it_reserves(
     monkeypatch.setattr("rayrl.cluster.learner_group.prepare_process", lambda _: None)
     for gpus in (0, 1):
         settings = from_dict({"learner": {"kind": kind}, "cluster": {"learner_gpus": gpus}})
-        LearnerRank(0, 1).start(settings, EMBEDDED, 1, 1, ("", 0))
+        LearnerRank(0, 1).start(settings, EMBEDDED, 1, 1, ("", 0), "cispo")
     assert made == ["cpu", "cuda"]
 
 

@@ -1,11 +1,12 @@
 """Advantages against numbers worked by hand."""
 
 import math
+import sys
 
 import pytest
 
 from rayrl.config import AlgoConfig
-from rayrl.errors import ConfigError
+from rayrl.errors import ConfigError, NumericsError
 from rayrl.learner.advantage import advantages, centred, leave_one_out, step_level
 from rayrl.types import Episode, Failure, Group, Task, Turn
 
