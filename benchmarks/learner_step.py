@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
+from rayrl.config import AlgoConfig
 from rayrl.learner.attention import IMPLEMENTATION
 from rayrl.learner.batch import Totals, Trajectory, batch_of, micro_batches
 from rayrl.learner.forward import loss_of
@@ -137,7 +138,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").to(args.device)
     rows = make_rows(args.rows, args.group)
     batch = batch_of(rows)
-    objective = Objective("cispo", tis_max=2.0)
+    objective = Objective.of(AlgoConfig(loss="cispo", tis_max=2.0))
     row_tokens = sum(len(row.ids) for row in rows)
     begin = time.perf_counter()
     packs = [pack([r.ids for r in m], [r.loss_mask for r in m]) for m in micro_batches(rows, 8192)]

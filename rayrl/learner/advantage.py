@@ -237,7 +237,9 @@ def _checked(function: Advantage, inputs: AdvantageInputs) -> list[tuple[float, 
     """What a function returns for a group and seat, as (G, turns) finite floats."""
     turns = [len(own) for own in inputs.turns]
     returned = function(inputs)
-    name = f"the advantage {function_name(function)}, group {inputs.group.id!r}, {inputs.seat!r}"
+    name = (
+        f"the advantage {function_name(function)}, group {inputs.group.id!r}, seat {inputs.seat!r}"
+    )
     try:
         values = [tuple(float(value) for value in own) for own in returned]
     except (TypeError, ValueError):
@@ -245,7 +247,7 @@ def _checked(function: Advantage, inputs: AdvantageInputs) -> list[tuple[float, 
     if [len(own) for own in values] != turns:
         raise ConfigError(
             f"{name}: returned {shown(returned)}; return for each of the {len(turns)} episodes one "
-            f"number per turn of the seat: {turns} numbers."
+            f"number per turn of the seat, here {turns}."
         )
     for k, own in enumerate(values):
         if not all(map(math.isfinite, own)):
