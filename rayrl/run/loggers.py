@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO, runtime_checkable
 
 from rayrl.config import Config, to_dict
-from rayrl.config.registry import Registry, function_name
+from rayrl.config.registry import Registry
 from rayrl.errors import ConfigError
 
 __all__ = ["LOGGERS", "Jsonl", "LogFunction", "Logger", "TensorBoard", "Wandb", "make_loggers"]
@@ -148,9 +148,7 @@ class _Function:
         """Nothing to close."""
 
 
-def make_loggers(
-    config: Config, more: Sequence[str | Logger | LogFunction] = ()
-) -> list[Logger]:
+def make_loggers(config: Config, more: Sequence[str | Logger | LogFunction] = ()) -> list[Logger]:
     """The loggers of `run.loggers`, W&B if `run.wandb_project` is set, and `more`.
 
     Args:
