@@ -26,7 +26,7 @@ from importlib.metadata import Distribution, distribution, distributions, versio
 from pathlib import Path
 
 from rayrl.config import Config, stage_config
-from rayrl.config.registry import CODE_FILE, split_reference
+from rayrl.config.registry import CODE_FILE, OBJECT, split_reference
 from rayrl.config.yaml_files import conf_dir
 from rayrl.environment.registry import ENV_GROUP
 from rayrl.errors import ConfigError
@@ -107,6 +107,8 @@ def stage(
     written, moved = {}, {}
     for name, key in [*((name, "env.name") for name in envs), *(functions or {}).items()]:
         place, attribute = split_reference(name)
+        if place == OBJECT:  # travels by value
+            continue
         if place.endswith(".py"):
             path = Path(place).expanduser().resolve()
             if path.is_file():

@@ -12,7 +12,6 @@ import functools
 import inspect
 import math
 import random
-import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,11 +46,17 @@ _BELOW_ONE = math.nextafter(1.0, 0.0)
 
 @dataclass(frozen=True)
 class EnvSpec:
-    """What another process needs to make the same environment: see `rayrl.load_env`."""
+    """What another process needs to make the same environment.
+
+    Attributes:
+        ref: what `rayrl.load_env` finds it by.
+        value: the environment itself, where nothing finds it.
+    """
 
     ref: str
     args: Mapping[str, Any]
     rewards: Mapping[str, float]
+    value: Environment | None = None
 
 
 class Environment:
@@ -71,7 +76,7 @@ class Environment:
         ended: what a person is shown when an episode has ended, or None (see `ending`).
         form: the reply that is sent for what a person types in a seat, which stands for `{}`.
         slots: most episodes it can play at once, or None.
-        ref: what `load_env` finds it by; empty if that is not known.
+        ref: what `load_env` finds it by; empty if nothing does, and then it travels by value.
     """
 
     def __init__(
@@ -113,17 +118,13 @@ class Environment:
 
     @property
     def spec(self) -> EnvSpec:
-        """How to make this environment again in another process.
+        """How to make this environment again in another process."""
+        return EnvSpec(self.ref, *self._set, value=None if self.ref else self)
 
-        Raises:
-            ConfigError: it is not known what to find it by.
-        """
-        if not self.ref:
-            raise ConfigError(
-                f"environment {self.name!r} cannot be found by another process: get it by "
-                "rayrl.load_env, or give from_gymnasium its ref='module:attribute'"
-            )
-        return EnvSpec(self.ref, *self._set)
+    @property
+    def configured(self) -> tuple[Mapping[str, Any], Mapping[str, float]]:
+        """Task-source keywords and reward weights that `configure` has set."""
+        return self._set
 
     def configure(
         self, args: Mapping[str, Any] | None = None, rewards: Mapping[str, float] | None = None
@@ -368,10 +369,10 @@ def _defaults(name: str, source: TaskSource) -> dict[str, Any]:
 
 
 def _reference(play: Play) -> str:
-    module = getattr(play, "__module__", "")
-    if module == "__main__":  # another process finds it by its file
-        module = str(getattr(sys.modules["__main__"], "__file__", ""))
-    return f"{module}:{getattr(play, '__qualname__', '')}"
+    """What another process finds the environment by: not a script, whose other lines it would run,
+    nor what a function has defined."""
+    module, name = getattr(play, "__module__", ""), getattr(play, "__qualname__", "<")
+    return "" if module == "__main__" or "<" in name else f"{module}:{name}"
 
 
 def _register(env_name: str, kind: str, table: dict[str, Any], name: str, function: Any) -> Any:

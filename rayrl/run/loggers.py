@@ -30,7 +30,7 @@ class Logger(Protocol):
             first_step: what an earlier process logged from this step on no longer counts.
         """
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+    def log(self, step: int, metrics: Mapping[str, float], /) -> None:
         """Called with the metrics of a step; those that were not measured are left out."""
 
     def close(self) -> None:

@@ -21,7 +21,7 @@ from rayrl.cluster.session import prepare_process
 from rayrl.cluster.workers.turn_log import Telling
 from rayrl.config import Config
 from rayrl.environment.environment import Environment, EnvSpec
-from rayrl.environment.registry import load_env
+from rayrl.environment.registry import environment_of
 from rayrl.errors import ConfigError, did_you_mean
 from rayrl.rollout.agent import Player
 from rayrl.rollout.concurrency import ConcurrencyLimit, GroupCanceller
@@ -137,8 +137,7 @@ class EnvWorker:
     @cached_property
     def environment(self) -> Environment:
         """What is played."""
-        spec = self._job.env
-        environment = load_env(spec.ref).configure(spec.args, spec.rewards)
+        environment = environment_of(self._job.env)
         if not self._job.config.env.isolated:
             return environment
         slots = min(ISOLATED_SLOTS, self._job.config.cluster.concurrency)
