@@ -35,11 +35,11 @@ class RolloutBackend(Protocol):
         self, plans: Sequence[GroupPlan], min_version: int, keep: Callable[[Group], None]
     ) -> None: ...
 
-    def stop(self, plans: Sequence[str], oldest: int) -> None: ...
+    def cancel(self, plans: Sequence[str], oldest: int) -> None: ...
 
     def load(self) -> Load: ...
 
-    def forget(self, groups: Sequence[str]) -> None: ...
+    def discard_turns(self, groups: Sequence[str]) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +128,7 @@ class RolloutBuffer:
         self._lost = state.get("lost", 0)
         ended = self._reread(step)
         kept = (g for one in self._kept.values() for g in (*one.taken, *one.dropped))
-        self._rollouts.forget([group.id for group in (*ended.values(), *kept)])
+        self._rollouts.discard_turns([group.id for group in (*ended.values(), *kept)])
         for index, group in ended.items():
             (self._ready if group.complete else self._failed)[index] = group
         self._lost += len(self._failed) + sum(len(one.dropped) for one in self._kept.values())
@@ -168,7 +168,7 @@ class RolloutBuffer:
         self._version = max(self._version, version)
         if self._lag:
             plans = [plan.id for plan in self._live.values()]
-            self._rollouts.stop(plans, self._version - self._lag)
+            self._rollouts.cancel(plans, self._version - self._lag)
         self._launch()
 
     def _launch(self) -> None:

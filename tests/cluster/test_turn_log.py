@@ -39,17 +39,17 @@ def test_another_recorder_goes_on_with_what_has_not_ended(tmp_path: Path, record
     first = recorders(file)
     first.add([("a/0", 0, turn("1")), ("b/0", 0, turn("2")), ("a/0", 0, turn("3"))])
     first.add([("a/0", 1, turn("1"))])  # begun again: what was of attempt 0 is void
-    first.forget(["b"])
+    first.discard(["b"])
     second = recorders(file)
-    assert second.known() == {"a"}
-    assert second.begun(["a", "b"]) == {"a/0": PartialEpisode((turn("1"),), attempt=2)}
+    assert second.groups() == {"a"}
+    assert second.partial_episodes(["a", "b"]) == {"a/0": PartialEpisode((turn("1"),), attempt=2)}
     whole = file.stat().st_size
     with file.open("ab") as out:
         out.write(b"\0\0\1\0half")  # killed while it wrote
     third = recorders(file)
-    assert third.begun(["a"]) == second.begun(["a"])
+    assert third.partial_episodes(["a"]) == second.partial_episodes(["a"])
     assert file.stat().st_size == whole
-    third.forget(["a"])
+    third.discard(["a"])
     assert file.stat().st_size == 0, "nothing is live"
 
 
@@ -62,9 +62,9 @@ def test_its_file_is_written_anew_without_what_has_ended(
     one.add([("long/0", 0, turn("stays"))])
     for k in range(100):
         one.add([(f"{k}/0", 0, turn("x" * 1000))])
-        one.forget([str(k)])
+        one.discard([str(k)])
         assert file.stat().st_size < 13_000
-    assert recorders(file).begun(["long", "99"]) == {
+    assert recorders(file).partial_episodes(["long", "99"]) == {
         "long/0": PartialEpisode((turn("stays"),), attempt=1)
     }
     assert list(tmp_path.iterdir()) == [file]
@@ -84,5 +84,5 @@ def test_without_space_it_goes_on_in_memory(
     monkeypatch.setattr(records, "add", full)
     one.add([("a/0", 0, turn("2"))])
     one.add([("a/0", 0, turn("3"))])
-    assert [t.text for t in one.begun(["a"])["a/0"].turns] == ["1", "2", "3"]
+    assert [t.text for t in one.partial_episodes(["a"])["a/0"].turns] == ["1", "2", "3"]
     records.close()

@@ -50,7 +50,7 @@ class Workers:
         self.begun: list[str] = []
         self._idle: list[tuple[set[str], asyncio.Event]] = []
         self.broken: Exception | None = None
-        self.forgotten: list[str] = []
+        self.discarded: list[str] = []
 
     async def play(
         self, plans: Sequence[GroupPlan], min_version: int, keep: Callable[[Group], None]
@@ -77,13 +77,13 @@ class Workers:
     def load(self) -> Load:
         return Load(workers=1, asked=0, waiting=0)
 
-    def stop(self, plans: Sequence[str], oldest: int) -> None:
+    def cancel(self, plans: Sequence[str], oldest: int) -> None:
         for name in plans:
             if name in self.live and self.live[name][1] < oldest:
                 self.end(name, kind="stopped")
 
-    def forget(self, groups: Sequence[str]) -> None:
-        self.forgotten = list(groups)
+    def discard_turns(self, groups: Sequence[str]) -> None:
+        self.discarded = list(groups)
 
 
 class Run:
