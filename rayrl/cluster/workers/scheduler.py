@@ -301,10 +301,10 @@ class Scheduler:
                 assigned[number] = slot.suspects.pop()
                 slot.add(assigned[number])
                 slot.on_trial = len(slot.groups)
-        while self._queue and (number := self._freest()) is not None:
+        while self._queue and (freest := self._freest()) is not None:
             group = self._queue.popleft()
-            self._slots[number].add([group])
-            assigned.setdefault(number, []).append(group)
+            self._slots[freest].add([group])
+            assigned.setdefault(freest, []).append(group)
         self._most_waiting = max(self._most_waiting, len(self._queue))
         return assigned
 
