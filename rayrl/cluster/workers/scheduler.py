@@ -264,27 +264,27 @@ class Scheduler:
             episodes: number of episodes that ended there, of whatever group.
             groups: those whose last episode has ended.
         """
-        of = self._slots[slot]
-        of.unfinished -= episodes
+        worker = self._slots[slot]
+        worker.unfinished -= episodes
         for group in groups:
-            if (pending := of.pop(group.id)) is not None:
-                self._finish(pending.request, group)
-
-    def _finish(self, request: RolloutRequest, group: Group) -> None:
-        request.finish(group)
-        if self.winding_down and group.id in request.broken:
-            request.skip(group.id)
+            if (pending := worker.pop(group.id)) is None:
+                continue
+            request = pending.request
+            request.finish(group)
+            if self.winding_down and group.id in request.broken:
+                request.skip(group.id)
 
     def give_back(self, slot: int, groups: Iterable[str]) -> None:
         """Skip groups that a worker has not begun while the pool winds down."""
-        of = self._slots.get(slot)
+        if (worker := self._slots.get(slot)) is None:  # it was removed meanwhile
+            return
         for name in groups:
-            if of is not None and (pending := of.pop(name)) is not None:
-                of.unfinished -= pending.plan.size
+            if (pending := worker.pop(name)) is not None:
+                worker.unfinished -= pending.plan.size
                 pending.request.skip(name)
 
     def assign(self) -> dict[int, list[PendingGroup]]:
-        """Give waiting groups to workers that have capacity.
+        """Give waiting groups to workers with capacity, first to the fixed one that has most of it.
 
         Returns:
             What each worker, by slot, is to begin.
@@ -301,21 +301,20 @@ class Scheduler:
                 assigned[number] = slot.suspects.pop()
                 slot.add(assigned[number])
                 slot.on_trial = len(slot.groups)
-        while self._queue and (freest := self._freest()) is not None:
+        fixed = [number for number, slot in self._slots.items() if not slot.elastic]
+        free = {number: slot.free for number, slot in self._slots.items()}
+        while self._queue:
+            best = max(fixed, key=free.__getitem__, default=None)
+            if best is None or not free[best]:
+                best = next((number for number in free if free[number]), None)
+            if best is None:
+                break
             group = self._queue.popleft()
-            self._slots[freest].add([group])
-            assigned.setdefault(freest, []).append(group)
+            self._slots[best].add([group])
+            free[best] = self._slots[best].free
+            assigned.setdefault(best, []).append(group)
         self._most_waiting = max(self._most_waiting, len(self._queue))
         return assigned
-
-    def _freest(self) -> int | None:
-        """The fixed worker with most free capacity; if none has any, an elastic one that has."""
-        free = {number: slot.free for number, slot in self._slots.items()}
-        fixed = [number for number, slot in self._slots.items() if not slot.elastic]
-        best = max(fixed, key=free.__getitem__, default=None)
-        if best is not None and free[best]:
-            return best
-        return next((number for number in free if free[number]), None)
 
     def _failed(self, plan: GroupPlan, reason: str) -> Group:
         text = f"environment {self._env!r} on task {shown(plan.task)}: {reason}"
