@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from ray.exceptions import RayActorError
 
 from rayrl.cluster.workers import turn_log
-from rayrl.cluster.workers.turn_log import Recorder
+from rayrl.cluster.workers.turn_log import RecordedTurns, Recorder
 from rayrl.rollout.resume import PartialEpisode
-from rayrl.types import Turn
+from rayrl.types import Turn, VersionSpan
 
 Make = Callable[[Path], Recorder]
 
@@ -30,8 +33,26 @@ def recorders() -> Iterator[Make]:
             one._records.close()
 
 
-def turn(text: str) -> Turn:
-    return Turn("agent", (), text, "stop")
+def turn(text: str, version: int = 0) -> Turn:
+    return Turn("agent", (), text, "stop", versions=(VersionSpan(version, 0, 1),))
+
+
+def remote(recorder: Recorder) -> Any:
+    """As if it were an actor; dead once its `dead` is set."""
+    actor = SimpleNamespace(dead=False)
+
+    async def found(groups: list[str]) -> dict[str, PartialEpisode]:
+        if actor.dead:
+            raise RayActorError
+        return recorder.partial_episodes(groups)
+
+    async def groups() -> set[str]:
+        return recorder.groups()
+
+    actor.partial_episodes = SimpleNamespace(remote=found)
+    actor.groups = SimpleNamespace(remote=groups)
+    actor.discard = SimpleNamespace(remote=recorder.discard)
+    return actor
 
 
 def test_another_recorder_goes_on_with_what_has_not_ended(tmp_path: Path, recorders: Make) -> None:
@@ -86,3 +107,22 @@ def test_without_space_it_goes_on_in_memory(
     one.add([("a/0", 0, turn("3"))])
     assert [t.text for t in one.partial_episodes(["a"])["a/0"].turns] == ["1", "2", "3"]
     records.close()
+
+
+async def test_episodes_resume_from_what_this_driver_and_an_earlier_one_have_recorded() -> None:
+    recorder = Recorder()
+    for name in ("old", "void"):
+        recorder.add([(f"{name}/0", 0, turn("1", version=3)), (f"{name}/0", 0, turn("2", 4))])
+    turns = RecordedTurns(actor := remote(recorder))
+    await turns.open()
+    turns.discard(["void"])
+    recorder.add([("new/0", 0, turn("1", version=4)), ("fresh/0", 0, turn("1"))])
+    groups = ["new", "old", "void", "fresh"]
+    assert await turns.find(["new"], groups, version=3) == {
+        "new/0": PartialEpisode((turn("1", 4),), attempt=1),
+        "old/0": PartialEpisode((turn("1", 3),), attempt=1),  # no turn of newer weights
+    }
+    assert await turns.find([], groups, version=3) == {}, "they have begun with this driver"
+    assert [*await turns.find(["old"], ["old"], version=4)] == ["old/0"]
+    actor.dead = True
+    assert await turns.find(["old"], ["old"], version=4) == {}, "it starts over"
