@@ -31,7 +31,7 @@ PREFETCH = 8  # a worker gets 1/8 more than its capacity: the driver may be busy
 
 
 def is_broken(group: Group) -> bool:
-    """Whether infrastructure failed, in no group that was cancelled: it is worth a retry."""
+    """Whether a group has an infrastructure failure and was not cancelled: it is worth a retry."""
     kinds = {e.failure.kind for e in group.episodes if e.failure is not None}
     return "infra" in kinds and "stopped" not in kinds
 
