@@ -92,8 +92,8 @@ def reference_of(env: Environment) -> str:
     except Exception as error:
         raise ConfigError(
             f"environment {env.name!r} cannot be sent to other processes: {described(error)}. "
-            "Create what cannot be sent (a lock, a file, a connection) inside the coroutine, or move "
-            "the environment to a file and name it: path/to/file.py:attribute."
+            "Create what cannot be sent (a lock, a file, a connection) inside the coroutine, or "
+            "move the environment to a file and name it: path/to/file.py:attribute."
         ) from error
     return bind("env.name", env, env.name)
 

@@ -30,7 +30,7 @@ class Logger(Protocol):
             first_step: what an earlier process logged from this step on no longer counts.
         """
 
-    def log(self, step: int, metrics: Mapping[str, float], /) -> None:
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Called with the metrics of a step; those that were not measured are left out."""
 
     def close(self) -> None:
@@ -139,10 +139,13 @@ class _Function:
     """A function as a logger."""
 
     def __init__(self, function: LogFunction) -> None:
-        self.log = function
+        self._function = function
 
     def open(self, folder: Path, config: Config, first_step: int) -> None:
         """Nothing to open."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._function(step, metrics)
 
     def close(self) -> None:
         """Nothing to close."""
