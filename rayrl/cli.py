@@ -3,7 +3,8 @@
 The only importer of Hydra. Composition is Hydra's (files of `conf/` over the dataclass defaults,
 groups chosen on the command line); the settings themselves are merged and checked by
 `rayrl.config`, so that a file, a stage of a recipe and the command line fail with the same words.
-Nothing heavy is imported before the configuration is known to be good.
+Nothing heavy is imported before all settings are known and of the right type; whether they make
+sense, each verb's `run` checks, as for a script that calls it.
 """
 
 from __future__ import annotations
@@ -238,9 +239,7 @@ def _meant(option: str) -> str:
 
 
 def configuration(arguments: Arguments) -> Config:
-    """The checked configuration that a command runs with."""
-    from rayrl.config import validate
-
+    """The configuration that a command runs with; its `run` validates it."""
     settings = list(arguments.settings)
     if arguments.verb == "report":
         return _of_run(arguments)
@@ -253,12 +252,7 @@ def configuration(arguments: Arguments) -> Config:
             near = did_you_mean(arguments.words[0], ["check"])
             raise ConfigError(f"env {arguments.words[0]}: write rayrl env check [NAME].{near}")
         settings += [f"env.name={name}" for name in arguments.words[1:]]
-    verb = arguments.verb
-    config = compose(settings, arguments.config_dir, verb)
-    if verb == "plan":
-        verb = "recipe" if config.recipe else "train"
-    validate(config, verb)
-    return config
+    return compose(settings, arguments.config_dir, arguments.verb)
 
 
 def _of_run(arguments: Arguments) -> Config:
@@ -270,7 +264,6 @@ def _of_run(arguments: Arguments) -> Config:
 
 def _of_replay(arguments: Arguments) -> Config:
     """That of the run which wrote the file, unless files of conf/ are chosen instead."""
-    from rayrl.config import validate
     from rayrl.run.stage import run_of
 
     if not arguments.words:
@@ -282,9 +275,7 @@ def _of_replay(arguments: Arguments) -> Config:
     else:
         config = _stored(run, changes)
     file, episode = (*arguments.words, "")[:2]
-    config = replace(config, replay=replace(config.replay, file=file, episode=episode))
-    validate(config)
-    return config
+    return replace(config, replay=replace(config.replay, file=file, episode=episode))
 
 
 def _stored(run: Path, changes: dict[str, Any]) -> Config:

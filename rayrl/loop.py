@@ -15,7 +15,7 @@ from pathlib import Path
 from rayrl.cluster.learner_group import LearnerGroup
 from rayrl.cluster.open import make_environment, open_training
 from rayrl.cluster.weight_sync.push import WeightSync
-from rayrl.config import Config
+from rayrl.config import Config, validate
 from rayrl.learner.advantage import advantages
 from rayrl.learner.batch import make_batch
 from rayrl.rollout.rollout import GroupPlan
@@ -42,6 +42,7 @@ __all__ = ["run", "train"]
 
 def run(config: Config) -> None:
     """Train `config.model` on `config.env`; resumes if the run folder has a checkpoint."""
+    validate(config, "train")
     check_start(config, "train")
     asyncio.run(train(config))
     print(f"Model in {Path(config.run.dir) / MODEL}")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import os
 import re
 import resource
@@ -439,6 +440,14 @@ def test_scripts_of_all_shells(shell: str, capsys: pytest.CaptureFixture[str]) -
 def test_no_such_shell(capsys: pytest.CaptureFixture[str]) -> None:
     assert "choose one of bash, zsh, fish" in error_of(capsys, "--completion", "tcsh")
     assert "choose one of bash, zsh, fish" in error_of(capsys, "--completion")
+
+
+@pytest.mark.parametrize("verb", [verb for verb in cli.VERBS if verb not in ("report", "model")])
+def test_a_script_that_calls_a_verb_is_told_what_makes_no_sense(verb: str) -> None:
+    config = from_dict({"env": {"name": "tictactoe"}, "train": {"groups": 0}})
+    run = importlib.import_module(cli.VERBS[verb][0]).run
+    with pytest.raises(ConfigError, match=r"^train\.groups=0: must be 1 or more\.$"):
+        run(config)
 
 
 def test_every_verb_has_its_program() -> None:

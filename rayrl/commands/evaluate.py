@@ -16,7 +16,7 @@ from typing import Any
 from rayrl.cluster.open import make_environment, open_rollouts
 from rayrl.cluster.parts import players_here
 from rayrl.cluster.rollouts import CollectedGroups, Rollouts
-from rayrl.config import Config
+from rayrl.config import Config, validate
 from rayrl.environment.environment import Environment
 from rayrl.errors import EnvError, RayrlError, described
 from rayrl.report.console import new_console
@@ -47,6 +47,7 @@ DEFAULT_CELL = "tasks"  # the one cell there is when `eval.cells` is empty
 def run(config: Config) -> None:
     """Evaluate, print the table, write eval.json and the episodes."""
     console = new_console()
+    validate(config, "eval")
     check_start(config, "eval")
     with RunDir(config.run.dir, config, begin=False) as folder:
         if folder.finished is not None and (folder.path / FILE).is_file():

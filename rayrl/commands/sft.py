@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from rayrl.chat.renderer import Chat
 from rayrl.cluster.learner_group import LearnerGroup
 from rayrl.cluster.open import open_learners
-from rayrl.config import Config
+from rayrl.config import Config, validate
 from rayrl.errors import ConfigError, DataError, did_you_mean
 from rayrl.learner.batch import Trajectory, batch_of, supervised_row
 from rayrl.rollout.episode_io import read_episodes
@@ -32,6 +32,7 @@ __all__ = ["batch_indices", "conversations", "load_rows", "rows_of", "run", "sft
 
 def run(config: Config) -> None:
     """Fine-tune `config.model` on `config.sft.data`; resumes if the run folder has a checkpoint."""
+    validate(config, "sft")
     check_start(config, "sft")
     with RunDir(config.run.dir, config, begin=False) as folder:
         if folder.finished is None:

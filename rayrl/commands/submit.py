@@ -21,6 +21,7 @@ import rayrl.cluster  # noqa: F401  # finds the token, if there is one
 from rayrl import cli
 from rayrl.cluster import code_bundle
 from rayrl.commands.job_start import FOLDER
+from rayrl.config import validate
 from rayrl.errors import ConfigError, RayrlError
 
 __all__ = ["command", "main", "options"]
@@ -88,6 +89,7 @@ def command(given: argparse.Namespace, folder: Path) -> list[str]:
     named: list[str] = []
     if arguments.verb not in READING:
         config = cli.configuration(arguments)
+        validate(config, arguments.verb)
         named = code_bundle.env_names(config)
         if arguments.verb in WRITING:
             _check_folder(config.run.dir)

@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rayrl.cluster.open import make_environment, open_rollouts
-from rayrl.config import Config
+from rayrl.config import Config, validate
 from rayrl.environment.environment import Environment
 from rayrl.errors import ConfigError, RunFailed, did_you_mean
 from rayrl.report.console import episode_panel, new_console
@@ -88,6 +88,7 @@ def run(config: Config) -> None:
     While episodes are unplayed the file has what was kept so far and the run is not finished.
     """
     console = new_console()
+    validate(config, "synth")
     check_start(config, "synth")
     with RunDir(config.run.dir, config, begin=False) as folder:
         out = Path(config.synth.out) if config.synth.out else folder.path / EPISODES
