@@ -53,7 +53,7 @@ def table(rows: Sequence[Mapping[str, float]]) -> str:
 def train(steps: int, settings: Sequence[str], folder: Path) -> Path:
     """Run some steps of the main job's first phase; returns the run's folder."""
     from rayrl.cli import compose
-    from rayrl.config import stage_config, validate
+    from rayrl.config import stage_config
     from rayrl.loop import run
 
     config = compose(["experiment=tictactoe", *settings])
@@ -64,7 +64,6 @@ def train(steps: int, settings: Sequence[str], folder: Path) -> Path:
         run=replace(config.run, dir=str(folder / "run"), name="rl_step", checkpoint_every=10**6),
         train=replace(config.train, steps=steps + WARM_UP),
     )
-    validate(config, "train")
     run(config)
     return folder / "run"
 

@@ -3,7 +3,8 @@
 The only importer of Hydra. Composition is Hydra's (files of `conf/` over the dataclass defaults,
 groups chosen on the command line); the settings themselves are merged and checked by
 `rayrl.config`, so that a file, a stage of a recipe and the command line fail with the same words.
-Nothing heavy is imported before the configuration is known to be good.
+Nothing heavy is imported before all settings are known and of the right type; whether they make
+sense, each verb's `run` checks, as for a script that calls it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from rayrl.commands.folder_names import WRITING, named
 from rayrl.commands.help_pages import completion, usage, verb_page
@@ -33,8 +34,6 @@ from rayrl.errors import ConfigError, RayrlError, RunFailed, clip, did_you_mean
 from rayrl.terminal import visible
 
 if TYPE_CHECKING:
-    from omegaconf import DictConfig
-
     from rayrl.config import Config
 
 __all__ = ["compose", "main"]
@@ -240,9 +239,7 @@ def _meant(option: str) -> str:
 
 
 def configuration(arguments: Arguments) -> Config:
-    """The checked configuration that a command runs with."""
-    from rayrl.config import validate
-
+    """The configuration that a command runs with; its `run` validates it."""
     settings = list(arguments.settings)
     if arguments.verb == "report":
         return _of_run(arguments)
@@ -255,12 +252,7 @@ def configuration(arguments: Arguments) -> Config:
             near = did_you_mean(arguments.words[0], ["check"])
             raise ConfigError(f"env {arguments.words[0]}: write rayrl env check [NAME].{near}")
         settings += [f"env.name={name}" for name in arguments.words[1:]]
-    verb = arguments.verb
-    config = compose(settings, arguments.config_dir, verb)
-    if verb == "plan":
-        verb = "recipe" if config.recipe else "train"
-    validate(config, verb)
-    return config
+    return compose(settings, arguments.config_dir, arguments.verb)
 
 
 def _of_run(arguments: Arguments) -> Config:
@@ -272,7 +264,6 @@ def _of_run(arguments: Arguments) -> Config:
 
 def _of_replay(arguments: Arguments) -> Config:
     """That of the run which wrote the file, unless files of conf/ are chosen instead."""
-    from rayrl.config import validate
     from rayrl.run.stage import run_of
 
     if not arguments.words:
@@ -284,17 +275,15 @@ def _of_replay(arguments: Arguments) -> Config:
     else:
         config = _stored(run, changes)
     file, episode = (*arguments.words, "")[:2]
-    config = replace(config, replay=replace(config.replay, file=file, episode=episode))
-    validate(config)
-    return config
+    return replace(config, replay=replace(config.replay, file=file, episode=episode))
 
 
 def _stored(run: Path, changes: dict[str, Any]) -> Config:
     """The configuration of a run, with changes."""
-    from rayrl.config.load import from_node, nest, schema, to_dict, update
+    from rayrl.config.load import with_settings
     from rayrl.run.folder import read_config
 
-    return from_node(update(update(schema(), to_dict(read_config(run))), nest(changes)))
+    return with_settings(read_config(run), changes)
 
 
 def _of_fetch(arguments: Arguments) -> Config:
@@ -317,7 +306,7 @@ def compose(settings: Sequence[str] = (), config_dir: Path | None = None, verb: 
     Raises:
         ConfigError: naming what is unknown or wrong and the nearest that is right.
     """
-    from rayrl.config.load import from_node, nest, update
+    from rayrl.config.load import from_dict, merged, nest
 
     folders = [conf_dir(), *([config_dir] if config_dir else [])]
     groups = {path.name for folder in folders for path in folder.iterdir() if path.is_dir()}
@@ -337,9 +326,9 @@ def compose(settings: Sequence[str] = (), config_dir: Path | None = None, verb: 
             values[key] = value
     composed = _composed(chosen, folders)
     if short:
-        config = from_node(update(composed, nest(values)))
+        config = from_dict(merged(composed, nest(values)))
         values = _in_full(short, values, config, verb, options("model", folders))
-    config = _with_stages(from_node(update(composed, nest(values))), stages)
+    config = _with_stages(from_dict(merged(composed, nest(values))), stages)
     if verb in ("recipe", "plan"):
         _refuse_hidden(config, values)
     return named(config, values, verb)
@@ -402,8 +391,8 @@ def _setting(text: str) -> tuple[str, Any]:
     return override.key_or_group, override.value()
 
 
-def _composed(chosen: Sequence[str], folders: Sequence[Path]) -> DictConfig:
-    """What Hydra makes of the chosen files, typed by the dataclasses."""
+def _composed(chosen: Sequence[str], folders: Sequence[Path]) -> dict[str, Any]:
+    """What Hydra makes of the chosen files over the defaults, which type it."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.config_store import ConfigStore
@@ -430,8 +419,7 @@ def _composed(chosen: Sequence[str], folders: Sequence[Path]) -> DictConfig:
         unknown = isinstance(cause, ConfigKeyError | ConfigAttributeError)
         what = unknown_key(str(cause.full_key)) if unknown else wrong_type(cause)
         raise ConfigError(f"{where}: {what}") from error
-    OmegaConf.set_struct(node, None)
-    return node
+    return cast("dict[str, Any]", OmegaConf.to_container(node))  # nothing looked up yet
 
 
 def _with_stages(config: Config, settings: dict[str, Any]) -> Config:

@@ -9,54 +9,53 @@ since the checkpoint is on disk, turn by turn, and no group is trained on twice.
 from __future__ import annotations
 
 import asyncio
-import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rayrl.cluster.open import make_environment
-from rayrl.config import Config
+from rayrl.config import Config, validate
 from rayrl.learner.advantage import advantages
 from rayrl.learner.batch import make_batch
-from rayrl.rollout.rollout import GroupPlan
 from rayrl.run.folder import RunDir
-from rayrl.run.stage import (
-    MODEL,
-    already_finished,
-    check_tasks,
-    check_trained,
-    log_template_notes,
-    seats_of,
-)
+from rayrl.run.loggers import LogFunction, Logger
+from rayrl.run.stage import MODEL, already_finished
 from rayrl.run.start_check import check_start
-from rayrl.run.training import open_training
-from rayrl.types import derive_seed
+from rayrl.run.training import StepControl, open_training
 
 __all__ = ["run", "train"]
 
 
 def run(config: Config) -> None:
     """Train `config.model` on `config.env`; resumes if the run folder has a checkpoint."""
-    check_start(config, "train")
     asyncio.run(train(config))
     print(f"Model in {Path(config.run.dir) / MODEL}")
 
 
-async def train(config: Config) -> None:
+async def train(
+    config: Config,
+    *,
+    loggers: Sequence[str | Logger | LogFunction] = (),
+    on_step: Callable[[StepControl], object] | None = None,
+) -> None:
     """The loop.
 
+    Args:
+        loggers: besides those of `run.loggers`.
+        on_step: called after every step.
+
     Raises:
-        ConfigError: no seat that the policy plays.
+        ConfigError: a setting cannot work, or no seat is the policy's.
         RunFailed: the environment, the cluster or the numerics failed.
     """
-    environment, algo, steps = make_environment(config), config.algo, config.train.steps
-    check_trained(environment, config)
+    validate(config, "train")
+    check_start(config, "train")
+    algo, steps = config.algo, config.train.steps
     # terms that act where the advantage is zero; a loss from outside may have some
     every_row = algo.kl_coef > 0 or algo.entropy_coef > 0 or ":" in algo.loss
-    with RunDir(config.run.dir, config, begin=False) as folder:
+    with RunDir(config.run.dir, config, begin=False, loggers=loggers) as folder:
         if folder.finished is not None and folder.finished.get("steps", 0) >= steps:
             print(already_finished(folder.path))
             return
-        log_template_notes(config, seats_of(environment, config, "model").values())
-        async with open_training(config, folder, functools.partial(plans, config)) as training:
+        async with open_training(config, folder) as training:
             async for attempt in training.attempts():  # another, whenever the learner was lost
                 with attempt:
                     for step in range(attempt.start, steps):
@@ -67,19 +66,7 @@ async def train(config: Config) -> None:
                         with training.clock("update"):
                             learned = await training.learner.step(batch)
                         await training.push(step + 1)
-                        await training.end_step(step, batch, learned)
-                    await training.export()
-        folder.finish({"steps": steps, "model": MODEL})
-
-
-def plans(config: Config, step: int) -> list[GroupPlan]:
-    """What is played at a step: one group for each stratum of the task source."""
-    seed = derive_seed(config.run.seed, config.run.name, "train")
-    n = config.train.groups
-    environment = make_environment(config)
-    tasks = environment.tasks(seed, n, start=step * n)
-    check_tasks(environment, tasks)
-    return [
-        GroupPlan(f"{step}-{k}", task, config.train.group_size, derive_seed(seed, step, k))
-        for k, task in enumerate(tasks)
-    ]
+                        await training.end_step(step, batch, learned, on_step)
+                        if training.stopped:
+                            break
+                    await training.finish()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rayrl import cli
 from rayrl.commands import submit
-from rayrl.config import Config
+from rayrl.config import validate
 
 __all__ = ["ROOT", "blocks", "commands", "settings", "understand"]
 
@@ -52,4 +52,4 @@ def understand(words: list[str]) -> None:
     if arguments.verb == "report":  # of a run that is not there
         assert len(arguments.words) == 1
         return
-    assert isinstance(cli.configuration(arguments), Config)
+    validate(cli.configuration(arguments), arguments.verb)

@@ -6,7 +6,7 @@ import asyncio
 import statistics
 import textwrap
 
-from rayrl.config import Config
+from rayrl.config import Config, validate
 from rayrl.environment.environment import Environment
 from rayrl.environment.registry import installed_envs, load_env
 from rayrl.errors import EnvError
@@ -25,6 +25,7 @@ def run(config: Config) -> None:
     Raises:
         EnvError: something is wrong with the environment; every problem is named.
     """
+    validate(config)
     environment = load_env(config.env.name).configure(config.env.args, config.env.rewards)
     print(
         f"{environment.name}: seats {', '.join(environment.seats)}; rewards {environment.rewards}"

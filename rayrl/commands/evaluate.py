@@ -16,7 +16,7 @@ from typing import Any
 from rayrl.cluster.open import make_environment, open_rollouts
 from rayrl.cluster.parts import players_here
 from rayrl.cluster.rollouts import CollectedGroups, Rollouts
-from rayrl.config import Config
+from rayrl.config import Config, validate
 from rayrl.environment.environment import Environment
 from rayrl.errors import EnvError, RayrlError, described
 from rayrl.report.console import new_console
@@ -38,34 +38,47 @@ from rayrl.run.stage import (
 from rayrl.run.start_check import check_start
 from rayrl.types import Sampling, Usage, derive_seed
 
-__all__ = ["cell_of", "check_args", "evaluate", "evaluation_plans", "run"]
+__all__ = ["cell_of", "check_args", "evaluate", "evaluation_plans", "play_cells", "run"]
 
 FILE = "eval.json"
 DEFAULT_CELL = "tasks"  # the one cell there is when `eval.cells` is empty
 
 
 def run(config: Config) -> None:
-    """Evaluate, print the table, write eval.json and the episodes."""
+    """Evaluate, and print the table."""
     console = new_console()
-    check_start(config, "eval")
-    with RunDir(config.run.dir, config, begin=False) as folder:
-        if folder.finished is not None and (folder.path / FILE).is_file():
-            console.print(already_finished(folder.path), highlight=False, markup=False)
-            folder.begin()
-            result = replace(Result.load(folder.path / FILE), prices=prices(config))
-            result.save(folder.path / FILE)  # prices may be other ones now
-        else:
-            result = asyncio.run(evaluate(config, folder))
-            result.save(folder.path / FILE)
-            if not result.unplayed:
-                folder.finish({"figures": FILE})
+    result = asyncio.run(evaluate(config))
     console.print(rich_table([result]))
     if result.unplayed:
         console.print(unplayed_note(result.unplayed), style="yellow")
     console.print(f"Written to {Path(config.run.dir) / FILE}", highlight=False, markup=False)
 
 
-async def evaluate(config: Config, folder: RunDir | None = None) -> Result:
+async def evaluate(config: Config) -> Result:
+    """Evaluate, and write eval.json and the episodes; a finished evaluation is read again.
+
+    Raises:
+        ConfigError: a setting cannot work.
+        RunFailed: the environment fails too often (`env.failure_budget`).
+    """
+    validate(config, "eval")
+    check_start(config, "eval")
+    with RunDir(config.run.dir, config, begin=False) as folder:
+        file = folder.path / FILE
+        if folder.finished is not None and file.is_file():
+            print(already_finished(folder.path))
+            folder.begin()
+            result = replace(Result.load(file), prices=prices(config))  # may be other ones now
+            result.save(file)
+            return result
+        result = await play_cells(config, folder)
+        result.save(file)
+        if not result.unplayed:
+            folder.finish({"figures": FILE})
+        return result
+
+
+async def play_cells(config: Config, folder: RunDir | None = None) -> Result:
     """Play every cell of `config.eval`, then the environment's checks.
 
     Args:
@@ -75,7 +88,7 @@ async def evaluate(config: Config, folder: RunDir | None = None) -> Result:
     Raises:
         RunFailed: the environment fails too often (`env.failure_budget`).
     """
-    environment = make_environment(config)
+    environment = make_environment(config).evaluation(config.env.held_out)
     cells = dict(config.eval.cells) or {DEFAULT_CELL: {}}
     total = len(cells) * config.eval.episodes
     s = config.sampling

@@ -30,7 +30,7 @@ def named(config: Config, given: Mapping[str, Any], verb: str) -> Config:
         verb += _whose(config)
     if run.name == RunConfig().name:
         name = f"{_env_word(config)}-{verb}"
-        return replace(config, run=replace(run, name=name, dir=f"runs/{name}"))
+        return replace(config, run=replace(run, name=name))
     if config.recipe:
         return replace(config, run=replace(run, dir=f"runs/{run.name}-{verb}"))
     return config

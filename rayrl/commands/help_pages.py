@@ -6,10 +6,13 @@ import json
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rayrl.config.yaml_files import conf_dir, options
 from rayrl.errors import ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    from rayrl.config import Setting
 
 __all__ = ["SHELLS", "completion", "usage", "verb_page"]
 
@@ -149,8 +152,7 @@ def usage(verbs: Mapping[str, tuple[str, str]]) -> str:
 
 def verb_page(verb: str) -> str:
     """What a verb does, its settings with default and meaning, examples."""
-    from rayrl.config import from_dict, leaves
-    from rayrl.config.meanings import meanings
+    from rayrl.config import Config, settings
 
     page = PAGES[verb]
     words = {"report": "RUN", "replay": "FILE [EPISODE_ID]", "env": "check [NAME]"} | {
@@ -161,11 +163,11 @@ def verb_page(verb: str) -> str:
         textwrap.fill(page.about, WIDTH),
         "examples:\n" + "\n".join(f"  rayrl {verb} {words}" for words in page.examples),
     ]
-    defaults = from_dict({})
+    defaults = Config()
     for section in page.sections:
         lines = [
-            _setting(key, getattr(getattr(defaults, section), key.split(".")[1]), meanings()[key])
-            for key, _ in leaves()
+            _line(key, getattr(getattr(defaults, section), key.split(".")[1]), setting)
+            for key, setting in settings().items()
             if key.startswith(f"{section}.")
         ]
         parts.append(f"{section}:\n" + "\n".join(lines))
@@ -173,20 +175,12 @@ def verb_page(verb: str) -> str:
     return "\n\n".join(parts)
 
 
-def _setting(key: str, default: Any, meaning: str) -> str:
-    text = f"  {key}={json.dumps(default, ensure_ascii=False, default=str)}"
-    if not meaning:
-        return text
-    if len(text) > 38:
-        text += "\n" + " " * 38
-    return textwrap.fill(
-        f"{text:40}{meaning}" if "\n" not in text else f"{text}  {meaning}",
-        WIDTH,
-        subsequent_indent=" " * 40,
-        break_long_words=False,
-        replace_whitespace=False,
-        drop_whitespace=True,
-    )
+def _line(key: str, default: Any, setting: Setting) -> str:
+    text = f"  {key}={json.dumps(default, ensure_ascii=False)}"
+    start = f"{text:40}" if len(text) <= 38 else f"{text}\n{'':40}"
+    choices = f" ({' | '.join(map(str, setting.choices))})" if setting.choices else ""
+    lines = textwrap.wrap(setting.meaning + choices, WIDTH - 40, break_long_words=False)
+    return start + f"\n{'':40}".join(lines)
 
 
 BASH = """\

@@ -16,6 +16,7 @@ from rayrl.config import (
     differences,
     leaves,
     stage_config,
+    validate,
 )
 from rayrl.errors import ConfigError, RunFailed
 from rayrl.run.stage import template_notes
@@ -37,6 +38,7 @@ def run(config: Config, *, every: bool = False) -> None:
     Raises:
         RunFailed: something will not fit; it is named in the plan.
     """
+    validate(config, "plan")
     machine = this_machine()
     print(visible(describe(config, machine, every=every)))
     found = all_problems(config, machine, _verb(config))

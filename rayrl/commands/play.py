@@ -18,7 +18,7 @@ from rich.text import Text
 
 from rayrl.cluster.open import make_environment
 from rayrl.cluster.parts import open_players
-from rayrl.config import Config
+from rayrl.config import Config, validate
 from rayrl.environment.environment import Environment
 from rayrl.errors import ConfigError, did_you_mean
 from rayrl.report.console import message_text, new_console, reply_text, scores_text, task_text
@@ -63,6 +63,7 @@ class Shown:
 
 def run(config: Config) -> None:
     """Play until the person has had enough, or `play.episodes` were watched."""
+    validate(config, "play")
     check_start(config, "play")
     console = new_console()
     with suppress(EOFError):

@@ -65,9 +65,8 @@ def run(config: Config) -> None:
         RayrlError: of the stage that cannot go on; the ones before it stay finished.
     """
     console = new_console()
+    validate(config, "recipe")
     links = chain(config)
-    for link in links:
-        validate(link.config, link.stage.verb, chained=True)
     _refuse_changes(links)
     done = [link.stage.name for link in links if is_finished(link.config.run.dir)]
     check_start(config, "recipe", done)

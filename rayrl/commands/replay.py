@@ -24,7 +24,7 @@ from statistics import fmean
 from rich.console import Console
 from rich.table import Table
 
-from rayrl.config import Config
+from rayrl.config import Config, validate
 from rayrl.environment.environment import Environment
 from rayrl.environment.registry import load_env
 from rayrl.environment.scoring import with_group_rewards
@@ -71,6 +71,7 @@ def run(config: Config) -> None:
     Raises:
         EnvError: an episode diverged or failed, or has other scores and nobody wanted them.
     """
+    validate(config)
     settings = config.replay
     env = load_env(config.env.name).configure(config.env.args, config.env.rewards)
     stored = stored_episodes(settings.file, env)

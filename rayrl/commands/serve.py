@@ -14,7 +14,7 @@ import signal
 from collections.abc import Callable
 
 from rayrl.cluster.serving.http_server import open_server
-from rayrl.config import Config
+from rayrl.config import Config, validate
 from rayrl.run.stage import log_template_notes, model_row
 from rayrl.run.start_check import check_start
 
@@ -25,6 +25,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 def run(config: Config) -> None:
     """Serve until interrupted, or asked to end (SIGTERM, as `ray job stop` sends it)."""
+    validate(config, "serve")
     check_start(config, "serve")
     asyncio.run(serve(config))
 

@@ -11,15 +11,17 @@ import asyncio
 import random
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from rayrl.chat.renderer import Chat
 from rayrl.cluster.learner_group import LearnerGroup
 from rayrl.cluster.open import open_learners
-from rayrl.config import Config
+from rayrl.config import Config, validate
 from rayrl.errors import ConfigError, DataError, did_you_mean
 from rayrl.learner.batch import Trajectory, batch_of, supervised_row
 from rayrl.rollout.episode_io import read_episodes
 from rayrl.run.folder import RunDir
+from rayrl.run.loggers import LogFunction, Logger
 from rayrl.run.progress_bar import ProgressBar
 from rayrl.run.recovery import Recovery
 from rayrl.run.stage import MODEL, POLICY, already_finished, log_template_notes, positions
@@ -32,21 +34,31 @@ __all__ = ["batch_indices", "conversations", "load_rows", "rows_of", "run", "sft
 
 def run(config: Config) -> None:
     """Fine-tune `config.model` on `config.sft.data`; resumes if the run folder has a checkpoint."""
-    check_start(config, "sft")
-    with RunDir(config.run.dir, config, begin=False) as folder:
-        if folder.finished is None:
-            asyncio.run(sft(config, folder))
-        else:
-            print(already_finished(folder.path))
-        print(f"Model in {folder.path / MODEL}")
+    asyncio.run(sft(config))
+    print(f"Model in {Path(config.run.dir) / MODEL}")
 
 
-async def sft(config: Config, folder: RunDir) -> None:
-    """The loop: pick rows, update, log.
+async def sft(config: Config, *, loggers: Sequence[str | Logger | LogFunction] = ()) -> None:
+    """Fine-tune, unless the run is finished.
+
+    Args:
+        loggers: besides those of `run.loggers`.
 
     Raises:
+        ConfigError: a setting cannot work.
         DataError: the data cannot be read, or nothing in it can be trained on.
     """
+    validate(config, "sft")
+    check_start(config, "sft")
+    with RunDir(config.run.dir, config, begin=False, loggers=loggers) as folder:
+        if folder.finished is None:
+            await _fine_tune(config, folder)
+        else:
+            print(already_finished(folder.path))
+
+
+async def _fine_tune(config: Config, folder: RunDir) -> None:
+    """The loop: pick rows, update, log."""
     cfg = config.sft
     model = model_dir(config.model.path)
     log_template_notes(config)

@@ -21,6 +21,7 @@ import rayrl.cluster  # noqa: F401  # finds the token, if there is one
 from rayrl import cli
 from rayrl.cluster import code_bundle
 from rayrl.commands.job_start import FOLDER
+from rayrl.config import validate
 from rayrl.errors import ConfigError, RayrlError
 
 __all__ = ["command", "main", "options"]
@@ -89,6 +90,7 @@ def command(given: argparse.Namespace, folder: Path) -> list[str]:
     functions: dict[str, str] = {}
     if arguments.verb not in READING:
         config = cli.configuration(arguments)
+        validate(config, arguments.verb)
         named = code_bundle.env_names(config)
         functions = code_bundle.function_references(config)
         if arguments.verb in WRITING:

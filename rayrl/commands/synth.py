@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rayrl.cluster.open import make_environment, open_rollouts
-from rayrl.config import Config
+from rayrl.config import Config, validate
 from rayrl.environment.environment import Environment
 from rayrl.errors import ConfigError, RunFailed, did_you_mean
 from rayrl.report.console import episode_panel, new_console
@@ -40,7 +40,16 @@ from rayrl.run.stage import (
 from rayrl.run.start_check import check_start
 from rayrl.types import Episode, derive_seed
 
-__all__ = ["Lengths", "Statistics", "kept", "run", "samples", "statistics_of", "synth"]
+__all__ = [
+    "Lengths",
+    "Statistics",
+    "Synthesized",
+    "kept",
+    "run",
+    "samples",
+    "statistics_of",
+    "synth",
+]
 
 PLAYED = "played.jsonl"  # every episode, kept or not
 
@@ -82,53 +91,72 @@ class Statistics:
     replies: int
 
 
+@dataclass(frozen=True, slots=True)
+class Synthesized:
+    """What a teacher played.
+
+    Attributes:
+        played: every episode, in the order of the tasks.
+        kept: those with the scores that `synth.keep` asks for.
+        file: where the kept ones are.
+    """
+
+    played: Sequence[Episode]
+    kept: Sequence[Episode]
+    file: Path
+
+
 def run(config: Config) -> None:
-    """Play, keep, write and print; a finished run prints again what it kept.
+    """Play, keep and write, and print what was kept."""
+    console = new_console()
+    found = asyncio.run(synth(config))
+    console.print(summary(found.played, found.kept, make_environment(config)))
+    for episode in samples(found.kept, config.synth.show):
+        console.print(episode_panel(episode))
+    names = {episode.id for episode in found.kept}
+    for episode in [e for e in found.played if e.id not in names][: min(1, config.synth.show)]:
+        console.print(episode_panel(episode, f"{episode.id} (not kept)"))
+    missing = unplayed(found.played)
+    if missing:
+        console.print(unplayed_note(missing), style="yellow")
+    console.print(f"{len(found.kept)} episodes in {found.file}", highlight=False, markup=False)
+
+
+async def synth(config: Config) -> Synthesized:
+    """Play a teacher and write the episodes that are kept; a finished run is read again.
 
     While episodes are unplayed the file has what was kept so far and the run is not finished.
+
+    Raises:
+        ConfigError: a setting cannot work.
+        RunFailed: nothing is kept, or the environment fails too often (`env.failure_budget`).
     """
-    console = new_console()
+    validate(config, "synth")
     check_start(config, "synth")
     with RunDir(config.run.dir, config, begin=False) as folder:
         out = Path(config.synth.out) if config.synth.out else folder.path / EPISODES
         everything = folder.path / PLAYED
-        if folder.finished is None or not out.is_file():
-            played = asyncio.run(synth(config, everything, folder.begin))
-            good = kept(played, config.synth.keep)
-            if not good:
-                raise RunFailed(_nothing_kept(config, played))
-            write_whole(out, good)
-            if not unplayed(played):
-                folder.finish({"played": len(played), "kept": len(good), "file": str(out)})
-        else:
-            console.print(already_finished(folder.path), highlight=False, markup=False)
-            played = list(read_episodes(everything))
-            good = list(read_episodes(out))
-    console.print(summary(played, good, make_environment(config)))
-    for episode in samples(good, config.synth.show):
-        console.print(episode_panel(episode))
-    names = {episode.id for episode in good}
-    for episode in [e for e in played if e.id not in names][: min(1, config.synth.show)]:
-        console.print(episode_panel(episode, f"{episode.id} (not kept)"))
-    missing = unplayed(played)
-    if missing:
-        console.print(unplayed_note(missing), style="yellow")
-    console.print(f"{len(good)} episodes in {out}", highlight=False, markup=False)
+        if folder.finished is not None and out.is_file():
+            print(already_finished(folder.path))
+            return Synthesized([*read_episodes(everything)], [*read_episodes(out)], out)
+        played = await _play(config, everything, folder.begin)
+        good = kept(played, config.synth.keep)
+        if not good:
+            raise RunFailed(_nothing_kept(config, played))
+        write_whole(out, good)
+        if not unplayed(played):
+            folder.finish({"played": len(played), "kept": len(good), "file": str(out)})
+        return Synthesized(played, good, out)
 
 
-async def synth(
-    config: Config, file: Path | None = None, begun: Callable[[], None] = lambda: None
-) -> list[Episode]:
+async def _play(config: Config, file: Path, begun: Callable[[], None]) -> list[Episode]:
     """Play `synth.episodes` tasks, one episode each, in the order of the tasks.
 
     Args:
         file: where each is written as it ends; those it has already are not played again.
         begun: called when all that plays has started.
-
-    Raises:
-        RunFailed: the environment fails too often (`env.failure_budget`).
     """
-    environment = make_environment(config)
+    environment = make_environment(config).training(config.env.held_out)
     seats = seats_of(environment, config, config.synth.player)
     log_template_notes(config, seats.values())
     seed = derive_seed(config.run.seed, "synth")

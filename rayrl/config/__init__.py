@@ -9,6 +9,7 @@ from rayrl.config.load import (
     differences,
     from_dict,
     leaves,
+    settings,
     stage_config,
     to_dict,
 )
@@ -32,10 +33,12 @@ from rayrl.config.schema import (
     SamplingConfig,
     ServeConfig,
     SftConfig,
+    ShareAlarmConfig,
     Stage,
     SynthConfig,
     TrainConfig,
 )
+from rayrl.config.setting import Setting
 from rayrl.config.validate import validate
 
 __all__ = [
@@ -57,13 +60,16 @@ __all__ = [
     "RunConfig",
     "SamplingConfig",
     "ServeConfig",
+    "Setting",
     "SftConfig",
+    "ShareAlarmConfig",
     "Stage",
     "SynthConfig",
     "TrainConfig",
     "differences",
     "from_dict",
     "leaves",
+    "settings",
     "stage_config",
     "to_dict",
     "validate",

@@ -1,6 +1,7 @@
 """How plain data becomes a `Config`: what is unknown or of the wrong type is named, with a remedy.
 
-Nothing here knows files or the command line: `cli.py` composes those and calls `update`.
+Files, the command line and the stages of a recipe are plain data, laid over each other by `merged`
+and typed by `from_dict`. Nothing here knows files or the command line: `cli.py` composes those.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import functools
 import re
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, fields, is_dataclass, replace
 from difflib import SequenceMatcher
 from typing import Any
@@ -18,38 +19,59 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from rayrl.config.schema import Config, Stage
+from rayrl.config.setting import Setting
 from rayrl.errors import ConfigError, did_you_mean
 
 __all__ = [
     "check_keys",
+    "check_types",
     "differences",
     "from_dict",
-    "from_node",
     "leaves",
+    "merged",
     "nest",
     "schema",
+    "settings",
     "stage_config",
     "to_dict",
     "unknown_key",
-    "update",
+    "with_settings",
     "wrong_type",
 ]
 
 
-def leaves(node: Any = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted key and type of every setting of `node`, a dataclass: `("train.steps", int)`, …
+def leaves() -> Iterator[tuple[str, Any]]:
+    """Dotted key and type of every setting: `("train.steps", int)`, …
 
     A free-form mapping (`env.args`) and a list (`recipe`) are one setting each.
+    """
+    return ((key, hint) for key, hint, _ in _walk(Config))
+
+
+@functools.cache
+def settings() -> Mapping[str, Setting]:
+    """Dotted key of every setting -> its meaning and range."""
+    return {key: setting for key, _, setting in _walk(Config)}
+
+
+def _walk(node: Any, prefix: str = "", about: str = "") -> Iterator[tuple[str, Any, Setting]]:
+    """Key, type and `Setting` of every leaf below the dataclass `node`.
+
+    Args:
+        about: what `node` itself means, where its field says so; the meaning of each leaf follows.
     """
     hints = typing.get_type_hints(node)
     for one in fields(node):
         key, hint = prefix + one.name, hints[one.name]
+        setting: Setting | None = one.metadata.get("setting")
         if is_dataclass(hint):
-            yield from leaves(hint, key + ".")
-        else:
-            yield key, hint
+            yield from _walk(hint, f"{key}.", f"{setting.meaning}; " if setting else "")
+            continue
+        assert setting is not None, f"{key} has no meaning: write its default as setting(...)"
+        yield key, hint, replace(setting, meaning=about + setting.meaning)
 
 
+_DEFAULT_DIR = "runs/${run.name}"  # as RunConfig has it; the name may yet be set
 _INTERPOLATION = re.compile(r"(\\*)\$\{")
 _LEAVES = dict(leaves())
 ELSEWHERE = {
@@ -222,11 +244,12 @@ def nest(dotted: Mapping[str, Any]) -> dict[str, Any]:
 def schema() -> DictConfig:
     """The defaults as a typed OmegaConf node that takes values (frozen dataclasses do not).
 
-    It is shared: merge into it with `update`, which copies.
+    It is shared; `OmegaConf.merge` copies it.
     """
     node = OmegaConf.structured(Config)
     assert isinstance(node, DictConfig)
     _thaw(node)
+    node.run.dir = _DEFAULT_DIR
     return node
 
 
@@ -238,19 +261,15 @@ def _thaw(node: DictConfig | ListConfig) -> None:
             _thaw(child)
 
 
-def update(node: DictConfig, data: Mapping[str, Any]) -> DictConfig:
-    """`node` with nested `data` merged in: mappings are merged, lists and values replaced.
-
-    Raises:
-        ConfigError: an unknown key, or a value of another type than the setting's.
-    """
-    check_keys(data)
-    try:
-        merged = OmegaConf.merge(node, data)
-    except OmegaConfBaseException as error:
-        raise wrong_type(error, data) from error
-    assert isinstance(merged, DictConfig)
-    return merged
+def merged(data: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested plain `data` with `changes` over it: mappings key by key, everything else replaced."""
+    result = dict(data)
+    for key, value in changes.items():
+        old = result.get(key)
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            value = merged(old, value)
+        result[key] = value
+    return result
 
 
 def wrong_type(error: OmegaConfBaseException, data: Mapping[str, Any] | None = None) -> ConfigError:
@@ -273,7 +292,7 @@ def _in_words(hint: Any) -> str:
         float: "a number",
         bool: "true or false",
         str: "text",
-        Any: "anything",
+        Any: "plain data (text, numbers, lists, mappings)",
     }
     if hint in plain:
         return plain[hint]
@@ -289,9 +308,20 @@ def _in_words(hint: Any) -> str:
     return str(hint)
 
 
-def from_node(node: DictConfig) -> Config:
-    """The frozen Config of a typed node, with every interpolation resolved."""
+def from_dict(data: Mapping[str, Any]) -> Config:
+    """A Config of nested plain data; what is left out has its default.
+
+    Raises:
+        ConfigError: an unknown key, or a value of another type than the setting's.
+    """
+    check_keys(data)
     try:
+        node = OmegaConf.merge(schema(), _with_texts(data, str))
+    except OmegaConfBaseException as error:
+        raise wrong_type(error, data) from error
+    try:
+        if not node.run.dir:  # other settings may look `${run.dir}` up
+            node.run.dir = _DEFAULT_DIR
         config = OmegaConf.to_object(node)
     except MissingMandatoryValue as error:
         key = error.full_key or error.key
@@ -302,28 +332,24 @@ def from_node(node: DictConfig) -> Config:
     return config
 
 
-def from_dict(data: Mapping[str, Any]) -> Config:
-    """A Config of nested plain data; what is left out has its default.
-
-    Raises:
-        ConfigError: an unknown key, or a value of another type than the setting's.
-    """
-    return from_node(update(schema(), data))
-
-
 def to_dict(config: Config) -> dict[str, Any]:
     """Nested plain data that `from_dict` turns back into the same Config."""
-    data: dict[str, Any] = _literal(asdict(config))
+    data: dict[str, Any] = _with_texts(asdict(config), _literal)
     return data
 
 
-def _literal(value: Any) -> Any:
+def _literal(text: str) -> str:
     """The same with `${` escaped: OmegaConf is not to look up what a setting's value contains."""
+    return _INTERPOLATION.sub(r"\1\1\\${", text)
+
+
+def _with_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """Plain data with every text changed, and each a `str`: OmegaConf knows no subclasses."""
     if isinstance(value, str):
-        return _INTERPOLATION.sub(r"\1\1\\${", value)
+        return change(str(value))
     if isinstance(value, dict):
-        return {key: _literal(one) for key, one in value.items()}
-    return [_literal(one) for one in value] if isinstance(value, list) else value
+        return {key: _with_texts(one, change) for key, one in value.items()}
+    return [_with_texts(one, change) for one in value] if isinstance(value, list) else value
 
 
 def interpolation(value: Any) -> str:
@@ -337,7 +363,7 @@ def interpolation(value: Any) -> str:
 
 def differences(config: Config, base: Config | None = None) -> dict[str, tuple[Any, Any]]:
     """Dotted key -> (value in `base`, value in `config`) where they differ; base: the defaults."""
-    base = base or from_dict({})
+    base = base or Config()
 
     def value(of: Config, key: str) -> Any:
         node: Any = of
@@ -349,27 +375,30 @@ def differences(config: Config, base: Config | None = None) -> dict[str, tuple[A
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
+def check_types(config: Config) -> None:
+    """Raise ConfigError if a value is not of its setting's type, as in `TrainConfig(steps="5")`."""
+    for key, (_, given) in differences(config, from_dict(to_dict(config))).items():
+        if given == given:  # a NaN differs from itself
+            raise ConfigError(f"{key}={given!r}: expected {_in_words(_LEAVES[key])}.")
+
+
+def with_settings(config: Config, changes: Mapping[str, Any]) -> Config:
+    """`config` with dotted settings changed: mappings are merged, lists and values replaced.
+
+    Raises:
+        ConfigError: an unknown key, or a value of another type than the setting's.
+    """
+    return from_dict(merged(to_dict(config), nest(changes)))
+
+
 def stage_config(config: Config, stage: Stage) -> Config:
     """The Config that `stage` of a recipe runs with: `config` with the stage's settings over it.
 
     Raises:
         ConfigError: naming the stage, for an unknown key or a value of the wrong type.
     """
-    data = to_dict(replace(config, recipe=[]))
     try:
-        changes = nest(stage.set)
-        check_keys(changes)
-        return replace(from_dict(_over(data, changes)), recipe=config.recipe)
+        own = with_settings(replace(config, recipe=[]), stage.set)
     except ConfigError as error:
         raise ConfigError(f"recipe stage {stage.name!r}: {error}") from error
-
-
-def _over(data: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`data` with `changes` merged in: mappings key by key, everything else replaced."""
-    merged = dict(data)
-    for key, value in changes.items():
-        old = merged.get(key)
-        if isinstance(old, Mapping) and isinstance(value, Mapping):
-            value = _over(old, value)
-        merged[key] = value
-    return merged
+    return replace(own, recipe=config.recipe)

@@ -1,12 +1,13 @@
-"""Every setting, its default and what it means. YAML in `conf/` holds only differences."""
+"""Every setting: its default, meaning and range. YAML in `conf/` holds only differences."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
 
+from rayrl.config.setting import Setting, setting
+
 __all__ = [
-    "ALARM_ACTIONS",
     "AlarmConfig",
     "AlarmsConfig",
     "AlgoConfig",
@@ -26,172 +27,336 @@ __all__ = [
     "SamplingConfig",
     "ServeConfig",
     "SftConfig",
+    "ShareAlarmConfig",
     "Stage",
     "SynthConfig",
     "TrainConfig",
 ]
 
 
+class _DefaultDir(str):
+    """A run folder that follows the run's name; `dataclasses.replace` passes it on as such."""
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True)
 class RunConfig:
-    """Where a run keeps what it makes, and how it is reproduced."""
+    """Where a run keeps what it makes, and how it is reproduced.
 
-    dir: str = "runs/${run.name}"  # folder of config, metrics, episodes and checkpoints
-    # names its folder, and its randomness in train; the command line's default is ENV-VERB
-    name: str = "run"
-    seed: int = 0  # everything random comes from it; in train together with the run's name
-    keep_checkpoints: int = 2  # older ones are deleted; the last is always kept
-    checkpoint_every: int = 10  # steps
-    episodes_every: int = 10  # steps between batches whose episodes are written out
-    # tensorboard | wandb | module:function | path/to/file.py:function : where metrics go besides
-    # RUN/metrics.jsonl; a function is called with step and metrics
-    loggers: list[str] = field(default_factory=lambda: ["tensorboard"])
-    wandb_project: str = ""  # set to log to Weights & Biases as well
+    `dir` is runs/NAME unless another folder is given: `RunConfig(name="a").dir == "runs/a"`. A
+    default folder follows the name: with `dataclasses.replace(run, name="b")` it is "runs/b"; any
+    other is kept. To give a run the default folder of another one, pass `str(other.dir)`.
+    """
+
+    dir: str = setting(
+        "", "folder of the run: settings, metrics, episodes and checkpoints; empty: runs/NAME"
+    )
+    name: str = setting(
+        "run",
+        "name of the run: names its folder and, with run.seed, fixes what train draws at random; "
+        "the command line's default is ENV-VERB",
+    )
+    seed: int = setting(0, "seed of everything random; train combines it with run.name")
+    keep_checkpoints: int = setting(
+        2, "newest checkpoints to keep; older ones are deleted", least=1
+    )
+    checkpoint_every: int = setting(10, "steps between checkpoints", least=1)
+    episodes_every: int = setting(
+        10, "steps between batches whose episodes are written out", least=1
+    )
+    loggers: list[str] = setting(
+        ["tensorboard"],
+        "where metrics go besides metrics.jsonl: tensorboard, wandb, or a function of step and "
+        "metrics as module:function or path/to/file.py:function",
+    )
+    wandb_project: str = setting(
+        "", "Weights & Biases project to log to as well; empty: do not log there"
+    )
+
+    def __post_init__(self) -> None:
+        default = _DefaultDir(f"runs/{self.name}")
+        if self.dir in ("", default) or isinstance(self.dir, _DefaultDir):
+            object.__setattr__(self, "dir", default)
 
 
 @dataclass(frozen=True)
 class EnvConfig:
     """Which environment, with what settings, and what happens when its code fails."""
 
-    name: str = ""  # entry point, path/to/file.py[:attribute] or module:attribute
-    args: dict[str, Any] = field(default_factory=dict)  # keywords of the environment's task source
-    rewards: dict[str, float] = field(default_factory=dict)  # overrides of reward weights
-    # seat -> policy | player:NAME | model:PATH | endpoint; the policy where nothing is said
-    seats: dict[str, str] = field(default_factory=dict)
-    deadline_s: float = 120.0  # wall time for one episode
-    # times an episode is played again after an infrastructure failure; a group that is still short
-    # is then played once more as a whole
-    retries: int = 2
-    failure_budget: float = 0.05  # share of a step's episodes whose env code may fail
-    # run each episode's env code in a child process that can be killed; at most 16 at once per
-    # worker
-    isolated: bool = False
+    name: str = setting(
+        "", "environment: an installed name, path/to/file.py[:attribute] or module:attribute"
+    )
+    args: dict[str, Any] = setting({}, "keyword arguments of the environment's task source")
+    rewards: dict[str, float] = setting({}, "reward weights that replace the environment's own")
+    held_out: float = setting(
+        0.1,
+        "share of a sequence of tasks that evaluation plays and training does not see, unless the "
+        "environment has eval_tasks; 0: both play all of them",
+        least=0,
+        most=1,
+    )
+    seats: dict[str, str] = setting(
+        {},
+        "who plays each seat: policy, endpoint, player:NAME or model:PATH; seats left out are "
+        "played by the policy",
+    )
+    deadline_s: float = setting(120.0, "seconds of wall time an episode may take", above=0)
+    retries: int = setting(
+        2,
+        "times an episode is played again after an infrastructure failure; a group that is still "
+        "short is then played once more as a whole",
+        least=0,
+    )
+    failure_budget: float = setting(
+        0.05,
+        "share of a step's episodes whose environment code may fail before the run stops",
+        least=0,
+        most=1,
+    )
+    isolated: bool = setting(
+        False,
+        "run each episode's environment code in a child process that can be killed; at most 16 at "
+        "once per worker",
+    )
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """The model a stage starts from."""
 
-    path: str = "embedded"  # the base that ships with rayrl; else a Hugging Face directory
+    path: str = setting(
+        "embedded", "Hugging Face directory, or embedded: the base model that ships with rayrl"
+    )
 
 
 @dataclass(frozen=True)
 class EngineConfig:
     """What generates."""
 
-    kind: str = "embedded"  # embedded | vllm
-    max_live: int = 256  # conversations decoded at once by a replica
-    max_len: int = 0  # ids of one conversation; 0: what the model's config allows
-    kv_cache_gb: float = 1.0
-    threads: int = 1  # torch threads of a replica
-    dtype: str = "auto"  # vllm: auto (the model's own) | float32 | bfloat16 | float16
-    gpu_memory: float = 0.9  # vllm: share of a GPU's memory that a replica may take
-    on_update: str = "wait"  # vllm: wait | keep | abort : generations in flight at a weight push
+    kind: str = setting("embedded", "what generates", choices=("embedded", "vllm"))
+    max_live: int = setting(256, "conversations that a replica decodes at once", least=1)
+    max_len: int = setting(
+        0, "longest conversation in tokens; 0: as long as the model's config allows", least=0
+    )
+    kv_cache_gb: float = setting(
+        1.0, "GB of KV cache per replica; vLLM on a GPU uses engine.gpu_memory instead", above=0
+    )
+    threads: int = setting(1, "torch threads per replica", least=1)
+    dtype: str = setting(
+        "auto",
+        "vLLM: number format of weights and activations; auto: the model's own",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    gpu_memory: float = setting(
+        0.9, "vLLM: share of a GPU's memory that a replica may use", above=0, most=1
+    )
+    on_update: str = setting(
+        "wait",
+        "vLLM: what generations in flight do when new weights come: finish on the old ones, go on "
+        "with the new ones, or start again",
+        choices=("wait", "keep", "abort"),
+    )
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How models draw completions, in every seat; eval and play have temperatures of their own."""
+    """How models draw completions, in every seat; eval and play have their own temperature."""
 
-    temperature: float = 1.0  # of train and synth
-    top_p: float = 1.0
-    top_k: int = 0
-    max_tokens: int = 48
-    stop: list[str] = field(default_factory=list)
+    temperature: float = setting(1.0, "sampling temperature of train and synth", least=0)
+    top_p: float = setting(
+        1.0,
+        "sample from the most likely tokens that together have this probability; 1: from all",
+        above=0,
+        most=1,
+    )
+    top_k: int = setting(0, "sample from this many of the most likely tokens; 0: from all", least=0)
+    max_tokens: int = setting(48, "longest completion in tokens", least=1)
+    stop: list[str] = setting([], "strings that end a completion")
 
 
 @dataclass(frozen=True)
 class AlgoConfig:
     """Advantages and losses; sources in `learner/advantage.py` and `learner/loss.py`."""
 
-    advantage: str = "grpo"  # grpo | rloo | gigpo | module:function | path/to/file.py:function
-    normalize: str = "std"  # none | std | batch_std : what centred group rewards are divided by
-    step_weight: float = 1.0  # gigpo: weight of the step-level advantage
-    gamma: float = 0.95  # gigpo: discount from a turn to the end of its episode
-    loss: str = "cispo"  # grpo | cispo | gspo | module:function | path/to/file.py:function
-    loss_args: dict[str, Any] = field(default_factory=dict)  # keywords of a loss from outside
-    aggregation: str = "token"  # token | sequence | constant: sampling.max_tokens
-    clip_low: float = 0.2
-    clip_high: float = 0.28
-    cispo_max: float = 5.0  # upper bound of the CISPO importance weight
-    entropy_coef: float = 0.0  # what a nat of the policy's entropy is worth; keeps it exploring
-    kl_coef: float = 0.0
-    kl_estimator: str = "k3"  # k1 | k2 | k3
-    tis_max: float = 2.0  # truncated importance sampling of rollout against learner; 0 is off
-    epochs: int = 1  # passes over a batch
-    minibatches: int = 1  # optimizer steps a pass
+    advantage: str = setting(
+        "grpo",
+        "how episodes of a group are compared",
+        choices=("grpo", "rloo", "gigpo"),
+        open=True,
+    )
+    normalize: str = setting(
+        "std",
+        "what centred rewards are divided by: nothing, the group's standard deviation or the "
+        "batch's",
+        choices=("none", "std", "batch_std"),
+    )
+    step_weight: float = setting(1.0, "gigpo: weight of the step-level advantage", least=0)
+    gamma: float = setting(
+        0.95, "gigpo: discount per turn from a turn to the end of its episode", least=0, most=1
+    )
+    loss: str = setting("cispo", "policy loss", choices=("grpo", "cispo", "gspo"), open=True)
+    loss_args: dict[str, Any] = setting({}, "keyword arguments of a loss from outside the package")
+    aggregation: str = setting(
+        "token",
+        "how the loss is averaged: over tokens, over rows, or as if each row had "
+        "sampling.max_tokens tokens",
+        choices=("token", "sequence", "constant"),
+    )
+    clip_low: float = setting(
+        0.2, "grpo, gspo: importance ratios are clipped below at 1 - clip_low", least=0, most=1
+    )
+    clip_high: float = setting(
+        0.28, "grpo, gspo: importance ratios are clipped above at 1 + clip_high", least=0
+    )
+    cispo_max: float = setting(5.0, "cispo: upper bound of the importance weight", least=1)
+    entropy_coef: float = setting(
+        0.0,
+        "coefficient of an entropy bonus, per nat, which keeps the policy exploring; 0: none",
+        least=0,
+    )
+    kl_coef: float = setting(
+        0.0, "coefficient of a KL penalty against the starting model; 0: none", least=0
+    )
+    kl_estimator: str = setting("k3", "estimator of that KL", choices=("k1", "k2", "k3"))
+    tis_max: float = setting(
+        2.0,
+        "upper bound of the importance weights that correct for rollout logprobs differing from "
+        "the learner's (truncated importance sampling); 0: no correction",
+        least=0,
+    )
+    epochs: int = setting(1, "passes over each batch", least=1)
+    minibatches: int = setting(1, "optimizer steps per pass", least=1)
 
 
 @dataclass(frozen=True)
 class LearnerConfig:
     """DeepSpeed and the optimizer."""
 
-    kind: str = "deepspeed"  # deepspeed | reference (plain torch, one process)
-    world_size: int = 1
-    threads: int = 1  # torch threads of a rank
-    zero_stage: int = 0
-    # null: by the kind of model, 3e-4 for the base that ships with rayrl and others of its size,
-    # 1e-5 for a pretrained one, 1e-4 for adapters on a pretrained one
-    lr: float | None = None
-    schedule: str = "constant"  # constant | linear | cosine
-    warmup_steps: int = 0
-    min_lr_ratio: float = 0.1  # of lr, at the end of a falling schedule
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    micro_batch_tokens: int = 8192  # distinct tokens a forward pass
-    # float32 | bfloat16: of weights, activations and what is pushed; the optimizer's copy of the
-    # weights, its moments and the sum of the gradients are fp32 in both
-    dtype: str = "float32"
-    # times the learner is started again from a checkpoint, after one of its processes died, before
-    # the next checkpoint must be there
-    restarts: int = 3
-    gradient_checkpointing: bool = False  # compute activations twice instead of keeping them
+    kind: str = setting(
+        "deepspeed",
+        "what learns; reference: plain torch in one process",
+        choices=("deepspeed", "reference"),
+    )
+    world_size: int = setting(1, "learner ranks", least=1)
+    threads: int = setting(1, "torch threads per rank", least=1)
+    zero_stage: int = setting(0, "DeepSpeed ZeRO stage", choices=(0, 1, 2, 3))
+    lr: float | None = setting(
+        None,
+        "learning rate; null: by the kind of model, 3e-4 for the base that ships with rayrl and "
+        "others of its size, 1e-5 for a pretrained one, 1e-4 for adapters on a pretrained one",
+        above=0,
+    )
+    schedule: str = setting(
+        "constant", "learning rate after the warm-up", choices=("constant", "linear", "cosine")
+    )
+    warmup_steps: int = setting(0, "steps over which the learning rate rises linearly", least=0)
+    min_lr_ratio: float = setting(
+        0.1,
+        "final learning rate of a falling schedule, as a share of learner.lr",
+        least=0,
+        most=1,
+    )
+    betas: list[float] = setting([0.9, 0.95], "AdamW's two decay rates, each in [0, 1)")
+    eps: float = setting(1e-8, "AdamW's epsilon", above=0)
+    weight_decay: float = setting(0.0, "AdamW's weight decay", least=0)
+    max_grad_norm: float = setting(1.0, "norm to which gradients are clipped", above=0)
+    micro_batch_tokens: int = setting(8192, "distinct tokens per forward pass", least=1)
+    dtype: str = setting(
+        "float32",
+        "number format of weights, activations and pushed weights; the optimizer's copy of the "
+        "weights, its moments and the gradients' sum are always fp32",
+        choices=("float32", "bfloat16"),
+    )
+    restarts: int = setting(
+        3,
+        "times the learner is restarted from a checkpoint, after one of its processes died, before "
+        "it must reach the next checkpoint",
+        least=0,
+    )
+    gradient_checkpointing: bool = setting(
+        False, "recompute activations in the backward pass instead of storing them"
+    )
 
 
 @dataclass(frozen=True)
 class LoraConfig:
     """Low-rank adapters instead of all weights; `learner/lora.py`."""
 
-    rank: int = 0  # 0: all weights are trained
-    alpha: float = 16.0  # the adapters' part is scaled by alpha / rank
-    targets: list[str] = field(default_factory=lambda: ["all-linear"])  # layers' names
+    rank: int = setting(0, "rank of the adapters; 0: train all weights", least=0)
+    alpha: float = setting(16.0, "the adapters' output is scaled by alpha / rank", above=0)
+    targets: list[str] = setting(["all-linear"], "names of the layers that get adapters")
 
 
 @dataclass(frozen=True)
 class ClusterConfig:
     """Processes on Ray and where they go."""
 
-    address: str = ""  # "" joins the cluster this runs in, or starts a local one
-    env_workers: int = 1
-    # so many, while groups wait for room on all of them; 0: as env_workers, a fixed number
-    env_workers_max: int = 0
-    env_worker_idle_s: float = 300.0  # without work, after which one above env_workers is let go
-    concurrency: int = 512  # live episodes per worker
-    env_worker_cpus: float = 0.0
-    replicas: int = 1
-    replica_cpus: float = 0.0
-    replica_gpus: float = 0.0
-    learner_cpus: float = 0.0
-    learner_gpus: float = 0.0
-    # custom resources of Ray's nodes, name -> amount, that each process reserves besides, so that
-    # it goes to nodes that were started with them
-    env_worker_resources: dict[str, float] = field(default_factory=dict)
-    replica_resources: dict[str, float] = field(default_factory=dict)
-    learner_resources: dict[str, float] = field(default_factory=dict)
-    placement: str = "PACK"  # of the learners: PACK | SPREAD | STRICT_PACK | STRICT_SPREAD
-    # auto | object_store | nccl | gloo | adapters : how weights reach the replicas; docs/cluster.md
-    sync: str = "auto"
-    bucket_mb: int = 256  # MiB of weights that are streamed at once (sync nccl and gloo)
-    # each replica shares its GPU with a learner rank, and sleeps while that works
-    colocate: bool = False
-    object_store_gb: float = 0.5  # of a local Ray: two versions of the weights, and groups
-    push_deadline_s: float = 60.0  # for every live replica to confirm new weights
-    # pushes from one to the next after which replicas must also compute what the learner computes;
-    # 0: after the first, and after the first to a replica that was started anew
-    check_pushes: int = 0
-    request_deadline_s: float = 60.0  # for one completion, from asking to its last id
+    address: str = setting(
+        "", "address of a Ray cluster; empty: the one this runs in, else a new local one"
+    )
+    env_workers: int = setting(1, "env workers that are always there", least=1)
+    env_workers_max: int = setting(
+        0,
+        "most env workers there may be while groups wait for a free one; 0: cluster.env_workers, a "
+        "fixed number",
+        least=0,
+    )
+    env_worker_idle_s: float = setting(
+        300.0,
+        "idle seconds after which a worker above cluster.env_workers is stopped",
+        above=0,
+    )
+    concurrency: int = setting(512, "live episodes per env worker", least=1)
+    env_worker_cpus: float = setting(0.0, "CPUs that Ray reserves per env worker", least=0)
+    replicas: int = setting(1, "replicas of each model that plays", least=1)
+    replica_cpus: float = setting(0.0, "CPUs that Ray reserves per replica", least=0)
+    replica_gpus: float = setting(0.0, "GPUs that Ray reserves per replica", least=0)
+    learner_cpus: float = setting(0.0, "CPUs that Ray reserves per learner rank", least=0)
+    learner_gpus: float = setting(0.0, "GPUs that Ray reserves per learner rank", least=0)
+    env_worker_resources: dict[str, float] = setting(
+        {},
+        "custom Ray resources, name -> amount, that each env worker reserves; it runs only on "
+        "nodes started with them",
+        above=0,
+    )
+    replica_resources: dict[str, float] = setting(
+        {}, "custom Ray resources that each replica reserves", above=0
+    )
+    learner_resources: dict[str, float] = setting(
+        {}, "custom Ray resources that each learner rank reserves", above=0
+    )
+    placement: str = setting(
+        "PACK",
+        "Ray's placement strategy for the learner ranks",
+        choices=("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"),
+    )
+    sync: str = setting(
+        "auto",
+        "how weights reach the replicas; docs/cluster.md explains each way",
+        choices=("auto", "object_store", "nccl", "gloo", "adapters"),
+    )
+    bucket_mb: int = setting(256, "MiB of weights broadcast at once (sync nccl and gloo)", least=1)
+    colocate: bool = setting(
+        False, "replicas share their GPUs with learner ranks and sleep while those work"
+    )
+    object_store_gb: float = setting(
+        0.5,
+        "GiB of object store of a local Ray; it holds two versions of the weights, and groups",
+        above=0,
+    )
+    push_deadline_s: float = setting(
+        60.0, "seconds within which every live replica must confirm new weights", above=0
+    )
+    check_pushes: int = setting(
+        0,
+        "pushes between checks that replicas compute what the learner computes; 0: check only the "
+        "first push, and the first to a replacement replica",
+        least=0,
+    )
+    request_deadline_s: float = setting(
+        60.0, "seconds a completion may take, from the request to its last token", above=0
+    )
 
     @property
     def most_env_workers(self) -> int:
@@ -203,146 +368,212 @@ class ClusterConfig:
 class TrainConfig:
     """The reinforcement-learning loop."""
 
-    steps: int = 100
-    groups: int = 16  # tasks a step; one stratum of the task source each
-    group_size: int = 16  # episodes per task
-    # weights versions a token may be older than the learner's when it is trained on; 1 and more:
-    # episodes are played while the learner works
-    max_lag: int = 0
-
-
-ALARM_ACTIONS = ("off", "log", "pause", "stop")
+    steps: int = setting(100, "training steps", least=0)
+    groups: int = setting(16, "tasks per step, one from each stratum of the task source", least=1)
+    group_size: int = setting(16, "episodes per task", least=1)
+    max_lag: int = setting(
+        0,
+        "weights versions that a token may be behind the learner when it is trained on; from 1 on, "
+        "episodes are played while the learner works",
+        least=0,
+    )
 
 
 @dataclass(frozen=True)
 class AlarmConfig:
-    """What is out of bounds, for how long, and what happens then."""
+    """A bound, how long it must be crossed, and what happens then."""
 
-    threshold: float
-    patience: int = 1  # steps in a row out of bounds
-    action: str = "log"  # off | log | pause (until RUN/PAUSED is removed) | stop (to be resumed)
+    threshold: float = field(metadata={"setting": Setting("the bound", least=0)})
+    patience: int = setting(1, "steps in a row out of bounds that raise the alarm", least=1)
+    action: str = setting(
+        "log",
+        "what happens then; pause: until RUN/PAUSED is removed; stop: to be resumed",
+        choices=("off", "log", "pause", "stop"),
+    )
+
+
+@dataclass(frozen=True)
+class ShareAlarmConfig(AlarmConfig):
+    """An alarm whose threshold is a share."""
+
+    threshold: float = field(metadata={"setting": Setting("the bound", least=0, most=1)})
 
 
 @dataclass(frozen=True)
 class AlarmsConfig:
-    """What a training run watches in itself; `alarms.py` says what each one usually means."""
+    """What a training run watches in itself; `run/alarms.py` says what each alarm usually means."""
 
-    mismatch: AlarmConfig = AlarmConfig(0.1)  # above: mean |logprob difference|, engine to learner
-    entropy_floor: AlarmConfig = AlarmConfig(0.01, 3)  # below: nats per token
-    entropy_share: AlarmConfig = AlarmConfig(0.1, 3)  # below: of the mean of the first 5 steps
-    # above: distance of the mean reward, up or down, from that of the last `reward_window` steps,
-    # in standard deviations of theirs
-    reward_jump: AlarmConfig = AlarmConfig(5.0)
-    reward_window: int = 20  # steps; at least half of them must be there to compare with
-    kl: AlarmConfig = AlarmConfig(0.5, 3)  # above: nats per token from the reference (algo.kl_coef)
-    # above: nats per token that the updates of a step moved
-    step_kl: AlarmConfig = AlarmConfig(0.1)
-    # above: share of groups without any advantage
-    zero_variance_groups: AlarmConfig = AlarmConfig(0.9, 3)
-    # above: share of the step that the learner waited for episodes
-    starvation: AlarmConfig = AlarmConfig(0.95, 5)
-    # above: share of the step that replicas had nothing to do; only where train.max_lag > 0
-    idle_replicas: AlarmConfig = AlarmConfig(0.5, 5)
+    mismatch: AlarmConfig = setting(
+        AlarmConfig(0.1),
+        "upper bound on the mean absolute difference of rollout and learner logprobs",
+    )
+    entropy_floor: AlarmConfig = setting(
+        AlarmConfig(0.01, 3), "lower bound on the policy's entropy, in nats per token"
+    )
+    entropy_share: ShareAlarmConfig = setting(
+        ShareAlarmConfig(0.1, 3),
+        "lower bound on the policy's entropy, as a share of its mean over the first 5 steps",
+    )
+    reward_jump: AlarmConfig = setting(
+        AlarmConfig(5.0),
+        "upper bound on the distance, up or down, of the mean reward from its mean over the last "
+        "alarms.reward_window steps, in standard deviations of theirs",
+    )
+    reward_window: int = setting(
+        20,
+        "steps that alarms.reward_jump compares with; at least half of them must have been run",
+        least=2,
+    )
+    kl: AlarmConfig = setting(
+        AlarmConfig(0.5, 3),
+        "upper bound on the KL from the reference, in nats per token, if algo.kl_coef > 0",
+    )
+    step_kl: AlarmConfig = setting(
+        AlarmConfig(0.1), "upper bound on the KL that a step's updates add, in nats per token"
+    )
+    zero_variance_groups: ShareAlarmConfig = setting(
+        ShareAlarmConfig(0.9, 3), "upper bound on the share of groups without any advantage"
+    )
+    starvation: ShareAlarmConfig = setting(
+        ShareAlarmConfig(0.95, 5),
+        "upper bound on the share of the step that the learner waited for episodes",
+    )
+    idle_replicas: ShareAlarmConfig = setting(
+        ShareAlarmConfig(0.5, 5),
+        "upper bound on the share of the step that replicas were idle, if train.max_lag > 0",
+    )
 
 
 @dataclass(frozen=True)
 class SftConfig:
     """Supervised fine-tuning on episodes."""
 
-    data: str = ""  # JSONL written by synth
-    steps: int = 100
-    batch_size: int = 32  # episodes
-    loss_on: str = "replies"  # replies | all
+    data: str = setting("", "JSONL of episodes, as synth writes it")
+    steps: int = setting(100, "training steps", least=0)
+    batch_size: int = setting(32, "conversations per step", least=1)
+    loss_on: str = setting(
+        "replies",
+        "take the loss on the model's replies only, or on all that was said",
+        choices=("replies", "all"),
+    )
 
 
 @dataclass(frozen=True)
 class SynthConfig:
     """Playing a teacher and keeping its good games."""
 
-    player: str = "teacher"  # a player of the environment, "model" (model.path) or "endpoint"
-    episodes: int = 300
-    keep: dict[str, float] = field(default_factory=dict)  # score name -> least value kept
-    out: str = ""  # default: RUN/episodes.jsonl
-    show: int = 3  # samples printed
+    player: str = setting(
+        "teacher",
+        "who plays: a player of the environment, model (model.path) or endpoint",
+    )
+    episodes: int = setting(300, "episodes to play", least=1)
+    keep: dict[str, float] = setting({}, "score name -> least value of an episode that is kept")
+    out: str = setting("", "file of the kept episodes; empty: RUN/episodes.jsonl")
+    show: int = setting(3, "kept episodes to print as samples", least=0)
 
 
 @dataclass(frozen=True)
 class EndpointConfig:
-    """An OpenAI-compatible server."""
+    """An OpenAI-compatible server; its limits are the whole run's, however many env workers."""
 
-    url: str = ""  # https://host/v1
-    model: str = ""
-    api_key_env: str = "OPENAI_API_KEY"  # environment variable that holds the key; empty: none
-    # limits of the whole run, however many env workers it has
-    concurrency: int = 16  # requests, and live episodes, at once
-    requests_per_minute: float = 0.0  # 0: as fast as it answers
-    tokens_per_minute: float = 0.0  # read and written, as the server counts them; 0: no limit
-    max_tokens_total: int = 0  # eval and synth stop, to be resumed, when these are spent; 0: never
-    timeout_s: float = 60.0  # one request
-    retries: int = 4  # of a request, with growing waits
-    extra: dict[str, Any] = field(default_factory=dict)  # keys of a request's body; null leaves out
-    price_in: float = 0.0  # of a million tokens read, cached ones as well
-    price_out: float = 0.0  # of a million tokens written
+    url: str = setting("", "address of the server, as https://host/v1")
+    model: str = setting("", "the server's name of the model")
+    api_key_env: str = setting(
+        "OPENAI_API_KEY", "environment variable with the API key; empty: no key"
+    )
+    concurrency: int = setting(16, "requests in flight, and live episodes, at once", least=1)
+    requests_per_minute: float = setting(0.0, "rate limit of requests; 0: none", least=0)
+    tokens_per_minute: float = setting(
+        0.0,
+        "rate limit of prompt and completion tokens, as the server counts them; 0: none",
+        least=0,
+    )
+    max_tokens_total: int = setting(
+        0, "token budget after which eval and synth stop, to be resumed; 0: none", least=0
+    )
+    timeout_s: float = setting(60.0, "seconds one request may take", above=0)
+    retries: int = setting(4, "times a request is retried, with growing waits", least=0)
+    extra: dict[str, Any] = setting(
+        {}, "further keys of each request's body; null leaves a key out"
+    )
+    price_in: float = setting(
+        0.0, "price of a million prompt tokens, cached ones included", least=0
+    )
+    price_out: float = setting(0.0, "price of a million completion tokens", least=0)
 
 
 @dataclass(frozen=True)
 class EvalConfig:
     """Playing without learning."""
 
-    player: str = "model"  # model (model.path) | endpoint | a player of the environment
-    episodes: int = 400  # per cell
-    temperature: float = 0.0
-    cells: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> env.args of that cell
-    exhaustive: bool = True  # run the environment's own exhaustive check, if it has one
+    player: str = setting(
+        "model", "who plays: model (model.path), endpoint or a player of the environment"
+    )
+    episodes: int = setting(400, "episodes per cell", least=1)
+    temperature: float = setting(0.0, "sampling temperature; 0: greedy", least=0)
+    cells: dict[str, dict[str, Any]] = setting(
+        {}, "rows of the table: cell name -> env.args of that cell"
+    )
+    exhaustive: bool = setting(
+        True, "also run the environment's own exhaustive check, if it has one"
+    )
 
 
 @dataclass(frozen=True)
 class FetchConfig:
     """`rayrl model fetch NAME [FOLDER]`."""
 
-    name: str = ""  # of a model rayrl knows where to find, e.g. smollm2-135m
-    out: str = ""  # folder; default: models/NAME
+    name: str = setting("", "a model that rayrl knows where to find, as smollm2-135m")
+    out: str = setting("", "folder to write; empty: models/NAME")
 
 
 @dataclass(frozen=True)
 class PlayConfig:
     """Playing in a terminal."""
 
-    player: str = "model"  # as eval.player: who plays the seats that nobody else does
-    seat: str = ""  # seat of the environment that the person takes; empty: only watch
-    form: str = ""  # the reply sent for what the person types, {}; empty: the environment's own
-    episodes: int = 1
-    temperature: float = 0.0  # of models
+    player: str = setting(
+        "model", "who plays the seats that nobody else takes; values as for eval.player"
+    )
+    seat: str = setting("", "the environment's seat that you take; empty: only watch")
+    form: str = setting(
+        "", "reply sent for what you type, which replaces {}; empty: the environment's own form"
+    )
+    episodes: int = setting(1, "episodes to play", least=1)
+    temperature: float = setting(0.0, "sampling temperature of models; 0: greedy", least=0)
 
 
 @dataclass(frozen=True)
 class ReplayConfig:
     """`rayrl replay FILE [EPISODE_ID]`."""
 
-    file: str = ""  # JSONL of episodes
-    episode: str = ""  # id of the only one to be replayed; empty: all
-    out: str = ""  # where they are written with today's scores; empty: nowhere
-    show: int = 3  # differences of texts printed
+    file: str = setting("", "JSONL of episodes")
+    episode: str = setting("", "id of the one episode to replay; empty: all")
+    out: str = setting("", "file for the episodes with today's scores; empty: do not write")
+    show: int = setting(3, "text differences to print", least=0)
 
 
 @dataclass(frozen=True)
 class ServeConfig:
     """The OpenAI-compatible HTTP server."""
 
-    host: str = "127.0.0.1"  # 0.0.0.0: reachable from other machines
-    port: int = 8000  # 0: any that is free
-    model_name: str = ""  # what clients call the model; empty: its folder's name
-    api_key_env: str = ""  # environment variable that holds the key clients must send; empty: none
-    max_requests: int = 256  # answered at once by a replica; one more gets a 503
+    host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0: reachable from other machines")
+    port: int = setting(8000, "port to listen on; 0: any free one", least=0, most=65535)
+    model_name: str = setting("", "the model's name for clients; empty: its folder's name")
+    api_key_env: str = setting(
+        "", "environment variable with the key that clients must send; empty: no key"
+    )
+    max_requests: int = setting(
+        256, "requests a replica answers at once; further ones get a 503", least=1
+    )
 
 
 @dataclass(frozen=True)
 class Stage:
     """One step of a recipe: a verb, and the settings it differs in."""
 
-    name: str = "???"
-    verb: str = "???"  # synth | sft | train | eval
-    set: dict[str, Any] = field(default_factory=dict)  # dotted key -> value
+    name: str = setting("???", "names the stage's folder in the run's")
+    verb: str = setting("???", "what runs", choices=("synth", "sft", "train", "eval"))
+    set: dict[str, Any] = setting({}, "dotted key -> value, over the recipe's settings")
 
 
 @dataclass(frozen=True)
@@ -368,4 +599,4 @@ class Config:
     play: PlayConfig = field(default_factory=PlayConfig)
     replay: ReplayConfig = field(default_factory=ReplayConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
-    recipe: list[Stage] = field(default_factory=list)
+    recipe: list[Stage] = setting([], "stages that `rayrl recipe` runs in this order")

@@ -5,132 +5,15 @@ Nothing is ever rewritten: what was asked for is what runs, or the run does not 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
-from rayrl.config.load import leaves, stage_config
-from rayrl.config.schema import ALARM_ACTIONS, Config
+from rayrl.config.load import check_types, settings, stage_config
+from rayrl.config.schema import Config, Stage
 from rayrl.config.sync import check_sync
-from rayrl.errors import ConfigError, did_you_mean
+from rayrl.errors import ConfigError
 
-__all__ = ["VERBS", "validate"]
-
-VERBS = ("synth", "sft", "train", "eval")
-"""What a stage of a recipe can be."""
-
-_CHOICES: dict[str, tuple[Any, ...]] = {
-    "engine.kind": ("embedded", "vllm"),
-    "engine.dtype": ("auto", "float32", "bfloat16", "float16"),
-    "engine.on_update": ("wait", "keep", "abort"),
-    "algo.advantage": ("grpo", "rloo", "gigpo"),
-    "algo.normalize": ("none", "std", "batch_std"),
-    "algo.loss": ("grpo", "cispo", "gspo"),
-    "algo.aggregation": ("token", "sequence", "constant"),
-    "algo.kl_estimator": ("k1", "k2", "k3"),
-    "learner.kind": ("deepspeed", "reference"),
-    "learner.zero_stage": (0, 1, 2, 3),
-    "learner.dtype": ("float32", "bfloat16"),
-    "learner.schedule": ("constant", "linear", "cosine"),
-    "cluster.placement": ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"),
-    "cluster.sync": ("auto", "object_store", "nccl", "gloo", "adapters"),
-    "sft.loss_on": ("replies", "all"),
-}
-
-_OPEN = ("algo.advantage", "algo.loss")
-"""Of `_CHOICES`, those that may also name a function from outside the package."""
-
-_AT_LEAST: dict[str, float] = {
-    "run.keep_checkpoints": 1,
-    "run.checkpoint_every": 1,
-    "run.episodes_every": 1,
-    "env.retries": 0,
-    "engine.max_live": 1,
-    "engine.max_len": 0,
-    "engine.threads": 1,
-    "sampling.temperature": 0,
-    "sampling.top_k": 0,
-    "sampling.max_tokens": 1,
-    "algo.step_weight": 0,
-    "algo.clip_high": 0,
-    "algo.cispo_max": 1,
-    "algo.entropy_coef": 0,
-    "algo.kl_coef": 0,
-    "algo.tis_max": 0,
-    "algo.epochs": 1,
-    "algo.minibatches": 1,
-    "learner.world_size": 1,
-    "learner.threads": 1,
-    "learner.warmup_steps": 0,
-    "learner.weight_decay": 0,
-    "learner.micro_batch_tokens": 1,
-    "learner.restarts": 0,
-    "lora.rank": 0,
-    "cluster.env_workers": 1,
-    "cluster.env_workers_max": 0,
-    "cluster.concurrency": 1,
-    "cluster.env_worker_cpus": 0,
-    "cluster.replicas": 1,
-    "cluster.replica_cpus": 0,
-    "cluster.replica_gpus": 0,
-    "cluster.learner_cpus": 0,
-    "cluster.learner_gpus": 0,
-    "cluster.bucket_mb": 1,
-    "cluster.check_pushes": 0,
-    "train.steps": 0,
-    "train.groups": 1,
-    "train.group_size": 1,
-    "train.max_lag": 0,
-    "alarms.reward_window": 2,
-    "sft.steps": 0,
-    "sft.batch_size": 1,
-    "synth.episodes": 1,
-    "synth.show": 0,
-    "endpoint.concurrency": 1,
-    "endpoint.retries": 0,
-    "endpoint.requests_per_minute": 0,
-    "endpoint.tokens_per_minute": 0,
-    "endpoint.max_tokens_total": 0,
-    "endpoint.price_in": 0,
-    "endpoint.price_out": 0,
-    "eval.episodes": 1,
-    "eval.temperature": 0,
-    "play.episodes": 1,
-    "play.temperature": 0,
-    "replay.show": 0,
-    "serve.port": 0,
-    "serve.max_requests": 1,
-}
-
-_ABOVE_ZERO = (
-    "env.deadline_s",
-    "engine.kv_cache_gb",
-    "engine.gpu_memory",
-    "sampling.top_p",
-    "learner.lr",
-    "learner.eps",
-    "learner.max_grad_norm",
-    "lora.alpha",
-    "cluster.env_worker_idle_s",
-    "cluster.object_store_gb",
-    "cluster.push_deadline_s",
-    "cluster.request_deadline_s",
-    "endpoint.timeout_s",
-)
-
-_SHARES = (
-    "env.failure_budget",
-    "engine.gpu_memory",
-    "sampling.top_p",
-    "algo.gamma",
-    "algo.clip_low",
-    "learner.min_lr_ratio",
-    "alarms.entropy_share.threshold",
-    "alarms.zero_variance_groups.threshold",
-    "alarms.starvation.threshold",
-    "alarms.idle_replicas.threshold",
-)
-
+__all__ = ["validate"]
 
 _NOT_EXTRA = {
     "messages": "an episode's messages are the environment's; remove it.",
@@ -140,22 +23,26 @@ _NOT_EXTRA = {
     "model": "set endpoint.model.",
 }
 
-_ALARMS = [key for key, _ in leaves() if key.startswith("alarms.")]
-_CHOICES |= {key: ALARM_ACTIONS for key in _ALARMS if key.endswith(".action")}
-_AT_LEAST |= {key: 1 for key in _ALARMS if key.endswith(".patience")}
-_AT_LEAST |= {key: 0 for key in _ALARMS if key.endswith(".threshold")}
-
 _WHOLE_RECIPE = ("cluster.address", "run.dir", "run.name")
 """Settings that would do nothing in one stage: Ray is open already, and folders have its name."""
 
 
-def validate(config: Config, verb: str = "", *, chained: bool = False) -> None:
+def validate(config: Config, verb: str = "") -> None:
     """Raise ConfigError if `config` cannot do what `verb` needs of it.
 
     Args:
         config: what to check.
         verb: synth, sft, train, eval, recipe (checks every stage) or another; each has needs of its
-            own besides those all share.
+            own besides those all share. A plan has those of the recipe, else of train.
+    """
+    check_types(config)
+    _check(config, ("recipe" if config.recipe else "train") if verb == "plan" else verb)
+
+
+def _check(config: Config, verb: str, *, chained: bool = False) -> None:
+    """What `validate` checks of a Config with values of the right types.
+
+    Args:
         chained: the stage follows others of a recipe, which give it its data and its model.
     """
     _check_ranges(config)
@@ -197,34 +84,20 @@ def _wrong(key: str, value: object, why: str) -> ConfigError:
 
 
 def _check_ranges(config: Config) -> None:
-    for key, known in _CHOICES.items():
+    for key, setting in settings().items():
         value = _at(config, key)
-        outside = key in _OPEN and ":" in value
-        if value not in known and not outside:
-            names = ", ".join(map(str, known))
-            also = ", or module:function or path/to/file.py:function" if key in _OPEN else ""
-            near = did_you_mean(str(value), map(str, known))
-            raise _wrong(key, value, f"must be one of {names}{also}.{near}")
-    bounds: list[tuple[str, Callable[[float], bool], str]] = [
-        *(
-            (key, lambda v, low=low: v >= low, f"must be {low} or more.")
-            for key, low in _AT_LEAST.items()
-        ),
-        *((key, lambda v: v > 0, "must be more than 0.") for key in _ABOVE_ZERO),
-        *((key, lambda v: 0 <= v <= 1, "must be from 0 to 1.") for key in _SHARES),
-    ]
-    for key, fits, why in bounds:
-        value = _at(config, key)
-        if value is not None and not fits(value):  # a NaN fits nothing
-            raise _wrong(key, value, why)
+        values = {key: value}
+        if isinstance(value, dict):
+            values = {f"{key}.{name}": one for name, one in value.items()}
+        for name, one in values.items():
+            if why := setting.complaint(one):
+                raise _wrong(name, one, why)
 
 
 def _check_shared(config: Config) -> None:
     run, env, algo, learner = config.run, config.env, config.algo, config.learner
     if not run.name or "/" in run.name:
         raise _wrong("run.name", run.name, "must be a word without slashes: it names a folder.")
-    if not run.dir:
-        raise _wrong("run.dir", run.dir, "must name a folder, such as runs/first.")
     if not env.name:
         raise _wrong(
             "env.name", "", "no environment is chosen; try env=tictactoe or env.name=NAME."
@@ -281,8 +154,6 @@ def _check_shared(config: Config) -> None:
         )
     for key in ("env_worker_resources", "replica_resources", "learner_resources"):
         for name, amount in getattr(config.cluster, key).items():
-            if not amount > 0:
-                raise _wrong(f"cluster.{key}.{name}", amount, "must be more than 0.")
             if name in ("CPU", "GPU", "memory"):
                 kind = key.removesuffix("_resources")
                 raise _wrong(
@@ -365,8 +236,6 @@ def _check_serve(config: Config) -> None:
     serve = config.serve
     if not serve.host:
         raise _wrong("serve.host", "", "name an address: 127.0.0.1 (this machine), or 0.0.0.0.")
-    if serve.port > 65535:
-        raise _wrong("serve.port", serve.port, "ports end at 65535.")
 
 
 def _asking(config: Config, verb: str) -> list[str]:
@@ -400,6 +269,7 @@ def _check_endpoint(config: Config, asking: str) -> None:
 
 def _check_stages(config: Config) -> None:
     seen: set[str] = set()
+    (verb,) = (one.metadata["setting"] for one in fields(Stage) if one.name == "verb")
     for stage in config.recipe:
         if not stage.name or not stage.name.replace("_", "").replace("-", "").isalnum():
             raise ConfigError(
@@ -409,11 +279,8 @@ def _check_stages(config: Config) -> None:
             raise ConfigError(f"recipe stage {stage.name!r} is there twice; rename one.")
         seen.add(stage.name)
         where = f"recipe stage {stage.name!r}"
-        if stage.verb not in VERBS:
-            near = did_you_mean(stage.verb, VERBS)
-            raise ConfigError(
-                f"{where}: verb={stage.verb}: must be one of {', '.join(VERBS)}.{near}"
-            )
+        if why := verb.complaint(stage.verb):
+            raise ConfigError(f"{where}: verb={stage.verb}: {why}")
         if any(key.split(".")[0] == "recipe" for key in stage.set):
             raise ConfigError(f"{where}: a stage cannot change the recipe; remove that key.")
         ready = replace(stage_config(config, stage), recipe=[])
@@ -424,6 +291,6 @@ def _check_stages(config: Config) -> None:
                     "recipe."
                 )
         try:
-            validate(ready, stage.verb, chained=True)
+            _check(ready, stage.verb, chained=True)
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from error

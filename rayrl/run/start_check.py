@@ -142,7 +142,7 @@ def _seats(config: Config, verb: str) -> list[str]:
     if verb == "train":
         check_trained(environment, config)
     for args in config.eval.cells.values() if verb == "eval" else ():
-        environment.configure(args)
+        environment.evaluation(config.env.held_out).configure(args)
     player = {"synth": config.synth.player, "eval": config.eval.player, "play": config.play.player}
     seats = seats_of(environment, config, player.get(verb, "model"))
     if verb == "play":

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+import functools
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
 
 from rayrl.cluster.learner_group import LearnerGroup
-from rayrl.cluster.open import open_cluster
+from rayrl.cluster.open import make_environment, open_cluster
 from rayrl.cluster.rollouts import CollectedGroups
 from rayrl.cluster.weight_sync.push import WeightSync
 from rayrl.config import Config
+from rayrl.environment.environment import Environment
 from rayrl.learner.batch import Batch
 from rayrl.rollout.rollout import GroupPlan
 from rayrl.run.collector import GroupCollector
@@ -19,9 +23,28 @@ from rayrl.run.metrics import Clock, headline, step_metrics, warnings
 from rayrl.run.monitor import Monitor
 from rayrl.run.progress_bar import ProgressBar
 from rayrl.run.recovery import Attempt, Recovery
-from rayrl.run.stage import MODEL
+from rayrl.run.stage import MODEL, check_tasks, check_trained, log_template_notes, seats_of
+from rayrl.types import derive_seed
 
-__all__ = ["Training", "open_training"]
+__all__ = ["StepControl", "Training", "open_training", "training_plans"]
+
+
+@dataclass
+class StepControl:
+    """What an `on_step` callback sees of a step, and may ask for.
+
+    Attributes:
+        step: from 0; `metrics` are its.
+        folder: of the run.
+        stop: set it to end the run after this step, with a checkpoint and the model.
+        checkpoint: set it to make a checkpoint now.
+    """
+
+    step: int
+    metrics: Mapping[str, float]
+    folder: Path
+    stop: bool = False
+    checkpoint: bool = False
 
 
 class Training:
@@ -34,6 +57,7 @@ class Training:
         start: the step to begin with: 0, or that of the checkpoint it resumes from.
         steps: the step to end before.
         clock: seconds of the current step by stage.
+        stopped: whether a callback has ended the run early.
     """
 
     def __init__(
@@ -46,7 +70,7 @@ class Training:
     ) -> None:
         self.config, self.folder, self.learner = config, folder, learner
         self.steps = config.train.steps
-        self.clock = Clock()
+        self.clock, self.stopped = Clock(), False
         self._collector, self._weights = collector, weights
         self._progress = ProgressBar(config.run.name, self.steps)
         self._monitor = Monitor(config, folder, self._progress.note)
@@ -96,20 +120,32 @@ class Training:
                 self._pushed = version
         self._collector.advance(version)
 
-    async def end_step(self, step: int, batch: Batch, learned: Mapping[str, float]) -> None:
+    async def end_step(
+        self,
+        step: int,
+        batch: Batch,
+        learned: Mapping[str, float],
+        on_step: Callable[[StepControl], object] | None = None,
+    ) -> None:
         """Log a step, watch its metrics, and make the checkpoint that is due.
 
         Args:
-            learned: the learner's metrics.
+            learned: the learner's metrics, and any others to be logged.
+            on_step: called with what it may ask for before the next step.
         """
         config, folder, collected = self.config, self.folder, self._collected
         metrics = step_metrics(step, collected, batch, learned, self.clock)
         folder.log(step, metrics)
         self._monitor.look(step, metrics, self.clock, collected)
-        last = step + 1 == self.steps
+        control = StepControl(step, metrics, folder.path)
+        if on_step is not None:
+            on_step(control)
+        self.stopped = control.stop
+        last = step + 1 == self.steps or control.stop
         if step % config.run.episodes_every == 0 or last:
             folder.write_episodes(step, (*collected.groups, *collected.dropped))
-        if (step + 1) % config.run.checkpoint_every == 0 or last or self._monitor.halting:
+        due = (step + 1) % config.run.checkpoint_every == 0 or last or self._monitor.halting
+        if due or control.checkpoint:
             await self.checkpoint(step + 1)
         self._progress.update(step + 1, headline(metrics))
         for warning in warnings(metrics):
@@ -127,22 +163,26 @@ class Training:
         self._collector.log.delete_others(step)
         self._recovery.checkpointed()
 
-    async def export(self) -> None:
-        """Write the model to RUN/model, a Hugging Face directory."""
+    async def finish(self) -> None:
+        """Write the model to RUN/model, a Hugging Face directory, and mark the run as finished."""
         with self.folder.whole(MODEL) as path:
             await self.learner.export(path)
+        self.folder.finish({"steps": self.steps, "model": MODEL})
 
 
 @asynccontextmanager
-async def open_training(
-    config: Config, folder: RunDir, plans: Callable[[int], Sequence[GroupPlan]]
-) -> AsyncIterator[Training]:
+async def open_training(config: Config, folder: RunDir) -> AsyncIterator[Training]:
     """Start the processes of a training run, or resume it.
 
     Args:
         folder: of the run; nothing is written before all processes have started.
-        plans: what is played at a step.
+
+    Raises:
+        ConfigError: no seat is the policy's.
     """
+    environment = make_environment(config).training(config.env.held_out)
+    check_trained(environment, config)
+    log_template_notes(config, seats_of(environment, config, "model").values())
     log = GroupLog(folder.path / "groups")
     found = folder.latest_checkpoint()
     start, state = (found.step, found.state) if found else (0, {})
@@ -150,8 +190,21 @@ async def open_training(
         log.go_back(start)
     async with open_cluster(config, config.train.steps, log.turns) as (rollouts, learner, weights):
         folder.begin()
+        plans = functools.partial(training_plans, environment, config)
         async with GroupCollector(rollouts, plans, config, log) as collector:
             collector.restore(start, state)
             training = Training(config, folder, collector, learner, weights)
             with training._progress, training._monitor:
                 yield training
+
+
+def training_plans(environment: Environment, config: Config, step: int) -> list[GroupPlan]:
+    """What is played at a step: one group for each stratum of the task source."""
+    seed = derive_seed(config.run.seed, config.run.name, "train")
+    n = config.train.groups
+    tasks = environment.tasks(seed, n, start=step * n)
+    check_tasks(environment, tasks)
+    return [
+        GroupPlan(f"{step}-{k}", task, config.train.group_size, derive_seed(seed, step, k))
+        for k, task in enumerate(tasks)
+    ]

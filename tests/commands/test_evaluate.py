@@ -20,13 +20,13 @@ from rayrl.commands import evaluate
 from rayrl.commands.evaluate import cell_of, check_args, evaluation_plans, run_checks
 from rayrl.config import Config, from_dict
 from rayrl.errors import ConfigError, DataError, RunFailed
-from rayrl.loop import plans as training_plans
 from rayrl.report.statistics import Share, Split
 from rayrl.report.table import Result
 from rayrl.rollout.episode_io import read_episodes
 from rayrl.rollout.players import ScriptedPlayer
 from rayrl.run.folder import RunDir
 from rayrl.run.stage import row_name, seats_of
+from rayrl.run.training import training_plans
 from rayrl.types import Episode, Failure, Group, Usage
 from tests.act import collect, says
 from tests.documents import ROOT
@@ -60,7 +60,7 @@ def test_every_model_meets_the_same_tasks_and_no_training_task() -> None:
     assert plans == evaluation_plans(env, other, "random")
     assert len(plans) == 30
     assert len({plan.id for plan in plans}) == 30
-    trained = {plan.task.seed for step in range(20) for plan in training_plans(cfg, step)}
+    trained = {plan.task.seed for step in range(20) for plan in training_plans(env, cfg, step)}
     assert trained.isdisjoint(plan.task.seed for plan in plans)
     optimal = evaluation_plans(env, cfg, "optimal")
     assert {p.task.seed for p in plans}.isdisjoint(p.task.seed for p in optimal)
@@ -215,12 +215,12 @@ def test_a_run_writes_the_table_its_settings_and_the_episodes(
 async def test_a_greedy_model_is_checked_to_the_end(tmp_path: Path, in_process: list[Here]) -> None:
     cfg = config(tmp_path, episodes=2)
     with RunDir(tmp_path, cfg) as folder:
-        result = await evaluate.evaluate(cfg, folder)
+        result = await evaluate.play_cells(cfg, folder)
     assert result.name == "base"
     assert result.checks["unbeatable"]["losing"] == 0
     assert result.checks["unbeatable"]["lines"] > 100
     for skipped in ({"exhaustive": False}, {"temperature": 0.5}):
-        assert (await evaluate.evaluate(config(tmp_path, episodes=2, **skipped))).checks == {}
+        assert (await evaluate.play_cells(config(tmp_path, episodes=2, **skipped))).checks == {}
 
 
 # --- what is stopped goes on ----------------------------------------------------------------------

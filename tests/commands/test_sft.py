@@ -297,7 +297,7 @@ async def test_a_killed_run_ends_as_if_it_had_not_stopped(
 
     async def whole(name: str) -> None:
         with RunDir(tmp_path / name, cfg(name)) as folder:
-            await sft.sft(cfg(name), folder)
+            await sft._fine_tune(cfg(name), folder)
 
     await whole("unbroken")
     learner_here.update(steps=0, dies=5)  # after the checkpoint of step 4

@@ -14,11 +14,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rayrl.cluster.open import open_cluster
+from rayrl.cluster.open import make_environment, open_cluster
 from rayrl.config import Config, from_dict
 from rayrl.learner.advantage import advantages
 from rayrl.learner.batch import make_batch
-from rayrl.loop import plans
+from rayrl.run.training import training_plans
 from rayrl.types import Episode
 from rayrl.weights.model_dir import EMBEDDED, model_dir
 from tests.runs import ROOT
@@ -61,12 +61,15 @@ def worst_mismatch(episodes: list[Episode], model: Any, version: int) -> float:
 async def played(config: Config, folder: Path) -> list[tuple[int, list[Episode], Path]]:
     """Two steps of training: (version, episodes, the weights they were played with)."""
     out = []
+    environment = make_environment(config)
     async with open_cluster(config, 2) as (rollouts, learner, weights):
         for step in range(2):
             confirmed = await weights.push(step)
             assert len(confirmed) == 2, "both replicas confirm"
             assert len(set(confirmed.values())) == 1, "and hold the same"
-            groups = (await rollouts.collect(plans(config, step), step)).groups
+            groups = (
+                await rollouts.collect(training_plans(environment, config, step), step)
+            ).groups
             await learner.export(folder / str(step))
             out.append((step, [e for g in groups for e in g.episodes], folder / str(step)))
             await weights.sleep_replicas()

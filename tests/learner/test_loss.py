@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rayrl.config import AlgoConfig
-from rayrl.config.validate import _CHOICES
+from rayrl.config.load import settings
 from rayrl.errors import ConfigError
 from rayrl.learner.advantage import ADVANTAGES
 from rayrl.learner.batch import Totals
@@ -345,5 +345,5 @@ def test_what_a_loss_returns_is_checked(loss, said):
 
 
 def test_the_names_that_settings_accept_are_those_that_are_registered():
-    assert tuple(LOSSES) == _CHOICES["algo.loss"]
-    assert tuple(ADVANTAGES) == _CHOICES["algo.advantage"]
+    assert tuple(LOSSES) == settings()["algo.loss"].choices
+    assert tuple(ADVANTAGES) == settings()["algo.advantage"].choices
