@@ -65,6 +65,11 @@ class RunConfig:
     episodes_every: int = setting(
         10, "steps between batches whose episodes are written out", least=1
     )
+    loggers: list[str] = setting(
+        ["tensorboard"],
+        "where metrics go besides RUN/metrics.jsonl: tensorboard, wandb, or a function of step and "
+        "metrics as module:function or path/to/file.py:function",
+    )
     wandb_project: str = setting(
         "", "Weights & Biases project to log to as well; empty: do not log there"
     )
@@ -168,7 +173,10 @@ class AlgoConfig:
     """Advantages and losses; sources in `learner/advantage.py` and `learner/loss.py`."""
 
     advantage: str = setting(
-        "grpo", "how episodes of a group are compared", choices=("grpo", "rloo", "gigpo")
+        "grpo",
+        "how episodes of a group are compared",
+        choices=("grpo", "rloo", "gigpo"),
+        open=True,
     )
     normalize: str = setting(
         "std",
@@ -180,7 +188,8 @@ class AlgoConfig:
     gamma: float = setting(
         0.95, "gigpo: discount per turn from a turn to the end of its episode", least=0, most=1
     )
-    loss: str = setting("cispo", "policy loss", choices=("grpo", "cispo", "gspo"))
+    loss: str = setting("cispo", "policy loss", choices=("grpo", "cispo", "gspo"), open=True)
+    loss_args: dict[str, Any] = setting({}, "keyword arguments of a loss from outside the package")
     aggregation: str = setting(
         "token",
         "how the loss is averaged: over tokens, over rows, or as if each row had "

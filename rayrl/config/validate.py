@@ -112,6 +112,13 @@ def _check_shared(config: Config) -> None:
             raise _wrong(
                 f"env.seats.{seat}", who, "must be policy, endpoint, player:NAME or model:PATH."
             )
+    if algo.loss_args and ":" not in algo.loss:
+        raise _wrong(
+            "algo.loss_args",
+            algo.loss_args,
+            f"are keywords of a loss from outside, and algo.loss={algo.loss} takes none; remove "
+            "them.",
+        )
     if 0 < algo.tis_max < 1:
         raise _wrong(
             "algo.tis_max", algo.tis_max, "a bound under 1 shrinks every token; use 0 (off) or ≥ 1."
