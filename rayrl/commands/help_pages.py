@@ -178,7 +178,8 @@ def verb_page(verb: str) -> str:
 def _line(key: str, default: Any, setting: Setting) -> str:
     text = f"  {key}={json.dumps(default, ensure_ascii=False)}"
     start = f"{text:40}" if len(text) <= 38 else f"{text}\n{'':40}"
-    choices = f" ({' | '.join(map(str, setting.choices))})" if setting.choices else ""
+    names = [*map(str, setting.choices), *(["module:function"] if setting.open else [])]
+    choices = f" ({' | '.join(names)})" if names else ""
     lines = textwrap.wrap(setting.meaning + choices, WIDTH - 40, break_long_words=False)
     return start + f"\n{'':40}".join(lines)
 

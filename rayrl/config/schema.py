@@ -67,7 +67,7 @@ class RunConfig:
     )
     loggers: list[str] = setting(
         ["tensorboard"],
-        "where metrics go besides metrics.jsonl: tensorboard, wandb, or a function of step and "
+        "where metrics go besides RUN/metrics.jsonl: tensorboard, wandb, or a function of step and "
         "metrics as module:function or path/to/file.py:function",
     )
     wandb_project: str = setting(

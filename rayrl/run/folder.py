@@ -464,7 +464,9 @@ def refuse_changes(path: Path, config: Config, remedy: str, *, more_steps: bool 
             changed.append(f"  {key}: {before!r} there, {now!r} now")
     if changed:
         raise ConfigError(
-            f"{path} holds a run with other settings:\n" + "\n".join(changed) + f"\n{remedy}"
+            f"{path} holds a run with other settings (its config.yaml):\n"
+            + "\n".join(changed)
+            + f"\n{remedy}"
         )
     return more
 

@@ -90,7 +90,8 @@ def test_choices_are_taken_and_others_are_not(key: str) -> None:
     assert not any(complaint(key, choice) for choice in choices)
     other = max(choices) + 1 if isinstance(choices[0], int) else f"{choices[-1]}x"
     said = complaint(key, other)
-    assert said.startswith(f"must be one of {', '.join(map(str, choices))}.")
+    also = ", or module:function or path/to/file.py:function" if settings()[key].open else ""
+    assert said.startswith(f"must be one of {', '.join(map(str, choices))}{also}.")
     assert isinstance(other, int) or f"Did you mean {choices[-1]!r}?" in said
 
 
@@ -119,6 +120,7 @@ def test_open_choices_take_a_module_and_function() -> None:
         "must be one of grpo, cispo, or module:function or path/to/file.py:function. "
         "Did you mean 'grpo'?"
     )
+    assert {key for key in CHOSEN if settings()[key].open} == {"algo.advantage", "algo.loss"}
     closed = Setting("", choices=("grpo", "cispo"))
     assert closed.complaint("mine:loss").startswith("must be one of grpo, cispo.")
 

@@ -7,8 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rayrl.config import AlgoConfig
-from rayrl.config.load import settings
+from rayrl.config import AlgoConfig, settings
 from rayrl.errors import ConfigError
 from rayrl.learner.advantage import ADVANTAGES
 from rayrl.learner.batch import Totals
