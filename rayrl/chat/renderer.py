@@ -41,7 +41,7 @@ from rayrl.chat.tools import (
 )
 from rayrl.errors import ConfigError
 from rayrl.types import Message, Role, Turn
-from rayrl.weights.model_dir import model_dir, why_unreadable
+from rayrl.weights.model_dir import explain_load_error, model_dir
 
 __all__ = ["Chat", "Ids"]
 
@@ -122,7 +122,7 @@ class Chat:
             tokenizer = load_tokenizer(folder)
         except Exception as error:
             raise ConfigError(
-                f"model.path={path!r}: cannot load a tokenizer: {why_unreadable(error)}"
+                f"model.path={path!r}: cannot load a tokenizer: {explain_load_error(error)}"
             ) from error
         return cls(tokenizer)
 

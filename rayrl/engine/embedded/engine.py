@@ -51,7 +51,7 @@ from rayrl.engine.embedded.stats import Stats
 from rayrl.errors import ConfigError, InfraError, RayrlError, StaleWeights
 from rayrl.types import Completion, Delta, Finish, Request, VersionSpan
 from rayrl.weights.loading import load_causal_lm
-from rayrl.weights.model_dir import why_unreadable
+from rayrl.weights.model_dir import explain_load_error
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -145,7 +145,7 @@ class EmbeddedEngine:
             tokenizer = load_tokenizer(Path(path))
         except (OSError, ValueError) as error:
             raise ConfigError(
-                f"model.path={path}: cannot load a tokenizer: {why_unreadable(error)}"
+                f"model.path={path}: cannot load a tokenizer: {explain_load_error(error)}"
             ) from error
         return cls(
             model,

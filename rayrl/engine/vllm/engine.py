@@ -36,7 +36,7 @@ from rayrl.engine.vllm.outputs import delta, errors_as_ours, version_spans
 from rayrl.engine.vllm.wire import MISFIT, to_wire
 from rayrl.errors import ConfigError, InfraError, StaleWeights
 from rayrl.types import Completion, Delta, Request
-from rayrl.weights.model_dir import why_unreadable
+from rayrl.weights.model_dir import explain_load_error
 from rayrl.weights.shared_memory import SharedBuffer
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ class VllmEngine:
             self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**args))
         except (ValueError, RuntimeError, OSError) as error:
             raise ConfigError(
-                f"model.path={path}: vLLM cannot run it: {why_unreadable(error)}"
+                f"model.path={path}: vLLM cannot run it: {explain_load_error(error)}"
             ) from error
         self._adapters = None if lora is None else Adapters(self._llm, lora)
         self.max_len: int = self._llm.model_config.max_model_len
