@@ -327,7 +327,7 @@ async def test_weights_of_another_model_are_refused_and_the_old_ones_kept() -> N
 async def test_a_request_for_newer_weights_is_stale() -> None:
     async with engine_of(version=2) as engine:
         assert (await engine.generate(request("a", (9,), max_tokens=1, min_version=2))).ids
-        with pytest.raises(StaleWeights, match="version 3 asked, version 2 held"):
+        with pytest.raises(StaleWeights, match="version 3 requested, version 2 loaded"):
             await engine.generate(request("a", (9,), min_version=3))
 
 

@@ -178,7 +178,7 @@ async def test_requests_that_cannot_be_answered(engine: Engine) -> None:
     assert (await engine.generate(request(range(3, 259)))).finish == "length"
     near = await engine.generate(replace(request(range(3, 256)), stop_ids=()))
     assert (len(near.ids), near.finish) == (3, "length")
-    with pytest.raises(StaleWeights, match=r"version 99 asked"):
+    with pytest.raises(StaleWeights, match=r"version 99 requested"):
         await engine.generate(replace(request(PROMPTS[0]), min_version=99))
     with pytest.raises(ConfigError, match="temperature"):
         await engine.generate(request(PROMPTS[0], temperature=-1.0))
