@@ -307,10 +307,9 @@ class Chat:
         self,
         roles: Sequence[str],
         tools: Sequence[Mapping[str, Any]] | None = None,
-        first: int = 0,
         pad: str = "",
     ) -> str:
-        """Render the template with sentinel number `first + k` as the content of message k.
+        """Render the template with sentinel k, between `pad`, as the content of message k.
 
         Raises:
             ConfigError: an unknown role, or the template refuses these messages.
@@ -318,8 +317,9 @@ class Chat:
         for role in roles:  # roles become part of the template's text: only known ones are safe
             if role not in get_args(Role):
                 raise ConfigError(f"role {role!r}: must be one of {', '.join(get_args(Role))}")
-        contents = [f"{pad}{_sentinel(first + k)}{pad}" for k in range(len(roles))]
-        messages = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)]
+        messages = [
+            {"role": role, "content": f"{pad}{_sentinel(k)}{pad}"} for k, role in enumerate(roles)
+        ]
         try:
             text = self.tokenizer.apply_chat_template(
                 messages, tools=tools, add_generation_prompt=True, tokenize=False
