@@ -26,12 +26,21 @@ from importlib.metadata import Distribution, distribution, distributions, versio
 from pathlib import Path
 
 from rayrl.config import Config, stage_config
+from rayrl.config.registry import CODE_FILE, OBJECT, split_reference
 from rayrl.config.yaml_files import conf_dir
-from rayrl.environment.registry import CODE_FILE, ENV_GROUP
+from rayrl.environment.registry import ENV_GROUP
 from rayrl.errors import ConfigError
 from rayrl.types import derive_seed
 
-__all__ = ["CONFIG_DIR", "LIMIT_MB", "START", "env_names", "stage", "variables"]
+__all__ = [
+    "CONFIG_DIR",
+    "LIMIT_MB",
+    "START",
+    "env_names",
+    "function_references",
+    "stage",
+    "variables",
+]
 
 LIMIT_MB = 100  # Ray would take 512 in one request, and keeps it in the memory of the head
 START = "start.py"
@@ -45,8 +54,19 @@ _OF_HERE = ("RAYRL_VENV",)
 
 def env_names(config: Config) -> list[str]:
     """Every environment that a configuration names, those of a recipe's stages included."""
-    stages = [stage_config(config, one) for one in config.recipe]
-    return list(dict.fromkeys(one.env.name for one in [config, *stages] if one.env.name))
+    return list(dict.fromkeys(one.env.name for one in _with_stages(config) if one.env.name))
+
+
+def function_references(config: Config) -> dict[str, str]:
+    """Every loss and advantage from outside the package that a configuration names -> its key."""
+    named: dict[str, str] = {}
+    for one in _with_stages(config):
+        named |= {one.algo.loss: "algo.loss", one.algo.advantage: "algo.advantage"}
+    return {reference: key for reference, key in named.items() if ":" in reference}
+
+
+def _with_stages(config: Config) -> list[Config]:
+    return [config, *(stage_config(config, one) for one in config.recipe)]
 
 
 def variables(environ: Mapping[str, str]) -> dict[str, str]:
@@ -58,11 +78,17 @@ def variables(environ: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def stage(folder: Path, envs: Iterable[str] = (), config_dir: Path | None = None) -> None:
+def stage(
+    folder: Path,
+    envs: Iterable[str] = (),
+    config_dir: Path | None = None,
+    functions: Mapping[str, str] | None = None,
+) -> None:
     """Fill an empty folder with the code.
 
     Args:
         envs: as `env.name`; those that are installed by name travel whether named or not.
+        functions: see `function_references`.
 
     Raises:
         ConfigError: there is no such file or module, or all of it is too large.
@@ -79,8 +105,10 @@ def stage(folder: Path, envs: Iterable[str] = (), config_dir: Path | None = None
     for dist in _installed(known):
         _add_distribution(files, texts, dist)
     written, moved = {}, {}
-    for name in envs:
-        place, _, attribute = name.rpartition(":") if ":" in name else (name, "", "")
+    for name, key in [*((name, "env.name") for name in envs), *(functions or {}).items()]:
+        place, attribute = split_reference(name)
+        if place == OBJECT:  # travels by value
+            continue
         if place.endswith(".py"):
             path = Path(place).expanduser().resolve()
             if path.is_file():
@@ -88,9 +116,9 @@ def stage(folder: Path, envs: Iterable[str] = (), config_dir: Path | None = None
                 moved[str(path)] = f"{ENV_FILES}/{derive_seed(path):x}/{path.name}"
                 files[moved[str(path)]] = path
             elif not Path(place).is_absolute():  # else it may be on the nodes
-                raise ConfigError(f"env.name={place!r}: there is no file {path}.")
+                raise ConfigError(f"{key}={place!r}: there is no file {path}.")
         elif attribute and not _add_module(files, place.split(".")[0]):
-            raise ConfigError(f"env.name={name!r}: there is no module {place.split('.')[0]!r}.")
+            raise ConfigError(f"{key}={name!r}: there is no module {place.split('.')[0]!r}.")
     texts[CODE_FILE] = json.dumps(
         {
             "python": ".".join(platform.python_version_tuple()[:2]),

@@ -18,6 +18,7 @@ import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from rayrl.cluster import by_value
 from rayrl.cluster.gone import ACTOR_DIED
 from rayrl.cluster.session import prepare_process
 from rayrl.cluster.weight_sync.topology import transport_of
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from rayrl.learner.base import Learner
+    from rayrl.learner.loss import Loss
 
 __all__ = ["LearnerGroup", "LearnerRank"]
 
@@ -63,16 +65,29 @@ class LearnerRank:
             return str(ray.util.get_node_ip_address()), int(probe.getsockname()[1])
 
     def start(
-        self, config: Config, model: str, total_steps: int, world: int, master: tuple[str, int]
+        self,
+        config: Config,
+        model: str,
+        total_steps: int,
+        world: int,
+        master: tuple[str, int],
+        loss: str | bytes,
     ) -> None:
-        """Load the model; with DeepSpeed, meet the other ranks."""
+        """Load the model; with DeepSpeed, meet the other ranks.
+
+        Args:
+            loss: `algo.loss`, from `by_value.dumps`: this node may not have its file.
+        """
+        function = None if isinstance(loss, str) else by_value.loads(loss)
         self._adapters = transport_of(config) == "adapters"
         model = str(model_dir(model))
         device = "cuda" if config.cluster.learner_gpus else "cpu"
         if config.learner.kind == "reference":
             from rayrl.learner.reference import ReferenceLearner
 
-            self._learner = ReferenceLearner(config, model, total_steps=total_steps, device=device)
+            self._learner = ReferenceLearner(
+                config, model, total_steps=total_steps, device=device, loss=function
+            )
         else:
             from rayrl.learner.deepspeed import DeepSpeedLearner
 
@@ -85,14 +100,23 @@ class LearnerRank:
                 master_port=master[1],
                 total_steps=total_steps,
                 device=device,
+                loss=function,
             )
         gc.freeze()  # what is there stays, and garbage from now on, which may hold tensors,
         gc.set_threshold(700, 10, 10)  # is found as soon as Python would by itself
 
-    def step(self, part: Batch, supervised: bool = False) -> dict[str, float]:
-        """One step on this rank's part of a batch."""
-        learn = self._learner.sft_step if supervised else self._learner.step
-        return learn(part.rows, part.totals)
+    def step(self, part: Batch, loss: str | bytes | None = None) -> dict[str, float]:
+        """One step on this rank's part of a batch.
+
+        Args:
+            loss: for this step only, from `by_value.dumps`.
+        """
+        function = None if loss is None else by_value.loads(loss)
+        return self._learner.step(part.rows, part.totals, function)
+
+    def sft_step(self, part: Batch) -> dict[str, float]:
+        """One supervised update on this rank's part of a batch."""
+        return self._learner.sft_step(part.rows, part.totals)
 
     def describe(self) -> tuple[str, int]:
         """The model's architecture, and the number of its ids."""
@@ -175,6 +199,7 @@ class LearnerGroup:
         """Place and start the ranks on the model in directory `model`.
 
         Raises:
+            ConfigError: `algo.loss` names no function.
             InfraError: the cluster has no room for them.
         """
         self._started = (model, total_steps)
@@ -190,6 +215,7 @@ class LearnerGroup:
 
     async def _start(self, model: str, total_steps: int) -> None:
         learner, cluster = self._config.learner, self._config.cluster
+        loss = by_value.dumps("algo.loss", self._config.algo.loss)
         await self._place(learner.world_size)
         strategy = self._group and PlacementGroupSchedulingStrategy(self._group)
         actor = ray.remote(
@@ -202,7 +228,7 @@ class LearnerGroup:
             for rank in range(learner.world_size)
         ]
         (master,) = await _together([self._ranks[0].address.remote()])
-        await self._all("start", self._config, model, total_steps, learner.world_size, master)
+        await self._all("start", self._config, model, total_steps, learner.world_size, master, loss)
 
     async def restart(self) -> None:
         """End every rank and start anew on the model of the first start; then load a checkpoint."""
@@ -227,13 +253,22 @@ class LearnerGroup:
                 "cluster.learner_resources"
             ) from None
 
-    async def step(self, batch: Batch) -> Mapping[str, float]:
-        """Train on a batch; every rank computes its part."""
-        return await self._parts("step", batch)
+    async def step(self, batch: Batch, loss: str | Loss | None = None) -> Mapping[str, float]:
+        """Train on a batch; every rank computes its part. Its metrics, see `Learner.step`.
+
+        Args:
+            loss: for this step only, instead of `algo.loss` and its arguments: a name of the
+                package, `module:function`, `path/to/file.py:function`, or a function
+                `(LossInputs) -> LossOutputs`, which is sent to the ranks by value.
+
+        Raises:
+            ConfigError: there is no such loss, or it returned something else than `LossOutputs`.
+        """
+        return await self._parts("step", batch, loss and by_value.dumps("algo.loss", loss))
 
     async def sft_step(self, batch: Batch) -> Mapping[str, float]:
         """One supervised update on a batch."""
-        return await self._parts("step", batch, True)
+        return await self._parts("sft_step", batch)
 
     async def describe(self) -> tuple[str, int]:
         """See `probe.Scorer`."""

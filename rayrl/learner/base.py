@@ -1,8 +1,8 @@
-"""What every learner does in a step; subclasses say how gradients become an update.
+"""The training step that all learners share; subclasses implement how gradients become an update.
 
 A step is one batch: `epochs` passes of `minibatches` optimizer updates. Every rank makes the same
-number of updates and, inside one, the same number of micro-batches (a rank with less to do runs
-fillers of weight zero), because under ZeRO 2 and 3 each forward and backward pass is a collective.
+number of updates and, per update, the same number of forward and backward passes (a rank with fewer
+micro-batches adds passes whose loss is zero), because under ZeRO 2 and 3 each is a collective.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ from rayrl.learner.batch import Totals, Trajectory, micro_batches, minibatches
 from rayrl.learner.forward import (
     Tally,
     checkpoint_layers,
-    filler,
+    idle_loss,
     load_model,
     loss_of,
-    rate,
     row_logprobs,
+    scheduled_lr,
     with_logprobs,
 )
 from rayrl.learner.lora import (
     ADAPTER,
-    Piece,
-    pieces,
+    LazyWeight,
+    lazy_weights,
     plain_names,
     save_adapter,
     with_adapters,
 )
-from rayrl.learner.loss import SFT, Objective
+from rayrl.learner.loss import SFT, Loss, Objective, resolve_loss
 from rayrl.learner.probe import longest_row
 from rayrl.learner.readback import misfit, probe_rows
 from rayrl.learner.rows import shares_prefixes
@@ -58,7 +58,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Learner"]
 
-BUCKET_BYTES = 64 << 20  # of sharded weights that are whole at once
+BUCKET_BYTES = 64 << 20  # of sharded weights that are gathered at once
 KEPT_FILES = (  # of the start model: everything beside its config and its weights
     "generation_config.json",
     "tokenizer*",
@@ -80,10 +80,11 @@ class Learner(ABC):
         cfg: the whole configuration.
         model_path: Hugging Face directory the stage starts from (also the KL reference).
         total_steps: length of the learning-rate schedule; default `cfg.train.steps`.
+        loss: what `algo.loss` names, where this process may not be able to import it.
 
     Attributes:
         cfg: the configuration, with the learning rate that `learner.lr` comes to.
-        steps: batches done; saved and loaded.
+        steps: batches trained on; saved and loaded.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class Learner(ABC):
         world_size: int = 1,
         total_steps: int | None = None,
         device: str = "cpu",
+        loss: Loss | None = None,
     ) -> None:
         torch.set_num_threads(cfg.learner.threads)
         self.model_path = model_dir(str(model_path))
@@ -104,7 +106,7 @@ class Learner(ABC):
         self.total_steps = cfg.train.steps if total_steps is None else total_steps
         self.device = device
         self.steps = 0
-        self.objective = Objective.of(cfg.algo, constant=float(cfg.sampling.max_tokens))
+        self.objective = Objective.of(cfg.algo, float(cfg.sampling.max_tokens), loss)
         self._reference: Any = None
         self.dtype: torch.dtype = getattr(torch, cfg.learner.dtype)
         self.module: Any = self._load()
@@ -118,7 +120,7 @@ class Learner(ABC):
             checkpoint_layers(self.module)
         self.model: Any = self.module  # what is called; a subclass may wrap it
 
-    # What a subclass adds.
+    # Implemented by subclasses.
 
     @abstractmethod
     def _backward(self, loss: Tensor, *, last: bool) -> None:
@@ -136,8 +138,12 @@ class Learner(ABC):
     def _reduce(self, vector: Tensor, op: str) -> Tensor:
         """`vector` reduced over ranks by "sum" or "max"."""
 
+    @abstractmethod
+    def _gather(self, tally: Tally) -> list[Tally]:
+        """The tallies of all ranks, in the order of their ranks."""
+
     def _whole(self, parameters: Sequence[Tensor]) -> AbstractContextManager[None]:
-        """While it is open, these parameters are whole on this rank; entered on all ranks."""
+        """Context in which these parameters are unsharded; entered by all ranks together."""
         return nullcontext()
 
     @abstractmethod
@@ -146,23 +152,30 @@ class Learner(ABC):
     @abstractmethod
     def _load_state(self, folder: Path) -> None: ...
 
-    # What is the same for all.
+    # Shared by all.
 
-    def step(self, rows: Sequence[Trajectory], totals: Totals) -> dict[str, float]:
+    def step(
+        self, rows: Sequence[Trajectory], totals: Totals, loss: str | Loss | None = None
+    ) -> dict[str, float]:
         """Train on this rank's `rows` of a batch; `totals` are the whole batch's.
 
         Every rank returns the same metrics: those of `Tally` over all updates and ranks (mismatch
         over the first update, whose weights the step began with), and `lr`, `grad_norm` (largest),
         `updates` made and `skipped` (updates not made because a loss or gradient was not finite).
         What was not measured has no entry: without a row there is no `entropy` and no `grad_norm`.
+
+        Args:
+            loss: for this step only, instead of `algo.loss` and its arguments; see `resolve_loss`.
         """
-        algo = self.cfg.algo
+        algo, objective = self.cfg.algo, self.objective
+        if loss is not None:
+            objective = replace(objective, loss=resolve_loss(loss))
         rows = list(rows)
-        if algo.epochs * algo.minibatches > 1 and self.objective.tis_max > 0:
-            rows = with_logprobs(rows, "proximal", self._each_row(rows))
-        if self.objective.kl_coef > 0:
-            rows = with_logprobs(rows, "reference", self._reference_logprobs(rows))
-        return self._train(rows, totals, self.objective, algo.epochs, algo.minibatches)
+        if algo.epochs * algo.minibatches > 1 and algo.tis_max > 0:
+            rows = with_logprobs(rows, "proximal_logprobs", self._each_row(rows))
+        if algo.kl_coef > 0:
+            rows = with_logprobs(rows, "reference_logprobs", self._reference_logprobs(rows))
+        return self._train(rows, totals, objective, algo.epochs, algo.minibatches)
 
     def sft_step(self, rows: Sequence[Trajectory], totals: Totals) -> dict[str, float]:
         """One update of cross entropy on the rows' loss tokens (at temperature 1)."""
@@ -185,23 +198,23 @@ class Learner(ABC):
         return type(plain).__name__, int(plain.config.get_text_config().vocab_size)
 
     def named_weights(self, *, adapters: bool = False) -> Iterator[tuple[str, Tensor]]:
-        """The weights one after the other, under the plain model's names; on all ranks together.
+        """Iterate over the weights by the plain model's names; called on all ranks together.
 
         Sharded weights are gathered a few at a time: no rank holds more than a bucket of them. A
-        tensor is valid until the next one is asked for. Tied weights come once, under the first
+        tensor is valid until the next one is requested. Tied weights come once, under the first
         name; adapters are merged into their layers.
 
         Args:
             adapters: only the adapters, under peft's names.
         """
-        for bucket in _buckets(pieces(self.module, adapters=adapters)):
-            with self._whole([one for piece in bucket for one in piece.parameters]):
-                for piece in bucket:
-                    yield piece.name, piece.tensor()
+        for bucket in _buckets(lazy_weights(self.module, adapters=adapters)):
+            with self._whole([one for weight in bucket for one in weight.parameters]):
+                for weight in bucket:
+                    yield weight.name, weight.tensor()
 
     def manifest(self, *, adapters: bool = False) -> Manifest:
         """What `named_weights` yields and where `flat_weights` puts it; gathers nothing."""
-        found = pieces(self.module, adapters=adapters)
+        found = lazy_weights(self.module, adapters=adapters)
         return layout((one.name, one.dtype, one.shape) for one in found)
 
     def flat_weights(
@@ -209,7 +222,7 @@ class Learner(ABC):
     ) -> tuple[NDArray[np.uint8], Manifest]:
         """All weights as one buffer in this process's memory, for the replicas.
 
-        Called on all ranks; those but rank 0 get an empty buffer.
+        Called on all ranks; all but rank 0 get an empty buffer.
 
         Args:
             out: a buffer of an earlier call to write into; fresh memory costs as much as a copy.
@@ -232,7 +245,7 @@ class Learner(ABC):
         if self.rank == 0:
             state = {"steps": self.steps, **self._layout()}
             (folder / "learner.json").write_text(json.dumps(state))
-        self._reduce(torch.zeros(1), "sum")  # nobody returns before everybody has written
+        self._reduce(torch.zeros(1), "sum")  # a barrier: no rank returns before all have written
 
     def load(self, folder: str | Path) -> None:
         """Continue from what `save` wrote."""
@@ -255,11 +268,11 @@ class Learner(ABC):
     def export(self, folder: str | Path) -> None:
         """Write a Hugging Face directory: config, safetensors and the start model's tokenizer.
 
-        Adapters are merged, and written once more alone into its folder `adapter`. What was written
-        is read again, and must hold and compute what the learner does.
+        Adapters are merged, and also written by themselves into its folder `adapter`. The files are
+        read back: they must hold the learner's weights and compute its logprobs.
 
         Raises:
-            RunFailed: on rank 0, where it does not; the message says in what.
+            RunFailed: on rank 0, if they do not; the message says how they differ.
         """
         folder = Path(folder)
         flat, manifest = self.flat_weights()
@@ -286,7 +299,7 @@ class Learner(ABC):
             )
 
     def _write(self, folder: Path, weights: dict[str, Tensor]) -> None:
-        """A Hugging Face directory with these weights and what else the start model has."""
+        """Write a Hugging Face directory with these weights and the start model's other files."""
         plain = self.module.get_base_model() if self.cfg.lora.rank else self.module
         own = plain.generation_config
         if (self.model_path / "generation_config.json").is_file():
@@ -302,7 +315,7 @@ class Learner(ABC):
                 shutil.copy2(file, folder / file.name)
 
     def _try_export(self) -> None:
-        """What would fail after the last step fails before the first one."""
+        """Export without weights, so that what would fail after the last step fails before any."""
         with tempfile.TemporaryDirectory() as folder:
             try:
                 self._write(Path(folder), {})
@@ -314,11 +327,11 @@ class Learner(ABC):
                 ) from error
 
     def close(self) -> None:
-        """Let go of what outlives a step."""
+        """Release the reference model."""
         self._reference = None
 
     def _layout(self) -> dict[str, Any]:
-        """Settings that a saved state can only be loaded under, by their keys."""
+        """Settings that must not change between saving a state and loading it, by key."""
         learner, lora = self.cfg.learner, self.cfg.lora
         return {
             "learner.world_size": self.world_size,
@@ -331,7 +344,7 @@ class Learner(ABC):
         return load_model(self.model_path, self.device, self.dtype, self.cfg.engine.max_len)
 
     def _reference_logprobs(self, rows: Sequence[Trajectory]) -> dict[int, NDArray[np.float32]]:
-        """The rows under the model the stage starts from: with adapters, the one without them."""
+        """Logprobs of the rows under the start model; with adapters, the model without them."""
         if self.cfg.lora.rank:
             passes = self._passes(rows)
             with self.module.disable_adapter():
@@ -341,13 +354,13 @@ class Learner(ABC):
         return row_logprobs(self._reference, rows, *self._limits)
 
     def _passes(self, rows: Sequence[Trajectory]) -> int:
-        """Forward passes of the rank that has most to do."""
+        """Forward passes of the rank with the most micro-batches."""
         mine = len(self._micros(rows))
         return int(self._reduce(torch.tensor([float(mine)]), "max"))
 
     def _micros(self, rows: Sequence[Trajectory]) -> list[list[Trajectory]]:
         longest = max((len(row.ids) for row in rows), default=0)
-        if longest > self._longest:  # the model was not tried on rows as long
+        if longest > self._longest:  # `probe.py` has not checked the model on rows this long
             raise ConfigError(
                 f"engine.max_len={self.cfg.engine.max_len}: a row has {longest} ids, but a "
                 f"conversation can have {self._longest}; raise it, or leave such rows out"
@@ -380,7 +393,7 @@ class Learner(ABC):
         epochs: int,
         parts: int,
     ) -> dict[str, float]:
-        lr = rate(self.cfg.learner, self.steps, self.total_steps)
+        lr = scheduled_lr(self.cfg.learner, self.steps, self.total_steps)
         whole, norms = Tally(), list[float]()
         for epoch in range(epochs):
             seed = derive_seed(self.cfg.run.seed, "minibatches", self.steps, epoch)
@@ -389,7 +402,7 @@ class Learner(ABC):
                 tally = self._accumulate(part, totals.share(parts), objective, first=first)
                 if tally is None:
                     continue
-                norms.append(self._update(lr, finite=math.isfinite(tally.total("loss"))))
+                norms.append(self._update(lr, finite=math.isfinite(tally.sums["loss"])))
                 whole.merge(tally)
         self.steps += 1
         done = [norm for norm in norms if math.isfinite(norm)]
@@ -403,35 +416,38 @@ class Learner(ABC):
     def _accumulate(
         self, rows: Sequence[Trajectory], totals: Totals, objective: Objective, *, first: bool
     ) -> Tally | None:
-        """Add up the gradient of one update; None where no rank has a row."""
-        temperature = 1.0 if objective.loss == "sft" else self._limits[1]
+        """Accumulate the gradient of one update; None where no rank has a row."""
+        temperature = 1.0 if objective.supervised else self._limits[1]
         micros = self._micros(rows)
         n = self._passes(rows)
         if n == 0:
             return None
         tally = Tally()
         for i in range(n):
-            work = i < len(micros)
-            batch = micros[i] if work else [filler()]
-            loss, figures = loss_of(self.model, batch, objective, totals, temperature, first=first)
-            self._backward(loss if work else loss * 0, last=i == n - 1)
-            if work:
-                tally.merge(figures)
-        tally.sums = self._reduce(tally.sums, "sum")
-        tally.maxima = self._reduce(tally.maxima, "max")
-        return tally
+            if i < len(micros):
+                loss, measured = loss_of(
+                    self.model, micros[i], objective, totals, temperature, first=first
+                )
+                tally.merge(measured)
+            else:
+                loss = idle_loss(self.model)
+            self._backward(loss, last=i == n - 1)
+        over_ranks = Tally()
+        for one in self._gather(tally):
+            over_ranks.merge(one)
+        return over_ranks
 
 
-def _buckets(found: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """Consecutive pieces, as many as fit into `BUCKET_BYTES`, at least one."""
-    bucket: list[Piece] = []
+def _buckets(found: Iterable[LazyWeight]) -> Iterator[list[LazyWeight]]:
+    """Consecutive weights, as many as fit into `BUCKET_BYTES`, at least one."""
+    bucket: list[LazyWeight] = []
     size = 0
-    for piece in found:
-        more = math.prod(piece.shape) * piece.dtype.itemsize
+    for weight in found:
+        more = math.prod(weight.shape) * weight.dtype.itemsize
         if bucket and size + more > BUCKET_BYTES:
             yield bucket
             bucket, size = [], 0
-        bucket.append(piece)
+        bucket.append(weight)
         size += more
     if bucket:
         yield bucket

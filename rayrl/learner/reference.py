@@ -10,7 +10,8 @@ from torch import Tensor
 
 from rayrl.config import Config
 from rayrl.learner.base import Learner
-from rayrl.learner.forward import rate
+from rayrl.learner.forward import Tally, scheduled_lr
+from rayrl.learner.loss import Loss
 from rayrl.learner.state import read_state
 
 __all__ = ["ReferenceLearner"]
@@ -26,8 +27,9 @@ class ReferenceLearner(Learner):
         *,
         total_steps: int | None = None,
         device: str = "cpu",
+        loss: Loss | None = None,
     ) -> None:
-        super().__init__(cfg, model_path, total_steps=total_steps, device=device)
+        super().__init__(cfg, model_path, total_steps=total_steps, device=device, loss=loss)
         learner = self.cfg.learner
         self._parameters = [one for one in self.module.parameters() if one.requires_grad]
         # Updates of a bf16 weight are mostly smaller than its rounding: they are summed in fp32.
@@ -38,7 +40,7 @@ class ReferenceLearner(Learner):
         )
         self.optimizer = torch.optim.AdamW(
             self._masters,
-            lr=rate(learner, 0, self.total_steps),
+            lr=scheduled_lr(learner, 0, self.total_steps),
             betas=(learner.betas[0], learner.betas[1]),
             eps=learner.eps,
             weight_decay=learner.weight_decay,
@@ -67,7 +69,7 @@ class ReferenceLearner(Learner):
         return norm if finite else math.nan
 
     def _round(self) -> None:
-        """Bring the weights that are computed with up to the masters."""
+        """Copy the fp32 masters into the model's weights, rounded."""
         if self._masters is not self._parameters:
             with torch.no_grad():
                 for master, parameter in zip(self._masters, self._parameters, strict=True):
@@ -75,6 +77,9 @@ class ReferenceLearner(Learner):
 
     def _reduce(self, vector: Tensor, op: str) -> Tensor:
         return vector
+
+    def _gather(self, tally: Tally) -> list[Tally]:
+        return [tally]
 
     def _save_state(self, folder: Path) -> None:
         state = {

@@ -50,7 +50,7 @@ from rayrl.run.files import (
     text_sum,
     write_atomic,
 )
-from rayrl.run.loggers import TensorBoard, Wandb
+from rayrl.run.loggers import LogFunction, Logger, make_loggers
 from rayrl.types import Group
 
 __all__ = ["Checkpoint", "RunDir", "read_config", "refuse_changes"]
@@ -60,6 +60,7 @@ _MAY_CHANGE = (
     "run.keep_checkpoints",
     "run.checkpoint_every",
     "run.episodes_every",
+    "run.loggers",
     "run.wandb_project",
     "alarms.",
     "cluster.",
@@ -94,6 +95,7 @@ class RunDir:
         path: the folder; usually `config.run.dir`.
         config: what the run runs with; stored, and compared with what is stored.
         begin: write at once. False: not before `begin`, so that a start which fails leaves nothing.
+        loggers: besides those of `run.loggers`; see `make_loggers`.
 
     Attributes:
         resumed: whether the folder holds a run already.
@@ -105,7 +107,14 @@ class RunDir:
         RunFailed: another process is writing there.
     """
 
-    def __init__(self, path: str | Path, config: Config, *, begin: bool = True) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        config: Config,
+        *,
+        begin: bool = True,
+        loggers: Sequence[str | Logger | LogFunction] = (),
+    ) -> None:
         self.path = Path(path)
         self._config = config
         if RAY_COPIES in self.path.resolve().parts:
@@ -114,8 +123,8 @@ class RunDir:
                 "deletes. Give an absolute path on storage that all nodes share; or submit with "
                 "jobs/submit and RAYRL_WORKDIR."
             )
-        self._tensorboard: TensorBoard | None = None
-        self._wandb: Wandb | None = None
+        self._loggers = make_loggers(config, loggers)
+        self._open_loggers: list[Logger] = []
         self._unlock: Callable[[], object] | None = None
         self._more = self._begun = False
         self._next_step = 0
@@ -168,12 +177,11 @@ class RunDir:
             for name, value in row.items()
             if name != "step" and isinstance(value, int | float)
         }
-        if self._tensorboard is None:
-            self._tensorboard = TensorBoard(self.path / "tensorboard", self._next_step)
-        self._tensorboard.add(step, numbers)
-        if self._config.run.wandb_project:
-            self._wandb = self._wandb or Wandb(self.path, self._config)
-            self._wandb.add(step, numbers)
+        for logger in self._loggers[len(self._open_loggers) :]:
+            logger.open(self.path, self._config, self._next_step)
+            self._open_loggers.append(logger)
+        for logger in self._loggers:
+            logger.log(step, numbers)
 
     def metrics(self) -> list[dict[str, Any]]:
         """Every line logged so far."""
@@ -304,10 +312,8 @@ class RunDir:
 
     def close(self) -> None:
         """Flush, and let another process write here."""
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.close()
+        while self._open_loggers:
+            self._open_loggers.pop().close()
         if self._unlock is not None:
             self._unlock()
 

@@ -1,72 +1,180 @@
-"""Where people watch a run: TensorBoard and Weights & Biases, each imported when it is used."""
+"""Where a run's metrics go besides RUN/metrics.jsonl. Libraries are imported when they are used."""
 
 from __future__ import annotations
 
+import json
 import time
-import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Protocol, TextIO, runtime_checkable
 
 from rayrl.config import Config, to_dict
+from rayrl.config.registry import Registry
 from rayrl.errors import ConfigError
 
-__all__ = ["TensorBoard", "Wandb"]
+__all__ = ["LOGGERS", "Jsonl", "LogFunction", "Logger", "TensorBoard", "Wandb", "make_loggers"]
+
+LogFunction = Callable[[int, Mapping[str, float]], object]
+"""Called with the step and its metrics."""
 
 
+@runtime_checkable
+class Logger(Protocol):
+    """Gets the metrics of every step, as they are logged."""
+
+    def open(self, folder: Path, config: Config, first_step: int) -> None:
+        """Called once, before the first metrics.
+
+        Args:
+            folder: of the run.
+            first_step: what an earlier process logged from this step on no longer counts.
+        """
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Called with the metrics of a step; those that were not measured are left out."""
+
+    def close(self) -> None:
+        """Called when the run ends or fails."""
+
+
+LOGGERS: Registry[Callable[..., Any]] = Registry("run.loggers")
+
+
+@LOGGERS.register("tensorboard")
 class TensorBoard:
-    """Scalars in TensorBoard's own format, without importing torch.
+    """Writes scalars to RUN/tensorboard, without importing torch."""
 
-    Args:
-        folder: where its file goes.
-        forget_from: first step that an earlier process's file no longer counts for.
-    """
-
-    def __init__(self, folder: Path, forget_from: int) -> None:
+    def open(self, folder: Path, config: Config, first_step: int) -> None:
+        """Begin a file; see `Logger.open`."""
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         self._event = Event
-        self._writer = EventFileWriter(str(folder))
-        self.close = weakref.finalize(self, self._writer.close)
-        start = SessionLog(status=SessionLog.START)  # what an earlier process wrote from here on
-        self._writer.add_event(Event(wall_time=time.time(), step=forget_from, session_log=start))
+        self._writer = EventFileWriter(str(folder / "tensorboard"))
+        start = SessionLog(status=SessionLog.START)  # hides what earlier files have from here on
+        self._writer.add_event(Event(wall_time=time.time(), step=first_step, session_log=start))
 
-    def add(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Add the numbers of a step; they are on the disk when this returns."""
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Add the metrics of a step; they are on disk when this returns."""
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        values = [Summary.Value(tag=name, simple_value=value) for name, value in numbers.items()]
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
         summary = Summary(value=values)
         self._writer.add_event(self._event(wall_time=time.time(), step=step, summary=summary))
         self._writer.flush()
 
+    def close(self) -> None:
+        """Close the file."""
+        self._writer.close()
 
+
+@LOGGERS.register("wandb")
 class Wandb:
-    """A run at Weights & Biases.
+    """Logs to a run at Weights & Biases.
 
-    Raises:
-        ConfigError: wandb is not installed.
+    Args:
+        project: by default `run.wandb_project`.
     """
 
-    def __init__(self, folder: Path, config: Config) -> None:
+    def __init__(self, project: str = "") -> None:
+        self.project = project
+
+    def open(self, folder: Path, config: Config, first_step: int) -> None:
+        """Start the run; see `Logger.open`.
+
+        Raises:
+            ConfigError: wandb is not installed, or there is no project.
+        """
+        project = self.project or config.run.wandb_project
+        if not project:
+            raise ConfigError("run.loggers has wandb, but run.wandb_project is empty; name one.")
         try:
             import wandb
         except ImportError as error:
             raise ConfigError(
-                f"run.wandb_project={config.run.wandb_project}: wandb is not installed; "
+                f"run.wandb_project={project}: wandb is not installed; "
                 "pip install 'rayrl[wandb]', or leave the setting empty."
             ) from error
         self._run = wandb.init(
-            project=config.run.wandb_project,
-            name=config.run.name,
-            dir=str(folder),
-            config=to_dict(config),
+            project=project, name=config.run.name, dir=str(folder), config=to_dict(config)
         )
 
-    def add(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Add the numbers of a step."""
-        self._run.log(dict(numbers), step=step)
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Send the metrics of a step."""
+        self._run.log(dict(metrics), step=step)
 
     def close(self) -> None:
         """Send what is left."""
         self._run.finish()
+
+
+class Jsonl:
+    """Appends `{"step": …, NAME: VALUE, …}` to a file of your own, a line per step.
+
+    RUN/metrics.jsonl is always there; this one is not cut back when a run resumes.
+    """
+
+    def __init__(self, file: str | Path) -> None:
+        self.file = Path(file)
+        self._out: TextIO | None = None
+
+    def open(self, folder: Path, config: Config, first_step: int) -> None:
+        """Open the file to append; see `Logger.open`."""
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        self._out = self.file.open("a", encoding="utf-8")
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append a line."""
+        assert self._out is not None
+        self._out.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._out.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._out is not None:
+            self._out.close()
+
+
+class _Function:
+    """A function as a logger."""
+
+    def __init__(self, function: LogFunction) -> None:
+        self._function = function
+
+    def open(self, folder: Path, config: Config, first_step: int) -> None:
+        """Nothing to open."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._function(step, metrics)
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+def make_loggers(config: Config, more: Sequence[str | Logger | LogFunction] = ()) -> list[Logger]:
+    """The loggers of `run.loggers`, W&B if `run.wandb_project` is set, and `more`.
+
+    Args:
+        more: names as in `run.loggers`, loggers, or functions `(step, metrics)`.
+
+    Raises:
+        ConfigError: a name that is unknown, or something that is neither a logger nor a function.
+    """
+    names: list[str | Logger | LogFunction] = [*config.run.loggers]
+    if config.run.wandb_project and "wandb" not in names:
+        names.append("wandb")
+    return [_logger(one) for one in (*names, *more)]
+
+
+def _logger(given: str | Logger | LogFunction) -> Logger:
+    found: Any = LOGGERS.resolve(given) if isinstance(given, str) else given
+    if isinstance(found, type):
+        found = found()
+    if isinstance(found, Logger):
+        return found
+    if not callable(found):
+        raise ConfigError(
+            f"loggers: {given!r} is neither a name, nor a rayrl.Logger, nor a function "
+            "(step, metrics)."
+        )
+    return _Function(found)

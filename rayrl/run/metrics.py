@@ -100,10 +100,7 @@ def step_metrics(
         **({} if played.idle_s is None else {"time/idle": played.idle_s}),
         **clock.metrics(),
     }
-    taken = {"step", *figures}
-    # a loss of somebody's own may call its figures as it likes
-    figures |= {f"loss/{name}" if name in taken else name: own[name] for name in own}
-    return figures
+    return {**figures, **own}
 
 
 def _lag(step: int, episodes: Sequence[Episode]) -> dict[str, float]:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rayrl.cluster.open import open_training
+from rayrl.cluster.open import open_cluster
 from rayrl.config import Config, from_dict
 from rayrl.learner.advantage import advantages
 from rayrl.learner.batch import make_batch
@@ -53,7 +53,7 @@ def worst_mismatch(episodes: list[Episode], model: Any, version: int) -> float:
                 ]  # (T, V)
             rows = torch.log_softmax(logits, -1)[len(context) - 1 : -1]
             found = rows[range(len(turn.completion_ids)), list(turn.completion_ids)].numpy()
-            worst = max(worst, float(np.abs(found - np.array(turn.logprobs)).max()))
+            worst = max(worst, float(np.abs(found - np.array(turn.rollout_logprobs)).max()))
             context += turn.completion_ids
     return worst
 
@@ -61,7 +61,7 @@ def worst_mismatch(episodes: list[Episode], model: Any, version: int) -> float:
 async def played(config: Config, folder: Path) -> list[tuple[int, list[Episode], Path]]:
     """Two steps of training: (version, episodes, the weights they were played with)."""
     out = []
-    async with open_training(config, 2) as (rollouts, learner, weights):
+    async with open_cluster(config, 2) as (rollouts, learner, weights):
         for step in range(2):
             confirmed = await weights.push(step)
             assert len(confirmed) == 2, "both replicas confirm"

@@ -97,11 +97,11 @@ async def assert_same_as_transformers(engine: Engine, model: Any) -> None:
     for prompt, answer in zip(PROMPTS, await answers(engine, temperature=0.0), strict=True):
         assert answer.ids == greedy(model, prompt)
         assert answer.finish == ("stop" if answer.ids[-1] == END else "length")
-        assert answer.logprobs == (0.0,) * len(answer.ids)
+        assert answer.rollout_logprobs == (0.0,) * len(answer.ids)
         assert answer.versions == (VersionSpan(engine.version, 0, len(answer.ids)),)
     for prompt, answer in zip(PROMPTS, await answers(engine), strict=True):
         expected = logprobs(model, prompt, answer.ids, 1.2)
-        assert np.abs(np.array(answer.logprobs) - expected).max() < 1e-4
+        assert np.abs(np.array(answer.rollout_logprobs) - expected).max() < 1e-4
 
 
 def shared_files() -> set[Path]:
@@ -152,7 +152,7 @@ async def test_on_update_decides_about_requests_in_flight_at_a_push(
     assert not running.done()
     await engine.load_weights(new, flat, manifest)
     answer = await running
-    assert len(answer.ids) == len(answer.logprobs) == 200
+    assert len(answer.ids) == len(answer.rollout_logprobs) == 200
     spans = [(span.version, span.start, span.end) for span in answer.versions]
     if policy == "keep":
         assert [version for version, _, _ in spans] == [old, new]
@@ -194,8 +194,8 @@ async def test_a_stream_equals_the_completion_and_closing_it_ends_the_generation
     whole = await engine.generate(sampled)
     deltas = [delta async for delta in engine.stream(sampled)]
     assert sum((delta.ids for delta in deltas), ()) == whole.ids
-    streamed = np.concatenate([delta.logprobs for delta in deltas])
-    assert np.abs(streamed - np.array(whole.logprobs)).max() < 1e-5
+    streamed = np.concatenate([delta.rollout_logprobs for delta in deltas])
+    assert np.abs(streamed - np.array(whole.rollout_logprobs)).max() < 1e-5
     assert [delta.finish for delta in deltas] == [None] * (len(deltas) - 1) + ["length"]
     assert len(deltas) > 1
     with pytest.raises(ConfigError, match="raw_logprobs"):
