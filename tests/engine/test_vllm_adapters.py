@@ -16,7 +16,7 @@ import torch
 from rayrl.config import LoraConfig
 from rayrl.engine import Engine, open_engine
 from rayrl.errors import InfraError
-from rayrl.learner.lora import pieces, with_adapters
+from rayrl.learner.lora import lazy_weights, with_adapters
 from rayrl.types import Completion, Request, Sampling
 from rayrl.weights.flat import Manifest, checksum, flatten
 from rayrl.weights.model_dir import EMBEDDED, model_dir
@@ -41,7 +41,9 @@ def adapted(seed: int) -> tuple[Any, NDArray[np.uint8], Manifest]:
         for name, weight in model.named_parameters():
             if "lora_B" in name:
                 weight.copy_(0.05 * torch.randn(weight.shape, generator=rng))
-    flat, manifest = flatten((piece.name, piece.tensor()) for piece in pieces(model, adapters=True))
+    flat, manifest = flatten(
+        (weight.name, weight.tensor()) for weight in lazy_weights(model, adapters=True)
+    )
     return model.merge_and_unload(), flat, manifest
 
 
