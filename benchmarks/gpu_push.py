@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM
 from rayrl.config import EngineConfig
 from rayrl.engine.vllm.engine import VllmEngine
 from rayrl.types import Request, Sampling
-from rayrl.weights.broadcast import BroadcastGroup, host, send
+from rayrl.weights.broadcast import BroadcastGroup, open_rendezvous, send
 from rayrl.weights.flat import buckets, checksum, flatten
 from rayrl.weights.model_dir import EMBEDDED, model_dir
 
@@ -116,7 +116,7 @@ class Pushes:
         return work(*args)
 
     async def push_buckets(self) -> None:
-        """Over a channel, from this process."""
+        """Push by broadcast from this process."""
         if self.gpu and torch.cuda.device_count() < 2:
             print("skip  buckets over NCCL: they want a second GPU for the sender")
             return
@@ -125,15 +125,15 @@ class Pushes:
         plan = buckets(((n, w.dtype, tuple(w.shape)) for n, w in weights), BUCKET_BYTES)
         world = 1 + self.engine.workers
         backend = "nccl" if self.gpu else "gloo"
-        meeting, store = host(backend, "127.0.0.1", world, TIMEOUT_S)
-        channel, _ = await asyncio.gather(
-            asyncio.to_thread(self.on_second, BroadcastGroup, meeting, 0, store),
-            self.engine.join(meeting, 1),
+        rendezvous, store = open_rendezvous(backend, "127.0.0.1", world, TIMEOUT_S)
+        group, _ = await asyncio.gather(
+            asyncio.to_thread(self.on_second, BroadcastGroup, rendezvous, 0, store),
+            self.engine.join(rendezvous, 1),
         )
         for name in (f"buckets over {backend}, first", f"buckets over {backend}"):
             began = time.perf_counter()
             digests = await asyncio.gather(
-                asyncio.to_thread(self.on_second, send, weights, plan, channel),
+                asyncio.to_thread(self.on_second, send, weights, plan, group),
                 self.engine.receive(self.engine.version + 1, plan),
             )
             await self.check(name, time.perf_counter() - began, (digests[0], digests[1]))

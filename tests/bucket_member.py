@@ -1,4 +1,4 @@
-"""A member of a weights channel in a process of its own: `python -m tests.bucket_member ...`.
+"""A member of a broadcast group in a process of its own: `python -m tests.bucket_member ...`.
 
 `learner RANK PORT FOLDER`: one of two ZeRO-3 ranks; rank 0 streams to two receivers.
 `receiver RANK FOLDER`: what an engine's worker does.
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from rayrl.weights.broadcast import BroadcastGroup, Rendezvous, host, receive, send
+from rayrl.weights.broadcast import BroadcastGroup, Rendezvous, open_rendezvous, receive, send
 from rayrl.weights.flat import buckets
 from tests.learner_rank import config
 
@@ -24,11 +24,11 @@ PUSHES = 2
 def learner(rank: int, port: int, folder: Path) -> None:
     from rayrl.learner import base
     from rayrl.learner.deepspeed import DeepSpeedLearner
-    from rayrl.learner.lora import pieces
+    from rayrl.learner.lora import lazy_weights
 
     base.BUCKET_BYTES = LIMIT  # of what is gathered at once
     one = DeepSpeedLearner(config(3, 2), folder / "model", rank, 2, "127.0.0.1", port)
-    plan = buckets(((p.name, p.dtype, p.shape) for p in pieces(one.module)), LIMIT)
+    plan = buckets(((p.name, p.dtype, p.shape) for p in lazy_weights(one.module)), LIMIT)
     whole_at_once = 0
 
     def watched():  # type: ignore[no-untyped-def]
@@ -38,17 +38,17 @@ def learner(rank: int, port: int, folder: Path) -> None:
             whole_at_once = max(whole_at_once, held)
             yield pair
 
-    channel = None
+    group = None
     if rank == 0:
-        meeting, store = host("gloo", "127.0.0.1", 3, 60.0)
-        (folder / "meeting.tmp").write_text(json.dumps([list(astuple(meeting)), len(plan)]))
+        rendezvous, store = open_rendezvous("gloo", "127.0.0.1", 3, 60.0)
+        (folder / "rendezvous.tmp").write_text(json.dumps([list(astuple(rendezvous)), len(plan)]))
         torch.save(plan, folder / "plan.pt")
-        (folder / "meeting.tmp").rename(folder / "meeting.json")
-        channel = BroadcastGroup(meeting, 0, store)
+        (folder / "rendezvous.tmp").rename(folder / "rendezvous.json")
+        group = BroadcastGroup(rendezvous, 0, store)
     digests = []
     for _ in range(PUSHES):
-        if channel is not None:
-            digests.append(send(watched(), plan, channel))
+        if group is not None:
+            digests.append(send(watched(), plan, group))
         else:
             for _pair in watched():
                 pass
@@ -60,15 +60,15 @@ def learner(rank: int, port: int, folder: Path) -> None:
 
 
 def receiver(rank: int, folder: Path) -> None:
-    while not (folder / "meeting.json").exists():
+    while not (folder / "rendezvous.json").exists():
         time.sleep(0.05)
-    fields, _ = json.loads((folder / "meeting.json").read_text())
+    fields, _ = json.loads((folder / "rendezvous.json").read_text())
     plan = torch.load(folder / "plan.pt", weights_only=False)
-    channel = BroadcastGroup(Rendezvous(*fields), rank)
+    group = BroadcastGroup(Rendezvous(*fields), rank)
     digests = []
     for _ in range(PUSHES):
         got: dict[str, torch.Tensor] = {}
-        digests.append(receive(plan, channel, got.update))
+        digests.append(receive(plan, group, got.update))
     torch.save(got, folder / f"got{rank}.pt")
     (folder / f"receiver{rank}.json").write_text(json.dumps({"digests": digests}))
 

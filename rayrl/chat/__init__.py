@@ -1,1 +1,1 @@
-"""Messages into ids and back; the only package that tokenizes."""
+"""Convert messages to token ids and back; no other package tokenizes."""

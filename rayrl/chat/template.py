@@ -1,4 +1,4 @@
-"""What a chat template makes of messages, and messages and texts as it can take them."""
+"""Render chat templates, and adapt messages and tool schemas to what templates accept."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from rayrl.types import Message
 
-__all__ = ["fold", "gap", "render", "without_marks"]
+__all__ = ["fold", "gap_before_eos", "render", "without_punctuation"]
 
 
 def render(
@@ -16,9 +16,9 @@ def render(
     messages: Sequence[Message],
     tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> str | None:
-    """What the template makes of messages, up to where the model is to answer; None if it refuses.
+    """Render messages up to the start of the model's reply; None if the template refuses them.
 
-    Templates raise whatever they like about messages they do not take.
+    Templates raise arbitrary exceptions for messages that they do not support.
     """
     data = [{"role": message.role, "content": message.content} for message in messages]
     try:
@@ -31,49 +31,51 @@ def render(
 
 
 def fold(messages: Sequence[Message]) -> list[Message]:
-    """The same words for a template without system messages, or whose roles must alternate.
+    """Merge messages for templates without system messages, or whose roles must alternate.
 
-    A system message becomes the beginning of the user's message after it, and neighbours of one
-    role become one message.
+    System messages become user messages, and consecutive messages of a role become one.
     """
-    folded: list[list[Message]] = []
+    groups: list[list[Message]] = []
     for message in messages:
-        one = replace(message, role="user") if message.role == "system" else message
-        if folded and folded[-1][-1].role == one.role != "tool":
-            folded[-1].append(one)
+        if message.role == "system":
+            message = replace(message, role="user")
+        if groups and groups[-1][-1].role == message.role != "tool":
+            groups[-1].append(message)
         else:
-            folded.append([one])
+            groups.append([message])
     return [
-        replace(some[-1], content="\n\n".join([one.content for one in some])) for some in folded
+        replace(group[-1], content="\n\n".join([message.content for message in group]))
+        for group in groups
     ]
 
 
-def gap(after: str, tokenizer: Any) -> str:
-    """White space that a template writes between a reply and the end of text.
+def gap_before_eos(after: str, tokenizer: Any) -> str:
+    """Return the white space that a template writes between a reply and the end-of-text token.
 
     Args:
-        after: what it writes after a reply.
+        after: what the template writes after a reply.
     """
     end = getattr(tokenizer, "eos_token", None)
-    bare = after.lstrip()
-    return after[: len(after) - len(bare)] if end and bare.startswith(end) else ""
+    stripped = after.lstrip()
+    return after[: len(after) - len(stripped)] if end and stripped.startswith(end) else ""
 
 
-def without_marks(value: Any, marks: Collection[str]) -> Any:
-    """JSON without the punctuation of its texts and names, and without any of `marks`.
+def without_punctuation(value: Any, tokens: Collection[str]) -> Any:
+    """Replace punctuation, and strings that contain one of `tokens`, by "x" in JSON data.
 
-    What it is made of stays: as many items, and the same words.
+    The structure stays, and so do all other words.
     """
     if isinstance(value, str):
-        if any(mark in value for mark in marks):
+        if any(token in value for token in tokens):
             return "x" * len(value)
         return "".join(c if c.isalnum() or c in " _" else "x" for c in value)
     if isinstance(value, Mapping):
-        kept = {}
-        for index, (key, one) in enumerate(value.items()):
-            word = without_marks(key, marks)
-            kept[key if word == key else f"{word}{index}"] = without_marks(one, marks)
-        return kept
+        replaced = {}
+        for index, (key, item) in enumerate(value.items()):
+            word = without_punctuation(key, tokens)
+            unique = key if word == key else f"{word}{index}"
+            replaced[unique] = without_punctuation(item, tokens)
+        return replaced
     if isinstance(value, list | tuple):
-        return [without_marks(one, marks) for one in value]
+        return [without_punctuation(item, tokens) for item in value]
     return value

@@ -1,8 +1,8 @@
-"""What a model's chat template does of its own, and what that means where ids are only appended.
+"""Notes on a model's chat template: where it differs from appending messages one after the other.
 
 A template renders a whole conversation; rayrl renders its beginning once and then appends ids. For
-plain ChatML the two are the same. Where they are not, the difference is found here by rendering
-probe conversations, and said in a sentence that a person can act on.
+plain ChatML the results are the same. Other differences are detected by rendering probe
+conversations, and explained in one sentence each.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from rayrl.chat.renderer import Chat
-from rayrl.chat.template import gap, render
+from rayrl.chat.template import gap_before_eos, render
 from rayrl.types import assistant, system, user
 
 __all__ = ["describe_template"]
 
-_HEARD, _THOUGHT, _SAID, _NEXT, _RULE = (f"RAYRLPROBE{word}" for word in "ABCDE")
-_REPLY = f"<think>\n{_THOUGHT}\n</think>\n\n{_SAID}"
+_QUESTION, _THOUGHT, _ANSWER, _NEXT, _RULE = (f"RAYRLPROBE{word}" for word in "ABCDE")
+_REPLY = f"<think>\n{_THOUGHT}\n</think>\n\n{_ANSWER}"
 _TOOL = {
     "type": "function",
     "function": {
@@ -30,16 +30,17 @@ _TOOL = {
 
 
 def describe_template(chat: Chat) -> list[str]:
-    """Sentences on what the template does besides putting messages one after the other.
+    """Describe what the template does besides putting messages one after the other.
 
-    Each says what it does and what rayrl does about it. Empty for a template that only appends.
+    Each sentence says what the template does and what rayrl does about it. Empty for a template
+    that only appends.
     """
     tokenizer = chat.tokenizer
-    again = [*_opening(tokenizer), *_thoughts(tokenizer), *_spaces(tokenizer)]
+    rewrites = [*_opening(tokenizer), *_thoughts(tokenizer), *_spaces(tokenizer)]
     return [
         *_system(chat),
         *_roles(tokenizer),
-        *(again or _otherwise(chat)),
+        *(rewrites or _other_rewrites(chat)),
         *_date(tokenizer),
         *_begin_and_end(chat),
         *_tools(chat),
@@ -48,180 +49,170 @@ def describe_template(chat: Chat) -> list[str]:
 
 def _system(chat: Chat) -> Iterator[str]:
     tokenizer = chat.tokenizer
-    alone, both = (
-        render(tokenizer, [user(_HEARD)]),
-        render(tokenizer, [system(_RULE), user(_HEARD)]),
-    )
+    alone = render(tokenizer, [user(_QUESTION)])
+    both = render(tokenizer, [system(_RULE), user(_QUESTION)])
     if both is None or _RULE not in both:
-        what = "refuses system messages" if both is None else "leaves system messages out"
-        yield f"it {what}; rayrl puts their text before the next user message"
+        problem = "refuses system messages" if both is None else "leaves system messages out"
+        yield f"it {problem}; rayrl puts their text before the next user message"
         return
-    own = _default_system(tokenizer)
-    if own:
+    default = _default_system(alone or "", both)
+    if default:
         yield (
-            f"it begins with a system message of its own where none is given ({_short(own)}); "
-            "rayrl leaves it: send a system message to replace it"
+            "it begins with a system message of its own if none is given "
+            f"({_shorten(default)}); rayrl leaves it: send a system message to replace it"
         )
-        listing = render(tokenizer, [user(_HEARD)], [_TOOL]) or own
-        if chat.speaks_tools and own not in listing:
+        with_tools = render(tokenizer, [user(_QUESTION)], [_TOOL]) or default
+        if chat.has_native_tools and default not in with_tools:
             yield "with tools it leaves that system message out; rayrl does so too"
-    talk = [system(_RULE), user(_HEARD), assistant(_SAID), user(_NEXT)]
-    later = render(tokenizer, talk) or ""
-    if alone and both.find(_RULE) >= 0 and later.find(_RULE) > later.find(_SAID) > 0:
+    messages = [system(_RULE), user(_QUESTION), assistant(_ANSWER), user(_NEXT)]
+    later = render(tokenizer, messages) or ""
+    if alone and later.find(_RULE) > later.find(_ANSWER) > 0:
         yield (
             "it moves the system message to the last user message; rayrl leaves it in the first, "
             "where the model read it"
         )
 
 
-def _default_system(tokenizer: Any) -> str:
-    """The system message that the template adds; empty without one."""
-    alone = render(tokenizer, [user(_HEARD)]) or ""
-    both = render(tokenizer, [system(_RULE), user(_HEARD)]) or ""
-    before, _, between = both.partition(_HEARD)[0].partition(_RULE)
-    opening = alone.partition(_HEARD)[0]
+def _default_system(alone: str, both: str) -> str:
+    """Return the system message that the template adds, or an empty string.
+
+    Args:
+        alone: a user message rendered without a system message.
+        both: the same with one.
+    """
+    before, _, between = both.partition(_QUESTION)[0].partition(_RULE)
+    opening = alone.partition(_QUESTION)[0]
     if opening.startswith(before) and opening.endswith(between):
         return opening[len(before) : len(opening) - len(between)].strip()
     return ""
 
 
 def _roles(tokenizer: Any) -> Iterator[str]:
-    if render(tokenizer, [user(_HEARD), user(_NEXT)]) is None:
+    if render(tokenizer, [user(_QUESTION), user(_NEXT)]) is None:
         yield (
-            "it refuses two messages of one role in a row; rayrl joins them with an empty line "
-            "between"
+            "it refuses two messages of the same role in a row; rayrl joins them with an empty "
+            "line between"
         )
 
 
 def _opening(tokenizer: Any) -> Iterator[str]:
-    """What stands between a user's message and the reply: when asked for, and when rendered again.
-
-    With tools or thoughts some templates write more there.
-    """
-    asked = (render(tokenizer, [user(_HEARD)]) or "").partition(_HEARD)[2]
-    again = _between(render(tokenizer, [user(_HEARD), assistant(_SAID), user(_NEXT)]) or "")
-    if "<think>" in asked and "</think>" not in asked:
+    """Compare the text between a user message and the reply before and after the model replied."""
+    prompt = (render(tokenizer, [user(_QUESTION)]) or "").partition(_QUESTION)[2]
+    whole = render(tokenizer, [user(_QUESTION), assistant(_ANSWER), user(_NEXT)]) or ""
+    again = whole.partition(_QUESTION)[2].partition(_ANSWER)[0]
+    if "<think>" in prompt and "</think>" not in prompt:
         yield (
             "it opens the model's thought itself; a reply begins inside it, so its text has "
             "</think> without <think>"
         )
-    if asked == again:
+    if prompt == again:
         return
-    if asked.startswith(again):
+    if prompt.startswith(again):
         yield (
-            f"it asks for a reply with {asked[len(again) :]!r} and leaves that out when a "
+            f"it asks for a reply with {prompt[len(again) :]!r} and leaves that out when a "
             "conversation is rendered again; rayrl keeps it, as the model read it"
         )
-    elif again.startswith(asked):
+    elif again.startswith(prompt):
         yield (
-            f"it writes {again[len(asked) :]!r} before earlier replies when a conversation is "
-            "rendered again; rayrl does not, because the model did not"
+            f"it writes {again[len(prompt) :]!r} before earlier replies when a conversation is "
+            "rendered again; rayrl does not, because the model did not read it"
         )
     else:
         yield (
-            f"it writes {again!r} before earlier replies but asks for one with {asked!r}; rayrl "
+            f"it writes {again!r} before earlier replies but asks for one with {prompt!r}; rayrl "
             "keeps what the model read"
         )
 
 
-def _between(text: str) -> str:
-    return text.partition(_HEARD)[2].partition(_SAID)[0]
-
-
 def _thoughts(tokenizer: Any) -> Iterator[str]:
-    text = render(tokenizer, [user(_HEARD), assistant(_REPLY), user(_NEXT)]) or ""
-    if _SAID in text and _THOUGHT not in text:
+    text = render(tokenizer, [user(_QUESTION), assistant(_REPLY), user(_NEXT)]) or ""
+    if _ANSWER in text and _THOUGHT not in text:
         yield (
             "it drops earlier <think> blocks when a conversation is rendered again; rayrl keeps "
             "them, because it trains on exactly the ids that were sampled"
         )
     elif _THOUGHT in text and _REPLY not in text:
         yield (
-            "it writes earlier <think> blocks in another way when a conversation is rendered "
-            "again; rayrl keeps them as they were sampled"
+            "it reformats earlier <think> blocks when a conversation is rendered again; rayrl "
+            "keeps them as they were sampled"
         )
 
 
 def _spaces(tokenizer: Any) -> Iterator[str]:
-    talk = [user(f"  {_HEARD}  "), assistant(f"  {_SAID}  "), user(_NEXT)]
-    text = render(tokenizer, talk) or ""
-    heard, said = (f"  {word}  " in text for word in (_HEARD, _SAID))
-    if not heard:
+    padded = [user(f"  {_QUESTION}  "), assistant(f"  {_ANSWER}  "), user(_NEXT)]
+    text = render(tokenizer, padded) or ""
+    if f"  {_QUESTION}  " not in text:
         yield "it strips white space around messages; rayrl does so too"
-    if not said:
+    if f"  {_ANSWER}  " not in text:
         yield (
             "it strips white space around earlier replies when a conversation is rendered again; "
             "rayrl keeps them as they were sampled"
         )
-    plain = render(tokenizer, [user(_HEARD), assistant(_SAID), user(_NEXT)]) or ""
-    space = gap(plain.partition(_SAID)[2], tokenizer)
+    plain = render(tokenizer, [user(_QUESTION), assistant(_ANSWER), user(_NEXT)]) or ""
+    space = gap_before_eos(plain.partition(_ANSWER)[2], tokenizer)
     if space:
         yield f"it writes {space!r} between a reply and its end of turn; rayrl does not"
 
 
 def _date(tokenizer: Any) -> Iterator[str]:
-    text = render(tokenizer, [user(_HEARD)]) or ""
+    text = render(tokenizer, [user(_QUESTION)]) or ""
     if "strftime_now" in str(tokenizer.chat_template) and time.strftime("%Y") in text:
         yield (
-            "it writes today's date into every conversation, so the same task has other ids "
+            "it writes today's date into every conversation, so the same task has different ids "
             "tomorrow; rayrl leaves it"
         )
 
 
 def _begin_and_end(chat: Chat) -> Iterator[str]:
     tokenizer = chat.tokenizer
-    begin: str | None = getattr(tokenizer, "bos_token", None)
-    text = render(tokenizer, [user(_HEARD)]) or ""
-    if begin:
-        added = _begins_with(tokenizer, begin)
-        if text.startswith(begin * 2):
-            yield f"it begins with {begin!r} twice; rayrl leaves both"
-        elif added and text.startswith(begin):
+    bos: str | None = getattr(tokenizer, "bos_token", None)
+    text = render(tokenizer, [user(_QUESTION)]) or ""
+    if bos:
+        ids = tokenizer.backend_tokenizer.encode("x", add_special_tokens=True).ids
+        added = bool(ids) and ids[0] == tokenizer.convert_tokens_to_ids(bos)
+        if text.startswith(bos * 2):
+            yield f"it begins with {bos!r} twice; rayrl leaves both"
+        elif added and text.startswith(bos):
             yield (
-                f"it begins with {begin!r}, as the tokenizer does with every text; rayrl has it "
+                f"it begins with {bos!r}, as the tokenizer does with every text; rayrl writes it "
                 "once"
             )
         elif added:
             yield (
-                f"the tokenizer begins every text with {begin!r}, the template does not; rayrl "
-                "does as the template"
+                f"the tokenizer begins every text with {bos!r}, the template does not; rayrl "
+                "follows the template"
             )
     if len(chat.stop_ids) > 1:
-        end, other = (repr(tokenizer.decode([one])) for one in chat.stop_ids[:2])
+        end, other = (repr(tokenizer.decode([token_id])) for token_id in chat.stop_ids[:2])
         yield (
-            f"it ends a turn with {end}, but the tokenizer's end of text is {other}; a reply ends "
-            f"with either, and {end} is written after one that ended with {other}"
+            f"it ends a turn with {end}, but the tokenizer's end of text is {other}; either ends a "
+            f"reply, and rayrl writes {end} after a reply that ended with {other}"
         )
-
-
-def _begins_with(tokenizer: Any, begin: str) -> bool:
-    ids = tokenizer.backend_tokenizer.encode("x", add_special_tokens=True).ids
-    return bool(ids) and ids[0] == tokenizer.convert_tokens_to_ids(begin)
 
 
 def _tools(chat: Chat) -> Iterator[str]:
-    if chat.speaks_tools:
+    if chat.has_native_tools:
         return
-    listed = "PROBETOOL" in (render(chat.tokenizer, [user(_HEARD)], [_TOOL]) or "")
-    what = "writes tool calls in a form of its own" if listed else "has no place for tools"
-    yield f"it {what}; rayrl describes them in the first message"
+    listed = "PROBETOOL" in (render(chat.tokenizer, [user(_QUESTION)], [_TOOL]) or "")
+    problem = "has its own format of tool calls" if listed else "does not support tools"
+    yield f"it {problem}; rayrl describes them in the first message"
 
 
-def _otherwise(chat: Chat) -> Iterator[str]:
-    """The last resort: a talk of three turns, appended and rendered again."""
-    talk = [user(_HEARD)]
-    ids = chat.start(talk)
-    for reply, new in ((_SAID, _NEXT), (_RULE, _HEARD)):
+def _other_rewrites(chat: Chat) -> Iterator[str]:
+    """Compare a conversation of three turns, appended, with the same one rendered at once."""
+    messages = [user(_QUESTION)]
+    ids = chat.start(messages)
+    for reply, new in ((_ANSWER, _NEXT), (_RULE, _QUESTION)):
         ids += chat.reply(reply) + chat.extend([user(new)], True)
-        talk += [assistant(reply), user(new)]
-    appended, again = str(chat.tokenizer.decode(ids)), render(chat.tokenizer, talk)
+        messages += [assistant(reply), user(new)]
+    appended, again = str(chat.tokenizer.decode(ids)), render(chat.tokenizer, messages)
     if again is not None and appended != again:
         at = next((k for k, (a, b) in enumerate(zip(appended, again, strict=False)) if a != b), 0)
         yield (
-            f"rendered again, a conversation reads {_short(again[at:])} where rayrl has appended "
-            f"{_short(appended[at:])}; rayrl keeps what the model read"
+            f"rendered again, a conversation reads {_shorten(again[at:])} where rayrl appended "
+            f"{_shorten(appended[at:])}; rayrl keeps what the model read"
         )
 
 
-def _short(text: str) -> str:
+def _shorten(text: str) -> str:
     return repr(text if len(text) <= 60 else text[:57] + "...")

@@ -1,9 +1,9 @@
-"""Tool calls as plain lines, for models that cannot write JSON and templates that know no tools.
+"""Tool calls as plain lines, for models that cannot write JSON and templates without tools.
 
     CALL calculator: 12 * 7
 
 The tools are described in a message, each call is a line of its own, and the results come back as a
-user's message. Nothing is asked of a chat template or of a server.
+user message. Neither the chat template nor a server needs to support tools.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _FORM = 'a call must be a line of its own: "CALL name: argument"'
 
 
 def describe_lines(tools: Sequence[Mapping[str, Any]]) -> str:
-    """Tools in words, one line each."""
+    """Describe tools as text, one line each."""
     lines = [
         f"CALL {tool['function']['name']}:{_form(tool)} - {tool['function']['description']}"
         for tool in tools
@@ -39,21 +39,23 @@ def describe_lines(tools: Sequence[Mapping[str, Any]]) -> str:
 
 
 def format_line(name: str, argument: str) -> str:
-    """A call as a model writes it."""
+    """Format a call as a model writes it."""
     return f"CALL {name}: {argument}"
 
 
 def parse_lines(
     text: str, tools: Sequence[Mapping[str, Any]], *, cut: bool = False, thinking: bool = False
 ) -> list[ParsedCall]:
-    """Every call of a reply, in order; a malformed one carries its error. Thoughts have none.
+    """Parse every call of a reply, in order; a malformed one carries its error.
+
+    Lines within thoughts are ignored.
 
     Args:
         text: the reply.
-        tools: JSON schemas of the functions offered; they say what an argument is called.
-        cut: whether the reply was cut off. A last line may then lack its end: `12 * 7` of `12 *
-            75`. It would run, so it must not.
-        thinking: whether the reply begins within a thought that the prompt has opened.
+        tools: JSON schemas of the functions offered, which name the arguments.
+        cut: whether the reply was cut off. A call in its last line is then an error, because it may
+            be incomplete and still valid: `12 * 7` of `12 * 75`.
+        thinking: whether the reply begins within a thought that the prompt opened.
     """
     parameters = {
         tool["function"]["name"]: tool["function"]["parameters"]["properties"] for tool in tools
@@ -65,7 +67,7 @@ def parse_lines(
         if line[0] == THOUGHT_MARKS[0]:
             at = thought_end(text, at)
             continue
-        if line[0] == THOUGHT_MARKS[1]:  # of a thought that began before the reply
+        if line[0] == THOUGHT_MARKS[1]:  # ends a thought that began before the reply
             calls.clear()
             continue
         parts = _PARTS.fullmatch(line[1].rstrip())
@@ -74,12 +76,12 @@ def parse_lines(
         elif parts is None:
             calls.append(ParsedCall("", error=_FORM))
         else:
-            calls.append(_call(parts[1], parts[2], parameters.get(parts[1], {})))
+            calls.append(_parse_arguments(parts[1], parts[2], parameters.get(parts[1], {})))
     return calls
 
 
 def results_text(calls: Sequence[ParsedCall], results: Sequence[str]) -> str:
-    """What the model is told of its calls."""
+    """Format the results of calls for the model."""
     return "\n".join(
         f"RESULT {call.name or 'of a malformed call'}: {result}"
         for call, result in zip(calls, results, strict=True)
@@ -93,8 +95,8 @@ def _form(tool: Mapping[str, Any]) -> str:
     return " " + json.dumps({key: hint.get("type", "value") for key, hint in properties.items()})
 
 
-def _call(name: str, text: str, properties: Mapping[str, Any]) -> ParsedCall:
-    """One argument is written as it is, several as a JSON object."""
+def _parse_arguments(name: str, text: str, properties: Mapping[str, Any]) -> ParsedCall:
+    """Parse the text after the colon: a single argument as it is, several as a JSON object."""
     try:
         value = replace_surrogates(json.loads(text))
     except (ValueError, RecursionError):
@@ -106,6 +108,6 @@ def _call(name: str, text: str, properties: Mapping[str, Any]) -> ParsedCall:
     if len(properties) > 1:
         return ParsedCall(name, error=f"{name}: write its arguments as a JSON object")
     for key, hint in properties.items():
-        as_it_is = hint.get("type") == "string" and not isinstance(value, str)
-        return ParsedCall(name, {key: text if as_it_is else value})
-    return ParsedCall(name, {"argument": text})  # a tool without any, or none of this name
+        use_text = hint.get("type") == "string" and not isinstance(value, str)
+        return ParsedCall(name, {key: text if use_text else value})
+    return ParsedCall(name, {"argument": text})  # a tool without parameters, or an unknown tool

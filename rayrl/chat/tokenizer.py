@@ -1,4 +1,4 @@
-"""Hugging Face's fast tokenizers, as `renderer.py` needs them."""
+"""Load Hugging Face's fast tokenizers, and keep text from producing control tokens."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ import math
 import re
 import secrets
 import unicodedata
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 __all__ = [
     "TextTokenizer",
-    "byte_level",
+    "byte_level_alphabet",
     "control_ids",
-    "copy_of",
+    "copy_backend",
     "load_tokenizer",
-    "longest_token",
-    "name_of",
+    "max_token_chars",
+    "tokenizer_name",
 ]
 
-_GENERIC = ("TokenizersBackend", "PreTrainedTokenizerFast")  # `tokenizer_class` of no model's own
+_GENERIC = ("TokenizersBackend", "PreTrainedTokenizerFast")  # not a model's own `tokenizer_class`
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """A tokenizer without a class of its own does not need AutoTokenizer, which imports torch.
+    """Load a tokenizer, without AutoTokenizer unless it has a class of its own.
 
-    That would cost every env worker 260 MB and 2 s of a core.
+    AutoTokenizer imports torch, which costs every env worker 260 MB and 2 s of a core.
     """
     import transformers
 
@@ -41,83 +41,92 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 @functools.cache
-def byte_level() -> dict[str, int]:
-    """The byte that each character of a byte-level token stands for, as GPT-2 laid down."""
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [byte for byte in range(256) if byte not in shown]
-    return {chr(b): b for b in shown} | {chr(256 + k): b for k, b in enumerate(hidden)}
+def byte_level_alphabet() -> dict[str, int]:
+    """Return the byte for each character of a byte-level token, as defined by GPT-2."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + k): b for k, b in enumerate(others)}
 
 
-def longest_token(state: Mapping[str, Any]) -> int:
-    """How many characters of a text one id stands for at most; 0 where there is no such number.
+def max_token_chars(state: Mapping[str, Any]) -> int:
+    """Return the maximum number of characters per id, or 0 if there is no such bound.
 
-    So a text has at least so many ids for its length, which is known before it is tokenized.
+    It bounds a text's number of ids from below without tokenizing it. There is no bound if text is
+    changed before it is split (for example if white space is dropped), or if one id stands for any
+    unknown character.
 
     Args:
-        state: of a backend. There is no such number where a text is changed before it is cut up
-            (white space that is dropped, say), or where one id stands for all that is unknown.
+        state: state of a tokenizer's backend.
     """
     model, vocab = state["model"], state["model"].get("vocab", {})
     tokens = set(vocab if isinstance(vocab, dict) else [entry[0] for entry in vocab])
-    factor = _shrinks(state.get("normalizer"))
-    known = set(byte_level()) if "ByteLevel" in json.dumps(state.get("pre_tokenizer")) else None
-    if known is None and model.get("byte_fallback"):
-        known = {f"<0x{byte:02X}>" for byte in range(256)}
+    factor = _max_shrinkage(state.get("normalizer"))
+    alphabet: set[str] | None = None
+    if "ByteLevel" in json.dumps(state.get("pre_tokenizer")):
+        alphabet = set(byte_level_alphabet())
+    elif model.get("byte_fallback"):
+        alphabet = {f"<0x{byte:02X}>" for byte in range(256)}
     added = state.get("added_tokens", [])
-    greedy = any(token.get("lstrip") or token.get("rstrip") for token in added)
-    if not factor or greedy or known is None or not known <= tokens:
+    strips = any(token.get("lstrip") or token.get("rstrip") for token in added)
+    if not factor or strips or alphabet is None or not alphabet <= tokens:
         return 0
     return factor * max(map(len, [*tokens, *(token["content"] for token in added)]))
 
 
-def _shrinks(normalizer: Mapping[str, Any] | None) -> int:
-    """How many characters a normalizer makes one of, at most; 0 where that is not known."""
+def _max_shrinkage(normalizer: Mapping[str, Any] | None) -> int:
+    """Return the most characters that a normalizer maps to one; 0 if unknown."""
     if normalizer is None:
         return 1
     kind = normalizer["type"]
     if kind == "Sequence":
-        return math.prod(map(_shrinks, normalizer["normalizers"]))
+        return math.prod(map(_max_shrinkage, normalizer["normalizers"]))
     if kind == "Replace":
         pattern = normalizer["pattern"].get("String")
         return int(pattern is not None and len(pattern) <= len(normalizer["content"]))
     return {"Prepend": 1, "NFC": 4}.get(kind, 0)  # no composed character has more than four
 
 
-def copy_of(backend: Any) -> Any:
-    """A copy of a tokenizer's backend that neither cuts nor pads."""
+def copy_backend(backend: Any) -> Any:
+    """Copy a tokenizer's backend, without truncation and padding."""
     copy = type(backend).from_str(backend.to_str())
     copy.no_truncation()
     copy.no_padding()
     return copy
 
 
-def name_of(tokenizer: Any) -> str:
-    """What errors call a tokenizer."""
+def tokenizer_name(tokenizer: Any) -> str:
+    """Return a tokenizer's name for error messages."""
     return repr(getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__)
 
 
-def control_ids(backend: Any, turns: str, tool_talk: str, end: str) -> set[int]:
-    """Ids that structure a conversation, which no text may become.
+def control_ids(backend: Any, turns: str, tool_turns: str, end: str) -> set[int]:
+    """Return the ids that structure a conversation, which text must never produce.
 
-    These are the special tokens, and of the others those that the template writes as markup: some
-    tokenizers do not mark them as special, or have them only in the model's vocabulary. Added
-    tokens that are words, white space or single characters ("user", "\\n") are ordinary text.
+    These are the special tokens, and other tokens that the template uses as markup: some tokenizers
+    do not mark them as special, or have them only in the model's vocabulary. Added tokens that are
+    words, white space or single characters ("user", "\\n") are ordinary text.
 
     Args:
-        turns: conversations as the template writes them.
-        tool_talk: the same with tools.
-        end: what the template writes after a reply; its first token ends a turn, whatever it is.
+        turns: conversations as rendered by the template.
+        tool_turns: a conversation with tool calls, likewise.
+        end: what the template writes after a reply; if it starts with an added token, that token
+            ends a turn and counts.
     """
+
+    def ids_of(text: str) -> list[int]:
+        ids: list[int] = backend.encode(text, add_special_tokens=False).ids
+        return ids
+
     added = backend.get_added_tokens_decoder()
-    found = {
-        one
-        for one, token in added.items()
-        if token.special or (_is_markup(token.content) and token.content in turns + tool_talk)
+    control = {
+        token_id
+        for token_id, token in added.items()
+        if token.special or (_is_markup(token.content) and token.content in turns + tool_turns)
     }
-    for mark in _bracketed(turns):
-        ids = _ids(backend, mark)
-        found |= {backend.token_to_id(mark), ids[0] if len(ids) == 1 else None} - {None}
-    return found | {one for one in _ids(backend, end)[:1] if one in added}
+    for word in _bracketed(turns):
+        ids = ids_of(word)
+        control |= {backend.token_to_id(word), ids[0] if len(ids) == 1 else None} - {None}
+    return control | {token_id for token_id in ids_of(end)[:1] if token_id in added}
 
 
 def _is_markup(token: str) -> bool:
@@ -125,36 +134,32 @@ def _is_markup(token: str) -> bool:
 
 
 def _bracketed(text: str) -> Iterator[str]:
-    """Words in brackets of any kind, brackets included."""
-    kinds = [unicodedata.category(c) for c in text]
+    """Yield words in brackets of any kind, brackets included."""
+    categories = [unicodedata.category(c) for c in text]
     for word in re.finditer(r"\S+", text):
-        opens = [k for k in range(*word.span()) if text[k] in "<|" or kinds[k] in ("Ps", "Pi")]
-        closes = [k for k in range(*word.span()) if text[k] in ">|" or kinds[k] in ("Pe", "Pf")]
-        for first, last in itertools.product(opens, closes):
-            piece = text[first : last + 1]
-            if any(map(str.isalnum, piece)):
-                yield piece
-
-
-def _ids(backend: Any, text: str) -> list[int]:
-    ids: list[int] = backend.encode(text, add_special_tokens=False).ids
-    return ids
+        span = range(*word.span())
+        opening = [k for k in span if text[k] in "<|" or categories[k] in ("Ps", "Pi")]
+        closing = [k for k in span if text[k] in ">|" or categories[k] in ("Pe", "Pf")]
+        for first, last in itertools.product(opening, closing):
+            bracketed = text[first : last + 1]
+            if any(map(str.isalnum, bracketed)):
+                yield bracketed
 
 
 class TextTokenizer:
-    """A tokenizer whose control tokens no text can name.
+    """A tokenizer whose control tokens cannot be written as text.
 
-    In a copy of the backend every control token is called otherwise, by a name that is drawn for
-    this process and that nobody outside of it knows. Its id stays, and whatever else the tokenizer
-    does. So a text is encoded as ever, except that a control token written in it is only text,
-    also where the vocabulary of the model has it as a piece; and what a template writes is encoded
-    with the contents in it, in one piece, once its own control tokens have their names.
+    In a copy of the backend every control token is renamed to a random name that is secret to this
+    process; ids and everything else stay. Text is encoded as before, except that a control token
+    written in it is plain text, even if the model's vocabulary has it as a piece. A rendered
+    template is encoded together with the contents, as one text, after `rename_controls` has renamed
+    its own control tokens.
 
     Args:
-        backend: of the tokenizer.
-        control: the ids to hide.
-        reserved: control tokens that have a meaning besides that of unknown characters. Where one
-            of them stands for these too, they are left out, as by a BPE without such a token.
+        backend: the tokenizer's backend.
+        control: the ids to rename.
+        reserved: control tokens with a meaning besides "unknown character". If one of them is also
+            the unknown token, unknown characters are dropped, as by a BPE without such a token.
     """
 
     def __init__(
@@ -165,50 +170,52 @@ class TextTokenizer:
             token["content"] for token in state["added_tokens"] if token["id"] not in control
         ]
         self.control = frozenset(control)
-        self.names = dict(zip(sorted(control), _names(len(control), visible), strict=True))
+        self.names = dict(zip(sorted(control), _secret_names(len(control), visible), strict=True))
         self._backend = backend
-        self._unknown = _rename(state, self.names)
-        means_more = self._unknown is not None and backend.id_to_token(self._unknown) in reserved
-        self._left_out = self._unknown if means_more else None
+        self._unknown = _rename_tokens(state, self.names)
+        ambiguous = self._unknown is not None and backend.id_to_token(self._unknown) in reserved
+        self._dropped = self._unknown if ambiguous else None
         self._renamed = type(backend).from_str(json.dumps(state))
 
     def encode(self, text: str) -> tuple[int, ...]:
-        """Ids of a text; control ids come from their names only."""
+        """Encode a text; only the secret names produce control ids."""
         ids: list[int] = self._renamed.encode(text, add_special_tokens=False).ids
-        if self._left_out in ids:
-            ids = [one for one in ids if one != self._left_out]
+        if self._dropped in ids:
+            ids = [token_id for token_id in ids if token_id != self._dropped]
         return tuple(ids)
 
-    def named(self, text: str) -> str:
-        """What a template wrote, with its control tokens by their names."""
+    def rename_controls(self, text: str) -> str:
+        """Replace the control tokens in a rendered template by their secret names."""
         parts, done = [], 0
-        for one, start, end in self._written(text):
-            parts += [text[done:start], self.names[one]]
+        for token_id, start, end in self._controls(text):
+            parts += [text[done:start], self.names[token_id]]
             done = end
         return "".join([*parts, text[done:]])
 
     def controls_in(self, text: str) -> list[int]:
-        """The control ids of what a template wrote, in order."""
-        return [one for one, _, _ in self._written(text)]
+        """Return the control ids of a rendered template, in order."""
+        return [token_id for token_id, _, _ in self._controls(text)]
 
-    def _written(self, text: str) -> Iterator[tuple[int, int, int]]:
+    def _controls(self, text: str) -> Iterator[tuple[int, int, int]]:
+        """Yield (id, start, end) of each control token in a rendered template."""
         encoding = self._backend.encode(text, add_special_tokens=False)
-        for one, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
-            unknown = one == self._unknown and self._backend.id_to_token(one) not in text[start:end]
-            if one in self.control and not unknown:
-                yield one, start, end
+        for token_id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+            token = self._backend.id_to_token(token_id)
+            is_unknown = token_id == self._unknown and token not in text[start:end]
+            if token_id in self.control and not is_unknown:
+                yield token_id, start, end
 
 
-def _names(count: int, visible: Collection[str]) -> list[str]:
-    """Names that no text can have in it by intent or by chance.
+def _secret_names(count: int, visible: Collection[str]) -> list[str]:
+    """Draw names that no text contains on purpose or by chance.
 
-    They are letters that normalisers leave alone. None begins where a visible token may end, which
-    would be found before it; none is the beginning of another; none ends with a letter that a
-    combining mark after it could change ("q" has no such composition).
+    They consist of letters that normalizers leave unchanged. None begins with a character of a
+    visible token, which could be matched across its start; none is a prefix of another; none ends
+    with a letter that a combining mark after it could change ("q" has no such composition).
     """
-    taken = set("".join(visible))
+    used = set("".join(visible))
     letters = (chr(point) for point in range(ord("a"), 0x3000))
-    first = next(c for c in letters if c.isalpha() and c.islower() and c not in taken)
+    first = next(c for c in letters if c.isalpha() and c.islower() and c not in used)
     secret = first + "".join(secrets.choice("bcdfghjklm") for _ in range(40))
     width = len(str(count))
     return [
@@ -219,39 +226,36 @@ def _names(count: int, visible: Collection[str]) -> list[str]:
     ]
 
 
-def _rename(state: dict[str, Any], names: Mapping[int, str]) -> int | None:
-    """Call tokens otherwise in a backend's state; returns the id of unknown characters."""
+def _rename_tokens(state: dict[str, Any], names: Mapping[int, str]) -> int | None:
+    """Rename tokens in a backend's state; returns the id of unknown characters."""
     added, model = state["added_tokens"], state["model"]
     for token in added:
         token["content"] = names.get(token["id"], token["content"])
-    known = {token["id"] for token in added}
+    added_ids = {token["id"] for token in added}
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     added += [
-        {"id": one, "content": name, **flags, "special": True}
-        for one, name in names.items()
-        if one not in known
+        {"id": token_id, "content": name, **flags, "special": True}
+        for token_id, name in names.items()
+        if token_id not in added_ids
     ]
     added.sort(key=lambda token: token["id"])
     vocabulary = model["vocab"]
-    if isinstance(vocabulary, list):  # of a Unigram: pieces with their scores
-        for one, name in names.items():
-            if one < len(vocabulary):
-                vocabulary[one][0] = name
+    if isinstance(vocabulary, list):  # Unigram: pieces with their scores
+        for token_id, name in names.items():
+            if token_id < len(vocabulary):
+                vocabulary[token_id][0] = name
         unknown: int | None = model["unk_id"]
         return unknown
     unknown = vocabulary.get(model["unk_token"])
-    gone = {piece: names[one] for piece, one in vocabulary.items() if one in names}
-    model["vocab"] = {gone.get(piece, piece): one for piece, one in vocabulary.items()}
-    model["unk_token"] = gone.get(model["unk_token"], model["unk_token"])
+    renamed = {piece: names[i] for piece, i in vocabulary.items() if i in names}
+    model["vocab"] = {renamed.get(piece, piece): i for piece, i in vocabulary.items()}
+    model["unk_token"] = renamed.get(model["unk_token"], model["unk_token"])
     if "merges" in model:
         prefix = len(model["continuing_subword_prefix"] or "")
-        model["merges"] = list(_without(model["merges"], gone, prefix))
+        merges = []  # without those that use or produce a renamed piece
+        for merge in model["merges"]:
+            left, right = merge.split(" ") if isinstance(merge, str) else merge
+            if renamed.keys().isdisjoint((left, right, left + right[prefix:])):
+                merges.append(merge)
+        model["merges"] = merges
     return unknown
-
-
-def _without(merges: Iterable[Any], gone: Mapping[str, str], prefix: int) -> Iterable[Any]:
-    """The merges of a BPE that neither use nor make one of the pieces."""
-    for merge in merges:
-        left, right = merge.split(" ") if isinstance(merge, str) else merge
-        if not (left in gone or right in gone or left + right[prefix:] in gone):
-            yield merge

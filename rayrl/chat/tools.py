@@ -1,7 +1,7 @@
-"""Typed Python functions as tools of a model: schemas, how calls are written, safe calls.
+"""Typed Python functions as tools of a model: their schemas, the format of calls, and execution.
 
-A call is text (as Hermes and Qwen models write it), so that any player speaks it and it is trained
-on like every other word:
+A call is text, as Hermes and Qwen models write it, so that every player can write one and training
+treats it like any other text:
 
     <tool_call>
     {"name": "add", "arguments": {"a": 1, "b": 2}}
@@ -32,16 +32,16 @@ __all__ = [
     "ParsedCall",
     "Tool",
     "Toolkit",
+    "add_to_first_message",
     "as_user_messages",
-    "closed",
-    "describe",
+    "close_open_mark",
+    "describe_tools",
     "format_call",
-    "introduce",
+    "new_tools",
     "parse_calls",
     "read_call",
     "thought_end",
     "tool_name",
-    "untold",
     "without_calls",
 ]
 
@@ -52,9 +52,9 @@ CUT_OFF = "the reply was cut off in this call, so it was not run: write less bef
 CALL_MARKS = _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 THOUGHT_MARKS = _THINK, _THOUGHT = "<think>", "</think>"
 _MARK = re.compile("|".join(map(re.escape, (_OPEN, *THOUGHT_MARKS))))
-_LEAD = re.compile(r"\s*(?:```(?:json)?\s*)?")  # what may stand before the JSON of a call
+_LEAD = re.compile(r"\s*(?:```(?:json)?\s*)?")  # allowed before the JSON of a call
 _DECODER = json.JSONDecoder(strict=False)
-_LONGEST_WORD = len("-Infinity")  # of JSON outside of strings
+_LONGEST_WORD = len("-Infinity")  # the longest JSON literal outside strings, numbers aside
 _GOOGLE_ARG = re.compile(r"^\s*\*{0,2}(\w+)\s*(?:\([^)]*\)\s*)?:\s*(.*)$")
 _SPHINX_ARG = re.compile(r"^\s*:param\s(?:[^:]*\s)?(\w+)\s*:\s*(.*)$")
 _SECTION = re.compile(r"^\s*(Args|Arguments|Parameters|Returns|Raises|Yields|Examples?)\s*:\s*$")
@@ -62,11 +62,11 @@ _SECTION = re.compile(r"^\s*(Args|Arguments|Parameters|Returns|Raises|Yields|Exa
 
 @dataclass(frozen=True)
 class Tool:
-    """A function and what a model is told about it.
+    """A function that a model can call.
 
     Attributes:
-        schema: OpenAI's function format: name, description, JSON schema of the parameters.
-        hints: type hint of every parameter.
+        schema: name, description and JSON schema of the parameters, in OpenAI's function format.
+        hints: type hint per parameter.
         required: parameters without a default.
     """
 
@@ -77,11 +77,12 @@ class Tool:
     required: tuple[str, ...]
 
     @classmethod
-    def of(cls, function: ToolFunction) -> Tool:
-        """Read signature and docstring.
+    def from_function(cls, function: ToolFunction) -> Tool:
+        """Build a tool from a function's signature and docstring.
 
         Raises:
-            ConfigError: `*args` or positional-only parameters, which JSON cannot name.
+            ConfigError: the function has `*args` or positional-only parameters, which a JSON object
+                cannot name.
         """
         name = getattr(function, "__name__", type(function).__name__)
         parameters = inspect.signature(function).parameters
@@ -98,7 +99,7 @@ class Tool:
             if of_parameter.get(key):
                 properties[key]["description"] = of_parameter[key]
             if parameter.default is not parameter.empty and parameter.default is not None:
-                with contextlib.suppress(TypeError, ValueError):  # the model need not know it
+                with contextlib.suppress(TypeError, ValueError):  # no JSON form: leave it out
                     properties[key]["default"] = plain_default(parameter.default)
         required = tuple(k for k, p in parameters.items() if p.default is p.empty)
         arguments = {"type": "object", "properties": properties, "required": list(required)}
@@ -107,10 +108,10 @@ class Tool:
         return cls(name, function, {"type": "function", "function": described}, hints, required)
 
     def arguments(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """`given`, checked and converted to the hints.
+        """Check a call's arguments and convert them to the hinted types.
 
         Raises:
-            TypeError: what is wrong, in words for the model.
+            TypeError: an argument is unknown, missing or of the wrong type; worded for the model.
         """
         for key in given:
             if key not in self.hints:
@@ -129,7 +130,7 @@ class Tool:
 
 @dataclass(frozen=True)
 class ParsedCall:
-    """One call found in a reply; `error` says, for the model, why it cannot be run."""
+    """A call in a reply; `error` tells the model why it cannot be run."""
 
     name: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -137,20 +138,25 @@ class ParsedCall:
 
 
 class Toolkit:
-    """The tools offered in one call of an agent."""
+    """The tools offered in one call of an agent.
+
+    Raises:
+        ConfigError: two tools have the same name, or a function cannot be a tool.
+    """
 
     def __init__(self, functions: Sequence[ToolFunction]) -> None:
-        self.tools = {tool.name: tool for tool in map(_tool, functions)}
-        if len(self.tools) != len(functions):
-            names = [tool.name for tool in map(_tool, functions)]
-            raise ConfigError(f"tools must have different names, got {', '.join(names)}")
+        tools = [_tool(function) for function in functions]
+        self.tools = {tool.name: tool for tool in tools}
+        if len(self.tools) != len(tools):
+            names = ", ".join(tool.name for tool in tools)
+            raise ConfigError(f"tools must have different names, got {names}")
         self.schemas = tuple(tool.schema for tool in self.tools.values())
 
     async def run(self, call: ParsedCall) -> tuple[str, bool]:
-        """Run a call.
+        """Run a call; exceptions of the tool become error results.
 
         Returns:
-            What the model is told, and whether it went wrong. Nothing a tool raises gets out.
+            The result or error as text for the model, and whether the call failed.
         """
         tool = self.tools.get(call.name)
         if call.error:
@@ -167,36 +173,28 @@ class Toolkit:
             result = tool.function(**arguments)
             if inspect.isawaitable(result):
                 result = await result
-            return _as_text(result), False
+            if not isinstance(result, str):
+                with contextlib.suppress(TypeError, ValueError):  # no JSON form: use str()
+                    return json.dumps(result, ensure_ascii=False), False
+            return str(result), False
         except (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt):  # not the tool's
             raise
         except BaseException as error:  # SystemExit would end every other episode
             return f"Error: {call.name} raised {described(error)}", True
 
 
-@functools.lru_cache(256)
-def _tool(function: ToolFunction) -> Tool:
-    return Tool.of(function)
-
-
-def _as_text(result: object) -> str:
-    if isinstance(result, str):
-        return str(result)
-    try:
-        return json.dumps(result, ensure_ascii=False)
-    except (TypeError, ValueError):
-        return str(result)
+_tool = functools.lru_cache(256)(Tool.from_function)
 
 
 def parse_calls(text: str, *, cut: bool = False, thinking: bool = False) -> list[ParsedCall]:
-    """Every `<tool_call>` of a reply, in order; a malformed one carries its error.
+    """Parse every `<tool_call>` of a reply, in order; a malformed one carries its error.
 
-    What stands in a thought (`<think>`, also one that is never closed) is a draft and no call.
+    Calls within a thought (`<think>`, closed or not) are drafts and are ignored.
 
     Args:
         text: the reply.
-        cut: whether the reply was cut off; if that broke its last call, the error says so.
-        thinking: whether the reply begins within a thought that the prompt has opened.
+        cut: whether the reply was cut off; if that broke its last call, the call's error says so.
+        thinking: whether the reply begins within a thought that the prompt opened.
     """
     blocks, _ = _read_blocks(text, thinking)
     calls = [block.call for block in blocks]
@@ -206,7 +204,7 @@ def parse_calls(text: str, *, cut: bool = False, thinking: bool = False) -> list
 
 
 def without_calls(text: str) -> str:
-    """A reply without its `<tool_call>` blocks."""
+    """Remove the `<tool_call>` blocks from a reply."""
     blocks, _ = _read_blocks(text)
     starts = [block.start for block in blocks]
     ends = [block.end for block in blocks]
@@ -214,20 +212,20 @@ def without_calls(text: str) -> str:
     return "".join(text[end:start] for end, start in pairs).strip()
 
 
-def closed(text: str) -> str:
-    """A text with the mark that it lacks if it ends within a call or a thought."""
+def close_open_mark(text: str) -> str:
+    """Append the closing mark if a text ends within a call or a thought."""
     return text + _read_blocks(text)[1]
 
 
 def thought_end(text: str, start: int) -> int:
-    """Where the thought that holds `start` has ended: after its mark, or with the text."""
+    """Return the index after the thought that contains `start`, or the text's length."""
     end = text.find(_THOUGHT, start)
     return len(text) if end < 0 else end + len(_THOUGHT)
 
 
 @dataclass(frozen=True)
 class _Block:
-    """A call in a text, and where it stands with its marks."""
+    """A call at text[start:end], marks included; `whole`: it has a closing mark."""
 
     call: ParsedCall
     start: int
@@ -236,7 +234,7 @@ class _Block:
 
 
 def _read_blocks(text: str, thinking: bool = False) -> tuple[list[_Block], str]:
-    """The calls outside of thoughts, and the mark that would close what is open at the end."""
+    """Return the calls outside thoughts, and the closing mark that the text lacks at its end."""
     blocks: list[_Block] = []
     at = thought_end(text, 0) if thinking else 0
     missing = _THOUGHT if thinking and not text.endswith(_THOUGHT, 0, at) else ""
@@ -249,61 +247,65 @@ def _read_blocks(text: str, thinking: bool = False) -> tuple[list[_Block], str]:
         elif mark[0] == _THINK:
             at = thought_end(text, mark.end())
             missing = "" if text.endswith(_THOUGHT, mark.end(), at) else _THOUGHT
-        else:  # of a thought that began before the text
+        else:  # ends a thought that began before the text
             blocks, at = [], mark.end()
     return blocks, missing
 
 
 def read_call(text: str, start: int, *, in_part: bool = False) -> tuple[ParsedCall, int, bool]:
-    """The call whose opening mark ends at `start`.
+    """Read the call whose opening mark ends at `start`.
 
-    Its closing mark is the first one after its JSON; the strings in it may have that mark in them.
+    Its closing mark is the first one after its JSON, whose strings may contain that mark.
 
     Args:
-        text: what it stands in.
-        start: see above.
-        in_part: whether more text may follow. JSON that has no end yet is then no error.
+        text: the text with the call.
+        start: index after the opening mark.
+        in_part: whether more text may follow; incomplete JSON is then not an error.
 
     Returns:
-        The call, where it ends, and whether it has its closing mark.
+        The call, the index after it, and whether it has its closing mark.
     """
     begin = _LEAD.match(text, start).end()  # type: ignore[union-attr]
-    close = _find(text, begin)
+    close = _find_close(text, begin)
     while True:
         body = text[begin : close + len(_CLOSE)]
         try:
             parsed, size = _DECODER.raw_decode(body)
-            call = _call_of(replace_surrogates(parsed))
-            close = _find(text, begin + size)
+            call = _to_call(replace_surrogates(parsed))
+            close = _find_close(text, begin + size)
         except (ValueError, RecursionError) as error:  # too deep, or a number of 5,000 digits
-            why = getattr(error, "msg", type(error).__name__)
-            in_string = why.startswith("Unterminated string")
+            reason = getattr(error, "msg", type(error).__name__)
+            in_string = reason.startswith("Unterminated string")
             if in_string and close < len(text):
-                close = _find(text, begin + 2 * len(body))  # doubled: all tries are linear
+                # the searched length doubles, so that all attempts together take linear time
+                close = _find_close(text, begin + 2 * len(body))
                 continue
-            begun = in_string or getattr(error, "pos", 0) > len(body.rstrip()) - _LONGEST_WORD
-            if not (in_part and begun and close == len(text)):
-                close = _find(text, begin)
-            said = text[begin : min(close, begin + 200)]
-            call = ParsedCall("", error=f"the tool call is not valid JSON ({why}): {said}")
+            at_end = in_string or getattr(error, "pos", 0) > len(body.rstrip()) - _LONGEST_WORD
+            if not (in_part and at_end and close == len(text)):
+                close = _find_close(text, begin)
+            excerpt = text[begin : min(close, begin + 200)]
+            call = ParsedCall("", error=f"the tool call is not valid JSON ({reason}): {excerpt}")
         return call, min(close + len(_CLOSE), len(text)), close < len(text)
 
 
-def _find(text: str, start: int) -> int:
-    """Where the next closing mark is; the end of the text if there is none."""
-    found = text.find(_CLOSE, start)
-    return len(text) if found < 0 else found
+def _find_close(text: str, start: int) -> int:
+    """Return the index of the next closing mark, or the text's length."""
+    index = text.find(_CLOSE, start)
+    return len(text) if index < 0 else index
 
 
 def format_call(name: str, arguments: Any) -> str:
-    """A call as a model writes it. Its arguments are an object, or what a model wrote instead."""
+    """Format a call as a model writes it.
+
+    `arguments` is a mapping; any other value, as a model may write instead, is formatted as it is.
+    """
     given = dict(arguments) if isinstance(arguments, Mapping) else arguments
     body = json.dumps({"name": name, "arguments": given}, ensure_ascii=False)
     return f"{_OPEN}\n{body}\n{_CLOSE}"
 
 
-def describe(tools: Sequence[Mapping[str, Any]]) -> str:
-    """Tools in words, for templates that have no place for them."""
+def describe_tools(tools: Sequence[Mapping[str, Any]]) -> str:
+    """Describe tools as text, for chat templates that do not support them."""
     lines = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
     example = format_call("tool_name", {"argument": "value"})
     return (
@@ -312,37 +314,37 @@ def describe(tools: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def introduce(messages: Sequence[Message], text: str) -> list[Message]:
-    """Messages whose first one also describes the tools: after the rules, before a question."""
+def add_to_first_message(messages: Sequence[Message], text: str) -> list[Message]:
+    """Add a description of tools to the first message: after a system prompt, else before it."""
     first = messages[0]
     joined = [first.content, text] if first.role == "system" else [text, first.content]
     return [replace(first, content="\n\n".join(joined)), *messages[1:]]
 
 
 def as_user_messages(
-    messages: Sequence[Message], keep: Container[str | None] = ()
+    messages: Sequence[Message], unchanged: Container[str | None] = ()
 ) -> list[Message]:
-    """Messages for readers that know no role `tool`: results that stand together become one user's.
+    """Convert tool results to user messages, for templates and servers without the role `tool`.
 
-    One, because many templates refuse two messages of the same role in a row.
+    Consecutive results become one message, because many templates refuse two of a role in a row.
 
     Args:
-        messages: any.
-        keep: ids of calls whose results stay as they are.
+        messages: messages of any role.
+        unchanged: ids of calls whose results are not converted.
     """
-    given: list[Message] = []
-    for result, some in itertools.groupby(
-        messages, lambda message: message.role == "tool" and message.tool_call_id not in keep
+    converted: list[Message] = []
+    for is_result, group in itertools.groupby(
+        messages, lambda message: message.role == "tool" and message.tool_call_id not in unchanged
     ):
-        if result:
-            texts = [f"<tool_response>{one.content}</tool_response>" for one in some]
-            given.append(Message("user", "\n".join(texts)))
+        if is_result:
+            texts = [f"<tool_response>{result.content}</tool_response>" for result in group]
+            converted.append(Message("user", "\n".join(texts)))
         else:
-            given += some
-    return given
+            converted += group
+    return converted
 
 
-def _call_of(parsed: Any) -> ParsedCall:
+def _to_call(parsed: Any) -> ParsedCall:
     if not isinstance(parsed, dict) or not isinstance(parsed.get("name"), str):
         return ParsedCall("", error='a tool call must be {"name": ..., "arguments": {...}}')
     arguments = parsed.get("arguments", parsed.get("parameters", {}))
@@ -355,7 +357,7 @@ def _call_of(parsed: Any) -> ParsedCall:
 
 
 def _docstring(function: ToolFunction) -> tuple[str, dict[str, str]]:
-    """What comes before the first section, and the description of each parameter."""
+    """Return the text before the first section, and the description of each parameter."""
     lines = (inspect.getdoc(function) or "").splitlines()
     text: list[str] = []
     of_parameter: dict[str, str] = {}
@@ -381,10 +383,10 @@ def _docstring(function: ToolFunction) -> tuple[str, dict[str, str]]:
 
 
 def tool_name(schema: Mapping[str, Any]) -> str:
-    """The name in a tool's JSON schema."""
+    """Return the name in a tool's JSON schema."""
     return str(schema["function"]["name"])
 
 
-def untold(tools: Sequence[Mapping[str, Any]], told: Container[str]) -> list[Mapping[str, Any]]:
-    """Of the tools offered, those that the model has not been told about in this conversation."""
-    return [schema for schema in tools if tool_name(schema) not in told]
+def new_tools(tools: Sequence[Mapping[str, Any]], known: Container[str]) -> list[Mapping[str, Any]]:
+    """Return the tools whose names are not in `known`: those not yet described to the model."""
+    return [schema for schema in tools if tool_name(schema) not in known]

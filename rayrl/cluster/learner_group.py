@@ -26,7 +26,7 @@ from rayrl.cluster.weight_sync.weight_store import Published
 from rayrl.config import Config
 from rayrl.errors import InfraError, LearnerLost, RayrlError, RunFailed
 from rayrl.learner.batch import Batch, Trajectory, shard
-from rayrl.weights.broadcast import BroadcastGroup, Plan, Rendezvous, host, send
+from rayrl.weights.broadcast import BroadcastGroup, Plan, Rendezvous, open_rendezvous, send
 from rayrl.weights.flat import buckets
 from rayrl.weights.model_dir import model_dir
 
@@ -149,7 +149,7 @@ class LearnerRank:
         self._plan = plan
         if self._rank:
             return Rendezvous("", "", 0, 0, 0), plan
-        meeting, self._meeting = host(backend, self.address()[0], world, timeout_s)
+        meeting, self._meeting = open_rendezvous(backend, self.address()[0], world, timeout_s)
         return meeting, plan
 
     def connect(self, meeting: Rendezvous) -> None:

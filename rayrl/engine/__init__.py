@@ -1,4 +1,4 @@
-"""Engines: what generates. `open_engine` makes the one a configuration asks for."""
+"""Inference engines; `open_engine` opens the one that a config selects."""
 
 from __future__ import annotations
 
@@ -23,21 +23,20 @@ def open_engine(
     sleeps: bool = False,
     lora: LoraConfig | None = None,
 ) -> Engine:
-    """The engine `config.kind` for the model `path` (as `model.path`) whose weights are `version`.
+    """Open the engine `config.kind` for the model `path` (as `model.path`) at weights `version`.
 
     Args:
-        raw_logprobs: tell the model's own logprobs (before temperature, top-k and top-p; greedy ids
-            too), which people want to see, and not those of the distribution sampled from, which
-            training needs.
-        sleeps: whether it takes turns with a learner on one GPU.
-        lora: adapters that it will be sent instead of whole weights; vllm only.
+        raw_logprobs: return the model's own logprobs (before temperature, top-k and top-p, greedy
+            ids included), for display, instead of those of the sampling distribution, for training.
+        sleeps: whether the engine shares its GPU with a learner and sleeps while that works.
+        lora: adapters that are pushed instead of whole weights; vllm only.
 
     Raises:
         ConfigError: no such kind, or the engine cannot run this model.
     """
     path = model_dir(str(path))
     if config.kind == "embedded":
-        # not at the top: it imports torch, and the act half reads only the protocol
+        # imported here because it imports torch, which users of the protocol alone do not need
         from rayrl.engine.embedded.engine import EmbeddedEngine
 
         return EmbeddedEngine.load(path, config, version=version, raw_logprobs=raw_logprobs)

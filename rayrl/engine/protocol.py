@@ -1,4 +1,4 @@
-"""What the act half asks of whoever generates, and what a replica asks of its engine."""
+"""Protocols: what rollouts need of a generator, and what a replica needs of its engine."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ if TYPE_CHECKING:
     from rayrl.weights.broadcast import Plan, Rendezvous
     from rayrl.weights.flat import Manifest
 
-__all__ = ["Engine", "Generator", "Part", "Streamed"]
+__all__ = ["BroadcastEngine", "Engine", "Generator", "Part"]
 
 Part = Literal["weights", "kv"]
-"""What an engine that slept takes memory for again."""
+"""The memory that a sleeping engine reallocates when it wakes."""
 
 
 @runtime_checkable
 class Generator(Protocol):
     """What a `PolicyPlayer` needs: an engine in this process, or a client of a remote one.
 
-    A generator may also have `release(sessions: Sequence[str]) -> None`. It is called once for a
-    conversation that is over and must return at once. It is a hint: nothing breaks if it is lost.
+    A generator may also have `release(sessions: Sequence[str]) -> None`, which is called once per
+    conversation after its end and must not block. It is a hint: losing a call breaks nothing.
     """
 
     async def generate(self, request: Request) -> Completion:
         """Answer one request; hundreds are in flight at once.
 
-        `request.prompt_ids` is the whole context. If it leaves no room for a single new id the
-        answer has no ids and finish "length". The same request on the same weights gives the same
-        ids, whatever else is in flight.
+        `request.prompt_ids` is the whole context. If it leaves no room for a new id, the completion
+        has no ids and finish "length". The same request on the same weights gives the same ids,
+        whatever else is in flight.
 
         Raises:
-            InfraError: the engine is gone or did not answer in time; the episode is played again.
-            StaleWeights: it holds weights older than `request.min_version`.
+            InfraError: the engine is gone or timed out; the request or episode can be retried.
+            StaleWeights: the engine's weights are older than `request.min_version`.
         """
         ...
 
@@ -47,46 +47,46 @@ class Engine(Generator, Protocol):
     """What a replica wraps.
 
     Attributes:
-        version: weights version it generates with.
-        max_len: ids that one conversation can have, prompt and completion together.
+        version: version of the weights it generates with.
+        max_len: maximum ids per conversation, prompt and completion together.
     """
 
     version: int
     max_len: int
 
     async def generate(self, request: Request) -> Completion:
-        """As `Generator.generate`, batched continuously with everything else in flight."""
+        """Answer one request as `Generator.generate`, with continuous batching."""
         ...
 
     def stream(self, request: Request) -> AsyncGenerator[Delta, None]:
-        """The same answer as it is made, in at least one part; the last has a `finish`.
+        """Yield the completion of `generate` in one or more deltas; the last has a `finish`.
 
-        Closing the generator, or cancelling who awaits it, ends the generation and frees its place;
-        so does cancelling `generate`.
+        Closing the generator, or cancelling the task that awaits it, ends the generation and frees
+        its resources; so does cancelling `generate`.
         """
         ...
 
     async def load_weights(self, version: int, flat: NDArray[np.uint8], manifest: Manifest) -> str:
-        """Take over new weights (see `weights.flat`), and forget any KV made with the old ones.
+        """Load new weights (see `weights.flat`), and drop the KV cache of the old ones.
 
         Returns:
-            The checksum of what it holds *now*, computed from its own parameters.
+            The checksum of the weights it holds *now*, computed by the engine itself.
         """
         ...
 
     async def sleep(self) -> None:
-        """Let a learner have the accelerator: give back what memory there is to give back.
+        """Free as much accelerator memory as possible, for a learner to use.
 
-        Weights may be dropped. What comes meanwhile waits.
+        Weights may be dropped. Requests that arrive meanwhile wait.
         """
         ...
 
     async def wake(self, part: Part) -> None:
-        """Take memory for "weights", then (after they were pushed) for "kv", and answer again."""
+        """Reallocate memory for "weights", then, once they are pushed, for "kv", and resume."""
         ...
 
     async def check(self) -> None:
-        """Return if it can still answer; a replica whose engine cannot is replaced.
+        """Check that the engine can still answer; Serve replaces the replica if it cannot.
 
         Raises:
             InfraError: it cannot.
@@ -94,34 +94,36 @@ class Engine(Generator, Protocol):
         ...
 
     def release(self, sessions: Sequence[str]) -> None:
-        """Free what is kept for conversations that are over; unknown names are fine."""
+        """Free the cache of sessions that have ended; unknown names are ignored."""
         ...
 
     async def close(self) -> None:
-        """Stop, failing what is in flight with InfraError. Closing twice is fine."""
+        """Stop; requests in flight fail with InfraError. Closing twice is allowed."""
         ...
 
 
 @runtime_checkable
-class Streamed(Engine, Protocol):
-    """An engine that can also take weights from a channel (`rayrl.weights.broadcast`).
+class BroadcastEngine(Engine, Protocol):
+    """An engine that can also receive weights by broadcast (`rayrl.weights.broadcast`).
 
     Attributes:
-        workers: members of a channel it comes with.
+        workers: number of its processes that join a broadcast group.
     """
 
     workers: int
 
-    async def join(self, meeting: Rendezvous, first: int) -> None:
-        """Join a channel as ranks `first` and up, leaving any other; waits for all members.
+    async def join(self, rendezvous: Rendezvous, first_rank: int) -> None:
+        """Join a broadcast group as ranks `first_rank` and up, after leaving any earlier group.
+
+        Waits for all members.
 
         Raises:
-            InfraError: they did not meet in time.
+            InfraError: not all members joined in time.
         """
         ...
 
     async def receive(self, version: int, plan: Plan) -> str:
-        """Take over what the channel's sender broadcasts; otherwise as `load_weights`.
+        """Load the weights that the group's sender broadcasts; otherwise as `load_weights`.
 
         Returns:
             The checksum of all buckets.

@@ -9,7 +9,7 @@ from numbers import Integral
 from typing import Any, Literal, Protocol, get_args
 
 from rayrl.chat.text_protocol import describe_lines, parse_lines, results_text
-from rayrl.chat.tools import ParsedCall, Toolkit, introduce, parse_calls
+from rayrl.chat.tools import ParsedCall, Toolkit, add_to_first_message, parse_calls
 from rayrl.environment.randomness import EPISODE
 from rayrl.errors import EnvError, shown
 from rayrl.rollout.resume import EpisodeResume
@@ -312,7 +312,7 @@ class Agent:
         schemas, conversation = toolkit.schemas, self._conversation
         told = {f"CALL {name}" for name in toolkit.tools} if as_lines else set()
         if told - conversation.tools:
-            new = tuple(introduce(new, describe_lines(schemas)))
+            new = tuple(add_to_first_message(new, describe_lines(schemas)))
         made: list[ToolCall] = []
         for left in range(rounds, -1, -1):
             turn = await self.turn(new, state, max_tokens, () if as_lines else schemas)

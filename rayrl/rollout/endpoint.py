@@ -11,7 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from rayrl.chat.tools import CALL_MARKS, as_user_messages, closed, format_call, without_calls
+from rayrl.chat.tools import (
+    CALL_MARKS,
+    as_user_messages,
+    close_open_mark,
+    format_call,
+    without_calls,
+)
 from rayrl.config import EndpointConfig
 from rayrl.errors import ConfigError, InfraError, Refused, RunFailed
 from rayrl.rollout.agent import Conversation, Options
@@ -383,7 +389,7 @@ def _to_openai(messages: Sequence[Message], native: bool) -> list[dict[str, Any]
         if native and all(c.name and c.id in answered for c in message.tool_calls)
     }
     data: list[dict[str, Any]] = []
-    for message in as_user_messages(messages, keep=sent):
+    for message in as_user_messages(messages, unchanged=sent):
         entry: dict[str, Any] = {"role": message.role, "content": message.content}
         if message.role == "tool":
             entry["tool_call_id"] = message.tool_call_id
@@ -420,7 +426,7 @@ def _read(data: Mapping[str, Any], url: str) -> _Answer | _Problem:
         calls = [call["function"] for call in message.get("tool_calls") or ()]
         for place, function in enumerate(calls, 1):
             cut = finish == "length" and place == len(calls)
-            text = closed(text)
+            text = close_open_mark(text)
             text += ("\n" if text else "") + _call_text(function, cut)
     except (KeyError, IndexError, TypeError, AttributeError):
         return _Problem(f"not a chat completion: {json.dumps(data)[:300]}")

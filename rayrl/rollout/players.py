@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 from rayrl.chat.renderer import Chat
 from rayrl.chat.text_protocol import describe_lines, parse_lines
-from rayrl.chat.tools import format_call, tool_name, untold
+from rayrl.chat.tools import format_call, new_tools, tool_name
 from rayrl.engine.protocol import Generator
 from rayrl.environment.environment import PlayerFunction
 from rayrl.environment.randomness import EpisodeRandom
@@ -111,7 +111,7 @@ class PolicyPlayer:
     def _prompt(
         self, conversation: Conversation, new: Sequence[Message], options: Options
     ) -> tuple[int, ...]:
-        tools = untold(options.tools, conversation.tools)
+        tools = new_tools(options.tools, conversation.tools)
         if not conversation.ids:
             return self.chat.start(new, tools)
         return self.chat.extend(new, conversation.finished, tools)
@@ -181,7 +181,7 @@ class HumanPlayer:
         for message in new:
             label = "" if message.role == "user" else f"[{message.role}] "
             self._show(f"{label}{message.content}")
-        tools = untold(options.tools, conversation.tools)
+        tools = new_tools(options.tools, conversation.tools)
         if tools:
             self._show(describe_lines(tools))
             conversation.tools.update(map(tool_name, tools))

@@ -132,7 +132,7 @@ class ChatAnswer(Shape):
         return {"content": content, "refusal": None}
 
     def _entry(self, one: int, logprob: float) -> dict[str, Any]:
-        written = list(self._chat.bytes_of(one))
+        written = list(self._chat.id_bytes(one))
         return {"token": self._text(one), "logprob": logprob, "bytes": written}
 
 

@@ -291,7 +291,7 @@ def _prompts(chat: Chat, prompt: object, max_len: int) -> Sequence[tuple[int, ..
             what = f"{len(prompt)} prompts: at most {MAX_CHOICES} in all."
             raise ApiError(400, what, param="prompt", code="invalid_value")
         if all(isinstance(one, str) for one in prompt):
-            check_room(max(chat.fewest([one]) for one in prompt), max_len, "prompt")
+            check_room(max(chat.min_ids([one]) for one in prompt), max_len, "prompt")
             found = [chat.document(one) for one in prompt]
         elif all(_are_ids(one) for one in prompt):
             found = [tuple(one) for one in prompt]

@@ -60,11 +60,11 @@ def read_chat(chat: Chat, body: ChatBody, max_len: int) -> Asked:
     """
     check_room(len(body.messages), max_len, "messages")  # each has an id at least
     messages = read_messages(body.messages)
-    check_room(chat.fewest(message.content for message in messages), max_len, "messages")
+    check_room(chat.min_ids(message.content for message in messages), max_len, "messages")
     tools = [_tool(tool, f"tools[{index}]") for index, tool in enumerate(body.tools or ())]
     choice, named = _choice(body.tool_choice, tools)
     offered = tools if choice != "none" else []
-    check_room(chat.fewest([json.dumps(offered)] if offered else []), max_len, "tools")
+    check_room(chat.min_ids([json.dumps(offered)] if offered else []), max_len, "tools")
     begun = ""
     if choice == "required":
         begun = '<tool_call>\n{"name": "'

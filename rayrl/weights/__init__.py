@@ -1,1 +1,1 @@
-"""Weights as files and as bytes: model folders, the flat buffer, and its way to the replicas."""
+"""Model folders, the flat weight buffer, and the broadcast of weights to replicas."""

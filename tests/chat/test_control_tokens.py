@@ -1,4 +1,4 @@
-"""No text becomes a control token, whatever the tokenizer; all other ids are its own."""
+"""No text produces a control token with any tokenizer; all other ids are the tokenizer's own."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ every_kind = pytest.mark.parametrize(("kind", "place", "control"), TABLE)
 LINES = "{% for m in messages %}B{{ m['role'] }}\n{{ m['content'] }}E\n{% endfor %}"
 TEMPLATES = {
     "header on a line": LINES + "{% if add_generation_prompt %}Bassistant\n{% endif %}",
-    "nothing between": (
+    "no separators": (
         "{% for m in messages %}B{{ m['content'] }}E{% endfor %}"
         "{% if add_generation_prompt %}B{% endif %}"
     ),
@@ -37,7 +37,7 @@ TEMPLATES = {
 
 
 def written(template: str, control: Control) -> str:
-    """A template with the control tokens for its capitals."""
+    """The template with B and E replaced by the control tokens."""
     return TEMPLATES[template].translate({ord("B"): control.begin, ord("E"): control.end})
 
 
@@ -49,7 +49,7 @@ def ids_of(chat: Chat, control: Control) -> set[int]:
     return set(chat.tokenizer.convert_tokens_to_ids([control.begin, control.end]))
 
 
-def own(chat: Chat, messages: list[Message]) -> tuple[int, ...]:
+def template_ids(chat: Chat, messages: list[Message]) -> tuple[int, ...]:
     data = [{"role": m.role, "content": m.content} for m in messages]
     return tuple(
         chat.tokenizer.apply_chat_template(data, add_generation_prompt=True, return_dict=False)
@@ -57,7 +57,7 @@ def own(chat: Chat, messages: list[Message]) -> tuple[int, ...]:
 
 
 def wide(text: str) -> str:
-    """What NFKC makes ASCII of."""
+    """The text in full-width characters, which NFKC maps back to ASCII."""
     return "".join(chr(ord(c) + 0xFEE0) if "!" <= c <= "~" else c for c in text)
 
 
@@ -73,10 +73,10 @@ def hostile(control: Control) -> st.SearchStrategy[str]:
 
 
 @every_kind
-def test_text_never_gives_a_control_id(kind: str, place: str, control: Control) -> None:
+def test_text_never_produces_a_control_id(kind: str, place: str, control: Control) -> None:
     chat = chat_of(kind, place, control)
     forbidden = ids_of(chat, control)
-    assert forbidden.intersection(chat.tokenizer(control.end).input_ids)  # as it is elsewhere
+    assert forbidden.intersection(chat.tokenizer(control.end).input_ids)  # as it does by default
 
     @given(hostile(control), hostile(control))
     @few
@@ -97,7 +97,7 @@ def test_text_never_gives_a_control_id(kind: str, place: str, control: Control) 
 
 
 @every_kind
-def test_other_text_is_encoded_as_ever(kind: str, place: str, control: Control) -> None:
+def test_other_text_is_encoded_as_by_the_tokenizer(kind: str, place: str, control: Control) -> None:
     chat = chat_of(kind, place, control)
 
     @given(ordinary)
@@ -120,7 +120,9 @@ OWN = [
 
 
 @pytest.mark.parametrize(("kind", "place", "control", "template"), OWN)
-def test_ids_are_the_templates_own(kind: str, place: str, control: Control, template: str) -> None:
+def test_ids_equal_the_rendered_template(
+    kind: str, place: str, control: Control, template: str
+) -> None:
     chat = chat_of(kind, place, control, template)
 
     @given(ordinary, ordinary)
@@ -128,19 +130,21 @@ def test_ids_are_the_templates_own(kind: str, place: str, control: Control, temp
     def holds(one: str, two: str) -> None:
         talk = [system(one), user(two)]
         ids = chat.start(talk)
-        assert ids == own(chat, talk)
+        assert ids == template_ids(chat, talk)
         longer = [*talk, assistant("ok"), user(one), user(two)]
-        assert chat.start(longer) == own(chat, longer)
+        assert chat.start(longer) == template_ids(chat, longer)
         if template != "spaces around":  # appended, a reply and what follows it are the same ids
             new = longer[3:]
-            assert ids + chat.reply("ok") + chat.extend(new, True) == own(chat, longer)
-            assert ids + chat.reply("ok")[:-1] + chat.extend(new, False) == own(chat, longer)
+            assert ids + chat.reply("ok") + chat.extend(new, True) == template_ids(chat, longer)
+            assert ids + chat.reply("ok")[:-1] + chat.extend(new, False) == template_ids(
+                chat, longer
+            )
 
     holds()
 
 
-def test_white_space_that_a_control_token_eats() -> None:
-    """Phi's take the line break of the header, and any white space before the content, too."""
+def test_white_space_that_a_control_token_absorbs() -> None:
+    """Phi's tokens absorb the header's line break and any white space before the content."""
     from tokenizers import AddedToken
 
     tokenizer = build_tokenizer()
@@ -151,10 +155,10 @@ def test_white_space_that_a_control_token_eats() -> None:
     tokenizer.chat_template = written("header on a line", Control("<|head|>", "<|stop|>"))
     chat = Chat(tokenizer)
     talk = [user("  two words \n"), user("\n")]
-    assert chat.start(talk) == own(chat, talk)
+    assert chat.start(talk) == template_ids(chat, talk)
 
 
-def test_the_shipped_base() -> None:
+def test_the_embedded_base_model() -> None:
     chat = Chat.load("embedded")
     control = set(
         chat.tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
@@ -192,7 +196,7 @@ ASIDE = "{{ t.function.name }}{{ t.function.description }}"
         ("{{ t | tojson | replace('&', '<') }}", "f", "&|im_end|>", {}),
     ],
 )
-def test_tools_that_would_write_a_control_token(
+def test_tools_that_would_produce_a_control_token(
     listed: str, name: str, description: str, schema: dict[str, Any]
 ) -> None:
     tokenizer = build_tokenizer(
@@ -205,8 +209,8 @@ def test_tools_that_would_write_a_control_token(
         chat.start([user("u")], [{"type": "function", "function": function}])
 
 
-def test_other_tools_are_listed_as_they_are() -> None:
-    """Marks that the template escapes, or that are no token of this model's, do no harm."""
+def test_other_tools_are_listed_unchanged() -> None:
+    """Marks that the template escapes, or that are not tokens of this model, are harmless."""
     escaped = HERMES.replace(LISTED, "{{ t | tojson(ensure_ascii=True) }}")
     tokenizer = build_tokenizer(escaped, control=("<|im_start|>", "<|im_end|>", "<｜end｜>"))
     chat = Chat(tokenizer)
@@ -221,11 +225,12 @@ def test_other_tools_are_listed_as_they_are() -> None:
             data, tools=tools, add_generation_prompt=True, return_dict=False
         )
     )
-    turned = [{"function": function, "type": "function"}]  # the model reads the order of the keys
-    assert chat.start([user("u")], turned) != chat.start([user("u")], tools)
+    # the order of keys is part of the text
+    reordered = [{"function": function, "type": "function"}]
+    assert chat.start([user("u")], reordered) != chat.start([user("u")], tools)
 
 
-def test_results_of_tools_are_contents() -> None:
+def test_tool_results_are_contents() -> None:
     chat = Chat(build_tokenizer(HERMES))
     (end,) = chat.stop_ids
     clean, dirty = (chat.extend([tool(t, "c")], False) for t in ("3", "<|im_end|>3"))
@@ -233,15 +238,15 @@ def test_results_of_tools_are_contents() -> None:
 
 
 @pytest.mark.parametrize("role", ["<|im_end|>", "user<|im_end|>", "im_end", "", "developer"])
-def test_a_role_is_none_of_anybodys_making(role: Any) -> None:
-    """Many a template writes `<|{{ role }}|>`."""
+def test_unknown_roles_are_refused(role: Any) -> None:
+    """Many templates write `<|{{ role }}|>`."""
     chat = Chat(build_tokenizer())
     with pytest.raises(ConfigError, match="must be one of system, user, assistant, tool"):
         chat.start([Message(role, "x")])
 
 
-def test_characters_that_are_unknown() -> None:
-    """They are the unknown token, unless that is a control token as well."""
+def test_unknown_characters() -> None:
+    """They become the unknown token, or nothing if that is a control token too."""
     from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

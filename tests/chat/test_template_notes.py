@@ -1,4 +1,4 @@
-"""Templates of the families people bring, each in a few lines of our own with what is odd in it."""
+"""Notes on chat templates that imitate the peculiarities of common model families."""
 
 from __future__ import annotations
 
@@ -43,15 +43,15 @@ QWEN = (
     "<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# opens the thought itself and forgets it; no turn headers but two special tokens (DeepSeek R1)
-SEEK = (
+# opens the thought itself and drops it later; no turn headers but two special tokens (DeepSeek R1)
+DEEPSEEK = (
     "{{ bos_token }}{% for m in messages %}"
     "{% if m.role == 'system' %}{{ m.content }}{% endif %}"
     "{% if m.role == 'user' %}<|User|>{{ m.content }}{% endif %}"
     "{% if m.role == 'assistant' %}<|Assistant|>{{ m.content.split('</think>')[-1] }}<|eos|>"
     "{% endif %}{% endfor %}{% if add_generation_prompt %}<|Assistant|><think>\n{% endif %}"
 )
-# refuses system messages, wants roles to alternate, strips contents, other end of turn (Gemma)
+# refuses system messages, requires alternating roles, strips contents, own end of turn (Gemma)
 GEMMA = (
     "{{ bos_token }}{% for m in messages %}"
     "{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
@@ -61,7 +61,7 @@ GEMMA = (
     "{% endfor %}{% if add_generation_prompt %}<start>model\n{% endif %}"
 )
 # brackets with spaces around contents, the system message inside the first user's (Llama 2)
-BRACKETS = (
+LLAMA2 = (
     "{% if messages[0].role == 'system' %}{% set rule = messages[0].content %}"
     "{% set rest = messages[1:] %}{% else %}{% set rule = '' %}{% set rest = messages %}{% endif %}"
     "{% for m in rest %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
@@ -71,23 +71,23 @@ BRACKETS = (
     "{% endfor %}"
 )
 # the system message goes before the last user's (Mistral)
-LATE = (
+MISTRAL = (
     "{% if messages[0].role == 'system' %}{% set rule = messages[0].content %}"
     "{% set rest = messages[1:] %}{% else %}{% set rule = '' %}{% set rest = messages %}{% endif %}"
     "{{ bos_token }}{% for m in rest %}{% if m.role == 'user' %}[INST]"
     "{% if loop.last and rule %}{{ rule }}\n\n{% endif %}{{ m.content }}[/INST]"
     "{% else %}{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
 )
-# a header with today's date, whatever is said (Llama 3)
-DATED = (
+# a header with today's date (Llama 3)
+LLAMA3 = (
     "{{ bos_token }}<start>system<end>Today: {{ strftime_now('%d %b %Y') }}\n"
     "{% if messages[0].role == 'system' %}{{ messages[0].content }}{% set rest = messages[1:] %}"
     "{% else %}{% set rest = messages %}{% endif %}<eot>"
     "{% for m in rest %}<start>{{ m.role }}<end>{{ m.content }}<eot>{% endfor %}"
     "{% if add_generation_prompt %}<start>assistant<end>{% endif %}"
 )
-# SmolLM2-135M-Instruct, as it is
-SMOL = (
+# the template of SmolLM2-135M-Instruct, unchanged
+SMOLLM2 = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
     "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
     "<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + "
@@ -97,12 +97,12 @@ SMOL = (
 
 
 @pytest.fixture(autouse=True)
-def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a program that has just begun."""
+def nothing_logged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reset what has been logged, as in a new process."""
     monkeypatch.setattr("rayrl.run.stage._said", set())
 
 
-def made(template: str, *control: str, eos: str = "", bos: str = "") -> Chat:
+def chat_of(template: str, *control: str, eos: str = "", bos: str = "") -> Chat:
     words = control or ("<|im_start|>", "<|im_end|>")
     tokenizer = build_tokenizer(template, control=words, eos=eos or words[-1])
     if bos:
@@ -110,48 +110,48 @@ def made(template: str, *control: str, eos: str = "", bos: str = "") -> Chat:
     return Chat(tokenizer)
 
 
-def adding_begin(template: str, *control: str, begin: str, eos: str) -> Chat:
-    """A tokenizer that puts `begin` before every text."""
+def chat_with_bos(template: str, *control: str, bos: str, eos: str) -> Chat:
+    """A tokenizer that puts `bos` before every text."""
     from tokenizers import processors
 
     tokenizer = build_tokenizer(template, control=control, eos=eos)
-    tokenizer.bos_token = begin
-    number = tokenizer.convert_tokens_to_ids(begin)
+    tokenizer.bos_token = bos
+    token_id = tokenizer.convert_tokens_to_ids(bos)
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{begin} $A", special_tokens=[(begin, number)]
+        single=f"{bos} $A", special_tokens=[(bos, token_id)]
     )
     return Chat(tokenizer)
 
 
 def qwen() -> Chat:
-    return made(QWEN)
+    return chat_of(QWEN)
 
 
-def seek() -> Chat:
-    return made(SEEK, "<|bos|>", "<|User|>", "<|Assistant|>", "<|eos|>", bos="<|bos|>")
+def deepseek() -> Chat:
+    return chat_of(DEEPSEEK, "<|bos|>", "<|User|>", "<|Assistant|>", "<|eos|>", bos="<|bos|>")
 
 
 def gemma() -> Chat:
     control = ("<bos>", "<start>", "<end>", "<eos>")
-    return adding_begin(GEMMA, *control, begin="<bos>", eos="<eos>")
+    return chat_with_bos(GEMMA, *control, bos="<bos>", eos="<eos>")
 
 
-def brackets() -> Chat:
-    return made(BRACKETS, "<s>", "</s>", bos="<s>")
+def llama2() -> Chat:
+    return chat_of(LLAMA2, "<s>", "</s>", bos="<s>")
 
 
-def appended(chat: Chat, *said: str | Message | Sequence[Message]) -> str:
-    """A conversation as it grows: messages and replies in turn, the last one to be answered."""
+def appended(chat: Chat, *messages: str | Message | Sequence[Message]) -> str:
+    """Decode a conversation built by appending, alternately, messages and replies."""
     ids: tuple[int, ...] = ()
-    for place, one in enumerate(said):
-        if place % 2:
-            assert isinstance(one, str)
-            ids += chat.reply(one)
-        else:
-            new = (
-                [user(one)] if isinstance(one, str) else [one] if isinstance(one, Message) else one
-            )
-            ids += chat.extend(new, True) if ids else chat.start(new)
+    for index, item in enumerate(messages):
+        if index % 2:
+            assert isinstance(item, str)
+            ids += chat.reply(item)
+            continue
+        if isinstance(item, str):
+            item = user(item)
+        new = [item] if isinstance(item, Message) else item
+        ids += chat.extend(new, True) if ids else chat.start(new)
     return str(chat.tokenizer.decode(ids))
 
 
@@ -162,29 +162,29 @@ def control(chat: Chat, *tokens: str) -> list[int]:
 THOUGHT = "<think>\nI take it\n</think>\n\nyes"
 
 
-def test_only_appending_is_not_worth_a_word() -> None:
-    assert describe_template(made(HERMES)) == []
-    assert describe_template(made(CHATML)) == [
-        "it has no place for tools; rayrl describes them in the first message"
+def test_a_template_that_only_appends_has_no_notes() -> None:
+    assert describe_template(chat_of(HERMES)) == []
+    assert describe_template(chat_of(CHATML)) == [
+        "it does not support tools; rayrl describes them in the first message"
     ]
 
 
-def test_tool_calls_in_a_form_that_is_not_read_here() -> None:
+def test_another_format_of_tool_calls() -> None:
     own = "<|im_start|>system\nOwn rule.<|im_end|>\n"
     begins = "{% if not tools and messages[0].role != 'system' %}" + own + "{% endif %}"
     other = HERMES.replace('<tool_call>\n{"name": "{{', '[TOOL_CALLS] {"name": "{{')
     assert other != HERMES
-    form = "it writes tool calls in a form of its own; rayrl describes them in the first message"
-    assert describe_template(made(other)) == [form]
+    form = "it has its own format of tool calls; rayrl describes them in the first message"
+    assert describe_template(chat_of(other)) == [form]
     left = "with tools it leaves that system message out; rayrl does so too"
-    assert left in describe_template(made(begins + HERMES))
-    told = made(begins + other)
+    assert left in describe_template(chat_of(begins + HERMES))
+    told = chat_of(begins + other)
     assert left not in describe_template(told)
     assert form in describe_template(told)
     assert "Own rule." in str(told.tokenizer.decode(told.start([user("u")], [TOOL])))
 
 
-def test_thoughts_that_are_dropped_from_history_are_kept() -> None:
+def test_thoughts_dropped_from_history_are_kept() -> None:
     chat = qwen()
     (found,) = describe_template(chat)
     assert found == (
@@ -202,18 +202,18 @@ def test_thoughts_that_are_dropped_from_history_are_kept() -> None:
     assert "I take it" not in again
 
 
-def test_a_thought_that_the_template_opens() -> None:
-    chat = seek()
-    opens, forgets, drops = describe_template(chat)[:3]
+def test_a_thought_opened_by_the_template() -> None:
+    chat = deepseek()
+    opens, leaves_out, drops = describe_template(chat)[:3]
     assert "a reply begins inside it" in opens
-    assert r"asks for a reply with '<think>\n' and leaves that out" in forgets
+    assert r"asks for a reply with '<think>\n' and leaves that out" in leaves_out
     assert "drops earlier <think> blocks" in drops
     text = appended(chat, [system("s"), user("one")], "hm\n</think>\n\nyes", "two")
     assert text == (
         "<|bos|>s<|User|>one<|Assistant|><think>\nhm\n</think>\n\nyes<|eos|>"
         "<|User|>two<|Assistant|><think>\n"
     )
-    # to the id: what is appended is end of turn, header, content, header
+    # appended ids: end of turn, header, content, header
     assert list(chat.extend([user("two")], False)) == [
         *control(chat, "<|eos|>", "<|User|>"),
         *chat.encode("two"),
@@ -223,16 +223,16 @@ def test_a_thought_that_the_template_opens() -> None:
     assert chat.extend([user("two")], False)[1:] == chat.extend([user("two")], True)
 
 
-def test_roles_that_are_refused_are_folded() -> None:
+def test_refused_roles_are_folded() -> None:
     chat = gemma()
-    assert [one.split("; ")[0] for one in describe_template(chat)] == [
+    assert [note.split("; ")[0] for note in describe_template(chat)] == [
         "it refuses system messages",
-        "it refuses two messages of one role in a row",
+        "it refuses two messages of the same role in a row",
         "it strips white space around messages",
         "it strips white space around earlier replies when a conversation is rendered again",
         "it begins with '<bos>', as the tokenizer does with every text",
         "it ends a turn with '<end>', but the tokenizer's end of text is '<eos>'",
-        "it has no place for tools",
+        "it does not support tools",
     ]
     text = appended(chat, [system("be brief"), user("one ")], " yes", [user("two"), user("three")])
     assert text == (
@@ -242,7 +242,7 @@ def test_roles_that_are_refused_are_folded() -> None:
     end, eos = control(chat, "<end>", "<eos>")
     assert chat.stop_ids == (end, eos)
     assert chat.extend([user("two")], False)[0] == end  # after a reply that ended with <eos>
-    # what a teacher played becomes the same ids
+    # a teacher's turns give the same ids
     turns = [
         Turn("agent", (system("be brief"), user("one")), "yes", "stop"),
         Turn("agent", (user("two"),), "no", "stop"),
@@ -254,11 +254,11 @@ def test_roles_that_are_refused_are_folded() -> None:
     )
 
 
-def test_spaces_before_the_end_of_a_turn_are_not_the_models() -> None:
-    chat = brackets()
+def test_spaces_before_the_end_of_turn_are_left_out() -> None:
+    chat = llama2()
     found = describe_template(chat)
     assert "it writes ' ' between a reply and its end of turn; rayrl does not" in found
-    assert any("writes ' ' before earlier replies" in one for one in found)
+    assert any("writes ' ' before earlier replies" in note for note in found)
     assert chat.stop_ids == tuple(control(chat, "</s>"))
     assert appended(chat, [system("rule"), user("one")], "yes", "two") == (
         "<s>[INST] <<rule>> one [/INST]yes</s><s>[INST] two [/INST]"
@@ -266,19 +266,20 @@ def test_spaces_before_the_end_of_a_turn_are_not_the_models() -> None:
 
 
 def test_a_system_message_that_moves() -> None:
-    chat = made(LATE, "<s>", "</s>", bos="<s>")
+    chat = chat_of(MISTRAL, "<s>", "</s>", bos="<s>")
     assert any(
-        "moves the system message to the last user message" in p for p in describe_template(chat)
+        "moves the system message to the last user message" in note
+        for note in describe_template(chat)
     )
     assert appended(chat, [system("rule"), user("one")], "yes", "two") == (
         "<s>[INST]rule\n\none[/INST]yes</s>[INST]two[/INST]"
     )
 
 
-def test_a_date_makes_other_ids_tomorrow() -> None:
-    chat = made(DATED, "<s>", "<start>", "<end>", "<eot>", bos="<s>")
-    (dated,) = [one for one in describe_template(chat) if "date" in one]
-    assert "the same task has other ids tomorrow" in dated
+def test_a_date_changes_the_ids_from_day_to_day() -> None:
+    chat = chat_of(LLAMA3, "<s>", "<start>", "<end>", "<eot>", bos="<s>")
+    (dated,) = [note for note in describe_template(chat) if "date" in note]
+    assert "the same task has different ids tomorrow" in dated
     day = time.strftime("%d %b %Y")
     assert appended(chat, "one", "yes", "two") == (
         f"<s><start>system<end>Today: {day}\n<eot><start>user<end>one<eot>"
@@ -287,59 +288,59 @@ def test_a_date_makes_other_ids_tomorrow() -> None:
 
 
 def test_smollm2() -> None:
-    tokenizer = build_tokenizer(SMOL)
+    tokenizer = build_tokenizer(SMOLLM2)
     tokenizer.bos_token = "<|im_start|>"
     chat = Chat(tokenizer)
     first, second = describe_template(chat)
-    assert "a system message of its own where none is given ('You are a helpful AI" in first
-    assert "no place for tools" in second
+    assert "a system message of its own if none is given ('You are a helpful AI" in first
+    assert "does not support tools" in second
     opening = (
         "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
         "<|im_end|>\n<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\n"
     )
     following = "yes<|im_end|>\n<|im_start|>user\ntwo<|im_end|>\n<|im_start|>assistant\n"
     assert appended(chat, "one") == opening
-    assert appended(chat, "one", "yes", "two") == opening + following  # it is said once
+    assert appended(chat, "one", "yes", "two") == opening + following  # only once
     assert "SmolLM" not in appended(chat, [system("s"), user("one")])
 
 
 @pytest.mark.parametrize(
-    ("template", "said"),
+    ("template", "expected"),
     [
         (CHATML.replace("{% for", "{{ bos_token + bos_token }}{% for", 1), "'<|s|>' twice"),
         (CHATML, "begins every text with '<|s|>', the template does not"),
     ],
 )
-def test_a_beginning_too_much_or_too_little(template: str, said: str) -> None:
+def test_bos_twice_or_missing(template: str, expected: str) -> None:
     control = ("<|s|>", "<|im_start|>", "<|im_end|>")
-    chat = adding_begin(template, *control, begin="<|s|>", eos="<|im_end|>")
-    assert any(said in one for one in describe_template(chat))
+    chat = chat_with_bos(template, *control, bos="<|s|>", eos="<|im_end|>")
+    assert any(expected in note for note in describe_template(chat))
 
 
-def test_any_other_difference_is_shown() -> None:
-    chat = made(CHATML.replace("{{ m['content'] }}", "{{ loop.index }}: {{ m['content'] }}"))
+def test_other_differences_are_quoted() -> None:
+    chat = chat_of(CHATML.replace("{{ m['content'] }}", "{{ loop.index }}: {{ m['content'] }}"))
     found, *_ = describe_template(chat)
     assert "before earlier replies" in found
     users = "{{ loop.index if m['role'] == 'user' }}: {{ m['content'] }}"
-    chat = made(CHATML.replace("{{ m['content'] }}", users.replace(": ", "")))
+    chat = chat_of(CHATML.replace("{{ m['content'] }}", users.replace(": ", "")))
     (found, _) = describe_template(chat)
     assert found.startswith("rendered again, a conversation reads '5RAYRL")
-    assert "where rayrl has appended '3RAYRL" in found
+    assert "where rayrl appended '3RAYRL" in found
 
 
-def test_folding() -> None:
-    talk = [system("a"), system("b"), user("c"), assistant("d"), user("e"), user("f")]
-    assert fold(talk) == [user("a\n\nb\n\nc"), assistant("d"), user("e\n\nf")]
+def test_fold() -> None:
+    messages = [system("a"), system("b"), user("c"), assistant("d"), user("e"), user("f")]
+    assert fold(messages) == [user("a\n\nb\n\nc"), assistant("d"), user("e\n\nf")]
 
 
 def saved(template: str, folder: Path) -> str:
-    chat = made(template)
+    chat = chat_of(template)
     chat.tokenizer.save_pretrained(folder)
     (folder / "config.json").write_text('{"model_type": "llama", "max_position_embeddings": 512}')
     return str(folder)
 
 
-def test_it_is_said_before_anything_is_played(
+def test_notes_are_logged_before_rollouts_start(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     qwen = saved(QWEN, tmp_path / "qwen")
@@ -348,13 +349,13 @@ def test_it_is_said_before_anything_is_played(
         config, ["player:random", "model:" + saved(CHATML, tmp_path / "plain"), POLICY]
     )
     first, second = capsys.readouterr().err.splitlines()
-    assert first.startswith(f"chat template of {tmp_path / 'plain'}: it has no place for tools")
+    assert first.startswith(f"chat template of {tmp_path / 'plain'}: it does not support tools")
     assert second.startswith(f"chat template of {qwen}: it drops earlier <think> blocks")
     log_template_notes(from_dict({}))  # the embedded base only appends
     assert capsys.readouterr().err == ""
 
 
-def test_the_plan_says_it_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_shows_the_notes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["plan", "env=copyword", f"model={saved(QWEN, tmp_path)}"])
     out = capsys.readouterr().out
     assert f"Chat templates\n  - chat template of {tmp_path}: it drops earlier <think>" in out
@@ -363,7 +364,7 @@ def test_the_plan_says_it_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "the chat template of" in capsys.readouterr().out
 
 
-def test_the_plan_says_it_of_frozen_opponents(
+def test_plan_shows_the_notes_of_frozen_opponents(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     frozen = saved(QWEN, tmp_path)
@@ -371,9 +372,7 @@ def test_the_plan_says_it_of_frozen_opponents(
     assert f"chat template of {frozen}: it drops earlier" in capsys.readouterr().out
 
 
-def test_stages_of_one_program_say_it_once(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_recipe_stages_log_a_note_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for stage in ("sft", "rl1"):
         log_template_notes(from_dict({"model": {"path": saved(QWEN, tmp_path / stage)}}))
     said = capsys.readouterr().err
@@ -381,7 +380,7 @@ def test_stages_of_one_program_say_it_once(
     assert str(tmp_path / "sft") in said
 
 
-async def test_training_says_it_of_frozen_opponents(
+async def test_training_logs_the_notes_of_frozen_opponents(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_cluster(*_: object) -> None:

@@ -25,19 +25,25 @@ def now() -> str:
     return "noon"
 
 
-TOOLS = [Tool.of(function).schema for function in (search, wait, convert, now)]
+TOOLS = [Tool.from_function(function).schema for function in (search, wait, convert, now)]
 
 
 @pytest.mark.parametrize(
     ("line", "call"),
     [
         (format_line("search", "red: kites"), ParsedCall("search", {"query": "red: kites"})),
-        ("  CALL search : 12 ", ParsedCall("search", {"query": "12"})),  # a text stays a text
+        (
+            "  CALL search : 12 ",
+            ParsedCall("search", {"query": "12"}),
+        ),  # a string argument stays a string
         ('CALL search: "a kite"', ParsedCall("search", {"query": "a kite"})),
         ('CALL search: {"query": "x"}', ParsedCall("search", {"query": "x"})),
         ('CALL search: {"a": 1}', ParsedCall("search", {"query": '{"a": 1}'})),
         ("CALL wait: 1.5", ParsedCall("wait", {"seconds": 1.5})),
-        ("CALL wait: long", ParsedCall("wait", {"seconds": "long"})),  # judged by the tool
+        (
+            "CALL wait: long",
+            ParsedCall("wait", {"seconds": "long"}),
+        ),  # the tool reports the wrong type
         ("CALL wait:", ParsedCall("wait")),
         (
             'CALL convert: {"value": 2, "unit": "ft"}',
@@ -48,12 +54,12 @@ TOOLS = [Tool.of(function).schema for function in (search, wait, convert, now)]
         ("CALL dance: a jig", ParsedCall("dance", {"argument": "a jig"})),
     ],
 )
-def test_a_line(line: str, call: ParsedCall) -> None:
+def test_a_call(line: str, call: ParsedCall) -> None:
     assert parse_lines(line, TOOLS) == [call]
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "error"),
     [
         ("CALL", "line of its own"),
         ("CALL search", "line of its own"),
@@ -61,12 +67,12 @@ def test_a_line(line: str, call: ParsedCall) -> None:
         ("CALL convert: 2", "convert: write its arguments as a JSON object"),
     ],
 )
-def test_a_malformed_line(line: str, said: str) -> None:
+def test_a_malformed_call(line: str, error: str) -> None:
     (call,) = parse_lines(line, TOOLS)
-    assert said in call.error
+    assert error in call.error
 
 
-def test_lines_among_text() -> None:
+def test_calls_within_text() -> None:
     text = "They CALL it: no call.\nCALLER: me\nCALL now:\nthen\r\nCALL search: a\n"
     assert parse_lines(text, TOOLS) == [ParsedCall("now"), ParsedCall("search", {"query": "a"})]
     assert parse_lines("", TOOLS) == []
@@ -83,7 +89,7 @@ def test_a_reply_that_was_cut_off() -> None:
     assert parse_lines("CALL search: a\n", TOOLS, cut=True) == [whole]
 
 
-def test_what_a_model_is_told() -> None:
+def test_descriptions_and_results_for_the_model() -> None:
     assert describe_lines(TOOLS).splitlines()[1:-1] == [
         "CALL search: query - Find.",
         "CALL wait: seconds - Wait.",

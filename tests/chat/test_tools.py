@@ -47,7 +47,7 @@ def fails(x: int) -> int:
 
 
 def test_schema_from_signature_and_docstring() -> None:
-    assert Tool.of(convert).schema == {
+    assert Tool.from_function(convert).schema == {
         "type": "function",
         "function": {
             "name": "convert",
@@ -69,7 +69,7 @@ def test_schema_from_signature_and_docstring() -> None:
             },
         },
     }
-    parameters = Tool.of(slowly).schema["function"]["parameters"]
+    parameters = Tool.from_function(slowly).schema["function"]["parameters"]
     assert parameters["properties"] == {"n": {"type": "integer", "description": "how many."}}
 
 
@@ -98,9 +98,9 @@ def paint(
     return f"{color!r} {when!r} {how} {over!r} {box!r}"
 
 
-def test_types_that_json_does_not_have() -> None:
-    """Their schema, and defaults that are no JSON."""
-    parameters = Tool.of(paint).schema["function"]["parameters"]
+def test_types_without_a_json_counterpart() -> None:
+    """Their schemas, and defaults without a JSON form."""
+    parameters = Tool.from_function(paint).schema["function"]["parameters"]
     json.dumps(parameters, allow_nan=False)
     found = parameters["properties"]
     colors = {"type": "string", "enum": ["red", "blue"]}
@@ -115,7 +115,7 @@ def test_types_that_json_does_not_have() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "expected"),
     [
         (
             {"color": "blue", "when": "2020-01-02", "box": {"color": "red", "size": [1, 2]}},
@@ -135,21 +135,21 @@ def test_types_that_json_does_not_have() -> None:
         ),
     ],
 )
-async def test_calls_with_types_that_json_does_not_have(
-    arguments: dict[str, Any], said: str
+async def test_calls_with_types_without_a_json_counterpart(
+    arguments: dict[str, Any], expected: str
 ) -> None:
     text, _ = await Toolkit([paint]).run(ParsedCall("paint", arguments))
-    assert text.startswith(said)
+    assert text.startswith(expected)
 
 
-def test_one_hint_that_cannot_be_resolved_leaves_the_others() -> None:
+def test_an_unresolvable_hint_does_not_affect_the_others() -> None:
     class Shade(enum.StrEnum):
         DARK = "dark"
 
     def shade(how: Shade, n: int, other: Missing) -> str:  # type: ignore[name-defined]  # noqa: F821
         return f"{Shade(how)}"
 
-    found = Tool.of(shade).schema["function"]["parameters"]["properties"]
+    found = Tool.from_function(shade).schema["function"]["parameters"]["properties"]
     assert found == {
         "how": {"type": "string", "enum": ["dark"]},
         "n": {"type": "integer"},
@@ -162,13 +162,13 @@ def test_tools_that_cannot_be_called() -> None:
         return sum(numbers)
 
     with pytest.raises(ConfigError, match="'spread': every parameter needs a name"):
-        Tool.of(spread)
+        Tool.from_function(spread)
     with pytest.raises(ConfigError, match="different names"):
         Toolkit([convert, convert])
 
 
 @pytest.mark.parametrize(
-    ("call", "said", "failed"),
+    ("call", "expected", "failed"),
     [
         (ParsedCall("convert", {"value": 2}), "2.0mNone", False),
         (ParsedCall("convert", {"value": 2, "unit": "ft", "digits": 1}), "2.0ft1", False),
@@ -193,9 +193,9 @@ def test_tools_that_cannot_be_called() -> None:
         (ParsedCall("convert", error="arguments must be an object"), "Error: arg", True),
     ],
 )
-async def test_calls(call: ParsedCall, said: str, failed: bool) -> None:
+async def test_calls(call: ParsedCall, expected: str, failed: bool) -> None:
     text, wrong = await Toolkit([convert, slowly, fails]).run(call)
-    assert text.startswith(said)
+    assert text.startswith(expected)
     assert wrong is failed
 
 
@@ -210,7 +210,7 @@ def test_parse_well_formed() -> None:
 @pytest.mark.parametrize(
     "body",
     [
-        '{"name": "a", "arguments": {"x": 1}}',  # closed below by nothing at all
+        '{"name": "a", "arguments": {"x": 1}}',  # without a closing mark
         '```json\n{"name": "a", "arguments": {"x": 1}}\n```</tool_call>',
         '{"name": "a", "arguments": "{\\"x\\": 1}"}</tool_call>',
         '{"name": "a", "parameters": {"x": 1}}</tool_call>',
@@ -222,7 +222,7 @@ def test_parse_sloppy(body: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("body", "said"),
+    ("body", "expected"),
     [
         ('{"name": "a", "argum', "not valid JSON"),
         ("", "not valid JSON"),
@@ -232,14 +232,14 @@ def test_parse_sloppy(body: str) -> None:
         ('{"name": "a", "arguments": null}', "arguments must be an object"),
     ],
 )
-def test_parse_malformed(body: str, said: str) -> None:
+def test_parse_malformed(body: str, expected: str) -> None:
     (call,) = parse_calls(f"<tool_call>{body}</tool_call>")
-    assert said in call.error
+    assert expected in call.error
 
 
 @pytest.mark.parametrize("body", ["[" * 100_000, '{"name": ' + "9" * 5_000 + "}"])
-def test_what_no_parser_takes_is_an_error_for_the_model(body: str) -> None:
+def test_unparsable_json_is_an_error_for_the_model(body: str) -> None:
     (call,) = parse_calls(f"<tool_call>{body}</tool_call>")
     assert "not valid JSON" in call.error
-    (line,) = parse_lines(f"CALL slowly: {body}", [Tool.of(slowly).schema])
+    (line,) = parse_lines(f"CALL slowly: {body}", [Tool.from_function(slowly).schema])
     assert line.name == "slowly"

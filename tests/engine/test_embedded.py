@@ -1,4 +1,4 @@
-"""The embedded engine against transformers, and against itself in other company."""
+"""The embedded engine against transformers, and against itself under other load."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from rayrl.weights.flat import checksum, flatten
 
 VOCAB = 97
 STOP = 5
-SHAPES = {  # name: heads, key heads, width of each: all heads folded, grouped, one key head, few
+SHAPES = {  # name: heads, key heads, head width
     "mha": (4, 4, 16),
     "gqa": (4, 2, 16),
     "mqa": (8, 1, 16),
     "few": (3, 3, 16),
-    "wide": (4, 4, 64),  # some kernels for few rows begin with the width
+    "wide": (4, 4, 64),  # some CPUs use other kernels for few rows of this width
 }
 
 
@@ -71,7 +71,7 @@ def request(session: str, prompt: Sequence[int], seed: int = 0, **sampling: Any)
 def reference_logprobs(
     model: LlamaForCausalLM, prompt: Sequence[int], completion: Sequence[int], temperature: float
 ) -> list[float]:
-    """A plain forward of transformers on the same ids, by another of its attentions."""
+    """Logprobs of a plain transformers forward on the same ids, with eager attention."""
     plain = type(model)(model.config.__class__(**model.config.to_dict()))
     plain.load_state_dict(model.state_dict())
     plain.eval().set_attn_implementation("eager")
@@ -89,7 +89,7 @@ def close_to(left: Sequence[float], right: Sequence[float], tolerance: float = 1
 
 
 async def sampled(engine: EmbeddedEngine, tokens: int) -> None:
-    """Wait until the engine has sampled this many."""
+    """Wait until the engine has sampled this many tokens."""
     for _ in range(5000):
         if engine.stats()["sampled_tokens"] >= tokens:
             return
@@ -100,22 +100,23 @@ async def sampled(engine: EmbeddedEngine, tokens: int) -> None:
 async def conversation(
     engine: EmbeddedEngine, name: str, seed: int, turns: int, **sampling: Any
 ) -> list[tuple[tuple[int, ...], Completion]]:
-    """A conversation whose added prompts and lengths come from `seed` alone."""
+    """Play a conversation whose prompts and lengths depend on `seed` alone."""
     rng = random.Random(seed)
     context: tuple[int, ...] = ()
     played = []
     for turn in range(turns):
         context += ids_of(rng, rng.choice([1, 3, 17, 40]))
         options = {"max_tokens": rng.choice([1, 4, 9]), "temperature": 0.8, **sampling}
-        asked = request(name, context, seed * 100 + turn, stop_ids=(STOP,), **options)
-        answer = await engine.generate(asked)
+        answer = await engine.generate(
+            request(name, context, seed * 100 + turn, stop_ids=(STOP,), **options)
+        )
         played.append((context, answer))
         context += answer.ids
     return played
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-async def test_logprobs_are_those_of_a_plain_forward_in_ragged_conversations(shape: str) -> None:
+async def test_logprobs_equal_a_plain_forward_in_ragged_conversations(shape: str) -> None:
     model = llama(shape)
     async with engine_of(model) as engine:
         games = await asyncio.gather(*(conversation(engine, f"s{i}", i, 4) for i in range(9)))
@@ -126,7 +127,7 @@ async def test_logprobs_are_those_of_a_plain_forward_in_ragged_conversations(sha
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-async def test_greedy_is_what_transformers_generates(shape: str) -> None:
+async def test_greedy_ids_equal_transformers_generate(shape: str) -> None:
     model = llama(shape)
     rng = random.Random(1)
     prompts = [ids_of(rng, length) for length in (1, 2, 9, 33, 150)]
@@ -139,10 +140,10 @@ async def test_greedy_is_what_transformers_generates(shape: str) -> None:
         )
     model.set_attn_implementation("eager")
     for prompt, answer in zip(prompts, answers, strict=True):
-        made = model.generate(
+        generated = model.generate(
             torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None
         )
-        assert answer.ids == tuple(made[0, len(prompt) :].tolist())
+        assert answer.ids == tuple(generated[0, len(prompt) :].tolist())
         assert answer.rollout_logprobs == (0.0,) * 12
         assert answer.finish == "length"
 
@@ -162,14 +163,16 @@ async def staggered(
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-async def test_results_have_the_same_bits_in_any_company(shape: str) -> None:
+async def test_results_have_the_same_bits_under_any_load(shape: str) -> None:
     model = llama(shape)
     seeds = list(range(14))
     async with engine_of(model) as engine:  # alone, one after the other
         alone = outcome([await conversation(engine, f"s{s}", s, 4) for s in seeds])
     async with engine_of(model) as engine:  # all at once
-        crowd = outcome(await asyncio.gather(*(conversation(engine, f"s{s}", s, 4) for s in seeds)))
-    async with engine_of(model, max_live=5) as engine:  # other order, with strangers, crowded
+        at_once = outcome(
+            await asyncio.gather(*(conversation(engine, f"s{s}", s, 4) for s in seeds))
+        )
+    async with engine_of(model, max_live=5) as engine:  # reversed, with others, queued
         others = [conversation(engine, f"x{s}", s, 5) for s in range(100, 109)]
         games = [conversation(engine, f"s{s}", s, 4) for s in reversed(seeds)]
         mixed = await asyncio.gather(*others, *games)
@@ -181,28 +184,29 @@ async def test_results_have_the_same_bits_in_any_company(shape: str) -> None:
             )
         )
     assert any(len(ids) > 4 for game in alone for ids, _ in game)
-    assert crowd == alone
+    assert at_once == alone
     assert reverse == alone
     assert late == alone
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-async def test_kept_copied_and_recomputed_keys_give_the_same_bits(shape: str) -> None:
+async def test_cached_copied_and_recomputed_keys_give_the_same_bits(shape: str) -> None:
     model = llama(shape)
     rng = random.Random(3)
     context = ids_of(rng, 310)  # longer than one block of keys
-    kept: list[tuple[tuple[int, ...], Completion]] = []
+    cached: list[tuple[tuple[int, ...], Completion]] = []
     async with engine_of(model) as engine:
         for turn in range(6):
             answer = await engine.generate(request("a", context, turn, max_tokens=9))
-            kept.append((context, answer))
+            cached.append((context, answer))
             context += answer.ids + ids_of(rng, 13)
-        assert kept[-1][1].cached > 370
+        assert cached[-1][1].cached > 370
         copied = [
-            await engine.generate(request("b", p, t, max_tokens=9)) for t, (p, _) in enumerate(kept)
+            await engine.generate(request("b", prompt, turn, max_tokens=9))
+            for turn, (prompt, _) in enumerate(cached)
         ]
         assert copied[0].cached == 309  # all but the last, from the other conversation
-    for turn, (prompt, answer) in enumerate(kept):
+    for turn, (prompt, answer) in enumerate(cached):
         async with engine_of(model) as engine:
             fresh = await engine.generate(request("c", prompt, turn, max_tokens=9))
         assert fresh.cached == 0
@@ -213,19 +217,19 @@ async def test_kept_copied_and_recomputed_keys_give_the_same_bits(shape: str) ->
         )
 
 
-async def test_eviction_changes_nothing_but_the_work() -> None:
+async def test_eviction_costs_recomputation_but_changes_no_result() -> None:
     model = llama()
     slot_gb = 3 * 2 * 4 * 16 * 4 * 512 / 1e9
     async with engine_of(model, kv_cache_gb=3.5 * slot_gb) as engine:  # three conversations
-        few = await asyncio.gather(*(conversation(engine, f"s{s}", s, 5) for s in range(8)))
-        work = engine.stats()["computed_tokens"]
+        few_slots = await asyncio.gather(*(conversation(engine, f"s{s}", s, 5) for s in range(8)))
+        computed = engine.stats()["computed_tokens"]
     async with engine_of(model) as engine:
-        many = await asyncio.gather(*(conversation(engine, f"s{s}", s, 5) for s in range(8)))
-        assert engine.stats()["computed_tokens"] < work
-    assert outcome(few) == outcome(many)
+        many_slots = await asyncio.gather(*(conversation(engine, f"s{s}", s, 5) for s in range(8)))
+        assert engine.stats()["computed_tokens"] < computed
+    assert outcome(few_slots) == outcome(many_slots)
 
 
-async def test_a_conversation_computes_only_what_is_new() -> None:
+async def test_a_conversation_computes_only_its_new_tokens() -> None:
     rng = random.Random(4)
     first = ids_of(rng, 30)
     async with engine_of() as engine:
@@ -238,26 +242,26 @@ async def test_a_conversation_computes_only_what_is_new() -> None:
         assert stats["computed_tokens"] == 30 + 11
         assert stats["reused_tokens"] == 35
         assert stats["sampled_tokens"] == 7
-        other = first[:20] + ids_of(rng, 5)  # history was edited: what agrees is kept
+        other = first[:20] + ids_of(rng, 5)  # edited history: the common prefix stays cached
         assert (await engine.generate(request("a", other, max_tokens=1))).cached == 20
 
 
-async def test_siblings_compute_a_common_prompt_once() -> None:
+async def test_requests_that_arrive_together_compute_a_common_prompt_once() -> None:
     rng = random.Random(5)
     common = ids_of(rng, 50)
     prompts = [common for _ in range(8)] + [(*common, 50 + i, 7) for i in range(8)]
     async with engine_of() as engine:
-        first = asyncio.gather(
+        answers = await asyncio.gather(
             *(engine.generate(request(f"s{i}", p, i, max_tokens=3)) for i, p in enumerate(prompts))
         )
-        answers = await first
         assert engine.stats()["computed_tokens"] == 50 + 8 * 2
         late = await engine.generate(request("late", prompts[9], 9, max_tokens=3))
         assert late.cached == 51
         assert (late.ids, late.rollout_logprobs) == (answers[9].ids, answers[9].rollout_logprobs)
     async with engine_of() as engine:
         alone = [
-            await engine.generate(request("one", p, i, max_tokens=3)) for i, p in enumerate(prompts)
+            await engine.generate(request("alone", p, i, max_tokens=3))
+            for i, p in enumerate(prompts)
         ]
     assert [(a.ids, a.rollout_logprobs) for a in alone] == [
         (a.ids, a.rollout_logprobs) for a in answers
@@ -286,7 +290,7 @@ async def test_new_weights_replace_the_old_ones_and_their_keys() -> None:
     )
 
 
-async def test_running_generations_end_on_the_weights_they_began_with() -> None:
+async def test_running_generations_finish_on_the_weights_they_started_with() -> None:
     flat, manifest = flatten(llama(seed=1).state_dict())
     prompt = ids_of(random.Random(7), 10)
     async with engine_of() as engine:
@@ -316,7 +320,7 @@ async def test_tied_weights_and_their_checksum() -> None:
     assert close_to(answer.rollout_logprobs, reference_logprobs(newer, prompt, answer.ids, 1.0))
 
 
-async def test_weights_of_another_model_are_refused_and_the_old_ones_kept() -> None:
+async def test_weights_of_another_model_are_refused_and_the_old_ones_stay() -> None:
     flat, manifest = flatten(llama("gqa").state_dict())
     partial = flatten(list(llama().state_dict().items())[:-2])
     prompt = ids_of(random.Random(8), 12)
@@ -334,12 +338,12 @@ async def test_weights_of_another_model_are_refused_and_the_old_ones_kept() -> N
 async def test_a_request_for_newer_weights_is_stale() -> None:
     async with engine_of(version=2) as engine:
         assert (await engine.generate(request("a", (9,), max_tokens=1, min_version=2))).ids
-        with pytest.raises(StaleWeights, match="version 3 asked, version 2 held"):
+        with pytest.raises(StaleWeights, match="version 3 requested, version 2 loaded"):
             await engine.generate(request("a", (9,), min_version=3))
 
 
 class Letters:
-    """A tokenizer of one letter an id, as far as stop strings need one."""
+    """A tokenizer with one letter per id, enough for stop strings."""
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         assert not skip_special_tokens
@@ -349,14 +353,14 @@ class Letters:
 async def test_stop_ids_stop_strings_and_lengths() -> None:
     prompt = ids_of(random.Random(9), 10)
     async with engine_of(tokenizer=Letters(), max_len=32) as engine:
-        free = await engine.generate(request("a", prompt, 1, max_tokens=100))
-        assert (len(free.ids), free.finish) == (22, "length")  # 32 ids in all
-        by_id = await engine.generate(request("b", prompt, 1, stop_ids=(3, free.ids[6])))
-        end = free.ids.index(free.ids[6]) + 1
-        assert (by_id.ids, by_id.finish) == (free.ids[:end], "stop")
-        text = Letters().decode(free.ids[9:12], skip_special_tokens=False)
+        unstopped = await engine.generate(request("a", prompt, 1, max_tokens=100))
+        assert (len(unstopped.ids), unstopped.finish) == (22, "length")  # 32 ids in all
+        by_id = await engine.generate(request("b", prompt, 1, stop_ids=(3, unstopped.ids[6])))
+        end = unstopped.ids.index(unstopped.ids[6]) + 1
+        assert (by_id.ids, by_id.finish) == (unstopped.ids[:end], "stop")
+        text = Letters().decode(unstopped.ids[9:12], skip_special_tokens=False)
         by_text = await engine.generate(request("c", prompt, 1, stop=("never!", text)))
-        assert (by_text.ids, by_text.finish) == (free.ids[:12], "stop")
+        assert (by_text.ids, by_text.finish) == (unstopped.ids[:12], "stop")
         full = await engine.generate(request("d", ids_of(random.Random(1), 32), 1))
         assert full == Completion((), (), (), "length")
         last = await engine.generate(request("e", ids_of(random.Random(1), 31), 1))
@@ -366,7 +370,7 @@ async def test_stop_ids_stop_strings_and_lengths() -> None:
         assert many.finish == "stop"
 
 
-async def test_a_cancelled_request_frees_its_row() -> None:
+async def test_a_cancelled_request_frees_its_slot() -> None:
     prompt = ids_of(random.Random(10), 8)
     async with engine_of(max_live=1) as engine:
         running = asyncio.create_task(engine.generate(request("a", prompt, max_tokens=500)))
@@ -384,7 +388,7 @@ async def test_a_cancelled_request_frees_its_row() -> None:
         assert engine.stats()["completions"] == 1
 
 
-async def test_closing_fails_what_is_in_flight_and_twice_is_fine() -> None:
+async def test_closing_fails_requests_in_flight_and_closing_twice_is_allowed() -> None:
     engine = EmbeddedEngine(llama())
     task = asyncio.create_task(engine.generate(request("a", (9, 9), max_tokens=500)))
     await asyncio.sleep(0.01)
@@ -396,7 +400,7 @@ async def test_closing_fails_what_is_in_flight_and_twice_is_fine() -> None:
         await engine.generate(request("a", (9, 9)))
 
 
-async def test_a_failing_step_fails_its_requests_and_new_weights_heal_it() -> None:
+async def test_a_failed_step_fails_its_requests_and_new_weights_repair_it() -> None:
     broken = llama()
     torch.nn.init.constant_(broken.model.norm.weight, float("nan"))
     async with engine_of() as engine:
@@ -409,7 +413,7 @@ async def test_a_failing_step_fails_its_requests_and_new_weights_heal_it() -> No
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "message"),
     [
         ({"prompt": ()}, "one or more ids"),
         ({"prompt": (1, VOCAB)}, "tokenizer of another model"),
@@ -420,28 +424,28 @@ async def test_a_failing_step_fails_its_requests_and_new_weights_heal_it() -> No
         ({"prompt": (1,), "seed": 0.5}, "whole numbers"),
     ],
 )
-async def test_a_senseless_request_is_refused(wrong: dict[str, Any], said: str) -> None:
+async def test_an_invalid_request_is_refused(wrong: dict[str, Any], message: str) -> None:
     async with engine_of() as engine:
-        with pytest.raises(ConfigError, match=said):
+        with pytest.raises(ConfigError, match=message):
             await engine.generate(request("a", **wrong))
 
 
-class Picky(Letters):
-    """Cannot decode one id; a text that holds a lone surrogate would be refused by any encoder."""
+class FailingTokenizer(Letters):
+    """A tokenizer that cannot decode one id."""
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-        if BAD in ids:
+        if UNDECODABLE in ids:
             raise ValueError("no such id")
         return super().decode(ids, skip_special_tokens=skip_special_tokens)
 
 
-BAD = 11
-ODD: list[dict[str, Any]] = [  # what one client may ask for, and fails or answers its request only
+UNDECODABLE = 11
+EXTREMES: list[dict[str, Any]] = [  # each may fail its own request, and no other
     {"stop": ("\ud83d",)},
     {"stop": ("a\udc00b", "x" * 10_000)},
     {"stop": ("",)},
     {"stop": (7,)},
-    {"stop": ("never!",), "prompt": (BAD,)},  # decoding fails wherever the id is sampled
+    {"stop": ("never!",), "prompt": (UNDECODABLE,)},  # decoding fails wherever the id is sampled
     {"stop_ids": (2**70, -(2**70), -1)},
     {"stop_ids": ("x",)},
     {"stop_ids": (None,)},
@@ -468,24 +472,24 @@ ODD: list[dict[str, Any]] = [  # what one client may ask for, and fails or answe
 
 async def test_a_request_fails_alone() -> None:
     prompt = ids_of(random.Random(3), 9)
-    async with engine_of(tokenizer=Picky(), raw_logprobs=True) as engine:
+    async with engine_of(tokenizer=FailingTokenizer(), raw_logprobs=True) as engine:
         alone = await engine.generate(request("alone", prompt, max_tokens=12))
-        for number, odd in enumerate(ODD):
-            wanted = {"prompt": (9, 8), "max_tokens": 3, **odd}
-            asked = request(f"odd{number}", **{k: v for k, v in wanted.items() if k != "top"})
-            asked = replace(asked, top_logprobs=odd.get("top", 0))
+        for number, extreme in enumerate(EXTREMES):
+            options = {"prompt": (9, 8), "max_tokens": 3, **extreme}
+            odd = request(f"odd{number}", **{k: v for k, v in options.items() if k != "top"})
+            odd = replace(odd, top_logprobs=extreme.get("top", 0))
             beside = engine.generate(request(f"beside{number}", prompt, max_tokens=12))
-            done, same = await asyncio.gather(
-                engine.generate(asked), beside, return_exceptions=True
+            result, same = await asyncio.gather(
+                engine.generate(odd), beside, return_exceptions=True
             )
-            assert same == alone, odd
-            if isinstance(done, Completion):
-                assert all(0 <= one < VOCAB for one in done.ids), odd
+            assert same == alone, extreme
+            if isinstance(result, Completion):
+                assert all(0 <= i < VOCAB for i in result.ids), extreme
             else:
-                assert isinstance(done, (ConfigError, InfraError, OverflowError)), odd
+                assert isinstance(result, (ConfigError, InfraError, OverflowError)), extreme
 
 
-def test_models_it_cannot_run_are_refused() -> None:
+def test_unsupported_models_are_refused() -> None:
     sliding = MistralForCausalLM(
         MistralConfig(
             hidden_size=32,
@@ -507,7 +511,7 @@ def test_models_it_cannot_run_are_refused() -> None:
         EmbeddedEngine(llama(), kv_cache_gb=1e-6)
 
 
-def draws(count: int, **options: Any) -> SamplingBatch:
+def sampling_batch(count: int, **options: Any) -> SamplingBatch:
     return SamplingBatch(
         np.full(count, options.get("temperature", 1.0), np.float32),
         np.full(count, options.get("top_k", 0), np.int64),
@@ -529,10 +533,10 @@ def draws(count: int, **options: Any) -> SamplingBatch:
         ({"top_p": 0.01}, [1, 0, 0, 0]),
     ],
 )
-def test_draws_follow_the_distribution(options: dict[str, Any], expected: list[float]) -> None:
+def test_samples_follow_the_distribution(options: dict[str, Any], expected: list[float]) -> None:
     count = 40_000
     logits = torch.tensor([0.4, 0.1, 0.3, 0.2]).log().expand(count, 4)
-    ids, logprobs = sample(logits, draws(count, **options))
+    ids, logprobs = sample(logits, sampling_batch(count, **options))
     share = np.bincount(ids, minlength=4) / count
     assert np.abs(share - expected).max() < 0.01
     for i in np.flatnonzero(expected):
@@ -540,22 +544,22 @@ def test_draws_follow_the_distribution(options: dict[str, Any], expected: list[f
     assert share[np.array(expected) == 0].sum() == 0
 
 
-def test_a_draw_depends_on_its_own_row_only() -> None:
+def test_a_sample_depends_on_its_own_row_only() -> None:
     torch.manual_seed(0)
     logits = torch.randn(64, 300) * 3
-    plan = draws(64)
+    batch = sampling_batch(64)
     rng = np.random.default_rng(0)
-    plan.temperature[:] = rng.choice([0.0, 0.7, 1.0], 64)
-    plan.top_k[:] = rng.choice([0, 5], 64)
-    plan.top_p[:] = rng.choice([1.0, 0.9], 64)
-    ids, logprobs = sample(logits, plan)
+    batch.temperature[:] = rng.choice([0.0, 0.7, 1.0], 64)
+    batch.top_k[:] = rng.choice([0, 5], 64)
+    batch.top_p[:] = rng.choice([1.0, 0.9], 64)
+    ids, logprobs = sample(logits, batch)
     for i in range(64):
-        one = SamplingBatch(*(getattr(plan, f)[i : i + 1] for f in SamplingBatch.__slots__))
-        id_, logprob = sample(logits[i : i + 1], one)
+        row = SamplingBatch(*(getattr(batch, f)[i : i + 1] for f in SamplingBatch.__slots__))
+        id_, logprob = sample(logits[i : i + 1], row)
         assert (id_[0], logprob[0]) == (ids[i], logprobs[i])
 
 
-def test_uniform_is_in_range_and_spread() -> None:
+def test_uniform_is_in_range_and_evenly_distributed() -> None:
     seeds = np.repeat(np.arange(200, dtype=np.uint64), 50)
     u = uniform(seeds, np.tile(np.arange(50), 200))
     assert u.min() >= 0

@@ -1,4 +1,4 @@
-"""The real vLLM engine on the CPU: the same contract as the embedded one, across a weight push."""
+"""The real vLLM engine on the CPU: the contract of the embedded engine, across weight pushes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ PROMPTS = [tuple(RNG.randrange(3, 360) for _ in range(n)) for n in (5, 40, 90, 3
 
 
 def changed(seed: int) -> tuple[Any, NDArray[np.uint8], Manifest]:
-    """The base with every weight moved, also flat."""
+    """The base model with every weight perturbed, also as a flat buffer."""
     model = load()
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -48,25 +48,25 @@ def changed(seed: int) -> tuple[Any, NDArray[np.uint8], Manifest]:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def engine() -> AsyncIterator[Engine]:
-    one = open_engine(model_dir(EMBEDDED), CONFIG)
-    yield one
-    await one.close()
+    opened = open_engine(model_dir(EMBEDDED), CONFIG)
+    yield opened
+    await opened.close()
     with pytest.raises(InfraError, match="closed"):
-        await one.generate(request(PROMPTS[0]))
-    await one.close()
+        await opened.generate(request(PROMPTS[0]))
+    await opened.close()
     gc.collect()
 
 
 @pytest.fixture(autouse=True)
 def collected() -> Iterator[None]:
-    """What vLLM leaves to the collector (zmq contexts) must not warn in a later, stricter test."""
+    """Collect vLLM's garbage (zmq contexts) now, before it warns in a later, stricter test."""
     yield
     gc.collect()
 
 
 def request(prompt: Sequence[int], seed: int = 0, **sampling: Any) -> Request:
-    drawn = Sampling(**{"temperature": 1.2, "max_tokens": 24, **sampling})
-    return Request(f"s{seed}", tuple(prompt), drawn, (END,), seed)
+    settings = Sampling(**{"temperature": 1.2, "max_tokens": 24, **sampling})
+    return Request(f"s{seed}", tuple(prompt), settings, (END,), seed)
 
 
 async def answers(engine: Engine, **sampling: Any) -> list[Completion]:
@@ -92,37 +92,37 @@ def logprobs(model: Any, prompt: Sequence[int], ids: Sequence[int], t: float) ->
     return [float(row[i]) for row, i in zip(rows, ids, strict=True)]
 
 
-async def same_as_transformers(engine: Engine, model: Any) -> None:
-    """Greedy ids, and logprobs of sampled ids, are transformers' on the same weights."""
+async def assert_same_as_transformers(engine: Engine, model: Any) -> None:
+    """Compare greedy ids, and logprobs of sampled ids, with transformers on the same weights."""
     for prompt, answer in zip(PROMPTS, await answers(engine, temperature=0.0), strict=True):
         assert answer.ids == greedy(model, prompt)
         assert answer.finish == ("stop" if answer.ids[-1] == END else "length")
         assert answer.rollout_logprobs == (0.0,) * len(answer.ids)
         assert answer.versions == (VersionSpan(engine.version, 0, len(answer.ids)),)
     for prompt, answer in zip(PROMPTS, await answers(engine), strict=True):
-        wanted = logprobs(model, prompt, answer.ids, 1.2)
-        assert np.abs(np.array(answer.rollout_logprobs) - wanted).max() < 1e-4
+        expected = logprobs(model, prompt, answer.ids, 1.2)
+        assert np.abs(np.array(answer.rollout_logprobs) - expected).max() < 1e-4
 
 
 def shared_files() -> set[Path]:
     return {*Path(memory_dir() or "").glob("rayrl-weights-*")}
 
 
-async def test_ids_and_logprobs_are_those_of_transformers_before_and_after_a_push(
+async def test_ids_and_logprobs_equal_transformers_before_and_after_a_push(
     engine: Engine,
 ) -> None:
-    await same_as_transformers(engine, load())
+    await assert_same_as_transformers(engine, load())
     before = shared_files()
     for version in (engine.version + 1, engine.version + 2):
         model, flat, manifest = changed(version)
         assert await engine.load_weights(version, flat, manifest) == checksum(flat)
         assert engine.version == version
-        await same_as_transformers(engine, model)
+        await assert_same_as_transformers(engine, model)
         left = shared_files() - before
-        assert not left, "a replica that is killed now would leave them"
+        assert not left, "a replica killed now would leave these files"
 
 
-async def test_a_seed_gives_the_same_answer_in_any_company(engine: Engine) -> None:
+async def test_a_seed_gives_the_same_answer_under_any_load(engine: Engine) -> None:
     together = await answers(engine, temperature=2.0)
     alone = [await engine.generate(request(p, i, temperature=2.0)) for i, p in enumerate(PROMPTS)]
     assert [a.ids for a in together] == [a.ids for a in alone]
@@ -130,7 +130,7 @@ async def test_a_seed_gives_the_same_answer_in_any_company(engine: Engine) -> No
     assert other.ids != together[1].ids
 
 
-async def test_a_prefix_is_not_computed_again_but_never_with_old_weights(engine: Engine) -> None:
+async def test_a_prefix_is_cached_until_the_weights_change(engine: Engine) -> None:
     await answers(engine)
     assert [a.cached for a in await answers(engine)] == [0, 32, 64, 32]  # whole blocks
     _, flat, manifest = changed(7)
@@ -139,16 +139,16 @@ async def test_a_prefix_is_not_computed_again_but_never_with_old_weights(engine:
 
 
 @pytest.mark.parametrize("policy", ["wait", "keep", "abort"])
-async def test_what_is_in_flight_at_a_push(
+async def test_on_update_decides_about_requests_in_flight_at_a_push(
     engine: Engine, policy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "_on_update", policy)  # as engine.on_update=... would have it
+    monkeypatch.setattr(engine, "_on_update", policy)  # as set by engine.on_update
     old, new = engine.version, engine.version + 1
     _, flat, manifest = changed(new)
     long = replace(request(PROMPTS[1], max_tokens=200), stop_ids=())
     running = asyncio.create_task(engine.generate(long))
     await asyncio.sleep(0)
-    await engine.generate(request(PROMPTS[0], max_tokens=1))  # and so something of the other
+    await engine.generate(request(PROMPTS[0], max_tokens=1))  # so `running` has sampled ids too
     assert not running.done()
     await engine.load_weights(new, flat, manifest)
     answer = await running
@@ -163,61 +163,63 @@ async def test_what_is_in_flight_at_a_push(
         assert spans == [({"wait": old, "abort": new}[policy], 0, 200)]
 
 
-async def test_more_prompt_tokens_than_one_pass_takes(engine: Engine) -> None:
+async def test_more_prompt_tokens_than_fit_one_pass(engine: Engine) -> None:
     rng = random.Random(1)
     prompts = [tuple(rng.randrange(3, 360) for _ in range(230)) for _ in range(64)]
-    found = await asyncio.gather(
+    together = await asyncio.gather(
         *(engine.generate(request(p, i, max_tokens=4)) for i, p in enumerate(prompts))
     )
     alone = await engine.generate(request(prompts[40], 40, max_tokens=4))
-    assert found[40].ids == alone.ids
-    assert all(answer.ids for answer in found)
+    assert together[40].ids == alone.ids
+    assert all(answer.ids for answer in together)
 
 
-async def test_requests_that_cannot_be_answered(engine: Engine) -> None:
+async def test_invalid_and_too_long_requests(engine: Engine) -> None:
     assert (await engine.generate(request(range(3, 259)))).finish == "length"
-    near = await engine.generate(replace(request(range(3, 256)), stop_ids=()))
-    assert (len(near.ids), near.finish) == (3, "length")
-    with pytest.raises(StaleWeights, match=r"version 99 asked"):
+    almost_full = await engine.generate(replace(request(range(3, 256)), stop_ids=()))
+    assert (len(almost_full.ids), almost_full.finish) == (3, "length")
+    with pytest.raises(StaleWeights, match=r"version 99 requested"):
         await engine.generate(replace(request(PROMPTS[0]), min_version=99))
     with pytest.raises(ConfigError, match="temperature"):
         await engine.generate(request(PROMPTS[0], temperature=-1.0))
     with pytest.raises(ConfigError, match="session 's0'"):
         await engine.generate(request((10**6,)))
-    assert (await engine.generate(request(PROMPTS[0]))).ids  # it lives on
+    assert (await engine.generate(request(PROMPTS[0]))).ids  # the engine still works
 
 
-async def test_a_stream_is_the_completion_and_leaving_it_ends_the_work(engine: Engine) -> None:
-    asked = replace(request(PROMPTS[1], max_tokens=40), stop_ids=())
-    done = await engine.generate(asked)
-    parts = [part async for part in engine.stream(asked)]
-    assert sum((part.ids for part in parts), ()) == done.ids
-    told = np.concatenate([part.rollout_logprobs for part in parts])
-    assert np.abs(told - np.array(done.rollout_logprobs)).max() < 1e-5
-    assert [part.finish for part in parts] == [None] * (len(parts) - 1) + ["length"]
-    assert len(parts) > 1
+async def test_a_stream_equals_the_completion_and_closing_it_ends_the_generation(
+    engine: Engine,
+) -> None:
+    sampled = replace(request(PROMPTS[1], max_tokens=40), stop_ids=())
+    whole = await engine.generate(sampled)
+    deltas = [delta async for delta in engine.stream(sampled)]
+    assert sum((delta.ids for delta in deltas), ()) == whole.ids
+    streamed = np.concatenate([delta.rollout_logprobs for delta in deltas])
+    assert np.abs(streamed - np.array(whole.rollout_logprobs)).max() < 1e-5
+    assert [delta.finish for delta in deltas] == [None] * (len(deltas) - 1) + ["length"]
+    assert len(deltas) > 1
     with pytest.raises(ConfigError, match="raw_logprobs"):
-        await engine.generate(replace(asked, top_logprobs=1))
+        await engine.generate(replace(sampled, top_logprobs=1))
     long = replace(request(PROMPTS[0], max_tokens=250), stop_ids=())
-    begun = engine.stream(long)
-    await anext(begun)
+    stream = engine.stream(long)
+    await anext(stream)
     waiting = asyncio.create_task(engine.generate(replace(long, session="other")))
-    while len(live(engine)) < 2:  # noqa: ASYNC110 - vLLM sets no event
+    while len(in_flight(engine)) < 2:  # noqa: ASYNC110 - vLLM sets no event
         await asyncio.sleep(0.005)
-    await begun.aclose()
-    assert len(live(engine)) == 1
+    await stream.aclose()
+    assert len(in_flight(engine)) == 1
     waiting.cancel()
     await asyncio.gather(waiting, return_exceptions=True)
-    assert not live(engine)
-    assert (await engine.generate(asked)).ids == done.ids
+    assert not in_flight(engine)
+    assert (await engine.generate(sampled)).ids == whole.ids
 
 
-def live(engine: Any) -> Any:
+def in_flight(engine: Any) -> Any:
     return engine._llm.output_processor.request_states
 
 
-async def test_experts_are_computed_as_pushed(tmp_path: Path) -> None:
-    """vLLM packs them for the CPU, and pads them where their width is no multiple of 32."""
+async def test_pushed_experts_are_computed_correctly(tmp_path: Path) -> None:
+    """vLLM packs them for the CPU, and pads them unless their width is a multiple of 32."""
     torch.manual_seed(0)
     config = Qwen3MoeConfig(
         vocab_size=400,
@@ -238,18 +240,18 @@ async def test_experts_are_computed_as_pushed(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     build_tokenizer().save_pretrained(tmp_path)
     engine = open_engine(tmp_path, CONFIG)
-    await same_as_transformers(engine, model)
+    await assert_same_as_transformers(engine, model)
     for version in (1, 2):
         with torch.no_grad():
             for weight in model.parameters():
                 weight.add_(0.3 * weight.std() * torch.randn(weight.shape))
         flat, manifest = flatten(model.state_dict())
         assert await engine.load_weights(version, flat, manifest) == checksum(flat)
-        await same_as_transformers(engine, model)
+        await assert_same_as_transformers(engine, model)
     await engine.close()
 
 
-async def test_weights_that_do_not_fit_close_it() -> None:
+async def test_weights_that_do_not_match_close_the_engine() -> None:
     engine = open_engine(model_dir(EMBEDDED), CONFIG)
     flat, manifest = flatten({"model.no_such_weight": torch.zeros(3)})
     with pytest.raises(ConfigError, match=r"version 1: .* LlamaForCausalLM: .*no_such_weight"):
@@ -262,7 +264,7 @@ async def test_weights_that_do_not_fit_close_it() -> None:
         await engine.check()
 
 
-async def test_a_model_it_cannot_run_is_said_so(tmp_path: Path) -> None:
+async def test_an_unsupported_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "nothing_known"}')
     with pytest.raises(ConfigError, match=r"model\.path=.*vLLM cannot run it"):
         open_engine(tmp_path, CONFIG)

@@ -330,7 +330,7 @@ async def test_the_tool_loop_appends_what_the_template_would_write() -> None:
         {"role": "user", "content": "sure?"},
         {"role": "assistant", "content": "no"},
     ]
-    schemas = [Tool.of(add).schema, Tool.of(divide).schema]
+    schemas = [Tool.from_function(add).schema, Tool.from_function(divide).schema]
     text = one.tokenizer.apply_chat_template(talk, tools=schemas, tokenize=False)
     assert one.tokenizer.decode(ids) + "\n" == text  # a model ends at its end of turn
     rendered, is_reply = one.render(agent.record)  # what a warm start on this episode learns from

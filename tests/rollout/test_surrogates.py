@@ -54,7 +54,7 @@ def look(word: str) -> str:
     return json.loads(f'["\\ude00", {json.dumps(word)}]')  # a result that is no text
 
 
-LOOK = [Tool.of(look).schema]
+LOOK = [Tool.from_function(look).schema]
 
 
 @given(st.text(st.sampled_from([HALF, OTHER, "a", "é", WHOLE, "\uffff", "\ufeff"])))
@@ -143,7 +143,10 @@ async def test_an_episode_is_played_written_and_read(tmp_path: Path, protocol: A
         assert words == [LOST, LOST]
         out = io.TextIOWrapper(io.BytesIO(), "utf-8")
         Console(file=out).print(episode_panel(episode))
-    assert Tool.of(look).schema["function"]["description"] == f"Look a word up, {LOST} or not."
+    assert (
+        Tool.from_function(look).schema["function"]["description"]
+        == f"Look a word up, {LOST} or not."
+    )
 
 
 async def test_what_an_environment_raises_and_a_person_types() -> None:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from rayrl.chat.renderer import Chat
 from rayrl.chat.template import fold
-from rayrl.chat.tokenizer import byte_level, longest_token
+from rayrl.chat.tokenizer import byte_level_alphabet, max_token_chars
 from rayrl.chat.tools import as_user_messages
 from rayrl.server import app as apps
 from rayrl.server.app import Service, make_app
@@ -115,7 +115,7 @@ async def test_what_is_too_large_is_refused_before_any_work(
     def work(*_: object) -> Any:
         raise AssertionError("it was tokenized or rendered")
 
-    monkeypatch.setattr(chat, "_weave", work)
+    monkeypatch.setattr(chat, "_join", work)
     monkeypatch.setattr(chat, "_template", work)
     monkeypatch.setattr(chat, "encode", work)
     async with asking(chat) as client:
@@ -138,7 +138,7 @@ async def test_what_just_fits_is_answered(chat: Chat) -> None:
     async with asking(chat) as client:
         for content in ("a" * 1900, " the quick brown fox" * 450):
             message = {"role": "user", "content": content}
-            assert chat.fewest([content]) < len(chat.encode(content)) < MAX_LEN - 20
+            assert chat.min_ids([content]) < len(chat.encode(content)) < MAX_LEN - 20
             answer = await client.post("chat/completions", content=said(messages=[message]))
             assert answer.status_code == 200
         answer = await client.post("chat/completions", content=said(stop="x" * 10_000))
@@ -191,17 +191,17 @@ TEXTS = st.text(max_size=200) | st.text(alphabet=" \n\taé漢", max_size=200)
 @pytest.mark.parametrize("which", ["built", EMBEDDED])
 def test_no_text_has_fewer_ids_than_its_bound(which: str, chat: Chat) -> None:
     one = chat if which == "built" else Chat.load(which)
-    assert one.fewest(["x" * 10**6]) > 10_000
+    assert one.min_ids(["x" * 10**6]) > 10_000
 
     @settings(deadline=None, max_examples=50)
     @given(TEXTS)
     def check(text: str) -> None:
-        assert len(one.encode(text)) >= one.fewest([text])
+        assert len(one.encode(text)) >= one.min_ids([text])
 
     check()
 
 
-BYTES = {character: k for k, character in enumerate(byte_level())}
+BYTES = {character: k for k, character in enumerate(byte_level_alphabet())}
 HEX = {f"<0x{byte:02X}>": byte for byte in range(256)}
 LEVEL = {"type": "ByteLevel"}
 SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
@@ -245,7 +245,7 @@ SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     ],
 )
 def test_how_long_a_token_can_be(state: dict[str, Any], longest: int) -> None:
-    assert longest_token(state) == longest
+    assert max_token_chars(state) == longest
 
 
 # ---- linear
@@ -311,4 +311,4 @@ def test_many_messages_take_no_longer_each() -> None:
     for template in (HERMES, None):
         one = Chat(build_tokenizer(template)) if template else Chat(build_tokenizer())
         assert len(one.start(same)) > n
-        assert all(len(key) < 3000 for key in one._fits)  # and are not kept
+        assert all(len(key) < 3000 for key in one._accepted)  # and are not kept

@@ -17,7 +17,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rayrl.errors import DataError, InfraError
-from rayrl.weights.broadcast import BroadcastGroup, Rendezvous, host, receive, send
+from rayrl.weights.broadcast import BroadcastGroup, Rendezvous, open_rendezvous, receive, send
 from rayrl.weights.flat import Manifest, buckets, unflatten
 from tests.bucket_member import LIMIT
 from tests.runs import ROOT
@@ -35,22 +35,22 @@ def plan_of(pairs: list[tuple[str, torch.Tensor]], limit: int) -> tuple[Manifest
     return buckets([(n, t.dtype, tuple(t.shape)) for n, t in pairs], limit)
 
 
-def two(timeout_s: float = 30.0) -> tuple[BroadcastGroup, BroadcastGroup]:
-    """Both ends of a channel in this process."""
-    meeting, store = host("gloo", "127.0.0.1", 2, timeout_s)
+def connected_pair(timeout_s: float = 30.0) -> tuple[BroadcastGroup, BroadcastGroup]:
+    """Sender and receiver of a broadcast group in this process."""
+    rendezvous, store = open_rendezvous("gloo", "127.0.0.1", 2, timeout_s)
     ends: list[Any] = [None, None]
-    other = threading.Thread(target=lambda: ends.__setitem__(1, BroadcastGroup(meeting, 1)))
+    other = threading.Thread(target=lambda: ends.__setitem__(1, BroadcastGroup(rendezvous, 1)))
     other.start()
-    ends[0] = BroadcastGroup(meeting, 0, store)
+    ends[0] = BroadcastGroup(rendezvous, 0, store)
     other.join()
     return ends[0], ends[1]
 
 
 @pytest.mark.parametrize("limit", [1, 1000, 10**9])
-def test_what_is_sent_arrives_bit_for_bit(limit: int) -> None:
+def test_weights_arrive_bit_for_bit(limit: int) -> None:
     pairs = tensors()
     plan = plan_of(pairs, limit)
-    sender, receiver = two()
+    sender, receiver = connected_pair()
     got: dict[str, torch.Tensor] = {}
     found: list[str] = []
     thread = threading.Thread(target=lambda: found.append(receive(plan, receiver, got.update)))
@@ -68,52 +68,52 @@ def test_what_is_sent_arrives_bit_for_bit(limit: int) -> None:
     thread.join()
 
 
-def test_other_weights_than_planned_are_refused_before_they_are_sent() -> None:
+def test_weights_that_do_not_match_the_plan_are_refused_before_they_are_sent() -> None:
     pairs = tensors(3)
     plan = plan_of(pairs, 10**9)
-    sender, _ = two()
-    for wrong, said in (
-        (pairs[:2], r"nothing .* came where t2"),
-        ([pairs[1], pairs[0], pairs[2]], r"t1 \(3, 67\) bfloat16 came where t0 \(3, 50\) float32"),
+    sender, _ = connected_pair()
+    for wrong, message in (
+        (pairs[:2], r"the plan has t2 .* sent nothing"),
+        ([pairs[1], pairs[0], pairs[2]], r"t0 \(3, 50\) float32, but .* t1 \(3, 67\) bfloat16"),
     ):
-        with pytest.raises(DataError, match=said):
+        with pytest.raises(DataError, match=message):
             send(wrong, plan, sender)
 
 
 def _vanish(fields: list[Any], plan: Any) -> None:
     BroadcastGroup(Rendezvous(*fields), 1).broadcast(torch.empty(plan[0].nbytes, dtype=torch.uint8))
-    # and is gone before the second bucket
+    # the process exits before the second bucket
 
 
 @pytest.mark.parametrize("how", ["dies", "hangs"])
-def test_a_member_that_is_lost_ends_the_push_within_its_deadline(how: str) -> None:
+def test_a_lost_member_fails_the_push_within_its_deadline(how: str) -> None:
     pairs = tensors()
     plan = plan_of(pairs, 1)
     if how == "hangs":
-        sender, receiver = two(timeout_s=1.0)
-        with pytest.raises(InfraError, match="a broadcast failed"):
-            receive(plan, receiver, lambda _: None)  # nobody sends
+        sender, receiver = connected_pair(timeout_s=1.0)
+        with pytest.raises(InfraError, match="weight broadcast failed"):
+            receive(plan, receiver, lambda _: None)  # nothing is sent
         return
-    meeting, store = host("gloo", "127.0.0.1", 2, 600.0)
+    rendezvous, store = open_rendezvous("gloo", "127.0.0.1", 2, 600.0)
     other = multiprocessing.get_context("spawn").Process(
-        target=_vanish, args=(list(astuple(meeting)), plan)
+        target=_vanish, args=(list(astuple(rendezvous)), plan)
     )
     other.start()
-    sender = BroadcastGroup(meeting, 0, store)
+    sender = BroadcastGroup(rendezvous, 0, store)
 
     def send_on() -> None:
-        for _ in range(100):  # what is sent first may wait in the socket's buffer
+        for _ in range(100):  # the first sends may only fill the socket's buffer
             send(pairs, plan, sender)
 
-    with pytest.raises(InfraError, match="a broadcast failed"):
+    with pytest.raises(InfraError, match="weight broadcast failed"):
         send_on()
     other.join()
 
 
-def test_who_does_not_come_is_not_waited_for() -> None:
-    meeting, store = host("gloo", "127.0.0.1", 2, 1.0)
-    with pytest.raises(InfraError, match=r"member 0 of 2 did not meet .* within 1 s"):
-        BroadcastGroup(meeting, 0, store)
+def test_joining_times_out_without_the_other_members() -> None:
+    rendezvous, store = open_rendezvous("gloo", "127.0.0.1", 2, 1.0)
+    with pytest.raises(InfraError, match=r"rank 0 of 2 could not join .* within 1 s"):
+        BroadcastGroup(rendezvous, 0, store)
 
 
 @pytest.mark.slow
@@ -127,15 +127,15 @@ def test_two_zero3_ranks_stream_to_two_receivers_and_no_rank_holds_the_model(
     with socket.socket() as probe:
         probe.bind(("", 0))
         port = probe.getsockname()[1]
-    words = [
+    commands = [
         ["learner", "0", str(port), str(tmp_path)],
         ["learner", "1", str(port), str(tmp_path)],
         ["receiver", "1", str(tmp_path)],
         ["receiver", "2", str(tmp_path)],
     ]
     members = [
-        subprocess.Popen([sys.executable, "-m", "tests.bucket_member", *one], cwd=ROOT)
-        for one in words
+        subprocess.Popen([sys.executable, "-m", "tests.bucket_member", *arguments], cwd=ROOT)
+        for arguments in commands
     ]
     try:
         assert [member.wait(timeout=600) for member in members] == [0] * 4
@@ -147,8 +147,8 @@ def test_two_zero3_ranks_stream_to_two_receivers_and_no_rank_holds_the_model(
     assert first == second, "equal weights have equal checksums"
     plan = torch.load(tmp_path / "plan.pt", weights_only=False)
     assert len(plan) > 10
-    assert max(one.nbytes for one in plan) <= LIMIT
-    for rank in ranks:  # gathered are as many as fit into LIMIT
+    assert max(manifest.nbytes for manifest in plan) <= LIMIT
+    for rank in ranks:  # at most LIMIT bytes are gathered at once
         assert 0 < rank["whole_at_once"] <= LIMIT < rank["model"] / 10
     flat, manifest = torch.load(tmp_path / "whole.pt", weights_only=False)
     wanted = unflatten(flat.numpy(), manifest)

@@ -59,7 +59,7 @@ def test_checksum_by_hand() -> None:
 
 
 @pytest.mark.parametrize("n", [0, 3, 64, 32_768, 32_769, 9_000_003])
-def test_checksum_is_the_same_of_arrays_and_tensors_and_sees_every_bit(n: int) -> None:
+def test_checksum_is_the_same_for_arrays_and_tensors_and_depends_on_every_bit(n: int) -> None:
     flat = np.random.default_rng(0).integers(0, 256, n, np.uint8)
     before = checksum(flat)
     assert before == checksum(torch.from_numpy(flat.copy()))
@@ -69,14 +69,14 @@ def test_checksum_is_the_same_of_arrays_and_tensors_and_sees_every_bit(n: int) -
         assert checksum(flat) != before
         flat[at] ^= 128
     if n > 40_000:
-        for low, high in ((0, 4), (0, 32_768)):  # words, and blocks, that have changed places
+        for low, high in ((0, 4), (0, 32_768)):  # swap two words, then two blocks
             flat[[low, high]] = flat[[high, low]]
             assert checksum(flat) != before
 
 
 def test_a_buffer_of_another_length_is_refused() -> None:
     flat, manifest = flatten({"a": torch.zeros(1000)})
-    with pytest.raises(DataError, match="does not belong to its manifest"):
+    with pytest.raises(DataError, match="does not match its manifest"):
         unflatten(flat[:-64], manifest)
 
 
@@ -85,9 +85,14 @@ def test_buckets_by_hand() -> None:
     sizes = {"a": 64, "b": 65, "c": 192, "d": 1}
     tensors = [(name, torch.uint8, (size,)) for name, size in sizes.items()]
     plan = buckets(tensors, 192)
-    assert [one.names() for one in plan] == [("a", "b"), ("c",), ("d",)]
-    assert [one.nbytes for one in plan] == [192, 192, 64]
+    assert [manifest.names() for manifest in plan] == [("a", "b"), ("c",), ("d",)]
+    assert [manifest.nbytes for manifest in plan] == [192, 192, 64]
     assert [e.offset for e in plan[0].entries] == [0, 64]
-    assert [one.names() for one in buckets(tensors, 1)] == [("a",), ("b",), ("c",), ("d",)]
+    assert [manifest.names() for manifest in buckets(tensors, 1)] == [
+        ("a",),
+        ("b",),
+        ("c",),
+        ("d",),
+    ]
     assert buckets(tensors, 9999) == (layout(tensors),)
     assert buckets([], 192) == ()

@@ -1,4 +1,4 @@
-"""A checkpoint fits its architecture or is refused: by the learner, the engine, and for vLLM."""
+"""A checkpoint that does not match its architecture is refused by learner and engines."""
 
 from __future__ import annotations
 
@@ -37,17 +37,18 @@ READERS = {"learner": into_learner, "embedded engine": into_engine, "before vLLM
 
 def without(*parts: str) -> Change:
     return lambda weights: {
-        name: one for name, one in weights.items() if not any(part in name for part in parts)
+        name: weight for name, weight in weights.items() if not any(part in name for part in parts)
     }
 
 
 def prefixed(prefix: str) -> Change:
-    return lambda weights: {prefix + name: one for name, one in weights.items()}
+    return lambda weights: {prefix + name: weight for name, weight in weights.items()}
 
 
 def grown(part: str) -> Change:
     return lambda weights: {
-        name: torch.cat([one, one]) if part in name else one for name, one in weights.items()
+        name: torch.cat([weight, weight]) if part in name else weight
+        for name, weight in weights.items()
     }
 
 
@@ -55,7 +56,7 @@ def with_more(name: str) -> Change:
     return lambda weights: {**weights, name: torch.zeros(3)}
 
 
-MISFITS: dict[str, tuple[str, Change, str]] = {
+MISMATCHES: dict[str, tuple[str, Change, str]] = {
     "torch.compile": (
         "llama",
         prefixed("_orig_mod."),
@@ -102,22 +103,22 @@ MISFITS: dict[str, tuple[str, Change, str]] = {
 
 
 @pytest.mark.parametrize("reader", READERS)
-@pytest.mark.parametrize("case", MISFITS)
-def test_a_checkpoint_that_does_not_fit_is_refused(
+@pytest.mark.parametrize("case", MISMATCHES)
+def test_a_checkpoint_that_does_not_match_its_architecture_is_refused(
     case: str, reader: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    name, change, complaint = MISFITS[case]
+    name, change, message = MISMATCHES[case]
     folder = save_model(name, tmp_path / "m")
     change_weights(folder, change)
-    with pytest.raises(ConfigError, match=complaint) as refused:
+    with pytest.raises(ConfigError, match=message) as refused:
         READERS[reader](folder)
     assert str(refused.value).startswith(f"model.path={folder}: ")
     assert len(str(refused.value)) < 900
-    assert "LOAD REPORT" not in capfd.readouterr().err  # the error has what is in it
+    assert "LOAD REPORT" not in capfd.readouterr().err  # the error says the same
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_what_transformers_writes_is_read(name: str, tmp_path: Path) -> None:
+def test_checkpoints_saved_by_transformers_are_loaded(name: str, tmp_path: Path) -> None:
     """In the layout of checkpoints, and in the one of its modules (experts fused)."""
     for folder, layout in ((tmp_path / "old", True), (tmp_path / "new", False)):
         save_model(name, folder, save_original_format=layout)
@@ -130,7 +131,7 @@ def test_what_transformers_writes_is_read(name: str, tmp_path: Path) -> None:
 
 def legacy_gpt2(weights: WeightSync) -> WeightSync:
     """As OpenAI's checkpoints on the hub: no prefix, and buffers of masks."""
-    bare = {name.removeprefix("transformer."): one for name, one in weights.items()}
+    bare = {name.removeprefix("transformer."): weight for name, weight in weights.items()}
     return {**bare, "h.0.attn.bias": torch.ones(1, 1, 64, 64)}
 
 
@@ -146,7 +147,9 @@ LEGITIMATE: dict[str, tuple[str, Change]] = {
 
 
 @pytest.mark.parametrize("case", LEGITIMATE)
-def test_what_transformers_ignores_or_renames_is_no_misfit(case: str, tmp_path: Path) -> None:
+def test_weights_that_transformers_ignores_or_renames_are_accepted(
+    case: str, tmp_path: Path
+) -> None:
     name, change = LEGITIMATE[case]
     folder = save_model(name, tmp_path)
     change_weights(folder, change)
@@ -154,7 +157,7 @@ def test_what_transformers_ignores_or_renames_is_no_misfit(case: str, tmp_path: 
     load_causal_lm(folder, dtype=torch.float32)
 
 
-def test_sharded_and_pickled_weights_are_looked_at_too(tmp_path: Path) -> None:
+def test_sharded_and_pickled_weights_are_checked_too(tmp_path: Path) -> None:
     folder = save_model("llama", tmp_path / "shards", max_shard_size="20KB")
     assert len(list(folder.glob("*.safetensors"))) > 1
     check_weights(folder)
@@ -169,14 +172,16 @@ def test_sharded_and_pickled_weights_are_looked_at_too(tmp_path: Path) -> None:
             reader(pickled)
 
 
-def test_the_shipped_base_fits() -> None:
+def test_the_embedded_base_model_matches_its_architecture() -> None:
     check_weights(model_dir(EMBEDDED))
     load_causal_lm(model_dir(EMBEDDED), dtype=torch.float32)
 
 
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("damage", ["cut", "empty", "gone"])
-def test_a_damaged_file_is_told_with_its_folder(damage: str, reader: str, tmp_path: Path) -> None:
+def test_an_error_about_a_damaged_file_names_its_folder(
+    damage: str, reader: str, tmp_path: Path
+) -> None:
     folder = save_model("llama", tmp_path)
     file = folder / "model.safetensors"
     content = file.read_bytes()
@@ -185,13 +190,13 @@ def test_a_damaged_file_is_told_with_its_folder(damage: str, reader: str, tmp_pa
     else:
         file.write_bytes(content[:200] if damage == "cut" else b"")
     if (reader, damage) == ("before vLLM", "gone"):
-        return  # there is nothing to look at: vLLM says so
+        return  # nothing to check; vLLM reports it
     with pytest.raises(ConfigError, match=f"model.path={folder}: cannot be loaded"):
         READERS[reader](folder)
 
 
 @pytest.fixture
-def never_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
     def ask(*_: object) -> str:
         raise AssertionError("transformers asked whether to run code")
 
@@ -202,7 +207,7 @@ def edit(file: Path, **changes: Any) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
-@pytest.mark.usefixtures("never_asked")
+@pytest.mark.usefixtures("no_prompt")
 @pytest.mark.parametrize("reader", ["learner", "embedded engine"])
 def test_code_of_a_model_is_never_run(reader: str, tmp_path: Path) -> None:
     folder = save_model("llama", tmp_path)
@@ -215,7 +220,7 @@ def test_code_of_a_model_is_never_run(reader: str, tmp_path: Path) -> None:
         READERS[reader](folder)
 
 
-@pytest.mark.usefixtures("never_asked")
+@pytest.mark.usefixtures("no_prompt")
 def test_code_of_a_tokenizer_is_never_run(tmp_path: Path) -> None:
     folder = save_model("llama", tmp_path)
     (folder / "own.py").write_text("raise SystemExit('code of the tokenizer was run')")

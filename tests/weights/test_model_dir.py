@@ -1,4 +1,4 @@
-"""The learning rate of a kind of model, what `plan` says of it, and where a model is not."""
+"""Default learning rates, what `plan` says about them, and errors about missing models."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MACHINE = Machine(2, 0, 8.0)
 
 
 def pretrained(folder: Path, parameters: int = PRETRAINED) -> Path:
-    """What a model of that size looks like from outside; its numbers are on no disk."""
+    """Write a model folder with `parameters` weights, all zero, of one byte each."""
     folder.mkdir()
     (folder / "config.json").write_text("{}")
     half = {f"{name}.weight": torch.zeros(parameters // 2, dtype=torch.int8) for name in "ab"}
@@ -43,7 +43,7 @@ def pretrained(folder: Path, parameters: int = PRETRAINED) -> Path:
         (EMBEDDED, 0, 0.5, 0.5),
     ],
 )
-def test_the_rate_of_a_kind_of_model(
+def test_the_default_learning_rate_depends_on_the_kind_of_model(
     size: Any, lora: int, given: float | None, rate: float, tmp_path: Path
 ) -> None:
     folder = model_dir(EMBEDDED) if size == EMBEDDED else pretrained(tmp_path / "m", size)
@@ -51,7 +51,7 @@ def test_the_rate_of_a_kind_of_model(
     assert learning_rate(config, folder) == rate
 
 
-def test_parameters_are_counted_in_every_form(tmp_path: Path) -> None:
+def test_parameters_are_counted_in_every_file_format(tmp_path: Path) -> None:
     folder = tmp_path / "m"
     folder.mkdir()
     assert parameter_count(folder) == 0
@@ -64,7 +64,7 @@ def test_parameters_are_counted_in_every_form(tmp_path: Path) -> None:
     assert parameter_count(folder) == 16
 
 
-def test_the_learner_learns_at_it(tmp_path: Path) -> None:
+def test_the_learner_uses_the_default_rate(tmp_path: Path) -> None:
     config = from_dict({"learner": {"kind": "reference"}})
     learner = ReferenceLearner(config, make_model(tmp_path / "model"))
     assert config.learner.lr is None
@@ -72,7 +72,7 @@ def test_the_learner_learns_at_it(tmp_path: Path) -> None:
     assert learner.step(batch.rows, batch.totals)["lr"] == 3e-4
 
 
-def test_the_main_job_learns_as_it_was_published() -> None:
+def test_the_rate_of_the_published_experiment_is_unchanged() -> None:
     config = compose(["experiment=tictactoe"])
     assert learning_rate(config, model_dir(config.model.path)) == 3e-4
 
@@ -81,7 +81,7 @@ def planned(model: Path | str, *settings: str) -> str:
     return describe(compose(["env=copyword", f"model.path={model}", *settings]), MACHINE)
 
 
-def test_the_plan_shows_the_rate(tmp_path: Path) -> None:
+def test_plan_shows_the_learning_rate(tmp_path: Path) -> None:
     large = pretrained(tmp_path / "m")
     assert "at 0.0003 (learner.lr=null: for a model of this size)" in planned(EMBEDDED)
     assert "at 1e-05 (learner.lr=null: for a pretrained model)" in planned(large)
@@ -94,13 +94,13 @@ def test_the_plan_shows_the_rate(tmp_path: Path) -> None:
     ("settings", "warned"),
     [
         (["learner.lr=3e-4"], "learner.lr=0.0003 of training is 30 times the usual 1e-05"),
-        (["learner.lr=1e-4"], ""),  # ten times: bold, and some small models bear it
+        (["learner.lr=1e-4"], ""),  # ten times: high, but some small models tolerate it
         (["learner.lr=3e-4", "lora.rank=8"], ""),
         (["learner.lr=2e-3", "lora.rank=8"], "is 20 times the usual 0.0001 for adapters"),
         ([], ""),
     ],
 )
-def test_the_plan_warns_of_a_rate_that_ruins(
+def test_plan_warns_about_a_rate_far_above_the_default(
     settings: list[str], warned: str, tmp_path: Path
 ) -> None:
     text = planned(pretrained(tmp_path / "m"), *settings)
@@ -109,14 +109,14 @@ def test_the_plan_warns_of_a_rate_that_ruins(
     assert "Warnings" not in planned(EMBEDDED, *settings)
 
 
-def test_a_stage_of_a_recipe_is_warned_of_by_name(tmp_path: Path) -> None:
+def test_plan_names_the_recipe_stage_in_a_warning(tmp_path: Path) -> None:
     large = pretrained(tmp_path / "m")
     config = compose(["experiment=copyword", f"model.path={large}", "recipe.sft.learner.lr=0.01"])
     assert "learner.lr=0.01 of sft is 1000 times" in describe(config, MACHINE)
 
 
 @pytest.mark.parametrize(
-    ("path", "said"),
+    ("path", "message"),
     [
         ("Qwen/Qwen3-0.6B", "hf download Qwen/Qwen3-0.6B --local-dir models/Qwen3-0.6B"),
         ("HuggingFaceTB/SmolLM2-135M-Instruct", "looks like the name of a model"),
@@ -128,13 +128,13 @@ def test_a_stage_of_a_recipe_is_warned_of_by_name(tmp_path: Path) -> None:
         ("a/b/c", "has no config.json"),
     ],
 )
-def test_a_name_of_the_hub_is_told_from_a_folder(
-    path: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_hub_id_is_distinguished_from_a_folder(
+    path: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError) as refused:
         model_dir(path)
     assert str(refused.value).startswith(f"model.path={path}: ")
-    assert said in str(refused.value)
-    assert ("hf download" in str(refused.value)) == ("has no config.json" not in said)
+    assert message in str(refused.value)
+    assert ("hf download" in str(refused.value)) == ("has no config.json" not in message)

@@ -23,7 +23,7 @@ from rayrl.cluster.serving.streams import Answer, Carried, Mailbox, Running
 from rayrl.cluster.session import SERVE_LOGGING, Session, listen_on_loopback, prepare_process
 from rayrl.cluster.weight_sync.weight_store import NAMESPACE, Published, store_name
 from rayrl.config import ClusterConfig, Config
-from rayrl.engine.protocol import Engine, Part, Streamed
+from rayrl.engine.protocol import BroadcastEngine, Engine, Part
 from rayrl.errors import ConfigError, InfraError, RayrlError, StaleWeights
 from rayrl.types import Completion, Request
 from rayrl.weights.broadcast import Plan, Rendezvous
@@ -171,7 +171,7 @@ class Replica:
 
     async def workers(self) -> tuple[str, int]:
         """Who we are, and how many members of a channel the engine is."""
-        if not isinstance(self._engine, Streamed):
+        if not isinstance(self._engine, BroadcastEngine):
             raise ConfigError(
                 f"cluster.sync: {type(self._engine).__name__} takes no stream; choose engine=vllm, "
                 "or cluster.sync=object_store."

@@ -1,28 +1,27 @@
 """Attention of flat tokens over a slab of keys and values, through transformers' own interface.
 
-A step runs the tokens of many conversations as one row of a batch, (1, T), so no padding ever goes
-through a linear layer; only the attention below knows which token belongs to which conversation.
-transformers hands it q, k and v after the rotary embedding, it writes k and v to the slab
-(`KVSlab`), and attends there. A step is a `Prefill` (several new tokens a conversation) or a
+A step runs the tokens of many conversations as one row of a batch, (1, T), so the linear layers see
+almost no padding; only the attention below knows which token belongs to which conversation.
+transformers passes it q, k and v after the rotary embedding; it writes k and v to the slab
+(`KVSlab`) and attends there. A step is a `Prefill` (several new tokens per conversation) or a
 `Decode` (one each).
 
-**Every token's result has the same bits in both, whatever else is in the step.** Measured on this
-library's kernels (MKL, fp32), each of these is needed and together they are enough:
+**Every token's result has the same bits in both, whatever else is in the step.** As measured on
+torch's CPU kernels (MKL, fp32), each of these conditions is necessary and together they suffice:
 
 - a matrix product's row does not depend on the other rows once there are at least 4 of them in a
-  batched product and 16 in a linear layer (below that, other kernels are used); 8 for each thread
-  where rows are shared out to threads. Hence `_min_rows`, and the flat batch's padding in
-  `model.py`. Some CPUs want more of wide rows (an Intel of model 167: width / 24): `_fewest_rows`
-  finds out;
+  batched product and 16 in a linear layer (below that, other kernels are used); 8 per thread where
+  rows are split across threads. Hence `_min_rows`, and the flat batch's padding in `model.py`. Some
+  CPUs need more for wide rows (an Intel of model 167: width / 24), which `_fewest_rows` measures;
 - scores reduce over the head dimension in order, so zeros before and after a head change nothing,
   and `Decode` may fold several heads into one product (below) where `Prefill` does not;
-- softmax and values reduce over the context, padded with exact zeros up to a multiple of 16; the
-  product with the values is cut into blocks of 128 keys, since the library itself cuts longer ones
+- softmax and values reduce over the context, padded with exact zeros to a multiple of 16; the
+  product with the values is computed in blocks of 128 keys, because the library splits longer ones
   at a point that depends on their total length.
 
-**Folding.** One decode token and head is a (1, D) by (D, L) product: 3 us of call for 0.3 us of
-memory traffic, and the wrong kernel. `fold` key heads become one (fold * group, fold * D) product
-with a block-diagonal query: more multiplications, by exact zeros, and a quarter of the time.
+**Folding.** One decode token and head is a (1, D) by (D, L) product: 3 us of call overhead for
+0.3 us of memory traffic, and the wrong kernel. `fold` key heads become one (fold * group, fold * D)
+product with a block-diagonal query: more multiplications, by exact zeros, in a quarter of the time.
 """
 
 from __future__ import annotations
@@ -42,16 +41,16 @@ from rayrl.errors import ConfigError
 
 __all__ = ["NAME", "Decode", "Geometry", "KVSlab", "Prefill", "Step", "attention"]
 
-NAME = "rayrl_slab"  # what the function is registered as
+NAME = "rayrl_slab"  # under which `attention` is registered with transformers
 MIN_ROWS = 4
-MANY_ROWS = 64  # with so many a product's kernel is the one for large ones
-PAD = 16  # contexts are padded to a multiple of it
+MANY_ROWS = 64  # enough rows for a product to use the kernel for large ones
+PAD = 16  # contexts are padded to a multiple of this
 KEY_BLOCK = 128
 TILE = 32  # new tokens of one conversation in one prefill product
 TILES = 16  # tiles in one prefill product
-NEIGHBOURS = 4  # conversations side by side that are worth a prefill product without a copy
+NEIGHBOURS = 4  # adjacent slots from which a prefill product without a copy pays off
 SLOTS = 32  # conversations in one decode product: their keys fit a core's cache
-GAP = 3  # idle slots in a row that end a decode block: cheaper to compute fewer than to split
+GAP = 3  # largest step between the slots of a decode block; computing the idle ones beats a split
 
 Ints = NDArray[np.int64]
 
@@ -67,12 +66,12 @@ class Geometry:
 
     @property
     def group(self) -> int:
-        """Query heads of one key head."""
+        """Query heads per key head."""
         return self.heads // self.kv_heads
 
     @property
     def fold(self) -> int:
-        """The fewest key heads that give a decode product `MIN_ROWS` query rows, if any do."""
+        """Fewest key heads that give a decode product `MIN_ROWS` query rows; all if none do."""
         for fold in range(1, self.kv_heads + 1):
             if self.kv_heads % fold == 0 and fold * self.group >= MIN_ROWS:
                 return fold
@@ -80,18 +79,18 @@ class Geometry:
 
     @property
     def folds(self) -> int:
-        """Products a token needs: key heads / fold."""
+        """Products per token: key heads / fold."""
         return self.kv_heads // self.fold
 
     def slot_bytes(self, max_len: int) -> int:
-        """fp32 keys and values of one conversation."""
+        """Bytes of one conversation's fp32 keys and values."""
         return self.layers * 2 * self.kv_heads * self.head_dim * 4 * max_len
 
 
 class KVSlab:
     """Keys and values of every conversation: per layer (slots, folds, max_len, fold * D) fp32.
 
-    Memory is taken from the system as it is first written, not when the slab is made.
+    The system allocates memory when it is first written, not when the slab is created.
     """
 
     def __init__(self, geometry: Geometry, slots: int, max_len: int) -> None:
@@ -111,28 +110,28 @@ class KVSlab:
             slab[:, target, :, :length].copy_(slab[:, source, :, :length])
 
     def rows(self, slots: Ints, positions: Ints) -> Tensor:
-        """Where positions lie, (n * folds,), in a layer seen as rows of fold * D numbers."""
+        """Return the rows (n * folds,) of positions in a layer viewed as rows of fold * D."""
         folds = self.geometry.folds
         heads = slots[:, None] * folds + np.arange(folds)  # (n, folds)
         return torch.from_numpy((heads * self.max_len + positions[:, None]).reshape(-1))
 
-    def write(self, layer: int, at: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Write keys and values (n, kv_heads, D) to `at`, from `rows`."""
+    def write(self, layer: int, rows: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Write keys and values (n, kv_heads, D) to the rows returned by `rows`."""
         width = self.keys.shape[-1]
         for slab, new in ((self.keys, keys), (self.values, values)):
-            slab[layer].view(-1, width).index_copy_(0, at, new.reshape(-1, width))
+            slab[layer].view(-1, width).index_copy_(0, rows, new.reshape(-1, width))
 
 
 class Step(Protocol):
     """The conversations of one forward pass."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store k, v (T, kv_heads, D), attend with scaled q (T, heads, D); gives (T, heads, D)."""
+        """Store k, v (T, kv_heads, D) and attend with scaled q (T, heads, D); same shape as q."""
         ...
 
 
 def _values(probs: Tensor, values: Tensor) -> Tensor:
-    """`probs` (B, M, L) times `values` (B, L, D) in blocks of keys: the same bits for any L."""
+    """Multiply `probs` (B, M, L) and `values` (B, L, D) in key blocks: the same bits for any L."""
     length = values.shape[1]
     first = min(KEY_BLOCK, length)
     total = torch.bmm(probs[:, :, :first], values[:, :first])
@@ -148,10 +147,10 @@ def _padded(length: int) -> int:
 
 @cache
 def _fewest_rows(width: int, threads: int) -> int:
-    """Query rows, `width` wide, from which on a product has the bits of one with many rows."""
-    numbers = torch.Generator().manual_seed(0)
-    query = torch.randn(threads, MANY_ROWS, width, generator=numbers)
-    key = torch.randn(threads, 4 * PAD, width, generator=numbers).transpose(1, 2)
+    """Measure from how many query rows on a product has the same bits as one with many rows."""
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(threads, MANY_ROWS, width, generator=generator)
+    key = torch.randn(threads, 4 * PAD, width, generator=generator).transpose(1, 2)
     many = torch.bmm(query, key)
     for rows in range(MANY_ROWS - 1, MIN_ROWS - 1, -1):
         if not torch.equal(torch.bmm(query[:, :rows].contiguous(), key), many[:, :rows]):
@@ -160,16 +159,16 @@ def _fewest_rows(width: int, threads: int) -> int:
 
 
 def _min_rows(batches: int, width: int) -> int:
-    """Query rows a product needs; the library cuts the rows of one that has few batches."""
+    """Return the query rows a product needs; torch splits the rows of one with few batches."""
     threads = torch.get_num_threads()
     rows = _fewest_rows(width, threads)
     return rows if batches >= threads else max(rows, 8) * threads
 
 
 class Decode:
-    """One new token for each of `slots`, which ascend; `positions` is where each token goes.
+    """One new token, at `positions`, for each of `slots` in ascending order.
 
-    Slots are taken in blocks of neighbours, as views of the slab: nothing is gathered.
+    Blocks of nearby slots are attended to as views of the slab: nothing is gathered.
     """
 
     def __init__(self, slab: KVSlab, slots: Ints, positions: Ints) -> None:
@@ -179,33 +178,31 @@ class Decode:
         self._blocks: list[tuple[int, int, int, int]] = []  # first slot, rows [a, b), context
         starts = [0]
         for i in range(1, len(slots)):
-            jumps = slots[i] - slots[i - 1] > GAP
-            if jumps or slots[i] - slots[starts[-1]] >= SLOTS:
+            if slots[i] - slots[i - 1] > GAP or slots[i] - slots[starts[-1]] >= SLOTS:
                 starts.append(i)
-        place = np.empty(len(slots), dtype=np.int64)
+        rows = np.empty(len(slots), dtype=np.int64)  # each token's row among the blocks' slots
         size = 0
         for start, stop in zip(starts, [*starts[1:], len(slots)], strict=True):
             first, last = int(slots[start]), int(slots[stop - 1])
-            place[start:stop] = size + slots[start:stop] - first
+            rows[start:stop] = size + slots[start:stop] - first
             context = _padded(int(positions[start:stop].max()) + 1)
             self._blocks.append((first, size, size + last - first + 1, context))
             size += last - first + 1
-        self._place = torch.from_numpy(place)
-        seen = np.zeros(size, dtype=np.int64)
-        seen[place] = positions
-        longest = max(block[3] for block in self._blocks)
-        hidden = np.arange(longest) > seen[:, None]  # (size, L)
+        self._token_rows = torch.from_numpy(rows)
+        row_positions = np.zeros(size, dtype=np.int64)
+        row_positions[rows] = positions
+        longest = max(context for *_, context in self._blocks)
+        hidden = np.arange(longest) > row_positions[:, None]  # (size, L)
         mask = np.where(hidden, np.float32(-np.inf), np.float32(0)).repeat(g.folds, axis=0)
         self._mask = torch.from_numpy(mask)[:, None]  # (size * folds, 1, L)
         fewest = min(stop - start for _, start, stop, _ in self._blocks) * g.folds
         width = g.fold * g.head_dim
-        rows = max(g.fold * g.group, _min_rows(fewest, width))
-        self._rows = rows
-        self._q = torch.zeros(size, g.folds, rows, width)
-        self._out = torch.empty(size * g.folds, rows, width)
+        self._query_rows = max(g.fold * g.group, _min_rows(fewest, width))
+        self._q = torch.zeros(size, g.folds, self._query_rows, width)
+        self._out = torch.empty(size * g.folds, self._query_rows, width)
 
     def _diagonal(self, folded: Tensor) -> Tensor:
-        """Each head's own part of (n, folds, rows, fold * D), a view (n, folds, group, D, fold)."""
+        """View the diagonal blocks of (n, folds, rows, fold * D) as (n, folds, group, D, fold)."""
         g = self.slab.geometry
         heads = folded[:, :, : g.fold * g.group]
         parts = heads.view(len(folded), g.folds, g.fold, g.group, g.fold, g.head_dim)
@@ -217,19 +214,19 @@ class Decode:
         slab.write(layer, self._write_at, k, v)
         count = len(q)
         query = q.reshape(count, g.folds, g.fold, g.group, g.head_dim).permute(0, 1, 3, 4, 2)
-        self._diagonal(self._q)[self._place] = query
-        folded = self._q.view(-1, self._rows, self._q.shape[-1])
+        self._diagonal(self._q)[self._token_rows] = query
+        folded = self._q.view(-1, self._query_rows, self._q.shape[-1])
         keys, values = slab.keys[layer], slab.values[layer]
         for first, start, stop, context in self._blocks:
             part = slice(start * g.folds, stop * g.folds)
             block = slice(first, first + stop - start)
             key = keys[block, :, :context].flatten(0, 1)  # (B, L, fold * D), a view
             value = values[block, :, :context].flatten(0, 1)
-            mask = self._mask[part, :, :context].expand(-1, self._rows, -1)
+            mask = self._mask[part, :, :context].expand(-1, self._query_rows, -1)
             probs = torch.baddbmm(mask, folded[part], key.transpose(1, 2)).softmax(-1)
             self._out[part] = _values(probs, value)
-        own = self._diagonal(self._out.view(-1, g.folds, self._rows, self._q.shape[-1]))
-        return own[self._place].permute(0, 1, 4, 2, 3).reshape(count, g.heads, g.head_dim)
+        out = self._diagonal(self._out.view(-1, g.folds, self._query_rows, self._q.shape[-1]))
+        return out[self._token_rows].permute(0, 1, 4, 2, 3).reshape(count, g.heads, g.head_dim)
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,42 +234,42 @@ class _Tiles:
     """One prefill product: n pieces, each at most TILE new tokens of one conversation."""
 
     tokens: Tensor  # (n, tile) flat index of each token; padding repeats the piece's last one
-    kept: Tensor  # places in (n * tile,) that are not padding
-    targets: Tensor  # their flat index
-    slots: slice | Tensor  # neighbours in the slab, or (n,)
+    unpadded: Tensor  # indices into (n * tile,) that are not padding
+    targets: Tensor  # their flat indices
+    slots: slice | Tensor  # adjacent slots of the slab, or (n,)
     context: int
     mask: Tensor  # (n * folds, tile * group, L)
 
 
-_Piece = tuple[int, int, int, int]  # slot, position of its first token, its flat index, how many
+_Piece = tuple[int, int, int, int]  # slot, first token's position, its flat index, token count
 
 
-def _together(pieces: list[_Piece]) -> list[list[_Piece]]:
-    """Pieces for each product: neighbours in the slab, which need no copy, then what is left."""
+def _group_pieces(pieces: list[_Piece]) -> list[list[_Piece]]:
+    """Group pieces into products: adjacent slots, which need no copy, then the remaining ones."""
     products: list[list[_Piece]] = []
-    alone: list[_Piece] = []
+    scattered: list[_Piece] = []
     run: list[_Piece] = []
     for piece in [*sorted(pieces), None]:
         if run and (piece is None or piece[0] != run[-1][0] + 1 or len(run) == TILES):
             if len(run) >= NEIGHBOURS:
                 products.append(run)
             else:
-                alone += run
+                scattered += run
             run = []
         if piece is not None:
             run.append(piece)
-    alone.sort(key=lambda piece: piece[1] + piece[3])  # alike contexts: less padding
-    return products + [alone[at : at + TILES] for at in range(0, len(alone), TILES)]
+    scattered.sort(key=lambda piece: piece[1] + piece[3])  # similar contexts need less padding
+    return products + [scattered[at : at + TILES] for at in range(0, len(scattered), TILES)]
 
 
 class Prefill:
-    """New tokens of several conversations, each computed once however many of them share it.
+    """New tokens of several conversations, each computed once even if several share it.
 
     Args:
-        runs: per conversation with tokens of its own: (slot, position of its first, flat index of
-            its first, how many).
-        source, slots, positions: (W,) each: token `source` of the flat batch belongs to that slot
-            at that position; a token shared by siblings appears once for each.
+        runs: (slot, first position, first flat index, count) of the tokens to compute in each slot;
+            see `FlatPrompts.runs`.
+        source, slots, positions: (W,) each: token `source` of the flat batch is written to that
+            slot and position; a shared token appears once per conversation.
     """
 
     def __init__(
@@ -292,25 +289,25 @@ class Prefill:
             for slot, position, token, count in runs
             for done in range(0, count, size)
         ]
-        self._products = [self._tiles(part) for part in _together(pieces)]
+        self._products = [self._tiles(part) for part in _group_pieces(pieces)]
 
     def _tiles(self, pieces: list[_Piece]) -> _Tiles:
         g = self.slab.geometry
         slot, position, token, count = np.array(pieces, dtype=np.int64).T
         tile = max(int(count.max()), _min_rows(len(pieces) * g.folds, g.head_dim))
         step = np.minimum(np.arange(tile), count[:, None] - 1)  # (n, tile)
-        kept = np.flatnonzero(np.arange(tile) < count[:, None])
+        unpadded = np.flatnonzero(np.arange(tile) < count[:, None])
         tokens = token[:, None] + step
         context = _padded(int((position + count).max()))
         hidden = np.arange(context) > (position[:, None] + step)[..., None]  # (n, tile, L)
         mask = np.where(hidden, np.float32(-np.inf), np.float32(0))
         mask = mask.repeat(g.group, axis=1).repeat(g.folds, axis=0)
-        neighbours = bool((np.diff(slot) == 1).all())
+        adjacent = bool((np.diff(slot) == 1).all())
         return _Tiles(
             torch.from_numpy(tokens),
-            torch.from_numpy(kept),
-            torch.from_numpy(tokens.reshape(-1)[kept]),
-            slice(int(slot[0]), int(slot[-1]) + 1) if neighbours else torch.from_numpy(slot),
+            torch.from_numpy(unpadded),
+            torch.from_numpy(tokens.reshape(-1)[unpadded]),
+            slice(int(slot[0]), int(slot[-1]) + 1) if adjacent else torch.from_numpy(slot),
             context,
             torch.from_numpy(mask),
         )
@@ -336,7 +333,7 @@ class Prefill:
                 mixed[head] = _values(scores.softmax(-1), value[:, :, part])
             mixed = mixed.view(g.fold, n, g.folds, tile, g.group, g.head_dim)
             mixed = mixed.permute(1, 3, 2, 0, 4, 5).reshape(n * tile, g.heads, g.head_dim)
-            out[t.targets] = mixed[t.kept]
+            out[t.targets] = mixed[t.unpadded]
         return out
 
 
@@ -352,18 +349,18 @@ def attention(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """The function registered with transformers: q (1, heads, T, D), k and v (1, kv_heads, T, D).
+    """Attend with q (1, heads, T, D), k and v (1, kv_heads, T, D), as transformers calls it.
 
-    The last rows beyond `rayrl_tokens` only pad the batch, and get zeros.
+    Rows from `rayrl_tokens` on are padding of the batch, and get zeros.
 
     Raises:
-        ConfigError: the model wants something of its attention that this one does not have.
+        ConfigError: the model needs an attention feature that this function lacks.
     """
-    wanted = [n for n in ("sliding_window", "softcap", "s_aux") if options.get(n) is not None]
-    if rayrl_step is None or attention_mask is not None or wanted:
+    unsupported = [n for n in ("sliding_window", "softcap", "s_aux") if options.get(n) is not None]
+    if rayrl_step is None or attention_mask is not None or unsupported:
         raise ConfigError(
-            f"model.path: {type(module).__name__} needs attention the embedded engine does not have"
-            + (f" ({', '.join(wanted)})" if wanted else "")
+            f"model.path: {type(module).__name__} needs attention the embedded engine lacks"
+            + (f" ({', '.join(unsupported)})" if unsupported else "")
             + "; choose a model with plain causal attention in every layer, such as a Llama"
         )
     q, k, v = (x[0].transpose(0, 1)[:rayrl_tokens] for x in (query, key, value))

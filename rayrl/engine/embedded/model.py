@@ -1,4 +1,4 @@
-"""A Hugging Face causal LM as the embedded engine runs it: flat tokens in, logits of some out."""
+"""A Hugging Face causal LM over a flat batch of tokens, with logits at selected tokens only."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from rayrl.weights.flat import Manifest, checksum, flatten, unflatten
 __all__ = ["FlatModel"]
 
 Ints = NDArray[np.int64]
-MIN_TOKENS = 16  # rows of every linear layer: with fewer, or 8 a thread, the bits change
+MIN_TOKENS = 16  # rows of every linear layer: with fewer, or fewer than 8 per thread, bits change
 PROBE_TOLERANCE = 1e-3
 
 
 class FlatModel:
-    """Runs `model` (a transformers `*ForCausalLM`, fp32, CPU) through `attention`.
+    """Run `model` (a transformers `*ForCausalLM`, fp32, CPU) through `attention`.
 
     Args:
-        max_len: ids of one conversation; 0: what the model's positions allow.
+        max_len: maximum ids per conversation; 0: as many as the model has positions.
 
     Raises:
-        ConfigError: the architecture does not go through transformers' attention interface with
-            plain causal attention in every layer.
+        ConfigError: the architecture does not use transformers' attention interface with plain
+            causal attention in every layer.
     """
 
     def __init__(self, model: Any, max_len: int = 0) -> None:
@@ -44,7 +44,7 @@ class FlatModel:
 
     @property
     def max_len(self) -> int:
-        """Ids the model's positions allow in one conversation."""
+        """Number of positions of the model: the maximum ids per conversation."""
         return int(self.config.max_position_embeddings)
 
     @torch.inference_mode()
@@ -55,56 +55,56 @@ class FlatModel:
         positions: NDArray[np.int64],
         at: NDArray[np.int64],
     ) -> Tensor:
-        """Logits (n, vocabulary) after the flat tokens `at` (n,), of tokens ids, positions (T,)."""
-        count, kept = len(ids), len(at)
-        least = max(MIN_TOKENS, 8 * torch.get_num_threads())
-        short = max(least - count, 0)
-        flat = torch.from_numpy(np.pad(ids, (0, short)))[None]
-        where = torch.from_numpy(np.pad(positions, (0, short)))[None]
-        keep = torch.from_numpy(np.pad(at, (0, max(least - kept, 0))))
+        """Run the tokens `ids`, `positions` (T,).
+
+        Returns:
+            Logits (n, vocabulary) at the flat indices `at` (n,).
+        """
+        min_rows = max(MIN_TOKENS, 8 * torch.get_num_threads())
+        padding = (0, max(min_rows - len(ids), 0))
         out = self.model(
-            input_ids=flat,
-            position_ids=where,
+            input_ids=torch.from_numpy(np.pad(ids, padding))[None],
+            position_ids=torch.from_numpy(np.pad(positions, padding))[None],
             use_cache=False,
-            logits_to_keep=keep,
+            logits_to_keep=torch.from_numpy(np.pad(at, (0, max(min_rows - len(at), 0)))),
             rayrl_step=step,
-            rayrl_tokens=count,
+            rayrl_tokens=len(ids),
         )
-        logits: Tensor = out.logits[0, :kept]
+        logits: Tensor = out.logits[0, : len(at)]
         return logits
 
     @torch.inference_mode()
     def load(self, flat: NDArray[np.uint8], manifest: Manifest) -> str:
-        """Copy new weights in place; the checksum of what the parameters hold afterwards.
+        """Copy new weights in place; returns the checksum of the parameters afterwards.
 
         Raises:
-            DataError: names or shapes are not this model's; nothing has been changed then.
+            DataError: names or shapes are not those of this model; nothing has changed then.
         """
-        held = self.model.state_dict()
+        current = self.model.state_dict()
         new = unflatten(flat, manifest)
-        unknown = [name for name in new if name not in held]
-        filled = {held[name].data_ptr() for name in new if name in held}
-        missing = [name for name, t in held.items() if t.data_ptr() not in filled]
-        wrong = [n for n in new if n in held and held[n].shape != new[n].shape]
-        if unknown or missing or wrong:
+        unknown = [name for name in new if name not in current]
+        filled = {current[name].data_ptr() for name in new if name in current}
+        missing = [name for name, t in current.items() if t.data_ptr() not in filled]
+        reshaped = [n for n in new if n in current and current[n].shape != new[n].shape]
+        if unknown or missing or reshaped:
             raise DataError(
-                f"weights do not fit {type(self.model).__name__}: unknown {unknown[:3]}, "
-                f"missing {missing[:3]}, other shape {wrong[:3]}; push the same architecture"
+                f"weights do not match {type(self.model).__name__}: unknown {unknown[:3]}, "
+                f"missing {missing[:3]}, other shape {reshaped[:3]}; push the same architecture"
             )
         for name, tensor in new.items():
-            held[name].copy_(tensor)
-        kept, _ = flatten((name, held[name].to(new[name].dtype)) for name in new)
-        return checksum(kept)
+            current[name].copy_(tensor)
+        loaded, _ = flatten((name, current[name].to(new[name].dtype)) for name in new)
+        return checksum(loaded)
 
     def _probe(self) -> None:
-        """Two short conversations, flat, must give what transformers' own attention gives."""
+        """Compare logits of two short conversations with those of transformers' own attention."""
         layers: set[int] = set()
         ids = np.arange(8, dtype=np.int64) % self.vocab_size
         slab = KVSlab(self.geometry, 2, 16)
-        places = np.arange(8)
-        step = Prefill(slab, [(0, 0, 0, 4), (1, 0, 4, 4)], places, places // 4, places % 4)
+        index = np.arange(8)
+        step = Prefill(slab, [(0, 0, 0, 4), (1, 0, 4, 4)], index, index // 4, index % 4)
 
-        class Counting:
+        class RecordingStep:
             def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
                 layers.add(layer)
                 return step.attend(layer, q, k, v)
@@ -114,11 +114,13 @@ class FlatModel:
             with torch.inference_mode():
                 theirs = self.model(input_ids=torch.from_numpy(ids).view(2, 4), use_cache=False)
             self.model.set_attn_implementation(NAME)
-            ours = self.logits(Counting(), ids, places % 4, places)
+            ours = self.logits(RecordingStep(), ids, index % 4, index)
         except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
             raise _refusal(self.model, f"a probe failed: {error}") from error
         if len(layers) != self.geometry.layers:
-            raise _refusal(self.model, f"{len(layers)} of {self.geometry.layers} layers attend")
+            raise _refusal(
+                self.model, f"only {len(layers)} of {self.geometry.layers} layers have attention"
+            )
         gap = float((ours - theirs.logits.flatten(0, 1)).abs().max())
         if not gap <= PROBE_TOLERANCE:
             raise _refusal(self.model, f"its logits differ from transformers' by {gap:.2g}")
@@ -132,7 +134,7 @@ def _refusal(model: Any, why: str) -> ConfigError:
 
 
 def _geometry(model: Any, config: Any, max_len: int) -> Geometry:
-    """The attention's shapes, or a refusal that says what the engine does not have."""
+    """Read the attention's shapes from the config; raises ConfigError for unsupported models."""
     if any(p.dtype != torch.float32 or p.device.type != "cpu" for p in model.parameters()):
         raise _refusal(model, "it is not float32 on the CPU")
     if "logits_to_keep" not in inspect.signature(model.forward).parameters:
@@ -142,11 +144,12 @@ def _geometry(model: Any, config: Any, max_len: int) -> Geometry:
         raise _refusal(model, f"layers of type {', '.join(sorted(kinds))}")
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":
-        # Turns all positions of a pass by its last one; keys that are kept were turned otherwise.
-        # The dynamic kind does so beyond all positions that the config names, which `max_len` ends.
+        # Rotates all positions of a pass by a factor that depends on the longest one, so cached
+        # keys would have another rotation. Dynamic RoPE does so only beyond the config's positions,
+        # which `max_len` excludes.
         short = int(rope["original_max_position_embeddings"])
         if not 0 < max_len <= short:
-            raise _refusal(model, f"LongRoPE, exact with 0 < engine.max_len <= {short} alone")
+            raise _refusal(model, f"LongRoPE is exact only with 0 < engine.max_len <= {short}")
     heads = int(config.num_attention_heads)
     kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
     head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)

@@ -1,4 +1,4 @@
-"""Prompts as one flat batch in which what siblings share appears once."""
+"""Prompts as one flat batch in which a shared prefix appears once."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class FlatPrompts:
-    """T distinct tokens to compute, and the W places where they belong (W >= T).
+    """T distinct tokens to compute, and the W >= T slab entries that they are written to.
 
     Attributes:
-        ids: (T,). positions: (T,) in their conversation. last: flat index of each prompt's last id.
-        runs: (slot, position of its first, flat index of its first, how many) of the tokens that
-            appear first in that prompt; they follow each other.
-        source: (W,) flat index; slots, places: (W,) where in the slab it belongs.
+        ids: (T,) token ids.
+        positions: (T,) positions in their conversation.
+        last: (prompts,) flat index of each prompt's last id.
+        runs: (slot, first position, first flat index, count) of the consecutive tokens that no
+            earlier prompt has, for each prompt with such tokens.
+        source: (W,) flat index of the token for each slab entry.
+        target_slots, target_positions: (W,) slot and position of each slab entry.
     """
 
     ids: Ints
@@ -29,14 +32,14 @@ class FlatPrompts:
     last: Ints
     runs: list[tuple[int, int, int, int]]
     source: Ints
-    slots: Ints
-    places: Ints
+    target_slots: Ints
+    target_positions: Ints
 
 
 def flatten_prompts(prompts: Sequence[tuple[int, Ints, int]]) -> FlatPrompts:
-    """The ids of (slot, prompt, how many are cached) that are not cached, each prefix once."""
-    # A node is a distinct (all ids before, id) and its number is the token's flat index. Roots are
-    # the cached prefixes, numbered below zero.
+    """Flatten the uncached ids of (slot, prompt, cached ids) triples, each shared prefix once."""
+    # A trie: a node is a distinct (all ids before, id), numbered by the token's flat index. Roots
+    # are the cached prefixes, numbered below zero.
     nodes: dict[tuple[int, int], int] = {}
     roots: dict[bytes, int] = {}
     ids: list[int] = []
@@ -56,13 +59,13 @@ def flatten_prompts(prompts: Sequence[tuple[int, Ints, int]]) -> FlatPrompts:
         if len(ids) > first:
             runs.append((slot, positions[first], first, len(ids) - first))
         last.append(node)
-    each = [(slot, cached, len(prompt) - cached) for slot, prompt, cached in prompts]
+    spans = [(slot, cached, len(prompt) - cached) for slot, prompt, cached in prompts]
     return FlatPrompts(
         np.array(ids),
         np.array(positions),
         np.array(last),
         runs,
         np.array(source),
-        np.concatenate([np.full(count, slot) for slot, _, count in each]),
-        np.concatenate([np.arange(cached, cached + count) for _, cached, count in each]),
+        np.concatenate([np.full(count, slot) for slot, _, count in spans]),
+        np.concatenate([np.arange(cached, cached + count) for _, cached, count in spans]),
     )

@@ -1,8 +1,8 @@
-"""Drawing the next ids: vectorised over rows, and each row's draw depends on that row alone.
+"""Sample next ids, vectorized over rows; each row's sample depends on that row alone.
 
-A draw's only randomness is one number in [0, 1) hashed from the request's seed and the position in
-its completion (splitmix64; Steele, Lea and Flood 2014, "Fast splittable pseudorandom number
-generators"), so it does not matter what else is in the batch or when the request came.
+The only randomness is one number in [0, 1) per sample, hashed from the request's seed and the
+position in its completion (splitmix64; Steele, Lea and Flood 2014, "Fast splittable pseudorandom
+number generators"), so neither the rest of the batch nor a request's time of arrival matters.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def uniform(seeds: NDArray[np.uint64], positions: NDArray[np.int64]) -> NDArray[np.float64]:
-    """One number in [0, 1) for each seed and position, (n,); multiples of 2**-52.
+    """Hash each seed and position to a number in [0, 1), (n,); multiples of 2**-52.
 
     52 bits and not 53, so that u * total < total for every float64 total after rounding.
     """
@@ -42,7 +42,7 @@ def uniform(seeds: NDArray[np.uint64], positions: NDArray[np.int64]) -> NDArray[
 
 @dataclass(frozen=True, slots=True)
 class SamplingBatch:
-    """How each of n rows is drawn, all (n,). Temperature 0 is greedy; top_k 0, top_p 1 are off."""
+    """Sampling parameters of n rows, all (n,). Temperature 0: greedy; top_k 0, top_p 1: off."""
 
     temperature: NDArray[np.float32]
     top_k: NDArray[np.int64]
@@ -51,82 +51,83 @@ class SamplingBatch:
     positions: NDArray[np.int64]
 
 
-def sample(logits: Tensor, draws: SamplingBatch) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """The next id of each row and its log-probability under the distribution it was drawn from.
+def sample(logits: Tensor, batch: SamplingBatch) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Sample each row's next id; also return its logprob under the distribution sampled from.
 
-    top-k keeps the k most probable ids (ties: the smaller id); then top-p keeps the fewest most
-    probable ids that have at least probability top_p together.
+    top-k keeps the k most probable ids (ties: the smaller id); then top-p keeps the smallest set of
+    most probable ids whose total probability is at least top_p.
 
     Args:
         logits: (n, vocabulary) fp32.
 
     Returns:
-        ids (n,), and natural-log probabilities (n,), 0 where greedy.
+        ids (n,), and natural-log probabilities (n,), 0 for greedy rows.
 
     Raises:
-        NumericsError: a logit is not a number, or infinite.
+        NumericsError: a row's largest logit is NaN or infinite.
     """
     best, argmax = logits.max(-1)
     if not bool(best.isfinite().all()):
         raise NumericsError("the model's logits are not finite; its weights have diverged")
-    greedy = draws.temperature == 0
+    greedy = batch.temperature == 0
     if greedy.all():
         return argmax.numpy(), np.zeros(len(logits), dtype=np.float32)
-    warm = np.where(greedy, np.float32(1), draws.temperature)
-    logits = logits / torch.from_numpy(warm)[:, None]
-    u = torch.from_numpy(uniform(draws.seeds, draws.positions))
-    cut = ~greedy & ((draws.top_k > 0) | (draws.top_p < 1))
-    if not cut.any():
+    temperature = np.where(greedy, np.float32(1), batch.temperature)
+    logits = logits / torch.from_numpy(temperature)[:, None]
+    u = torch.from_numpy(uniform(batch.seeds, batch.positions))
+    truncated = ~greedy & ((batch.top_k > 0) | (batch.top_p < 1))
+    if not truncated.any():
         ids, logprobs = _draw(logits.log_softmax(-1), u)
     else:
         ids = torch.empty(len(logits), dtype=torch.int64)
         logprobs = torch.empty(len(logits))
-        whole, part = torch.from_numpy(np.flatnonzero(~cut)), torch.from_numpy(np.flatnonzero(cut))
-        if len(whole):
-            ids[whole], logprobs[whole] = _draw(logits[whole].log_softmax(-1), u[whole])
-        top_k, top_p = torch.from_numpy(draws.top_k)[part], torch.from_numpy(draws.top_p)[part]
-        kept, order = _truncate(logits[part], top_k, top_p)
-        places, logprobs[part] = _draw(kept, u[part])
-        ids[part] = order.gather(1, places[:, None])[:, 0]
+        full = torch.from_numpy(np.flatnonzero(~truncated))
+        part = torch.from_numpy(np.flatnonzero(truncated))
+        if len(full):
+            ids[full], logprobs[full] = _draw(logits[full].log_softmax(-1), u[full])
+        top_k, top_p = torch.from_numpy(batch.top_k)[part], torch.from_numpy(batch.top_p)[part]
+        ordered, order = _truncate(logits[part], top_k, top_p)
+        ranks, logprobs[part] = _draw(ordered, u[part])
+        ids[part] = order.gather(1, ranks[:, None])[:, 0]
     if greedy.any():
-        cold = torch.from_numpy(greedy)
-        ids = torch.where(cold, argmax, ids)
-        logprobs = logprobs.masked_fill(cold, 0.0)
+        is_greedy = torch.from_numpy(greedy)
+        ids = torch.where(is_greedy, argmax, ids)
+        logprobs = logprobs.masked_fill(is_greedy, 0.0)
     return ids.numpy(), logprobs.numpy()
 
 
 def raw_logprobs(
     logits: Tensor, ids: NDArray[np.int64], top: NDArray[np.int64]
 ) -> tuple[NDArray[np.float32], list[Alternatives]]:
-    """The model's own log-probabilities: before temperature, top-k and top-p.
+    """Return the model's own logprobs: before temperature, top-k and top-p.
 
     Args:
         logits: (n, vocabulary) fp32.
-        ids: (n,) what was sampled.
-        top: (n,) how many of the most probable ids each row wants told.
+        ids: (n,) sampled ids.
+        top: (n,) number of most probable ids to return per row.
 
     Returns:
-        (n,) of the sampled ids, and for each row its alternatives.
+        (n,) logprobs of the sampled ids, and the most probable ids of each row.
     """
     norm = logits.logsumexp(-1)  # (n,)
-    chosen = logits.gather(1, torch.from_numpy(ids)[:, None])[:, 0] - norm
+    sampled = logits.gather(1, torch.from_numpy(ids)[:, None])[:, 0] - norm
     alternatives: list[Alternatives] = [()] * len(logits)
     for row in np.flatnonzero(top):
-        best, places = logits[row].topk(min(int(top[row]), logits.shape[1]))
-        pairs = zip(places.tolist(), (best - norm[row]).tolist(), strict=True)
+        best, best_ids = logits[row].topk(min(int(top[row]), logits.shape[1]))
+        pairs = zip(best_ids.tolist(), (best - norm[row]).tolist(), strict=True)
         alternatives[row] = tuple(pairs)
-    return chosen.numpy(), alternatives
+    return sampled.numpy(), alternatives
 
 
 def _draw(logprobs: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """Inverse of the cumulative distribution, in float64: ids (n,) and their logprobs (n,)."""
+    """Invert the cumulative distribution in float64: ids (n,) and their logprobs (n,)."""
     cumulative = logprobs.double().exp_().cumsum(-1)
     ids = torch.searchsorted(cumulative, (u * cumulative[:, -1])[:, None], right=True)
     return ids[:, 0], logprobs.gather(1, ids)[:, 0]
 
 
 def _truncate(logits: Tensor, top_k: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities in falling order, -inf where cut, and the ids in that order."""
+    """Return logprobs in descending order, -inf where truncated, and the ids in that order."""
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(logits.shape[1])
     limit = torch.where(top_k > 0, top_k, logits.shape[1])

@@ -1,8 +1,8 @@
-"""Versions of a low-rank adapter that one vLLM serves, over weights that stay as they are.
+"""Versions of a LoRA adapter that one vLLM serves over constant base weights.
 
-A version is an adapter of vLLM's own: requests name the one they began with, keys and values are
-cached apart for each, and nothing stops while a new one is loaded. Two are held at once, the newest
-and one that earlier requests still end on.
+vLLM sees each version as an adapter of its own: a request names the one it started with, the KV
+cache is separate for each, and nothing stops while a new one loads. At most two are loaded, the
+newest and one that earlier requests finish on.
 """
 
 from __future__ import annotations
@@ -31,30 +31,29 @@ if TYPE_CHECKING:
 
 __all__ = ["FILE", "Adapters", "engine_args", "file_names"]
 
-HELD = 2
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM makes room for
+MAX_LOADED = 2
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values that vLLM's max_lora_rank can have
 FILE = "adapter_model.safetensors"
 
 
 def engine_args(config: LoraConfig) -> dict[str, Any]:
-    """What vLLM is started with, to take adapters of this rank."""
-    rank = next((one for one in RANKS if one >= config.rank), config.rank)
+    """Return the arguments with which vLLM must be started to serve adapters of this rank."""
     return {
         "enable_lora": True,
-        "max_lora_rank": rank,
-        "max_loras": HELD,
-        "max_cpu_loras": HELD,
+        "max_lora_rank": next((rank for rank in RANKS if rank >= config.rank), config.rank),
+        "max_loras": MAX_LOADED,
+        "max_cpu_loras": MAX_LOADED,
     }
 
 
 def file_names(manifest: Manifest) -> dict[str, str]:
-    """Names as an adapter's file has them, by those that the learner's peft model gives them."""
+    """Map the names in the learner's peft model to those in an adapter file."""
     return {name: name.replace(".default.", ".") for name in manifest.names()}
 
 
 @dataclass(eq=False)
-class _Held:
-    """One version: its request for vLLM, and the names of requests that use it."""
+class _Loaded:
+    """One version: its `LoRARequest` for vLLM, and the names of the requests that use it."""
 
     request: Any
     users: set[str] = field(default_factory=set)
@@ -62,50 +61,55 @@ class _Held:
 
 
 class Adapters:
-    """Loads versions, and says which one a request gets.
+    """Load adapter versions, and assign the newest to each request.
 
     Args:
         llm: vLLM's `AsyncLLM`, started with `engine_args`.
-        config: of the adapters that will come.
+        config: rank and alpha of the adapters.
     """
 
     def __init__(self, llm: Any, config: LoraConfig) -> None:
         self._llm = llm
         self._config = config
-        self._held: list[_Held] = []  # the newest last
+        self._loaded: list[_Loaded] = []  # newest last
         self._count = 0
 
     @contextmanager
-    def using(self, name: str) -> Iterator[Any]:
-        """The newest version, as vLLM is asked for it, while request `name` is in flight.
+    def newest(self, name: str) -> Iterator[Any]:
+        """Yield the newest version's `LoRARequest`, in use while request `name` is in flight.
 
-        None before the first was loaded: a new adapter changes nothing.
+        Yields None before the first is loaded: an untrained adapter changes nothing.
         """
-        if not self._held:
+        if not self._loaded:
             yield None
             return
-        held = self._held[-1]
-        held.users.add(name)
+        loaded = self._loaded[-1]
+        loaded.users.add(name)
         try:
-            yield held.request
+            yield loaded.request
         finally:
-            held.users.discard(name)
-            if not held.users:
-                held.idle.set()
+            loaded.users.discard(name)
+            if not loaded.users:
+                loaded.idle.set()
 
     async def load(self, version: int, flat: NDArray[np.uint8], manifest: Manifest) -> str:
-        """Load a version; requests that come from now on use it.
+        """Load a version for later requests to use.
 
-        Waits, where it would be the third, until the first is not used any more.
+        If two are loaded already, waits until the older is no longer in use.
 
         Returns:
-            The checksum of what the workers found in the file that they loaded it from.
+            The checksum of the adapter file as the workers read it.
         """
         from vllm.lora.request import LoRARequest
 
-        while len(self._held) >= HELD:
-            await self._forget(self._held[0])
-        self._count += 1  # vLLM's ids are never used again, whatever version comes twice
+        while len(self._loaded) >= MAX_LOADED:
+            oldest = self._loaded[0]
+            while oldest.users:
+                oldest.idle.clear()
+                await oldest.idle.wait()
+            await self._llm.remove_lora(oldest.request.lora_int_id)
+            self._loaded.remove(oldest)
+        self._count += 1  # a new id for vLLM even if a version is pushed twice
         folder = tempfile.mkdtemp(prefix="rayrl-weights-", dir=memory_dir())
         try:
             await asyncio.to_thread(self._write, Path(folder), flat, manifest)
@@ -114,32 +118,25 @@ class Adapters:
                 raise InfraError(f"vLLM did not take the adapter of version {version}")
             args = (folder, to_wire([manifest]))
             digest, *others = await self._llm.collective_rpc("rayrl_adapter_checksum", args=args)
-        finally:  # it is held in memory now, and vLLM is never asked to hold a third
+        finally:  # vLLM has it in memory, and never evicts it for a third
             await asyncio.to_thread(shutil.rmtree, folder)
         if any(other != digest for other in others):
-            raise InfraError(f"workers hold different adapters: {[digest, *others]}")
-        self._held.append(_Held(request))
+            raise InfraError(f"workers loaded different adapters: {[digest, *others]}")
+        self._loaded.append(_Loaded(request))
         return str(digest)
 
     async def abort_older(self) -> None:
-        """Stop what is in flight on any version but the newest."""
-        names = [name for held in self._held[:-1] for name in held.users]
+        """Abort the requests in flight on any version but the newest."""
+        names = [name for loaded in self._loaded[:-1] for name in loaded.users]
         if names:
             await self._llm.abort(names)
 
-    async def _forget(self, held: _Held) -> None:
-        while held.users:
-            held.idle.clear()
-            await held.idle.wait()
-        await self._llm.remove_lora(held.request.lora_int_id)
-        self._held.remove(held)
-
     def _write(self, folder: Path, flat: NDArray[np.uint8], manifest: Manifest) -> None:
-        """An adapter as peft saves it."""
+        """Write the adapter as peft saves it."""
         from safetensors.torch import save_file
 
         names = file_names(manifest)
-        tensors = {names[name]: one for name, one in unflatten(flat, manifest).items()}
+        tensors = {names[name]: tensor for name, tensor in unflatten(flat, manifest).items()}
         save_file(tensors, folder / FILE)
         settings = {
             "peft_type": "LORA",

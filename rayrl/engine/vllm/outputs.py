@@ -1,4 +1,4 @@
-"""What vLLM says, in our terms: outputs as deltas, version spans, errors."""
+"""Translate vLLM's outputs, weight versions and errors into rayrl's types."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 from rayrl.errors import ConfigError, InfraError
 from rayrl.types import Alternatives, Delta, Finish, VersionSpan
 
-__all__ = ["delta", "errors_as_ours", "version_spans"]
+__all__ = ["to_delta", "translate_errors", "version_spans"]
 
 
 @contextmanager
-def errors_as_ours(session: str) -> Iterator[None]:
-    """vLLM's errors become ConfigError (the request) or InfraError (the engine)."""
+def translate_errors(session: str) -> Iterator[None]:
+    """Raise vLLM's errors as ConfigError (the request's fault) or InfraError (the engine's)."""
     from vllm.exceptions import VLLMClientError
     from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
@@ -26,40 +26,48 @@ def errors_as_ours(session: str) -> Iterator[None]:
         raise InfraError(f"vLLM failed: {error.__cause__ or error}") from error
 
 
-def delta(output: Any, greedy: bool, top: int) -> Delta:
-    """An output of vLLM's, whole or a part."""
+def to_delta(output: Any, greedy: bool, top: int) -> Delta:
+    """Convert a vLLM output, a delta or a whole completion.
+
+    Args:
+        greedy: report logprobs of 0, as greedy decoding has them.
+        top: number of alternatives per id.
+    """
     out = output.outputs[0]
     ids = tuple(int(i) for i in out.token_ids)
-    choices = out.logprobs or ()  # one mapping per id: the sampled one, and the most probable
+    logprobs = out.logprobs or ()  # per id a mapping with the sampled and the most probable ids
     finish: Finish | None = None
     if output.finished:
         finish = out.finish_reason if out.finish_reason in ("stop", "length") else "abort"
     return Delta(
         ids,
         tuple(
-            0.0 if greedy else float(here[token].logprob)
-            for token, here in zip(ids, choices, strict=True)
+            0.0 if greedy else float(candidates[token].logprob)
+            for token, candidates in zip(ids, logprobs, strict=True)
         ),
         finish,
         output.num_cached_tokens or 0,
-        tuple(_alternatives(here, top) for here in choices) if top else (),
+        tuple(_alternatives(candidates, top) for candidates in logprobs) if top else (),
     )
 
 
-def _alternatives(here: Any, top: int) -> Alternatives:
-    ranked = sorted((one.rank, int(token), float(one.logprob)) for token, one in here.items())
+def _alternatives(candidates: Any, top: int) -> Alternatives:
+    ranked = sorted((c.rank, int(token), float(c.logprob)) for token, c in candidates.items())
     return tuple((token, logprob) for _, token, logprob in ranked[:top])
 
 
 def version_spans(
-    found: Sequence[tuple[str, int, int]], began: int, n: int
+    spans: Sequence[tuple[str, int, int]], first_version: int, n: int
 ) -> tuple[VersionSpan, ...]:
-    """vLLM's spans; it calls the weights it was started with "default"."""
+    """Convert vLLM's (version, start, end) spans over n ids.
+
+    `first_version` stands for missing spans and for "default", vLLM's name of its initial weights.
+    """
     if not n:
         return ()
-    if not found:
-        return (VersionSpan(began, 0, n),)
+    if not spans:
+        return (VersionSpan(first_version, 0, n),)
     return tuple(
-        VersionSpan(int(name) if name.isdigit() else began, start, end)
-        for name, start, end in found
+        VersionSpan(int(name) if name.isdigit() else first_version, start, end)
+        for name, start, end in spans
     )

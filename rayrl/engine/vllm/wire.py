@@ -1,4 +1,4 @@
-"""The layout of weights as vLLM's message channel carries it, plain lists."""
+"""The weights' layout as plain lists, for messages to vLLM's worker."""
 
 from __future__ import annotations
 
@@ -7,23 +7,28 @@ from typing import Any
 
 from rayrl.weights.flat import Entry, Manifest
 
-__all__ = ["MISFIT", "from_wire", "to_wire"]
+__all__ = ["MISMATCH", "from_wire", "to_wire"]
 
-MISFIT = "these weights are not those of"
-"""In the worker's error where they are another model's; only the text of an error is carried."""
+MISMATCH = "these weights do not match"
+"""Marks the worker's error for another model's weights; only an error's text reaches the engine."""
 
 
 def to_wire(plan: Sequence[Manifest]) -> list[list[Any]]:
-    """The buffers' manifests, as lists."""
+    """Convert manifests to lists."""
     return [
-        [one.nbytes, [[e.name, e.dtype, list(e.shape), e.offset] for e in one.entries]]
-        for one in plan
+        [manifest.nbytes, [[e.name, e.dtype, list(e.shape), e.offset] for e in manifest.entries]]
+        for manifest in plan
     ]
 
 
 def from_wire(plan: list[list[Any]]) -> tuple[Manifest, ...]:
-    """What `to_wire` was given."""
+    """Convert the lists of `to_wire` back to manifests."""
     return tuple(
-        Manifest(tuple(Entry(n, dtype, tuple(shape), at) for n, dtype, shape, at in entries), size)
-        for size, entries in plan
+        Manifest(
+            tuple(
+                Entry(name, dtype, tuple(shape), offset) for name, dtype, shape, offset in entries
+            ),
+            nbytes,
+        )
+        for nbytes, entries in plan
     )

@@ -1,4 +1,4 @@
-"""What runs inside vLLM's worker process: takes weights over from a mapped file or a channel."""
+"""Code inside vLLM's worker process: loads weights from a mapped file or a broadcast."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from vllm.model_executor.model_loader.reload import (
 )
 
 from rayrl.engine.vllm.adapters import FILE, file_names
-from rayrl.engine.vllm.wire import MISFIT, from_wire
+from rayrl.engine.vllm.wire import MISMATCH, from_wire
 from rayrl.weights.broadcast import BroadcastGroup, Rendezvous, receive
 from rayrl.weights.flat import checksum, flatten, unflatten
 
@@ -35,42 +35,43 @@ BACKEND = "rayrl"
 
 @dataclass
 class Init(WeightTransferInitInfo):  # type: ignore[misc]  # vLLM is not type-checked
-    """A `broadcast.Rendezvous` with a learner, and the first rank of this engine's workers."""
+    """The fields of a `broadcast.Rendezvous`, and the first rank of this engine's workers."""
 
-    meeting: list[Any]
-    first: int
+    rendezvous: list[Any]
+    first_rank: int
 
 
 @dataclass
 class Update(WeightTransferUpdateInfo):  # type: ignore[misc]
-    """What comes, as `to_wire` has it: as one buffer in a file, or (no file) over the channel."""
+    """A plan from `to_wire`: of one buffer in `file`, or (without a file) of a broadcast."""
 
     plan: list[list[Any]]
     file: str = ""
 
 
 class Transfer(WeightTransferEngine[Init, Update]):  # type: ignore[misc]
-    """Loads all weights, from a flat buffer in a file or from a channel's buckets."""
+    """Load all weights from a flat buffer in a file or from broadcast buckets."""
 
     init_info_cls = Init
     update_info_cls = Update
 
-    digest = ""  # of what was loaded last
-    channel: BroadcastGroup | None = None
-    mapped: tuple[str, Any] = ("", None)  # the file, which is written anew for every push
+    digest = ""  # checksum of the weights loaded last
+    group: BroadcastGroup | None = None
+    mapped: tuple[str, Any] = ("", None)  # name and map of the file, rewritten for every push
 
     def init_transfer_engine(self, init_info: Init) -> None:
-        """Meet the learner; an older channel is left first."""
+        """Join a broadcast group, after leaving any earlier one."""
         self.shutdown()
         config = self.parallel_config
-        rank = init_info.first + config.data_parallel_index * config.world_size + config.rank
-        self.channel = BroadcastGroup(Rendezvous(*init_info.meeting), rank)
+        offset = config.data_parallel_index * config.world_size + config.rank
+        rendezvous = Rendezvous(*init_info.rendezvous)
+        self.group = BroadcastGroup(rendezvous, init_info.first_rank + offset)
 
     def start_weight_update(self) -> None:
-        """Undo what loading did to the layers (packing, fusing), so that they can load again."""
+        """Undo the packing and fusing of layers, so that they can load again."""
         if self.device.type == "cpu":
-            # vLLM 0.32 packs experts for the CPU only when it makes their kernel: without a new one
-            # it would compute with unpacked weights as if they were packed
+            # vLLM 0.32 packs experts for the CPU only when it creates their kernel: with the old
+            # kernel it would compute with unpacked weights as if they were packed
             for module in self.model.modules():
                 method: Any = getattr(module, "quant_method", None)
                 if hasattr(method, "moe_kernel"):
@@ -78,49 +79,53 @@ class Transfer(WeightTransferEngine[Init, Update]):  # type: ignore[misc]
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Load; on the CPU there is no accelerator to wait for."""
+        """Load weights and wait for the accelerator, if there is one."""
         self.receive_weights(self.parse_update_info(update_info))
         if self.device.type != "cpu":
             torch.accelerator.synchronize()
 
     def receive_weights(self, update_info: Update) -> None:
-        """Load every tensor, straight from the mapped file or from the buckets as they come."""
+        """Load every tensor directly from the mapped file, or from buckets as they arrive."""
         plan = from_wire(update_info.plan)
         if not update_info.file:
-            if self.channel is None:
-                raise RuntimeError("weights were to come over a channel that was never opened")
-            self.digest = receive(plan, self.channel, self.load)
+            if self.group is None:
+                raise RuntimeError("cannot receive weights before joining a broadcast group")
+            self.digest = receive(plan, self.group, self.load)
             return
         if self.mapped[0] != update_info.file:
             self.mapped = (update_info.file, np.memmap(update_info.file, np.uint8, "r"))
         flat = self.mapped[1]
-        with ThreadPoolExecutor(1) as beside:
-            digest = beside.submit(checksum, flat)
+        with ThreadPoolExecutor(1) as executor:
+            digest = executor.submit(checksum, flat)
             self.load(unflatten(flat, plan[0]).items())
             self.digest = digest.result()
 
     def load(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Load some of them, by the names that the learner's model gives them."""
+        """Load tensors named as in the learner's model.
+
+        Raises:
+            ValueError: names or shapes are not those of vLLM's model.
+        """
         try:
             self.model.load_weights(tensors)
-        except (AssertionError, KeyError, ValueError) as error:  # other names, other shapes
-            what = str(error)[:300]  # vLLM lists all names that it has
-            raise ValueError(f"{MISFIT} {type(self.model).__name__}: {what}") from error
+        except (AssertionError, KeyError, ValueError) as error:
+            reason = str(error)[:300]  # vLLM lists all names of its model
+            raise ValueError(f"{MISMATCH} {type(self.model).__name__}: {reason}") from error
 
     def finish_weight_update(self) -> None:
-        """Bring the layers into the form they compute with."""
+        """Pack and fuse the layers again for computation."""
         finalize_layerwise_reload(self.model, self.model_config)
         if self.device.type == "cpu":
-            # vLLM 0.32 packs a tied output layer for the CPU when the model starts and not again
+            # vLLM 0.32 packs a tied output layer for the CPU only when the model starts
             for module in self.model.modules():
                 if isinstance(module, ParallelLMHead):
                     module.quant_method.process_weights_after_loading(module)
 
     def shutdown(self) -> None:
-        """Leave the channel."""
-        if self.channel is not None:
-            self.channel.close()
-            self.channel = None
+        """Leave the broadcast group."""
+        if self.group is not None:
+            self.group.close()
+            self.group = None
 
 
 class Worker:
@@ -129,11 +134,11 @@ class Worker:
     weight_transfer_engine: Transfer
 
     def rayrl_checksum(self) -> str:
-        """Of the weights that were loaded last."""
+        """Return the checksum of the weights loaded last."""
         return self.weight_transfer_engine.digest
 
     def rayrl_adapter_checksum(self, folder: str, plan: list[list[Any]]) -> str:
-        """Of an adapter's file as this process reads it, laid out as the learner's buffer was."""
+        """Checksum an adapter file as this process reads it, in the learner's buffer layout."""
         (manifest,) = from_wire(plan)
         names = file_names(manifest)
         with safe_open(Path(folder) / FILE, "pt") as file:

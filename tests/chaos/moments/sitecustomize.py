@@ -5,7 +5,7 @@ it comes once:
 
 - load: a replica is asked to take over version 7, or a later one, from the object store;
 - receive: it has received the first of the buckets of version 3. The embedded engine takes no
-  stream; here it is made to, so that the learner, the channel and the replicas are the real ones;
+  stream; here it is made to, so that learner, broadcast group and replicas are the real ones;
 - update: learner rank 1 has the gradients of the fourth batch, and rank 0 waits for it.
 """
 
@@ -48,8 +48,8 @@ def at_receive(module: Any) -> None:
     from rayrl.weights.broadcast import BroadcastGroup, receive
     from rayrl.weights.flat import flatten
 
-    async def join(self: Any, meeting: Any, first: int) -> None:
-        self.channel = BroadcastGroup(meeting, first)
+    async def join(self: Any, rendezvous: Any, first_rank: int) -> None:
+        self.group = BroadcastGroup(rendezvous, first_rank)
 
     async def take(self: Any, version: int, plan: Any) -> str:
         state: dict[str, Any] = {}
@@ -62,7 +62,7 @@ def at_receive(module: Any) -> None:
 
         import asyncio
 
-        digest = await asyncio.to_thread(receive, plan, self.channel, keep)
+        digest = await asyncio.to_thread(receive, plan, self.group, keep)
         await self.load_weights(version, *flatten(state))
         return digest
 

@@ -1,4 +1,4 @@
-"""What passes between event loops and the step thread."""
+"""Messages between event loops and the engine's step thread."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 __all__ = ["Answer", "DeltaStream", "EngineRequest", "Release", "WeightUpdate", "deliver"]
 
 Answer = tuple["asyncio.Future[Any] | DeltaStream", Any]
-"""Who waits, and the result (of `DeltaStream`: the next one), or the exception it fails with."""
+"""A future or delta stream, and the result (a stream's next delta) or exception for it."""
 
 
 class DeltaStream:
-    """A completion that is read while it is made; belongs to the event loop it was made on."""
+    """Deltas of one completion, for a reader on the event loop that created the stream."""
 
     __slots__ = ("_loop", "_queue")
 
@@ -30,29 +30,32 @@ class DeltaStream:
         self._queue: asyncio.Queue[Delta | Exception] = asyncio.Queue()
 
     def get_loop(self) -> asyncio.AbstractEventLoop:
-        """As a future's."""
+        """Return the reader's event loop, as `asyncio.Future.get_loop` does."""
         return self._loop
 
-    def put(self, part: Delta | Exception) -> None:
-        """To be called on its loop."""
-        self._queue.put_nowait(part)
+    def put(self, result: Delta | Exception) -> None:
+        """Add a delta, or the error that ended the generation. Call on the reader's loop only."""
+        self._queue.put_nowait(result)
 
     async def get(self) -> Delta:
-        """The next part; raises what the generation failed with."""
-        part = await self._queue.get()
-        if isinstance(part, Exception):
-            raise part
-        return part
+        """Wait for the next delta; raises the error if the generation failed."""
+        result = await self._queue.get()
+        if isinstance(result, Exception):
+            raise result
+        return result
 
 
 @dataclass(slots=True, eq=False)
 class EngineRequest:
-    """A request on its way; `prompt` is (n,), `slot` and `cached` are set when it is admitted.
+    """A request in flight.
 
     Attributes:
-        reader: gets the completion, or its parts.
-        told: ids that the reader of parts has.
-        alternatives: one per id sampled, if the request wants them.
+        prompt: (n,) prompt ids.
+        reader: receives the completion, or its deltas.
+        slot: KV slot, set on admission.
+        cached: prompt ids whose keys and values were reused, set on admission.
+        delivered: sampled ids already sent to a delta stream.
+        alternatives: top alternatives per sampled id, if requested.
     """
 
     request: Request
@@ -61,13 +64,13 @@ class EngineRequest:
     slot: int = -1
     cached: int = 0
     cancelled: bool = False
-    told: int = 0
+    delivered: int = 0
     alternatives: list[Alternatives] = field(default_factory=list)
 
 
 @dataclass(slots=True, eq=False)
 class WeightUpdate:
-    """New weights on their way; `flat` and `manifest` as in `rayrl.weights.flat`."""
+    """New weights to load; `flat` and `manifest` as in `rayrl.weights.flat`."""
 
     version: int
     flat: NDArray[np.uint8]
@@ -77,24 +80,24 @@ class WeightUpdate:
 
 @dataclass(slots=True, eq=False)
 class Release:
-    """Conversations that are over."""
+    """Sessions that have ended."""
 
     sessions: Sequence[str]
 
 
 def deliver(answers: Sequence[Answer]) -> None:
-    """Tell who waits, on the event loops where they do, in one call for each loop."""
+    """Pass results to their readers, with one call into each reader's event loop."""
     by_loop: dict[asyncio.AbstractEventLoop, list[Answer]] = {}
     for answer in answers:
         by_loop.setdefault(answer[0].get_loop(), []).append(answer)
     for loop, batch in by_loop.items():
         try:
-            loop.call_soon_threadsafe(_settle, batch)
-        except RuntimeError:  # that loop is closed: nobody waits there any more
+            loop.call_soon_threadsafe(_resolve, batch)
+        except RuntimeError:  # the loop is closed, so are its readers
             continue
 
 
-def _settle(answers: Sequence[Answer]) -> None:
+def _resolve(answers: Sequence[Answer]) -> None:
     for reader, result in answers:
         if isinstance(reader, DeltaStream):
             reader.put(result)
