@@ -18,7 +18,7 @@ from rayrl.cluster.parts import players_here
 from rayrl.cluster.rollouts import CollectedGroups, Rollouts
 from rayrl.config import Config
 from rayrl.environment.environment import Environment
-from rayrl.errors import EnvError, RayrlError, described
+from rayrl.errors import EnvError, RayrlError, describe_error
 from rayrl.report.console import new_console
 from rayrl.report.statistics import measure, task_key
 from rayrl.report.table import Cell, Result, rich_table
@@ -168,7 +168,9 @@ async def run_checks(
         except RayrlError:
             raise
         except Exception as error:
-            what = f"check {name!r} of environment {environment.name!r} raised {described(error)}"
+            what = (
+                f"check {name!r} of environment {environment.name!r} raised {describe_error(error)}"
+            )
             raise EnvError(what) from error
         for agent in made:
             agent.close()

@@ -19,7 +19,7 @@ from typing import Any
 
 from rayrl.environment.group_reward import MOST_SCORE, GroupReward, score_of
 from rayrl.environment.signature import fit, keyword_hints, suggestion
-from rayrl.errors import ConfigError, EnvError, described, shown
+from rayrl.errors import ConfigError, EnvError, describe_error, safe_repr
 from rayrl.types import Episode, Message, Scores, Task, derive_seed
 
 __all__ = [
@@ -206,12 +206,12 @@ class Environment:
                 raise
             except (Exception, SystemExit) as error:
                 raise EnvError(
-                    f"the task source of {self.name!r} raised {described(error)} "
-                    f"(seed={task_seed}, u={u}, args={shown(self.args)})"
+                    f"the task source of {self.name!r} raised {describe_error(error)} "
+                    f"(seed={task_seed}, u={u}, args={safe_repr(self.args)})"
                 ) from error
         if not isinstance(task, Task):
             raise EnvError(
-                f"the task source of {self.name!r} returned {shown(task)}: it must return a "
+                f"the task source of {self.name!r} returned {safe_repr(task)}: it must return a "
                 f"rayrl.Task (a frozen dataclass that inherits it).{not_awaited(task)}"
             )
         return task
@@ -225,7 +225,7 @@ class Environment:
         """
         if not isinstance(returned, Mapping):
             raise EnvError(
-                f"environment {self.name!r} returned {shown(returned)}: it must return its "
+                f"environment {self.name!r} returned {safe_repr(returned)}: it must return its "
                 f"scores, e.g. {dict.fromkeys(self.rewards, 0.0)}.{not_awaited(returned)}"
             )
         if len(self.seats) == 1 and not self._by_seat(returned):
@@ -237,7 +237,7 @@ class Environment:
             where = f" for seat {seat!r}" if len(self.seats) > 1 else ""
             if not isinstance(of_seat, Mapping):
                 raise EnvError(
-                    f"environment {self.name!r} returned {shown(of_seat)}{where}: with several "
+                    f"environment {self.name!r} returned {safe_repr(of_seat)}{where}: with several "
                     f"seats it must return scores by seat, then name.{not_awaited(of_seat)}"
                 )
             for name in self.group_rewards:
@@ -269,7 +269,7 @@ class Environment:
             total += group.weight * scores.get(name, 0.0)
         if not abs(total) <= MOST_SCORE:
             raise EnvError(
-                f"environment {self.name!r}: scores {shown(dict(scores))} with the weights "
+                f"environment {self.name!r}: scores {safe_repr(dict(scores))} with the weights "
                 f"{self.rewards} give the reward {total:g}, which is too large to learn from"
             )
         return total
@@ -411,7 +411,7 @@ def _finite(env_name: str, name: str, value: Any, where: str) -> float:
     try:
         return score_of(value)
     except ValueError as error:
-        what = f"environment {env_name!r} returned {shown(value)} as score {name!r}{where}"
+        what = f"environment {env_name!r} returned {safe_repr(value)} as score {name!r}{where}"
         raise EnvError(f"{what}: {error}.{not_awaited(value)}") from error
 
 

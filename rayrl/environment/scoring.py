@@ -8,7 +8,7 @@ from dataclasses import replace
 from rayrl.environment.environment import Environment
 from rayrl.environment.group_reward import GroupReward, score_of
 from rayrl.environment.randomness import EpisodeRandom
-from rayrl.errors import EnvError, described, message_of, shown, traceback_of
+from rayrl.errors import EnvError, describe_error, error_message, format_traceback, safe_repr
 from rayrl.types import Episode, Failure
 
 __all__ = ["with_group_rewards"]
@@ -37,9 +37,9 @@ def with_group_rewards(env: Environment, episodes: Sequence[Episode]) -> list[Ep
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # the environment's code: SystemExit would end every episode
-        said = message_of(error) if isinstance(error, EnvError) else described(error)
-        where = f"group reward {name!r} of environment {env.name!r} on {shown(valid[0].task)}"
-        failure = Failure("env", f"{where}: {said}", traceback_of(error))
+        said = error_message(error) if isinstance(error, EnvError) else describe_error(error)
+        where = f"group reward {name!r} of environment {env.name!r} on {safe_repr(valid[0].task)}"
+        failure = Failure("env", f"{where}: {said}", format_traceback(error))
         return [
             replace(episode, scores={}, rewards={}, failure=episode.failure or failure)
             for episode in episodes
@@ -62,7 +62,7 @@ def _group_scores(
         try:
             values[place] = score_of(value)
         except ValueError as error:
-            raise EnvError(f"returned {shown(value)} as a score: {error}") from error
+            raise EnvError(f"returned {safe_repr(value)} as a score: {error}") from error
     if group.seat is not None and group.seat not in env.seats:
         raise EnvError(f"is for seat {group.seat!r}, which {env.name!r} does not have")
     return values

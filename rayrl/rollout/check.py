@@ -15,7 +15,7 @@ from rayrl.environment.tasks import misread
 from rayrl.errors import RayrlError
 from rayrl.rollout.agent import Conversation, Options, Player
 from rayrl.rollout.players import ScriptedPlayer
-from rayrl.rollout.resume import Diverged, EpisodeResume
+from rayrl.rollout.resume import EpisodeResume, ReplayMismatch
 from rayrl.rollout.rollout import play_episode
 from rayrl.types import Episode, Message, Task, Turn
 
@@ -155,7 +155,7 @@ async def _player_problem(
         return first.failure.message
     try:
         again = await _play(env, task, player, deadline_s, EpisodeResume(first.turns))
-    except Diverged as error:
+    except ReplayMismatch as error:
         return f"not deterministic: with the same replies, {error}; {_REMEDY}"
     if again.scores != first.scores:
         return f"not deterministic: {_scored(first, again)}; {_REMEDY}"
@@ -249,10 +249,10 @@ async def _play(
     task: Task,
     player: Player,
     deadline_s: float,
-    course: EpisodeResume | None = None,
+    resume: EpisodeResume | None = None,
 ) -> Episode:
     players = dict.fromkeys(env.seats, player)
-    return await play_episode(env, task, players, id="check", deadline_s=deadline_s, course=course)
+    return await play_episode(env, task, players, id="check", deadline_s=deadline_s, resume=resume)
 
 
 def _fixed(messages: Sequence[Message], rng: random.Random) -> str:

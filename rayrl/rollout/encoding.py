@@ -24,26 +24,26 @@ from rayrl.types import (
     Turn,
     Usage,
     VersionSpan,
-    values_of,
+    field_values,
 )
 
-__all__ = ["bytes_of", "group_from_data", "group_to_data", "turn_from_bytes"]
+__all__ = ["group_from_bytes", "group_to_bytes", "turn_from_bytes", "turn_to_bytes"]
 
 
 _KINDS = frozenset((Turn, Message, VersionSpan, Usage, Failure))
 
 
-def bytes_of(turn: Turn) -> bytes:
+def turn_to_bytes(turn: Turn) -> bytes:
     """A turn as bytes."""
     return pack(turn, _plain)
 
 
 def turn_from_bytes(data: bytes) -> Turn:
-    """The turn `bytes_of` was given."""
+    """The turn `turn_to_bytes` was given."""
     return _turn(unpack(data))
 
 
-def group_to_data(group: Group) -> bytes:
+def group_to_bytes(group: Group) -> bytes:
     """A group as bytes; the task is written once."""
     task = json.dumps(task_to_json(group.task))
     episodes = [
@@ -52,13 +52,13 @@ def group_to_data(group: Group) -> bytes:
             *values[:2],
             *values[3:],
         ]
-        for values in map(values_of, group.episodes)
+        for values in map(field_values, group.episodes)
     ]
     return pack((group.id, task, group.trainable, episodes), _plain)
 
 
-def group_from_data(data: bytes) -> Group:
-    """The group `group_to_data` was given.
+def group_from_bytes(data: bytes) -> Group:
+    """The group `group_to_bytes` was given.
 
     Raises:
         DataError: its task does not fit the class of that name any more.
@@ -74,7 +74,7 @@ def group_from_data(data: bytes) -> Group:
 def _plain(value: Any) -> Any:
     """What MessagePack has no word for."""
     if type(value) in _KINDS:
-        return values_of(value)
+        return field_values(value)
     if isinstance(value, ToolCall):  # as JSON: what a model wrote may hold numbers of any length
         return value.id, value.name, json.dumps(dict(value.arguments))
     if isinstance(value, Mapping):
@@ -116,7 +116,7 @@ def _usage(data: Sequence[Any] | None) -> Usage | None:
 
 
 def _episode(data: Sequence[Any], group_task: Task) -> Episode:
-    text, name, env, index, turns, scores, rewards, failure, wasted, *figures = data
+    text, name, env, index, turns, scores, rewards, failure, retried_usage, *figures = data
     return Episode(
         name,
         env,
@@ -126,6 +126,6 @@ def _episode(data: Sequence[Any], group_task: Task) -> Episode:
         scores,
         rewards,
         None if failure is None else Failure(*failure),
-        _usage(wasted),
+        _usage(retried_usage),
         *figures,
     )

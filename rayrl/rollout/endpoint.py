@@ -342,7 +342,7 @@ async def _sleep(seconds: float, conversation: Conversation, *, held: bool) -> N
     """Wait; where a limit makes us, the episode's deadline does not count it."""
     if seconds > 0:
         if held:
-            conversation.held_s += seconds
+            conversation.throttled_s += seconds
         await asyncio.sleep(seconds)
 
 

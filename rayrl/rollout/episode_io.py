@@ -88,9 +88,9 @@ def episode_to_json(episode: Episode) -> dict[str, Any]:
             "message": episode.failure.message,
             "traceback": episode.failure.traceback,
         }
-    if episode.wasted is not None:
-        data["wasted"] = _usage_to_json(episode.wasted)
-    for key in ("replayed", "diverged"):
+    if episode.retried_usage is not None:
+        data["retried_usage"] = _usage_to_json(episode.retried_usage)
+    for key in ("replayed", "replay_mismatches"):
         if count := getattr(episode, key):
             data[key] = count
     if episode.seed:
@@ -122,9 +122,9 @@ def episode_from_json(data: Mapping[str, Any]) -> Episode:
             scores=fit(data["scores"], dict[str, dict[str, float]]),
             rewards=fit(data["rewards"], dict[str, float]),
             failure=None if failed is None else Failure(**failed),
-            wasted=_usage_from_json(data.get("wasted")),
+            retried_usage=_usage_from_json(data.get("retried_usage")),
             replayed=_typed(data.get("replayed", 0), int, "replayed"),
-            diverged=_typed(data.get("diverged", 0), int, "diverged"),
+            replay_mismatches=_typed(data.get("replay_mismatches", 0), int, "replay_mismatches"),
             began=float(data.get("began", 0.0)),
             seconds=float(data.get("seconds", 0.0)),
             seed=_typed(data.get("seed", 0), int, "seed"),

@@ -17,7 +17,7 @@ from rayrl.chat.tools import format_call, tool_name, untold
 from rayrl.engine.protocol import Generator
 from rayrl.environment.environment import PlayerFunction
 from rayrl.environment.randomness import EpisodeRandom
-from rayrl.errors import EnvError, InfraError, described, shown
+from rayrl.errors import EnvError, InfraError, describe_error, safe_repr
 from rayrl.rollout.agent import Conversation, Options
 from rayrl.terminal import visible
 from rayrl.types import Message, Request, Sampling, Turn
@@ -146,9 +146,9 @@ class ScriptedPlayer:
                 if inspect.isawaitable(text):
                     text = await text
         except Exception as error:
-            raise EnvError(f"player {name} raised {described(error)}") from error
+            raise EnvError(f"player {name} raised {describe_error(error)}") from error
         if not isinstance(text, str):
-            raise EnvError(f"player {name} returned {shown(text)}: it must return a text")
+            raise EnvError(f"player {name} returned {safe_repr(text)}: it must return a text")
         return Turn(conversation.seat, tuple(new), text, "stop", state=options.state)
 
 

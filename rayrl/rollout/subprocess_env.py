@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 from rayrl.environment.environment import Environment, EnvSpec
 from rayrl.environment.randomness import EpisodeRandom
-from rayrl.errors import ConfigError, EnvError, described, message_of, traceback_of
+from rayrl.errors import ConfigError, EnvError, describe_error, error_message, format_traceback
 from rayrl.rollout.agent import Agent, Conversation, Options
 from rayrl.rollout.episode_io import message_from_json, message_to_json
 from rayrl.types import Message, Scores, Task, Turn
@@ -261,8 +261,8 @@ async def _serve(descriptor: int) -> None:
             raise
         except BaseException as error:  # it ends this episode, and not the process
             own = isinstance(error, EnvError)
-            failed = message_of(error) if own else described(error)
-            said = {"failed": failed, "traceback": traceback_of(error)}
+            failed = error_message(error) if own else describe_error(error)
+            said = {"failed": failed, "traceback": format_traceback(error)}
         pipe.send(said)
         await writer.drain()
 

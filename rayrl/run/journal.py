@@ -115,7 +115,7 @@ class Journal:
     def seal(self, groups: Sequence[Group]) -> None:
         """Write the file anew: these episodes, in the order of the plans.
 
-        What earlier lines of an episode cost becomes part of what is `wasted` on it.
+        The usage of earlier lines of an episode is added to its `retried_usage`.
         """
         self.close()
         if self.file is not None:
@@ -126,8 +126,8 @@ class Journal:
             write_atomic(self.file, text.encode())
 
     def _with_lost(self, episode: Episode) -> Episode:
-        wasted = sum_usage([episode.wasted, self._lost.get(episode.id)])
-        return replace(episode, wasted=wasted)
+        usage = sum_usage([episode.retried_usage, self._lost.get(episode.id)])
+        return replace(episode, retried_usage=usage)
 
 
 class Play:

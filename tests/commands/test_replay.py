@@ -118,7 +118,7 @@ def test_a_stored_file_against_code_that_changes(tmp_path: Path) -> None:
     n = sum(plan.task.seed % 7 == plans[0].task.seed % 7 for plan in plans)
     status, out, _ = cli("replay", str(file), "synth-0/0")
     assert (status, counts(out)) == (1, [0, 0, 1, 0, 0])
-    assert "synth-0/0: diverged at turn 1 of 2: 'agent' was told something else" in out
+    assert "synth-0/0: diverged at turn 1 of 2: 'agent' was sent different messages" in out
     assert f"    -[user] say {word}, at" in out
     assert f"    +[user] say {word}!, at" in out
     status, out, _ = cli("replay", str(file), f"replay.out={new}")
@@ -189,8 +189,8 @@ async def test_rewards_over_a_group(tmp_path: Path) -> None:
     [
         ({}, "same", ""),
         ({"turns": 3}, "diverged", "at turn 2 of 2: the environment asks for a reply that was not"),
-        ({"turns": 1}, "diverged", "at turn 1 of 2: the environment ended a turn earlier"),
-        ({"turns": 0}, "diverged", "at turn 0 of 2: the environment ended 2 turns earlier"),
+        ({"turns": 1}, "diverged", "at turn 1 of 2: the environment ended 1 turn early"),
+        ({"turns": 0}, "diverged", "at turn 0 of 2: the environment ended 2 turns early"),
         ({"today": "fork"}, "diverged", "a reply that was not recorded"),
         ({"today": "raise"}, "failed", "ValueError: the board is on fire"),
         ({"turns": 1, "today": "raise"}, "failed", "at turn 1 of 2: the environment failed"),

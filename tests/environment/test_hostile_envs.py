@@ -21,7 +21,7 @@ import rayrl
 from rayrl import Agent, Scores, Task
 from rayrl.config import from_dict
 from rayrl.environment.group_reward import MOST_SCORE
-from rayrl.errors import MOST_TRACEBACK, EnvError, InfraError, clip, described, shown
+from rayrl.errors import MAX_TRACEBACK, EnvError, InfraError, clip, describe_error, safe_repr
 from rayrl.learner.advantage import METHODS, NORMALIZERS, advantages
 from rayrl.rollout.rollout import play_episode, play_group
 from rayrl.types import Episode, Failure, Group, Message, Turn
@@ -117,7 +117,7 @@ async def test_an_infra_error_without_words_is_still_one() -> None:
 
 async def test_a_person_can_still_interrupt() -> None:
     with pytest.raises(KeyboardInterrupt):
-        described(Interrupting())
+        describe_error(Interrupting())
 
 
 class Interrupting(Exception):
@@ -157,7 +157,7 @@ async def test_a_message_of_50_megabytes_is_clipped_with_both_its_ends() -> None
     assert "ValueError: begin" in episode.failure.message
     assert episode.failure.message.endswith("end")
     assert "characters left out" in episode.failure.message
-    assert len(episode.failure.traceback) <= MOST_TRACEBACK
+    assert len(episode.failure.traceback) <= MAX_TRACEBACK
     assert "raise ValueError" in episode.failure.traceback
 
 
@@ -173,13 +173,13 @@ def test_clipping(text: str, most: int) -> None:
 def test_a_failure_is_clipped_wherever_it_is_made() -> None:
     failure = Failure("env", "x" * 10**6, "y" * 10**6)
     assert len(failure.message) <= 4_000
-    assert len(failure.traceback) <= MOST_TRACEBACK
+    assert len(failure.traceback) <= MAX_TRACEBACK
     assert Failure(failure.kind, failure.message, failure.traceback) == failure
 
 
 def test_values_are_shown_in_few_words() -> None:
-    assert shown([1, 2]) == "[1, 2]"
-    assert len(shown("x" * 10**6)) <= 1_000
+    assert safe_repr([1, 2]) == "[1, 2]"
+    assert len(safe_repr("x" * 10**6)) <= 1_000
 
 
 # ---- scores
@@ -280,7 +280,7 @@ def test_advantages_of_allowed_rewards_are_finite_in_float32(
 
 ASKED: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
     ((7,), {}, "TypeError"),
-    (([7],), {}, "was asked with 7"),
+    (([7],), {}, "was called with 7"),
     ((Message("user", 7),), {}, "whose content is 7"),  # type: ignore[arg-type]
     ((Message("user", None),), {}, "whose content is None"),  # type: ignore[arg-type]
     ((Message("robot", "x"),), {}, "the role 'robot'"),  # type: ignore[arg-type]

@@ -163,7 +163,7 @@ async def test_what_goes_on_is_what_never_stopped(game: rayrl.Environment) -> No
         recorded = {name: PartialEpisode(one.turns[:kept]) for name, one in whole.items()}
         again = await played(game, Slow(), [plan], concurrency=2, recorded=recorded)
         assert again == whole
-        assert all(one.replayed == kept and not one.diverged for one in again.values())
+        assert all(one.replayed == kept and not one.replay_mismatches for one in again.values())
 
 
 async def test_a_process_of_its_own_plays_the_same(game: rayrl.Environment) -> None:

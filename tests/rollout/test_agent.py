@@ -194,7 +194,7 @@ async def test_misuse_is_named() -> None:
     first, second = await asyncio.gather(agent("x"), agent("x"), return_exceptions=True)
     assert first == "a"
     assert isinstance(second, EnvError)
-    assert "asked again before it answered" in str(second)
+    assert "called again before it answered" in str(second)
     agent.close()
     with pytest.raises(EnvError, match="the episode is over"):
         await agent("x")

@@ -146,7 +146,7 @@ def test_weights_that_teach_nothing() -> None:
 @pytest.mark.parametrize(
     ("where", "said"),
     [
-        ("text", "'agent' was told something else"),
+        ("text", "'agent' was sent different messages"),
         ("score", "the same task and replies were scored"),
     ],
 )

@@ -188,7 +188,7 @@ async def test_retry_after_is_honoured() -> None:
         agent, began = Agent(player), time.perf_counter()
         await agent("a")
     assert time.perf_counter() - began >= 0.4
-    assert 0.4 <= agent.held_s < 0.42
+    assert 0.4 <= agent.throttled_s < 0.42
 
 
 async def test_tries_run_out() -> None:
@@ -285,7 +285,7 @@ async def test_a_retry_after_holds_every_request() -> None:
         other = Agent(player)
         await asyncio.gather(first, other("b"))
     assert len(server.seen) == 3
-    assert 0 < other.held_s <= 3
+    assert 0 < other.throttled_s <= 3
 
 
 async def test_waiting_for_a_limit_is_not_the_episodes_time() -> None:
@@ -325,9 +325,9 @@ async def test_only_what_an_episode_cannot_use_again_is_wasted(same: bool) -> No
         )
     (episode,) = group.episodes
     assert episode.failure is None
-    assert (episode.replayed, episode.diverged) == ((1, 0) if same else (0, 1))
+    assert (episode.replayed, episode.replay_mismatches) == ((1, 0) if same else (0, 1))
     assert len(server.seen) == (3 if same else 4)  # with the one that failed
-    assert episode.wasted == (None if same else Usage(1, 0, 100, 7, 64, 5))
+    assert episode.retried_usage == (None if same else Usage(1, 0, 100, 7, 64, 5))
     n = 2 if same else 3
     assert episode.usage == Usage(n, 0, n * 100, n * 7, n * 64, n * 5)
     assert episode_from_json(json.loads(json.dumps(episode_to_json(episode)))) == episode

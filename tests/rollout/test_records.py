@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rayrl.errors import DataError
-from rayrl.rollout.encoding import bytes_of, group_from_data, group_to_data, turn_from_bytes
+from rayrl.rollout.encoding import group_from_bytes, group_to_bytes, turn_from_bytes, turn_to_bytes
 from rayrl.rollout.records import Records, pack, unpack
 from rayrl.run.group_log import GroupLog, Played
 from rayrl.types import (
@@ -139,16 +139,18 @@ def everything() -> Turn:
 
 def test_a_turn_and_a_group_come_back_whole() -> None:
     turn = everything()
-    assert turn_from_bytes(bytes_of(turn)) == turn
-    assert turn_from_bytes(bytes_of(turn)).began == turn.began
+    assert turn_from_bytes(turn_to_bytes(turn)) == turn
+    assert turn_from_bytes(turn_to_bytes(turn)).began == turn.began
     failed = Failure("env", "why", "where")
     task = Task(seed=2**63 - 1)
     episodes = (
         Episode("g/0", "e", task, 0, (turn, turn), {"a": {"s": 0.5}}, {"a": 0.5}, replayed=2),
-        Episode("g/1", "e", Task(seed=2), 1, (), failure=failed, wasted=Usage(), seconds=2.5),
+        Episode(
+            "g/1", "e", Task(seed=2), 1, (), failure=failed, retried_usage=Usage(), seconds=2.5
+        ),
     )
     group = Group("g", task, episodes, ("a", "b"))
-    back = group_from_data(group_to_data(group))
+    back = group_from_bytes(group_to_bytes(group))
     assert back == group
     assert [one.replayed for one in back.episodes] == [2, 0]
     assert back.episodes[1].seconds == 2.5
@@ -176,7 +178,7 @@ def test_any_turn_comes_back(
 ) -> None:
     said = (Message("assistant", text, (ToolCall(text, "f", arguments),)),)
     turn = Turn("a", said, text, "length", 0, tuple(ids), tuple(ids), tuple(logprobs))
-    assert turn_from_bytes(bytes_of(turn)) == turn
+    assert turn_from_bytes(turn_to_bytes(turn)) == turn
 
 
 def test_plain_data_comes_back() -> None:

@@ -24,7 +24,7 @@ from rayrl.cluster.workers.turn_log import Recorder, Telling
 from rayrl.rollout.agent import Agent, Conversation, Options
 from rayrl.rollout.episode_io import episode_from_json, episode_to_json
 from rayrl.rollout.players import PolicyPlayer, ScriptedPlayer
-from rayrl.rollout.resume import Diverged, EpisodeResume, PartialEpisode, TurnLog
+from rayrl.rollout.resume import EpisodeResume, PartialEpisode, ReplayMismatch, TurnLog
 from rayrl.rollout.rollout import play_episode
 from rayrl.rollout.subprocess_env import SubprocessEnv
 from rayrl.types import Completion, Episode, Failure, Group, Request, Sampling, Turn, Usage, user
@@ -80,7 +80,7 @@ async def resumed(env: rayrl.Environment, plan: GroupPlan, players: Any, begun: 
         recorded={f"{plan.id}/0": begun},
         on_turn=log.add,
     )
-    return group.episodes[0], log.begun()
+    return group.episodes[0], log.partial_episodes()
 
 
 def test_no_environment_is_left_out() -> None:
@@ -107,7 +107,7 @@ async def test_every_environment_comes_back_after_every_turn(
             players = {seat: Teacher(teacher) for seat in env.seats}
             again, told = await resumed(env, plan, players, PartialEpisode(turns[:made], 3))
             assert again == episode
-            assert (again.replayed, again.diverged) == (made, 0)
+            assert (again.replayed, again.replay_mismatches) == (made, 0)
             assert told == {f"g{k}/0": PartialEpisode(episode.turns, 4)}
             sessions = [one for seat in players.values() for one in seat.sessions]
             assert len(sessions) == len(turns) - made  # nothing was generated twice
@@ -156,7 +156,7 @@ async def test_an_infrastructure_failure_goes_on_from_its_turns() -> None:
         ),
     )
     assert group.episodes[0].turns == whole
-    assert (group.episodes[0].replayed, group.episodes[0].diverged) == (2, 0)
+    assert (group.episodes[0].replayed, group.episodes[0].replay_mismatches) == (2, 0)
     # asked for turns 0, 1, 2 (which failed) and 2 again, the same way; then it is over
     assert [r.session for r in engine.requests] == ["g/0/agent/0"] * 3 + ["g/0~1/agent/0"]
     assert engine.requests[2].prompt_ids == engine.requests[3].prompt_ids
@@ -178,8 +178,8 @@ async def test_an_environment_that_differs_starts_over() -> None:
     assert episode.failure is None
     assert episode.scores == {"agent": {"n": 6.0}}
     assert [turn.prompt[0].content for turn in episode.turns] == ["same", "not the same 2"]
-    assert (episode.replayed, episode.diverged) == (0, 1)
-    assert episode.wasted == Usage(2, 0, 20, 3)
+    assert (episode.replayed, episode.replay_mismatches) == (0, 1)
+    assert episode.retried_usage == Usage(2, 0, 20, 3)
     assert told == {"g/0": PartialEpisode(episode.turns, 7)}  # attempt 5 is void, 6 ended
 
     # once is enough: its later failures of infrastructure start over at once
@@ -199,17 +199,17 @@ async def test_an_environment_that_differs_starts_over() -> None:
     player = Dies()
     episode, _ = await resumed(forgets, PLAN, {"agent": player}, PartialEpisode(turns, 1))
     assert episode.failure is None
-    assert (episode.replayed, episode.diverged) == (0, 1)
+    assert (episode.replayed, episode.replay_mismatches) == (0, 1)
     assert player.sessions == ["g/0~2/agent/0"] * 2 + ["g/0~3/agent/0"] * 2
 
 
 @pytest.mark.parametrize(
     ("today", "what"),
     [
-        ("shorter", "the environment ended a turn earlier"),
-        ("raises", r"failed \(.*ValueError: today.*\) 2 turns earlier"),
-        ("catches", "'agent' was told something else"),
-        ("restarts", "'agent' was told it in another conversation"),
+        ("shorter", "the environment ended 1 turn early"),
+        ("raises", r"failed \(.*ValueError: today.*\) 2 turns early"),
+        ("catches", "'agent' was sent different messages"),
+        ("restarts", "'agent' was called in a different conversation"),
         ("tools", r"offered the tools \['look'\] instead of \[\]"),
     ],
 )
@@ -241,17 +241,17 @@ async def test_what_counts_as_different(today: str, what: str) -> None:
     turns = await recorded(play, {"agent": PolicyPlayer(chat(), engine, Sampling())})
     act = today
     asked = len(engine.requests)
-    with pytest.raises(Diverged, match=what) as caught:
+    with pytest.raises(ReplayMismatch, match=what) as caught:
         await play_episode(
             play,
             Task(),
             {"agent": PolicyPlayer(chat(), engine, Sampling())},
             id="e",
-            course=EpisodeResume(turns),
+            resume=EpisodeResume(turns),
         )
     assert len(engine.requests) == asked
-    assert caught.value.number == (2 if today == "shorter" else 1)
-    assert caught.value.recorded == turns[caught.value.number]
+    assert caught.value.matched == (2 if today == "shorter" else 1)
+    assert caught.value.recorded == turns[caught.value.matched]
 
 
 @rayrl.env(tasks=[Task()], rewards={"first": 1.0})
@@ -298,7 +298,7 @@ async def test_seats_that_are_asked_at_once_hear_in_the_recorded_order() -> None
     for made in range(len(episode.turns) + 1):  # replayed at once, b is first all the same
         again, _ = await resumed(buzzer, PLAN, late_a, PartialEpisode(episode.turns[:made]))
         assert again == episode
-        assert (again.replayed, again.diverged) == (made, 0)
+        assert (again.replayed, again.replay_mismatches) == (made, 0)
     again, _ = await resumed(buzzer, PLAN, late_b, PartialEpisode(episode.turns[:5]))
     assert again.scores == {"a": {"first": 0.0}, "b": {"first": 2.0}}  # b had answered twice
 
@@ -306,13 +306,13 @@ async def test_seats_that_are_asked_at_once_hear_in_the_recorded_order() -> None
 async def test_nobody_waits_for_a_seat_that_differs() -> None:
     turns = await recorded(buzzer, {"a": Slow("a", 9), "b": Slow("b", 1)})
     other = replace(turns[0], prompt=(user("round 7"),))
-    with pytest.raises(Diverged, match="'b' was told something else"):
+    with pytest.raises(ReplayMismatch, match="'b' was sent different messages"):
         await play_episode(
             buzzer,
             Task(),
             {}.fromkeys("ab", Slow("", 0)),
             id="e",
-            course=EpisodeResume([other, turns[1]]),
+            resume=EpisodeResume([other, turns[1]]),
         )
     for _ in range(5):
         await asyncio.sleep(0)
@@ -331,7 +331,7 @@ async def test_an_answer_after_the_end_is_nobodys() -> None:
     (group,) = await collect(hasty, [PLAN], players, concurrency=1, on_turn=log.add)
     assert await late[0] == "b"
     assert [turn.seat for turn in group.episodes[0].turns] == ["a"]
-    assert log.begun() == {"g/0": PartialEpisode(group.episodes[0].turns, 1)}
+    assert log.partial_episodes() == {"g/0": PartialEpisode(group.episodes[0].turns, 1)}
 
 
 async def test_the_state_key_is_todays() -> None:
@@ -367,13 +367,13 @@ async def test_what_was_not_reached_is_kept_for_the_next_attempt() -> None:
     nobody: dict[str, Any] = {"agent": Flaky(9)}
     episode, told = await resumed(connects, PLAN, nobody, PartialEpisode(paid))
     assert episode.failure is None
-    assert (episode.replayed, episode.wasted) == (3, None)
+    assert (episode.replayed, episode.retried_usage) == (3, None)
     assert told == {"g/0": PartialEpisode(paid, 3)}
     fails = 9
     episode, _ = await resumed(connects, PLAN, nobody, PartialEpisode(paid))
     assert episode.failure is not None
     assert episode.failure.kind == "infra"
-    assert (episode.replayed, episode.wasted) == (1, Usage(2, 0, 20, 5))
+    assert (episode.replayed, episode.retried_usage) == (1, Usage(2, 0, 20, 5))
 
 
 async def test_a_seat_whose_turn_never_comes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -391,12 +391,12 @@ async def test_a_seat_whose_turn_never_comes(monkeypatch: pytest.MonkeyPatch) ->
     players = {"a": Slow("a", 0), "b": Slow("b", 0)}
     turns = await recorded(coin, players)
     assert [turn.seat for turn in turns] == ["a", "b"]
-    with pytest.raises(Diverged, match="'a' was to be asked before 'b'"):
-        await play_episode(coin, Task(), players, id="e", course=EpisodeResume(turns))
+    with pytest.raises(ReplayMismatch, match="'a' should have been called before 'b'"):
+        await play_episode(coin, Task(), players, id="e", resume=EpisodeResume(turns))
     next(begins)  # so that b begins again
     episode, _ = await resumed(coin, PLAN, players, PartialEpisode(turns))
     assert episode.failure is None
-    assert (episode.replayed, episode.diverged) == (0, 1)
+    assert (episode.replayed, episode.replay_mismatches) == (0, 1)
 
 
 async def test_forks_are_asked_again_and_conversations_anew_come_back() -> None:
@@ -543,20 +543,23 @@ async def test_isolated_environments_come_back(tmp_path: Path) -> None:
         )
         assert again.failure is None
         assert again.turns[-1].prompt[0].content == "time 2"
-        assert (again.replayed, again.diverged) == (0, 1)
+        assert (again.replayed, again.replay_mismatches) == (0, 1)
 
 
-def test_the_log_forgets_what_is_void() -> None:
+def test_turn_log_drops_outdated_attempts() -> None:
     log = TurnLog()
     one, two = (Turn("agent", (), text, "stop") for text in ("one", "two"))
     log.add("g/0", 0, one)
     log.add("g/0", 0, two)
     log.add("h/0", 0, one)
-    assert log.begun() == {"g/0": PartialEpisode((one, two), 1), "h/0": PartialEpisode((one,), 1)}
+    assert log.partial_episodes() == {
+        "g/0": PartialEpisode((one, two), 1),
+        "h/0": PartialEpisode((one,), 1),
+    }
     log.add("g/0", 1, one)
     log.add("g/0", 0, two)  # of the host that was thought dead
-    log.forget("h")
-    assert log.begun() == {"g/0": PartialEpisode((one,), 2)}
+    log.remove("h")
+    assert log.partial_episodes() == {"g/0": PartialEpisode((one,), 2)}
 
 
 async def test_a_host_tells_pickled_turns_and_nothing_of_a_group_that_has_ended() -> None:
@@ -622,7 +625,7 @@ HOST = """
         player = PolicyPlayer(Chat.load(EMBEDDED), engine, Sampling(max_tokens=12))
         plan = GroupPlan("g", env.tasks(0, 1)[0], 3, 1)
         groups = []
-        for options in ({"recorded": log.begun(), "on_turn": told}, {}):
+        for options in ({"recorded": log.partial_episodes(), "on_turn": told}, {}):
             players = dict.fromkeys(env.seats, player)
             async for group in play_groups(env, [plan], players, concurrency=3, **options):
                 groups.append(group)

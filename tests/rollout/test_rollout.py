@@ -176,7 +176,7 @@ async def test_errors_of_the_program_itself_get_out(error: Exception) -> None:
         await play_episode(misbehaves, Job(), {"agent": Flaky(1, error)}, id="e")
     if isinstance(error, TypeError):
         assert (
-            "Flaky's own error, for seat 'agent', and not that of environment 'misbehaves'"
+            "Raised by Flaky itself, for seat 'agent', and not by environment 'misbehaves'"
             in (raised.value.__notes__[0])
         )
     with pytest.raises(type(error), match=str(error)):

@@ -195,7 +195,7 @@ class EnvWorker:
         self._loop, self._thread = asyncio.get_running_loop(), threading.get_ident()
         assert self.environment.seats  # now: the plans to come hold tasks of its classes
         assert self.players
-        return self._room.most
+        return self._room.size
 
     @ray.method(concurrency_group=WATCH)  # type: ignore[untyped-decorator]
     async def running(self) -> Running:
@@ -204,7 +204,7 @@ class EnvWorker:
 
     def stop(self, plans: Sequence[str], oldest: int) -> None:
         """End those of these plans that began with weights older than `oldest`."""
-        self._stops.stop(plans, oldest)
+        self._stops.cancel(plans, oldest)
 
     async def begin(
         self,
@@ -260,7 +260,7 @@ class EnvWorker:
             concurrency=self._room,
             retries=env.retries,
             deadline_s=env.deadline_s,
-            stops=self._stops,
+            canceller=self._stops,
             recorded=recorded,
             on_turn=self._telling.add,
             on_end=self._ended,

@@ -14,7 +14,7 @@ import ray
 from rayrl.cluster.gone import ACTOR_DIED
 from rayrl.cluster.serving.streams import PAUSE_S
 from rayrl.cluster.session import beside_driver
-from rayrl.rollout.encoding import bytes_of
+from rayrl.rollout.encoding import turn_to_bytes
 from rayrl.rollout.records import Records
 from rayrl.rollout.resume import PartialEpisode, TurnLog, TurnRecord
 from rayrl.types import Group, Turn
@@ -44,7 +44,7 @@ class Recorder:
         for episode, attempt, turn in turns:
             self._log.add(episode, attempt, turn)
         for group in over:
-            self._log.forget(group)
+            self._log.remove(group)
 
     def add(self, turns: Sequence[TurnRecord]) -> None:
         """What happened, in its order; turns come as bytes."""
@@ -62,7 +62,7 @@ class Recorder:
 
     def begun(self, groups: Sequence[str]) -> dict[str, PartialEpisode]:
         """What there is of the episodes of these groups, by id."""
-        return self._log.begun(groups)
+        return self._log.partial_episodes(groups)
 
     def _write(self, turns: Sequence[TurnRecord], over: Sequence[str]) -> None:
         if self._file is None:
@@ -84,7 +84,7 @@ class Recorder:
         anew = records.file.with_suffix(".new")
         anew.unlink(missing_ok=True)
         self._records = Records(anew)
-        self._records.add((_plain(self._log.told()), ()))
+        self._records.add((_plain(self._log.records()), ()))
         self._compact = max(COMPACT_AT, 3 * self._records.size)
         records.close()
         anew.replace(records.file)
@@ -92,7 +92,9 @@ class Recorder:
 
 
 def _plain(turns: Sequence[TurnRecord]) -> list[TurnRecord]:
-    return [(e, n, turn if isinstance(turn, bytes) else bytes_of(turn)) for e, n, turn in turns]
+    return [
+        (e, n, turn if isinstance(turn, bytes) else turn_to_bytes(turn)) for e, n, turn in turns
+    ]
 
 
 class Telling:
@@ -118,7 +120,7 @@ class Telling:
     def add(self, episode: str, attempt: int, turn: Turn) -> None:
         """For `on_turn` of `play_groups`."""
         # as bytes already: the recorder only keeps it, and Ray's pickling takes five times as long
-        told = episode, attempt, bytes_of(turn)
+        told = episode, attempt, turn_to_bytes(turn)
         self._waiting.setdefault(episode.rpartition("/")[0], []).append(told)
         if self._sending is None or self._sending.done():
             self._sending = asyncio.get_running_loop().create_task(self._send())

@@ -33,7 +33,7 @@ from rayrl.cluster.workers.worker_slot import (
     kill,
     placing,
 )
-from rayrl.errors import InfraError, RayrlError, RunFailed, shown
+from rayrl.errors import InfraError, RayrlError, RunFailed, safe_repr
 from rayrl.rollout.resume import PartialEpisode
 from rayrl.rollout.rollout import GroupPlan
 from rayrl.types import Episode, Failure, Group, Turn
@@ -346,7 +346,7 @@ class WorkerPool:
 
     def _blamed(self, plan: GroupPlan, why: str) -> Group:
         name = self._job.config.env.name
-        failure = Failure("env", f"environment {name!r} on task {shown(plan.task)}: {why}")
+        failure = Failure("env", f"environment {name!r} on task {safe_repr(plan.task)}: {why}")
         episodes = tuple(
             Episode(f"{plan.id}/{index}", name, plan.task, index, (), failure=failure)
             for index in range(plan.size)

@@ -14,7 +14,7 @@ from ray.exceptions import RayTaskError
 from rayrl.cluster.gone import ACTOR_DIED
 from rayrl.cluster.workers.env_worker import News, Running
 from rayrl.config import ClusterConfig, EnvConfig
-from rayrl.errors import RayrlError, RunFailed, shown
+from rayrl.errors import RayrlError, RunFailed, safe_repr
 from rayrl.rollout.resume import PartialEpisode
 from rayrl.rollout.rollout import GroupPlan
 from rayrl.types import Group
@@ -160,8 +160,8 @@ class WorkerSlot:
         episode = running.episode if running else ""
         work = self.works.get(episode.rpartition("/")[0])
         if work is not None:
-            return f"episode {episode} on task {shown(work.plan.task)}"
-        tasks = "; ".join(shown(one.plan.task, 200) for one in list(self.works.values())[:3])
+            return f"episode {episode} on task {safe_repr(work.plan.task)}"
+        tasks = "; ".join(safe_repr(one.plan.task, 200) for one in list(self.works.values())[:3])
         return f"one of {len(self.works)} groups (the first tasks are {tasks})"
 
     async def begin(
