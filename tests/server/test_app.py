@@ -315,7 +315,7 @@ async def test_a_demanded_call_begins_the_answer_or_is_an_error(chat: Chat) -> N
         with pytest.raises(openai.InternalServerError) as failed:
             await client.chat.completions.create(**asked)
         assert failed.value.code == "tool_call_invalid"
-        with pytest.raises(openai.APIError, match="did not finish"):
+        with pytest.raises(openai.APIError, match="did not complete"):
             async for _ in await client.chat.completions.create(**asked, stream=True):
                 pass
     begun = '<tool_call>\n{"name": "weather", "arguments":'
@@ -459,7 +459,7 @@ async def test_what_is_wrong_is_named(chat: Chat) -> None:
             assert (lost.status_code, lost.json()["error"]["code"]) == (404, "unknown_url")
             other = await http.get("chat/completions")
             assert (other.status_code, other.json()["error"]["code"]) == (405, "method_not_allowed")
-        with pytest.raises(openai.NotFoundError, match="There is 'm'") as no_model:
+        with pytest.raises(openai.NotFoundError, match="This server has 'm'") as no_model:
             await client.chat.completions.create(model="gpt-4o", messages=HELLO)
         assert no_model.value.code == "model_not_found"
         assert [model.id async for model in client.models.list()] == ["m"]

@@ -163,13 +163,13 @@ async def test_others_are_answered_while_a_large_request_is_read(
         return tokenize(text)
 
     monkeypatch.setattr(chat._text, "encode", slowly)
-    monkeypatch.setattr(apps, "MOST_WAITING", 2)
+    monkeypatch.setattr(apps, "MAX_LARGE", 2)
     large = said(messages=[{"role": "user", "content": "a " * 9_000}])
     async with asking(chat) as client:
         first, second = (
             asyncio.create_task(client.post("chat/completions", content=large)) for _ in range(2)
         )
-        await until(lambda: client.service._waiting == 2)  # type: ignore[attr-defined]
+        await until(lambda: client.service._large == 2)  # type: ignore[attr-defined]
         assert await asyncio.to_thread(begun.wait, 60)
         assert (await client.get("http://m/health")).status_code == 200
         assert (await client.post("chat/completions", content=said())).status_code == 200
