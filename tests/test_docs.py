@@ -16,7 +16,7 @@ from rayrl import Agent, Environment, ScriptedPlayer, check_env, load_env, play_
 from rayrl.cluster.rollouts import CollectedGroups
 from rayrl.cluster.workers.scaling import Load
 from rayrl.config import from_dict, leaves
-from rayrl.environment.registry import _from_file
+from rayrl.environment.registry import _import_file
 from rayrl.learner.advantage import advantages
 from rayrl.learner.batch import make_batch
 from rayrl.learner.forward import Tally
@@ -72,7 +72,7 @@ def environments(module: ModuleType) -> list[Environment]:
 @pytest.mark.parametrize("file", [name_of(block) for block in PYTHON])
 def test_python_runs(file: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
-    module = _from_file(file)
+    module = _import_file(file)
     tests = [one for name, one in vars(module).items() if name.startswith("test_")]
     assert tests or environments(module)
     for test in tests:

@@ -131,7 +131,7 @@ def cell_of(
     """A cell's figures. Failed episodes are counted, never measured."""
     episodes = [episode for group in played.groups for episode in group.episodes]
     failed = sum(len(group.episodes) for group in played.dropped)
-    figures = measure(episodes, environment.reported)
+    figures = measure(episodes, environment.statistics_function)
     unplayed, refused = played.infra_failures, played.refused
     distinct = len({task_key(episode.task) for episode in episodes})
     tasks = distinct if distinct < len(episodes) else 0

@@ -1,4 +1,4 @@
-"""Finding environments: installed ones by name, others by file or module."""
+"""Load environments: installed ones by name, others by file or module."""
 
 from __future__ import annotations
 
@@ -20,82 +20,85 @@ from rayrl.types import derive_seed
 __all__ = ["CODE_FILE", "ENV_GROUP", "installed_envs", "load_env"]
 
 ENV_GROUP = "rayrl.envs"
-CODE_FILE = "rayrl-code.json"  # beside rayrl/ in a copy that was sent to a cluster: `code_bundle`
+CODE_FILE = "rayrl-code.json"  # next to rayrl/ in a copy uploaded to a cluster, see `code_bundle`
 
 
 def installed_envs() -> list[str]:
-    """Names of the environments installed as packages (entry-point group `rayrl.envs`)."""
+    """Return the names of environments installed as packages (entry-point group `rayrl.envs`)."""
     return sorted({point.name for point in entry_points(group=ENV_GROUP)})
 
 
 def load_env(name: str) -> Environment:
-    """The environment called `name`.
+    """Load an environment.
 
     Args:
         name: an installed environment, `path/to/file.py[:attribute]` or `module:attribute`. Without
             an attribute the file must define exactly one environment.
 
     Raises:
-        ConfigError: there is none of that name; the message names the nearest or what is wrong.
+        ConfigError: it does not exist (names the nearest known name) or cannot be loaded.
     """
     if not name:
         raise ConfigError("env.name is empty: name an environment, a file or module:attribute")
-    place, _, attribute = name.rpartition(":") if ":" in name else (name, "", "")
-    if place.endswith(".py"):
-        return _named(_pick(_from_file(place), place, attribute), f"{_absolute(place)}:{attribute}")
+    source, _, attribute = name.rpartition(":") if ":" in name else (name, "", "")
+    if source.endswith(".py"):
+        env = _select(_import_file(source), source, attribute)
+        env.ref = f"{_original_path(source)}:{attribute}"
+        return env
     if attribute:
-        return _named(_pick(_import(place, name), place, attribute), name)
+        try:
+            module = importlib.import_module(source)
+        except Exception as error:
+            raise ConfigError(
+                f"env.name={name!r}: module {source!r} could not be imported: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        env = _select(module, source, attribute)
+        env.ref = name
+        return env
     for point in entry_points(group=ENV_GROUP):
         if point.name == name:
             try:
-                found = point.load()
+                value = point.load()
             except Exception as error:
                 raise ConfigError(
                     f"environment {name!r} is installed but {point.value!r} could not be loaded: "
                     f"{type(error).__name__}: {error}"
                 ) from error
-            return _named(_checked(found, point.value), name)
+            env = _checked(value, point.value)
+            env.ref = name
+            return env
     raise ConfigError(
         f"env.name={name!r}: no such environment is installed."
         + suggestion(name, installed_envs())
-        + " A file is given as path/to/file.py, an importable one as module:attribute."
+        + " Give a file as path/to/file.py, an importable environment as module:attribute."
     )
 
 
-def _named(env: Environment, ref: str) -> Environment:
-    env.ref = ref
-    return env
-
-
 @functools.cache
-def _sent() -> Mapping[str, Mapping[str, str]]:
-    """Of code that was sent here: what the sender called its files, and where their copies are."""
+def _uploaded() -> Mapping[str, Mapping[str, str]]:
+    """Map the original names of uploaded code files to paths, and those to their copies."""
     file = Path(__file__).resolve().parents[2] / CODE_FILE
     return json.loads(file.read_text("utf-8")) if file.is_file() else {"written": {}, "files": {}}
 
 
-def _absolute(place: str) -> Path:
-    """Where a file is, or was on the machine that sent it: the same for every process of a run."""
-    return Path(_sent()["written"].get(place) or Path(place).expanduser().resolve())
+def _original_path(file: str) -> Path:
+    """Return the path of a file on the machine that started the run; equal in all its processes."""
+    return Path(_uploaded()["written"].get(file) or Path(file).expanduser().resolve())
 
 
-def _copy(path: Path) -> Path:
-    """What is there to be read of the file."""
-    copy = _sent()["files"].get(str(path))
-    return Path(__file__).resolve().parents[2] / copy if copy else path
-
-
-def _from_file(place: str) -> ModuleType:
-    path = _absolute(place)
-    source = _copy(path)
-    if not source.is_file():
+def _import_file(file: str) -> ModuleType:
+    path = _original_path(file)
+    copy = _uploaded()["files"].get(str(path))
+    readable = Path(__file__).resolve().parents[2] / copy if copy else path
+    if not readable.is_file():
         near = suggestion(path.name, [p.name for p in path.parent.glob("*.py")])
-        raise ConfigError(f"env.name={place!r}: there is no file {path}.{near}")
+        raise ConfigError(f"env.name={file!r}: there is no file {path}.{near}")
     # a stable name, so that the file's task classes unpickle in any process that loaded it
     name = f"rayrl_env_{path.stem}_{derive_seed(path):x}"
     if name in sys.modules:
         return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, source)
+    spec = importlib.util.spec_from_file_location(name, readable)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -105,42 +108,33 @@ def _from_file(place: str) -> ModuleType:
     except Exception as error:
         del sys.modules[name]
         raise ConfigError(
-            f"env.name={place!r}: {path} could not be run: {type(error).__name__}: {error}"
+            f"env.name={file!r}: {path} could not be run: {type(error).__name__}: {error}"
         ) from error
     return module
 
 
-def _import(place: str, name: str) -> ModuleType:
-    try:
-        return importlib.import_module(place)
-    except Exception as error:
-        raise ConfigError(
-            f"env.name={name!r}: module {place!r} could not be imported: "
-            f"{type(error).__name__}: {error}"
-        ) from error
-
-
-def _pick(module: ModuleType, place: str, attribute: str) -> Environment:
+def _select(module: ModuleType, source: str, attribute: str) -> Environment:
     known = {key: value for key, value in vars(module).items() if isinstance(value, Environment)}
     if not attribute:
         distinct = {id(value): value for value in known.values()}
         if len(distinct) == 1:
             return next(iter(distinct.values()))
         raise ConfigError(
-            f"{place} defines {len(distinct)} environments ({', '.join(sorted(known)) or 'none'}): "
-            f"name one, e.g. {place}:{next(iter(known), 'attribute')}"
+            f"{source} defines {len(distinct)} environments "
+            f"({', '.join(sorted(known)) or 'none'}): name one, e.g. "
+            f"{source}:{next(iter(known), 'attribute')}"
         )
-    found: object = module
+    value: object = module
     for part in attribute.split("."):
-        found = getattr(found, part, None)
-    if found is None:
-        raise ConfigError(f"{place} has no {attribute!r}.{suggestion(attribute, list(known))}")
-    return _checked(found, f"{place}:{attribute}")
+        value = getattr(value, part, None)
+    if value is None:
+        raise ConfigError(f"{source} has no {attribute!r}.{suggestion(attribute, list(known))}")
+    return _checked(value, f"{source}:{attribute}")
 
 
-def _checked(found: object, where: str) -> Environment:
-    if not isinstance(found, Environment):
+def _checked(value: object, where: str) -> Environment:
+    if not isinstance(value, Environment):
         raise ConfigError(
-            f"{where} is {found!r}, not an environment: decorate its coroutine with @rayrl.env"
+            f"{where} is {value!r}, not an environment: decorate its coroutine with @rayrl.env"
         )
-    return found
+    return value

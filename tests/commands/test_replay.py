@@ -19,7 +19,7 @@ from rayrl import DataError, GroupPlan, Message, Scores, Task
 from rayrl.cli import main
 from rayrl.commands.replay import Replayed, replay, stored_episodes
 from rayrl.rollout.agent import Agent
-from rayrl.rollout.episode_io import LoggedTask, read_episodes, revive, write_episodes
+from rayrl.rollout.episode_io import LoggedTask, read_episodes, restore_task, write_episodes
 from rayrl.rollout.players import ScriptedPlayer
 from rayrl.types import Episode, Failure
 from tests.act import collect, instant, says
@@ -257,12 +257,12 @@ async def test_tools_are_played_again(isolated: bool, tmp_path: Path) -> None:
 def test_tasks_get_the_class_that_there_is() -> None:
     logged = LoggedTask(seed=3, type="elsewhere:Job", fields={"seed": 3, "act": "x"})
     episode = Episode("e", "talk", logged, 0, ())
-    assert revive(episode, [Task, Job]).task == Job(seed=3, act="x")
-    with pytest.raises(DataError, match="episode e is of a task Job, and there are Task only"):
-        revive(episode, [Task])
+    assert restore_task(episode, [Task, Job]).task == Job(seed=3, act="x")
+    with pytest.raises(DataError, match="has a task of class Job; the environment has only Task"):
+        restore_task(episode, [Task])
     wrong = replace(episode, task=replace(logged, fields={"seed": 3, "actt": "x"}))
     with pytest.raises(DataError, match=r"no field 'actt'\. Did you mean 'act'"):
-        revive(wrong, [Job])
+        restore_task(wrong, [Job])
 
 
 def test_what_is_wrong_with_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

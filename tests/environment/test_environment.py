@@ -232,7 +232,7 @@ guessing = rayrl.from_gymnasium(
 
 async def test_an_adapted_environment_is_made_in_another_process() -> None:
     nowhere = rayrl.from_gymnasium(Guess, tasks=[Task()])
-    with pytest.raises(ConfigError, match=r"'Guess' .* by rayrl\.load_env, or .* ref="):
+    with pytest.raises(ConfigError, match=r"'Guess' .* with rayrl\.load_env, or .* ref="):
         _ = nowhere.spec
     async with SubprocessEnv(guessing, slots=1) as env:
         player = rayrl.ScriptedPlayer(lambda messages, rng: "1")

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 import rayrl
 from rayrl import Agent, Scores, Task
 from rayrl.config import from_dict
-from rayrl.environment.group_reward import MOST_SCORE
+from rayrl.environment.group_reward import MAX_SCORE
 from rayrl.errors import MAX_TRACEBACK, EnvError, InfraError, clip, describe_error, safe_repr
 from rayrl.learner.advantage import METHODS, NORMALIZERS, advantages
 from rayrl.rollout.rollout import play_episode, play_group
@@ -185,8 +185,8 @@ def test_values_are_shown_in_few_words() -> None:
 # ---- scores
 
 GOOD = [0, 1, True, 0.5, -3.0, np.float32(0.5), np.int64(2), np.bool_(True), Decimal("0.25"),
-        Fraction(1, 4), torch.tensor(0.5), np.array(2.0), MOST_SCORE]  # fmt: skip
-BAD = [math.nan, math.inf, -math.inf, 1e308, -1e308, 1.1 * MOST_SCORE, 10**400, np.float64("nan"),
+        Fraction(1, 4), torch.tensor(0.5), np.array(2.0), MAX_SCORE]  # fmt: skip
+BAD = [math.nan, math.inf, -math.inf, 1e308, -1e308, 1.1 * MAX_SCORE, 10**400, np.float64("nan"),
        np.float64("inf"), torch.tensor(math.nan), Decimal("NaN"), 1 + 2j, np.complex128(1 + 2j),
        "1", b"1", np.str_("1"), None, [], [1.0], {}, object(), torch.tensor([1.0, 2.0]),
        np.array([1.0, 2.0]), Worse()]  # fmt: skip
@@ -245,7 +245,7 @@ async def test_whatever_a_group_reward_raises(error: BaseException) -> None:
         assert type(error).__name__ in episode.failure.message
 
 
-REWARDS = st.floats(-MOST_SCORE, MOST_SCORE, allow_nan=False)
+REWARDS = st.floats(-MAX_SCORE, MAX_SCORE, allow_nan=False)
 
 
 @settings(deadline=None, max_examples=60)

@@ -307,7 +307,7 @@ async def _refuses_company(task: Task, agent: Agent) -> Scores:
 @pytest.mark.parametrize(
     ("play", "said"),
     [
-        (_shares_a_board, 'it says "board ['),
+        (_shares_a_board, 'it sends "board ['),
         (_scores_by_a_board, "the same task and replies were scored {'agent': {'n': 3.0}} and"),
         (_refuses_company, "it failed: environment 'play' on task"),
     ],
@@ -316,7 +316,7 @@ def test_env_check_finds_what_only_live_episodes_share(play: Any, said: str) -> 
     _board.clear()
     env = rayrl.env(tasks=lambda seed, u: Task(seed=seed), rewards={"n": 1.0}, name="play")(play)
     (problem,) = check_env(env)
-    assert problem.startswith("an episode is another one when others are live: on task Task(seed=")
+    assert problem.startswith("an episode changes when others are live: on task Task(seed=")
     assert said in problem
 
 

@@ -138,8 +138,8 @@ async def double_check(task: Question, agent: Agent) -> Scores:
     return scores_of(task.answer, first, second)
 
 
-@double_check.figures
-def figures(episode: Episode) -> dict[str, bool | float | str]:
+@double_check.statistics
+def statistics(episode: Episode) -> dict[str, bool | float | str]:
     """What evaluations report: first and last answers, what asking changed, and the form."""
     scores = episode.scores["agent"]
     return {

@@ -9,7 +9,6 @@ from rayrl_double_check import (
     EXAMPLES,
     Question,
     double_check,
-    figures,
     questions,
     read,
     scores_of,
@@ -202,7 +201,8 @@ def episodes_of(name: str, tasks: int) -> list[Episode]:
 def test_players_of_certain_strength(name: str, reward: float, shares: list[float]) -> None:
     episodes = episodes_of(name, 28)
     assert all(e.rewards["agent"] == pytest.approx(reward) for e in episodes)
-    rows = [figures(episode) for episode in episodes]
+    assert double_check.statistics_function is not None
+    rows = [double_check.statistics_function(episode) for episode in episodes]
     assert list(rows[0]) == ["right %", "first right %", "corrected %", "spoiled %", "format %"]
     assert [
         statistics.fmean(map(float, column))

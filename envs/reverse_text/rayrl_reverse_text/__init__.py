@@ -143,8 +143,8 @@ async def reverse_text(task: Text, agent: Agent) -> Scores:
     return score(task.reversed, await agent([*said, user(task.text)]))
 
 
-@reverse_text.figures
-def figures(episode: Episode) -> dict[str, bool | float | str]:
+@reverse_text.statistics
+def statistics(episode: Episode) -> dict[str, bool | float | str]:
     """What evaluations report: how near the answers are, how many are right, and the form."""
     scores = episode.scores["agent"]
     return {

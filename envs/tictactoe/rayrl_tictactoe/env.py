@@ -19,7 +19,7 @@ from .match import Match
 if TYPE_CHECKING:
     from rayrl import Agent, Episode
 
-__all__ = ["Game", "game_figures", "games", "opponent_move", "tictactoe", "unbeatable"]
+__all__ = ["Game", "game_statistics", "games", "opponent_move", "tictactoe", "unbeatable"]
 
 
 FORM = "<think></think><move>{}</move>"  # a person types the position only
@@ -113,10 +113,10 @@ def teacher(messages: Sequence[Message], rng: random.Random) -> str:
     return players.teacher(messages, rng)
 
 
-@tictactoe.figures
-def figures(episode: Episode) -> dict[str, bool | float | str]:
+@tictactoe.statistics
+def statistics(episode: Episode) -> dict[str, bool | float | str]:
     """What evaluations report: the result, the form, and whether any move was invalid."""
-    return game_figures(episode.scores["agent"])
+    return game_statistics(episode.scores["agent"])
 
 
 @tictactoe.ending
@@ -134,7 +134,7 @@ def ending(episode: Episode, seat: str) -> str:
     return match.ending()
 
 
-def game_figures(scores: Mapping[str, float]) -> dict[str, bool | float | str]:
+def game_statistics(scores: Mapping[str, float]) -> dict[str, bool | float | str]:
     """Figures of one game from its player's scores."""
     return {
         "win/draw/loss": {1.0: "win", 0.5: "draw", 0.0: "loss"}[scores["win"]],

@@ -79,10 +79,10 @@ def _scores(view: Match, result: str) -> Mapping[str, float]:
     }
 
 
-@versus.figures
-def figures(episode: Episode) -> dict[str, bool | float | str]:
+@versus.statistics
+def statistics(episode: Episode) -> dict[str, bool | float | str]:
     """Seat x's game, as in `tictactoe`."""
-    return env.game_figures(episode.scores["x"])
+    return env.game_statistics(episode.scores["x"])
 
 
 @versus.ending

@@ -202,15 +202,15 @@ def lowest(messages: Sequence[Message], rng: random.Random) -> str:
 
 
 async def test_a_perfect_player_loses_no_line() -> None:
-    figures = await unbeatable(scripted(lowest_best), ARGS)
-    # Every line counted once is checked below; these are the README's figures.
-    assert figures == {"lines": 642, "losing": 0, "draws": 185, "wins": 457, "invalid": 0}
+    counts = await unbeatable(scripted(lowest_best), ARGS)
+    # Every line counted once is checked below; these are the README's numbers.
+    assert counts == {"lines": 642, "losing": 0, "draws": 185, "wins": 457, "invalid": 0}
 
 
 async def test_a_random_player_loses_lines() -> None:
-    figures = await unbeatable(scripted(tictactoe.players["random"]), ARGS)
-    assert figures["losing"] > 0
-    assert figures["lines"] == figures["wins"] + figures["draws"] + figures["losing"]
+    counts = await unbeatable(scripted(tictactoe.players["random"]), ARGS)
+    assert counts["losing"] > 0
+    assert counts["lines"] == counts["wins"] + counts["draws"] + counts["losing"]
 
 
 def count_by_hand(key: str, mark: str) -> list[int]:
@@ -227,15 +227,15 @@ def count_by_hand(key: str, mark: str) -> list[int]:
 async def test_every_line_is_counted_once() -> None:
     first, second = count_by_hand(FREE * 9, "X"), count_by_hand(FREE * 9, "O")
     wins, draws, losses = (a + b for a, b in zip(first, second, strict=True))
-    figures = await unbeatable(scripted(lowest), ARGS)
-    assert figures == {
+    counts = await unbeatable(scripted(lowest), ARGS)
+    assert counts == {
         "lines": wins + draws + losses,
         "losing": losses,
         "draws": draws,
         "wins": wins,
         "invalid": 0,
     }
-    assert losses == 487  # of 822: the README's figures
+    assert losses == 487  # of 822: the README's numbers
     assert wins + draws + losses == 822
 
 
@@ -246,9 +246,9 @@ async def test_a_player_that_never_answers_loses_each_opening_at_the_turn_limit(
         talks.append(messages)
         return "no"
 
-    figures = await unbeatable(scripted(mute), {**ARGS, "max_turns": 3, "system_prompt": "Rules."})
+    counts = await unbeatable(scripted(mute), {**ARGS, "max_turns": 3, "system_prompt": "Rules."})
     # One opening when X starts, nine when O does; each is asked three times.
-    assert figures == {"lines": 10, "losing": 10, "draws": 0, "wins": 0, "invalid": 10}
+    assert counts == {"lines": 10, "losing": 10, "draws": 0, "wins": 0, "invalid": 10}
     assert len(talks) == 30
     assert [m.role for m in talks[-1]] == ["system", *["user", "assistant"] * 2, "user"]
     assert talks[-1][0].content == "Rules."
@@ -267,8 +267,8 @@ async def test_each_conversation_is_asked_once_and_one_depth_at_the_same_time() 
         live -= 1
         return lowest(messages, rng)
 
-    figures = await unbeatable(scripted(slow), ARGS)
-    assert figures["lines"] == 822
+    counts = await unbeatable(scripted(slow), ARGS)
+    assert counts["lines"] == 822
     assert most > 200
     assert len(set(asked)) == len(asked)
 

@@ -142,8 +142,8 @@ def guesser(messages: Sequence[Message], rng: random.Random) -> str:
     return f"<answer>{rng.randrange(1000)}</answer>"
 
 
-@tools.figures
-def figures(episode: Episode) -> dict[str, bool | float | str]:
+@tools.statistics
+def statistics(episode: Episode) -> dict[str, bool | float | str]:
     """What evaluations report."""
     scores = episode.scores["agent"]
     return {

@@ -237,8 +237,8 @@ async def test_rounds_run_out() -> None:
     assert len(episode.turns) == 3
     assert episode.turns[2].prompt[0].content.endswith("answer now.")
     assert episode.scores["agent"]["format"] == 0.0
-    assert tools.reported is not None
-    assert tools.reported(episode) == {
+    assert tools.statistics_function is not None
+    assert tools.statistics_function(episode) == {
         "correct %": False,
         "answered %": False,
         "valid %": 1.0,
