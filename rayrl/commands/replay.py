@@ -31,7 +31,7 @@ from rayrl.environment.scoring import with_group_rewards
 from rayrl.errors import ConfigError, DataError, EnvError, did_you_mean
 from rayrl.report.console import new_console
 from rayrl.rollout.agent import Conversation, Options
-from rayrl.rollout.episode_io import episode_to_json, read_episodes, revive
+from rayrl.rollout.episode_io import episode_to_json, read_episodes, restore_task
 from rayrl.rollout.resume import EpisodeResume, ReplayMismatch
 from rayrl.rollout.rollout import play_episode
 from rayrl.rollout.subprocess_env import SubprocessEnv
@@ -112,7 +112,7 @@ def stored_episodes(file: str | Path, env: Environment) -> list[Episode]:
         )
     kinds = {type(task) for task in env.tasks(0, _DRAWN)}
     try:
-        return [revive(episode, kinds) for episode in found]
+        return [restore_task(episode, kinds) for episode in found]
     except DataError as error:
         raise DataError(f"{file}: {error}") from None
 

@@ -250,7 +250,7 @@ def _row(hook: Hook, episode: Episode) -> dict[str, Value]:
     try:
         return dict(hook(episode))
     except Exception as error:
-        raise EnvError(f"figures of episode {episode.id}: {describe_error(error)}") from error
+        raise EnvError(f"statistics of episode {episode.id}: {describe_error(error)}") from error
 
 
 def _combine(name: str, values: Sequence[Value], tasks: Sequence[str]) -> Figure:

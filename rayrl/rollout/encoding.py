@@ -1,8 +1,8 @@
-"""Turns and groups as bytes and back: what is kept of a run that may be resumed.
+"""Encode turns and groups as bytes, for the logs from which a run is resumed.
 
-The encoding is data, not a pickle, so that nothing runs when somebody else's folder is resumed. A
-value of the vocabulary is the list of its fields in their order; a task is JSON with the name of
-its class, which is looked up among those that are loaded.
+The encoding is data, not a pickle, so that resuming an untrusted run folder executes no code. A
+value of `rayrl.types` is the list of its fields in order; a task is JSON with the name of its
+class, which is looked up among the loaded classes.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ _KINDS = frozenset((Turn, Message, VersionSpan, Usage, Failure))
 
 
 def turn_to_bytes(turn: Turn) -> bytes:
-    """A turn as bytes."""
+    """Encode a turn."""
     return pack(turn, _plain)
 
 
 def turn_from_bytes(data: bytes) -> Turn:
-    """The turn `turn_to_bytes` was given."""
+    """Decode a turn from `turn_to_bytes`."""
     return _turn(unpack(data))
 
 
 def group_to_bytes(group: Group) -> bytes:
-    """A group as bytes; the task is written once."""
+    """Encode a group; a task shared by its episodes is written once."""
     task = json.dumps(task_to_json(group.task))
     episodes = [
         [
@@ -58,43 +58,43 @@ def group_to_bytes(group: Group) -> bytes:
 
 
 def group_from_bytes(data: bytes) -> Group:
-    """The group `group_to_bytes` was given.
+    """Decode a group from `group_to_bytes`.
 
     Raises:
-        DataError: its task does not fit the class of that name any more.
+        DataError: the data is not a group, or its task no longer fits the class of that name.
     """
     try:
         name, text, trainable, episodes = unpack(data)
         task = task_from_json(json.loads(text))
-        return Group(name, task, tuple(_episode(one, task) for one in episodes), tuple(trainable))
+        return Group(name, task, tuple(_episode(item, task) for item in episodes), tuple(trainable))
     except (TypeError, ValueError, IndexError) as error:
-        raise DataError(f"not a group that was played: {error}") from error
+        raise DataError(f"not an encoded group: {error}") from error
 
 
 def _plain(value: Any) -> Any:
-    """What MessagePack has no word for."""
+    """Convert a value that MessagePack does not support."""
     if type(value) in _KINDS:
         return field_values(value)
-    if isinstance(value, ToolCall):  # as JSON: what a model wrote may hold numbers of any length
+    if isinstance(value, ToolCall):  # as JSON, because a model may write integers of any length
         return value.id, value.name, json.dumps(dict(value.arguments))
     if isinstance(value, Mapping):
         return dict(value)
     if isinstance(value, Sequence):
         return list(value)
-    return value.item()  # a number of numpy or torch
+    return value.item()  # a numpy or torch scalar
 
 
 def _turn(data: Sequence[Any]) -> Turn:
-    seat, prompt, text, finish, offset, told, sampled, logprobs, versions, state, tools = data[:11]
-    usage, began, seconds = data[11:]
+    seat, prompt, text, finish, offset, prompt_ids, completion_ids, logprobs = data[:8]
+    versions, state, tools, usage, began, seconds = data[8:]
     return Turn(
         seat,
         tuple(map(_message, prompt)),
         text,
         finish,
         offset,
-        tuple(told),
-        tuple(sampled),
+        tuple(prompt_ids),
+        tuple(completion_ids),
         tuple(logprobs),
         tuple(VersionSpan(*span) for span in versions),
         state,
@@ -116,7 +116,7 @@ def _usage(data: Sequence[Any] | None) -> Usage | None:
 
 
 def _episode(data: Sequence[Any], group_task: Task) -> Episode:
-    text, name, env, index, turns, scores, rewards, failure, retried_usage, *figures = data
+    text, name, env, index, turns, scores, rewards, failure, retried_usage, *numbers = data
     return Episode(
         name,
         env,
@@ -127,5 +127,5 @@ def _episode(data: Sequence[Any], group_task: Task) -> Episode:
         rewards,
         None if failure is None else Failure(*failure),
         _usage(retried_usage),
-        *figures,
+        *numbers,
     )

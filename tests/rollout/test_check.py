@@ -97,7 +97,7 @@ async def _fails(task: Task, agent: Any) -> Scores:
     raise KeyError("board")
 
 
-async def _forgets(task: Task, agent: Any) -> Scores:
+async def _omits_scores(task: Task, agent: Any) -> Scores:
     await agent("a")
     return {"rigth": 1.0}
 
@@ -123,9 +123,9 @@ async def _hangs(task: Task, agent: Any) -> Scores:
 @pytest.mark.parametrize(
     ("play", "said"),
     [
-        (_silent, "no model was asked anything"),
+        (_silent, "no model was called"),
         (_fails, "KeyError: 'board'"),
-        (_forgets, "Did you mean 'right'"),
+        (_omits_scores, "Did you mean 'right'"),
         (_talks_at_random, "different messages at turn 0"),
         (_scores_at_random, "not deterministic: the same task and replies were scored"),
         (_hangs, "did not end within 0.1 s"),
@@ -163,7 +163,7 @@ def test_randomness_that_only_a_good_player_meets(where: str, said: str) -> None
     (problem,) = check_env(env)
     assert problem.startswith("with player 'teacher': not deterministic: ")
     assert said in problem
-    assert "its episodes start over, instead of going on, when a process dies" in problem
+    assert "episodes start over instead of resuming when their process dies" in problem
 
 
 def test_a_teacher_that_cannot_play() -> None:

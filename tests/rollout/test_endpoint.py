@@ -16,7 +16,7 @@ from rayrl.chat.tools import CUT_OFF
 from rayrl.config import EndpointConfig
 from rayrl.errors import ConfigError, InfraError, Refused, RunFailed
 from rayrl.rollout.agent import Agent, Conversation, Options
-from rayrl.rollout.endpoint import EndpointPlayer, check_reachable, share
+from rayrl.rollout.endpoint import EndpointPlayer, check_reachable, split_limits
 from rayrl.rollout.episode_io import episode_from_json, episode_to_json
 from rayrl.rollout.rollout import play_group
 from rayrl.types import Sampling, Task, Usage, sum_usage, system, user
@@ -193,7 +193,7 @@ async def test_retry_after_is_honoured() -> None:
 
 async def test_tries_run_out() -> None:
     async with serving((503, {}, "busy")) as server, endpoint(server, retries=1) as player:
-        with pytest.raises(InfraError, match=r"no answer in 2 tries; the last gave HTTP 503: busy"):
+        with pytest.raises(InfraError, match=r"in 2 tries; the last failed with HTTP 503: busy"):
             await Agent(player)("a")
     assert len(server.seen) == 2
 
@@ -220,7 +220,7 @@ async def test_a_server_is_there_if_it_answers_anything() -> None:
 async def test_an_account_without_money_is_not_asked_again() -> None:
     empty = (429, {"Retry-After": "30"}, {"error": {"code": "insufficient_quota"}})
     async with serving(empty) as server, endpoint(server) as player:
-        with pytest.raises(ConfigError, match="nothing left to spend"):
+        with pytest.raises(ConfigError, match="no quota left"):
             await Agent(player)("a")
     assert len(server.seen) == 1
 
@@ -280,7 +280,7 @@ async def test_a_retry_after_holds_every_request() -> None:
     busy = (429, {"Retry-After": "3"}, "")
     async with serving(busy, said("ok")) as server, endpoint(server) as player:
         first = asyncio.create_task(Agent(player)("a"))
-        while not player.limiter.held_s():  # noqa: ASYNC110
+        while not player.limiter.paused_s():  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         other = Agent(player)
         await asyncio.gather(first, other("b"))
@@ -598,9 +598,9 @@ async def test_native_arguments_that_are_no_object() -> None:
 
 def test_hosts_keep_the_limits_together() -> None:
     limits = EndpointConfig(concurrency=16, requests_per_minute=60, tokens_per_minute=300)
-    one = share(limits, 3)
+    one = split_limits(limits, 3)
     assert (one.concurrency, one.requests_per_minute, one.tokens_per_minute) == (5, 20, 100)
-    assert share(limits, 1) == limits
+    assert split_limits(limits, 1) == limits
 
 
 def test_settings_that_are_missing() -> None:

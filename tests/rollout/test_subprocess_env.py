@@ -151,7 +151,7 @@ async def test_what_isolated_code_does_wrong(far: rayrl.Environment) -> None:
         assert 'raise ValueError("on fire")' in raised.failure.traceback
         died = await play_far(env, "die", says(), deadline_s=60)
         assert died.failure is not None
-        assert "its process ended by itself (exit code 7)" in died.failure.message
+        assert "its process exited unexpectedly (exit code 7)" in died.failure.message
         nan = await play_far(env, "nan", says(), deadline_s=60)
         assert nan.failure is not None
         assert "nan as score 'n'" in nan.failure.message
@@ -280,5 +280,5 @@ async def test_an_environment_no_child_can_make() -> None:
 
     env = lost
     async with SubprocessEnv(env, slots=1) as isolated:
-        with pytest.raises(ConfigError, match="cannot run in a process of its own"):
+        with pytest.raises(ConfigError, match="cannot run in its own process"):
             await play_episode(isolated, Task(), says(), id="e", deadline_s=60)

@@ -25,7 +25,7 @@ from rayrl.environment.registry import load_env
 from rayrl.errors import ConfigError, did_you_mean
 from rayrl.rollout.agent import Player
 from rayrl.rollout.concurrency import ConcurrencyLimit, GroupCanceller
-from rayrl.rollout.endpoint import EndpointPlayer, share
+from rayrl.rollout.endpoint import EndpointPlayer, split_limits
 from rayrl.rollout.players import PolicyPlayer, ScriptedPlayer
 from rayrl.rollout.resume import PartialEpisode
 from rayrl.rollout.rollout import GroupPlan, play_groups
@@ -154,7 +154,7 @@ class EnvWorker:
         job, config = self._job, self._job.config
         kind, _, name = who.partition(":")
         if kind == "endpoint":
-            endpoint = share(config.endpoint, config.cluster.most_env_workers)
+            endpoint = split_limits(config.endpoint, config.cluster.most_env_workers)
             return EndpointPlayer(endpoint, sampling=job.sampling)
         if kind == "player":
             known = self.environment.players
@@ -179,7 +179,7 @@ class EnvWorker:
         job, config = self._job, self._job.config
         most = [config.cluster.concurrency, self.environment.slots or config.cluster.concurrency]
         if "endpoint" in job.seats.values():
-            most.append(share(config.endpoint, config.cluster.most_env_workers).concurrency)
+            most.append(split_limits(config.endpoint, config.cluster.most_env_workers).concurrency)
         return ConcurrencyLimit(min(most))
 
     def _version(self) -> int:

@@ -70,7 +70,7 @@ class Recorder:
         try:
             self._records = self._records or Records(self._file)
             if over and not self._log.groups:
-                self._records.cut(0)
+                self._records.truncate(0)
             elif self._records.size > self._compact:
                 self._rewrite(self._records)
             else:
