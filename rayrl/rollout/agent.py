@@ -97,14 +97,16 @@ def _invalid(new: Sequence[object], state: object, max_tokens: object) -> str:
     """Describe what is invalid in the arguments of a call; empty if they are valid."""
     for message in new:
         if not isinstance(message, Message):
-            return f"with {safe_repr(message)}: pass a text, rayrl.user(text) or rayrl.system(text)"
+            return (
+                f"with {safe_repr(message)}: pass a string, rayrl.user(text) or rayrl.system(text)"
+            )
         content: object = message.content
         if not isinstance(content, str):
-            return f"with a message whose content is {safe_repr(content)}: it must be a text"
+            return f"with a message whose content is {safe_repr(content)}: it must be a string"
         if message.role not in _ROLES:
             return f"with the role {message.role!r}: it must be one of {', '.join(_ROLES)}"
     if not isinstance(state, str | None):
-        return f"with state={safe_repr(state)}: it must be a text, such as repr(board)"
+        return f"with state={safe_repr(state)}: it must be a string, such as repr(board)"
     if not (max_tokens is None or (isinstance(max_tokens, Integral) and int(max_tokens) >= 0)):
         return f"with max_tokens={safe_repr(max_tokens)}: it must be a whole number, 0 or more"
     return ""
@@ -194,7 +196,7 @@ class Agent:
         """Send messages and wait for the reply: `reply = await agent(prompt)`.
 
         Args:
-            prompt: a text from the user, a message, or several messages.
+            prompt: a string from the user, a message, or several messages.
             tools: typed functions, sync or async, that the model may call before it answers. Their
                 exceptions are reported to the model and counted.
             protocol: how the model calls tools. "native" uses the chat template or the server's

@@ -145,7 +145,7 @@ class ScriptedPlayer:
         except Exception as error:
             raise EnvError(f"player {name} raised {describe_error(error)}") from error
         if not isinstance(text, str):
-            raise EnvError(f"player {name} returned {safe_repr(text)}: it must return a text")
+            raise EnvError(f"player {name} returned {safe_repr(text)}: it must return a string")
         return Turn(conversation.seat, tuple(new), text, "stop", state=options.state)
 
 

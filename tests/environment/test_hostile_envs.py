@@ -105,7 +105,7 @@ async def test_whatever_is_raised_is_recorded(make: Any, said: str, asks: bool) 
         assert len(episode.turns) == asks
 
 
-async def test_an_infra_error_without_words_is_still_one() -> None:
+async def test_an_infra_error_without_a_message() -> None:
     @rayrl.env(tasks=[Task()], rewards={"win": 1.0})
     async def raises(task: Task, agent: Agent) -> Scores:
         raise MuteInfra
@@ -131,7 +131,7 @@ class Shy(Task):
         raise RuntimeError("secret")
 
 
-async def test_a_task_that_cannot_be_shown() -> None:
+async def test_a_task_whose_repr_raises() -> None:
     @rayrl.env(tasks=[Shy()], rewards={"win": 1.0})
     async def raises(task: Task, agent: Agent) -> Scores:
         raise ValueError("on fire")
@@ -177,7 +177,7 @@ def test_a_failure_is_clipped_wherever_it_is_made() -> None:
     assert Failure(failure.kind, failure.message, failure.traceback) == failure
 
 
-def test_values_are_shown_in_few_words() -> None:
+def test_values_are_clipped() -> None:
     assert safe_repr([1, 2]) == "[1, 2]"
     assert len(safe_repr("x" * 10**6)) <= 1_000
 
@@ -209,7 +209,7 @@ async def test_scores_that_are_numbers(value: Any) -> None:
 
 
 @pytest.mark.parametrize("value", BAD, ids=[str(k) for k in range(len(BAD))])
-async def test_scores_that_are_none(value: Any) -> None:
+async def test_values_that_are_not_scores(value: Any) -> None:
     episode = await play_episode(scoring(value), Task(), says(), id="e")
     assert episode.failure is not None
     assert episode.failure.kind == "env"
@@ -293,9 +293,7 @@ ASKED: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("args", "keywords", "said"), ASKED)
-async def test_a_question_no_player_can_answer_is_the_environments(
-    args: Any, keywords: Any, said: str
-) -> None:
+async def test_an_invalid_call_is_an_env_failure(args: Any, keywords: Any, said: str) -> None:
     @rayrl.env(tasks=[Task()], rewards={"win": 1.0})
     async def asks(task: Task, agent: Agent) -> Scores:
         await agent(*args, **keywords)
@@ -312,7 +310,7 @@ async def test_a_question_no_player_can_answer_is_the_environments(
 @pytest.mark.parametrize(
     "make", [Mute, Worse, OwnBase, lambda: SystemExit(2), lambda: TypeError("x")]
 )
-async def test_what_a_scripted_player_raises_is_the_environments(make: Any) -> None:
+async def test_what_a_scripted_player_raises_is_an_env_failure(make: Any) -> None:
     def teacher(messages: Sequence[Message], rng: Any) -> str:
         raise make()
 
@@ -344,7 +342,7 @@ class Unwritable:
         (lambda: Unwritable(), "raised OwnBase: no"),
     ],
 )
-async def test_whatever_a_tool_raises_is_told_to_the_model(act: Any, said: str) -> None:
+async def test_whatever_a_tool_raises_is_reported_to_the_model(act: Any, said: str) -> None:
     def press() -> Any:
         """Press it."""
         result = act()

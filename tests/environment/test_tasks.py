@@ -133,7 +133,7 @@ HELD: list[tuple[str, Any]] = [
 
 
 @pytest.mark.parametrize(("hint", "value"), HELD, ids=[f"{h}-{k}" for k, (h, _) in enumerate(HELD)])
-def test_read_as_written(hint: str, value: Any) -> None:
+def test_tasks_round_trip(hint: str, value: Any) -> None:
     task = task_of(hint, value)
     assert roundtrip_problem(task) == ""
     back = through_a_file(task)
@@ -165,7 +165,7 @@ OBJECTED: list[tuple[str, Any]] = [
 @pytest.mark.parametrize(
     ("hint", "value"), OBJECTED, ids=[f"{h}-{k}" for k, (h, _) in enumerate(OBJECTED)]
 )
-def test_objected_to(hint: str, value: Any) -> None:
+def test_tasks_that_do_not_round_trip(hint: str, value: Any) -> None:
     try:
         said = roundtrip_problem(task_of(hint, value))
     except TypeError as error:
@@ -238,7 +238,7 @@ def test_a_file_of_an_earlier_version_is_read() -> None:
     st.dictionaries(st.integers(), st.tuples(st.floats(), st.text(st.characters(codec=None)))),
     st.frozensets(st.sampled_from(Kind)),
 )
-def test_any_values_come_back(table: dict[int, tuple[float, str]], kinds: frozenset[Kind]) -> None:
+def test_any_values_round_trip(table: dict[int, tuple[float, str]], kinds: frozenset[Kind]) -> None:
     for hint, value in (("dict[int, tuple[float, str]]", table), ("frozenset[Kind]", kinds)):
         task = task_of(hint, value)
         assert same_task(through_a_file(task), task)

@@ -136,7 +136,7 @@ def test_problems_of_play(play: Any, said: str) -> None:
     assert said in problem
 
 
-def test_weights_that_teach_nothing() -> None:
+def test_all_weights_zero() -> None:
     assert "every reward has weight 0" in check_env(made(right=0.0))[0]
     group = rayrl.group_reward(lambda episodes: [0.0] * len(episodes), 0.0)
     assert "every reward has weight 0" in check_env(made(right=0.0, rank=group))[0]
@@ -150,7 +150,7 @@ def test_weights_that_teach_nothing() -> None:
         ("score", "the same task and replies were scored"),
     ],
 )
-def test_randomness_that_only_a_good_player_meets(where: str, said: str) -> None:
+def test_randomness_that_only_a_good_player_reaches(where: str, said: str) -> None:
     async def deep(task: Task, agent: Any) -> Scores:
         if await agent("a") != "the word":
             return {"right": 0.0}

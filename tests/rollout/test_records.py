@@ -68,7 +68,7 @@ def flipped(data: bytes, at: int) -> bytes:
 @pytest.mark.parametrize(
     "tail", [b"\0" * 4096, b"\0", b"garbage", b"rec\x01", b"rec\x01\0\0\0\1\0\0\0\0x", b"\xff" * 99]
 )
-def test_what_follows_the_last_whole_record_is_cut_off(
+def test_data_after_the_last_intact_record_is_cut_off(
     file: Path, tail: bytes, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = file.read_bytes()
@@ -80,7 +80,7 @@ def test_what_follows_the_last_whole_record_is_cut_off(
     assert capsys.readouterr().err == ""
 
 
-def test_every_cut_and_every_flipped_bit_is_seen(file: Path, ends: list[int]) -> None:
+def test_every_truncation_and_flipped_bit_is_detected(file: Path, ends: list[int]) -> None:
     whole = file.read_bytes()
     for at in range(len(whole)):
         file.write_bytes(whole[:at])
@@ -116,7 +116,7 @@ def test_a_pickle_is_not_read(tmp_path: Path, name: str) -> None:
     assert not run.exists()
 
 
-def test_a_record_with_another_shape_is_named(tmp_path: Path) -> None:
+def test_a_record_of_another_structure_is_reported(tmp_path: Path) -> None:
     records = Records(tmp_path / "step_000000.log")
     records.add(["played", 0, pack({"not": "a group"})])
     records.close()
@@ -137,7 +137,7 @@ def everything() -> Turn:
     )
 
 
-def test_a_turn_and_a_group_come_back_whole() -> None:
+def test_a_turn_and_a_group_round_trip() -> None:
     turn = everything()
     assert turn_from_bytes(turn_to_bytes(turn)) == turn
     assert turn_from_bytes(turn_to_bytes(turn)).began == turn.began
@@ -173,7 +173,7 @@ numbers = st.integers(0, 2**40)
         ),
     ),
 )
-def test_any_turn_comes_back(
+def test_any_turn_round_trips(
     text: str, ids: list[int], logprobs: list[float], arguments: dict[str, Any]
 ) -> None:
     said = (Message("assistant", text, (ToolCall(text, "f", arguments),)),)
@@ -181,7 +181,7 @@ def test_any_turn_comes_back(
     assert turn_from_bytes(turn_to_bytes(turn)) == turn
 
 
-def test_plain_data_comes_back() -> None:
+def test_plain_data_round_trips() -> None:
     data = {"a": [1, 2.5, None, True, b"\xff", "\ud83d"], 3: {}}
     assert unpack(pack(data)) == data
 
@@ -193,7 +193,7 @@ def log(tmp_path: Path) -> Iterator[GroupLog]:
     one.close()
 
 
-def test_a_group_log_ends_with_zeros(log: GroupLog, tmp_path: Path) -> None:
+def test_a_group_log_that_ends_with_zeros(log: GroupLog, tmp_path: Path) -> None:
     """A power cut: the file had grown, its last page was not on the disk."""
     first = Played(0, Group("0-0", Task(seed=1), ()))
     log.begin(0, [first])

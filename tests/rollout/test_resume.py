@@ -83,12 +83,12 @@ async def resumed(env: rayrl.Environment, plan: GroupPlan, players: Any, begun: 
     return group.episodes[0], log.partial_episodes()
 
 
-def test_no_environment_is_left_out() -> None:
+def test_every_environment_is_covered() -> None:
     assert {name for name, _, _ in ENVS} == set(rayrl.installed_envs())
 
 
 @pytest.mark.parametrize(("name", "player", "args"), ENVS)
-async def test_every_environment_comes_back_after_every_turn(
+async def test_every_environment_resumes_after_every_turn(
     name: str, player: str, args: dict[str, Any]
 ) -> None:
     env = rayrl.load_env(name).configure(args)
@@ -129,7 +129,7 @@ async def recorded(env: rayrl.Environment, players: Any) -> tuple[Turn, ...]:
     return turns
 
 
-async def test_an_infrastructure_failure_goes_on_from_its_turns() -> None:
+async def test_an_infrastructure_failure_resumes_from_its_turns() -> None:
     class Dies(Instant):
         """Does not answer the third and the fifth request."""
 
@@ -213,7 +213,7 @@ async def test_an_environment_that_differs_starts_over() -> None:
         ("tools", r"offered the tools \['look'\] instead of \[\]"),
     ],
 )
-async def test_what_counts_as_different(today: str, what: str) -> None:
+async def test_what_counts_as_a_replay_mismatch(today: str, what: str) -> None:
     def look() -> str:
         """Look."""
         return "a wall"
@@ -288,7 +288,7 @@ class Slow:
         return Turn(conversation.seat, tuple(new), self.name, "stop", state=options.state)
 
 
-async def test_seats_that_are_asked_at_once_hear_in_the_recorded_order() -> None:
+async def test_seats_called_concurrently_are_answered_in_the_recorded_order() -> None:
     late_a = {"a": Slow("a", 9), "b": Slow("b", 1)}
     late_b = {"a": Slow("a", 1), "b": Slow("b", 9)}
     (group,) = await collect(buzzer, [PLAN], late_a, concurrency=1)
@@ -303,7 +303,7 @@ async def test_seats_that_are_asked_at_once_hear_in_the_recorded_order() -> None
     assert again.scores == {"a": {"first": 0.0}, "b": {"first": 2.0}}  # b had answered twice
 
 
-async def test_nobody_waits_for_a_seat_that_differs() -> None:
+async def test_other_seats_do_not_wait_after_a_mismatch() -> None:
     turns = await recorded(buzzer, {"a": Slow("a", 9), "b": Slow("b", 1)})
     other = replace(turns[0], prompt=(user("round 7"),))
     with pytest.raises(ReplayMismatch, match="'b' was sent different messages"):
@@ -319,7 +319,7 @@ async def test_nobody_waits_for_a_seat_that_differs() -> None:
     assert asyncio.all_tasks() == {asyncio.current_task()}  # a's call has heard of it
 
 
-async def test_an_answer_after_the_end_is_nobodys() -> None:
+async def test_an_answer_after_the_end_is_dropped() -> None:
     @rayrl.env(tasks=[Task()], rewards={"n": 1.0})
     async def hasty(task: Task, a: Agent, b: Agent) -> Scores:
         late.append(asyncio.ensure_future(b("?")))
@@ -334,7 +334,7 @@ async def test_an_answer_after_the_end_is_nobodys() -> None:
     assert log.partial_episodes() == {"g/0": PartialEpisode(group.episodes[0].turns, 1)}
 
 
-async def test_the_state_key_is_todays() -> None:
+async def test_the_state_key_comes_from_the_current_code() -> None:
     key = "old"
 
     @rayrl.env(tasks=[Task()], rewards={"n": 1.0})
@@ -348,7 +348,7 @@ async def test_the_state_key_is_todays() -> None:
     assert episode.replayed == 2
 
 
-async def test_what_was_not_reached_is_kept_for_the_next_attempt() -> None:
+async def test_turns_not_replayed_are_kept_for_the_next_attempt() -> None:
     fails = 0
 
     @rayrl.env(tasks=[Task()], rewards={"n": 1.0})
@@ -399,7 +399,7 @@ async def test_a_seat_whose_turn_never_comes(monkeypatch: pytest.MonkeyPatch) ->
     assert (episode.replayed, episode.replay_mismatches) == (0, 1)
 
 
-async def test_forks_are_asked_again_and_conversations_anew_come_back() -> None:
+async def test_forks_call_the_player_again_and_restarts_are_replayed() -> None:
     @rayrl.env(tasks=[Task()], rewards={"n": 1.0})
     async def branches(task: Task, agent: Agent) -> Scores:
         await agent("one")
@@ -430,7 +430,7 @@ async def test_forks_are_asked_again_and_conversations_anew_come_back() -> None:
 
 
 @pytest.mark.parametrize("protocol", ["native", "text"])
-async def test_a_tool_loop_comes_back_in_its_middle(protocol: Any) -> None:
+async def test_a_tool_loop_resumes_in_the_middle(protocol: Any) -> None:
     ran: list[int] = []
 
     def double(number: int) -> int:
@@ -472,7 +472,7 @@ def ranked(episodes: Sequence[Episode]) -> list[float]:
     return [float(lengths.index(episode.scores["agent"]["n"])) for episode in episodes]
 
 
-async def test_rewards_over_a_group_with_one_episode_brought_back() -> None:
+async def test_group_rewards_with_one_resumed_episode() -> None:
     rewards = {"n": 1.0, "rank": rayrl.group_reward(ranked)}
     env = rayrl.env(tasks=[Task(seed=4)], rewards=rewards, name="ranks")(three.play)
     plan = GroupPlan("g", Task(seed=4), 3, 7)
@@ -513,7 +513,7 @@ FAR = """
 """
 
 
-async def test_isolated_environments_come_back(tmp_path: Path) -> None:
+async def test_isolated_environments_resume(tmp_path: Path) -> None:
     path = tmp_path / "far.py"
     path.write_text(textwrap.dedent(FAR))
     far = rayrl.load_env(str(path))
@@ -562,7 +562,7 @@ def test_turn_log_drops_outdated_attempts() -> None:
     assert log.partial_episodes() == {"g/0": PartialEpisode((one,), 2)}
 
 
-async def test_a_host_tells_pickled_turns_and_nothing_of_a_group_that_has_ended() -> None:
+async def test_a_worker_sends_encoded_turns_and_none_of_a_finished_group() -> None:
     one = Turn("agent", (user("?"),), "one", "stop", completion_ids=(3,), logprobs=(-0.5,))
     recorder = Recorder()
     told: list[list[str]] = []

@@ -142,7 +142,7 @@ async def test_isolated_code_that_blocks_is_killed(far: rayrl.Environment) -> No
             os.kill(int(first.scores["agent"]["pid"]), 0)
 
 
-async def test_what_isolated_code_does_wrong(far: rayrl.Environment) -> None:
+async def test_errors_of_isolated_code(far: rayrl.Environment) -> None:
     async with SubprocessEnv(far, slots=1) as env:
         raised = await play_far(env, "raise", says(), deadline_s=60)
         assert raised.failure is not None
@@ -209,7 +209,7 @@ async def test_isolated_tools_and_conversations(far: rayrl.Environment) -> None:
         assert engine_players["agent"].client.released == ["e/agent/0", "e/agent/1"]
 
 
-async def test_isolated_forks_have_heard_the_same(far: rayrl.Environment) -> None:
+async def test_isolated_forks_copy_the_conversation(far: rayrl.Environment) -> None:
     def counts(messages: Sequence[Message], rng: Any) -> str:
         return str(len(messages))
 
@@ -273,7 +273,7 @@ def _state(pid: int) -> str:
         return "Z"
 
 
-async def test_an_environment_no_child_can_make() -> None:
+async def test_an_environment_that_a_child_cannot_load() -> None:
     @rayrl.env(tasks=[Task()], rewards={"win": 1.0})
     async def lost(task: Task, agent: Any) -> Any:
         return {"win": 1.0}

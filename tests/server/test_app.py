@@ -130,7 +130,7 @@ def words(chunks: Sequence[Any]) -> str:
 # ---- text
 
 
-def test_detokenizing_never_gives_half_a_character(chat: Chat) -> None:
+def test_the_detokenizer_returns_whole_characters(chat: Chat) -> None:
     text = "naïve 🙂🙂 ½ Ünïcödé 漢字 end"
     ids = chat.encode(text)
     assert len(ids) > len(text)  # characters are split over ids
@@ -158,7 +158,7 @@ def test_stop_strings_do_not_leak(size: int) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 5, 1000])
-def test_calls_are_told_from_words(size: int) -> None:
+def test_calls_are_separated_from_text(size: int) -> None:
     call = format_call("weather", {"city": "Rome"})
     for text, wanted in (
         (f"I look. \n{call}\n", ["I look.", ParsedCall("weather", {"city": "Rome"})]),
@@ -183,7 +183,7 @@ def test_calls_are_told_from_words(size: int) -> None:
 # ---- prompts
 
 
-async def test_prompts_are_those_of_training(chat: Chat) -> None:
+async def test_prompts_equal_those_of_training(chat: Chat) -> None:
     """A conversation with a call: the ids are those that an agent's turns put together."""
     engine = Scripted(chat, "It rains.")
     call = format_call("weather", {"city": "Rome"})
@@ -211,7 +211,7 @@ async def test_prompts_are_those_of_training(chat: Chat) -> None:
     assert engine.requests[0].sampling == Sampling(temperature=1.0, max_tokens=2000 - len(wanted))
 
 
-async def test_calls_have_the_ids_they_had_in_training() -> None:
+async def test_calls_have_the_same_ids_as_in_training() -> None:
     """Where a tokenizer has one id for a call's mark, only replies may have it."""
     chat = Chat(build_tokenizer(HERMES, words=("<tool_call>", "</tool_call>")))
     (mark,) = chat.reply("<tool_call>")[:-1]
@@ -302,7 +302,7 @@ async def test_streamed_and_whole_answers_are_the_same(chat: Chat) -> None:
     assert json.loads(found[0].function.arguments) == {"city": "Rome"}
 
 
-async def test_a_demanded_call_begins_the_answer_or_is_an_error(chat: Chat) -> None:
+async def test_a_required_call_begins_the_answer_or_is_an_error(chat: Chat) -> None:
     engine = Scripted(chat, "no, I will not")
     named: Any = {"type": "function", "function": {"name": "weather"}}
     async with client_of(engine, chat) as client:
@@ -363,7 +363,7 @@ async def test_the_embedded_engine_behind_the_client(base: Chat) -> None:
                 so_far.append(one)
 
 
-async def test_completions_take_every_kind_of_prompt(base: Chat) -> None:
+async def test_completions_accept_every_kind_of_prompt(base: Chat) -> None:
     async with embedded() as engine, client_of(engine, base) as client:
         one, two = "Your", "Choose a posi"
         prompts: list[Any] = [
@@ -431,7 +431,7 @@ BAD: list[tuple[str, dict[str, Any], str | None]] = [
 ]
 
 
-async def test_what_is_wrong_is_named(chat: Chat) -> None:
+async def test_invalid_requests_name_the_field(chat: Chat) -> None:
     async with client_of(Scripted(chat, "x"), chat) as client:
         url = str(client.base_url)
         async with httpx.AsyncClient(base_url=url) as http:
@@ -512,7 +512,7 @@ def endless(client: AsyncOpenAI, **more: Any) -> Any:
     return client.completions.create(model="m", prompt="Your", max_tokens=400, n=4, **more)
 
 
-async def test_who_hangs_up_is_not_worked_for() -> None:
+async def test_a_disconnect_stops_the_engine() -> None:
     async with embedded() as engine:
         chat = Chat.load(EMBEDDED)
         chat.stop_ids = ()  # so that only max_tokens ends an answer
@@ -547,7 +547,7 @@ async def test_who_hangs_up_is_not_worked_for() -> None:
     assert float(lines["rayrl_completion_tokens_total"]) > 0
 
 
-async def test_streams_of_the_embedded_engine_are_its_completions(base: Chat) -> None:
+async def test_streams_of_the_embedded_engine_equal_its_completions(base: Chat) -> None:
     async with embedded() as engine:
         assert isinstance(engine, Engine)
         prompt = base.start([user("Your turn.")])

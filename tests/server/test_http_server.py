@@ -169,7 +169,7 @@ async def test_seeds_choices_and_completions(server: Server) -> None:
             await client.completions.create(**asked)
 
 
-async def test_tools_are_told_and_a_demanded_call_is_begun(server: Server) -> None:
+async def test_tools_are_shown_and_a_required_call_is_begun(server: Server) -> None:
     asked: dict[str, Any] = {"model": "base", "messages": HELLO, "tools": [TOOL], "max_tokens": 4}
     asked |= {"temperature": 0}
     async with server.later as client:
@@ -199,7 +199,7 @@ def test_errors(server: Server) -> None:
     assert httpx.get(server.url.replace("/v1", "/health")).json() == {"status": "ok"}
 
 
-async def test_hanging_up_frees_the_engine(server: Server) -> None:
+async def test_a_disconnect_frees_the_engine(server: Server) -> None:
     """What was generated for who has left is not all they asked for; the replicas go on."""
     asked: dict[str, Any] = {"model": "base", "prompt": "Your", "max_tokens": 1000, "n": 8}
     ended = 'rayrl_requests_total{route="/v1/completions",status='

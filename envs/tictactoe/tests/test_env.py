@@ -97,14 +97,14 @@ def test_settings_and_weights_are_config() -> None:
 # --- the opponent ------------------------------------------------------------------------------
 
 
-def test_the_same_board_in_the_same_task_meets_the_same_reply() -> None:
+def test_the_opponent_repeats_its_move_within_a_task() -> None:
     for prob in (0.0, 0.5, 1.0):
         task = game(random_move_prob=prob)
         for key in (FREE * 9, "X........", "X...O...X"):
             assert len({opponent_move(task, key) for _ in range(20)}) == 1
 
 
-def test_other_tasks_and_other_boards_draw_anew() -> None:
+def test_other_tasks_and_boards_get_other_draws() -> None:
     task = game(random_move_prob=1.0)
     moves = [opponent_move(replace(task, seed=seed), "X........") for seed in range(400)]
     assert set(moves) == set(range(1, 9))
@@ -133,7 +133,7 @@ def test_random_move_prob_is_how_often_it_plays_any_cell() -> None:
 # --- games -------------------------------------------------------------------------------------
 
 
-async def test_the_first_call_brings_the_system_prompt_and_later_ones_only_news() -> None:
+async def test_only_the_first_call_has_the_system_prompt() -> None:
     agent = Fake(tictactoe.players["optimal"])
     task = game(random_move_prob=0.0, system_prompt="Rules.")
     scores = await tictactoe(task, agent)
@@ -156,7 +156,7 @@ async def test_the_opponent_may_start() -> None:
     assert sorted(state) == sorted("O......../0")
 
 
-async def test_siblings_that_play_alike_have_the_same_game() -> None:
+async def test_episodes_of_a_group_that_play_alike_have_the_same_game() -> None:
     task = game(random_move_prob=0.5)
     one, two = (Fake(tictactoe.players["optimal"], seed=5) for _ in range(2))
     assert await tictactoe(task, one) == await tictactoe(task, two)
@@ -254,7 +254,7 @@ async def test_a_player_that_never_answers_loses_each_opening_at_the_turn_limit(
     assert talks[-1][0].content == "Rules."
 
 
-async def test_each_conversation_is_asked_once_and_one_depth_at_the_same_time() -> None:
+async def test_each_conversation_is_continued_once_and_each_depth_concurrently() -> None:
     live = most = 0
     asked: list[tuple[str, ...]] = []
 

@@ -70,7 +70,7 @@ async def test_an_invalid_move_is_asked_again_and_counted_once() -> None:
     assert x.asked[2][0].content.startswith("Invalid move.")
 
 
-async def test_who_runs_out_of_turns_has_lost() -> None:
+async def test_running_out_of_turns_loses() -> None:
     scores = await versus(game(max_turns=2), Fake(["?", "?"]), Fake([]))
     assert scores["x"] == {"win": 0.0, "format": 0.0, "invalid": -0.1}
     assert scores["o"] == {"win": 1.0, "format": 1.0, "invalid": 0.0}
