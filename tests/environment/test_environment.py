@@ -190,7 +190,7 @@ def test_two_players_of_one_name() -> None:
 
 
 class Guess:
-    """A reset/step environment: say the task's number."""
+    """A reset/step environment: guess the task's number."""
 
     def reset(self, *, seed: Any = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
         self.target, self.tries, self.closed = seed % 3, 0, False

@@ -1,4 +1,4 @@
-"""What an environment's code raises or returns is its episode's failure, never the run's end."""
+"""Whatever environment code raises or returns fails its episode, never the run."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class MuteInfra(InfraError):
 
 
 class Odd(SyntaxError):
-    """Python's own traceback cannot show it."""
+    """An error that Python's traceback module cannot format."""
 
     def __init__(self) -> None:
         super().__init__("odd")

@@ -1,4 +1,4 @@
-"""Games that draw from the module-level generators, live with others and alone."""
+"""Games that draw from the module-level generators, alone and concurrently."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ class Slow(ScriptedPlayer):
     async def answer(
         self, conversation: Conversation, new: Sequence[Message], options: Options
     ) -> Turn:
-        random.random(), np.random.rand()  # how often a player draws is its own affair
+        random.random(), np.random.rand()  # must not affect the episode's draws
         number = int(conversation.session.split("/")[0])
         for _ in range(self.rounds(number, len(conversation.messages) // 2)):
             random.random()
@@ -323,7 +323,7 @@ def test_env_check_finds_state_shared_by_live_episodes(play: Any, said: str) -> 
 
 
 def test_env_check_accepts_players_that_are_not_deterministic() -> None:
-    """They may ask a server; only the environment has to do the same again."""
+    """They may call a server; only the environment must be deterministic."""
 
     @rayrl.env(tasks=lambda seed, u: Task(seed=seed), rewards={"n": 1.0})
     async def game(task: Task, agent: Agent) -> Scores:

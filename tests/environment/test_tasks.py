@@ -1,4 +1,4 @@
-"""Whatever a task may hold is read as it was written, or objected to."""
+"""Every task either round-trips through a file or is rejected."""
 
 from __future__ import annotations
 

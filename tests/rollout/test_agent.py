@@ -28,7 +28,7 @@ from tests.act import HERMES, Instant, InTurn, build_tokenizer, chat
 
 
 def script(*texts: str) -> ScriptedPlayer:
-    """Says the texts one after the other."""
+    """Generates the given texts in order."""
     return ScriptedPlayer(lambda messages, rng: texts[sum(m.role == "assistant" for m in messages)])
 
 
@@ -147,7 +147,7 @@ async def test_forks_of_forks_have_distinct_sessions() -> None:
 
 
 class Broken:
-    """A generator that fails as told."""
+    """A generator that fails as configured."""
 
     def __init__(self, answer: Completion | Exception) -> None:
         self.answer = answer
@@ -278,7 +278,7 @@ async def test_a_policy_with_tools_keeps_its_ids() -> None:
     assert '"name": "add"' in prompts[0]
     assert prompts[1].startswith("\n<|im_start|>user\n<tool_response>3\nNo more")
     assert '"name": "divide"' in prompts[2]
-    assert '"name": "add"' not in prompts[2]  # it knows that one
+    assert '"name": "add"' not in prompts[2]  # introduced before
     assert engine.requests[-1].prompt_ids == ids_of(agent.record)[: -len(chat().reply(call))]
 
 
@@ -333,7 +333,7 @@ async def test_the_tool_loop_appends_what_the_template_would_write() -> None:
     schemas = [Tool.of(add).schema, Tool.of(divide).schema]
     text = one.tokenizer.apply_chat_template(talk, tools=schemas, tokenize=False)
     assert one.tokenizer.decode(ids) + "\n" == text  # a model ends at its end of turn
-    rendered, is_reply = one.render(agent.record)  # what a warm start on this episode learns from
+    rendered, is_reply = one.render(agent.record)  # the training data of a warm start
     assert list(rendered) == ids
     sampled = [i for turn in agent.record for i in turn.completion_ids]
     assert [i for i, mine in zip(rendered, is_reply, strict=True) if mine] == sampled
@@ -365,7 +365,7 @@ async def test_the_tool_loop_with_the_text_protocol() -> None:
     assert wrong.content == (
         "RESULT double: Error: double: argument 'number': expected int, got 'four'"
     )
-    assert agent.messages[-2] == user("again?")  # it knows them by now
+    assert agent.messages[-2] == user("again?")  # they were introduced before
     assert all(turn.tools == () for turn in agent.record)
     ids = ids_of(agent.record)
     assert ids == (*engine.requests[-1].prompt_ids, *chat().reply("again"))
@@ -384,7 +384,7 @@ async def test_the_last_round_of_the_text_protocol_and_a_restart() -> None:
 
 
 async def test_a_truncated_line_is_not_run() -> None:
-    """`double: 12` was going to be `double: 123`."""
+    """`double: 12` may be a truncated `double: 123`."""
     room = len(chat().encode("CALL double: 12"))
     engine = InTurn(chat(), "CALL double: 123", "246")
     agent = Agent(PolicyPlayer(chat(), engine, Sampling(max_tokens=room)))

@@ -63,7 +63,7 @@ def test_a_task_with_enums_and_keys_that_are_numbers_has_no_problems() -> None:
 
 
 class Loose(Task):
-    """No dataclass of its own."""
+    """Not decorated as a dataclass itself."""
 
 
 @dataclass(frozen=True, kw_only=True)

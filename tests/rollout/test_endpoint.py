@@ -25,13 +25,13 @@ Answer = tuple[int, dict[str, str], Any]  # status, headers, body
 
 
 class Server:
-    """A real HTTP server on a free port; `answers` are given one after the other, then the last."""
+    """A real HTTP server on a free port; it gives `answers` in order and repeats the last."""
 
     def __init__(self, *answers: Answer | Callable[[], Any]) -> None:
         self.answers = list(answers)
         self.seen: list[tuple[dict[str, str], dict[str, Any]]] = []
         self.asked: list[dict[str, str]] = []
-        self.status = 404  # of any other question; 0 hangs up
+        self.status = 404  # for other requests; 0 closes the connection
         self.url = ""
         self.live = self.most = 0
         self.handlers: set[asyncio.Task[None]] = set()
@@ -53,7 +53,7 @@ class Server:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode()
                 lines = head.split("\r\n")
                 headers = dict(line.lower().split(": ", 1) for line in lines[1:] if ": " in line)
-                if lines[0].startswith("GET"):  # is anybody there? a server need not know more
+                if lines[0].startswith("GET"):  # a probe; a server need not support it
                     self.asked.append(headers)
                     if not self.status:
                         break
@@ -68,7 +68,7 @@ class Server:
                 if callable(answer):
                     answer = await answer()
                 self.live -= 1
-                if answer is None:  # hang up
+                if answer is None:  # close the connection
                     break
                 status, extra, said = answer
                 if isinstance(said, bytes):
@@ -267,7 +267,7 @@ async def test_a_server_that_wants_the_new_name_of_the_limit(
 ) -> None:
     words = "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."
     refused = (400, {}, {"error": {"message": words}})
-    answers = (refused, refused, said("ok"))  # two were under way when the first was refused
+    answers = (refused, refused, said("ok"))  # two were in flight when the first was refused
     async with serving(*answers) as server, endpoint(server, retries=0) as player:
         await asyncio.gather(Agent(player)("a", max_tokens=5), Agent(player)("b", max_tokens=5))
         await Agent(player)("c", max_tokens=5)
@@ -295,7 +295,7 @@ async def test_throttled_time_does_not_count_towards_the_deadline() -> None:
             await agent("go")
         return {"s": 1.0}
 
-    # one request per second, and two are owed
+    # one request per second, and a debt of two
     limits = {"requests_per_minute": 60}
     async with serving(said("ok")) as server, endpoint(server, **limits) as player:
         player.limiter.reserve()
@@ -326,7 +326,7 @@ async def test_only_usage_that_a_retry_discards_is_retried_usage(same: bool) -> 
     (episode,) = group.episodes
     assert episode.failure is None
     assert (episode.replayed, episode.replay_mismatches) == ((1, 0) if same else (0, 1))
-    assert len(server.seen) == (3 if same else 4)  # with the one that failed
+    assert len(server.seen) == (3 if same else 4)  # including the one that failed
     assert episode.retried_usage == (None if same else Usage(1, 0, 100, 7, 64, 5))
     n = 2 if same else 3
     assert episode.usage == Usage(n, 0, n * 100, n * 7, n * 64, n * 5)
@@ -341,12 +341,12 @@ async def test_refusals_say_what_to_change(code: int, remedy: str) -> None:
     async with serving((code, {}, "no way")) as server, endpoint(server) as player:
         with pytest.raises(ConfigError, match=f"HTTP {code}.*{remedy}.*no way"):
             await Agent(player)("a")
-    assert len(server.seen) == 1  # trying again would not help
+    assert len(server.seen) == 1  # a retry would not help
 
 
 @rayrl.env(tasks=[Task()], rewards={"s": 1.0})
 async def once(task: Task, agent: Agent) -> rayrl.Scores:
-    with contextlib.suppress(Exception):  # which hides nothing
+    with contextlib.suppress(Exception):  # which must not hide the failure
         await agent("go")
     return {"s": 1.0}
 
@@ -381,7 +381,7 @@ async def test_an_unknown_refusal_is_content_if_another_conversation_was_answere
             with pytest.raises(Refused, match=r"refused this conversation.*no way"):
                 await Agent(player)("b")
         assert await Agent(player)("c") == "on"
-    assert len(server.seen) == 4  # nothing else was asked
+    assert len(server.seen) == 4  # no other request
 
 
 async def test_the_harmless_conversation_may_have_to_be_retried() -> None:
@@ -394,7 +394,7 @@ async def test_the_harmless_conversation_may_have_to_be_retried() -> None:
             with pytest.raises(Refused):
                 await Agent(player)("a")
         options = Options(0, "", tools=({"type": "function"},))
-        with pytest.raises(ConfigError):  # with these settings nobody was answered
+        with pytest.raises(ConfigError):  # no request with these settings was answered
             await player.answer(Conversation("s", "agent"), [user("a")], options)
     assert len(server.seen) == 7
 
@@ -402,8 +402,8 @@ async def test_the_harmless_conversation_may_have_to_be_retried() -> None:
 @pytest.mark.parametrize(
     ("refusal", "limits"),
     [
-        (too_long(), [84, 20]),  # it said how much room there is
-        (too_long("too long"), [84, 42]),  # it did not
+        (too_long(), [84, 20]),  # the limit is in the message
+        (too_long("too long"), [84, 42]),  # it is not
     ],
 )
 async def test_a_reply_is_limited_to_what_fits(refusal: Answer, limits: list[int]) -> None:
@@ -420,7 +420,7 @@ async def test_a_reply_is_limited_to_what_fits(refusal: Answer, limits: list[int
     ("refusal", "asked"),
     [
         (too_long(LONG.replace("80", "100")), 1),
-        (too_long(LONG), 1 + 5),  # it lied about the room: 84, 20, 10, 5, 2, 1
+        (too_long(LONG), 1 + 5),  # the message is wrong: 84, 20, 10, 5, 2, 1
         (too_long("too long"), 7),  # 84, 42, 21, 10, 5, 2, 1
         ((413, {}, "<html>"), 1),
         ((400, {}, {"error": {"code": "content_filter", "message": "hate"}}), 1),
@@ -522,7 +522,7 @@ async def test_native_tool_calls() -> None:
         await agent("sure?")
     assert reply == "3"
     assert agent.tool_calls == 1
-    # the episode has it as text, which a model can be trained on
+    # text in the episode, so that a model can be trained on it
     text = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call>'
     assert agent.record[0].text == text
     first, second, third = [body for _, body in server.seen]

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:coroutine:RuntimeWarning")
 
 @pytest.fixture(autouse=True)
 def collected() -> Iterator[None]:
-    """What was not awaited goes, and with it Python's own warning, while that is ignored."""
+    """Collect coroutines that were not awaited while Python's warning about them is ignored."""
     yield
     gc.collect()
 

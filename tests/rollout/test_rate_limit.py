@@ -17,9 +17,9 @@ def test_requests_are_spread_over_the_minute() -> None:
     clock = Clock()
     limiter = RateLimiter(requests_per_minute=120, clock=clock)  # 2 per second, bursts of 2
     assert [limiter.reserve() for _ in range(5)] == [0, 0, 0.5, 1, 1.5]
-    clock.now += 1.5  # the last of them may go now
+    clock.now += 1.5  # the last of them may be sent now
     assert limiter.reserve() == 0.5
-    clock.now += 60  # a quiet minute is not saved up
+    clock.now += 60  # an idle minute does not accumulate
     assert [limiter.reserve() for _ in range(3)] == [0, 0, 0.5]
 
 
@@ -36,7 +36,7 @@ def test_tokens_are_taken_after_the_answer() -> None:
     assert limiter.reserve() == 10
     clock.now += 4
     assert limiter.reserve() == 6
-    limiter.take_tokens(0)  # a server that does not count
+    limiter.take_tokens(0)  # a server that does not count tokens
     assert limiter.reserve() == 6
 
 

@@ -1,4 +1,4 @@
-"""Records are data: what is damaged is cut off or named, and nothing in a file is ever run."""
+"""Record files: damage is cut off or reported, and nothing in a file is executed."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def ends(tmp_path: Path) -> list[int]:
-    """Where each record ends."""
+    """Offsets at which the records end."""
     records = Records(tmp_path / "other.log")
     found = []
     for one in WRITTEN:
@@ -194,7 +194,7 @@ def log(tmp_path: Path) -> Iterator[GroupLog]:
 
 
 def test_a_group_log_that_ends_with_zeros(log: GroupLog, tmp_path: Path) -> None:
-    """A power cut: the file had grown, its last page was not on the disk."""
+    """After a power cut the file has its new size, but its last page is not on disk."""
     first = Played(0, Group("0-0", Task(seed=1), ()))
     log.begin(0, [first])
     with (tmp_path / "step_000000.log").open("ab") as out:

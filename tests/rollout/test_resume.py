@@ -1,4 +1,4 @@
-"""Episodes brought back from their recorded turns, against the same episodes never interrupted."""
+"""Resumed episodes, compared with the same episodes without interruption."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Teacher(PolicyPlayer):
 
 
 async def resumed(env: rayrl.Environment, plan: GroupPlan, players: Any, begun: Any) -> Any:
-    """The episode of a plan of size 1 that goes on from `begun`, and what was told of its turns."""
+    """The episode of a plan of size 1 that goes on from `begun`, and the turns that were logged."""
     log = TurnLog()
     (group,) = await collect(
         env,
@@ -101,7 +101,7 @@ async def test_every_environment_resumes_after_every_turn(
         (episode,) = whole.episodes
         assert episode.failure is None
         assert episode.turns
-        # as a journal on another machine would have kept it
+        # as a log on another machine has it
         turns = episode_from_json(json.loads(json.dumps(episode_to_json(episode)))).turns
         for made in range(len(turns) + 1):
             players = {seat: Teacher(teacher) for seat in env.seats}
@@ -131,7 +131,7 @@ async def recorded(env: rayrl.Environment, players: Any) -> tuple[Turn, ...]:
 
 async def test_an_infrastructure_failure_resumes_from_its_turns() -> None:
     class Dies(Instant):
-        """Does not answer the third and the fifth request."""
+        """Fails on the third and the fifth request."""
 
         async def generate(self, request: Request) -> Completion:
             done = await super().generate(request)
@@ -157,7 +157,7 @@ async def test_an_infrastructure_failure_resumes_from_its_turns() -> None:
     )
     assert group.episodes[0].turns == whole
     assert (group.episodes[0].replayed, group.episodes[0].replay_mismatches) == (2, 0)
-    # asked for turns 0, 1, 2 (which failed) and 2 again, the same way; then it is over
+    # called for turns 0, 1, 2 (which failed) and 2 again
     assert [r.session for r in engine.requests] == ["g/0/agent/0"] * 3 + ["g/0~1/agent/0"]
     assert engine.requests[2].prompt_ids == engine.requests[3].prompt_ids
     assert engine.requests[2].seed == engine.requests[3].seed
@@ -180,9 +180,9 @@ async def test_an_environment_that_differs_starts_over() -> None:
     assert [turn.prompt[0].content for turn in episode.turns] == ["same", "not the same 2"]
     assert (episode.replayed, episode.replay_mismatches) == (0, 1)
     assert episode.retried_usage == Usage(2, 0, 20, 3)
-    assert told == {"g/0": PartialEpisode(episode.turns, 7)}  # attempt 5 is void, 6 ended
+    assert told == {"g/0": PartialEpisode(episode.turns, 7)}  # attempt 5 is outdated, 6 ended
 
-    # once is enough: its later failures of infrastructure start over at once
+    # after one mismatch, later infrastructure failures start over immediately
     class Dies(ScriptedPlayer):
         def __init__(self) -> None:
             super().__init__(lambda messages, rng: "abc")
@@ -256,7 +256,7 @@ async def test_what_counts_as_a_replay_mismatch(today: str, what: str) -> None:
 
 @rayrl.env(tasks=[Task()], rewards={"first": 1.0})
 async def buzzer(task: Task, a: Agent, b: Agent) -> Scores:
-    """Two rounds at once; who answers first has the point, and both hear of it."""
+    """Two concurrent rounds; the first to answer gets the point, and both are told."""
     points = {"a": 0.0, "b": 0.0}
 
     async def ask(agent: Agent, text: str) -> None:
@@ -273,7 +273,7 @@ async def buzzer(task: Task, a: Agent, b: Agent) -> Scores:
 
 
 class Slow:
-    """Says its name, after others had their chance."""
+    """Replies with its name, after yielding to others."""
 
     trainable = False
 
@@ -295,7 +295,7 @@ async def test_seats_called_concurrently_are_answered_in_the_recorded_order() ->
     (episode,) = group.episodes
     assert [turn.seat for turn in episode.turns] == ["b", "a"] * 4
     assert episode.scores == {"a": {"first": 0.0}, "b": {"first": 2.0}}
-    for made in range(len(episode.turns) + 1):  # replayed at once, b is first all the same
+    for made in range(len(episode.turns) + 1):  # even when replayed concurrently, b is first
         again, _ = await resumed(buzzer, PLAN, late_a, PartialEpisode(episode.turns[:made]))
         assert again == episode
         assert (again.replayed, again.replay_mismatches) == (made, 0)
@@ -316,7 +316,7 @@ async def test_other_seats_do_not_wait_after_a_mismatch() -> None:
         )
     for _ in range(5):
         await asyncio.sleep(0)
-    assert asyncio.all_tasks() == {asyncio.current_task()}  # a's call has heard of it
+    assert asyncio.all_tasks() == {asyncio.current_task()}  # a's call has ended too
 
 
 async def test_an_answer_after_the_end_is_dropped() -> None:
@@ -464,7 +464,7 @@ async def test_a_tool_loop_resumes_in_the_middle(protocol: Any) -> None:
         assert episode.failure is None
         assert episode.turns == turns
         assert episode.scores == {"agent": {"right": 1.0, "tool_calls": 3.0, "tool_errors": 0.0}}
-        assert ran == [2, 4, 8]  # tools are the environment's own and run again
+        assert ran == [2, 4, 8]  # tools are environment code and run again
 
 
 def ranked(episodes: Sequence[Episode]) -> list[float]:
@@ -557,7 +557,7 @@ def test_turn_log_drops_outdated_attempts() -> None:
         "h/0": PartialEpisode((one,), 1),
     }
     log.add("g/0", 1, one)
-    log.add("g/0", 0, two)  # of the host that was thought dead
+    log.add("g/0", 0, two)  # from a worker that was believed dead
     log.remove("h")
     assert log.partial_episodes() == {"g/0": PartialEpisode((one,), 2)}
 
@@ -580,7 +580,7 @@ async def test_a_worker_sends_encoded_turns_and_none_of_a_finished_group() -> No
     done = Episode("h/0", "env", Task(), 0, (one,))
     telling.ended(Group("h", Task(), (done,)))
     failed = replace(done, failure=Failure("infra", "its replica died"))
-    telling.ended(Group("k", Task(), (failed,)))  # it is played again from what is told
+    telling.ended(Group("k", Task(), (failed,)))  # it is resumed from these turns
     while not told:  # noqa: ASYNC110
         await asyncio.sleep(0.01)
     assert told == [["g/0", "g/1", "k/0"]]
@@ -649,7 +649,7 @@ def test_episodes_outlive_processes_that_are_killed(tmp_path: Path) -> None:
 
     rayrl.load_env("tictactoe_versus")  # its task class, for pickle
     assert host(4) == -signal.SIGKILL
-    assert host(9) == -signal.SIGKILL  # four turns came back, five are new
+    assert host(9) == -signal.SIGKILL  # four turns were resumed, five are new
     assert host(0) == 0
     again, whole = pickle.loads(result.read_bytes())
     assert again == whole  # ids, logprobs and scores of the model that ships with rayrl

@@ -167,7 +167,7 @@ async def test_a_player_that_does_not_answer_is_infra() -> None:
     assert episode.failure is not None
     assert episode.failure.kind == "infra"
     assert "the player did not answer within 0.05 s" in episode.failure.message
-    assert stopped == ["e/agent/0"]  # cancelled for real
+    assert stopped == ["e/agent/0"]  # the player was cancelled
 
 
 @pytest.mark.parametrize("error", [TypeError("bug"), ConfigError("wrong key")])

@@ -119,7 +119,7 @@ async def test_isolated_episodes_are_the_same(far: rayrl.Environment) -> None:
             assert episode.turns == other.turns
             assert episode.scores["agent"]["n"] == other.scores["agent"]["n"]
             pids.add(episode.scores["agent"]["pid"])
-    assert 1 <= len(pids) <= 2  # processes are used again
+    assert 1 <= len(pids) <= 2  # processes are reused
     assert os.getpid() not in pids
     for pid in pids:
         with pytest.raises(ProcessLookupError):
@@ -129,7 +129,7 @@ async def test_isolated_episodes_are_the_same(far: rayrl.Environment) -> None:
 async def test_isolated_code_that_blocks_is_killed(far: rayrl.Environment) -> None:
     async with SubprocessEnv(far, slots=1) as env:
         after = first = await play_far(env, "", says(), deadline_s=60)
-        for act in ("block", "sleep"):  # in a process that runs already: starting one takes a while
+        for act in ("block", "sleep"):  # in a running process, because starting one takes a while
             late = await play_far(env, act, says(), deadline_s=5)
             assert late.failure is not None
             assert late.failure.kind == "env"
@@ -166,7 +166,7 @@ async def test_errors_of_isolated_code(far: rayrl.Environment) -> None:
 async def test_whatever_isolated_code_raises_or_returns(
     far: rayrl.Environment, isolated: bool
 ) -> None:
-    """The same is recorded wherever the code runs, and its process goes on."""
+    """Failures are the same wherever the code runs, and the process survives."""
     said = {
         "mute": "Mute: <Mute, whose __str__ raised SystemExit>",
         "base": "OwnBase",

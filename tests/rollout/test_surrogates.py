@@ -1,4 +1,4 @@
-"""Text is Unicode scalar values: what becomes of a lone surrogate, on every way that text takes."""
+"""Lone surrogates are replaced on every path that text takes."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def look(word: str) -> str:
     Args:
         word: what to look up, such as \ud83d.
     """
-    return json.loads(f'["\\ude00", {json.dumps(word)}]')  # a result that is no text
+    return json.loads(f'["\\ude00", {json.dumps(word)}]')  # a result that is not a string
 
 
 LOOK = [Tool.of(look).schema]

@@ -1,4 +1,4 @@
-"""The HTTP app without Ray: the embedded engine, and scripted answers where the words matter."""
+"""The HTTP app without Ray: the embedded engine, and scripted answers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ HELLO: list[Any] = [{"role": "user", "content": "Hello!"}]
 
 
 class Scripted:
-    """An engine that gives the same texts in order, `step` ids a part; keeps the requests."""
+    """An engine that gives the same texts in order, `step` ids per part; records the requests."""
 
     def __init__(self, chat: Chat, *texts: str, step: int = 1, max_len: int = 2000) -> None:
         self.chat, self.texts, self.step, self.max_len = chat, itertools.cycle(texts), step, max_len
@@ -141,7 +141,7 @@ def test_the_detokenizer_returns_whole_characters(chat: Chat) -> None:
     cut = Detokenizer(chat.decode)
     half = [cut.push(one) for one in chat.encode("a🙂")[:-1]]
     assert "".join(half) == "a"  # waits for the rest of it
-    assert cut.end() == "\ufffd"  # which does not come
+    assert cut.end() == "\ufffd"  # which never comes
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 100])
@@ -205,7 +205,7 @@ async def test_prompts_equal_those_of_training(chat: Chat) -> None:
     wanted = chat.start(opening, [WEATHER]) + chat.encode(f"I look.\n{call}")
     wanted += chat.extend([tool("rain", "c1")], last_ids_finished=False)
     assert engine.requests[0].prompt_ids == wanted
-    assert wanted.count(chat.stop_ids[0]) == 4  # one a message: what the developer typed is text
+    assert wanted.count(chat.stop_ids[0]) == 4  # one per message: what the developer typed is text
     assert "You can call these tools" in chat.decode(wanted)
     assert engine.requests[0].stop_ids == chat.stop_ids
     assert engine.requests[0].sampling == Sampling(temperature=1.0, max_tokens=2000 - len(wanted))
@@ -233,7 +233,7 @@ async def test_calls_have_the_same_ids_as_in_training() -> None:
         )
     ids = engine.requests[0].prompt_ids
     told = chat.start([user("Where is <tool_call>?")], [WEATHER]).count(mark)  # the template's own
-    assert ids.count(mark) == told + 2  # the call that was made, and the one that is begun
+    assert ids.count(mark) == told + 2  # the past call, and the required one
     begun = chat.reply('<tool_call>\n{"name": "weather", "arguments":')[:-1]
     assert ids[-len(begun) :] == begun
 
@@ -522,7 +522,7 @@ async def test_a_disconnect_stops_the_engine() -> None:
             stream = await endless(client, stream=True)
             async for _ in stream:
                 break
-            with pytest.raises(openai.InternalServerError) as refused:  # one at once
+            with pytest.raises(openai.InternalServerError) as refused:  # the maximum is one
                 await endless(client)
             assert (refused.value.status_code, refused.value.code) == (503, "overloaded")
             await stream.close()
@@ -532,7 +532,7 @@ async def test_a_disconnect_stops_the_engine() -> None:
             waiting.cancel()
             await asyncio.gather(waiting, return_exceptions=True)
             await idle(engine)
-            assert engine.stats()["completions"] == 0  # neither was made to its end
+            assert engine.stats()["completions"] == 0  # neither was completed
             await until(lambda: not service.metrics.live)
             assert (await client.models.list()).data
             async with httpx.AsyncClient() as http:

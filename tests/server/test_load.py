@@ -1,4 +1,4 @@
-"""What one client sends cannot take a server from the others: limits first, long work apart."""
+"""One client's requests cannot block a server: limits come first, long work runs in a thread."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ async def test_long_names_are_clipped(chat: Chat) -> None:
 
 
 async def test_a_request_that_just_fits_is_answered(chat: Chat) -> None:
-    """The bounds refuse nothing that there is room for."""
+    """The bounds reject no request that fits."""
     async with asking(chat) as client:
         for content in ("a" * 1900, " the quick brown fox" * 450):
             message = {"role": "user", "content": content}
@@ -259,7 +259,7 @@ def messages_of(roles: Sequence[Role]) -> list[Message]:
 
 
 class Written:
-    """A chat that writes down what it is asked."""
+    """A chat that records its calls."""
 
     def start(self, messages: Sequence[Message], tools: object) -> Any:
         return ("start", *[m.content for m in messages])
@@ -300,7 +300,7 @@ def test_neighbours_are_joined(roles: list[Role]) -> None:
 
 
 def test_time_per_message_is_constant() -> None:
-    """Anything quadratic in them would take minutes here."""
+    """Anything quadratic in the number of messages would take minutes here."""
     n = 10_000
     same = [Message("user", "a" * 100)] * n
     assert len(fold(same)[0].content) == 102 * n - 2
@@ -311,4 +311,4 @@ def test_time_per_message_is_constant() -> None:
     for template in (HERMES, None):
         one = Chat(build_tokenizer(template)) if template else Chat(build_tokenizer())
         assert len(one.start(same)) > n
-        assert all(len(key) < 3000 for key in one._fits)  # and are not kept
+        assert all(len(key) < 3000 for key in one._fits)  # longer ones are not cached
