@@ -29,7 +29,7 @@ from rayrl.rollout.deadline import DeadlinePassed, EpisodeCancelled, run_with_de
 from rayrl.rollout.resume import EpisodeResume, PartialEpisode, ReplayMismatch
 from rayrl.types import Episode, Failure, Group, Task, Turn, Usage, derive_seed, sum_usage
 
-__all__ = ["GroupPlan", "play_episode", "play_group", "play_groups"]
+__all__ = ["GroupPlan", "play_episode", "play_group", "play_groups", "run_environment"]
 
 _Results = tuple[dict[str, dict[str, float]], dict[str, float]]  # scores and rewards by seat
 _INFRA = (InfraError, OSError, TimeoutError)
@@ -98,7 +98,7 @@ async def play_episode(
     failure = None
     try:
         # in its own task, so that code which swallows its cancellation cannot block the loop
-        running = asyncio.create_task(_run_environment(env, task, agents, seed), name=label)
+        running = asyncio.create_task(run_environment(env, task, agents, seed), name=label)
         try:
             results = await run_with_deadline(running, deadline_s, agents, cancelled)
         except (AttributeError, TypeError, ValueError, EnvError) as error:
@@ -144,9 +144,14 @@ async def play_episode(
     )
 
 
-async def _run_environment(
+async def run_environment(
     env: Environment, task: Task, agents: Sequence[Agent], seed: int
 ) -> _Results:
+    """Run the environment's coroutine; return scores and rewards by seat.
+
+    Raises:
+        EnvError: the scores are invalid, or its code called sys.exit.
+    """
     try:
         with EpisodeRandom(seed, "environment"):
             scores = env.scores(await env.play(task, *agents))

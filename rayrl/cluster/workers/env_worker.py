@@ -28,7 +28,7 @@ from rayrl.rollout.concurrency import ConcurrencyLimit, GroupCanceller
 from rayrl.rollout.endpoint import EndpointPlayer, split_limits
 from rayrl.rollout.players import PolicyPlayer, ScriptedPlayer
 from rayrl.rollout.resume import PartialEpisode
-from rayrl.rollout.rollout import GroupPlan, play_groups
+from rayrl.rollout.rollout import GroupPlan, play_groups, run_environment
 from rayrl.rollout.subprocess_env import SubprocessEnv
 from rayrl.types import Group, Sampling
 
@@ -96,7 +96,7 @@ def running_in(loop: asyncio.AbstractEventLoop, thread: int) -> Running:
     if task is None or frame is None:
         return Running()
     frames = list(traceback.extract_stack(frame))
-    ours = [at for at, one in enumerate(frames) if one.name == "_played"]  # what called its code
+    ours = [at for at, one in enumerate(frames) if one.name == run_environment.__name__]
     frames = frames[ours[-1] + 1 if ours else 0 :]
     stack = "".join(traceback.format_list(frames[-FRAMES:]))
     name = task.get_name()  # of an episode's own task, as `play_episode` names it
