@@ -218,7 +218,7 @@ def summary(folder: Path) -> dict[str, Any]:
         },
         "stopped": sum(row["stopped/groups"] for row in rows),
         "turns_replayed": sum(row["turns/replayed"] for row in rows),
-        "turns_diverged": sum(row["turns/diverged"] for row in rows),
+        "turns_replay_mismatches": sum(row["turns/replay_mismatches"] for row in rows),
         "answers": len(answers(folder)),
         "minutes": round(
             sum(json.loads((folder / "recipe.json").read_text())["seconds"].values()) / 60, 1

@@ -43,7 +43,7 @@ from rayrl.config import AlgoConfig, from_dict
 from rayrl.engine.protocol import Engine
 from rayrl.learner.advantage import advantages
 from rayrl.learner.batch import make_batch
-from rayrl.rollout.encoding import bytes_of
+from rayrl.rollout.encoding import turn_to_bytes
 from rayrl.rollout.episode_io import episode_to_json
 from rayrl.rollout.players import PolicyPlayer
 from rayrl.rollout.resume import TurnLog
@@ -164,14 +164,14 @@ def driver_work(folder: Path, size: int = 8) -> dict[str, Any]:
 
 def recorder_work() -> dict[str, float]:
     """Of a turn that has arrived, as bytes."""
-    blob = bytes_of(a_group("0-0", 1, 1, 64).episodes[0].turns[0])
+    blob = turn_to_bytes(a_group("0-0", 1, 1, 64).episodes[0].turns[0])
 
     def work() -> None:
         log = TurnLog()
         for k in range(1000):
             log.add(f"{k // 64}/{k % 8}", 0, blob)
         for k in range(16):
-            log.forget(str(k))
+            log.remove(str(k))
 
     return {"turn": cpu_of(work) / 1000}
 

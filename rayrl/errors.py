@@ -3,13 +3,13 @@
 RayrlError
 ├── ConfigError      a key or value is wrong; names the key, the value and what to do
 ├── DataError        a file is malformed; names the file and the line
-├── EnvError         an environment's own code went wrong; recorded, counted against a budget
+├── EnvError         an environment's own code failed; recorded, counted against a budget
 ├── InfraError       a process, connection or deadline failed; retried with the same task and seed
 │   └── StaleWeights a replica could not reach the version a request asked for
-├── Refused          a server will not answer one conversation; recorded, and not asked again
-├── NumericsError    a loss, gradient or logprob that cannot be trained on
-└── RunFailed        the run stops; what is on disk can be resumed
-    └── LearnerLost  a learner process died; a training run starts it again from its checkpoint
+├── Refused          a server refuses one conversation; recorded, not retried
+├── NumericsError    a loss, gradient or logprob is unusable for training
+└── RunFailed        the run stops; it can be resumed from what is on disk
+    └── LearnerLost  a learner process died; a training run restarts it from its checkpoint
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ __all__ = [
     "RunFailed",
     "StaleWeights",
     "clip",
-    "described",
+    "describe_error",
     "did_you_mean",
-    "message_of",
-    "shown",
-    "traceback_of",
+    "error_message",
+    "format_traceback",
+    "safe_repr",
 ]
 
 
@@ -47,15 +47,15 @@ class ConfigError(RayrlError):
 
 
 class DataError(RayrlError):
-    """A file does not hold what it should."""
+    """A file is malformed."""
 
 
 class EnvError(RayrlError):
-    """An environment raised, hung past its deadline or returned scores that cannot be used."""
+    """An environment raised, hung past its deadline or returned unusable scores."""
 
 
 class InfraError(RayrlError):
-    """Something around the episode failed: a replica, a connection, a deadline. Retried."""
+    """Infrastructure around an episode failed: a replica, a connection, a deadline. Retried."""
 
 
 class StaleWeights(InfraError):
@@ -63,7 +63,7 @@ class StaleWeights(InfraError):
 
 
 class Refused(RayrlError):
-    """A server refuses one conversation (its length, its content) and answers others."""
+    """A server refuses one conversation (its length or content) but answers others."""
 
 
 class NumericsError(RayrlError):
@@ -79,58 +79,58 @@ class LearnerLost(RunFailed):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`" Did you mean 'x'?"` for the nearest of `known`, or an empty string if none is near."""
+    """Return `" Did you mean 'x'?"` for the closest of `known`, or "" if none is close."""
     near = difflib.get_close_matches(word[:200], list(known), n=1, cutoff=0.5)
     return f" Did you mean {near[0]!r}?" if near else ""
 
 
-MOST_MESSAGE = 4_000  # characters that are kept of what somebody else's code says
-MOST_TRACEBACK = 20_000
+MAX_MESSAGE = 4_000  # characters recorded of a message from third-party code
+MAX_TRACEBACK = 20_000
 
 
-def clip(text: str, most: int = MOST_MESSAGE) -> str:
-    """`text` in at most `most` characters (100 or more): a longer one without its middle."""
-    if len(text) <= most:
+def clip(text: str, limit: int = MAX_MESSAGE) -> str:
+    """Shorten `text` to at most `limit` characters (100 or more) by cutting out its middle."""
+    if len(text) <= limit:
         return text
-    kept = most - 60  # the rest is for saying so
+    kept = limit - 60  # leaves room for the note about the cut
     head = kept * 2 // 3
-    left_out = len(text) - kept
-    return f"{text[:head]} … [{left_out:,} characters left out] … {text[head - kept :]}"
+    omitted = len(text) - kept
+    return f"{text[:head]} … [{omitted:,} characters left out] … {text[head - kept :]}"
 
 
-def message_of(error: BaseException) -> str:
-    """The message of an exception that somebody else's code raised, clipped.
+def error_message(error: BaseException) -> str:
+    """Return the clipped message of an exception from third-party code.
 
-    Its `__str__` is their code as well, and may raise whatever it likes.
+    Its `__str__` is third-party code too and may itself raise.
     """
-    return _written(str, error)
+    return _call_safely(str, error)
 
 
-def described(error: BaseException) -> str:
-    """Type and message of an exception that somebody else's code raised, clipped."""
-    message = message_of(error)
+def describe_error(error: BaseException) -> str:
+    """Return the type and clipped message of an exception from third-party code."""
+    message = error_message(error)
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
-def shown(value: object, most: int = 1_000) -> str:
-    """`repr` of a value of somebody else's, which may raise as well; clipped."""
-    return _written(repr, value, most)
+def safe_repr(value: object, limit: int = 1_000) -> str:
+    """Return the clipped `repr` of any value, even if its `__repr__` raises."""
+    return _call_safely(repr, value, limit)
 
 
-def _written(how: Callable[[object], str], value: object, most: int = MOST_MESSAGE) -> str:
+def _call_safely(convert: Callable[[object], str], value: object, limit: int = MAX_MESSAGE) -> str:
     try:
-        return clip(how(value), most)
+        return clip(convert(value), limit)
     except KeyboardInterrupt:
         raise
-    except BaseException as broken:
-        kind, own = type(value).__name__, type(broken).__name__
-        return f"<{kind}, whose __{how.__name__}__ raised {own}>"
+    except BaseException as error:
+        kind, raised = type(value).__name__, type(error).__name__
+        return f"<{kind}, whose __{convert.__name__}__ raised {raised}>"
 
 
-def traceback_of(error: BaseException) -> str:
-    """An exception with its traceback, clipped."""
+def format_traceback(error: BaseException) -> str:
+    """Return an exception with its traceback, clipped."""
     try:
         text = "".join(traceback.format_exception(error))
-    except Exception as broken:  # a SyntaxError with attributes of their own making, for one
-        text = f"{described(error)}\n(its traceback raised {type(broken).__name__})\n"
-    return clip(text, MOST_TRACEBACK)
+    except Exception as failure:  # e.g. a SyntaxError with invalid attributes
+        text = f"{describe_error(error)}\n(its traceback raised {type(failure).__name__})\n"
+    return clip(text, MAX_TRACEBACK)

@@ -1,12 +1,12 @@
-"""Text of models, servers and files on its way to a terminal."""
+"""Sanitize text from models, servers and files before printing it to a terminal."""
 
 from __future__ import annotations
 
 __all__ = ["visible"]
 
-# C0 as Unicode's pictures of them, DEL and C1 (one of which begins escape sequences, too) as Python
-# writes them; a lone surrogate cannot be printed at all
-_SHOWN = (
+# C0 as Unicode control pictures; DEL and C1 (some of which start escape sequences) and lone
+# surrogates, which cannot be printed, as Python escapes
+_REPLACEMENTS = (
     {code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\n\t"}
     | {code: f"\\x{code:02x}" for code in range(0x7F, 0xA0)}
     | {code: f"\\u{code:04x}" for code in range(0xD800, 0xE000)}
@@ -14,8 +14,8 @@ _SHOWN = (
 
 
 def visible(text: str) -> str:
-    """`text` with its control characters made visible, but for newlines and tabs.
+    """Replace the control characters in `text`, except newlines and tabs, by visible ones.
 
-    What others wrote must not move the cursor, set the title or fill the clipboard.
+    Untrusted text must not move the cursor, set the title or fill the clipboard.
     """
-    return text if text.isprintable() else text.translate(_SHOWN)
+    return text if text.isprintable() else text.translate(_REPLACEMENTS)

@@ -1,10 +1,10 @@
-"""The vocabulary: task, turn, episode, group, and what passes between an agent and an engine.
+"""Core data types: tasks, turns, episodes, groups, and the requests and replies of an engine.
 
-Standard library only. Everything here is frozen and pickles to plain data, so that it can cross
-processes and be written to a file. Ragged shapes are tuples; nothing is padded before the learner.
+Standard library only. Every type is frozen and pickles to plain data, so it can cross processes
+and be written to a file. Ragged shapes are tuples; nothing is padded before the learner.
 
-Text is Unicode scalar values, which is what encodings, tokenizers and files can hold. A string of
-Python's may also have lone surrogates, and so may JSON (`"\\ud83d"`); here they are replaced.
+Text consists of Unicode scalar values, which is all that encodings, tokenizers and files can hold.
+Python strings and JSON (`"\\ud83d"`) may also contain lone surrogates; these types replace them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, Literal, TypeVar
 
-from rayrl.errors import MOST_TRACEBACK, clip
+from rayrl.errors import MAX_TRACEBACK, clip
 
 __all__ = [
     "Alternatives",
@@ -40,12 +40,12 @@ __all__ = [
     "VersionSpan",
     "assistant",
     "derive_seed",
+    "field_values",
     "replace_surrogates",
     "sum_usage",
     "system",
     "tool",
     "user",
-    "values_of",
 ]
 
 
@@ -53,9 +53,9 @@ T = TypeVar("T")
 
 
 def replace_surrogates(value: T) -> T:
-    """Text, or JSON with text in it, in which every lone surrogate is U+FFFD.
+    """Replace every lone surrogate in text, or in JSON data, by U+FFFD.
 
-    A pair of surrogates becomes the character that it stands for.
+    A pair of surrogates becomes the character it encodes.
     """
     fixed: Any = value
     if isinstance(value, str):
@@ -65,71 +65,72 @@ def replace_surrogates(value: T) -> T:
             except UnicodeEncodeError:
                 fixed = value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     elif isinstance(value, Mapping):
-        fixed = {replace_surrogates(k): replace_surrogates(one) for k, one in value.items()}
+        fixed = {replace_surrogates(k): replace_surrogates(v) for k, v in value.items()}
     elif isinstance(value, list | tuple):
-        fixed = [replace_surrogates(one) for one in value]
+        fixed = [replace_surrogates(item) for item in value]
         fixed = fixed if isinstance(value, list) else tuple(fixed)
     return fixed  # type: ignore[no-any-return]
 
 
 @functools.cache
-def _values(kind: Any) -> Callable[[Any], tuple[Any, ...]]:
-    return operator.attrgetter(*[one.name for one in fields(kind)])
+def _values_getter(kind: Any) -> Callable[[Any], tuple[Any, ...]]:
+    return operator.attrgetter(*[item.name for item in fields(kind)])
 
 
-def values_of(value: _Compact) -> tuple[Any, ...]:
-    """The fields of one of the kinds below, in their order."""
+def field_values(value: _Compact) -> tuple[Any, ...]:
+    """Return the field values of a `_Compact` dataclass in declaration order."""
     kind: Any = type(value)
-    return _values(kind)(value)
+    return _values_getter(kind)(value)
 
 
 class _Compact:
-    """Pickles as the call of its class: three to five times as fast as a frozen dataclass does.
+    """A dataclass base that pickles as a call of its class.
 
-    Every turn goes through several pickles on its way. It needs two fields at least.
+    This is three to five times as fast as pickling a frozen dataclass, and every turn is pickled
+    several times. Subclasses need at least two fields.
     """
 
     __slots__ = ()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), values_of(self)
+        return type(self), field_values(self)
 
 
-def _fix(one: Any, *names: str) -> None:
-    """Replace the lone surrogates in a new object's fields."""
+def _fix_fields(instance: Any, *names: str) -> None:
+    """Replace lone surrogates in the named fields of a new instance."""
     for name in names:
-        value = getattr(one, name)
+        value = getattr(instance, name)
         if value and not (isinstance(value, str) and value.isascii()):
-            object.__setattr__(one, name, replace_surrogates(value))
+            object.__setattr__(instance, name, replace_surrogates(value))
 
 
 Role = Literal["system", "user", "assistant", "tool"]
 Finish = Literal["stop", "length", "abort"]
 Scores = Mapping[str, float] | Mapping[str, Mapping[str, float]]
-"""What an environment returns: scores by name, or with several seats, by seat and name."""
+"""An environment's result: scores by name, or by seat and name if it has several seats."""
 
 
 Alternatives = tuple[tuple[int, float], ...]
-"""The most probable ids of one position with their logprobs, the most probable first."""
+"""The most probable ids at one position with their logprobs, most probable first."""
 
 
 def derive_seed(*parts: object) -> int:
-    """A 63-bit seed from any parts with a stable `str`: the same on every machine and Python."""
+    """Derive a 63-bit seed from parts with a stable `str`; the same on any machine and Python."""
     text = "\x1f".join(map(str, parts)).encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What an episode starts from. Subclass it as a frozen dataclass with the task's own fields.
+    """The starting point of an episode. Subclass it as a frozen dataclass with your own fields.
 
     Attributes:
-        seed: all of the task's randomness comes from it; every episode of a group shares it.
+        seed: source of all the task's randomness; shared by every episode of a group.
     """
 
     seed: int = 0
 
-    __pydantic_config__: ClassVar[Mapping[str, Any]] = {  # how files hold tasks, see tasks.py
+    __pydantic_config__: ClassVar[Mapping[str, Any]] = {  # serialization to files, see tasks.py
         "arbitrary_types_allowed": True,
         "extra": "forbid",
         "ser_json_bytes": "base64",
@@ -139,35 +140,35 @@ class Task:
     __names__: ClassVar[Mapping[str, Any]] = {}  # classes that its type hints may name
 
     def __init_subclass__(cls, **more: Any) -> None:
-        """Keep the classes of the function it is defined in: hints as text are looked up there."""
+        """Record the classes local to the defining function, to resolve string annotations."""
         super().__init_subclass__(**more)
         frame = sys._getframe(1)
-        # in a function, and not again: a dataclass with slots is made twice
+        # only inside a function, and only once: a dataclass with slots is created twice
         if frame.f_locals is not frame.f_globals and "__names__" not in vars(cls):
             cls.__names__ = {k: v for k, v in frame.f_locals.items() if isinstance(v, type)}
 
     def rng(self, *state: object) -> random.Random:
-        """Randomness of this task *at this state*: the same state always gets the same draws.
+        """Return the task's random generator *at this state*: equal states get equal draws.
 
-        So inside a group an episode's luck differs only where its play differed.
+        Episodes of a group therefore see different random events only where their play differed.
         """
         return random.Random(derive_seed(self.seed, *state))
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain data, for the episode log."""
+        """Return the fields as plain data, for the episode log."""
         return replace_surrogates(asdict(self))
 
 
 @dataclass(frozen=True, slots=True)
 class ToolCall(_Compact):
-    """One call a model asked for: `arguments` are parsed JSON."""
+    """A tool call made by a model; `arguments` is parsed JSON."""
 
     id: str
     name: str
     arguments: Mapping[str, Any]
 
     def __post_init__(self) -> None:
-        _fix(self, "id", "name", "arguments")
+        _fix_fields(self, "id", "name", "arguments")
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,34 +181,34 @@ class Message(_Compact):
     tool_call_id: str | None = None
 
     def __post_init__(self) -> None:
-        content = self.content  # most messages are done with this
+        content = self.content  # fast path for most messages
         if self.tool_call_id is not None or not (isinstance(content, str) and content.isascii()):
-            _fix(self, "content", "tool_call_id")
+            _fix_fields(self, "content", "tool_call_id")
 
 
 def system(content: str) -> Message:
-    """A system message."""
+    """Create a system message."""
     return Message("system", content)
 
 
 def user(content: str) -> Message:
-    """A user message."""
+    """Create a user message."""
     return Message("user", content)
 
 
 def assistant(content: str) -> Message:
-    """An assistant message."""
+    """Create an assistant message."""
     return Message("assistant", content)
 
 
 def tool(content: str, call_id: str) -> Message:
-    """The result of the tool call `call_id`."""
+    """Create a message with the result of tool call `call_id`."""
     return Message("tool", content, tool_call_id=call_id)
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling(_Compact):
-    """How a completion is drawn. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 are off."""
+    """Sampling settings. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 are off."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -217,7 +218,7 @@ class Sampling(_Compact):
 
     def __post_init__(self) -> None:
         if self.stop:
-            _fix(self, "stop")
+            _fix_fields(self, "stop")
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,15 +232,15 @@ class VersionSpan(_Compact):
 
 @dataclass(frozen=True, slots=True)
 class Request(_Compact):
-    """One generation for an engine.
+    """A generation request to an engine.
 
     Attributes:
-        session: conversation this belongs to; an engine may keep its KV between turns.
+        session: conversation the request belongs to; an engine may cache its KV between turns.
         prompt_ids: the *whole* context so far, so that any replica can answer.
-        stop_ids: ids that end the completion (they are part of it), e.g. the end-of-turn token.
+        stop_ids: ids that end the completion (and are part of it), e.g. the end-of-turn token.
         seed: the same request, seed and weights give the same completion.
-        min_version: weights older than this must not answer.
-        top_logprobs: how many of the most probable ids are told for each position; only by an
+        min_version: oldest weights version that may answer.
+        top_logprobs: number of most probable ids to return per position; only supported by an
             engine opened with `raw_logprobs`.
     """
 
@@ -254,7 +255,7 @@ class Request(_Compact):
 
 @dataclass(frozen=True, slots=True)
 class Completion(_Compact):
-    """What an engine answers.
+    """An engine's answer to a request.
 
     Attributes:
         ids: sampled ids, the stop id included when one ended it.
@@ -263,8 +264,8 @@ class Completion(_Compact):
             opened with `raw_logprobs` gives those of the model itself instead, greedy or not.
         versions: spans that cover `ids` exactly.
         finish: "stop" (stop id or stop string), "length", or "abort".
-        cached: prompt ids whose KV was reused instead of computed.
-        alternatives: one per id if the request has `top_logprobs`.
+        cached: number of prompt ids whose KV was reused instead of computed.
+        alternatives: one entry per id if the request has `top_logprobs`.
     """
 
     ids: tuple[int, ...]
@@ -277,10 +278,10 @@ class Completion(_Compact):
 
 @dataclass(frozen=True, slots=True)
 class Delta(_Compact):
-    """What an engine streams: the ids since the one before; put together they are a `Completion`.
+    """A piece of a streamed `Completion`: the ids since the previous piece.
 
     Attributes:
-        finish: None but for the last.
+        finish: None except in the last piece.
     """
 
     ids: tuple[int, ...]
@@ -291,7 +292,7 @@ class Delta(_Compact):
 
 
 class Reply(str):
-    """The text an agent answered with: a plain string that also knows how it ended."""
+    """An agent's reply: a plain string with the finish reason and the tool calls made."""
 
     finish: Finish
     tool_calls: tuple[ToolCall, ...]
@@ -299,7 +300,7 @@ class Reply(str):
     def __new__(
         cls, text: str, finish: Finish = "stop", tool_calls: tuple[ToolCall, ...] = ()
     ) -> Reply:
-        """A string with `finish` and `tool_calls`."""
+        """Create a string with `finish` and `tool_calls`."""
         self = super().__new__(cls, text)
         self.finish = finish
         self.tool_calls = tool_calls
@@ -308,15 +309,15 @@ class Reply(str):
 
 @dataclass(frozen=True, slots=True)
 class Usage(_Compact):
-    """Tokens that calls of a server's model cost, as the server says; nothing is estimated.
+    """Token usage of calls to a server, as the server reports it; nothing is estimated.
 
     Attributes:
-        calls: how many calls these are.
-        unknown: those about which the server said nothing.
-        prompt: tokens read.
-        completion: tokens written, those of `reasoning` included.
-        cached: of `prompt`, those the server had read before; None where it never says.
-        reasoning: of `completion`, those it thought with; None where it never says.
+        calls: number of calls.
+        unknown: number of calls for which the server reported no usage.
+        prompt: prompt tokens.
+        completion: completion tokens, including `reasoning`.
+        cached: part of `prompt` served from the server's cache; None if it is never reported.
+        reasoning: part of `completion` spent on reasoning; None if it is never reported.
     """
 
     calls: int = 1
@@ -328,45 +329,45 @@ class Usage(_Compact):
 
     @property
     def total(self) -> int:
-        """Tokens read and written."""
+        """Prompt and completion tokens."""
         return self.prompt + self.completion
 
     def __add__(self, other: Usage) -> Usage:
-        """Of both."""
+        """Return the sum of both usages."""
         return Usage(
             self.calls + other.calls,
             self.unknown + other.unknown,
             self.prompt + other.prompt,
             self.completion + other.completion,
-            _added(self.cached, other.cached),
-            _added(self.reasoning, other.reasoning),
+            _add_optional(self.cached, other.cached),
+            _add_optional(self.reasoning, other.reasoning),
         )
 
 
-def sum_usage(costs: Iterable[Usage | None]) -> Usage | None:
-    """The sum of what there is; None if there is nothing."""
+def sum_usage(usages: Iterable[Usage | None]) -> Usage | None:
+    """Return the sum of all usages that are not None; None if there are none."""
     total = None
-    for cost in costs:
-        if cost is not None:
-            total = cost if total is None else total + cost
+    for usage in usages:
+        if usage is not None:
+            total = usage if total is None else total + usage
     return total
 
 
-def _added(one: int | None, other: int | None) -> int | None:
-    return other if one is None else one + (other or 0)
+def _add_optional(first: int | None, second: int | None) -> int | None:
+    return second if first is None else first + (second or 0)
 
 
 @dataclass(frozen=True, slots=True)
 class Turn(_Compact):
-    """One call of a model by one seat.
+    """One model call by one seat.
 
     A conversation's ids are the concatenation, in order, of each turn's `prompt_ids` and
-    `completion_ids`; `offset` is how many ids of the conversation precede this turn's. A turn with
+    `completion_ids`; `offset` is the number of ids that precede this turn's. A turn with
     offset 0 starts a new conversation. Turns by players without tokens (scripts, people, remote
     endpoints) have empty ids and are never trained on.
 
     Attributes:
-        seat: who acted.
+        seat: the seat that acted.
         prompt: messages added before this call, for people to read.
         text: the reply as text.
         prompt_ids: ids *appended* for this call.
@@ -374,13 +375,13 @@ class Turn(_Compact):
         rollout_logprobs: one per completion id, under the sampling distribution, as the engine
             recorded it.
         versions: weight versions, as spans over `completion_ids`.
-        state: key of the state the model acted in; equal keys inside a group are the same decision
-            (GiGPO compares there).
-        tools: JSON schemas of the tools that were offered.
-        usage: tokens the call cost at a server; None where none was asked.
-        began: wall-clock time at which an engine was asked, in seconds; 0 where none was. For the
-            timeline only, as `seconds`: not written to files.
-        seconds: until it had answered.
+        state: key of the state the model acted in; equal keys inside a group mark the same
+            decision, which is where GiGPO compares.
+        tools: JSON schemas of the tools offered.
+        usage: tokens the call used at a server; None without a server.
+        began: wall-clock time of the request to the engine, in seconds; 0 without an engine. Like
+            `seconds`, it is for the timeline only and not written to files.
+        seconds: time until the engine had answered.
     """
 
     seat: str
@@ -399,16 +400,16 @@ class Turn(_Compact):
     seconds: float = field(default=0.0, compare=False)
 
     def __post_init__(self) -> None:
-        _fix(self, "text", "state")
+        _fix_fields(self, "text", "state")
 
 
 @dataclass(frozen=True, slots=True)
 class Failure(_Compact):
-    """Why an episode has no reward.
+    """The reason an episode has no reward.
 
-    `kind` is "env" (its code), "infra" (around it, so that it is played again), "refused" (a server
-    will not answer this conversation, however often it is asked) or "stopped" (it was to be used no
-    more). Message and traceback are clipped: an environment may raise 50 MB.
+    `kind` is "env" (the environment's code failed), "infra" (infrastructure failed; the episode is
+    retried), "refused" (a server refuses this conversation, so a retry is pointless) or "stopped"
+    (the episode was cancelled). Message and traceback are clipped: an environment may raise 50 MB.
     """
 
     kind: Literal["env", "infra", "refused", "stopped"]
@@ -417,8 +418,8 @@ class Failure(_Compact):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "message", clip(self.message))
-        object.__setattr__(self, "traceback", clip(self.traceback, MOST_TRACEBACK))
-        _fix(self, "message", "traceback")
+        object.__setattr__(self, "traceback", clip(self.traceback, MAX_TRACEBACK))
+        _fix_fields(self, "message", "traceback")
 
 
 @dataclass(frozen=True, slots=True)
@@ -427,19 +428,20 @@ class Episode(_Compact):
 
     Attributes:
         id: unique in a run and the same whenever the run is repeated.
-        env: the environment's name.
-        task: what it started from.
-        index: place inside its group.
-        turns: all seats' turns in the order they happened.
+        env: name of the environment.
+        task: the task played.
+        index: position inside its group.
+        turns: turns of all seats in chronological order.
         scores: by seat, then name.
-        rewards: by seat: weighted sum of its scores. Empty when the episode failed.
-        failure: None, or why it ended without a reward. Such an episode is never trained on.
-        wasted: tokens that were lost with earlier attempts at it, of those a server counts.
-        replayed: turns that an earlier attempt had made, and that were not asked for again.
-        diverged: times it started over because its environment did not do again what it had done.
-        began: wall-clock time of its (last) start, in seconds, as its env worker's clock has it.
-        seconds: wall time from there; both are for the timing report only.
-        seed: of its players and of the module-level generators its environment may draw from.
+        rewards: weighted sum of the scores, by seat. Empty if the episode failed.
+        failure: None, or why the episode has no reward. A failed episode is never trained on.
+        retried_usage: tokens that discarded turns of earlier attempts used at a server.
+        replayed: number of turns replayed from an earlier attempt without a new model call.
+        replay_mismatches: times the episode started over because its environment did not repeat
+            what it had done.
+        began: wall-clock time of the last attempt's start, in seconds, on the env worker's clock.
+        seconds: wall time since `began`; both are for the timing report only.
+        seed: for its players and for the module-level generators its environment may draw from.
     """
 
     id: str
@@ -450,33 +452,32 @@ class Episode(_Compact):
     scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     rewards: Mapping[str, float] = field(default_factory=dict)
     failure: Failure | None = None
-    wasted: Usage | None = None
+    retried_usage: Usage | None = None
     replayed: int = field(default=0, compare=False)
-    diverged: int = field(default=0, compare=False)
+    replay_mismatches: int = field(default=0, compare=False)
     began: float = field(default=0.0, compare=False)
     seconds: float = field(default=0.0, compare=False)
     seed: int = field(default=0, compare=False)
 
     def turns_of(self, seat: str) -> tuple[Turn, ...]:
-        """The turns `seat` played."""
+        """Return the turns of one seat."""
         return tuple(turn for turn in self.turns if turn.seat == seat)
 
     @property
     def usage(self) -> Usage | None:
-        """Tokens it cost at a server, earlier attempts included; None where none was asked."""
-        costs = [turn.usage for turn in self.turns] + [self.wasted]
-        return sum_usage(costs)
+        """Tokens used at a server, including earlier attempts; None without a server."""
+        return sum_usage([*(turn.usage for turn in self.turns), self.retried_usage])
 
     @property
     def min_version(self) -> int | None:
-        """The oldest weights any of its tokens came from; None without sampled tokens."""
+        """Oldest weights version of its sampled tokens; None if there are none."""
         versions = [span.version for turn in self.turns for span in turn.versions]
         return min(versions) if versions else None
 
 
 @dataclass(frozen=True, slots=True)
 class Group(_Compact):
-    """Episodes of the same task, in index order. Rewards are compared only inside a group.
+    """Episodes of one task, in index order. Rewards are compared only inside a group.
 
     Attributes:
         id: unique in a run and the same whenever the run is repeated.

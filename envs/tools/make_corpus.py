@@ -1,7 +1,7 @@
-"""Writes rayrl_tools/corpus.jsonl: invented towns, people and products that refer to each other.
+"""Write rayrl_tools/corpus.jsonl: invented towns, people and products that refer to each other.
 
-Two worlds that never mention each other, one to train on and one to test on. Nothing in them
-exists, so no model can know the answers.
+The train and test splits never mention each other. Nothing in them exists, so no model can know the
+answers.
 
     python envs/tools/make_corpus.py
 """
@@ -43,7 +43,7 @@ TRADES = "glazier botanist clockmaker surveyor printer chemist cooper weaver pai
 
 
 def syllables(rng: random.Random, taken: set[str], parts: int) -> str:
-    """A new word that no name begins with and that begins with no name."""
+    """Create a name such that neither it nor any taken name is a prefix of the other."""
     while True:
         word = "".join(
             rng.choice("bdfghklmnprstvz")
@@ -57,7 +57,7 @@ def syllables(rng: random.Random, taken: set[str], parts: int) -> str:
 
 
 def world(rng: random.Random, split: str, taken: set[str]) -> list[dict[str, Any]]:
-    """The documents of one world, without ids."""
+    """Create the documents of one split, without ids."""
     towns, people, products = SIZES[split]
     rivers = [syllables(rng, taken, 2) for _ in range(6)]
     made: dict[str, list[dict[str, Any]]] = {"town": [], "person": [], "product": []}
@@ -103,11 +103,11 @@ def world(rng: random.Random, split: str, taken: set[str]) -> list[dict[str, Any
 
 
 def corpus() -> list[dict[str, Any]]:
-    """Every document, in the order of the titles, with ids that say nothing."""
+    """Create all documents, sorted by title, with neutral ids."""
     rng, taken = random.Random(20240), set[str]()
     documents = world(rng, "train", taken) + world(rng, "test", taken)
     documents.sort(key=lambda document: str(document["title"]))
-    return [{"id": f"d{number:03d}", **one} for number, one in enumerate(documents, 1)]
+    return [{"id": f"d{number:03d}", **item} for number, item in enumerate(documents, 1)]
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rayrl.environment.signature import fit, keyword_hints, plain_default, schema, suggestion
-from rayrl.errors import ConfigError, described, did_you_mean
+from rayrl.errors import ConfigError, describe_error, did_you_mean
 from rayrl.types import Message, replace_surrogates
 
 __all__ = [
@@ -180,7 +180,7 @@ class Toolkit:
         except (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt):  # not the tool's
             raise
         except BaseException as error:  # SystemExit would end every other episode
-            return f"Error: {call.name} raised {described(error)}", True
+            return f"Error: {call.name} raised {describe_error(error)}", True
 
 
 _tool = functools.lru_cache(256)(Tool.from_function)

@@ -23,7 +23,7 @@ from rayrl.cluster.workers.scaling import Load
 from rayrl.cluster.workers.turn_log import start_recorder
 from rayrl.cluster.workers.worker_pool import WorkerPool
 from rayrl.cluster.workers.worker_process import kill_actor
-from rayrl.errors import RunFailed, shown
+from rayrl.errors import RunFailed, safe_repr
 from rayrl.rollout.rollout import GroupPlan
 from rayrl.types import Episode, Failure, Group
 
@@ -130,7 +130,7 @@ def _details(episode: Episode, failure: Failure) -> str:
         part
         for part in (
             f"episode {episode.id}: {failure.message}",
-            f"task: {shown(episode.task)}",
+            f"task: {safe_repr(episode.task)}",
             failure.traceback.rstrip(),
         )
         if part

@@ -10,7 +10,7 @@ from rayrl.config import Config, validate
 from rayrl.environment.environment import Environment
 from rayrl.environment.registry import installed_envs, load_env
 from rayrl.errors import EnvError
-from rayrl.rollout.check import DEADLINE_S, check_env, task_problems
+from rayrl.rollout.check import DEADLINE_S, check_env, log_problems
 from rayrl.rollout.players import ScriptedPlayer
 from rayrl.rollout.rollout import play_episode
 
@@ -37,7 +37,7 @@ def run(config: Config) -> None:
     if not problems:
         for name, args in config.eval.cells.items():
             tasks = environment.configure(args).tasks(config.run.seed, _TASKS)
-            problems += [f"eval.cells.{name}: {what}" for what in task_problems(tasks)]
+            problems += [f"eval.cells.{name}: {what}" for what in log_problems(tasks)]
     for name in sorted(environment.players) if not problems else ():
         row, failed = asyncio.run(_row(environment, name, config.run.seed))
         print(row)

@@ -18,7 +18,7 @@ from rayrl.cluster.parts import players_here
 from rayrl.cluster.rollouts import CollectedGroups, Rollouts
 from rayrl.config import Config, validate
 from rayrl.environment.environment import Environment
-from rayrl.errors import EnvError, RayrlError, described
+from rayrl.errors import EnvError, RayrlError, describe_error
 from rayrl.report.console import new_console
 from rayrl.report.statistics import measure, task_key
 from rayrl.report.table import Cell, Result, rich_table
@@ -144,7 +144,7 @@ def cell_of(
     """A cell's figures. Failed episodes are counted, never measured."""
     episodes = [episode for group in played.groups for episode in group.episodes]
     failed = sum(len(group.episodes) for group in played.dropped)
-    figures = measure(episodes, environment.reported)
+    figures = measure(episodes, environment.statistics_function)
     unplayed, refused = played.infra_failures, played.refused
     distinct = len({task_key(episode.task) for episode in episodes})
     tasks = distinct if distinct < len(episodes) else 0
@@ -181,7 +181,9 @@ async def run_checks(
         except RayrlError:
             raise
         except Exception as error:
-            what = f"check {name!r} of environment {environment.name!r} raised {described(error)}"
+            what = (
+                f"check {name!r} of environment {environment.name!r} raised {describe_error(error)}"
+            )
             raise EnvError(what) from error
         for agent in made:
             agent.close()

@@ -110,9 +110,9 @@ async def play(
             if episode.failure is not None:
                 console.print(visible(episode.failure.message), style="red", markup=False)
             else:
-                if environment.ended is not None:
+                if environment.ending_function is not None:
                     seat = mine or environment.seats[0]
-                    console.print(Text(visible(environment.ended(episode, seat))))
+                    console.print(Text(visible(environment.ending_function(episode, seat))))
                 for line in outcome(environment, episode, mine):
                     console.print(line, style="bold")
                 console.print(scores_text(episode.scores, episode.rewards))
@@ -135,7 +135,9 @@ def outcome(environment: Environment, episode: Episode, mine: str = "") -> list[
             found[seat] = "draw" if len(winners) == len(won) else WON[seat in winners]
     elif len(episode.scores) == 1:
         (seat,) = episode.scores
-        reported = environment.reported(episode) if environment.reported else {}
+        reported = (
+            environment.statistics_function(episode) if environment.statistics_function else {}
+        )
         named = [value for value in reported.values() if isinstance(value, str)]
         if named:
             found[seat] = named[0]

@@ -31,8 +31,8 @@ from rayrl.environment.scoring import with_group_rewards
 from rayrl.errors import ConfigError, DataError, EnvError, did_you_mean
 from rayrl.report.console import new_console
 from rayrl.rollout.agent import Conversation, Options
-from rayrl.rollout.episode_io import episode_to_json, read_episodes, revive
-from rayrl.rollout.resume import Diverged, EpisodeResume
+from rayrl.rollout.episode_io import episode_to_json, read_episodes, restore_task
+from rayrl.rollout.resume import EpisodeResume, ReplayMismatch
 from rayrl.rollout.rollout import play_episode
 from rayrl.rollout.subprocess_env import SubprocessEnv
 from rayrl.run.files import write_atomic
@@ -113,7 +113,7 @@ def stored_episodes(file: str | Path, env: Environment) -> list[Episode]:
         )
     kinds = {type(task) for task in env.tasks(0, _DRAWN)}
     try:
-        return [revive(episode, kinds) for episode in found]
+        return [restore_task(episode, kinds) for episode in found]
     except DataError as error:
         raise DataError(f"{file}: {error}") from None
 
@@ -165,7 +165,7 @@ class _Nobody:
 
     def __init__(self, course: EpisodeResume) -> None:
         self.course = course
-        self.diverged: Diverged | None = None
+        self.diverged: ReplayMismatch | None = None
 
     async def answer(
         self, conversation: Conversation, new: Sequence[Message], options: Options
@@ -175,7 +175,7 @@ class _Nobody:
         while before < self.course.replayed:
             before = self.course.replayed
             await asyncio.sleep(_LOOK_S)
-        self.diverged = Diverged(_UNASKED, before, None, tuple(new))
+        self.diverged = ReplayMismatch(_UNASKED, before, None, tuple(new))
         raise self.diverged
 
     def resume(self, conversation: Conversation, turn: Turn) -> None:
@@ -199,9 +199,9 @@ async def _again(env: Environment, stored: Episode, deadline_s: float | None) ->
             index=stored.index,
             seed=stored.seed,
             deadline_s=deadline_s,
-            course=course,
+            resume=course,
         )
-    except Diverged as error:
+    except ReplayMismatch as error:
         return _apart(stored, nobody.diverged or error)
     if nobody.diverged is not None:  # by a fork, or its code caught it
         return _apart(stored, nobody.diverged)
@@ -215,13 +215,17 @@ async def _again(env: Environment, stored: Episode, deadline_s: float | None) ->
     return Replayed(stored, "same", episode=episode)
 
 
-def _apart(stored: Episode, error: Diverged) -> Replayed:
+def _apart(stored: Episode, error: ReplayMismatch) -> Replayed:
     """What to say of an episode that does not play the same."""
-    what = f"at turn {error.number} of {len(stored.turns)}: {error}"
+    what = f"at turn {error.matched} of {len(stored.turns)}: {error}"
     if error.failure is not None:
         return Replayed(stored, "failed", what)
     then = error.recorded.prompt if error.recorded is not None else ()
-    difference = "" if error.said is None or error.said == then else _difference(then, error.said)
+    difference = (
+        ""
+        if error.messages is None or error.messages == then
+        else _difference(then, error.messages)
+    )
     return Replayed(stored, "diverged", what, difference)
 
 

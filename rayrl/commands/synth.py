@@ -262,7 +262,8 @@ def summary(played: Sequence[Episode], good: Sequence[Episode], env: Environment
     share = 100 * len(good) / len(played)
     parts.append(Text(f"{len(played)} episodes played{lost}, {len(good)} kept ({share:.1f}%)"))
     figures = {
-        name: measure(set_, env.reported) for name, set_ in (("played", played), ("kept", good))
+        name: measure(set_, env.statistics_function)
+        for name, set_ in (("played", played), ("kept", good))
     }
     table = Table()
     table.add_column("")

@@ -1,1 +1,1 @@
-"""What an environment's author writes: tasks, the coroutine that plays one, and its rewards."""
+"""Define environments: tasks, the coroutine that plays them, and rewards."""

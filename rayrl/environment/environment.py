@@ -16,9 +16,9 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rayrl.environment.group_reward import MOST_SCORE, GroupReward, score_of
+from rayrl.environment.group_reward import MAX_SCORE, GroupReward, score_of
 from rayrl.environment.signature import fit, keyword_hints, suggestion
-from rayrl.errors import ConfigError, EnvError, described, shown
+from rayrl.errors import ConfigError, EnvError, describe_error, safe_repr
 from rayrl.types import Episode, Message, Scores, Task, derive_seed
 
 __all__ = [
@@ -30,15 +30,15 @@ __all__ = [
 ]
 
 Play = Callable[..., Awaitable[Scores]]
-"""`async def play(task, agent)`, with one more parameter for each further seat."""
+"""`async def play(task, agent)`, with an additional parameter per additional seat."""
 PlayerFunction = Callable[[Sequence[Message], random.Random], str | Awaitable[str]]
-"""Answers a conversation, may be async; its randomness comes from the generator it is given."""
+"""Answers a conversation, drawing from the given random generator; may be async."""
 CheckFunction = Callable[..., Awaitable[dict[str, float]]]
-"""`async def check(new_agent, args)`: figures by name (see `Environment.check`)."""
-FiguresFunction = Callable[[Episode], Mapping[str, bool | float | str]]
-"""What is worth reporting of one episode; `report/statistics.py` says what each type means."""
+"""`async def check(new_agent, args)`: statistics by name (see `Environment.check`)."""
+StatisticsFunction = Callable[[Episode], Mapping[str, bool | float | str]]
+"""Statistics of one episode by name; `report/statistics.py` explains the types."""
 EndingFunction = Callable[[Episode, str], str]
-"""What a person in a seat is shown when an episode has ended."""
+"""Text to show to the person in a seat when an episode has ended."""
 TaskSource = Callable[..., Task] | Sequence[Task]
 
 _BELOW_ONE = math.nextafter(1.0, 0.0)
@@ -60,12 +60,12 @@ class EnvSpec:
 
 
 class Environment:
-    """A coroutine with its tasks, rewards, scripted players and checks. Made by `env`.
+    """A coroutine with its tasks, rewards, scripted players and checks. Created by `env`.
 
     Attributes:
-        name: what configs and logs call it.
+        name: its name in configs and logs.
         play: the coroutine function.
-        seats: names of its parameters after the task, one a player.
+        seats: names of the coroutine's parameters after the task, one per player.
         source: function `(seed, u, **keywords) -> Task`, or a sequence of tasks.
         eval_source: likewise, for evaluation only; None: see `evaluation`.
         args: keywords of the source: its defaults, and what `configure` set.
@@ -73,8 +73,8 @@ class Environment:
         group_rewards: rewards computed over a whole group, by name.
         players: scripted players by name.
         checks: exhaustive checks by name.
-        reported: what is reported of an episode instead of its scores, or None (see `figures`).
-        ended: what a person is shown when an episode has ended, or None (see `ending`).
+        statistics_function: computes what to report per episode; None: scores (see `statistics`).
+        ending_function: text shown to a person when an episode has ended, or None (see `ending`).
         form: the reply that is sent for what a person types in a seat, which stands for `{}`.
         slots: most episodes it can play at once, or None.
         ref: what `load_env` finds it by; empty if nothing does, and then it travels by value.
@@ -101,39 +101,44 @@ class Environment:
         self.source, self.eval_source = source, eval_source
         if eval_source is not None:
             _defaults(name, eval_source)
-        self.rewards = {k: _weight(k, w) for k, w in rewards.items() if not _is_group(w)}
-        self.group_rewards = {k: w for k, w in rewards.items() if isinstance(w, GroupReward)}
+        self.rewards: dict[str, float] = {}
+        self.group_rewards: dict[str, GroupReward] = {}
+        for key, weight in rewards.items():
+            if isinstance(weight, GroupReward):
+                self.group_rewards[key] = weight
+            else:
+                self.rewards[key] = _weight(key, weight)
         self.args = _defaults(name, source)
         self.players: dict[str, PlayerFunction] = {}
         self.checks: dict[str, CheckFunction] = {}
-        self.reported: FiguresFunction | None = None
-        self.ended: EndingFunction | None = None
+        self.statistics_function: StatisticsFunction | None = None
+        self.ending_function: EndingFunction | None = None
         self.form = form
         self.slots: int | None = None
         self.ref = _reference(play) if ref is None else ref
-        self._set: tuple[dict[str, Any], dict[str, float]] = ({}, {})
+        self._configured: tuple[dict[str, Any], dict[str, float]] = ({}, {})
 
     def __repr__(self) -> str:
         return f"Environment({self.name!r}, seats={self.seats}, rewards={self.rewards})"
 
     def __call__(self, task: Task, *agents: Any) -> Awaitable[Scores]:
-        """Call the coroutine itself, as a test of an environment does."""
+        """Call the coroutine itself, for tests of an environment."""
         return self.play(task, *agents)
 
     @property
     def spec(self) -> EnvSpec:
         """How to make this environment again in another process."""
-        return EnvSpec(self.ref, *self._set, value=None if self.ref else self)
+        return EnvSpec(self.ref, *self._configured, value=None if self.ref else self)
 
     @property
     def configured(self) -> tuple[Mapping[str, Any], Mapping[str, float]]:
         """Task-source keywords and reward weights that `configure` has set."""
-        return self._set
+        return self._configured
 
     def configure(
         self, args: Mapping[str, Any] | None = None, rewards: Mapping[str, float] | None = None
     ) -> Environment:
-        """A new environment with other keywords for its task source and other reward weights.
+        """Create an environment with other keywords for the task source and other reward weights.
 
         Raises:
             ConfigError: an unknown name (with the nearest known one) or a value of the wrong type.
@@ -163,7 +168,8 @@ class Environment:
                     f"env.rewards.{key}: environment {self.name!r} has no such reward."
                     + suggestion(key, known)
                 )
-        new._set = ({**self._set[0], **args}, {**self._set[1], **rewards})
+        old_args, old_rewards = self._configured
+        new._configured = ({**old_args, **args}, {**old_rewards, **rewards})
         return new
 
     def training(self, held_out: float) -> Environment:
@@ -192,13 +198,14 @@ class Environment:
         if self.eval_source is not None:
             new.source = self.eval_source
             new.args = _defaults(self.name, self.eval_source)
-            new.args |= {key: value for key, value in self._set[0].items() if key in new.args}
+            given, _ = self._configured
+            new.args |= {key: value for key, value in given.items() if key in new.args}
         elif isinstance(self.source, Sequence):
             _, new.source = _split(self.source, held_out)
         return new
 
     def with_play(self, play: Play, slots: int | None = None) -> Environment:
-        """The same environment whose episodes are played by `play`, e.g. in another process."""
+        """Create a copy whose episodes are played by `play`, e.g. in another process."""
         new = self._copy()
         new.play, new.slots = play, slots
         return new
@@ -211,16 +218,16 @@ class Environment:
         return new
 
     def tasks(self, seed: int, n: int, start: int = 0) -> list[Task]:
-        """`n` tasks that cover the range of the source evenly (stratified sampling).
+        """Sample `n` tasks that cover the range of the source evenly (stratified sampling).
 
         Task k gets u = (k + jitter) / n with jitter in [0, 1) drawn from `derive_seed(seed, start +
         k)`, and the seed `derive_seed(seed, "task", start + k)`. A batch at step s passes
-        `start=s * n`, so that no two batches get the same seeds. A sequence of tasks has seeds of
-        its own; its tasks come again.
+        `start=s * n`, so that no two batches get the same seeds. Tasks of a sequence keep their
+        own seeds and are repeated.
 
         Raises:
-            ConfigError: a setting has no value, or the source refuses one.
-            EnvError: the source raised anything else, or returned something that is no Task.
+            ConfigError: a setting has no value, or the source rejects one.
+            EnvError: the source raised anything else, or returned something other than a Task.
         """
         return [self._task(seed, k, n, start) for k in range(n)]
 
@@ -238,74 +245,79 @@ class Environment:
                 )
             try:
                 task = self.source(seed=task_seed, u=u, **self.args)
-            except ConfigError:  # a setting it refuses, in words for whoever set it
+            except ConfigError:  # the source rejects a setting
                 raise
             except (Exception, SystemExit) as error:
                 raise EnvError(
-                    f"the task source of {self.name!r} raised {described(error)} "
-                    f"(seed={task_seed}, u={u}, args={shown(self.args)})"
+                    f"the task source of {self.name!r} raised {describe_error(error)} "
+                    f"(seed={task_seed}, u={u}, args={safe_repr(self.args)})"
                 ) from error
         if not isinstance(task, Task):
             raise EnvError(
-                f"the task source of {self.name!r} returned {shown(task)}: it must return a "
-                f"rayrl.Task (a frozen dataclass that inherits it).{not_awaited(task)}"
+                f"the task source of {self.name!r} returned {safe_repr(task)}: it must return a "
+                f"rayrl.Task (a frozen dataclass that inherits it).{_missing_await(task)}"
             )
         return task
 
     def scores(self, returned: object) -> dict[str, dict[str, float]]:
-        """What the coroutine returned, checked: by seat, then name, as finite floats.
+        """Check the coroutine's result; return finite floats by seat, then name.
 
         Raises:
-            EnvError: a seat or score is undeclared, missing or not a number, or it is not finite or
-                beyond `group_reward.MOST_SCORE`.
+            EnvError: a seat or score is undeclared, missing, not a number, not finite or beyond
+                `group_reward.MAX_SCORE`.
         """
         if not isinstance(returned, Mapping):
             raise EnvError(
-                f"environment {self.name!r} returned {shown(returned)}: it must return its "
-                f"scores, e.g. {dict.fromkeys(self.rewards, 0.0)}.{not_awaited(returned)}"
+                f"environment {self.name!r} returned {safe_repr(returned)}: it must return its "
+                f"scores, e.g. {dict.fromkeys(self.rewards, 0.0)}.{_missing_await(returned)}"
             )
-        if len(self.seats) == 1 and not self._by_seat(returned):
+        # a score may have the name of the only seat
+        by_seat = set(returned) == set(self.seats) and all(
+            isinstance(of_seat, Mapping) for of_seat in returned.values()
+        )
+        if len(self.seats) == 1 and not by_seat:
             returned = {self.seats[0]: returned}
-        _same_names(self.name, "seat", returned, self.seats, "")
+        _check_names(self.name, "seat", returned, self.seats, "")
         checked: dict[str, dict[str, float]] = {}
         for seat in self.seats:
             of_seat = returned[seat]
             where = f" for seat {seat!r}" if len(self.seats) > 1 else ""
             if not isinstance(of_seat, Mapping):
                 raise EnvError(
-                    f"environment {self.name!r} returned {shown(of_seat)}{where}: with several "
-                    f"seats it must return scores by seat, then name.{not_awaited(of_seat)}"
+                    f"environment {self.name!r} returned {safe_repr(of_seat)}{where}: with several "
+                    f"seats it must return scores by seat, then name.{_missing_await(of_seat)}"
                 )
             for name in self.group_rewards:
                 if name in of_seat:
                     raise EnvError(
                         f"environment {self.name!r} returned {name!r}{where}, which is a reward "
-                        "over the group: its function gives that score, so leave it out"
+                        "over the group: its function computes that score, so leave it out"
                     )
-            _same_names(self.name, "score", of_seat, tuple(self.rewards), where)
-            checked[seat] = {
-                name: _finite(self.name, name, of_seat[name], where) for name in self.rewards
-            }
+            _check_names(self.name, "score", of_seat, tuple(self.rewards), where)
+            checked[seat] = {}
+            for name in self.rewards:
+                value = of_seat[name]
+                try:
+                    checked[seat][name] = score_of(value)
+                except ValueError as error:
+                    what = f"environment {self.name!r} returned {safe_repr(value)}"
+                    raise EnvError(
+                        f"{what} as score {name!r}{where}: {error}.{_missing_await(value)}"
+                    ) from error
         return checked
 
-    def _by_seat(self, returned: Mapping[str, Any]) -> bool:
-        """Whether these are an only seat's scores by its name: a score may be called so as well."""
-        return set(returned) == set(self.seats) and all(
-            isinstance(of_seat, Mapping) for of_seat in returned.values()
-        )
-
     def reward(self, scores: Mapping[str, float]) -> float:
-        """Weighted sum of one seat's scores, group rewards included once they are there.
+        """Return the weighted sum of one seat's scores, including group rewards already computed.
 
         Raises:
-            EnvError: it is beyond `group_reward.MOST_SCORE`: its weights are too large.
+            EnvError: the sum is beyond `group_reward.MAX_SCORE` because the weights are too large.
         """
         total = sum(weight * scores[name] for name, weight in self.rewards.items())
         for name, group in self.group_rewards.items():
             total += group.weight * scores.get(name, 0.0)
-        if not abs(total) <= MOST_SCORE:
+        if not abs(total) <= MAX_SCORE:
             raise EnvError(
-                f"environment {self.name!r}: scores {shown(dict(scores))} with the weights "
+                f"environment {self.name!r}: scores {safe_repr(dict(scores))} with the weights "
                 f"{self.rewards} give the reward {total:g}, which is too large to learn from"
             )
         return total
@@ -317,27 +329,27 @@ class Environment:
     def check(self, name: str) -> Callable[[CheckFunction], CheckFunction]:
         """Register an exhaustive check: `async def check(new_agent, args) -> dict[str, float]`.
 
-        `new_agent()` gives a fresh agent, `args` are the keywords of the task source.
+        `new_agent()` creates an agent; `args` are the keywords of the task source.
         """
         return functools.partial(_register, self.name, "check", self.checks, name)
 
-    def figures(self, function: FiguresFunction) -> FiguresFunction:
-        """Register what evaluations report of an episode: `def figures(episode) -> dict`.
+    def statistics(self, function: StatisticsFunction) -> StatisticsFunction:
+        """Register what evaluations report per episode: `def statistics(episode) -> dict`.
 
-        The type of a value says how episodes are put together: a bool becomes a share, a number a
-        mean, and for `{"win/draw/loss": "draw"}` each outcome is counted. Without it, evaluations
-        report the mean of every score.
+        The type of a value determines how it is aggregated over episodes: a bool becomes a share, a
+        number a mean, and for `{"win/draw/loss": "draw"}` each outcome is counted. By default,
+        evaluations report the mean of every score.
         """
-        self.reported = function
+        self.statistics_function = function
         return function
 
     def ending(self, function: EndingFunction) -> EndingFunction:
-        """Register what a person is shown when an episode has ended, such as the final board.
+        """Register a text to show to a person when an episode has ended, such as the final board.
 
-        `def ending(episode, seat) -> str`, computed from the episode's task and turns. Models never
-        see it.
+        `def ending(episode, seat) -> str` computes it from the episode's task and turns. Models
+        never see it.
         """
-        self.ended = function
+        self.ending_function = function
         return function
 
 
@@ -438,43 +450,31 @@ def _register(env_name: str, kind: str, table: dict[str, Any], name: str, functi
     return function
 
 
-def _is_group(weight: object) -> bool:
-    return isinstance(weight, GroupReward)
-
-
 def _weight(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise ConfigError(f"env.rewards.{name}: a weight must be a finite number, got {value!r}")
     return float(value)
 
 
-def _same_names(
-    env_name: str, kind: str, got: Mapping[str, Any], want: tuple[str, ...], where: str
+def _check_names(
+    env_name: str, kind: str, returned: Mapping[str, Any], declared: tuple[str, ...], where: str
 ) -> None:
-    for name in got:
-        if name not in want:
+    for name in returned:
+        if name not in declared:
             remedy = " Declare it in `rewards` (weight 0 only logs)." if kind == "score" else ""
             raise EnvError(
                 f"environment {env_name!r} returned an undeclared {kind} {name!r}{where}."
-                + suggestion(str(name), want)
+                + suggestion(str(name), declared)
                 + remedy
             )
-    for name in want:
-        if name not in got:
+    for name in declared:
+        if name not in returned:
             raise EnvError(f"environment {env_name!r} returned no {kind} {name!r}{where}")
 
 
-def _finite(env_name: str, name: str, value: Any, where: str) -> float:
-    try:
-        return score_of(value)
-    except ValueError as error:
-        what = f"environment {env_name!r} returned {shown(value)} as score {name!r}{where}"
-        raise EnvError(f"{what}: {error}.{not_awaited(value)}") from error
-
-
-def not_awaited(value: object) -> str:
-    """What to say after naming `value` if it is what a call without `await` gives."""
+def _missing_await(value: object) -> str:
+    """Suggest `await`, if `value` is the result of a call without it; empty otherwise."""
     if not inspect.iscoroutine(value):
         return ""
-    value.close()  # or Python says so once more
+    value.close()  # otherwise Python warns too
     return f" Write `await` before the call of {value.__qualname__}."

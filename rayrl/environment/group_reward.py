@@ -1,4 +1,4 @@
-"""What a score may be, and rewards that compare the episodes of a group."""
+"""Validate scores, and declare rewards that compare the episodes of a group."""
 
 from __future__ import annotations
 
@@ -6,24 +6,21 @@ import math
 import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rayrl.types import Episode
 
-if TYPE_CHECKING:
-    pass
+__all__ = ["MAX_SCORE", "GroupReward", "group_reward", "score_of"]
 
-__all__ = ["MOST_SCORE", "GroupReward", "group_reward", "score_of"]
-
-MOST_SCORE = 1e12  # squares of it, and sums over a batch of them, are still finite in float32
+MAX_SCORE = 1e12  # squares of it, and sums over a batch of them, are still finite in float32
 
 GroupRewardFunction = Callable[[Sequence[Episode]], Sequence[float]]
-"""Episodes of one group in index order -> one score each."""
+"""Maps the episodes of a group, in index order, to one score each."""
 
 
 @dataclass(frozen=True)
 class GroupReward:
-    """A reward that compares the episodes of a group; made by `group_reward`."""
+    """A reward that compares the episodes of a group; created by `group_reward`."""
 
     function: GroupRewardFunction
     weight: float = 1.0
@@ -33,25 +30,25 @@ class GroupReward:
 def group_reward(
     function: GroupRewardFunction, weight: float = 1.0, *, seat: str | None = None
 ) -> GroupReward:
-    """A reward computed over a whole group, for the `rewards` of `env`.
+    """Declare a reward computed over a whole group, for the `rewards` of `env`.
 
     Args:
-        function: gets the group's episodes that have scores, in index order, and returns one finite
-            score for each.
-        weight: what the score is multiplied by in the reward.
-        seat: who gets it; by default every seat.
+        function: takes the group's episodes that have scores, in index order, and returns one
+            finite score per episode.
+        weight: weight of the score in the reward.
+        seat: the seat that gets the score; by default every seat.
     """
     return GroupReward(function, weight, seat)
 
 
 def score_of(value: Any) -> float:
-    """A score as a number that can be learned from: a number of Python, numpy or torch, or a bool.
+    """Convert a score to a float: a bool, or a Python, numpy or torch number.
 
     Raises:
-        ValueError: it is not a number, not finite, or beyond `MOST_SCORE`; says which.
+        ValueError: it is not a number, not finite, or beyond `MAX_SCORE`; says which.
     """
-    unreal = isinstance(value, numbers.Complex) and not isinstance(value, numbers.Real)
-    if unreal or isinstance(value, str | bytes):  # of which float() would make something
+    is_complex = isinstance(value, numbers.Complex) and not isinstance(value, numbers.Real)
+    if is_complex or isinstance(value, str | bytes):  # float() would accept some of these
         raise ValueError("it is not a real number")
     try:
         number = float(value)
@@ -61,6 +58,6 @@ def score_of(value: Any) -> float:
         raise ValueError("it is not a real number") from error
     if not math.isfinite(number):
         raise ValueError("it is not finite")
-    if abs(number) > MOST_SCORE:
-        raise ValueError(f"its size must be at most {MOST_SCORE:g}")
+    if abs(number) > MAX_SCORE:
+        raise ValueError(f"its absolute value must be at most {MAX_SCORE:g}")
     return number

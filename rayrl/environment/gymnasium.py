@@ -1,4 +1,4 @@
-"""The `reset`/`step` form of an environment, as a thin layer over the coroutine form."""
+"""Adapt Gymnasium-style classes (`reset`/`step`) to coroutine environments."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ __all__ = ["TextWorld", "from_gymnasium"]
 
 
 class TextWorld(Protocol):
-    """What `from_gymnasium` drives: Gymnasium's interface with text (or messages) to read.
+    """The interface `from_gymnasium` uses: Gymnasium's, with text or messages as observations.
 
-    The first observation comes from `reset(seed=, options={"task": task})`; every reply goes to
-    `step`, until it says terminated or truncated.
+    The first observation is returned by `reset(seed=, options={"task": task})`; every reply is
+    passed to `step` until it returns terminated or truncated.
     """
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
-        """Start over; returns what the model reads first, and extra information."""
+        """Start over; return the first observation and info."""
         ...
 
     def step(self, action: str) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        """Take the model's reply; returns observation, reward, terminated, truncated, info."""
+        """Take the model's reply; return observation, reward, terminated, truncated, info."""
         ...
 
 
@@ -37,10 +37,10 @@ def from_gymnasium(
     rewards: Mapping[str, float | GroupReward] | None = None,
     name: str | None = None,
 ) -> Environment:
-    """An `Environment` out of a class with `reset` and `step`.
+    """Create an `Environment` from a class with `reset` and `step`.
 
     Args:
-        make: called once an episode; usually the class.
+        make: called once per episode; usually the class.
         tasks: as for `rayrl.env`.
         rewards: weights of `reward` (the sum of the steps' rewards; 1.0 unless given) and of the
             scores the class puts into `info["scores"]` of its last step.

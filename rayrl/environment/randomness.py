@@ -1,19 +1,19 @@
-"""Python's and NumPy's module-level generators, one of each per episode.
+"""Per-episode versions of Python's and NumPy's module-level random generators.
 
-Games that were written to be played one at a time draw from `random.random()`, `random.choice`,
+Games written to be played one at a time draw from `random.random()`, `random.choice`,
 `np.random.rand` and so on. With hundreds of live episodes on one event loop they would all draw
-from one stream, in an order that depends on who answers first. Inside `with EpisodeRandom(seed):`
-these functions draw from generators of that episode alone, which are made from its seed when they
-are first used. Everywhere else they draw from the process's generators, as ever.
+from one stream, in an order that depends on which reply arrives first. Inside
+`with EpisodeRandom(seed):` these functions draw from generators of that episode alone, which are
+created from its seed on first use. Elsewhere they draw from the process's generators as usual.
 
-A context variable says whose code is running, so it is also right in coroutines, tasks and
-callbacks that the code starts, and in `asyncio.to_thread`. What cannot be reached:
+A context variable identifies the running episode, so this also works in coroutines, tasks and
+callbacks that the code starts, and in `asyncio.to_thread`. It does not work for:
 
-- a thread that gets no copy of the context: `threading.Thread`, `loop.run_in_executor`;
-- `random.random`, `getrandbits`, `seed`, `getstate` or `setstate` of Python, or any function of
-  `np.random`, that something other than a module's global variable (a class attribute, a default
-  argument, a closure) took hold of before the first episode of the process;
-- generators of their own: `random.Random()`, `np.random.default_rng()`, those of compiled code.
+- threads without a copy of the context: `threading.Thread`, `loop.run_in_executor`;
+- references to `random.random`, `getrandbits`, `seed`, `getstate` or `setstate`, or to any function
+  of `np.random`, stored anywhere but in a module's global variable (a class attribute, a default
+  argument, a closure) before the first episode of the process;
+- separate generators: `random.Random()`, `np.random.default_rng()`, those of compiled code.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from rayrl.types import derive_seed
 __all__ = ["EPISODE", "EpisodeRandom"]
 
 EPISODE: ContextVar[EpisodeRandom | None] = ContextVar("rayrl_episode_random", default=None)
-"""Whose generators the running code draws from; None: the process's."""
+"""The episode whose generators the running code draws from; None: the process's generators."""
 
 
 class EpisodeRandom:
-    """The module-level generators of an episode, which code inside the `with` block draws from.
+    """The module-level generators of an episode; code inside the `with` block draws from them.
 
     Args:
-        seed: whatever they depend on, as for `derive_seed`.
+        seed: parts of the seed, as for `derive_seed`.
     """
 
     def __init__(self, *seed: object) -> None:
@@ -55,25 +55,25 @@ class EpisodeRandom:
     def __exit__(self, *error: object) -> None:
         EPISODE.set(self._outer)
 
-    # `setdefault`, because two threads of an episode may ask for the first time at once
+    # `setdefault`, because two threads of an episode may create a generator at the same time
 
     @property
     def python(self) -> random.Random:
-        """What `random.*` draws from."""
-        known: random.Random | None = self.__dict__.get("_python")
-        if known is None:
-            made = random.Random(derive_seed(*self._seed, "python"))
-            known = self.__dict__.setdefault("_python", made)
-        return known
+        """Generator that `random.*` draws from."""
+        generator: random.Random | None = self.__dict__.get("_python")
+        if generator is None:
+            new = random.Random(derive_seed(*self._seed, "python"))
+            generator = self.__dict__.setdefault("_python", new)
+        return generator
 
     @property
     def numpy(self) -> Any:
         """The `np.random.RandomState` that `np.random.*` draws from."""
-        known = self.__dict__.get("_numpy")
-        if known is None:
-            made = sys.modules["numpy.random"].RandomState(derive_seed(*self._seed, "numpy") >> 31)
-            known = self.__dict__.setdefault("_numpy", made)
-        return known
+        generator = self.__dict__.get("_numpy")
+        if generator is None:
+            new = sys.modules["numpy.random"].RandomState(derive_seed(*self._seed, "numpy") >> 31)
+            generator = self.__dict__.setdefault("_numpy", new)
+        return generator
 
 
 _installed = False
@@ -81,11 +81,11 @@ _installing = threading.Lock()
 
 
 def _install() -> None:
-    """Let the module-level functions ask whose code is running. No number of the process changes.
+    """Make the module-level functions look up the running episode.
 
-    Most functions of `random` call methods of a hidden instance, and follow when its class changes.
-    The others are replaced, and so are those of NumPy, in every module that has them: also in those
-    which did `from random import random` before.
+    The process's own random numbers do not change. Most functions of `random` call methods of a
+    hidden instance, so changing its class redirects them. The others, and those of NumPy, are
+    replaced in every module that has them, e.g. by `from random import random`.
     """
     global _installed
     with _installing:
@@ -95,7 +95,7 @@ def _install() -> None:
 
 
 def _replace_functions() -> None:
-    import numpy.random.mtrand as mtrand  # NumPy 2 loads it at its first use, in an episode perhaps
+    import numpy.random.mtrand as mtrand  # NumPy 2 loads it lazily, possibly inside an episode
 
     hidden: Any = random._inst
     hidden.__class__ = _PythonRandom
@@ -109,11 +109,12 @@ def _replace_functions() -> None:
                 names[name] = new[id(value)]
 
 
-_PYTHON_FUNCTIONS = ("random", "getrandbits", "seed", "getstate", "setstate")  # not by a method
+# those that draw without calling another method of the hidden instance
+_PYTHON_FUNCTIONS = ("random", "getrandbits", "seed", "getstate", "setstate")
 
 
 class _PythonRandom(random.Random):
-    """The class of `random`'s hidden instance: its state is the process's, outside of episodes."""
+    """The class of `random`'s hidden instance, which holds the process's state."""
 
     def random(self) -> float:
         own = EPISODE.get()
@@ -137,38 +138,38 @@ class _PythonRandom(random.Random):
 
     @property
     def gauss_next(self) -> float | None:
-        """The second of the two numbers that `gauss` draws at once."""
+        """The second of the two numbers that `gauss` draws together."""
         own = EPISODE.get()
-        kept: float | None = (
+        value: float | None = (
             self.__dict__["gauss_next"] if own is None else own.python.gauss_next  # type: ignore[attr-defined]
         )
-        return kept
+        return value
 
     @gauss_next.setter
     def gauss_next(self, value: float | None) -> None:
         own = EPISODE.get()
         (self if own is None else own.python).__dict__["gauss_next"] = value
 
-    def __reduce__(self) -> tuple[Any, ...]:  # a copy is a generator of its own
+    def __reduce__(self) -> tuple[Any, ...]:  # a copy is an ordinary generator
         return random.Random, (), self.getstate()
 
 
 def _numpy_functions(mtrand: Any) -> list[tuple[Any, Any]]:
-    """What is to be replaced in modules that use NumPy's legacy generator, and by what.
+    """Return the objects of NumPy's legacy generator to replace, each with its replacement.
 
-    `mtrand._rand` is what its functions are methods of, and what SciPy and others take for "no
-    generator given".
+    The functions are methods of `mtrand._rand`, which SciPy and others also use as the default
+    generator.
     """
     process = mtrand._rand
 
-    def now() -> Any:
+    def current() -> Any:
         own = EPISODE.get()
         return process if own is None else own.numpy
 
     def method(name: str) -> Callable[..., Any]:
         @functools.wraps(getattr(mtrand.RandomState, name))
         def call(self: object, *args: Any, **keywords: Any) -> Any:
-            return getattr(now(), name)(*args, **keywords)
+            return getattr(current(), name)(*args, **keywords)
 
         return call
 
@@ -177,14 +178,14 @@ def _numpy_functions(mtrand: Any) -> list[tuple[Any, Any]]:
     ]
     own = [*public, "__getstate__", "__setstate__", "__reduce__", "__repr__", "__str__"]
     members: dict[str, Any] = {name: method(name) for name in own}
-    members["_bit_generator"] = property(lambda self: now()._bit_generator)
+    members["_bit_generator"] = property(lambda self: current()._bit_generator)
     hidden = type("RandomState", (mtrand.RandomState,), members)()
 
     def get_bit_generator() -> Any:
-        return now()._bit_generator
+        return current()._bit_generator
 
     def set_bit_generator(bitgen: Any) -> None:
-        now().__init__(bitgen)
+        current().__init__(bitgen)
 
     replaced = [
         (value, getattr(hidden, name))

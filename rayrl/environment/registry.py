@@ -1,4 +1,4 @@
-"""Finding environments: installed ones by name, others by file or module."""
+"""Load environments: installed ones by name, others by file or module."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rayrl.config.registry import (
 )
 from rayrl.environment.environment import Environment, EnvSpec
 from rayrl.environment.signature import suggestion
-from rayrl.errors import ConfigError, described
+from rayrl.errors import ConfigError, describe_error
 
 __all__ = ["ENV_GROUP", "environment_of", "installed_envs", "load_env", "reference_of"]
 
@@ -27,19 +27,19 @@ ENV_GROUP = "rayrl.envs"
 
 
 def installed_envs() -> list[str]:
-    """Names of the environments installed as packages (entry-point group `rayrl.envs`)."""
+    """Return the names of environments installed as packages (entry-point group `rayrl.envs`)."""
     return sorted({point.name for point in entry_points(group=ENV_GROUP)})
 
 
 def load_env(name: str) -> Environment:
-    """The environment called `name`.
+    """Load an environment.
 
     Args:
         name: an installed environment, `path/to/file.py[:attribute]` or `module:attribute`. Without
             an attribute the file must define exactly one environment.
 
     Raises:
-        ConfigError: there is none of that name; the message names the nearest or what is wrong.
+        ConfigError: it does not exist (names the nearest known name) or cannot be loaded.
     """
     if not name:
         raise ConfigError("env.name is empty: name an environment, a file or module:attribute")
@@ -52,17 +52,19 @@ def load_env(name: str) -> Environment:
     for point in entry_points(group=ENV_GROUP):
         if point.name == name:
             try:
-                found = point.load()
+                value = point.load()
             except Exception as error:
                 raise ConfigError(
                     f"environment {name!r} is installed but {point.value!r} could not be loaded: "
                     f"{type(error).__name__}: {error}"
                 ) from error
-            return _named(_checked(found, point.value), name)
+            env = _checked(value, point.value)
+            env.ref = name
+            return env
     raise ConfigError(
         f"env.name={name!r}: no such environment is installed."
         + suggestion(name, installed_envs())
-        + " A file is given as path/to/file.py, an importable one as module:attribute."
+        + " Give a file as path/to/file.py, an importable environment as module:attribute."
     )
 
 
@@ -91,7 +93,7 @@ def reference_of(env: Environment) -> str:
         cloudpickle.dumps(env)
     except Exception as error:
         raise ConfigError(
-            f"environment {env.name!r} cannot be sent to other processes: {described(error)}. "
+            f"environment {env.name!r} cannot be sent to other processes: {describe_error(error)}. "
             "Create what cannot be sent (a lock, a file, a connection) inside the coroutine, or "
             "move the environment to a file and name it: path/to/file.py:attribute."
         ) from error
@@ -117,8 +119,9 @@ def _pick(module: ModuleType, place: str, attribute: str) -> Environment:
         if len(distinct) == 1:
             return next(iter(distinct.values()))
         raise ConfigError(
-            f"{place} defines {len(distinct)} environments ({', '.join(sorted(known)) or 'none'}): "
-            f"name one, e.g. {place}:{next(iter(known), 'attribute')}"
+            f"{place} defines {len(distinct)} environments "
+            f"({', '.join(sorted(known)) or 'none'}): name one, e.g. "
+            f"{place}:{next(iter(known), 'attribute')}"
         )
     found = attribute_of(module, attribute)
     if found is None:
@@ -126,9 +129,9 @@ def _pick(module: ModuleType, place: str, attribute: str) -> Environment:
     return _checked(found, f"{place}:{attribute}")
 
 
-def _checked(found: object, where: str) -> Environment:
-    if not isinstance(found, Environment):
+def _checked(value: object, where: str) -> Environment:
+    if not isinstance(value, Environment):
         raise ConfigError(
-            f"{where} is {found!r}, not an environment: decorate its coroutine with @rayrl.env"
+            f"{where} is {value!r}, not an environment: decorate its coroutine with @rayrl.env"
         )
-    return found
+    return value

@@ -1,4 +1,4 @@
-"""Group rewards of an environment, added to the scores of a group that has ended."""
+"""Compute an environment's group rewards for a finished group."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from dataclasses import replace
 from rayrl.environment.environment import Environment
 from rayrl.environment.group_reward import GroupReward, score_of
 from rayrl.environment.randomness import EpisodeRandom
-from rayrl.errors import EnvError, described, message_of, shown, traceback_of
+from rayrl.errors import EnvError, describe_error, error_message, format_traceback, safe_repr
 from rayrl.types import Episode, Failure
 
 __all__ = ["with_group_rewards"]
 
 
 def with_group_rewards(env: Environment, episodes: Sequence[Episode]) -> list[Episode]:
-    """Episodes of one group with its group rewards in `scores` and `rewards`.
+    """Add group rewards to the `scores` and `rewards` of a group's episodes.
 
-    They are computed over the episodes that did not fail, always from scratch: call it again when a
-    group was repaired. If a group reward's own code fails, so does every episode of the group.
+    They are always recomputed from scratch over the episodes that did not fail; call this again
+    after replacing an episode. If the code of a group reward fails, every episode of the group
+    fails.
     """
     valid = [episode for episode in episodes if episode.failure is None]
     if not env.group_rewards or not valid:
@@ -37,9 +38,9 @@ def with_group_rewards(env: Environment, episodes: Sequence[Episode]) -> list[Ep
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # the environment's code: SystemExit would end every episode
-        said = message_of(error) if isinstance(error, EnvError) else described(error)
-        where = f"group reward {name!r} of environment {env.name!r} on {shown(valid[0].task)}"
-        failure = Failure("env", f"{where}: {said}", traceback_of(error))
+        what = error_message(error) if isinstance(error, EnvError) else describe_error(error)
+        where = f"group reward {name!r} of environment {env.name!r} on {safe_repr(valid[0].task)}"
+        failure = Failure("env", f"{where}: {what}", format_traceback(error))
         return [
             replace(episode, scores={}, rewards={}, failure=episode.failure or failure)
             for episode in episodes
@@ -58,11 +59,11 @@ def _group_scores(
         values = list(group.function(tuple(episodes)))
     if len(values) != len(episodes):
         raise EnvError(f"returned {len(values)} scores for {len(episodes)} episodes")
-    for place, value in enumerate(values):
+    for k, value in enumerate(values):
         try:
-            values[place] = score_of(value)
+            values[k] = score_of(value)
         except ValueError as error:
-            raise EnvError(f"returned {shown(value)} as a score: {error}") from error
+            raise EnvError(f"returned {safe_repr(value)} as a score: {error}") from error
     if group.seat is not None and group.seat not in env.seats:
         raise EnvError(f"is for seat {group.seat!r}, which {env.name!r} does not have")
     return values

@@ -1,7 +1,7 @@
-"""Values against type hints: what a hint accepts, and what it looks like as JSON schema.
+"""Convert values to match type hints, and type hints to JSON schemas.
 
-Used where a person's or a model's data meets a typed Python function: the keywords of a task
-source, the arguments of a tool.
+Used to pass a person's or a model's data to a typed Python function: keywords of a task source,
+arguments of a tool.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _ARRAYS = (list, tuple, set, frozenset)
 
 
 def hint_name(hint: Any) -> str:
-    """A hint as a person writes it: `float`, `list[int]`, `Literal['a', 'b']`."""
+    """Format a hint as it is written in code: `float`, `list[int]`, `Literal['a', 'b']`."""
     if hint is None or hint is type(None):
         return "None"
     if isinstance(hint, type) and not typing.get_args(hint):
@@ -40,34 +40,33 @@ def hint_name(hint: Any) -> str:
 
 
 def keyword_hints(function: Callable[..., Any]) -> dict[str, Any]:
-    """The hint of every parameter of `function`; `Any` where it has none or cannot be resolved."""
+    """Return the hint of every parameter; `Any` if it has none or it cannot be resolved."""
     parameters = inspect.signature(function).parameters
     try:
         hints = typing.get_type_hints(function)
-    except (NameError, TypeError):  # one of them exists for the type checker only
-        hints = {name: _resolved(one.annotation, function) for name, one in parameters.items()}
+    except (NameError, TypeError):  # some of them exist only for the type checker
+        hints = {name: _resolve(p.annotation, function) for name, p in parameters.items()}
     return {name: hints.get(name, Any) for name in parameters}
 
 
-def _resolved(hint: Any, function: Any) -> Any:
-    """A hint that is text, from the names that the function's own code can see."""
+def _resolve(hint: Any, function: Any) -> Any:
+    """Resolve a string hint with the globals and closure of the function."""
     if not isinstance(hint, str):
         return hint
     inner = inspect.unwrap(function)
     inner = getattr(inner, "__func__", inner)
     cells = getattr(inner, "__closure__", None) or ()
-    near = dict(zip(inner.__code__.co_freevars, cells, strict=True)) if cells else {}
+    closure = dict(zip(inner.__code__.co_freevars, cells, strict=True)) if cells else {}
     try:
-        seen = {name: cell.cell_contents for name, cell in near.items()}
-        return eval(hint, getattr(inner, "__globals__", {}), seen)
+        values = {name: cell.cell_contents for name, cell in closure.items()}
+        return eval(hint, getattr(inner, "__globals__", {}), values)
     except (NameError, TypeError, SyntaxError, ValueError):
         return Any
 
 
 def suggestion(name: str, known: Sequence[str]) -> str:
-    """What to say after an unknown name: the nearest known one, or all of them."""
-    near = did_you_mean(name, known)
-    if near:
+    """Suggest the nearest known name for an unknown one, or list all known names."""
+    if near := did_you_mean(name, known):
         return near
     return f" Known: {', '.join(sorted(known))}." if known else " There are none."
 
@@ -77,10 +76,10 @@ def _is_union(origin: Any) -> bool:
 
 
 def fit(value: Any, hint: Any) -> Any:
-    """`value` as `hint` wants it: lists become tuples, whole numbers floats, nothing else changes.
+    """Convert `value` to match `hint`, e.g. a list to a tuple or a whole number to a float.
 
     Raises:
-        TypeError: the value does not fit; the message says what was expected and what came.
+        TypeError: the value does not fit; the message names the expected type and the value.
     """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any or hint is inspect.Parameter.empty or isinstance(hint, typing.TypeVar):
@@ -93,7 +92,7 @@ def fit(value: Any, hint: Any) -> Any:
         if any(value == arg and type(value) is type(arg) for arg in args):
             return value
         if any(isinstance(arg, Enum | bytes) for arg in args):
-            return _parsed(value, hint)
+            return _parse(value, hint)
         raise TypeError(f"expected one of {', '.join(map(repr, args))}, got {value!r}")
     base = origin or hint
     if hint is None or hint is type(None):
@@ -116,39 +115,39 @@ def fit(value: Any, hint: Any) -> Any:
         if isinstance(value, Mapping):
             return base(**_fit_fields(value, base))  # type: ignore[operator]
     else:
-        return _parsed(value, hint)
+        return _parse(value, hint)
     raise TypeError(f"expected {hint_name(hint)}, got {value!r}")
 
 
 def _fit_key(key: Any, hint: Any) -> Any:
-    """Of a mapping: JSON has only text there."""
+    """Fit the key of a mapping, which is always a string in JSON."""
     try:
         return fit(key, hint)
     except TypeError:
         if not isinstance(key, str):
             raise
-    (parsed,) = _parsed({key: None}, dict[hint, None])
+    (parsed,) = _parse({key: None}, dict[hint, None])
     return parsed
 
 
-def _parsed(value: Any, hint: Any) -> Any:
-    """What pydantic makes of it: an `Enum`, a date, a `Path`; of JSON data, or of such a thing."""
+def _parse(value: Any, hint: Any) -> Any:
+    """Parse an `Enum`, a date, a `Path` etc. with pydantic, from JSON data or an instance."""
     adapter = _adapter(hint)
-    if adapter is None:  # a kind of its own: nothing can be converted to it
+    if adapter is None:  # a type unknown to pydantic: only instances fit
         if not isinstance(hint, type) or isinstance(value, hint):
             return value
         raise TypeError(f"expected {hint_name(hint)}, got {value!r}")
     try:
         return adapter.validate_python(value, strict=True)
     except ValidationError:
-        pass  # as JSON, then
+        pass  # try it as JSON
     try:
         return adapter.validate_json(json.dumps(value), strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        said = first["msg"].replace("Input should be ", "expected ")
+        message = first["msg"].replace("Input should be ", "expected ")
         where = ".".join(str(part) for part in first["loc"] if part != "[key]")
-        raise TypeError(f"{where}: {said}" if where else f"{said}, got {value!r}") from None
+        raise TypeError(f"{where}: {message}" if where else f"{message}, got {value!r}") from None
     except (TypeError, ValueError):
         raise TypeError(f"expected {hint_name(hint)}, got {value!r}") from None
 
@@ -162,7 +161,7 @@ def _adapter(hint: Any) -> TypeAdapter[Any] | None:
 
 
 def _fit_union(value: Any, hint: Any, args: tuple[Any, ...]) -> Any:
-    for exact in (True, False):  # 1 fits int | float as it is
+    for exact in (True, False):  # so that 1 stays an int for int | float
         for arg in args:
             if exact and isinstance(arg, type) and type(value) is not arg:
                 continue
@@ -172,7 +171,7 @@ def _fit_union(value: Any, hint: Any, args: tuple[Any, ...]) -> Any:
                 continue
     kinds = [arg for arg in args if dataclasses.is_dataclass(arg)]
     if isinstance(value, Mapping) and len(kinds) == 1:
-        return fit(value, kinds[0])  # says what is wrong with it
+        return fit(value, kinds[0])  # raises the specific error
     raise TypeError(f"expected {hint_name(hint)}, got {value!r}")
 
 
@@ -180,7 +179,7 @@ def _fit_scalar(value: Any, kind: Any) -> Any:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if kind is float and is_number and abs(value) <= sys.float_info.max:
         return float(value)
-    if kind is float and isinstance(value, float):  # infinite or not a number
+    if kind is float and isinstance(value, float):  # infinite or NaN
         return value
     if kind is int and is_number and value % 1 == 0:
         return int(value)
@@ -222,32 +221,33 @@ def _fit_fields(value: Mapping[str, Any], base: Any) -> dict[str, Any]:
 
 
 def _fields(base: Any) -> tuple[dict[str, Any], list[str]]:
-    """Fields of a dataclass or a `TypedDict` by their hints, and those that must be given."""
+    """Return hints by field of a dataclass or a `TypedDict`, and the required fields."""
     if typing.is_typeddict(base):
-        marked = typing.get_type_hints(base, include_extras=True)  # as text it is in the hint only
-        free = [name for name, hint in marked.items() if typing.get_origin(hint) is NotRequired]
+        # __required_keys__ misses NotRequired in string annotations
+        marked = typing.get_type_hints(base, include_extras=True)
+        optional = [name for name, hint in marked.items() if typing.get_origin(hint) is NotRequired]
         return typing.get_type_hints(base), [
-            name for name in marked if name in base.__required_keys__ and name not in free
+            name for name in marked if name in base.__required_keys__ and name not in optional
         ]
     fields = [field for field in dataclasses.fields(base) if field.init]
-    none = dataclasses.MISSING
-    required = [one.name for one in fields if one.default is one.default_factory is none]
+    missing = dataclasses.MISSING
+    required = [item.name for item in fields if item.default is item.default_factory is missing]
     hints = keyword_hints(base)
     return {field.name: hints[field.name] for field in fields}, required
 
 
 def schema(hint: Any, within: tuple[type, ...] = ()) -> dict[str, Any]:
-    """The JSON schema of a hint; `{}` (anything) where JSON schema has no word for it.
+    """Convert a hint to a JSON schema; `{}` (anything) if it has no equivalent.
 
     Args:
-        within: dataclasses that it is part of; one that holds itself is an object there.
+        within: enclosing dataclasses; a recursive reference to one becomes a plain object.
     """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Annotated:
         return schema(args[0], within)
     if _is_union(origin):
         options = [schema(arg, within) for arg in args if arg is not type(None)]
-        if len(options) == 1:  # Optional[X]: the parameter is not required, X is what it takes
+        if len(options) == 1:  # Optional[X] only makes the parameter optional
             return options[0]
         return {"anyOf": options}
     if origin is Literal and all(isinstance(arg, str | int | None) for arg in args):
@@ -273,7 +273,7 @@ def schema(hint: Any, within: tuple[type, ...] = ()) -> dict[str, Any]:
     if base is dict or base is Mapping:
         values = schema(args[1], within) if args else {}
         return {"type": "object"} | ({"additionalProperties": values} if args else {})
-    return _parsed_schema(hint)
+    return _pydantic_schema(hint)
 
 
 def _fields_schema(base: Any, within: tuple[type, ...]) -> dict[str, Any]:
@@ -282,41 +282,41 @@ def _fields_schema(base: Any, within: tuple[type, ...]) -> dict[str, Any]:
     return {"type": "object", "properties": properties, "required": required}
 
 
-def _parsed_schema(hint: Any) -> dict[str, Any]:
-    """What pydantic says of an `Enum` or a date."""
+def _pydantic_schema(hint: Any) -> dict[str, Any]:
+    """Let pydantic convert a hint such as an `Enum` or a date."""
     adapter = None if hint in (Any, inspect.Parameter.empty) else _adapter(hint)
     if adapter is None:
         return {}
     try:
-        found = adapter.json_schema()
+        full = adapter.json_schema()
     except PydanticUserError:
         return {}
-    plain: dict[str, Any] = _inlined(found, found.pop("$defs", {}))
-    return plain
+    inlined: dict[str, Any] = _inline(full, full.pop("$defs", {}))
+    return inlined
 
 
-def _inlined(part: Any, known: Mapping[str, Any]) -> Any:
-    """Without references, which models seldom read, and without titles, which say nothing."""
+def _inline(part: Any, definitions: Mapping[str, Any]) -> Any:
+    """Inline references, which models rarely follow, and drop titles and descriptions."""
     if isinstance(part, list):
-        return [_inlined(one, known) for one in part]
+        return [_inline(item, definitions) for item in part]
     if not isinstance(part, dict):
         return part
     if "$ref" in part:
         name = part["$ref"].rpartition("/")[2]
-        left = {key: one for key, one in known.items() if key != name}
-        return _inlined(known[name], left) if name in known else {"type": "object"}
+        others = {key: value for key, value in definitions.items() if key != name}
+        return _inline(definitions[name], others) if name in definitions else {"type": "object"}
     return {
-        key: _inlined(one, known)
-        for key, one in part.items()
-        if not (key in ("title", "description") and isinstance(one, str))
+        key: _inline(value, definitions)
+        for key, value in part.items()
+        if not (key in ("title", "description") and isinstance(value, str))
     }
 
 
 def plain_default(value: Any) -> Any:
-    """A default value as JSON data.
+    """Convert a default value to JSON data.
 
     Raises:
-        TypeError, ValueError: JSON has no word for it.
+        TypeError, ValueError: JSON cannot represent it.
     """
     config = ConfigDict(ser_json_inf_nan="constants")
     plain = TypeAdapter(Any, config=config).dump_python(value, mode="json")

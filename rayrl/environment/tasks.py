@@ -1,4 +1,4 @@
-"""Tasks as JSON and back: what pydantic makes of a task class's type hints."""
+"""Convert tasks to JSON and back, following the type hints of their class (with pydantic)."""
 
 from __future__ import annotations
 
@@ -20,42 +20,42 @@ from rayrl.types import Task
 
 __all__ = [
     "LoggedTask",
-    "as_kind",
-    "fields_of",
-    "misread",
-    "same",
+    "roundtrip_problem",
+    "same_task",
+    "task_fields",
+    "task_from_fields",
     "task_from_json",
     "task_to_json",
 ]
 
-TYPE = "type"  # key of the class's name, beside the fields
+TYPE = "type"  # key of the class name, next to the fields
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoggedTask(Task):
-    """A task read from a file whose class is not loaded here: its fields as plain data."""
+    """A task read from a file whose class is not loaded; its fields are plain data."""
 
     type: str = ""
     fields: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """The original task's fields."""
+        """Return the original task's fields."""
         return dict(self.fields)
 
 
 def task_to_json(task: Task) -> dict[str, Any]:
-    """A task as plain data: its class's name, and its fields.
+    """Convert a task to plain data: its class name and its fields.
 
     Raises:
-        TypeError: a field holds something that JSON has no word for; names the field.
+        TypeError: JSON cannot represent a field; names the field.
     """
     if isinstance(task, LoggedTask):
         return {TYPE: task.type, **task.fields}
-    return {TYPE: _name(type(task)), **fields_of(task)}
+    return {TYPE: _name(type(task)), **task_fields(task)}
 
 
-def fields_of(task: Task) -> dict[str, Any]:
-    """The fields of a task as plain data.
+def task_fields(task: Task) -> dict[str, Any]:
+    """Convert the fields of a task to plain data.
 
     Raises:
         TypeError: as `task_to_json`.
@@ -72,20 +72,20 @@ def fields_of(task: Task) -> dict[str, Any]:
 
 
 def task_from_json(data: Mapping[str, Any]) -> Task:
-    """The task `task_to_json` was given; a `LoggedTask` where its class is not loaded.
+    """Restore a task from `task_to_json`; a `LoggedTask` if its class is not loaded.
 
     Raises:
         TypeError: the fields do not fit the class; names the field.
     """
     fields = {key: value for key, value in data.items() if key != TYPE}
-    kind = _loaded().get(data[TYPE])
+    kind = _loaded_classes().get(data[TYPE])
     if kind is None:
         return LoggedTask(seed=fields.get("seed", 0), type=data[TYPE], fields=fields)
-    return as_kind(fields, kind)
+    return task_from_fields(fields, kind)
 
 
-def as_kind(fields: Mapping[str, Any], kind: Any) -> Task:
-    """A task of that class with the fields that `task_to_json` wrote.
+def task_from_fields(fields: Mapping[str, Any], kind: Any) -> Task:
+    """Create a task of class `kind` from the fields that `task_to_json` wrote.
 
     Raises:
         TypeError: the fields do not fit the class; names the field.
@@ -94,43 +94,43 @@ def as_kind(fields: Mapping[str, Any], kind: Any) -> Task:
     given = {names.get(key, key): value for key, value in fields.items()}
     text = json.dumps(given)
     try:
-        if "\\ud" in text:  # perhaps half of a surrogate pair, which pydantic's JSON refuses
+        if "\\ud" in text:  # possibly a lone surrogate, which pydantic's JSON parser rejects
             task: Task = _adapter(kind).validate_python(given)
         else:
             task = _adapter(kind).validate_json(text)
     except ValidationError as error:
-        raise TypeError(_in_words(kind, error)) from None
+        raise TypeError(_explain(kind, error)) from None
     return task
 
 
-def misread(task: Task) -> str:
-    """The first field that a file does not give back as it was, in words; empty if all are.
+def roundtrip_problem(task: Task) -> str:
+    """Describe the first field that changes when written and read back; empty if none does.
 
     Raises:
-        TypeError: it cannot be written, or not be read again; names the field.
+        TypeError: the task cannot be written, or not read back; names the field.
     """
-    again = as_kind(fields_of(task), type(task))
-    for path, one, other in _differences(task, again):
+    restored = task_from_fields(task_fields(task), type(task))
+    for path, value, read in _differences(task, restored):
         hint = next((f.type for f in dataclasses.fields(task) if f.name == path[0]), "?")
         name = hint if isinstance(hint, str) else getattr(hint, "__name__", str(hint))
         return (
-            f"field {'.'.join(path)!r} (type hint {name}) holds {one!r}, but would be read from a "
-            f"file as {other!r}: give it a type hint that says what it holds"
+            f"field {'.'.join(path)!r} (type hint {name}) holds {value!r}, but would be read from "
+            f"a file as {read!r}: give it a type hint that matches its values"
         )
     return ""
 
 
-def same(one: Task, other: Task) -> bool:
-    """Whether they hold the same; unlike `==`, also where that is not a number."""
-    return not any(_differences(one, other))
+def same_task(first: Task, second: Task) -> bool:
+    """Whether two tasks have equal fields; unlike with `==`, NaN equals NaN."""
+    return not any(_differences(first, second))
 
 
 @functools.cache
 def _adapter(kind: Any) -> TypeAdapter[Any]:
-    """Pydantic's view of a task class.
+    """Build the pydantic adapter of a task class.
 
     Raises:
-        TypeError: it has none, as of a hint that names nothing.
+        TypeError: a type hint is unsupported or cannot be resolved.
     """
     try:
         adapter: TypeAdapter[Any] = TypeAdapter(kind)
@@ -143,8 +143,8 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 @functools.cache
 def _keys(kind: Any) -> dict[str, str]:
-    """Names of the fields and their keys in a file: other ones where a field is called `type`."""
-    names = [one.name for one in dataclasses.fields(kind) if one.init]
+    """Return the key in a file of every field; they differ if a field is called `type`."""
+    names = [item.name for item in dataclasses.fields(kind) if item.init]
     taken = TYPE in names
     return {name: f"{name}_" if taken and name.rstrip("_") == TYPE else name for name in names}
 
@@ -153,73 +153,77 @@ def _name(kind: type[Task]) -> str:
     return f"{kind.__module__}:{kind.__qualname__}"
 
 
-def _loaded() -> dict[str, type[Task]]:
-    """Only classes that are loaded, the newest of a name: reading a file must not import any."""
+def _loaded_classes() -> dict[str, type[Task]]:
+    """Return the loaded task classes by name (the newest of each name).
+
+    Others are not imported: reading a file must not run code.
+    """
     loaded: dict[str, type[Task]] = {}
-    left = deque([Task])
-    while left:
-        kind = left.popleft()
+    queue = deque([Task])
+    while queue:
+        kind = queue.popleft()
         loaded[_name(kind)] = kind
-        left += kind.__subclasses__()
+        queue += kind.__subclasses__()
     return loaded
 
 
 def _plain_number(value: Any) -> Any:
-    """A scalar of numpy or torch, which pydantic does not know."""
+    """Convert a numpy or torch scalar, which pydantic does not know."""
     if hasattr(value, "item"):
         return value.item()
-    raise TypeError(f"{type(value).__name__} is not data")
+    raise TypeError(f"{type(value).__name__} is not plain data")
 
 
 def _unwritable(task: Task) -> str:
-    """Which field cannot be written."""
-    for one in dataclasses.fields(task):
-        value = getattr(task, one.name)
+    """Describe the field that cannot be written."""
+    for item in dataclasses.fields(task):
+        value = getattr(task, item.name)
         try:
-            any_value = TypeAdapter(Any).dump_python(value, mode="json", fallback=_plain_number)
-            json.dumps(any_value)
+            plain = TypeAdapter(Any).dump_python(value, mode="json", fallback=_plain_number)
+            json.dumps(plain)
         except (ValueError, TypeError, AttributeError, RecursionError):
-            return f"field {one.name!r} holds {value!r} of {type(value).__name__}, which is no data"
-    return f"{type(task).__name__} does not hold what its type hints say"
+            kind = type(value).__name__
+            return f"field {item.name!r} holds {value!r} of {kind}, which is not plain data"
+    return f"{type(task).__name__} does not match its type hints"
 
 
-def _in_words(kind: type[Task], error: ValidationError) -> str:
+def _explain(kind: type[Task], error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     path = [str(part) for part in first["loc"]]
     if first["type"] == "unexpected_keyword_argument" and len(path) == 1:
-        near = did_you_mean(path[0], [one.name for one in dataclasses.fields(kind)])
+        near = did_you_mean(path[0], [item.name for item in dataclasses.fields(kind)])
         return f"{kind.__name__} has no field {path[0]!r}.{near}"
     where = f"field {'.'.join(path)!r}: " if path else ""
     expected = first["msg"].replace("Input should be", "expected")
     if first["type"] == "needs_python_object":
-        expected = "expected what no file can hold"
+        expected = "expected a type that cannot be read from a file"
     return f"{where}{expected}, got {first['input']!r}"
 
 
-def _differences(one: Any, other: Any) -> Iterator[tuple[list[str], Any, Any]]:
-    """Where two values differ, by path; a number of numpy is the number it is."""
-    if hasattr(one, "dtype") and hasattr(one, "item"):
-        one = one.item()
-    if type(one) is not type(other):
-        yield [], one, other
-    elif dataclasses.is_dataclass(one):
-        for item in dataclasses.fields(one):
-            for path, *values in _differences(getattr(one, item.name), getattr(other, item.name)):
+def _differences(a: Any, b: Any) -> Iterator[tuple[list[str], Any, Any]]:
+    """Yield path and both values wherever `a` and `b` differ; numpy scalars count as numbers."""
+    if hasattr(a, "dtype") and hasattr(a, "item"):
+        a = a.item()
+    if type(a) is not type(b):
+        yield [], a, b
+    elif dataclasses.is_dataclass(a):
+        for item in dataclasses.fields(a):
+            for path, *values in _differences(getattr(a, item.name), getattr(b, item.name)):
                 yield [item.name, *path], *values
-    elif isinstance(one, Mapping):
-        if [*one] != [*other] or [*map(type, one)] != [*map(type, other)]:
-            yield [], one, other
-        for key in one.keys() & other.keys():
-            for path, *values in _differences(one[key], other[key]):
+    elif isinstance(a, Mapping):
+        if [*a] != [*b] or [*map(type, a)] != [*map(type, b)]:
+            yield [], a, b
+        for key in a.keys() & b.keys():
+            for path, *values in _differences(a[key], b[key]):
                 yield [str(key), *path], *values
-    elif isinstance(one, Sequence) and not isinstance(one, str | bytes):
-        if len(one) != len(other):
-            yield [], one, other
-        for k, pair in enumerate(zip(one, other, strict=False)):
+    elif isinstance(a, Sequence) and not isinstance(a, str | bytes):
+        if len(a) != len(b):
+            yield [], a, b
+        for k, pair in enumerate(zip(a, b, strict=False)):
             for path, *values in _differences(*pair):
                 yield [str(k), *path], *values
-    elif isinstance(one, AbstractSet):
-        if one != other or {*map(type, one)} != {*map(type, other)}:
-            yield [], one, other
-    elif one != other and not (isinstance(one, float) and math.isnan(one) and math.isnan(other)):
-        yield [], one, other
+    elif isinstance(a, AbstractSet):
+        if a != b or {*map(type, a)} != {*map(type, b)}:
+            yield [], a, b
+    elif a != b and not (isinstance(a, float) and math.isnan(a) and math.isnan(b)):
+        yield [], a, b

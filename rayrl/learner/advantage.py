@@ -33,7 +33,7 @@ from dataclasses import dataclass
 
 from rayrl.config import AlgoConfig
 from rayrl.config.registry import Registry, function_name
-from rayrl.errors import ConfigError, NumericsError, did_you_mean, shown
+from rayrl.errors import ConfigError, NumericsError, did_you_mean, safe_repr
 from rayrl.types import Group, Turn
 
 __all__ = [
@@ -246,8 +246,8 @@ def _checked(function: Advantage, inputs: AdvantageInputs) -> list[tuple[float, 
         values = []
     if [len(own) for own in values] != turns:
         raise ConfigError(
-            f"{name}: returned {shown(returned)}; return for each of the {len(turns)} episodes one "
-            f"number per turn of the seat, here {turns}."
+            f"{name}: returned {safe_repr(returned)}; return for each of the {len(turns)} episodes "
+            f"one number per turn of the seat, here {turns}."
         )
     for k, own in enumerate(values):
         if not all(map(math.isfinite, own)):

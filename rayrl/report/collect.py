@@ -15,7 +15,7 @@ from rayrl.config import Config
 from rayrl.errors import DataError
 from rayrl.report.page import Book, Phase, render
 from rayrl.report.table import MISSING, Result, columns, entry
-from rayrl.rollout.episode_io import read_kept
+from rayrl.rollout.episode_io import read_checked
 from rayrl.run.alarms import ALARMS
 from rayrl.run.files import opened, parse, read_lines, write_atomic
 from rayrl.run.folder import check_finished, read_config
@@ -84,7 +84,7 @@ def _phase(name: str, verb: str, folder: Path) -> Phase:
     elif files:
         about = f"step {int(files[-1].stem.removeprefix('step_'))}"
     episodes = []
-    for episode, problem in read_kept(files[-1]) if files else ():
+    for episode, problem in read_checked(files[-1]) if files else ():
         if problem:
             raise DataError(problem)
         episodes.append(episode)

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rayrl.environment.group_reward import score_of
-from rayrl.errors import DataError, EnvError, described, did_you_mean
+from rayrl.errors import DataError, EnvError, describe_error, did_you_mean
 from rayrl.report.intervals import effective_n, mean_interval, wilson
 from rayrl.types import Episode, Task
 
@@ -250,7 +250,7 @@ def _row(hook: Hook, episode: Episode) -> dict[str, Value]:
     try:
         return dict(hook(episode))
     except Exception as error:
-        raise EnvError(f"figures of episode {episode.id}: {described(error)}") from error
+        raise EnvError(f"statistics of episode {episode.id}: {describe_error(error)}") from error
 
 
 def _combine(name: str, values: Sequence[Value], tasks: Sequence[str]) -> Figure:

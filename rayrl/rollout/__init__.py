@@ -1,1 +1,1 @@
-"""Task -> Episode -> Group: agents, players, and the one loop that plays episodes."""
+"""Play tasks to episodes and groups: agents, players and the rollout loop."""

@@ -1,4 +1,4 @@
-"""Episodes that are being played: how many at once, and an early end for those of a plan."""
+"""A limit on live episodes, and early cancellation of a group's episodes."""
 
 from __future__ import annotations
 
@@ -10,63 +10,66 @@ __all__ = ["ConcurrencyLimit", "GroupCanceller"]
 
 
 class ConcurrencyLimit:
-    """Places for live episodes, shared by all who play on one event loop.
+    """Slots for live episodes, shared by all `play_groups` calls on one event loop.
 
     Attributes:
-        most: places.
-        left: of them that are free.
+        size: number of slots.
+        free: number of free slots.
     """
 
-    def __init__(self, most: int) -> None:
-        self.most = self.left = most
-        self._waiting: deque[Callable[[], None]] = deque()
+    def __init__(self, size: int) -> None:
+        self.size = self.free = size
+        self._waiters: deque[Callable[[], None]] = deque()
 
-    def take(self, wake: Callable[[], None]) -> bool:
-        """Take a place; if there is none, `wake` is called once when there may be one."""
-        if self.left > 0:
-            self.left -= 1
+    def try_acquire(self, on_free: Callable[[], None]) -> bool:
+        """Take a slot; if none is free, call `on_free` once when one may be."""
+        if self.free > 0:
+            self.free -= 1
             return True
-        if wake not in self._waiting:
-            self._waiting.append(wake)
+        if on_free not in self._waiters:
+            self._waiters.append(on_free)
         return False
 
-    def give(self) -> None:
-        """Give a place back."""
-        self.left += 1
-        if self._waiting:
-            self._waiting.popleft()()
+    def release(self) -> None:
+        """Return a slot."""
+        self.free += 1
+        if self._waiters:
+            self._waiters.popleft()()
 
-    def forget(self, wake: Callable[[], None]) -> None:
-        """Who waited does not want a place any more."""
-        if wake in self._waiting:
-            self._waiting.remove(wake)
+    def remove_waiter(self, on_free: Callable[[], None]) -> None:
+        """Cancel a pending `on_free` callback, if there is one."""
+        if on_free in self._waiters:
+            self._waiters.remove(on_free)
 
 
 class GroupCanceller:
-    """Ends the episodes of a plan before their time. Belongs to one event loop.
+    """Cancels the live episodes of groups. Belongs to one event loop.
 
     Args:
-        version: gives the weights version that who begins now plays with.
+        version: returns the weights version that episodes starting now are played with.
     """
 
     def __init__(self, version: Callable[[], int]) -> None:
         self._version = version
-        self._of: dict[str, tuple[int, asyncio.Future[None]]] = {}
+        self._groups: dict[str, tuple[int, asyncio.Future[None]]] = {}
 
-    def of(self, plan: str) -> asyncio.Future[None]:
-        """Done once the plan is to be stopped; asked when its first episode begins, and later."""
-        if plan not in self._of:
-            self._of[plan] = self._version(), asyncio.get_running_loop().create_future()
-        return self._of[plan][1]
+    def cancelled(self, group: str) -> asyncio.Future[None]:
+        """Return a future that is done once the group is cancelled.
 
-    def stop(self, plans: Iterable[str], oldest: int) -> None:
-        """Stop those that began with weights older than `oldest`; unknown ones are fine."""
-        for plan in plans:
-            if plan in self._of:
-                version, future = self._of[plan]
-                if version < oldest and not future.done():
+        The first call, when the group's first episode starts, records its weights version.
+        """
+        if group not in self._groups:
+            self._groups[group] = self._version(), asyncio.get_running_loop().create_future()
+        return self._groups[group][1]
+
+    def cancel(self, groups: Iterable[str], min_version: int) -> None:
+        """Cancel those that started with weights older than `min_version`; ignore unknown ones."""
+        for group in groups:
+            if group in self._groups:
+                version, future = self._groups[group]
+                if version < min_version and not future.done():
                     future.set_result(None)
 
-    def forget(self, plan: str) -> None:
-        """The plan is over."""
-        self._of.pop(plan, None)
+    def remove(self, group: str) -> None:
+        """Drop a group that has ended."""
+        self._groups.pop(group, None)

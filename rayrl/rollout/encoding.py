@@ -1,8 +1,8 @@
-"""Turns and groups as bytes and back: what is kept of a run that may be resumed.
+"""Encode turns and groups as bytes, for the logs from which a run is resumed.
 
-The encoding is data, not a pickle, so that nothing runs when somebody else's folder is resumed. A
-value of the vocabulary is the list of its fields in their order; a task is JSON with the name of
-its class, which is looked up among those that are loaded.
+The encoding is data, not a pickle, so that resuming an untrusted run folder executes no code. A
+value of `rayrl.types` is the list of its fields in order; a task is JSON with the name of its
+class, which is looked up among the loaded classes.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ from rayrl.types import (
     Turn,
     Usage,
     VersionSpan,
-    values_of,
+    field_values,
 )
 
-__all__ = ["bytes_of", "group_from_data", "group_to_data", "turn_from_bytes"]
+__all__ = ["group_from_bytes", "group_to_bytes", "turn_from_bytes", "turn_to_bytes"]
 
 
 _KINDS = frozenset((Turn, Message, VersionSpan, Usage, Failure))
 
 
-def bytes_of(turn: Turn) -> bytes:
-    """A turn as bytes."""
+def turn_to_bytes(turn: Turn) -> bytes:
+    """Encode a turn."""
     return pack(turn, _plain)
 
 
 def turn_from_bytes(data: bytes) -> Turn:
-    """The turn `bytes_of` was given."""
+    """Decode a turn from `turn_to_bytes`."""
     return _turn(unpack(data))
 
 
-def group_to_data(group: Group) -> bytes:
-    """A group as bytes; the task is written once."""
+def group_to_bytes(group: Group) -> bytes:
+    """Encode a group; a task shared by its episodes is written once."""
     task = json.dumps(task_to_json(group.task))
     episodes = [
         [
@@ -52,36 +52,36 @@ def group_to_data(group: Group) -> bytes:
             *values[:2],
             *values[3:],
         ]
-        for values in map(values_of, group.episodes)
+        for values in map(field_values, group.episodes)
     ]
     return pack((group.id, task, group.trainable, episodes), _plain)
 
 
-def group_from_data(data: bytes) -> Group:
-    """The group `group_to_data` was given.
+def group_from_bytes(data: bytes) -> Group:
+    """Decode a group from `group_to_bytes`.
 
     Raises:
-        DataError: its task does not fit the class of that name any more.
+        DataError: the data is not a group, or its task no longer fits the class of that name.
     """
     try:
         name, text, trainable, episodes = unpack(data)
         task = task_from_json(json.loads(text))
-        return Group(name, task, tuple(_episode(one, task) for one in episodes), tuple(trainable))
+        return Group(name, task, tuple(_episode(item, task) for item in episodes), tuple(trainable))
     except (TypeError, ValueError, IndexError) as error:
-        raise DataError(f"not a group that was played: {error}") from error
+        raise DataError(f"not an encoded group: {error}") from error
 
 
 def _plain(value: Any) -> Any:
-    """What MessagePack has no word for."""
+    """Convert a value that MessagePack does not support."""
     if type(value) in _KINDS:
-        return values_of(value)
-    if isinstance(value, ToolCall):  # as JSON: what a model wrote may hold numbers of any length
+        return field_values(value)
+    if isinstance(value, ToolCall):  # as JSON, because a model may write integers of any length
         return value.id, value.name, json.dumps(dict(value.arguments))
     if isinstance(value, Mapping):
         return dict(value)
     if isinstance(value, Sequence):
         return list(value)
-    return value.item()  # a number of numpy or torch
+    return value.item()  # a numpy or torch scalar
 
 
 def _turn(data: Sequence[Any]) -> Turn:
@@ -116,7 +116,7 @@ def _usage(data: Sequence[Any] | None) -> Usage | None:
 
 
 def _episode(data: Sequence[Any], group_task: Task) -> Episode:
-    text, name, env, index, turns, scores, rewards, failure, wasted, *figures = data
+    text, name, env, index, turns, scores, rewards, failure, retried_usage, *numbers = data
     return Episode(
         name,
         env,
@@ -126,6 +126,6 @@ def _episode(data: Sequence[Any], group_task: Task) -> Episode:
         scores,
         rewards,
         None if failure is None else Failure(*failure),
-        _usage(wasted),
-        *figures,
+        _usage(retried_usage),
+        *numbers,
     )

@@ -1,4 +1,4 @@
-"""A remote model behind an OpenAI-compatible server, as a player."""
+"""A player for remote models behind an OpenAI-compatible server."""
 
 from __future__ import annotations
 
@@ -21,28 +21,29 @@ from rayrl.chat.tools import (
 from rayrl.config import EndpointConfig
 from rayrl.errors import ConfigError, InfraError, Refused, RunFailed
 from rayrl.rollout.agent import Conversation, Options
-from rayrl.rollout.rate_limit import LONGEST_HOLD_S, Limiter, retry_after
-from rayrl.rollout.refusals import Refusal, advice, read_refusal, words
+from rayrl.rollout.rate_limit import MAX_PAUSE_S, RateLimiter, retry_after
+from rayrl.rollout.refusals import Refusal, conversation_refused, read_refusal, setup_refused
 from rayrl.terminal import visible
 from rayrl.types import Finish, Message, Sampling, Turn, Usage
 
 if TYPE_CHECKING:
     import httpx
 
-__all__ = ["EndpointPlayer", "check_reachable", "share"]
+__all__ = ["EndpointPlayer", "check_reachable", "split_limits"]
 
 _RETRIED = (408, 409, 425, 429)  # and all 5xx
-_PROBE_S = 5.0  # for a server to answer anything at all
+_PROBE_S = 5.0  # timeout of a probe
 _PROBES = 2
 _OLD_LIMIT, _NEW_LIMIT = "max_tokens", "max_completion_tokens"
-_ANY_TALK = [{"role": "user", "content": "Hello!"}]  # which no server minds
-_CUT = ("length", "max_tokens", "max_output_tokens", "model_length")  # reasons to end, as told
+_HARMLESS = [{"role": "user", "content": "Hello!"}]  # messages that no server refuses
+# finish reasons of various servers
+_CUT = ("length", "max_tokens", "max_output_tokens", "model_length")
 _FILTERED = ("content_filter", "content_filtered", "prohibited_content", "recitation", "safety")
 _FAILED = ("abort", "cancelled", "error", "insufficient_system_resource", "network_error")
 
 
-def share(config: EndpointConfig, n: int) -> EndpointConfig:
-    """The limits of one of `n` workers that ask the same server; together they keep `config`'s."""
+def split_limits(config: EndpointConfig, n: int) -> EndpointConfig:
+    """Return the limits of each of `n` workers that together stay within those of `config`."""
     return replace(
         config,
         concurrency=max(1, config.concurrency // n),
@@ -52,29 +53,29 @@ def share(config: EndpointConfig, n: int) -> EndpointConfig:
 
 
 async def check_reachable(config: EndpointConfig) -> None:
-    """Ask the server for its models, so that a wrong address or key is known within seconds.
+    """Request the server's `/models`, so that a wrong address or key is noticed within seconds.
 
-    Whatever it answers, it is there; a server need not know that question.
+    Any response counts as reachable; a server need not support `/models`.
 
     Raises:
-        ConfigError: nobody answers, or the key is refused.
+        ConfigError: no server responds, or it refuses the key.
     """
     async with EndpointPlayer(config) as player:
         code, problem = await player.probe()
     if problem:
         raise ConfigError(
-            f"endpoint.url={config.url}: no server answers there ({problem}). Start it, or mend "
+            f"endpoint.url={config.url}: no server answers there ({problem}). Start it, or correct "
             "the address."
         )
     if code in (401, 403):
-        raise ConfigError(advice(config.url, config.model, read_refusal(code, "")))
+        raise ConfigError(setup_refused(config.url, config.model, read_refusal(code, "")))
 
 
 @dataclass(frozen=True, slots=True)
-class _Problem:
-    """Why a request has no answer yet, and how long the server asks to wait."""
+class _Retry:
+    """A failed request that may be sent again: why it failed, and the wait the server asks for."""
 
-    text: str
+    reason: str
     wait_s: float | None = None
 
 
@@ -86,20 +87,20 @@ class _Answer:
 
 
 class EndpointPlayer:
-    """Answers with a server's chat completions; use it as an async context manager, or `close` it.
+    """Answers with a server's chat completions. Use it as an async context manager or `close` it.
 
     Args:
         config: address, model and limits. The key is read from the environment variable it names
-            and sent as a bearer token. A request is sent again after 408, 409, 425, 429, 5xx or a
-            lost connection, with exponential backoff and jitter, or as `Retry-After` says.
+            and sent as a bearer token. Requests are retried after 408, 409, 425, 429, 5xx or a
+            lost connection, with exponential backoff and jitter, or after `Retry-After`.
         sampling: temperature, top_p, max_tokens and stop are sent.
-        backoff_s: about how long the first wait is.
+        backoff_s: approximate delay before the first retry.
 
     Raises:
-        ConfigError: from `answer`, when the server would refuse every request (`rollout.refusals`).
-        Refused: from `answer`, when it refuses this conversation.
-        InfraError: from `answer`, when it gave no answer in `retries` more tries.
-        RunFailed: from `answer`, when it answers nothing at all any more.
+        ConfigError: from `answer`, if the server would refuse every request (`rollout.refusals`).
+        Refused: from `answer`, if the server refuses this conversation.
+        InfraError: from `answer`, if all retries failed.
+        RunFailed: from `answer`, if the server no longer responds at all.
     """
 
     trainable = False
@@ -113,25 +114,25 @@ class EndpointPlayer:
     ) -> None:
         import httpx
 
-        url, room = config.url, config.concurrency
+        url, concurrency = config.url, config.concurrency
         if not url.startswith(("http://", "https://")):
             raise ConfigError(f"endpoint.url={url!r}: give the API's address, e.g. https://host/v1")
         if not config.model:
-            raise ConfigError("endpoint.model is empty: name a model the server has")
+            raise ConfigError("endpoint.model is empty: name a model that the server has")
         key = os.environ.get(config.api_key_env, "") if config.api_key_env else ""
         self.config = config
         self.url = url.rstrip("/") + "/chat/completions"
         self.sampling = sampling or Sampling(max_tokens=1024)
         self.backoff_s = backoff_s
-        self.limiter = Limiter(config.requests_per_minute, config.tokens_per_minute)
+        self.limiter = RateLimiter(config.requests_per_minute, config.tokens_per_minute)
         self._limit_key = _OLD_LIMIT
-        self._said: set[str] = set()
-        self._answered: set[str] = set()  # settings with which it has answered
-        self._room = asyncio.Semaphore(room)
+        self._warned: set[str] = set()
+        self._working_settings: set[str] = set()  # settings with which the server has answered
+        self._slots = asyncio.Semaphore(concurrency)
         self._client = httpx.AsyncClient(
             headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=config.timeout_s,
-            limits=httpx.Limits(max_connections=room, max_keepalive_connections=room),
+            limits=httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
         )
 
     async def __aenter__(self) -> EndpointPlayer:
@@ -147,25 +148,25 @@ class EndpointPlayer:
     async def answer(
         self, conversation: Conversation, new: Sequence[Message], options: Options
     ) -> Turn:
-        """Send the whole conversation and return what the server answers."""
+        """Send the whole conversation and return the server's reply."""
         messages = _to_openai([*conversation.messages, *new], native=bool(options.tools))
         body = self._body(messages, options)
-        # the jitter must not depend on anything but the seed either
+        # even the jitter depends on nothing but the seed
         rng = random.Random(options.seed)
-        found = await self._post(body, rng, conversation)
-        while isinstance(found, Refusal):
-            body = self._shortened(body, found)
-            found = await self._post(body, rng, conversation)
-        usage = found.usage
-        self._answered.add(_settings(body))
-        self.limiter.spent(usage.total)
+        result = await self._post(body, rng, conversation)
+        while isinstance(result, Refusal):
+            body = self._with_shorter_reply(body, result)
+            result = await self._post(body, rng, conversation)
+        usage = result.usage
+        self._working_settings.add(_settings(body))
+        self.limiter.take_tokens(usage.total)
         if usage.unknown and self.config.tokens_per_minute:
-            self._say_once("it does not count tokens: endpoint.tokens_per_minute does nothing")
+            self._warn_once("it does not count tokens: endpoint.tokens_per_minute has no effect")
         return Turn(
             conversation.seat,
             tuple(new),
-            found.text,
-            found.finish,
+            result.text,
+            result.finish,
             state=options.state,
             usage=usage,
         )
@@ -185,50 +186,51 @@ class EndpointPlayer:
             body["tools"] = list(options.tools)
         return {k: v for k, v in (body | self.config.extra).items() if v is not None}
 
-    def _shortened(self, body: Mapping[str, Any], refusal: Refusal) -> dict[str, Any]:
-        """The body with a limit on the reply that the context has room for.
+    def _with_shorter_reply(self, body: Mapping[str, Any], refusal: Refusal) -> dict[str, Any]:
+        """Return the body with a reply limit that fits into the context.
 
         Raises:
-            Refused: it has room for no reply at all.
+            Refused: no reply fits.
         """
         key = _NEW_LIMIT if _NEW_LIMIT in body else _OLD_LIMIT
-        limit, room = body.get(key), refusal.room
-        if isinstance(limit, int) and (room is None or room >= limit):  # it did not say
-            room = limit // 2
-        if not isinstance(limit, int) or room is None or room < 1:
-            raise Refused(words(self.url, refusal, "its context has no room for a reply"))
-        self._say_once("some replies get fewer tokens than asked for: its context has no more room")
-        return {**body, key: room}
+        limit, fits = body.get(key), refusal.reply_tokens
+        if isinstance(limit, int) and (fits is None or fits >= limit):  # unknown or wrong
+            fits = limit // 2
+        if not isinstance(limit, int) or fits is None or fits < 1:
+            why = "its context has no room for a reply"
+            raise Refused(conversation_refused(self.url, refusal, why))
+        self._warn_once("some replies are limited to fewer tokens, to fit into its context")
+        return {**body, key: fits}
 
     async def _post(
         self, body: Mapping[str, Any], rng: random.Random, conversation: Conversation
     ) -> _Answer | Refusal:
-        """The answer, or that the context is too short for this conversation and its reply."""
-        problem = _Problem("")
+        """Send a request with retries; a refusal means that the context is too short."""
+        retry = _Retry("")
         for attempt in range(self.config.retries + 1):
             if attempt:
                 wait = min(self.backoff_s * 2 ** (attempt - 1) * (0.5 + rng.random()), 60.0)
-                if problem.wait_s:  # not all of us at the same moment
-                    wait = problem.wait_s + rng.random() * self.backoff_s
-                await _sleep(wait, conversation, held=bool(problem.wait_s))
-            found = await self._try(body, conversation)
-            if not isinstance(found, _Problem):
-                return found
-            problem = found
+                if retry.wait_s:  # with jitter, so that not all requests return at once
+                    wait = retry.wait_s + rng.random() * self.backoff_s
+                await _sleep(wait, conversation, throttled=bool(retry.wait_s))
+            result = await self._try(body, conversation)
+            if not isinstance(result, _Retry):
+                return result
+            retry = result
         tries = self.config.retries + 1
-        what = f"{self.url}: no answer in {tries} tries; the last gave {problem.text}"
-        _, nothing = await self.probe()
-        if nothing:  # every other episode would fail as this one did
+        what = f"{self.url}: no answer in {tries} tries; the last failed with {retry.reason}"
+        _, problem = await self.probe()
+        if problem:  # every other episode would fail too
             raise RunFailed(
-                f"{what}. The server answers nothing any more ({nothing}). When it is there "
-                "again, the same command resumes."
+                f"{what}. The server no longer responds ({problem}). Once it is back, the same "
+                "command resumes."
             )
         raise InfraError(what)
 
     async def _try(
         self, body: Mapping[str, Any], conversation: Conversation
-    ) -> _Answer | Refusal | _Problem:
-        """One request."""
+    ) -> _Answer | Refusal | _Retry:
+        """Send a request once (twice if the limit's name changes)."""
         import httpx
 
         try:
@@ -236,93 +238,93 @@ class EndpointPlayer:
             if self._wants_new_limit(response):
                 response = await self._send(body, conversation)
         except (httpx.TransportError, httpx.DecodingError) as error:
-            # timeouts, refused and broken connections, bodies that are not what a header says
-            return _Problem(f"{type(error).__name__}: {error}".rstrip(": "))
+            # timeouts, refused or broken connections, bodies that do not match their headers
+            return _Retry(f"{type(error).__name__}: {error}".rstrip(": "))
         text = response.text
         if response.status_code < 300:
             try:
                 data = response.json()
-            except (ValueError, RecursionError):  # not UTF-8, not JSON, or cut off
-                return _Problem(f"an answer that is not JSON: {text[:200]!r}")
+            except (ValueError, RecursionError):  # not UTF-8, not JSON, or truncated
+                return _Retry(f"a response that is not JSON: {text[:200]!r}")
             if not isinstance(data, dict):
-                return _Problem(f"an answer that is no object: {text[:200]!r}")
+                return _Retry(f"a response that is not an object: {text[:200]!r}")
             if data.get("choices") or not data.get("error"):
                 return _read(data, self.url)
-        return await self._told(response, body, conversation)
+        return await self._handle_error(response, body, conversation)
 
     async def _send(self, body: Mapping[str, Any], conversation: Conversation) -> httpx.Response:
-        """Send it when concurrency and limits allow."""
-        async with self._room:
+        """Send a request when concurrency and rate limits allow."""
+        async with self._slots:
             wait = self.limiter.reserve()
             while wait > 0:
-                await _sleep(wait, conversation, held=True)
-                wait = self.limiter.held_s()
-            response = await self._client.post(self.url, json=self._limited(body))
-        self.limiter.heed(response.headers)
+                await _sleep(wait, conversation, throttled=True)
+                wait = self.limiter.paused_s()
+            names = {_OLD_LIMIT: self._limit_key}
+            renamed = {names.get(key, key): value for key, value in body.items()}
+            response = await self._client.post(self.url, json=renamed)
+        self.limiter.read_headers(response.headers)
         return response
 
-    async def _told(
+    async def _handle_error(
         self, response: httpx.Response, body: Mapping[str, Any], conversation: Conversation
-    ) -> Refusal | _Problem:
-        """What an error means: a problem that may pass, or a context that is too short.
+    ) -> Refusal | _Retry:
+        """Return a `_Retry` for a temporary error, a refusal if the context is too short.
 
         Raises:
-            ConfigError: every request would be refused.
-            Refused: this conversation is.
+            ConfigError: the server would refuse every request.
+            Refused: the server refuses this conversation.
         """
         refusal = read_refusal(response.status_code, response.text)
         code = refusal.status
         if (code in _RETRIED or code >= 500) and not refusal.no_quota:
-            asked = retry_after(response.headers)
-            if asked is not None:
-                self.limiter.hold(asked)
-                asked = min(asked, LONGEST_HOLD_S)
-            return _Problem(f"HTTP {code}: {response.text[:200]}", asked)
-        about = refusal.about
-        if about == "length":
+            wait = retry_after(response.headers)
+            if wait is not None:
+                self.limiter.pause(wait)
+                wait = min(wait, MAX_PAUSE_S)
+            return _Retry(f"HTTP {code}: {response.text[:200]}", wait)
+        cause = refusal.cause
+        if cause == "length":
             return refusal
-        if about == "unknown":
-            other = await self._of_another(body, conversation)
+        if cause == "unknown":
+            other = await self._status_of_harmless(body, conversation)
             if other in _RETRIED or other >= 500:
-                return _Problem(f"HTTP {code}, and HTTP {other} to any other question")
-            about = "content" if other < 300 else "setup"
-        if about == "content":
-            raise Refused(words(self.url, refusal, "it answers others"))
-        raise ConfigError(advice(self.url, self.config.model, refusal))
+                return _Retry(f"HTTP {code}, and HTTP {other} for any other conversation")
+            cause = "content" if other < 300 else "setup"
+        if cause == "content":
+            raise Refused(conversation_refused(self.url, refusal, "it answers others"))
+        raise ConfigError(setup_refused(self.url, self.config.model, refusal))
 
-    async def _of_another(self, body: Mapping[str, Any], conversation: Conversation) -> int:
-        """The status another conversation gets with the same settings; asked if none has yet."""
+    async def _status_of_harmless(self, body: Mapping[str, Any], conversation: Conversation) -> int:
+        """Return the status of a harmless conversation with the same settings.
+
+        It is sent only if no request with these settings has been answered yet.
+        """
         import httpx
 
-        if (settings := _settings(body)) in self._answered:
+        if (settings := _settings(body)) in self._working_settings:
             return 200
         try:
-            response = await self._send({**body, "messages": _ANY_TALK}, conversation)
+            response = await self._send({**body, "messages": _HARMLESS}, conversation)
         except (httpx.TransportError, httpx.DecodingError):
             return 503
         if response.status_code < 300:
-            self._answered.add(settings)
+            self._working_settings.add(settings)
         return response.status_code
 
-    def _limited(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        """The body, with the limit on tokens called as this server wants it."""
-        named = {_OLD_LIMIT: self._limit_key}
-        return {named.get(key, key): value for key, value in body.items()}
-
     def _wants_new_limit(self, response: httpx.Response) -> bool:
-        """Whether the server refused the old name of the limit; it gets the new one from now on."""
+        """Whether the server refuses the limit's old name; if so, use the new one from now on."""
         if response.status_code != 400 or _NEW_LIMIT not in response.text:
             return False
-        if read_refusal(400, response.text).about == "length":  # vLLM names both, takes both
+        if read_refusal(400, response.text).cause == "length":  # vLLM accepts and names both
             return False
-        if f'"{_NEW_LIMIT}"'.encode() in response.request.content:  # it has had it
+        if f'"{_NEW_LIMIT}"'.encode() in response.request.content:  # already sent
             return False
         self._limit_key = _NEW_LIMIT
-        self._say_once(f"it wants {_NEW_LIMIT} instead of {_OLD_LIMIT}, and gets it")
+        self._warn_once(f"it wants {_NEW_LIMIT} instead of {_OLD_LIMIT}; sending that from now on")
         return True
 
     async def probe(self) -> tuple[int, str]:
-        """The status of a question any server can answer, and what is wrong if it answers none."""
+        """Return the status of `/models` (0 without a response) and the connection problem."""
         import httpx
 
         problem = ""
@@ -338,36 +340,36 @@ class EndpointPlayer:
                 problem = f"{type(error).__name__}: {error}".rstrip(": ")
         return 0, problem
 
-    def _say_once(self, what: str) -> None:
-        if what not in self._said:
-            self._said.add(what)
+    def _warn_once(self, what: str) -> None:
+        if what not in self._warned:
+            self._warned.add(what)
             print(visible(f"{self.config.url}: {what}."), file=sys.stderr, flush=True)
 
 
-async def _sleep(seconds: float, conversation: Conversation, *, held: bool) -> None:
-    """Wait; where a limit makes us, the episode's deadline does not count it."""
+async def _sleep(seconds: float, conversation: Conversation, *, throttled: bool) -> None:
+    """Wait; a wait for a rate limit does not count towards the episode's deadline."""
     if seconds > 0:
-        if held:
-            conversation.held_s += seconds
+        if throttled:
+            conversation.throttled_s += seconds
         await asyncio.sleep(seconds)
 
 
 def _settings(body: Mapping[str, Any]) -> str:
-    """All that is sent but the conversation."""
+    """Return a key for everything in the body except the conversation."""
     return repr([(key, body[key]) for key in sorted(body) if key != "messages"])
 
 
 def _usage(data: Any) -> Usage:
-    """What the server counted; `unknown` where it did not count both ways."""
-    given = data if isinstance(data, Mapping) else {}
-    prompt, completion = _count(given, "prompt_tokens"), _count(given, "completion_tokens")
+    """Read the usage the server reports; `unknown` unless it reports both token counts."""
+    usage = data if isinstance(data, Mapping) else {}
+    prompt, completion = _count(usage, "prompt_tokens"), _count(usage, "completion_tokens")
     if prompt is None or completion is None:
         return Usage(unknown=1)
     return Usage(
         prompt=prompt,
         completion=completion,
-        cached=_count(given.get("prompt_tokens_details"), "cached_tokens"),
-        reasoning=_count(given.get("completion_tokens_details"), "reasoning_tokens"),
+        cached=_count(usage.get("prompt_tokens_details"), "cached_tokens"),
+        reasoning=_count(usage.get("completion_tokens_details"), "reasoning_tokens"),
     )
 
 
@@ -377,9 +379,10 @@ def _count(data: Any, key: str) -> int | None:
 
 
 def _to_openai(messages: Sequence[Message], native: bool) -> list[dict[str, Any]]:
-    """Messages as the API wants them; calls and results become text where no tools are offered.
+    """Convert messages to the API's format.
 
-    So do those of a reply with a call whose name could not be read: servers refuse the request.
+    Tool calls and results become text if no tools are offered, and for a reply that contains a
+    call whose name could not be parsed, because servers would refuse the request.
     """
     answered = {message.tool_call_id for message in messages if message.role == "tool"}
     sent = {
@@ -407,11 +410,11 @@ def _to_openai(messages: Sequence[Message], native: bool) -> list[dict[str, Any]
     return data
 
 
-def _read(data: Mapping[str, Any], url: str) -> _Answer | _Problem:
-    """The reply: its text, native tool calls written out as text calls, and how it ended.
+def _read(data: Mapping[str, Any], url: str) -> _Answer | _Retry:
+    """Parse a response; native tool calls are written out as text calls.
 
     Raises:
-        Refused: a filter for content cut it.
+        Refused: a content filter cut the reply.
     """
     try:
         choice = data["choices"][0]
@@ -420,7 +423,7 @@ def _read(data: Mapping[str, Any], url: str) -> _Answer | _Problem:
             raise Refused(f"{url} refused this conversation: its filter cut the reply ({reason})")
         if reason in _FAILED or choice.get("error"):
             what = json.dumps(choice.get("error") or message)[:200]
-            return _Problem(f"a reply that ended with {reason!r}: {what}")
+            return _Retry(f"a reply that ended with {reason!r}: {what}")
         finish: Finish = "length" if reason in _CUT else "stop"
         text = _content(message.get("content"))
         calls = [call["function"] for call in message.get("tool_calls") or ()]
@@ -429,12 +432,12 @@ def _read(data: Mapping[str, Any], url: str) -> _Answer | _Problem:
             text = close_open_mark(text)
             text += ("\n" if text else "") + _call_text(function, cut)
     except (KeyError, IndexError, TypeError, AttributeError):
-        return _Problem(f"not a chat completion: {json.dumps(data)[:300]}")
+        return _Retry(f"not a chat completion: {json.dumps(data)[:300]}")
     return _Answer(text, finish, _usage(data.get("usage")))
 
 
 def _content(content: Any) -> str:
-    """The text of a reply: a string, or what the parts of a list say (not what they think)."""
+    """Return the text of a reply: a string, or the text parts of a list without reasoning."""
     if content is None or isinstance(content, str):
         return content or ""
     texts = [part if isinstance(part, str) else part.get("text") for part in content]
@@ -442,17 +445,18 @@ def _content(content: Any) -> str:
 
 
 def _call_text(function: Mapping[str, Any], cut: bool) -> str:
-    """A native call as text; arguments that are no JSON object are left for the parser to judge.
+    """Write a native call as text; arguments that are not a JSON object are left to the parser.
 
     Args:
-        cut: whether the reply ended in it for want of tokens; one that is broken is then left open.
+        cut: whether the token limit cut the reply inside this call; a malformed call is then left
+            open.
     """
     written = function.get("arguments") or ("" if cut else "{}")
     begin, end = CALL_MARKS
     try:
         arguments = json.loads(written)
-    except (ValueError, RecursionError):  # also a number of 5,000 digits
-        if end in written:  # as a string, which is no object either, it is still one call
+    except (ValueError, RecursionError):  # ValueError includes numbers of 5,000 digits
+        if end in written:  # as a JSON string it is still one call, with invalid arguments
             return format_call(function["name"], written)
         return f"{begin}{function['name']}{written}" + ("" if cut else end)
     if isinstance(arguments, dict):

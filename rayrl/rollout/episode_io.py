@@ -1,4 +1,4 @@
-"""Episodes as JSON lines: first what a person reads, then the ids a learner needs."""
+"""Read and write episodes as JSON lines: human-readable fields first, then ids for the learner."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, get_args
 
 from rayrl.environment.signature import fit
-from rayrl.environment.tasks import LoggedTask, as_kind, task_from_json, task_to_json
+from rayrl.environment.tasks import LoggedTask, task_from_fields, task_from_json, task_to_json
 from rayrl.errors import DataError
 from rayrl.types import (
     Episode,
@@ -28,25 +28,25 @@ from rayrl.types import (
 __all__ = [
     "LoggedTask",
     "episode_from_json",
-    "episode_line",
     "episode_to_json",
+    "episode_to_line",
     "message_from_json",
     "message_to_json",
+    "read_checked",
     "read_episodes",
-    "read_kept",
-    "revive",
+    "restore_task",
     "write_episodes",
 ]
 
-_SUM = "checksum"  # of a line that only programs write
+_CHECKSUM = "checksum"  # key in lines that only programs write
 _CHANGED = (
-    f"it is not what was written: its checksum is another. If you changed the line on purpose, "
-    f"remove the key {_SUM!r} from it"
+    f"the line was changed after it was written: its checksum does not match. If you changed it on "
+    f"purpose, remove the key {_CHECKSUM!r}"
 )
 
 
 def message_to_json(message: Message) -> dict[str, Any]:
-    """A message as plain data; keys that say nothing are left out."""
+    """Convert a message to plain data; empty fields are omitted."""
     data: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.tool_calls:
         data["tool_calls"] = [
@@ -59,7 +59,7 @@ def message_to_json(message: Message) -> dict[str, Any]:
 
 
 def message_from_json(data: Mapping[str, Any]) -> Message:
-    """The message `message_to_json` wrote."""
+    """Restore a message from `message_to_json`."""
     calls = tuple(
         ToolCall(call["id"], call["name"], call["arguments"]) for call in data.get("tool_calls", ())
     )
@@ -68,10 +68,10 @@ def message_from_json(data: Mapping[str, Any]) -> Message:
 
 
 def episode_to_json(episode: Episode) -> dict[str, Any]:
-    """An episode as plain data, in the order a person wants to read it.
+    """Convert an episode to plain data, in reading order.
 
     Raises:
-        EnvError: its task holds something that cannot be written; names the field.
+        TypeError: JSON cannot represent a field of its task; names the field.
     """
     data: dict[str, Any] = {
         "id": episode.id,
@@ -88,9 +88,9 @@ def episode_to_json(episode: Episode) -> dict[str, Any]:
             "message": episode.failure.message,
             "traceback": episode.failure.traceback,
         }
-    if episode.wasted is not None:
-        data["wasted"] = _usage_to_json(episode.wasted)
-    for key in ("replayed", "diverged"):
+    if episode.retried_usage is not None:
+        data["retried_usage"] = _usage_to_json(episode.retried_usage)
+    for key in ("replayed", "replay_mismatches"):
         if count := getattr(episode, key):
             data[key] = count
     if episode.seed:
@@ -101,12 +101,12 @@ def episode_to_json(episode: Episode) -> dict[str, Any]:
 
 
 def episode_from_json(data: Mapping[str, Any]) -> Episode:
-    """The episode `episode_to_json` wrote, equal to the original (but for `began` and `seconds`).
+    """Restore an episode from `episode_to_json`; `began` and `seconds` are rounded.
 
     The task gets its own class if that is loaded (load the environment first), else `LoggedTask`.
 
     Raises:
-        DataError: a key is missing or a value cannot be; says which.
+        DataError: a key is missing or a value is invalid; names it.
     """
     try:
         failed = data.get("failure")
@@ -122,9 +122,9 @@ def episode_from_json(data: Mapping[str, Any]) -> Episode:
             scores=fit(data["scores"], dict[str, dict[str, float]]),
             rewards=fit(data["rewards"], dict[str, float]),
             failure=None if failed is None else Failure(**failed),
-            wasted=_usage_from_json(data.get("wasted")),
+            retried_usage=_usage_from_json(data.get("retried_usage")),
             replayed=_typed(data.get("replayed", 0), int, "replayed"),
-            diverged=_typed(data.get("diverged", 0), int, "diverged"),
+            replay_mismatches=_typed(data.get("replay_mismatches", 0), int, "replay_mismatches"),
             began=float(data.get("began", 0.0)),
             seconds=float(data.get("seconds", 0.0)),
             seed=_typed(data.get("seed", 0), int, "seed"),
@@ -136,7 +136,7 @@ def episode_from_json(data: Mapping[str, Any]) -> Episode:
 
 
 def write_episodes(path: str | Path, episodes: Iterable[Episode], append: bool = False) -> int:
-    """Write one episode a line; returns how many."""
+    """Write one episode per line; return the number of episodes."""
     count = 0
     with Path(path).open("a" if append else "w", encoding="utf-8") as file:
         for episode in episodes:
@@ -146,44 +146,44 @@ def write_episodes(path: str | Path, episodes: Iterable[Episode], append: bool =
     return count
 
 
-def episode_line(episode: Episode) -> str:
-    """An episode as a line of a file that only programs write: with a checksum at its end."""
+def episode_to_line(episode: Episode) -> str:
+    """Convert an episode to a line with a checksum, for files that only programs write."""
     text = json.dumps(episode_to_json(episode), ensure_ascii=False)
-    return f'{text[:-1]}, "{_SUM}": {_sum(text)}}}\n'
+    return f'{text[:-1]}, "{_CHECKSUM}": {_checksum(text)}}}\n'
 
 
 def read_episodes(path: str | Path) -> Iterator[Episode]:
-    """The episodes of a file, one after the other; empty lines are skipped.
+    """Iterate over the episodes of a file; empty lines are skipped.
 
     Raises:
         DataError: there is no such file, or a line is malformed; names the file and the line.
     """
-    return (episode for episode, _ in read_kept(path))
+    return (episode for episode, _ in read_checked(path))
 
 
-def read_kept(path: str | Path) -> Iterator[tuple[Episode, str]]:
-    """The episodes of a file, each with what its checksum says, in words; nothing if it is right.
+def read_checked(path: str | Path) -> Iterator[tuple[Episode, str]]:
+    """Iterate over the episodes of a file, each with a message if its checksum does not match.
 
     Raises:
         DataError: as `read_episodes`.
     """
-    with _opened(path) as file:
+    with _open(path) as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 try:
-                    episode, whole = _episode_of(line.decode())
+                    episode, intact = _parse_line(line.decode())
                 except UnicodeDecodeError:
                     raise DataError(f"{path}:{number}: not UTF-8") from None
                 except DataError as error:
                     raise DataError(f"{path}:{number}: {error}") from None
-                yield episode, "" if whole else f"{path}:{number}: {_CHANGED}"
+                yield episode, "" if intact else f"{path}:{number}: {_CHANGED}"
 
 
-def revive(episode: Episode, kinds: Iterable[type[Task]]) -> Episode:
-    """The episode with its task in one of these classes, if it had none when it was read.
+def restore_task(episode: Episode, kinds: Iterable[type[Task]]) -> Episode:
+    """Replace a `LoggedTask` in an episode by an instance of one of the given task classes.
 
-    A class is found by its name, wherever it is defined now: that of a file has the file's path in
-    its module's name.
+    The class is looked up by its name regardless of its module: the module name of a class from a
+    file contains the file's path.
 
     Raises:
         DataError: there is no class of that name, or the stored fields do not fit it.
@@ -195,35 +195,36 @@ def revive(episode: Episode, kinds: Iterable[type[Task]]) -> Episode:
     known = {kind.__qualname__: kind for kind in kinds}
     if name not in known:
         raise DataError(
-            f"episode {episode.id} is of a task {name}, and there are {', '.join(known)} only"
+            f"episode {episode.id} has a task of class {name}; the environment has only "
+            f"{', '.join(known)}"
         )
     try:
-        return replace(episode, task=as_kind(task.fields, known[name]))
+        return replace(episode, task=task_from_fields(task.fields, known[name]))
     except TypeError as error:
-        raise DataError(f"episode {episode.id}: its task is no {name}: {error}") from None
+        raise DataError(f"episode {episode.id}: its task is not a {name}: {error}") from None
 
 
-def _opened(path: str | Path) -> BinaryIO:
+def _open(path: str | Path) -> BinaryIO:
     try:
         return Path(path).open("rb")
     except OSError as error:
         raise DataError(f"{path}: cannot read episodes: {error.strerror}") from error
 
 
-def _episode_of(line: str) -> tuple[Episode, bool]:
-    """An episode, and whether its line is as it was written."""
+def _parse_line(line: str) -> tuple[Episode, bool]:
+    """Parse an episode; also return whether the line matches its checksum."""
     try:
         data = json.loads(line)
     except json.JSONDecodeError as error:
         raise DataError(f"not valid JSON: {error.msg} at column {error.colno}") from None
     if not isinstance(data, dict):
         raise DataError(f"expected an object, got {line.strip()[:40]!r}")
-    own = data.pop(_SUM, None)
-    whole = own in (None, _sum(json.dumps(data, ensure_ascii=False)))
-    return episode_from_json(data), whole
+    checksum = data.pop(_CHECKSUM, None)
+    intact = checksum in (None, _checksum(json.dumps(data, ensure_ascii=False)))
+    return episode_from_json(data), intact
 
 
-def _sum(text: str) -> int:
+def _checksum(text: str) -> int:
     return zlib.crc32(text.encode("utf-8", "surrogatepass"))
 
 

@@ -1,4 +1,4 @@
-"""Who can answer: the policy in training, a script, a remote endpoint, a person."""
+"""Players: the policy in training, a scripted function, a person at a terminal."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rayrl.chat.tools import format_call, new_tools, tool_name
 from rayrl.engine.protocol import Generator
 from rayrl.environment.environment import PlayerFunction
 from rayrl.environment.randomness import EpisodeRandom
-from rayrl.errors import EnvError, InfraError, described, shown
+from rayrl.errors import EnvError, InfraError, describe_error, safe_repr
 from rayrl.rollout.agent import Conversation, Options
 from rayrl.terminal import visible
 from rayrl.types import Message, Request, Sampling, Turn
@@ -26,13 +26,13 @@ __all__ = ["HumanPlayer", "PolicyPlayer", "ScriptedPlayer"]
 
 
 class PolicyPlayer:
-    """A model behind a generator: its turns have ids and logprobs, and can be trained on.
+    """A model behind a generator: its turns have ids and logprobs and can be trained on.
 
     Args:
-        chat: of the model's tokenizer.
-        client: what generates.
-        sampling: how completions are drawn.
-        min_version: oldest weights that may answer; may be set between episodes.
+        chat: chat renderer of the model.
+        client: generates completions.
+        sampling: sampling settings.
+        min_version: oldest weights that may answer; may be changed between episodes.
         trainable: whether its seat is trained.
     """
 
@@ -50,15 +50,20 @@ class PolicyPlayer:
         self.sampling = sampling
         self.min_version = min_version
         self.trainable = trainable
-        self.opens_thought = chat.opens_thought  # a reply begins within one
+        self.opens_thought = chat.opens_thought
         self._release = getattr(client, "release", None)
 
     async def answer(
         self, conversation: Conversation, new: Sequence[Message], options: Options
     ) -> Turn:
-        """Append the new messages' ids, generate, and keep exactly what was sampled."""
+        """Append the new messages' ids, generate, and record exactly the sampled ids."""
         chat, ids = self.chat, conversation.ids
-        prompt_ids, offset = self._prompt(conversation, new, options), len(ids)
+        tools = new_tools(options.tools, conversation.tools)
+        if ids:
+            prompt_ids = chat.extend(new, conversation.finished, tools)
+        else:
+            prompt_ids = chat.start(new, tools)
+        offset = len(ids)
         sampling = self.sampling
         if options.max_tokens is not None:
             sampling = replace(sampling, max_tokens=options.max_tokens)
@@ -101,7 +106,7 @@ class PolicyPlayer:
         return turn
 
     def resume(self, conversation: Conversation, turn: Turn) -> None:
-        """Append a turn's ids: what the next one is appended to."""
+        """Append a turn's ids to the conversation."""
         ids = turn.completion_ids
         conversation.ids += turn.prompt_ids
         conversation.ids += ids
@@ -117,16 +122,16 @@ class PolicyPlayer:
         return self.chat.extend(new, conversation.finished, tools)
 
     def end(self, conversation: Conversation) -> None:
-        """Let the generator forget the conversation."""
+        """Let the generator release the conversation's state."""
         if self._release is not None and conversation.ids:
             self._release([conversation.session])
 
 
 class ScriptedPlayer:
-    """A function of the conversation, such as an environment's teacher.
+    """A player that calls a function of the conversation, such as an environment's teacher.
 
     Args:
-        function: gets all messages and a generator for its randomness; may be async.
+        function: takes all messages and a random generator; may be async.
     """
 
     trainable = False
@@ -137,7 +142,7 @@ class ScriptedPlayer:
     async def answer(
         self, conversation: Conversation, new: Sequence[Message], options: Options
     ) -> Turn:
-        """Call the function. What it raises is the environment's failure."""
+        """Call the function; its exceptions become EnvError."""
         messages = [*conversation.messages, *new]
         name = getattr(self.function, "__name__", "scripted player")
         try:
@@ -146,9 +151,9 @@ class ScriptedPlayer:
                 if inspect.isawaitable(text):
                     text = await text
         except Exception as error:
-            raise EnvError(f"player {name} raised {described(error)}") from error
+            raise EnvError(f"player {name} raised {describe_error(error)}") from error
         if not isinstance(text, str):
-            raise EnvError(f"player {name} returned {shown(text)}: it must return a text")
+            raise EnvError(f"player {name} returned {safe_repr(text)}: it must return a string")
         return Turn(conversation.seat, tuple(new), text, "stop", state=options.state)
 
 
@@ -156,10 +161,10 @@ class HumanPlayer:
     """A person at a terminal.
 
     Args:
-        read: gives one line; runs in a thread, so that other episodes go on. By default `input`.
-        out: where messages are shown.
-        form: turns the line into the reply, e.g. puts a move into its tags. A line that calls a
-            tool, `CALL name: argument`, is sent as the call.
+        read: reads one line; runs in a thread, so that other episodes continue. Default: `input`.
+        out: where messages are printed.
+        form: converts the line to the reply, e.g. puts a move into its tags. A line that calls a
+            tool, `CALL name: argument`, is sent as a tool call.
     """
 
     trainable = False
@@ -196,8 +201,9 @@ class HumanPlayer:
         calls = parse_lines(line, tools)
         if not calls:
             return self.form(line)
-        if not tools:  # none, or they are called by such lines
+        if not tools:  # with protocol="text" the line itself is the call
             return line
         call = calls[0]
-        good = format_call(call.name, call.arguments)
-        return f"<tool_call>{line}</tool_call>" if call.error else good
+        if call.error:
+            return f"<tool_call>{line}</tool_call>"
+        return format_call(call.name, call.arguments)

@@ -1,4 +1,4 @@
-"""How fast a server may be asked: two buckets, and what the server itself says."""
+"""Client-side rate limiting: token buckets, and the limits a server reports."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
-__all__ = ["LONGEST_HOLD_S", "Limiter", "retry_after", "seconds"]
+__all__ = ["MAX_PAUSE_S", "RateLimiter", "parse_duration", "retry_after"]
 
-LONGEST_HOLD_S = 60.0  # a server that asks for more is asked again after this
+MAX_PAUSE_S = 60.0  # cap on the wait that a server asks for
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|h|m|s)")
 _UNITS = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
-class Limiter:
-    """Token buckets of requests and of tokens. It says how long to wait and never sleeps itself.
+class RateLimiter:
+    """Token buckets for requests and tokens. It returns waiting times and never sleeps itself.
 
-    Requests are spread evenly: a burst is one second's worth, so that a minute never has more than
-    that above its number. What a request will cost is not guessed: its tokens are taken when the
-    server has counted them, and requests wait until what was taken too much has flowed back.
+    Requests are spread evenly: bursts are limited to one second's worth, so a minute exceeds its
+    limit by at most that. The tokens of a request are not estimated: they are taken once the
+    server has counted them, and further requests wait until the bucket is no longer in debt.
 
     Args:
         requests_per_minute: 0 is no limit.
         tokens_per_minute: 0 is no limit.
-        clock: seconds that only grow.
+        clock: monotonic time in seconds.
     """
 
     def __init__(
@@ -38,71 +38,63 @@ class Limiter:
         now = clock()
         self._requests = _Bucket(requests_per_minute / 60, now)
         self._tokens = _Bucket(tokens_per_minute / 60, now)
-        self._open_at = now
+        self._paused_until = now
 
     def reserve(self) -> float:
-        """Seconds to wait before the next request, which is counted by this call."""
+        """Count the next request; return the seconds to wait before sending it."""
         now = self._clock()
-        return max(self._requests.take(1, now), self._tokens.debt_s(now), self.held_s())
+        return max(self._requests.take(1, now), self._tokens.take(0, now), self.paused_s())
 
-    def held_s(self) -> float:
-        """Seconds until requests may go out again; those that waited their turn ask as well."""
-        return max(self._open_at - self._clock(), 0.0)
+    def paused_s(self) -> float:
+        """Return the seconds until the server's pause ends; check it again after waiting."""
+        return max(self._paused_until - self._clock(), 0.0)
 
-    def spent(self, tokens: int) -> None:
-        """Take the tokens an answered request cost."""
+    def take_tokens(self, tokens: int) -> None:
+        """Take the tokens of an answered request."""
         self._tokens.take(tokens, self._clock())
 
-    def hold(self, seconds: float) -> None:
-        """Let nothing out for so long: the server said so."""
-        self._open_at = max(self._open_at, self._clock() + min(seconds, LONGEST_HOLD_S))
+    def pause(self, seconds: float) -> None:
+        """Pause all requests, as the server asked, for at most `MAX_PAUSE_S`."""
+        self._paused_until = max(self._paused_until, self._clock() + min(seconds, MAX_PAUSE_S))
 
-    def heed(self, headers: Mapping[str, str]) -> None:
-        """Hold where `x-ratelimit-*` headers say that nothing is left."""
+    def read_headers(self, headers: Mapping[str, str]) -> None:
+        """Pause if `x-ratelimit-*` headers say that the quota is used up."""
         for kind in ("requests", "tokens"):
             left = headers.get(f"x-ratelimit-remaining-{kind}", "")
-            wait = seconds(headers.get(f"x-ratelimit-reset-{kind}", ""))
+            wait = parse_duration(headers.get(f"x-ratelimit-reset-{kind}", ""))
             if left.strip() == "0" and wait is not None:
-                self.hold(wait)
+                self.pause(wait)
 
 
 class _Bucket:
-    """What flows in at `rate` a second, at most a second's worth (and one), and may be owed."""
+    """Refills at `rate` per second up to one second's worth (at least 1); may go negative."""
 
     def __init__(self, rate: float, now: float) -> None:
         self.rate, self.level, self.at = rate, max(rate, 1.0), now
 
     def take(self, amount: float, now: float) -> float:
-        """Take it; returns the seconds until it has flowed in."""
+        """Take `amount`; return the seconds until the level is no longer negative."""
         if not self.rate:
             return 0.0
-        self._flow(now)
-        self.level -= amount
+        self.level = min(self.level + (now - self.at) * self.rate, max(self.rate, 1.0)) - amount
+        self.at = now
         return max(-self.level / self.rate, 0.0)
 
-    def debt_s(self, now: float) -> float:
-        """Seconds until nothing is owed."""
-        return self.take(0, now)
 
-    def _flow(self, now: float) -> None:
-        self.level = min(self.level + (now - self.at) * self.rate, max(self.rate, 1.0))
-        self.at = now
-
-
-def seconds(text: str) -> float | None:
-    """`"6m0s"`, `"20ms"` or `"1.5"` as seconds; None for anything else."""
+def parse_duration(text: str) -> float | None:
+    """Parse `"6m0s"`, `"20ms"` or `"1.5"` to seconds; return None for anything else."""
     text = text.strip()
     try:
         return max(float(text), 0.0)
     except ValueError:
-        found = _DURATION.findall(text)
-    if not found or "".join(number + unit for number, unit in found) != text:
+        parts = _DURATION.findall(text)
+    if not parts or "".join(number + unit for number, unit in parts) != text:
         return None
-    return sum(float(number) * _UNITS[unit] for number, unit in found)
+    return sum(float(number) * _UNITS[unit] for number, unit in parts)
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds a `Retry-After` header asks to wait (RFC 9110, a number or a date)."""
+    """Return the seconds that a `Retry-After` header (RFC 9110, a number or a date) asks for."""
     value = headers.get("retry-after", "")
     try:
         return max(float(value), 0.0)

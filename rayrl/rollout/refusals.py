@@ -1,8 +1,8 @@
-"""What a server's refusal is about: one conversation, or the way everything is set up.
+"""Classify a server's errors: does it refuse one conversation, or every request of this setup?
 
-Servers agree on HTTP statuses and on little else. What they say is read from the structured fields
-first (`code`, `type`, `param` of the error object, wherever it stands) and from the words only for
-a context that is too short, which vLLM and others tell in no other way.
+Servers agree on HTTP statuses and on little else. Errors are classified by the structured fields
+first (`code`, `type`, `param` of the error object, wherever it is nested). The message text is
+used only to detect a context that is too short, which vLLM and others report in no other way.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any, Literal
 
 from rayrl.errors import clip
 
-__all__ = ["About", "Refusal", "advice", "read_refusal", "words"]
+__all__ = ["Cause", "Refusal", "conversation_refused", "read_refusal", "setup_refused"]
 
-About = Literal["length", "content", "setup", "unknown"]
+Cause = Literal["length", "content", "setup", "unknown"]
 
 _QUOTA = {
     "insufficient_quota",
@@ -71,8 +71,8 @@ _SETTINGS = {
     "stop": "sampling.stop",
     "max_tokens": "sampling.max_tokens",
     "max_completion_tokens": "sampling.max_tokens",
-}  # ours, by theirs
-_OF_A_CONVERSATION = ("messages", "prompt", "input", "input_tokens", "contents")  # parameters
+}  # rayrl's settings by the server's parameters
+_CONVERSATION_PARAMS = ("messages", "prompt", "input", "input_tokens", "contents")
 _SHORT_CONTEXT = re.compile(
     r"context (?:length|size|window|limit)|maximum (?:model|sequence|input|prompt) length|"
     r"maximum number of (?:input )?tokens|too many (?:input |prompt )?tokens|"
@@ -82,7 +82,7 @@ _SHORT_CONTEXT = re.compile(
 
 
 def _patterns(*patterns: str) -> list[re.Pattern[str]]:
-    """`#` is a number; the last one of a pattern is meant."""
+    """Compile patterns in which `#` stands for a number; the last number is the value."""
     return [re.compile(p.replace("#", r"(\d[\d,_]*)"), re.IGNORECASE) for p in patterns]
 
 
@@ -107,169 +107,170 @@ _PROMPT = _patterns(
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """A request that was answered with an error.
+    """An error response to a request.
 
     Attributes:
-        status: of HTTP.
-        about: "length": the context is too short for this conversation and its reply; "content":
-            something else of this conversation; "setup": every request would be refused; or
+        status: HTTP status.
+        cause: "length" (the context is too short for this conversation and its reply), "content"
+            (something else in this conversation), "setup" (every request would be refused) or
             "unknown".
         param: the parameter that the server names.
-        code: the most telling of its words for programs.
-        message: its words for people, or all it sent.
-        room: tokens that a reply can have, where it says so; it may be below one.
+        code: the most specific error code the server sent.
+        message: the server's error message, or else the whole body.
+        reply_tokens: tokens left for a reply, if the server says so; may be 0 or negative.
     """
 
     status: int
-    about: About
+    cause: Cause
     param: str = ""
     code: str = ""
     message: str = ""
-    room: int | None = None
+    reply_tokens: int | None = None
 
     @property
     def no_quota(self) -> bool:
-        """Whether the account has nothing left to spend."""
+        """Whether the account's quota is used up."""
         return self.code in _QUOTA or self.status == 402
 
 
 def read_refusal(status: int, text: str) -> Refusal:
-    """What a response with an error status says.
+    """Classify an error response.
 
     Args:
-        status: of HTTP. Gateways put a provider's error into a 200, with its status as the code.
+        status: HTTP status. Gateways may send a provider's error with a 200 and its status as the
+            code.
         text: the body.
     """
-    objects = list(_objects(_parsed(text)))
+    try:
+        objects = list(_error_objects(json.loads(text)))
+    except (ValueError, RecursionError):
+        objects = []
     if status < 300:
-        codes = [told.get("code") for told in objects]
-        status = next((c for c in codes if isinstance(c, int) and 400 <= c < 600), 500)
+        numbers = [item.get("code") for item in objects]
+        status = next((n for n in numbers if isinstance(n, int) and 400 <= n < 600), 500)
     keys = ("code", "type", "error_type", "status")
-    named = [word for o in objects for key in keys if (word := _word(o.get(key)))]
-    said = [o.get("message") or o.get("msg") for o in objects]
-    message = next((one for one in said if one and isinstance(one, str)), text)
-    param = next((p for o in objects if (p := _param(o))), "")
-    about, code = _about(status, objects, named, param, message)
-    room = _room(objects, message) if about == "length" else None
-    return Refusal(status, about, param, code, message, room)
+    values = [item.get(key) for item in objects for key in keys]
+    codes = [value.lower() for value in values if isinstance(value, str) and value]
+    messages = [item.get("message") or item.get("msg") for item in objects]
+    message = next((m for m in messages if m and isinstance(m, str)), text)
+    param = next((p for item in objects if (p := _param(item))), "")
+    cause, code = _classify(status, objects, codes, param, message)
+    reply_tokens = _reply_tokens(objects, message) if cause == "length" else None
+    return Refusal(status, cause, param, code, message, reply_tokens)
 
 
-def advice(url: str, model: str, refusal: Refusal) -> str:
-    """What to do about a refusal that every request would meet."""
+def setup_refused(url: str, model: str, refusal: Refusal) -> str:
+    """Error message for a refusal of every request: says what to change."""
     key = refusal.param.partition(".")[0].partition("[")[0]
     if refusal.no_quota:
-        remedy = "the account has nothing left to spend"
+        remedy = "the account has no quota left"
     elif refusal.status == 401 or refusal.code in ("invalid_api_key", "authentication_error"):
         remedy = "check the key in the variable that endpoint.api_key_env names"
     elif refusal.status == 403:
         remedy = f"the key may not use endpoint.model={model!r}"
     elif 300 <= refusal.status < 400:
-        remedy = "it redirects to another address: give that one as endpoint.url"
+        remedy = "it redirects to another address: set endpoint.url to that one"
     elif key == "model" or refusal.code in ("model_not_found", "invalid_model"):
         remedy = f"it has no endpoint.model={model!r}"
     elif key == "tools":
-        remedy = "it does not take the environment's tools: use a server or a model that does"
+        remedy = "it does not accept the environment's tools: use a server or model that does"
     elif key:
         own = f"change {_SETTINGS[key]}, or " if key in _SETTINGS else ""
-        remedy = f"it does not take {refusal.param!r} so: {own}leave it out by "
+        remedy = f"it does not accept this {refusal.param!r}: {own}omit it with "
         remedy += f"endpoint.extra.{key}=null"
     elif refusal.status in (404, 405):
         remedy = f"check endpoint.url (does it end in /v1?) and endpoint.model={model!r}"
     else:
         remedy = (
-            f"it answers nothing with these settings: check endpoint.model={model!r}, the sampling "
-            "settings and endpoint.extra (a key it does not take is left out by "
+            f"it refuses every request with these settings: check endpoint.model={model!r}, the "
+            "sampling settings and endpoint.extra (omit a key it does not accept with "
             "endpoint.extra.KEY=null)"
         )
-    said = f" It said: {clip(refusal.message, 400)}" if refusal.message else ""
-    return f"{url} refused the request (HTTP {refusal.status}): {remedy}.{said}"
+    reply = f" Server message: {clip(refusal.message, 400)}" if refusal.message else ""
+    return f"{url} refused the request (HTTP {refusal.status}): {remedy}.{reply}"
 
 
-def words(url: str, refusal: Refusal, why: str) -> str:
-    """What is recorded of a conversation that a server refuses, and `why` it is not the set-up."""
+def conversation_refused(url: str, refusal: Refusal, why: str) -> str:
+    """Error message for the refusal of one conversation; `why` rules out the setup as the cause."""
     code = f", {refusal.code}" if refusal.code else ""
-    said = clip(refusal.message, 400)
-    return f"{url} refused this conversation (HTTP {refusal.status}{code}); {why}. It said: {said}"
+    return (
+        f"{url} refused this conversation (HTTP {refusal.status}{code}); {why}. "
+        f"Server message: {clip(refusal.message, 400)}"
+    )
 
 
-def _about(
+def _classify(
     status: int,
     objects: Sequence[Mapping[str, Any]],
-    named: Sequence[str],
+    codes: Sequence[str],
     param: str,
     message: str,
-) -> tuple[About, str]:
-    kinds: tuple[tuple[set[str], About], ...] = (
+) -> tuple[Cause, str]:
+    """Return the cause and the code that tells it."""
+    kinds: tuple[tuple[set[str], Cause], ...] = (
         (_QUOTA, "setup"),
         (_LENGTH, "length"),
         (_CONTENT, "content"),
         (_SETUP, "setup"),
     )
-    for known, about in kinds:
-        for word in named:
-            if word in known:
-                return about, word
-    code = named[0] if named else ""
-    if status == 413 or any("flagged_input" in told for told in objects):  # OpenRouter's: a 403
+    for known, cause in kinds:
+        for code in codes:
+            if code in known:
+                return cause, code
+    code = codes[0] if codes else ""
+    if status == 413 or any("flagged_input" in item for item in objects):  # OpenRouter's 403
         return "content", code
     if status not in (400, 422):
         return "setup", code
     if _SHORT_CONTEXT.search(message):
         return "length", code
     if param:
-        return ("content" if re.split(r"[.\[]", param)[0] in _OF_A_CONVERSATION else "setup"), code
+        in_conversation = re.split(r"[.\[]", param)[0] in _CONVERSATION_PARAMS
+        return ("content" if in_conversation else "setup"), code
     return "unknown", code
 
 
-def _parsed(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-
-
-def _objects(data: Any, depth: int = 0) -> Iterator[Mapping[str, Any]]:
-    """The objects that may say what is wrong, the innermost first: it is the most exact."""
+def _error_objects(data: Any, depth: int = 0) -> Iterator[Mapping[str, Any]]:
+    """Yield the objects that may describe the error, innermost (most specific) first."""
     if depth > 4:
         return
     if isinstance(data, list):  # FastAPI's `detail`, Google's list of one
         for item in data[:8]:
-            yield from _objects(item, depth + 1)
+            yield from _error_objects(item, depth + 1)
     elif isinstance(data, Mapping):
         for key in ("error", "detail", "innererror", "inner_error", "metadata"):
-            yield from _objects(data.get(key), depth + 1)
+            yield from _error_objects(data.get(key), depth + 1)
         yield data
     elif isinstance(data, str):
         yield {"message": data}
 
 
-def _word(value: Any) -> str:
-    return value.lower() if isinstance(value, str) else ""
-
-
-def _param(told: Mapping[str, Any]) -> str:
-    param, place = told.get("param"), told.get("loc")
+def _param(item: Mapping[str, Any]) -> str:
+    param, path = item.get("param"), item.get("loc")
     if isinstance(param, str) and param:
         return param
-    if isinstance(place, list):
-        parts = [str(part) for part in place if part != "body"]
-        return ".".join(parts)
+    if isinstance(path, list):
+        return ".".join(str(part) for part in path if part != "body")
     return ""
 
 
-def _room(objects: Sequence[Mapping[str, Any]], message: str) -> int | None:
-    limit = _first(objects, "n_ctx") or _found(_CONTEXT, message)
-    prompt = _first(objects, "n_prompt_tokens") or _found(_PROMPT, message)
+def _reply_tokens(objects: Sequence[Mapping[str, Any]], message: str) -> int | None:
+    limit = _number(objects, "n_ctx", message, _CONTEXT)
+    prompt = _number(objects, "n_prompt_tokens", message, _PROMPT)
     return None if limit is None or prompt is None else limit - prompt
 
 
-def _first(objects: Sequence[Mapping[str, Any]], key: str) -> int | None:
-    values = [told.get(key) for told in objects]
-    return next((value for value in values if type(value) is int), None)
-
-
-def _found(patterns: Sequence[re.Pattern[str]], text: str) -> int | None:
+def _number(
+    objects: Sequence[Mapping[str, Any]],
+    key: str,
+    message: str,
+    patterns: Sequence[re.Pattern[str]],
+) -> int | None:
+    """Return a number from a field, or else from the first pattern the message matches."""
+    values = [item.get(key) for item in objects]
+    if value := next((value for value in values if type(value) is int), None):
+        return value
     for pattern in patterns:
-        if match := pattern.search(text):
+        if match := pattern.search(message):
             return int(re.sub(r"[,_]", "", match.groups()[-1]))
     return None

@@ -1,9 +1,9 @@
-"""Episodes that are brought back: turns recorded earlier, played again without asking a model.
+"""Resume episodes by replaying recorded turns without calling a model.
 
-An episode is a coroutine over its task, its seed and the replies it hears. So its turns are enough
-to bring it back: its environment's code runs anew, hears the recorded replies in the order in which
-they came, and goes on from there. What it says is compared with what it said when they were
-recorded; where that differs, the environment is not deterministic, and the episode starts over.
+An episode is a coroutine over its task, its seed and the replies it receives, so its turns suffice
+to restore it: its environment's code runs again, receives the recorded replies in their original
+order, and continues from there. The messages it sends are compared with the recorded ones; if they
+differ, the environment is not deterministic and the episode starts over.
 """
 
 from __future__ import annotations
@@ -18,41 +18,42 @@ from rayrl.chat.tools import tool_name
 from rayrl.rollout.encoding import turn_from_bytes
 from rayrl.types import Failure, Message, Turn, Usage, sum_usage
 
-__all__ = ["Diverged", "EpisodeResume", "PartialEpisode", "TurnLog", "TurnRecord"]
+__all__ = ["EpisodeResume", "PartialEpisode", "ReplayMismatch", "TurnLog", "TurnRecord"]
 
-PATIENCE_S = 5.0  # without any turn, until what is awaited in order counts as never said
+PATIENCE_S = 5.0  # without a turn of any seat, before a seat stops waiting for its recorded order
 
 
-class Diverged(Exception):
-    """An environment did not do again what it did when its turns were recorded.
+class ReplayMismatch(Exception):
+    """An environment did not repeat what it did when its turns were recorded.
 
     Attributes:
-        number: how many turns were the same.
-        recorded: the turn that should have come next; None if there was none.
-        said: the messages that came instead; None if there were none.
-        failure: what the environment failed with instead of going on, if it did.
+        matched: number of turns that matched.
+        recorded: the recorded turn that did not match; None if there was none.
+        messages: the messages sent instead; None if there were none.
+        failure: the environment's failure, if it failed instead of continuing.
     """
 
     def __init__(
         self,
         what: str,
-        number: int,
+        matched: int,
         recorded: Turn | None = None,
-        said: tuple[Message, ...] | None = None,
+        messages: tuple[Message, ...] | None = None,
         failure: Failure | None = None,
     ) -> None:
         super().__init__(what)
-        self.number, self.recorded, self.said, self.failure = number, recorded, said, failure
+        self.matched, self.recorded = matched, recorded
+        self.messages, self.failure = messages, failure
 
 
 @dataclass(frozen=True, slots=True)
 class PartialEpisode:
-    """How far an episode came before it lost its process.
+    """The progress of an episode that lost its process.
 
     Attributes:
-        turns: all seats', in the order they happened.
-        attempt: number of the attempt that goes on. It must be above those of all before it, as
-            their requests may still be answered and must not share a session with it.
+        turns: turns of all seats in chronological order.
+        attempt: number of the attempt that resumes it. It must exceed those of all previous
+            attempts, whose requests may still be running and must not share a session with it.
     """
 
     turns: tuple[Turn, ...] = ()
@@ -60,39 +61,41 @@ class PartialEpisode:
 
 
 TurnRecord = tuple[str, int, Turn | bytes]
-"""Episode, number of the attempt, turn (or what `encoding.bytes_of` makes of it)."""
+"""Episode id, number of the attempt, turn (or its `encoding.turn_to_bytes`)."""
 
 
 class TurnLog:
-    """The turns of live episodes, kept where their process cannot take them along.
+    """Turns of live episodes, stored where they survive the process that plays them.
 
-    `add` is for the `on_turn` of `play_groups`; `begun` gives what its `recorded` wants. Turns may
-    come as bytes, and stay so until they are asked for, which is seldom.
+    Pass `add` as `on_turn` of `play_groups` and `partial_episodes()` as its `recorded`. Turns may
+    be added as bytes; they are decoded only when needed, which is rare.
     """
 
     def __init__(self) -> None:
         self._groups: dict[str, dict[str, tuple[int, list[Turn | bytes]]]] = {}
 
     def add(self, episode: str, attempt: int, turn: Turn | bytes) -> None:
-        """A turn was made or played again; those of earlier attempts are void from now on."""
+        """Add a new or replayed turn; it invalidates the turns of earlier attempts."""
         group = self._groups.setdefault(episode.rpartition("/")[0], {})
         known = group.get(episode)
         if known is None or attempt > known[0]:
             known = group[episode] = (attempt, [])
-        if attempt == known[0]:  # and not what came late of an attempt that was given up
+        if attempt == known[0]:  # not a late turn of an abandoned attempt
             known[1].append(turn)
 
-    def begun(self, groups: Iterable[str] | None = None) -> dict[str, PartialEpisode]:
-        """What there is of every episode, or of those of some groups, by its id."""
-        wanted = self._groups if groups is None else groups
+    def partial_episodes(self, groups: Iterable[str] | None = None) -> dict[str, PartialEpisode]:
+        """Return the logged episodes by id, of all groups or of those given."""
         return {
-            episode: PartialEpisode(tuple(map(_decoded, turns)), attempt + 1)
-            for group in wanted
+            episode: PartialEpisode(
+                tuple(turn_from_bytes(t) if isinstance(t, bytes) else t for t in turns),
+                attempt + 1,
+            )
+            for group in (self._groups if groups is None else groups)
             for episode, (attempt, turns) in self._groups.get(group, {}).items()
         }
 
-    def told(self) -> list[TurnRecord]:
-        """What has to be added to another log, so that it is as this one."""
+    def records(self) -> list[TurnRecord]:
+        """Return all records; adding them to an empty log reproduces this one."""
         return [
             (episode, attempt, turn)
             for group in self._groups.values()
@@ -102,29 +105,25 @@ class TurnLog:
 
     @property
     def groups(self) -> set[str]:
-        """Those of which there is something."""
+        """Ids of the groups with logged turns."""
         return set(self._groups)
 
-    def forget(self, group: str) -> None:
-        """A group has ended: its episodes need not be brought back."""
+    def remove(self, group: str) -> None:
+        """Drop a group that has ended and need not be resumed."""
         self._groups.pop(group, None)
 
 
-def _decoded(turn: Turn | bytes) -> Turn:
-    return turn_from_bytes(turn) if isinstance(turn, bytes) else turn
-
-
 class EpisodeResume:
-    """The turns of one attempt at an episode; all its seats share it.
+    """The turns of one attempt at an episode, shared by all its seats.
 
     Args:
-        recorded: turns to begin with, of all seats in the order they happened.
-        on_turn: is told every turn, made or played again.
+        recorded: turns to replay, of all seats in chronological order.
+        on_turn: called with every new or replayed turn.
 
     Attributes:
-        turns: those so far.
-        replayed: how many of them were recorded.
-        fresh: whether nothing was recorded: players need only be asked.
+        turns: turns so far.
+        replayed: number of them that were replayed.
+        fresh: whether there is nothing to replay.
     """
 
     def __init__(
@@ -134,24 +133,24 @@ class EpisodeResume:
         self.replayed = 0
         self.fresh = not recorded
         self._on_turn = on_turn
-        self._left = deque(recorded)
-        self._of_seat = Counter([turn.seat for turn in recorded])
-        self._moved: asyncio.Event | None = None  # made where somebody waits for it
-        self._diverged: Diverged | None = None
+        self._remaining = deque(recorded)
+        self._remaining_of_seat = Counter([turn.seat for turn in recorded])
+        self._progress: asyncio.Event | None = None  # created when a seat waits for it
+        self._mismatch: ReplayMismatch | None = None
         self._closed = False
 
     @property
-    def left(self) -> tuple[Turn, ...]:
-        """Recorded turns that were not played again."""
-        return tuple(self._left)
+    def remaining(self) -> tuple[Turn, ...]:
+        """Recorded turns that have not been replayed."""
+        return tuple(self._remaining)
 
     @property
     def usage(self) -> Usage | None:
-        """What all its turns cost at a server, those that are left included."""
-        return sum_usage(turn.usage for turn in (*self.turns, *self._left))
+        """Server usage of all turns, including the remaining recorded ones."""
+        return sum_usage(turn.usage for turn in (*self.turns, *self._remaining))
 
     def add(self, turn: Turn) -> None:
-        """A seat has its answer; one that comes after the end is nobody's."""
+        """Add a seat's turn; one that arrives after `close` is dropped."""
         if self._closed:
             return
         self.turns.append(turn)
@@ -159,71 +158,75 @@ class EpisodeResume:
             self._on_turn(turn)
 
     def close(self) -> None:
-        """The attempt is over."""
+        """End the attempt."""
         self._closed = True
 
-    async def again(
+    async def replay(
         self,
         seat: str,
-        said: tuple[Message, ...],
+        messages: tuple[Message, ...],
         tools: Sequence[Mapping[str, Any]],
         offset: int,
     ) -> Turn | None:
-        """The recorded turn of a seat, once those before it were played again.
+        """Return the next recorded turn of a seat, after those recorded before it.
 
         Args:
-            seat: who is asked.
-            said: the new messages.
-            tools: schemas of the tools that are offered.
-            offset: ids of the seat's conversation so far.
+            seat: the seat that is called.
+            messages: the new messages.
+            tools: schemas of the tools offered.
+            offset: number of ids in the seat's conversation so far.
 
         Returns:
-            None where nothing is left of the seat's: its player is to answer.
+            The turn, or None if the seat has none left and its player must answer.
 
         Raises:
-            Diverged: what is said is not what was recorded.
+            ReplayMismatch: the call differs from the recorded one.
         """
-        while self._diverged is None and self._of_seat[seat] and self._left[0].seat != seat:
+        remaining = self._remaining
+        counts = self._remaining_of_seat
+        while self._mismatch is None and counts[seat] and remaining[0].seat != seat:
             try:
-                self._moved = self._moved or asyncio.Event()
+                self._progress = self._progress or asyncio.Event()
                 async with asyncio.timeout(PATIENCE_S):
-                    await self._moved.wait()
+                    await self._progress.wait()
             except TimeoutError:
-                first = self._left[0].seat
-                raise self._differs(f"{first!r} was to be asked before {seat!r}", said) from None
-        if self._diverged is not None:
-            raise self._diverged
-        if not self._of_seat[seat]:
+                first = remaining[0].seat
+                what = f"{first!r} should have been called before {seat!r}"
+                raise self._fail(what, messages) from None
+        if self._mismatch is not None:
+            raise self._mismatch
+        if not counts[seat]:
             return None
-        turn = self._left[0]
+        turn = remaining[0]
         names, then = (sorted(map(tool_name, offered)) for offered in (tools, turn.tools))
-        if turn.prompt != said:
-            raise self._differs(f"{seat!r} was told something else", said)
+        if turn.prompt != messages:
+            raise self._fail(f"{seat!r} was sent different messages", messages)
         if names != then:
-            raise self._differs(f"{seat!r} was offered the tools {names} instead of {then}", said)
+            what = f"{seat!r} was offered the tools {names} instead of {then}"
+            raise self._fail(what, messages)
         if turn.prompt_ids and turn.offset != offset:
-            raise self._differs(f"{seat!r} was told it in another conversation", said)
-        self._left.popleft()
-        self._of_seat[seat] -= 1
+            raise self._fail(f"{seat!r} was called in a different conversation", messages)
+        remaining.popleft()
+        counts[seat] -= 1
         self.replayed += 1
         self._wake()
         return turn
 
-    def cut_short(self, failure: Failure | None) -> Diverged:
-        """What it means that the environment ended with recorded turns left."""
+    def ended_early(self, failure: Failure | None) -> ReplayMismatch:
+        """Create the error for an environment that ended with recorded turns remaining."""
         how = "ended" if failure is None else f"failed ({failure.message})"
-        n = len(self._left)
-        turns = "a turn" if n == 1 else f"{n} turns"
-        return self._differs(f"the environment {how} {turns} earlier", None, failure)
+        n = len(self._remaining)
+        turns = "1 turn" if n == 1 else f"{n} turns"
+        return self._fail(f"the environment {how} {turns} early", None, failure)
 
-    def _differs(
-        self, what: str, said: tuple[Message, ...] | None, failure: Failure | None = None
-    ) -> Diverged:
-        self._diverged = Diverged(what, self.replayed, self._left[0], said, failure)
-        self._wake()  # nobody else need go on either
-        return self._diverged
+    def _fail(
+        self, what: str, messages: tuple[Message, ...] | None, failure: Failure | None = None
+    ) -> ReplayMismatch:
+        self._mismatch = ReplayMismatch(what, self.replayed, self._remaining[0], messages, failure)
+        self._wake()  # so that the other seats raise it too
+        return self._mismatch
 
     def _wake(self) -> None:
-        if self._moved is not None:
-            self._moved.set()
-            self._moved = None
+        if self._progress is not None:
+            self._progress.set()
+            self._progress = None

@@ -1,11 +1,12 @@
-"""Environment code in child processes that can be killed.
+"""Run environment code in child processes that can be killed.
 
-Code that blocks the event loop (`time.sleep`, a C call, an endless loop) would stop every other
-episode of its worker, and no deadline could end it. Here each live episode runs in a process of its
-own, kept for the next episode and killed with everything it started when it is late. The players
-stay in the parent; what is said travels over a socket. What a child sends is JSON, never pickles.
+Code that blocks the event loop (`time.sleep`, a C call, an endless loop) would block every other
+episode of its worker, and no deadline could end it. Here each live episode runs in its own process,
+which is reused for later episodes and killed, with everything it started, if it misses the
+deadline. The players stay in the parent; messages and replies travel over a socket. A child sends
+JSON, never pickles.
 
-This protects the worker from code that hangs or crashes. It is no sandbox against hostile code.
+This protects the worker from code that hangs or crashes. It is not a sandbox for hostile code.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import cloudpickle
 
 from rayrl.environment.environment import Environment, EnvSpec
 from rayrl.environment.randomness import EpisodeRandom
-from rayrl.errors import ConfigError, EnvError, described, message_of, traceback_of
+from rayrl.errors import ConfigError, EnvError, describe_error, error_message, format_traceback
 from rayrl.rollout.agent import Agent, Conversation, Options
 from rayrl.rollout.episode_io import message_from_json, message_to_json
 from rayrl.types import Message, Scores, Task, Turn
@@ -54,7 +55,7 @@ class SubprocessEnv:
         slots: processes, and so live episodes; each starts when it is first needed.
 
     Attributes:
-        environment: to be played instead of `env`; what the context manager gives.
+        environment: the environment to play instead of `env`; returned by the context manager.
     """
 
     def __init__(self, env: Environment, slots: int) -> None:
@@ -63,9 +64,9 @@ class SubprocessEnv:
 
         self.environment = env.with_play(play, slots)
         self._spec = env.spec
-        self._free = asyncio.Semaphore(slots)
+        self._slots = asyncio.Semaphore(slots)
         self._idle: list[_Child] = []
-        self._all: set[_Child] = set()
+        self._children: set[_Child] = set()
 
     async def __aenter__(self) -> Environment:
         return self.environment
@@ -75,46 +76,47 @@ class SubprocessEnv:
 
     def close(self) -> None:
         """Kill every child."""
-        for one in list(self._all):
-            self._drop(one)
+        for child in list(self._children):
+            self._kill(child)
 
     async def _play(self, task: Task, agents: Sequence[Agent]) -> Scores:
-        async with self._free:
-            one = self._idle.pop() if self._idle else self._new()
+        async with self._slots:
+            if self._idle:
+                child = self._idle.pop()
+            else:
+                child = _Child(self._spec)
+                self._children.add(child)
             try:
-                scores = await one.play(task, agents)
-            except _CodeFailed as failed:
-                self._idle.append(one)  # its code raised, the process is fine
-                error = EnvError(failed.message)
-                error.add_note(failed.trace)
+                scores = await child.play(task, agents)
+            except _ChildError as raised:
+                self._idle.append(child)  # the environment raised, the process is fine
+                error = EnvError(raised.message)
+                error.add_note(raised.trace)
                 raise error from None
             except BaseException:
-                self._drop(one)
+                self._kill(child)
                 raise
-            self._idle.append(one)
+            self._idle.append(child)
             return scores
 
-    def _new(self) -> _Child:
-        one = _Child(self._spec)
-        self._all.add(one)
-        return one
-
-    def _drop(self, one: _Child) -> None:
-        self._all.discard(one)
-        if one in self._idle:
-            self._idle.remove(one)
-        one.kill()
+    def _kill(self, child: _Child) -> None:
+        self._children.discard(child)
+        if child in self._idle:
+            self._idle.remove(child)
+        child.kill()
 
 
 class _Start(NamedTuple):
-    """An episode for a child: conversations by seat, and the episode's seed."""
+    """An episode for a child to play, with session names by seat."""
 
     task: Task
     sessions: Mapping[str, str]
     seed: int
 
 
-class _CodeFailed(Exception):
+class _ChildError(Exception):
+    """The environment raised in a child."""
+
     def __init__(self, message: str, trace: str) -> None:
         super().__init__(message)
         self.message, self.trace = message, trace
@@ -125,19 +127,20 @@ class _Child:
 
     def __init__(self, spec: EnvSpec) -> None:
         self.spec = spec
-        self.socket, theirs = socket.socketpair()
-        with theirs:
+        self.socket, child_socket = socket.socketpair()
+        with child_socket:
+            descriptor = child_socket.fileno()
             self.process = subprocess.Popen(
-                [sys.executable, "-c", _BOOT, str(theirs.fileno()), json.dumps(sys.path)],
-                pass_fds=(theirs.fileno(),),
+                [sys.executable, "-c", _BOOT, str(descriptor), json.dumps(sys.path)],
+                pass_fds=(descriptor,),
                 stdin=subprocess.DEVNULL,
-                start_new_session=True,  # so that killing it takes along what it started
+                start_new_session=True,  # so that everything it starts can be killed with it
             )
         self.reader: asyncio.StreamReader | None = None
         self.writer: asyncio.StreamWriter | None = None
 
     async def play(self, task: Task, agents: Sequence[Agent]) -> Scores:
-        """Let the process play one episode, and answer for its agents."""
+        """Play one episode in the process, and answer the calls of its agents."""
         by_seat = {agent.seat: agent for agent in agents}
         if self.writer is None:
             self.reader, self.writer = await asyncio.open_connection(sock=self.socket)
@@ -145,71 +148,71 @@ class _Child:
             ready = await self._receive()
             if "failed" in ready:
                 raise ConfigError(
-                    f"environment {self.spec.ref!r} cannot run in a process of its own: "
+                    f"environment {self.spec.ref!r} cannot run in its own process: "
                     f"{ready['failed']}"
                 )
         sessions = {agent.seat: agent.session for agent in agents}
         await self._send(_Start(task, sessions, agents[0].seed))
-        holders = {agent.session: agent for agent in agents}  # of conversations, forks' included
+        by_session = {agent.session: agent for agent in agents}  # will include forks
         try:
-            return await self._answer(by_seat, holders)
+            return await self._answer(by_seat, by_session)
         finally:
-            for fork in set(holders.values()) - set(agents):
+            for fork in set(by_session.values()) - set(agents):
                 fork.close()
 
-    async def _answer(self, by_seat: Mapping[str, Agent], holders: dict[str, Agent]) -> Scores:
+    async def _answer(self, by_seat: Mapping[str, Agent], by_session: dict[str, Agent]) -> Scores:
         while True:
-            said = await self._receive()
-            if "ask" in said:
-                turn = await holders[said["session"]].turn(
-                    tuple(message_from_json(message) for message in said["messages"]),
-                    said["state"],
-                    said["max_tokens"],
-                    tuple(said["tools"]),
+            frame = await self._receive()
+            if "ask" in frame:
+                turn = await by_session[frame["session"]].turn(
+                    tuple(message_from_json(message) for message in frame["messages"]),
+                    frame["state"],
+                    frame["max_tokens"],
+                    tuple(frame["tools"]),
                 )
-                await self._send((said["ask"], turn.text, turn.finish))
-            elif "fork" in said:
-                holders[said["fork"]] = holders[said["of"]].fork()
-            elif "restart" in said:
-                agent = holders[said["restart"]] = holders[said["of"]]
+                await self._send((frame["ask"], turn.text, turn.finish))
+            elif "fork" in frame:
+                by_session[frame["fork"]] = by_session[frame["of"]].fork()
+            elif "restart" in frame:
+                agent = by_session[frame["restart"]] = by_session[frame["of"]]
                 agent.restart()
-            elif "failed" in said:
-                raise _CodeFailed(said["failed"], said["traceback"])
+            elif "failed" in frame:
+                raise _ChildError(frame["failed"], frame["traceback"])
             else:
-                for seat, (used, calls, errors) in said["tools"].items():
+                for seat, (used, calls, errors) in frame["tools"].items():
                     agent = by_seat[seat]
                     agent.used_tools, agent.tool_calls, agent.tool_errors = used, calls, errors
-                scores: Scores = said["scores"]
+                scores: Scores = frame["scores"]
                 return scores
 
-    async def _send(self, what: object) -> None:
+    async def _send(self, frame: object) -> None:
         assert self.writer is not None
-        body = cloudpickle.dumps(what)
+        body = cloudpickle.dumps(frame)
         try:
             self.writer.write(_HEAD.pack(len(body)) + body)
             await self.writer.drain()
         except ConnectionError as error:
-            raise self._died() from error
+            raise self._exit_error() from error
 
     async def _receive(self) -> dict[str, Any]:
         assert self.reader is not None
         try:
             (size,) = _HEAD.unpack(await self.reader.readexactly(_HEAD.size))
-            said: dict[str, Any] = json.loads(await self.reader.readexactly(size))
+            frame: dict[str, Any] = json.loads(await self.reader.readexactly(size))
         except (asyncio.IncompleteReadError, ConnectionError) as error:
-            raise self._died() from error
-        return said
+            raise self._exit_error() from error
+        return frame
 
-    def _died(self) -> EnvError:
+    def _exit_error(self) -> EnvError:
         try:
             code: int | None = self.process.wait(timeout=1.0)
         except subprocess.TimeoutExpired:
             code = None
         how = f"signal {signal.Signals(-code).name}" if code and code < 0 else f"exit code {code}"
-        return EnvError(f"its process ended by itself ({how})")
+        return EnvError(f"its process exited unexpectedly ({how})")
 
     def kill(self) -> None:
-        """End the process and all it started, at once."""
+        """Kill the process and everything it started."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
@@ -222,16 +225,16 @@ class _Child:
 
 
 def child(descriptor: int) -> None:
-    """Play episodes for the parent at the other end of a socket, until it is gone."""
-    threading.Thread(target=_end_with_parent, args=(descriptor,), daemon=True).start()
+    """Play episodes for the parent at the other end of a socket until it closes."""
+    threading.Thread(target=_exit_with_parent, args=(descriptor,), daemon=True).start()
     asyncio.run(_serve(descriptor))
 
 
-def _end_with_parent(descriptor: int) -> None:
+def _exit_with_parent(descriptor: int) -> None:
     poll = select.poll()
     poll.register(descriptor, select.POLLHUP | getattr(select, "POLLRDHUP", 0))
     poll.poll()
-    os._exit(0)  # whatever the environment's code is doing
+    os._exit(0)  # even if the environment's code blocks
 
 
 async def _serve(descriptor: int) -> None:
@@ -241,7 +244,7 @@ async def _serve(descriptor: int) -> None:
     reader, writer = await asyncio.open_connection(sock=sock)
     pipe = _Pipe(reader, writer)
     spec: EnvSpec = await pipe.receive()
-    # held on to, because the event loop alone would let it be collected
+    # a reference, because the event loop alone would let the task be garbage-collected
     listening = asyncio.create_task(pipe.listen())
     try:
         env = environment_of(spec)
@@ -253,36 +256,39 @@ async def _serve(descriptor: int) -> None:
     while not listening.done():
         start = await pipe.tasks.get()
         try:
-            agents = [_remote(pipe, seat, session) for seat, session in start.sessions.items()]
+            agents = [
+                _ChildAgent(_Parent(pipe), seat=seat, episode=session.rsplit("/", 2)[0])
+                for seat, session in start.sessions.items()
+            ]
             with EpisodeRandom(start.seed, "environment"):
                 scores = env.scores(await env.play(start.task, *agents))  # as plain data
             tools = {a.seat: (a.used_tools, a.tool_calls, a.tool_errors) for a in agents}
-            said: dict[str, Any] = {"scores": scores, "tools": tools}
+            result: dict[str, Any] = {"scores": scores, "tools": tools}
         except KeyboardInterrupt:
             raise
-        except BaseException as error:  # it ends this episode, and not the process
+        except BaseException as error:  # ends this episode, not the process
             own = isinstance(error, EnvError)
-            failed = message_of(error) if own else described(error)
-            said = {"failed": failed, "traceback": traceback_of(error)}
-        pipe.send(said)
+            failed = error_message(error) if own else describe_error(error)
+            result = {"failed": failed, "traceback": format_traceback(error)}
+        pipe.send(result)
         await writer.drain()
 
 
 class _Pipe:
-    """The child's end: frames in and out, and who waits for which answer."""
+    """The child's end of the socket, with the pending calls by number."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader, self.writer = reader, writer
-        self.waiting: dict[int, asyncio.Future[tuple[str, Any]]] = {}
-        self.asked = 0
+        self.pending: dict[int, asyncio.Future[tuple[str, Any]]] = {}
+        self.calls = 0
         self.tasks: asyncio.Queue[_Start] = asyncio.Queue()
 
     async def receive(self) -> Any:
         (size,) = _HEAD.unpack(await self.reader.readexactly(_HEAD.size))
         return pickle.loads(await self.reader.readexactly(size))
 
-    def send(self, said: dict[str, Any]) -> None:
-        body = json.dumps(said, default=_plain).encode()
+    def send(self, frame: dict[str, Any]) -> None:
+        body = json.dumps(frame, default=_plain).encode()
         self.writer.write(_HEAD.pack(len(body)) + body)
 
     async def listen(self) -> None:
@@ -292,13 +298,13 @@ class _Pipe:
                 self.tasks.put_nowait(frame)
                 continue
             number, text, finish = frame
-            waiting = self.waiting.pop(number, None)  # None: its code no longer waits
-            if waiting is not None and not waiting.done():
-                waiting.set_result((text, finish))
+            answer = self.pending.pop(number, None)
+            if answer is not None and not answer.done():  # done: the call was cancelled
+                answer.set_result((text, finish))
 
 
 class _Parent:
-    """The player of a child's agents: asks the parent's."""
+    """The player of a child's agents: forwards calls to the parent's agents."""
 
     def __init__(self, pipe: _Pipe) -> None:
         self.pipe = pipe
@@ -307,11 +313,11 @@ class _Parent:
         self, conversation: Conversation, new: Sequence[Message], options: Options
     ) -> Turn:
         pipe = self.pipe
-        pipe.asked += 1
-        waiting = pipe.waiting[pipe.asked] = asyncio.get_running_loop().create_future()
+        pipe.calls += 1
+        reply = pipe.pending[pipe.calls] = asyncio.get_running_loop().create_future()
         pipe.send(
             {
-                "ask": pipe.asked,
+                "ask": pipe.calls,
                 "session": conversation.session,
                 "messages": [message_to_json(message) for message in new],
                 "state": options.state,
@@ -319,33 +325,29 @@ class _Parent:
                 "tools": list(options.tools),
             }
         )
-        text, finish = await waiting
+        text, finish = await reply
         return Turn(conversation.seat, tuple(new), text, finish, state=options.state)
 
 
-class _Remote(Agent):
-    """A child's agent; the parent's one forgets and branches when it does, not at its next turn."""
+class _ChildAgent(Agent):
+    """A child's agent; its restarts and forks are mirrored in the parent immediately."""
 
     def restart(self) -> None:
-        """Begin a new conversation, here and in the parent."""
-        of = self.session
+        """Start an empty conversation, here and in the parent."""
+        old = self.session
         super().restart()
-        self._tell("restart", self.session, of)
+        self._notify("restart", self.session, old)
 
     def fork(self) -> Agent:
-        """Branch, here and in the parent."""
+        """Create an independent copy, here and in the parent."""
         new = super().fork()
-        self._tell("fork", new.session, self.session)
+        self._notify("fork", new.session, self.session)
         return new
 
-    def _tell(self, what: str, session: str, of: str) -> None:
+    def _notify(self, action: str, session: str, of: str) -> None:
         player = self.player
         assert isinstance(player, _Parent)
-        player.pipe.send({what: session, "of": of})
-
-
-def _remote(pipe: _Pipe, seat: str, session: str) -> Agent:
-    return _Remote(_Parent(pipe), seat=seat, episode=session.rsplit("/", 2)[0])
+        player.pipe.send({action: session, "of": of})
 
 
 def _plain(value: object) -> object:

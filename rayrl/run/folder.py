@@ -192,9 +192,9 @@ class RunDir:
 
     def write_episodes(self, step: int, groups: Sequence[Group]) -> Path:
         """Write the episodes of `groups` to `episodes/step_….jsonl`, for people and the report."""
-        from rayrl.rollout.episode_io import episode_line
+        from rayrl.rollout.episode_io import episode_to_line
 
-        lines = [episode_line(episode) for group in groups for episode in group.episodes]
+        lines = [episode_to_line(episode) for group in groups for episode in group.episodes]
         file = self.episodes_file(step)
         file.parent.mkdir(exist_ok=True)
         write_atomic(file, "".join(lines).encode())

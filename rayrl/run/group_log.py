@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rayrl.errors import DataError
-from rayrl.rollout.encoding import group_from_data, group_to_data
+from rayrl.rollout.encoding import group_from_bytes, group_to_bytes
 from rayrl.rollout.records import Records
 from rayrl.run.files import explain_full_disk
 from rayrl.types import Group
@@ -121,11 +121,11 @@ class GroupLog:
 
 def _to_data(record: Played | Batched) -> tuple[Any, ...]:
     if isinstance(record, Played):
-        return "played", record.index, group_to_data(record.group)
+        return "played", record.index, group_to_bytes(record.group)
     return "batched", record.step, record.taken, record.dropped, record.restarted
 
 
 def _from_data(kind: str, number: int, *rest: Any) -> Played | Batched:
     if kind == "played":
-        return Played(number, group_from_data(*rest))
+        return Played(number, group_from_bytes(*rest))
     return Batched(number, *map(tuple, rest))

@@ -19,9 +19,9 @@ from typing import TextIO
 
 from rayrl.cluster.rollouts import CollectedGroups, Rollouts
 from rayrl.cluster.workers.env_worker import trainable_seats
-from rayrl.environment.tasks import same, task_from_json, task_to_json
+from rayrl.environment.tasks import same_task, task_from_json, task_to_json
 from rayrl.errors import DataError, RunFailed
-from rayrl.rollout.episode_io import episode_line, read_kept
+from rayrl.rollout.episode_io import episode_to_line, read_checked
 from rayrl.rollout.rollout import GroupPlan
 from rayrl.run.files import sync, write_atomic
 from rayrl.run.progress_bar import ProgressBar
@@ -61,7 +61,7 @@ class Journal:
         if file is not None and file.is_file():
             _cut_torn_line(file)
             try:
-                self._read(read_kept(file), trainable_seats(seats))
+                self._read(read_checked(file), trainable_seats(seats))
             except DataError as error:
                 raise DataError(
                     f"{error}. Remove the line, and its episode is played again."
@@ -71,7 +71,7 @@ class Journal:
         by_id = {plan.id: plan for plan in self.plans}
         for episode, problem in episodes:
             plan = by_id.get(episode.id.rpartition("/")[0])
-            if plan is None or not same(_read_again(plan.task), episode.task):
+            if plan is None or not same_task(_read_again(plan.task), episode.task):
                 raise RunFailed(
                     f"{self.file}: episode {episode.id} is of another task than this run plays; "
                     "has the environment's code changed? Use another run.name to start anew."
@@ -115,7 +115,7 @@ class Journal:
     def seal(self, groups: Sequence[Group]) -> None:
         """Write the file anew: these episodes, in the order of the plans.
 
-        What earlier lines of an episode cost becomes part of what is `wasted` on it.
+        The usage of earlier lines of an episode is added to its `retried_usage`.
         """
         self.close()
         if self.file is not None:
@@ -126,8 +126,8 @@ class Journal:
             write_atomic(self.file, text.encode())
 
     def _with_lost(self, episode: Episode) -> Episode:
-        wasted = sum_usage([episode.wasted, self._lost.get(episode.id)])
-        return replace(episode, wasted=wasted)
+        usage = sum_usage([episode.retried_usage, self._lost.get(episode.id)])
+        return replace(episode, retried_usage=usage)
 
 
 class Play:
@@ -205,7 +205,7 @@ def _is_over(episode: Episode) -> bool:
 
 
 def _lines(episodes: Iterable[Episode]) -> str:
-    return "".join(map(episode_line, episodes))
+    return "".join(map(episode_to_line, episodes))
 
 
 def _read_again(task: Task) -> Task:

@@ -91,7 +91,7 @@ def step_metrics(
         "failures/refused": float(played.refused),
         "failures/stale": float(played.stale),
         "turns/replayed": float(sum(episode.replayed for episode in episodes)),
-        "turns/diverged": float(sum(episode.diverged for episode in episodes)),
+        "turns/replay_mismatches": float(sum(episode.replay_mismatches for episode in episodes)),
         **_lag(step, episodes),
         "queue/waiting": float(played.waiting),
         "queue/live": float(played.live),

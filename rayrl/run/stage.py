@@ -13,7 +13,7 @@ from rayrl.chat.renderer import Chat
 from rayrl.chat.template_notes import describe_template
 from rayrl.config import Config
 from rayrl.environment.environment import Environment
-from rayrl.environment.tasks import as_kind, fields_of
+from rayrl.environment.tasks import task_fields, task_from_fields
 from rayrl.errors import ConfigError, EnvError, did_you_mean
 from rayrl.run.files import check_weights
 from rayrl.terminal import visible
@@ -174,7 +174,7 @@ def check_tasks(environment: Environment, tasks: Iterable[Task]) -> None:
     """Raise EnvError if a resumed run could not read a task, before it is played."""
     for task in tasks:
         try:
-            as_kind(fields_of(task), type(task))
+            task_from_fields(task_fields(task), type(task))
         except TypeError as error:
             raise EnvError(
                 f"environment {environment.name!r}: a task cannot be written to a file and read "

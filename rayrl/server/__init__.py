@@ -1,1 +1,1 @@
-"""OpenAI's HTTP interface over an engine: one app, without Ray, that `rayrl serve` replicates."""
+"""OpenAI's HTTP API over an engine: one app without Ray, replicated by `rayrl serve`."""

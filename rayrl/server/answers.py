@@ -1,4 +1,4 @@
-"""Answers as OpenAI writes them: objects, and the chunks of a stream."""
+"""OpenAI's response formats: whole answers and the chunks of a stream."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from rayrl.chat.renderer import Chat
-from rayrl.server.choice import News, Token
+from rayrl.server.choice import ChoiceDelta, Token
 from rayrl.server.generation import Usage
 
-__all__ = ["ChatAnswer", "CompletionAnswer", "Shape", "usage_object"]
+__all__ = ["AnswerFormat", "ChatFormat", "CompletionFormat", "usage_object"]
 
 
 def usage_object(usage: Usage) -> dict[str, Any]:
-    """`usage` of an answer."""
+    """Create the `usage` object of an answer."""
     return {
         "prompt_tokens": usage.prompt,
         "completion_tokens": usage.completion,
@@ -24,13 +24,13 @@ def usage_object(usage: Usage) -> dict[str, Any]:
     }
 
 
-class Shape:
-    """What the two routes' answers have in common.
+class AnswerFormat:
+    """Base of the formats of both routes.
 
     Args:
-        chat: of the model, to write tokens.
-        model: its name.
-        logprobs: whether they were asked for.
+        chat: chat renderer of the model, to decode tokens.
+        model: name of the model.
+        logprobs: whether the request asks for logprobs.
     """
 
     prefix = object_name = chunk_name = ""
@@ -38,133 +38,128 @@ class Shape:
     def __init__(self, chat: Chat, model: str, *, logprobs: bool) -> None:
         self._chat = chat
         self._logprobs = logprobs
-        self._frame = {
+        self._common = {
             "id": f"{self.prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
             "model": model,
             "system_fingerprint": None,
         }
 
-    def whole(self, choices: Sequence[News], usage: Usage) -> dict[str, Any]:
-        """An answer in one piece."""
-        told = [self._whole(index, news) for index, news in enumerate(choices)]
+    def answer(self, choices: Sequence[ChoiceDelta], usage: Usage) -> dict[str, Any]:
+        """Create a whole answer."""
         return {
-            **self._frame,
+            **self._common,
             "object": self.object_name,
-            "choices": told,
+            "choices": [self._choice(index, content) for index, content in enumerate(choices)],
             "usage": usage_object(usage),
         }
 
     def chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        """One chunk of a stream."""
-        return {**self._frame, "object": self.chunk_name, "choices": choices}
+        """Create a chunk of a stream."""
+        return {**self._common, "object": self.chunk_name, "choices": choices}
 
-    def begin(self, index: int) -> list[dict[str, Any]]:
-        """Chunks before anything of a choice is told."""
+    def first_chunks(self, index: int) -> list[dict[str, Any]]:
+        """Create the chunks before the content of a choice."""
         raise NotImplementedError
 
-    def part(self, index: int, news: News) -> list[dict[str, Any]]:
-        """Chunks that tell the news."""
+    def chunks(self, index: int, delta: ChoiceDelta) -> list[dict[str, Any]]:
+        """Create the chunks for new content of a choice."""
         raise NotImplementedError
 
-    def _whole(self, index: int, news: News) -> dict[str, Any]:
+    def _choice(self, index: int, content: ChoiceDelta) -> dict[str, Any]:
         raise NotImplementedError
 
-    def _text(self, one: int) -> str:
-        return self._chat.decode((one,))
+    def _token_text(self, token: int) -> str:
+        return self._chat.decode((token,))
 
 
-class ChatAnswer(Shape):
-    """Of `/v1/chat/completions`."""
+class ChatFormat(AnswerFormat):
+    """Answers of `/v1/chat/completions`."""
 
     prefix, object_name, chunk_name = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def begin(self, index: int) -> list[dict[str, Any]]:
-        """Who speaks."""
-        return [self._delta(index, {"role": "assistant", "content": ""}, [])]
+    def first_chunks(self, index: int) -> list[dict[str, Any]]:
+        """Create the chunk with the role."""
+        return [self._chunk(index, {"role": "assistant", "content": ""}, [])]
 
-    def part(self, index: int, news: News) -> list[dict[str, Any]]:
-        """Words, then calls, then the reason for the end; logprobs with the first of these."""
-        deltas: list[dict[str, Any]] = []
-        if news.words:
-            deltas.append({"content": news.words})
-        if news.calls:
-            deltas.append({"tool_calls": news.calls})
-        if news.finish is not None or (news.tokens and not deltas):
-            deltas.append({})
+    def chunks(self, index: int, delta: ChoiceDelta) -> list[dict[str, Any]]:
+        """Create chunks with text, calls and finish reason; logprobs are in the first of them."""
+        parts: list[dict[str, Any]] = []
+        if delta.text:
+            parts.append({"content": delta.text})
+        if delta.calls:
+            parts.append({"tool_calls": delta.calls})
+        if delta.finish is not None or (delta.tokens and not parts):
+            parts.append({})
         chunks = [
-            self._delta(index, delta, news.tokens if not at else [])
-            for at, delta in enumerate(deltas)
+            self._chunk(index, part, delta.tokens if not k else []) for k, part in enumerate(parts)
         ]
-        if news.finish is not None:
-            chunks[-1]["choices"][0]["finish_reason"] = news.finish
+        if delta.finish is not None:
+            chunks[-1]["choices"][0]["finish_reason"] = delta.finish
         return chunks
 
-    def _delta(self, index: int, delta: dict[str, Any], tokens: list[Token]) -> dict[str, Any]:
-        logprobs = self._of(tokens) if tokens else None
+    def _chunk(self, index: int, delta: dict[str, Any], tokens: list[Token]) -> dict[str, Any]:
+        logprobs = self._logprobs_object(tokens) if tokens else None
         return self.chunk(
             [{"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}]
         )
 
-    def _whole(self, index: int, news: News) -> dict[str, Any]:
-        silent = bool(news.calls) and not news.words
+    def _choice(self, index: int, content: ChoiceDelta) -> dict[str, Any]:
+        only_calls = bool(content.calls) and not content.text
         message: dict[str, Any] = {
             "role": "assistant",
-            "content": None if silent else news.words,
+            "content": None if only_calls else content.text,
             "refusal": None,
         }
-        if news.calls:
-            calls = [{k: v for k, v in call.items() if k != "index"} for call in news.calls]
+        if content.calls:
+            calls = [{k: v for k, v in call.items() if k != "index"} for call in content.calls]
             message["tool_calls"] = calls
-        logprobs = self._of(news.tokens) if self._logprobs else None
         return {
             "index": index,
             "message": message,
-            "logprobs": logprobs,
-            "finish_reason": news.finish,
+            "logprobs": self._logprobs_object(content.tokens) if self._logprobs else None,
+            "finish_reason": content.finish,
         }
 
-    def _of(self, tokens: Sequence[Token]) -> dict[str, Any]:
+    def _logprobs_object(self, tokens: Sequence[Token]) -> dict[str, Any]:
         content = []
         for token in tokens:
-            others = [self._entry(one, logprob) for one, logprob in token.alternatives]
-            content.append(self._entry(token.id, token.logprob) | {"top_logprobs": others})
+            top = [self._entry(other, logprob) for other, logprob in token.alternatives]
+            content.append(self._entry(token.id, token.logprob) | {"top_logprobs": top})
         return {"content": content, "refusal": None}
 
-    def _entry(self, one: int, logprob: float) -> dict[str, Any]:
-        written = list(self._chat.id_bytes(one))
-        return {"token": self._text(one), "logprob": logprob, "bytes": written}
+    def _entry(self, token: int, logprob: float) -> dict[str, Any]:
+        raw = list(self._chat.id_bytes(token))
+        return {"token": self._token_text(token), "logprob": logprob, "bytes": raw}
 
 
-class CompletionAnswer(Shape):
-    """Of `/v1/completions`."""
+class CompletionFormat(AnswerFormat):
+    """Answers of `/v1/completions`."""
 
     prefix, object_name, chunk_name = "cmpl", "text_completion", "text_completion"
 
-    def begin(self, index: int) -> list[dict[str, Any]]:
-        """Nothing."""
+    def first_chunks(self, index: int) -> list[dict[str, Any]]:
+        """Return no chunks."""
         return []
 
-    def part(self, index: int, news: News) -> list[dict[str, Any]]:
-        """Words and the reason for the end in one chunk."""
-        if not news:
-            return []
-        return [self.chunk([self._whole(index, news)])]
+    def chunks(self, index: int, delta: ChoiceDelta) -> list[dict[str, Any]]:
+        """Create a chunk with text and finish reason."""
+        return [self.chunk([self._choice(index, delta)])] if delta else []
 
-    def _whole(self, index: int, news: News) -> dict[str, Any]:
+    def _choice(self, index: int, content: ChoiceDelta) -> dict[str, Any]:
         return {
             "index": index,
-            "text": news.words,
-            "logprobs": self._of(news.tokens) if self._logprobs else None,
-            "finish_reason": news.finish,
+            "text": content.text,
+            "logprobs": self._logprobs_object(content.tokens) if self._logprobs else None,
+            "finish_reason": content.finish,
         }
 
-    def _of(self, tokens: Sequence[Token]) -> dict[str, Any]:
+    def _logprobs_object(self, tokens: Sequence[Token]) -> dict[str, Any]:
         return {
-            "tokens": [self._text(token.id) for token in tokens],
+            "tokens": [self._token_text(token.id) for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
             "top_logprobs": [
-                {self._text(one): logprob for one, logprob in reversed(token.alternatives)}
+                {self._token_text(other): p for other, p in reversed(token.alternatives)}
                 for token in tokens
             ],
             "text_offset": [token.start for token in tokens],

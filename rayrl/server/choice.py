@@ -1,4 +1,4 @@
-"""One choice of an answer: ids in, and out what a client is told about them."""
+"""Convert the ids of one choice to the text, tool calls and logprobs sent to the client."""
 
 from __future__ import annotations
 
@@ -13,54 +13,54 @@ from rayrl.chat.tools import ParsedCall
 from rayrl.server.text import CallReader, Detokenizer, StopCutter
 from rayrl.types import Alternatives, Delta
 
-__all__ = ["Choice", "News", "Token", "tool_call"]
+__all__ = ["Choice", "ChoiceDelta", "Token", "tool_call"]
 
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One sampled id: its logprob, and those of the most probable ids there."""
+    """A sampled id, its logprob, and the most probable ids at its position with theirs."""
 
     id: int
     logprob: float
     alternatives: Alternatives
-    start: int  # where its text begins in the answer's
+    start: int  # offset of its text in the answer
 
 
 @dataclass(slots=True)
-class News:
-    """What is new in a choice; `finish` is None until the last: stop, length, tool_calls, abort."""
+class ChoiceDelta:
+    """New content of a choice. `finish` is None until the last: stop, length, tool_calls, abort."""
 
-    words: str = ""
+    text: str = ""
     calls: list[dict[str, Any]] = field(default_factory=list)
     tokens: list[Token] = field(default_factory=list)
     finish: str | None = None
 
-    def __iadd__(self, later: News) -> Self:
-        self.words += later.words
+    def __iadd__(self, later: ChoiceDelta) -> Self:
+        self.text += later.text
         self.calls += later.calls
         self.tokens += later.tokens
         self.finish = later.finish or self.finish
         return self
 
     def __bool__(self) -> bool:
-        return bool(self.words or self.calls or self.tokens or self.finish)
+        return bool(self.text or self.calls or self.tokens or self.finish)
 
 
 class Choice:
-    """Reads the parts of one completion.
+    """Processes the pieces of one completion.
 
     Args:
-        chat: of the model.
-        stops: strings that end the text, and are not part of it.
-        calls: whether to look for tool calls.
-        begun: how the answer begins already.
-        once: whether the first call ends it.
-        logprobs: whether tokens are told.
+        chat: chat renderer of the model.
+        stops: strings that end the text and are not part of it.
+        calls: whether to parse tool calls.
+        prefix: beginning of the answer that is already in the prompt.
+        single_call: whether the first call ends the answer.
+        logprobs: whether to return tokens with logprobs.
 
     Attributes:
-        ids: how many were sampled, to the end of the text.
-        cached: prompt ids that were not computed again.
-        finish: None, then why it ended.
+        ids: number of ids sampled up to the end of the text.
+        cached: number of prompt ids that were not recomputed.
+        finish: None, then the finish reason.
     """
 
     def __init__(
@@ -69,77 +69,78 @@ class Choice:
         stops: tuple[str, ...] = (),
         *,
         calls: bool = False,
-        begun: str = "",
-        once: bool = False,
+        prefix: str = "",
+        single_call: bool = False,
         logprobs: bool = False,
     ) -> None:
         self._stop_ids = chat.stop_ids
-        self._characters = Detokenizer(chat.decode)
+        self._detokenizer = Detokenizer(chat.decode)
         self._cutter = StopCutter(stops)
-        thinking = chat.opens_thought and not begun
+        thinking = chat.opens_thought and not prefix
         self._reader = CallReader(thinking=thinking) if calls else None
-        self._once = once
+        self._single_call = single_call
         self._logprobs = logprobs
-        self._tokens: list[Token] = []  # not told yet
-        self._read = self._sure = 0  # characters detokenized, and told or given to the reader
-        self.ids = self.cached = self._called = 0
+        self._tokens: list[Token] = []  # not sent yet
+        self._decoded = self._certain = 0  # characters detokenized, and those past the stop cutter
+        self.ids = self.cached = self._calls = 0
         self.finish: str | None = None
-        if self._reader is not None and begun:
-            self._reader.push(begun)
+        if self._reader is not None and prefix:
+            self._reader.push(prefix)
 
-    def read(self, part: Delta) -> News:
-        """What the client is told after another part."""
-        news = News()
+    def read(self, part: Delta) -> ChoiceDelta:
+        """Process a piece; return the new content."""
+        delta = ChoiceDelta()
         self.cached = part.cached
         alternatives = part.alternatives or ((),) * len(part.ids)
-        for one, logprob, others in zip(part.ids, part.rollout_logprobs, alternatives, strict=True):
-            if self.finish is not None:  # the engine was further than the client wants
+        sampled = zip(part.ids, part.rollout_logprobs, alternatives, strict=True)
+        for token, logprob, others in sampled:
+            if self.finish is not None:  # the engine generated more than the client wants
                 break
             self.ids += 1
-            if one in self._stop_ids:
+            if token in self._stop_ids:
                 break
             if self._logprobs:
-                self._tokens.append(Token(one, logprob, others, self._read))
-            self._take(self._characters.push(one), self._cutter.push, news)
+                self._tokens.append(Token(token, logprob, others, self._decoded))
+            self._add(self._detokenizer.push(token), self._cutter.push, delta)
         if part.finish is not None and self.finish is None:
-            self._take(self._characters.end(), self._cutter.push, news)
-            self._take("", lambda _: self._cutter.end(), news)
+            self._add(self._detokenizer.end(), self._cutter.push, delta)
+            self._add("", lambda _: self._cutter.end(), delta)
             if self.finish is None:
-                self._end("stop" if self._cutter.hit else part.finish, news)
-        return news
+                self._end("stop" if self._cutter.hit else part.finish, delta)
+        return delta
 
-    def _take(self, text: str, cut: Callable[[str], str], news: News) -> None:
-        self._read += len(text)
-        sure = cut(text)
-        self._sure += len(sure)
-        while self._tokens and self._tokens[0].start < self._sure:
-            news.tokens.append(self._tokens.pop(0))
+    def _add(self, text: str, cut: Callable[[str], str], delta: ChoiceDelta) -> None:
+        self._decoded += len(text)
+        certain = cut(text)
+        self._certain += len(certain)
+        while self._tokens and self._tokens[0].start < self._certain:
+            delta.tokens.append(self._tokens.pop(0))
         if self._reader is None:
-            news.words += sure
-        elif sure:
-            self._tell(self._reader.push(sure), news)
-        if self.finish is None and (self._cutter.hit or (self._once and self._called)):
-            self._end("stop", news)
+            delta.text += certain
+        elif certain:
+            self._add_parts(self._reader.push(certain), delta)
+        if self.finish is None and (self._cutter.hit or (self._single_call and self._calls)):
+            self._end("stop", delta)
 
-    def _tell(self, found: list[str | ParsedCall], news: News) -> None:
-        for one in found:
-            if self._once and self._called:
+    def _add_parts(self, parts: list[str | ParsedCall], delta: ChoiceDelta) -> None:
+        for part in parts:
+            if self._single_call and self._calls:
                 return
-            if isinstance(one, str):
-                news.words += one
+            if isinstance(part, str):
+                delta.text += part
             else:
-                news.calls.append(tool_call(one, self._called))
-                self._called += 1
+                delta.calls.append(tool_call(part, self._calls))
+                self._calls += 1
 
-    def _end(self, finish: str, news: News) -> None:
+    def _end(self, finish: str, delta: ChoiceDelta) -> None:
         if self._reader is not None:
-            self._tell(self._reader.end(), news)
-        self.finish = "tool_calls" if self._called and finish == "stop" else finish
-        news.finish = self.finish
+            self._add_parts(self._reader.end(), delta)
+        self.finish = "tool_calls" if self._calls and finish == "stop" else finish
+        delta.finish = self.finish
 
 
 def tool_call(call: ParsedCall, index: int) -> dict[str, Any]:
-    """A call as OpenAI writes it, with its place among the calls of the answer."""
+    """Convert a call to OpenAI's format; `index` is its position in the answer."""
     arguments = json.dumps(dict(call.arguments), ensure_ascii=False)
     return {
         "index": index,

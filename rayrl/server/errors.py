@@ -1,4 +1,4 @@
-"""OpenAI's error objects: what a client is told, and with which status."""
+"""OpenAI's error objects and their HTTP statuses."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ _TYPES = {401: "authentication_error", 404: "not_found_error"}
 
 
 class ApiError(Exception):
-    """A request is answered with an error.
+    """An error response to a request.
 
     Args:
-        status: of HTTP.
-        message: what is wrong and what to do; clipped, for it may quote what the client sent.
-        param: the field of the body, as `messages[0].content`.
-        code: a word for programs, such as `context_length_exceeded`.
-        retry_after: seconds after which it may go better.
+        status: HTTP status.
+        message: what is wrong and what to do; clipped, because it may quote the request.
+        param: the field of the body, e.g. `messages[0].content`.
+        code: machine-readable code, e.g. `context_length_exceeded`.
+        retry_after: seconds after which to retry; 0 for none.
     """
 
     def __init__(
@@ -50,16 +50,16 @@ class ApiError(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        """What HTTP wants besides."""
+        """HTTP headers of the response."""
         headers = {"Retry-After": str(self.retry_after)} if self.retry_after else {}
         return headers | ({"WWW-Authenticate": "Bearer"} if self.status == 401 else {})
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """What a client is told about anything that went wrong."""
+    """Convert any exception to an error response."""
     if isinstance(error, ApiError):
         return error
-    if isinstance(error, ConfigError):  # the engine or the template refuses this very request
+    if isinstance(error, ConfigError):  # the engine or the template rejects this request
         return ApiError(400, str(error))
     if isinstance(error, InfraError):
         return ApiError(503, str(error), code="engine_unavailable", retry_after=1)

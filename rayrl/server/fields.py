@@ -1,7 +1,7 @@
-"""The bodies of requests: which fields there are, what they may be, and what is refused.
+"""Request bodies: fields and their validation.
 
-A field is honoured, refused, or without any effect on the answer (`_NO_EFFECT`). Nothing that would
-change the answer is dropped in silence, and an unknown field is an error, as it is at OpenAI's.
+Every field is honoured, rejected, or has no effect on the answer (`_NO_EFFECT`). Nothing that would
+change the answer is ignored silently, and an unknown field is an error, as in OpenAI's API.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 import reprlib
-from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -20,13 +19,13 @@ from rayrl.types import replace_surrogates
 
 __all__ = ["Body", "ChatBody", "CompletionBody", "parse", "parse_json", "stop_strings"]
 
-MAX_CHOICES = 128  # of a request, over all its prompts
-LARGEST_INT = 2**31 - 1  # that engines count in
-MAX_TOP = 20  # alternatives a token, as at OpenAI's
-MAX_DEPTH = 100  # of a body's objects and lists: what is nested deeper overflows somebody's stack
+MAX_CHOICES = 128  # per request, over all its prompts
+MAX_INT = 2**31 - 1  # engines use 32-bit integers
+MAX_TOP_LOGPROBS = 20  # as in OpenAI's API
+MAX_DEPTH = 100  # nesting of objects and lists; deeper ones overflow stacks further on
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]")  # escaped, or as bytes
 MAX_STOPS = 4
-MAX_STOP = 4096  # characters of one
+MAX_STOP_LENGTH = 4096  # characters
 
 _NO_EFFECT = (
     "metadata",
@@ -37,7 +36,7 @@ _NO_EFFECT = (
     "store",
     "user",
 )
-"""Fields about accounts, bills and caches: accepted, and nothing changes by them."""
+"""Fields about accounts, billing and caches: accepted and ignored."""
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "audio": (None,),
@@ -57,9 +56,9 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "verbosity": (None,),
     "web_search_options": (None,),
 }
-"""Fields of OpenAI's that are not there, with the values that ask for nothing."""
+"""Unsupported OpenAI fields, with the values that have no effect."""
 
-_REPR = reprlib.Repr()  # which looks at no more of a value than it shows
+_REPR = reprlib.Repr()  # does not traverse more of a value than it prints
 _REPR.maxstring = _REPR.maxother = 80
 _INSTEAD = {"function_call": " Use tool_choice.", "functions": " Use tools."}
 
@@ -69,20 +68,20 @@ class _Fields(BaseModel):
 
 
 class StreamOptions(_Fields):
-    """What else a stream tells."""
+    """Options of a stream."""
 
     include_usage: bool | None = None
-    include_obfuscation: bool | None = None  # padding against eavesdroppers; nothing is padded
+    include_obfuscation: bool | None = None  # accepted, but nothing is padded
 
 
 class Body(_Fields):
-    """What both routes take. `top_k` is not OpenAI's: 0 is off."""
+    """Fields of both routes. `top_k` is not in OpenAI's API; 0 is off."""
 
     model: str
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=0, le=LARGEST_INT)
+    top_k: int | None = Field(None, ge=0, le=MAX_INT)
     max_tokens: int | None = Field(None, ge=1)
     stop: Any = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
@@ -91,46 +90,48 @@ class Body(_Fields):
 
 
 class ChatBody(Body):
-    """Of `/v1/chat/completions`; messages and tools are read by `messages`."""
+    """Body of `/v1/chat/completions`; `server.messages` validates messages and tools."""
 
     messages: list[Any] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP)
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     tools: list[Any] | None = None
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
 
 
 class CompletionBody(Body):
-    """Of `/v1/completions`."""
+    """Body of `/v1/completions`."""
 
     prompt: Any
-    logprobs: int | None = Field(None, ge=0, le=MAX_TOP)
+    logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
 
 
 B = TypeVar("B", bound=Body)
 
 
 def parse_json(text: bytes | str, what: str = "The body", param: str | None = None) -> Any:
-    """JSON from a client.
+    """Parse a client's JSON.
 
     Args:
-        what: it is called in an error. param: the field it comes from.
+        text: the JSON.
+        what: its name in errors.
+        param: the field that contains it.
 
     Raises:
-        ApiError: 400, it is not JSON or nested too deep.
+        ApiError: 400, it is not JSON or nested too deeply.
     """
     try:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
-        why = "nested too deep" if isinstance(error, RecursionError) else str(error)
+        why = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         why = f"{what} is not valid JSON: {why}"
         raise ApiError(400, why, param=param, code="invalid_json") from None
     level = [data] if isinstance(data, dict | list) else []
     for _ in range(MAX_DEPTH):
-        inner = [one.values() if isinstance(one, dict) else one for one in level]
-        level = [x for part in inner for x in part if isinstance(x, dict | list)]
+        children = [item.values() if isinstance(item, dict) else item for item in level]
+        level = [x for part in children for x in part if isinstance(x, dict | list)]
         if not level:
             raw = text if isinstance(text, bytes) else text.encode(errors="surrogatepass")
             return replace_surrogates(data) if _SURROGATE.search(raw) else data
@@ -139,7 +140,7 @@ def parse_json(text: bytes | str, what: str = "The body", param: str | None = No
 
 
 def parse(kind: type[B], data: object) -> B:
-    """The body of a request.
+    """Validate the body of a request.
 
     Raises:
         ApiError: 400, naming the field.
@@ -161,14 +162,14 @@ def parse(kind: type[B], data: object) -> B:
     try:
         body = kind.model_validate(known)
     except ValidationError as error:
-        raise _complaint(error) from None
+        raise _validation_error(error) from None
     if body.stream_options is not None and not body.stream:
         raise ApiError(400, "stream_options needs stream=true.", param="stream_options")
     return body
 
 
 def stop_strings(stop: object) -> tuple[str, ...]:
-    """`stop` as strings.
+    """Validate `stop` and return its strings.
 
     Raises:
         ApiError: 400.
@@ -179,19 +180,20 @@ def stop_strings(stop: object) -> tuple[str, ...]:
     if (
         not isinstance(stops, list)
         or len(stops) > MAX_STOPS
-        or not all(isinstance(one, str) and 0 < len(one) <= MAX_STOP for one in stops)
+        or not all(isinstance(item, str) and 0 < len(item) <= MAX_STOP_LENGTH for item in stops)
     ):
         why = (
-            f"stop must be a string of 1 to {MAX_STOP} characters, or a list of up to {MAX_STOPS} "
-            "of them."
+            f"stop must be a string of 1 to {MAX_STOP_LENGTH} characters, or a list of up to "
+            f"{MAX_STOPS} of them."
         )
         raise ApiError(400, why, param="stop", code="invalid_value")
     return tuple(stops)
 
 
-def _complaint(error: ValidationError) -> ApiError:
+def _validation_error(error: ValidationError) -> ApiError:
     first = error.errors(include_url=False)[0]
-    param = _path(first["loc"])
+    parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]]
+    param = "".join(parts).removeprefix(".")
     if first["type"] == "missing":
         return ApiError(
             400, f"Missing required parameter: {param!r}.", param=param, code="missing_parameter"
@@ -199,11 +201,6 @@ def _complaint(error: ValidationError) -> ApiError:
     value = _short(first["input"])
     why = f"Invalid value for {param!r}: {value}. {first['msg']}."
     return ApiError(400, why, param=param, code="invalid_value")
-
-
-def _path(place: Sequence[int | str]) -> str:
-    parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in place]
-    return "".join(parts).removeprefix(".")
 
 
 def _short(value: object) -> str:

@@ -1,4 +1,4 @@
-"""What an ASGI server needs besides routes: streams, and clients that hang up."""
+"""HTTP plumbing besides the routes: event streams, disconnects, request metrics."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from rayrl.server.metrics import Metrics
 from rayrl.types import replace_surrogates
 
 __all__ = [
-    "ClientGone",
+    "ClientDisconnected",
     "EventStream",
-    "Measured",
+    "MetricsMiddleware",
     "error_response",
     "read_body",
-    "unless_gone",
+    "run_until_disconnect",
 ]
 
 MAX_BODY = 32 << 20  # bytes
-CLIENT_GONE = 499  # as nginx counts it; nobody receives it
+DISCONNECTED = 499  # nginx's status for metrics; never sent
 
 T = TypeVar("T")
 
 
-class ClientGone(Exception):
-    """The client hung up."""
+class ClientDisconnected(Exception):
+    """The client disconnected."""
 
 
 async def read_body(request: Request) -> bytes:
-    """The body of a request.
+    """Read the body of a request.
 
     Raises:
         ApiError: 413, it is too long.
@@ -50,34 +50,31 @@ async def read_body(request: Request) -> bytes:
 
 
 def error_response(error: ApiError) -> Response:
-    """An error object with its status."""
-    return _json(error.body, error.status, error.headers)
+    """Create the response for an error."""
+    body = replace_surrogates(json.dumps(error.body, ensure_ascii=False))
+    return Response(body, error.status, error.headers, "application/json")
 
 
-def _json(data: Any, status: int, headers: Mapping[str, str]) -> Response:
-    body = replace_surrogates(json.dumps(data, ensure_ascii=False))
-    return Response(body, status, dict(headers), "application/json")
-
-
-async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """Do `work`; cancel it when the client hangs up, or we are cancelled, and wait for its end.
+async def run_until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """Run `work`; cancel it and wait for its end if the client disconnects or this is cancelled.
 
     Raises:
-        ClientGone: it hung up.
+        ClientDisconnected: the client disconnected first.
     """
-    task, gone = asyncio.create_task(work), asyncio.create_task(_hung_up(receive))
+    task = asyncio.create_task(work)
+    disconnect = asyncio.create_task(_wait_for_disconnect(receive))
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({task, disconnect}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise ClientGone
+            raise ClientDisconnected
         return task.result()
     finally:
-        for one in (task, gone):
-            one.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
+        task.cancel()
+        disconnect.cancel()
+        await asyncio.gather(task, disconnect, return_exceptions=True)
 
 
-async def _hung_up(receive: Receive) -> None:
+async def _wait_for_disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
 
@@ -85,13 +82,13 @@ async def _hung_up(receive: Receive) -> None:
 class EventStream(Response):
     """Server-sent events.
 
-    It is not Starlette's StreamingResponse, which may notice that the client is gone only with the
-    next piece, and leaves the closing of its generator to the garbage collector: the engine's work
-    is to end at once.
+    Unlike Starlette's StreamingResponse, it notices a disconnect immediately instead of with the
+    next event, and closes its generator instead of leaving that to the garbage collector, so that
+    the engine stops at once.
 
     Args:
-        first: the first piece, so that what fails before it has a status.
-        rest: the others; closed in any case.
+        first: the first event, generated before the response so that errors get a status.
+        rest: the other events; always closed.
     """
 
     def __init__(
@@ -102,9 +99,9 @@ class EventStream(Response):
         self._first, self._rest = first, rest
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send until the end or until the client hangs up."""
+        """Send until the end or until the client disconnects."""
         try:
-            await unless_gone(receive, self._send(send))
+            await run_until_disconnect(receive, self._send(send))
         finally:
             await self._rest.aclose()
 
@@ -113,39 +110,39 @@ class EventStream(Response):
         await send(start)
         await send(_event(self._first))
         try:
-            async for piece in self._rest:
-                await send(_event(piece))
+            async for event in self._rest:
+                await send(_event(event))
         except Exception as error:  # too late for a status
             last = _event(as_api_error(error).body)
         else:
             last = _body(b"data: [DONE]\n\n")
-        # clients leave when they have read this, and are not to be counted as having hung up
+        # clients disconnect after reading this, which must not count as a disconnect
         await send({**last, "more_body": False})
 
 
-def _event(piece: Mapping[str, Any]) -> Message:
-    return _body(f"data: {json.dumps(piece, ensure_ascii=False)}\n\n".encode())
+def _event(data: Mapping[str, Any]) -> Message:
+    return _body(f"data: {json.dumps(data, ensure_ascii=False)}\n\n".encode())
 
 
 def _body(data: bytes) -> Message:
     return {"type": "http.response.body", "body": data, "more_body": True}
 
 
-class Measured:
+class MetricsMiddleware:
     """ASGI middleware that counts requests by route and status."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app, self._metrics = app, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on and note how it ended."""
+        """Forward a request and record its status and duration."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        began, status = time.perf_counter(), CLIENT_GONE
+        began, status = time.perf_counter(), DISCONNECTED
         ended = False
 
-        async def noting(message: Message) -> None:
+        async def observe(message: Message) -> None:
             nonlocal status, ended
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -154,10 +151,10 @@ class Measured:
             await send(message)
 
         try:
-            await self._app(scope, receive, noting)
-        except ClientGone:
+            await self._app(scope, receive, observe)
+        except ClientDisconnected:
             ended = False
         finally:
             route = getattr(scope.get("route"), "path", "other")
-            code = status if ended else CLIENT_GONE
-            self._metrics.answered(route, code, time.perf_counter() - began)
+            code = status if ended else DISCONNECTED
+            self._metrics.record_request(route, code, time.perf_counter() - began)

@@ -1,7 +1,8 @@
-"""Messages and tools of a request as ids: as training has them, see `rayrl.chat.renderer`.
+"""Convert the messages and tools of a request to ids as in training, see `rayrl.chat.renderer`.
 
-A past reply is made of ids as `Chat.reply` makes them for supervised training, and what follows it
-is appended as an agent's next message is. A call in a past reply is written as models write it.
+Past replies are tokenized with `Chat.reply`, as for supervised training, and the messages after
+them are appended like an agent's next message. Calls in past replies are written as models write
+them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from rayrl.server.errors import ApiError
 from rayrl.server.fields import ChatBody, parse_json
 from rayrl.types import Message, Role
 
-__all__ = ["Asked", "check_room", "read_chat"]
+__all__ = ["Prompt", "check_prompt_length", "read_chat"]
 
 _ROLES: dict[str, Role] = {
     "system": "system",
@@ -33,58 +34,60 @@ _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What the model is to continue.
+class Prompt:
+    """A prompt for the model.
 
     Attributes:
         ids: the whole prompt.
         calls: whether `<tool_call>` in the answer is a call.
-        begun: how the answer begins, if a call is demanded; the last ids of the prompt say it.
-        once: whether the first call ends the answer.
+        prefix: beginning of the answer, if a call is required; included in `ids`.
+        single_call: whether the first call ends the answer.
     """
 
     ids: Ids
     calls: bool = False
-    begun: str = ""
-    once: bool = False
+    prefix: str = ""
+    single_call: bool = False
 
 
-def read_chat(chat: Chat, body: ChatBody, max_len: int) -> Asked:
-    """The prompt of a chat request.
+def read_chat(chat: Chat, body: ChatBody, max_len: int) -> Prompt:
+    """Create the prompt of a chat request.
 
     Args:
-        max_len: ids of the longest prompt there can be; one that must have more is not tokenized.
+        max_len: context length in ids; longer prompts are rejected, if possible before tokenizing.
 
     Raises:
         ApiError: 400, naming the field.
     """
-    check_room(len(body.messages), max_len, "messages")  # each has an id at least
+    check_prompt_length(len(body.messages), max_len, "messages")  # each has at least one id
     messages = read_messages(body.messages)
-    check_room(chat.min_ids(message.content for message in messages), max_len, "messages")
+    fewest = chat.min_ids(message.content for message in messages)
+    check_prompt_length(fewest, max_len, "messages")
     tools = [_tool(tool, f"tools[{index}]") for index, tool in enumerate(body.tools or ())]
-    choice, named = _choice(body.tool_choice, tools)
+    choice, name = _tool_choice(body.tool_choice, tools)
     offered = tools if choice != "none" else []
-    check_room(chat.min_ids([json.dumps(offered)] if offered else []), max_len, "tools")
-    begun = ""
+    fewest = chat.min_ids([json.dumps(offered)] if offered else [])
+    check_prompt_length(fewest, max_len, "tools")
+    prefix = ""
     if choice == "required":
-        begun = '<tool_call>\n{"name": "'
+        prefix = '<tool_call>\n{"name": "'
         if len(tools) == 1:
-            named = tools[0]["function"]["name"]
-    if named:
-        begun = f'<tool_call>\n{{"name": "{named}", "arguments":'
+            name = tools[0]["function"]["name"]
+    if name:
+        prefix = f'<tool_call>\n{{"name": "{name}", "arguments":'
     try:
         ids = _prompt(chat, messages, offered)
     except ConfigError as error:
         param = "tools" if "tool" in str(error).split(":")[0] else "messages"
         raise ApiError(400, str(error), param=param) from error
-    once = choice == "named" or body.parallel_tool_calls is False
-    opened = chat.reply(begun)[:-1] if begun else ()
-    return Asked((*ids, *opened), bool(offered), begun, once and bool(offered))
+    single_call = choice == "named" or body.parallel_tool_calls is False
+    prefix_ids = chat.reply(prefix)[:-1] if prefix else ()
+    return Prompt((*ids, *prefix_ids), bool(offered), prefix, single_call and bool(offered))
 
 
 def _prompt(chat: Chat, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> Ids:
     replies = [at for at, message in enumerate(messages) if message.role == "assistant"]
-    if replies[:1] == [0]:  # nobody has asked anything: only the template knows how that looks
+    if replies[:1] == [0]:  # a conversation that starts with a reply is left to the template
         return chat.start(messages, tools)
     ends = [*replies[1:], len(messages)]
     ids = [*chat.start(messages[: replies[0] if replies else None], tools)]
@@ -94,8 +97,8 @@ def _prompt(chat: Chat, messages: Sequence[Message], tools: Sequence[Mapping[str
     return tuple(ids)
 
 
-def check_room(fewest: int, max_len: int, param: str) -> None:
-    """Raise ApiError (400) if a prompt of `fewest` ids or more leaves no room for an answer."""
+def check_prompt_length(fewest: int, max_len: int, param: str) -> None:
+    """Raise ApiError (400) if a prompt of at least `fewest` ids leaves no space for an answer."""
     if fewest >= max_len:
         raise ApiError(
             400,
@@ -107,29 +110,29 @@ def check_room(fewest: int, max_len: int, param: str) -> None:
 
 
 def read_messages(data: Sequence[object]) -> list[Message]:
-    """Messages as rayrl has them; calls are part of the text."""
+    """Convert a request's messages; tool calls become part of the text."""
     messages: list[Message] = []
-    calls: set[str] = set()
-    for index, one in enumerate(data):
+    call_ids: set[str] = set()
+    for index, item in enumerate(data):
         where = f"messages[{index}]"
-        if not isinstance(one, dict):
-            raise _wrong(where, "must be an object with a role and content.")
-        for key, value in one.items():
+        if not isinstance(item, dict):
+            raise _invalid(where, "must be an object with a role and content.")
+        for key, value in item.items():
             if key not in _KEYS and value is not None:
-                raise _wrong(f"{where}.{key}", "is not supported.", "unsupported_parameter")
-        role = _ROLES.get(str(one.get("role")))
+                raise _invalid(f"{where}.{key}", "is not supported.", "unsupported_parameter")
+        role = _ROLES.get(str(item.get("role")))
         if role is None:
-            raise _wrong(f"{where}.role", f"must be one of {', '.join(_ROLES)}.")
-        message = Message(role, _content(one.get("content"), f"{where}.content", role))
+            raise _invalid(f"{where}.role", f"must be one of {', '.join(_ROLES)}.")
+        message = Message(role, _content(item.get("content"), f"{where}.content", role))
         if role == "assistant":
-            message = _with_calls(message, one.get("tool_calls"), where, calls)
-        elif one.get("tool_calls") is not None:
-            raise _wrong(f"{where}.tool_calls", "only an assistant's message has calls.")
+            message = _with_calls(message, item.get("tool_calls"), where, call_ids)
+        elif item.get("tool_calls") is not None:
+            raise _invalid(f"{where}.tool_calls", "only assistant messages can have calls.")
         if role == "tool":
-            answers = one.get("tool_call_id")
-            if not isinstance(answers, str) or answers not in calls:
-                raise _wrong(f"{where}.tool_call_id", "must be the id of a call made before.")
-            message = replace(message, tool_call_id=answers)
+            call_id = item.get("tool_call_id")
+            if not isinstance(call_id, str) or call_id not in call_ids:
+                raise _invalid(f"{where}.tool_call_id", "must be the id of an earlier call.")
+            message = replace(message, tool_call_id=call_id)
         messages.append(message)
     return messages
 
@@ -140,81 +143,81 @@ def _content(content: object, where: str, role: Role) -> str:
     if content is None and role == "assistant":
         return ""
     if not isinstance(content, list):
-        raise _wrong(where, "must be a string or a list of text parts.")
+        raise _invalid(where, "must be a string or a list of text parts.")
     texts: list[str] = []
     for index, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else None
         if kind != "text":
             what = f"content of type {kind!r} is not supported: this model reads text."
-            raise _wrong(f"{where}[{index}].type", what, "unsupported_content")
+            raise _invalid(f"{where}[{index}].type", what, "unsupported_content")
         text = part.get("text")
         if not isinstance(text, str):
-            raise _wrong(f"{where}[{index}].text", "must be a string.")
+            raise _invalid(f"{where}[{index}].text", "must be a string.")
         texts.append(text)
     return "\n".join(texts)
 
 
-def _with_calls(message: Message, calls: object, where: str, known: set[str]) -> Message:
-    """The message with its calls written out."""
+def _with_calls(message: Message, calls: object, where: str, call_ids: set[str]) -> Message:
+    """Append the calls to the message's text, and their ids to `call_ids`."""
     if calls is None:
         return message
     if not isinstance(calls, list):
-        raise _wrong(f"{where}.tool_calls", "must be a list.")
+        raise _invalid(f"{where}.tool_calls", "must be a list.")
     texts = [message.content] if message.content else []
     for index, call in enumerate(calls):
         here = f"{where}.tool_calls[{index}]"
         function = call.get("function") if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise _wrong(f"{here}.function", "must have a name and arguments.")
+            raise _invalid(f"{here}.function", "must have a name and arguments.")
         if not isinstance(call.get("id"), str):
-            raise _wrong(f"{here}.id", "must be a string.")
-        written, place = function.get("arguments") or "{}", f"{here}.function.arguments"
-        arguments = parse_json(written, place, place) if isinstance(written, str) else None
+            raise _invalid(f"{here}.id", "must be a string.")
+        text, param = function.get("arguments") or "{}", f"{here}.function.arguments"
+        arguments = parse_json(text, param, param) if isinstance(text, str) else None
         if not isinstance(arguments, dict):
-            raise _wrong(place, "must be a JSON object, as a string.")
-        known.add(call["id"])
+            raise _invalid(param, "must be a JSON object, as a string.")
+        call_ids.add(call["id"])
         texts.append(format_call(function["name"], arguments))
     return replace(message, content="\n".join(texts))
 
 
 def _tool(tool: object, where: str) -> dict[str, Any]:
-    """A tool as the templates want it; the order of its keys is kept, for the model reads them."""
+    """Convert a tool to the templates' format; the model sees its keys, so their order is kept."""
     if not isinstance(tool, dict) or tool.get("type") != "function":
-        raise _wrong(f"{where}.type", "must be 'function'.", "unsupported_parameter")
+        raise _invalid(f"{where}.type", "must be 'function'.", "unsupported_parameter")
     function = tool.get("function")
     if not isinstance(function, dict):
-        raise _wrong(f"{where}.function", "must be an object.")
+        raise _invalid(f"{where}.function", "must be an object.")
     if not _NAME.fullmatch(str(function.get("name", ""))):
-        raise _wrong(f"{where}.function.name", "must be 1 to 64 letters, digits, _, - or dots.")
+        raise _invalid(f"{where}.function.name", "must be 1 to 64 letters, digits, _, - or dots.")
     if function.get("strict"):
-        what = "arguments cannot be made to follow a schema; leave it out and check them."
-        raise _wrong(f"{where}.function.strict", what, "unsupported_parameter")
+        what = "arguments cannot be forced to match a schema; omit it and validate them."
+        raise _invalid(f"{where}.function.strict", what, "unsupported_parameter")
     if not isinstance(function.get("parameters") or {}, dict):
-        raise _wrong(f"{where}.function.parameters", "must be a JSON schema.")
-    told = {key: value for key, value in function.items() if key != "strict" and value is not None}
-    told.setdefault("description", "")
-    told.setdefault("parameters", {"type": "object", "properties": {}})
-    return {"type": "function", "function": told}
+        raise _invalid(f"{where}.function.parameters", "must be a JSON schema.")
+    schema = {k: value for k, value in function.items() if k != "strict" and value is not None}
+    schema.setdefault("description", "")
+    schema.setdefault("parameters", {"type": "object", "properties": {}})
+    return {"type": "function", "function": schema}
 
 
-def _choice(choice: object, tools: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
-    """none, auto, required or named; and the name."""
+def _tool_choice(choice: object, tools: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    """Return "none", "auto", "required" or "named", and the name."""
     if choice is None:
         return ("auto" if tools else "none"), ""
     if choice == "none":
         return "none", ""
     if not tools:
-        raise _wrong("tool_choice", "there are no tools to choose from.")
+        raise _invalid("tool_choice", "there are no tools to choose from.")
     if choice in ("auto", "required"):
         return str(choice), ""
     function = choice.get("function") if isinstance(choice, dict) else None
     name = function.get("name") if isinstance(function, dict) else None
     if not isinstance(choice, dict) or choice.get("type") != "function" or name is None:
-        raise _wrong("tool_choice", "must be none, auto, required or a function by name.")
+        raise _invalid("tool_choice", "must be none, auto, required or a function by name.")
     if name not in [tool["function"]["name"] for tool in tools]:
-        raise _wrong("tool_choice.function.name", f"{name!r} is not among the tools.")
+        raise _invalid("tool_choice.function.name", f"{name!r} is not among the tools.")
     return "named", str(name)
 
 
-def _wrong(where: str, what: str, code: str = "invalid_value") -> ApiError:
+def _invalid(where: str, what: str, code: str = "invalid_value") -> ApiError:
     return ApiError(400, f"{where}: {what}", param=where, code=code)

@@ -1,4 +1,4 @@
-"""Figures of a server for Prometheus, and the figures of several put together."""
+"""Prometheus metrics of a server, and their aggregation over several servers."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from prometheus_client.registry import Collector
 
 from rayrl.server.generation import Usage
 
-__all__ = ["CONTENT_TYPE", "Metrics", "merged"]
+__all__ = ["CONTENT_TYPE", "Metrics", "metrics_page"]
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 
 
 class Metrics:
-    """What one server counts.
+    """Metrics of one server.
 
     Attributes:
-        live: generating requests at the moment.
+        live: number of requests being generated.
     """
 
     def __init__(self) -> None:
@@ -29,13 +29,13 @@ class Metrics:
         self.live = 0
         self._requests = Counter(
             "rayrl_requests",
-            "Requests by route and HTTP status; 499 where the client hung up.",
+            "Requests by route and HTTP status; 499 if the client disconnected.",
             ("route", "status"),
             registry=self._registry,
         )
         self._seconds = Histogram(
             "rayrl_request_seconds",
-            "Seconds from a request to the last byte of its answer.",
+            "Seconds from a request to the last byte of its response.",
             ("route",),
             buckets=SECONDS,
             registry=self._registry,
@@ -45,37 +45,37 @@ class Metrics:
         self._tokens = {
             name: Counter(f"rayrl_{name}_tokens", what, registry=self._registry)
             for name, what in (
-                ("prompt", "Ids of prompts."),
-                ("completion", "Ids sampled."),
-                ("cached", "Ids of prompts that were not computed again."),
+                ("prompt", "Prompt tokens."),
+                ("completion", "Completion tokens."),
+                ("cached", "Prompt tokens that were not recomputed."),
             )
         }
 
-    def answered(self, route: str, status: int, seconds: float) -> None:
-        """A request is over."""
+    def record_request(self, route: str, status: int, seconds: float) -> None:
+        """Record a finished request."""
         self._requests.labels(route, str(status)).inc()
         self._seconds.labels(route).observe(seconds)
 
-    def used(self, usage: Usage) -> None:
-        """What a request took, also one that was not read to its end."""
+    def record_usage(self, usage: Usage) -> None:
+        """Record the usage of a request, including one that was disconnected."""
         self._tokens["prompt"].inc(usage.prompt)
         self._tokens["completion"].inc(usage.completion)
         self._tokens["cached"].inc(usage.cached)
 
     def families(self, **labels: str) -> list[Metric]:
-        """Everything, with these labels on every sample; it pickles."""
-        found: list[Metric] = []
+        """Return all metrics, picklable, with the given labels on every sample."""
+        families: list[Metric] = []
         for family in self._registry.collect():
             copy = Metric(family.name, family.documentation, family.type, family.unit)
             for sample in family.samples:
-                if not sample.name.endswith("_created"):  # no figure of ours, and a series each
+                if not sample.name.endswith("_created"):  # a series per metric that nobody needs
                     copy.add_sample(sample.name, {**sample.labels, **labels}, sample.value)
-            found.append(copy)
-        return found
+            families.append(copy)
+        return families
 
 
-def merged(parts: Iterable[Sequence[Metric]]) -> bytes:
-    """Families of several servers as one page of Prometheus' text format."""
+def metrics_page(parts: Iterable[Sequence[Metric]]) -> bytes:
+    """Format the families of several servers as one page of Prometheus' text format."""
     families: dict[str, Metric] = {}
     for part in parts:
         for family in part:
@@ -83,10 +83,10 @@ def merged(parts: Iterable[Sequence[Metric]]) -> bytes:
                 families[family.name].samples += family.samples
             else:
                 families[family.name] = family
-    return generate_latest(_Fixed(families.values()))
+    return generate_latest(_Families(families.values()))
 
 
-class _Fixed(Collector):
+class _Families(Collector):
     def __init__(self, families: Iterable[Metric]) -> None:
         self._families = families
 

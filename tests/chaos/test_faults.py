@@ -142,7 +142,7 @@ def test_neither_turns_nor_steps_are_lost_with_the_driver(
     with Going(line) as run:
         assert run.wait() == 0, run.said
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert not any(row["turns/diverged"] for row in steps)
+    assert not any(row["turns/replay_mismatches"] for row in steps)
     again = sum(row["turns/replayed"] for row in steps)
     after = episodes(folder)
     assert {step: after[step] for step in before} == before
@@ -170,6 +170,6 @@ def recorded(file: Path, scratch: Path) -> list[int]:
         for episode, attempt, turn in turns:
             log.add(episode, attempt, turn)
         for group in over:
-            log.forget(group)
+            log.remove(group)
     records.close()
-    return [len(begun.turns) for begun in log.begun(list(log.groups)).values()]
+    return [len(begun.turns) for begun in log.partial_episodes(list(log.groups)).values()]

@@ -504,9 +504,9 @@ async def test_episodes_of_a_dead_host_go_on_where_they_were(
     calm, died = found
     assert [e.turns for e in died] == [e.turns for e in calm], "as if nothing had been"
     assert [e.scores for e in died] == [e.scores for e in calm]
-    assert not any(e.replayed or e.diverged for e in calm)
+    assert not any(e.replayed or e.replay_mismatches for e in calm)
     assert [e.replayed for e in died if e.task.k == 3] == [2, 2]  # type: ignore[attr-defined]
-    assert not any(e.diverged for e in died)
+    assert not any(e.replay_mismatches for e in died)
 
 
 @pytest.mark.parametrize("fault", ["raise", "nan"])

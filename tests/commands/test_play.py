@@ -100,9 +100,9 @@ async def test_the_last_board_and_who_won_are_shown() -> None:
     played = await play(cfg, screen, read=lambda prompt: next(lines))
     words = {1.0: "you won.", 0.5: "a draw.", 0.0: "you lost."}
     env = load_env("tictactoe_versus")
-    assert env.ended is not None
+    assert env.ending_function is not None
     for episode in played:
-        board = env.ended(episode, "o")
+        board = env.ending_function(episode, "o")
         assert f"{board}\n{words[episode.scores['o']['win']]}\n" in shown(screen)
         lost = episode.scores["o"]["win"] == 0
         assert not lost or board.count("O") >= 3  # the rival is O to each seat
@@ -111,9 +111,9 @@ async def test_the_last_board_and_who_won_are_shown() -> None:
 async def test_the_last_board_is_that_of_the_game() -> None:
     cfg = config(seats={"agent": "player:optimal"})
     env = load_env("tictactoe").configure(cfg.env.args)
-    assert env.ended is not None
+    assert env.ending_function is not None
     for episode in await play(cfg, console()):
-        board = env.ended(episode, "agent")
+        board = env.ending_function(episode, "agent")
         last = episode.turns[-1]
         before = last.prompt[-1].content
         assert board.count("X") >= before.count("X", before.index("\n"))
@@ -155,7 +155,7 @@ def test_who_won(
     scores: dict[str, dict[str, float]], reported: dict[str, str], mine: str, said: list[str]
 ) -> None:
     env = load_env("copyword").configure()
-    env.reported = (lambda episode: reported) if reported else None
+    env.statistics_function = (lambda episode: reported) if reported else None
     assert outcome(env, ended(**scores), mine) == said
 
 

@@ -19,7 +19,7 @@ from rayrl import DataError, GroupPlan, Message, Scores, Task
 from rayrl.cli import main
 from rayrl.commands.replay import Replayed, replay, stored_episodes
 from rayrl.rollout.agent import Agent
-from rayrl.rollout.episode_io import LoggedTask, read_episodes, revive, write_episodes
+from rayrl.rollout.episode_io import LoggedTask, read_episodes, restore_task, write_episodes
 from rayrl.rollout.players import ScriptedPlayer
 from rayrl.types import Episode, Failure
 from tests.act import collect, instant, says
@@ -118,7 +118,7 @@ def test_a_stored_file_against_code_that_changes(tmp_path: Path) -> None:
     n = sum(plan.task.seed % 7 == plans[0].task.seed % 7 for plan in plans)
     status, out, _ = cli("replay", str(file), "synth-0/0")
     assert (status, counts(out)) == (1, [0, 0, 1, 0, 0])
-    assert "synth-0/0: diverged at turn 1 of 2: 'agent' was told something else" in out
+    assert "synth-0/0: diverged at turn 1 of 2: 'agent' was sent different messages" in out
     assert f"    -[user] say {word}, at" in out
     assert f"    +[user] say {word}!, at" in out
     status, out, _ = cli("replay", str(file), f"replay.out={new}")
@@ -189,8 +189,8 @@ async def test_rewards_over_a_group(tmp_path: Path) -> None:
     [
         ({}, "same", ""),
         ({"turns": 3}, "diverged", "at turn 2 of 2: the environment asks for a reply that was not"),
-        ({"turns": 1}, "diverged", "at turn 1 of 2: the environment ended a turn earlier"),
-        ({"turns": 0}, "diverged", "at turn 0 of 2: the environment ended 2 turns earlier"),
+        ({"turns": 1}, "diverged", "at turn 1 of 2: the environment ended 1 turn early"),
+        ({"turns": 0}, "diverged", "at turn 0 of 2: the environment ended 2 turns early"),
         ({"today": "fork"}, "diverged", "a reply that was not recorded"),
         ({"today": "raise"}, "failed", "ValueError: the board is on fire"),
         ({"turns": 1, "today": "raise"}, "failed", "at turn 1 of 2: the environment failed"),
@@ -257,12 +257,12 @@ async def test_tools_are_played_again(isolated: bool, tmp_path: Path) -> None:
 def test_tasks_get_the_class_that_there_is() -> None:
     logged = LoggedTask(seed=3, type="elsewhere:Job", fields={"seed": 3, "act": "x"})
     episode = Episode("e", "talk", logged, 0, ())
-    assert revive(episode, [Task, Job]).task == Job(seed=3, act="x")
-    with pytest.raises(DataError, match="episode e is of a task Job, and there are Task only"):
-        revive(episode, [Task])
+    assert restore_task(episode, [Task, Job]).task == Job(seed=3, act="x")
+    with pytest.raises(DataError, match="has a task of class Job; the environment has only Task"):
+        restore_task(episode, [Task])
     wrong = replace(episode, task=replace(logged, fields={"seed": 3, "actt": "x"}))
     with pytest.raises(DataError, match=r"no field 'actt'\. Did you mean 'act'"):
-        revive(wrong, [Job])
+        restore_task(wrong, [Job])
 
 
 def test_what_is_wrong_with_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -116,7 +116,7 @@ def test_configure_names_what_is_wrong(args: Any, rewards: Any, said: str) -> No
         ({"win": None, "format": 0.0}, "None as score 'win'"),
     ],
 )
-def test_scores_that_cannot_be_used(returned: Any, said: str) -> None:
+def test_invalid_scores(returned: Any, said: str) -> None:
     with pytest.raises(EnvError, match=said):
         game.scores(returned)
 
@@ -139,7 +139,7 @@ def test_scores_of_seats() -> None:
         duel.scores({"win": 1.0})
 
 
-def test_what_cannot_be_an_environment() -> None:
+def test_invalid_environments() -> None:
     with pytest.raises(ConfigError, match="async def"):
 
         @rayrl.env(tasks=levels, rewards={})
@@ -173,7 +173,7 @@ def test_a_source_that_fails_is_named() -> None:
         rayrl.env(tasks=wrong, rewards={"win": 1})(game.play).tasks(0, 1)
 
 
-def test_a_setting_that_the_source_refuses_is_its_own_message() -> None:
+def test_a_setting_that_the_source_rejects_keeps_its_message() -> None:
     def strict(seed: int, u: float, hard: float = 2.0) -> Level:
         raise ConfigError(f"env.args.hard={hard}: must be at most 1.")
 
@@ -190,7 +190,7 @@ def test_two_players_of_one_name() -> None:
 
 
 class Guess:
-    """A reset/step environment: say the task's number."""
+    """A reset/step environment: guess the task's number."""
 
     def reset(self, *, seed: Any = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
         self.target, self.tries, self.closed = seed % 3, 0, False

@@ -1,4 +1,4 @@
-"""What an environment's code raises or returns is its episode's failure, never the run's end."""
+"""Whatever environment code raises or returns fails its episode, never the run."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 import rayrl
 from rayrl import Agent, Scores, Task
 from rayrl.config import from_dict
-from rayrl.environment.group_reward import MOST_SCORE
-from rayrl.errors import MOST_TRACEBACK, EnvError, InfraError, clip, described, shown
+from rayrl.environment.group_reward import MAX_SCORE
+from rayrl.errors import MAX_TRACEBACK, EnvError, InfraError, clip, describe_error, safe_repr
 from rayrl.learner.advantage import ADVANTAGES, NORMALIZERS, advantages
 from rayrl.rollout.rollout import play_episode, play_group
 from rayrl.types import Episode, Failure, Group, Message, Turn
@@ -50,7 +50,7 @@ class MuteInfra(InfraError):
 
 
 class Odd(SyntaxError):
-    """Python's own traceback cannot show it."""
+    """An error that Python's traceback module cannot format."""
 
     def __init__(self) -> None:
         super().__init__("odd")
@@ -105,7 +105,7 @@ async def test_whatever_is_raised_is_recorded(make: Any, said: str, asks: bool) 
         assert len(episode.turns) == asks
 
 
-async def test_an_infra_error_without_words_is_still_one() -> None:
+async def test_an_infra_error_without_a_message() -> None:
     @rayrl.env(tasks=[Task()], rewards={"win": 1.0})
     async def raises(task: Task, agent: Agent) -> Scores:
         raise MuteInfra
@@ -117,7 +117,7 @@ async def test_an_infra_error_without_words_is_still_one() -> None:
 
 async def test_a_person_can_still_interrupt() -> None:
     with pytest.raises(KeyboardInterrupt):
-        described(Interrupting())
+        describe_error(Interrupting())
 
 
 class Interrupting(Exception):
@@ -131,7 +131,7 @@ class Shy(Task):
         raise RuntimeError("secret")
 
 
-async def test_a_task_that_cannot_be_shown() -> None:
+async def test_a_task_whose_repr_raises() -> None:
     @rayrl.env(tasks=[Shy()], rewards={"win": 1.0})
     async def raises(task: Task, agent: Agent) -> Scores:
         raise ValueError("on fire")
@@ -157,7 +157,7 @@ async def test_a_message_of_50_megabytes_is_clipped_with_both_its_ends() -> None
     assert "ValueError: begin" in episode.failure.message
     assert episode.failure.message.endswith("end")
     assert "characters left out" in episode.failure.message
-    assert len(episode.failure.traceback) <= MOST_TRACEBACK
+    assert len(episode.failure.traceback) <= MAX_TRACEBACK
     assert "raise ValueError" in episode.failure.traceback
 
 
@@ -173,20 +173,20 @@ def test_clipping(text: str, most: int) -> None:
 def test_a_failure_is_clipped_wherever_it_is_made() -> None:
     failure = Failure("env", "x" * 10**6, "y" * 10**6)
     assert len(failure.message) <= 4_000
-    assert len(failure.traceback) <= MOST_TRACEBACK
+    assert len(failure.traceback) <= MAX_TRACEBACK
     assert Failure(failure.kind, failure.message, failure.traceback) == failure
 
 
-def test_values_are_shown_in_few_words() -> None:
-    assert shown([1, 2]) == "[1, 2]"
-    assert len(shown("x" * 10**6)) <= 1_000
+def test_values_are_clipped() -> None:
+    assert safe_repr([1, 2]) == "[1, 2]"
+    assert len(safe_repr("x" * 10**6)) <= 1_000
 
 
 # ---- scores
 
 GOOD = [0, 1, True, 0.5, -3.0, np.float32(0.5), np.int64(2), np.bool_(True), Decimal("0.25"),
-        Fraction(1, 4), torch.tensor(0.5), np.array(2.0), MOST_SCORE]  # fmt: skip
-BAD = [math.nan, math.inf, -math.inf, 1e308, -1e308, 1.1 * MOST_SCORE, 10**400, np.float64("nan"),
+        Fraction(1, 4), torch.tensor(0.5), np.array(2.0), MAX_SCORE]  # fmt: skip
+BAD = [math.nan, math.inf, -math.inf, 1e308, -1e308, 1.1 * MAX_SCORE, 10**400, np.float64("nan"),
        np.float64("inf"), torch.tensor(math.nan), Decimal("NaN"), 1 + 2j, np.complex128(1 + 2j),
        "1", b"1", np.str_("1"), None, [], [1.0], {}, object(), torch.tensor([1.0, 2.0]),
        np.array([1.0, 2.0]), Worse()]  # fmt: skip
@@ -209,7 +209,7 @@ async def test_scores_that_are_numbers(value: Any) -> None:
 
 
 @pytest.mark.parametrize("value", BAD, ids=[str(k) for k in range(len(BAD))])
-async def test_scores_that_are_none(value: Any) -> None:
+async def test_values_that_are_not_scores(value: Any) -> None:
     episode = await play_episode(scoring(value), Task(), says(), id="e")
     assert episode.failure is not None
     assert episode.failure.kind == "env"
@@ -245,7 +245,7 @@ async def test_whatever_a_group_reward_raises(error: BaseException) -> None:
         assert type(error).__name__ in episode.failure.message
 
 
-REWARDS = st.floats(-MOST_SCORE, MOST_SCORE, allow_nan=False)
+REWARDS = st.floats(-MAX_SCORE, MAX_SCORE, allow_nan=False)
 
 
 @settings(deadline=None, max_examples=60)
@@ -280,7 +280,7 @@ def test_advantages_of_allowed_rewards_are_finite_in_float32(
 
 ASKED: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
     ((7,), {}, "TypeError"),
-    (([7],), {}, "was asked with 7"),
+    (([7],), {}, "was called with 7"),
     ((Message("user", 7),), {}, "whose content is 7"),  # type: ignore[arg-type]
     ((Message("user", None),), {}, "whose content is None"),  # type: ignore[arg-type]
     ((Message("robot", "x"),), {}, "the role 'robot'"),  # type: ignore[arg-type]
@@ -293,9 +293,7 @@ ASKED: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("args", "keywords", "said"), ASKED)
-async def test_a_question_no_player_can_answer_is_the_environments(
-    args: Any, keywords: Any, said: str
-) -> None:
+async def test_an_invalid_call_is_an_env_failure(args: Any, keywords: Any, said: str) -> None:
     @rayrl.env(tasks=[Task()], rewards={"win": 1.0})
     async def asks(task: Task, agent: Agent) -> Scores:
         await agent(*args, **keywords)
@@ -312,7 +310,7 @@ async def test_a_question_no_player_can_answer_is_the_environments(
 @pytest.mark.parametrize(
     "make", [Mute, Worse, OwnBase, lambda: SystemExit(2), lambda: TypeError("x")]
 )
-async def test_what_a_scripted_player_raises_is_the_environments(make: Any) -> None:
+async def test_what_a_scripted_player_raises_is_an_env_failure(make: Any) -> None:
     def teacher(messages: Sequence[Message], rng: Any) -> str:
         raise make()
 
@@ -344,7 +342,7 @@ class Unwritable:
         (lambda: Unwritable(), "raised OwnBase: no"),
     ],
 )
-async def test_whatever_a_tool_raises_is_told_to_the_model(act: Any, said: str) -> None:
+async def test_whatever_a_tool_raises_is_reported_to_the_model(act: Any, said: str) -> None:
     def press() -> Any:
         """Press it."""
         result = act()

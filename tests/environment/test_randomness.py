@@ -1,4 +1,4 @@
-"""Games that draw from the module-level generators, live with others and alone."""
+"""Games that draw from the module-level generators, alone and concurrently."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ class Slow(ScriptedPlayer):
     async def answer(
         self, conversation: Conversation, new: Sequence[Message], options: Options
     ) -> Turn:
-        random.random(), np.random.rand()  # how often a player draws is its own affair
+        random.random(), np.random.rand()  # must not affect the episode's draws
         number = int(conversation.session.split("/")[0])
         for _ in range(self.rounds(number, len(conversation.messages) // 2)):
             random.random()
@@ -124,20 +124,22 @@ async def played(
     return {episode.id: episode for group in groups for episode in group.episodes}
 
 
-async def test_64_live_play_what_one_at_a_time_plays(game: rayrl.Environment) -> None:
+async def test_64_concurrent_episodes_equal_sequential_ones(game: rayrl.Environment) -> None:
     alone = await played(game, Slow(), concurrency=1)
     assert all(episode.failure is None for episode in alone.values())
     live = await played(game, Slow(lambda n, turn: (n + turn) % 5), concurrency=64)
     assert live == alone
 
 
-async def test_siblings_draw_apart_and_seeds_matter(game: rayrl.Environment) -> None:
+async def test_episodes_of_a_group_draw_independently_and_seeds_matter(
+    game: rayrl.Environment,
+) -> None:
     episodes = await played(game, Slow(), concurrency=1)
     assert len({episode.turns[0].prompt for episode in episodes.values()}) == len(episodes)
     assert len({episode.scores["agent"]["luck"] for episode in episodes.values()}) == len(episodes)
 
 
-async def test_two_hosts_play_what_one_plays(game: rayrl.Environment) -> None:
+async def test_two_workers_play_what_one_plays(game: rayrl.Environment) -> None:
     one = await played(game, Slow(), concurrency=8)
     two = [
         await played(game, Slow(lambda n, turn: turn % 3), PLANS[k::2], concurrency=3)
@@ -156,17 +158,17 @@ async def test_a_game_that_seeds_the_generators_itself(game: rayrl.Environment) 
     assert prompts == [f"{random.random()} {np.random.rand()}" for _ in range(3)]
 
 
-async def test_what_goes_on_is_what_never_stopped(game: rayrl.Environment) -> None:
+async def test_a_resumed_episode_equals_an_uninterrupted_one(game: rayrl.Environment) -> None:
     plan = PLANS[3]
     whole = await played(game, Slow(), [plan], concurrency=1)
     for kept in range(0, len(whole["3/1"].turns) + 1, 7):
         recorded = {name: PartialEpisode(one.turns[:kept]) for name, one in whole.items()}
         again = await played(game, Slow(), [plan], concurrency=2, recorded=recorded)
         assert again == whole
-        assert all(one.replayed == kept and not one.diverged for one in again.values())
+        assert all(one.replayed == kept and not one.replay_mismatches for one in again.values())
 
 
-async def test_a_process_of_its_own_plays_the_same(game: rayrl.Environment) -> None:
+async def test_a_separate_process_plays_the_same(game: rayrl.Environment) -> None:
     async with SubprocessEnv(game, 2) as isolated:
         apart = await played(isolated, Slow(), PLANS[:2], concurrency=2)
     assert apart == await played(game, Slow(), PLANS[:2], concurrency=1)
@@ -194,7 +196,7 @@ def test_any_interleaving_plays_the_same(pauses: list[int], live: int) -> None:
     assert asyncio.run(played(game, player, plans, concurrency=live)) == alone
 
 
-async def test_outside_of_episodes_nothing_changes(game: rayrl.Environment) -> None:
+async def test_nothing_changes_outside_of_episodes(game: rayrl.Environment) -> None:
     random.seed(11)
     np.random.seed(11)
     theirs, numpys = random.Random(11), np.random.RandomState(11)
@@ -222,7 +224,7 @@ async def test_numpys_generator_can_be_changed_inside_and_outside() -> None:
     assert np.random.get_bit_generator() is before
 
 
-async def test_scripted_players_and_group_rewards_have_their_own() -> None:
+async def test_scripted_players_and_group_rewards_have_separate_generators() -> None:
     def lottery(episodes: Sequence[Episode]) -> list[float]:
         return [random.random() for _ in episodes]
 
@@ -275,7 +277,7 @@ def test_functions_taken_before_rayrl_was_imported() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_env_check_is_content_with_the_module_level_generators(game: rayrl.Environment) -> None:
+def test_env_check_accepts_the_module_level_generators(game: rayrl.Environment) -> None:
     assert check_env(game) == []
 
 
@@ -307,21 +309,21 @@ async def _refuses_company(task: Task, agent: Agent) -> Scores:
 @pytest.mark.parametrize(
     ("play", "said"),
     [
-        (_shares_a_board, 'it says "board ['),
+        (_shares_a_board, 'it sends "board ['),
         (_scores_by_a_board, "the same task and replies were scored {'agent': {'n': 3.0}} and"),
         (_refuses_company, "it failed: environment 'play' on task"),
     ],
 )
-def test_env_check_finds_what_only_live_episodes_share(play: Any, said: str) -> None:
+def test_env_check_finds_state_shared_by_live_episodes(play: Any, said: str) -> None:
     _board.clear()
     env = rayrl.env(tasks=lambda seed, u: Task(seed=seed), rewards={"n": 1.0}, name="play")(play)
     (problem,) = check_env(env)
-    assert problem.startswith("an episode is another one when others are live: on task Task(seed=")
+    assert problem.startswith("an episode changes when others are live: on task Task(seed=")
     assert said in problem
 
 
-def test_env_check_bears_players_that_are_not_deterministic() -> None:
-    """They may ask a server; only the environment has to do the same again."""
+def test_env_check_accepts_players_that_are_not_deterministic() -> None:
+    """They may call a server; only the environment must be deterministic."""
 
     @rayrl.env(tasks=lambda seed, u: Task(seed=seed), rewards={"n": 1.0})
     async def game(task: Task, agent: Agent) -> Scores:
@@ -336,7 +338,7 @@ def test_env_check_bears_players_that_are_not_deterministic() -> None:
     assert check_env(game) == []
 
 
-async def test_the_same_seed_is_the_same_episode_twice(game: rayrl.Environment) -> None:
+async def test_the_same_seed_gives_the_same_episode(game: rayrl.Environment) -> None:
     one, two, other = [
         await play_episode(game, Task(), {"agent": Slow()}, id="0", seed=seed) for seed in (6, 6, 7)
     ]

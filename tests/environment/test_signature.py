@@ -59,7 +59,7 @@ def test_fit_converts(value: Any, hint: Any, want: Any) -> None:
         ("x", int | None, r"expected int \| None, got 'x'"),
     ],
 )
-def test_fit_refuses(value: Any, hint: Any, said: str) -> None:
+def test_fit_rejects(value: Any, hint: Any, said: str) -> None:
     with pytest.raises(TypeError, match=said):
         fit(value, hint)
 
@@ -144,7 +144,7 @@ CONVERTED: list[tuple[Any, Any, Any]] = [
 
 
 @pytest.mark.parametrize(("value", "hint", "want"), CONVERTED, ids=str)
-def test_fit_knows_what_pydantic_knows(value: Any, hint: Any, want: Any) -> None:
+def test_fit_supports_pydantic_types(value: Any, hint: Any, want: Any) -> None:
     got = fit(value, hint)
     assert got == want
     assert type(got) is type(want)
@@ -166,12 +166,12 @@ def test_fit_knows_what_pydantic_knows(value: Any, hint: Any, want: Any) -> None
         ({"value": 1, "below": [{"value": "2"}]}, Node, "field 'value': expected int, got '2'"),
     ],
 )
-def test_fit_refuses_in_words(value: Any, hint: Any, said: str) -> None:
+def test_fit_error_messages(value: Any, hint: Any, said: str) -> None:
     with pytest.raises(TypeError, match=said):
         fit(value, hint)
 
 
-def test_schema_of_what_pydantic_knows() -> None:
+def test_schema_of_pydantic_types() -> None:
     assert schema(Color) == {"type": "string", "enum": ["red", "blue"]}
     assert schema(list[Color]) == {"type": "array", "items": schema(Color)}
     assert schema(dt.date) == {"type": "string", "format": "date"}

@@ -1,4 +1,4 @@
-"""Whatever a task may hold is read as it was written, or objected to."""
+"""Every task either round-trips through a file or is rejected."""
 
 from __future__ import annotations
 
@@ -18,7 +18,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rayrl.environment.tasks import LoggedTask, misread, same, task_from_json, task_to_json
+from rayrl.environment.tasks import (
+    LoggedTask,
+    roundtrip_problem,
+    same_task,
+    task_from_json,
+    task_to_json,
+)
 from rayrl.types import Task
 
 
@@ -127,11 +133,11 @@ HELD: list[tuple[str, Any]] = [
 
 
 @pytest.mark.parametrize(("hint", "value"), HELD, ids=[f"{h}-{k}" for k, (h, _) in enumerate(HELD)])
-def test_read_as_written(hint: str, value: Any) -> None:
+def test_tasks_round_trip(hint: str, value: Any) -> None:
     task = task_of(hint, value)
-    assert misread(task) == ""
+    assert roundtrip_problem(task) == ""
     back = through_a_file(task)
-    assert same(task, back)
+    assert same_task(task, back)
     if "set[" not in hint:  # a set has no order of its own
         assert json.dumps(task_to_json(back)) == json.dumps(task_to_json(task))
 
@@ -159,9 +165,9 @@ OBJECTED: list[tuple[str, Any]] = [
 @pytest.mark.parametrize(
     ("hint", "value"), OBJECTED, ids=[f"{h}-{k}" for k, (h, _) in enumerate(OBJECTED)]
 )
-def test_objected_to(hint: str, value: Any) -> None:
+def test_tasks_that_do_not_round_trip(hint: str, value: Any) -> None:
     try:
-        said = misread(task_of(hint, value))
+        said = roundtrip_problem(task_of(hint, value))
     except TypeError as error:
         said = str(error)
     assert "value" in said or "Missing" in said
@@ -187,7 +193,7 @@ def test_a_class_in_a_function_with_a_field_called_type() -> None:
             object.__setattr__(self, "size", len(self.type))
 
     task = Local(inner=Inner(Shape.ROUND), type="mine", seed=4)
-    assert misread(task) == ""
+    assert roundtrip_problem(task) == ""
     back = through_a_file(task)
     assert isinstance(back, Local)
     assert (back, back.size) == (task, 4)
@@ -210,7 +216,7 @@ class Derived(Base[int]):
 
 def test_inheritance_and_generics() -> None:
     task = Derived(first=2, more={1: ["a"]}, color=Color.BLUE)
-    assert misread(task) == ""
+    assert roundtrip_problem(task) == ""
     assert through_a_file(task) == task
 
 
@@ -232,10 +238,10 @@ def test_a_file_of_an_earlier_version_is_read() -> None:
     st.dictionaries(st.integers(), st.tuples(st.floats(), st.text(st.characters(codec=None)))),
     st.frozensets(st.sampled_from(Kind)),
 )
-def test_any_values_come_back(table: dict[int, tuple[float, str]], kinds: frozenset[Kind]) -> None:
+def test_any_values_round_trip(table: dict[int, tuple[float, str]], kinds: frozenset[Kind]) -> None:
     for hint, value in (("dict[int, tuple[float, str]]", table), ("frozenset[Kind]", kinds)):
         task = task_of(hint, value)
-        assert same(through_a_file(task), task)
+        assert same_task(through_a_file(task), task)
 
 
 HINTS = (Literal, Pair, Point)  # named in hints as text

@@ -28,7 +28,7 @@ from tests.act import HERMES, Instant, InTurn, build_tokenizer, chat
 
 
 def script(*texts: str) -> ScriptedPlayer:
-    """Says the texts one after the other."""
+    """Generates the given texts in order."""
     return ScriptedPlayer(lambda messages, rng: texts[sum(m.role == "assistant" for m in messages)])
 
 
@@ -62,7 +62,7 @@ async def test_a_conversation_is_the_concatenation_of_its_turns() -> None:
     assert engine.requests[0].stop_ids == chat().stop_ids
 
 
-async def test_a_truncated_reply_is_ended_untrained() -> None:
+async def test_a_truncated_reply_is_closed_by_untrained_ids() -> None:
     player, _ = policy("the lazy dog", max_tokens=2)
     agent = Agent(player)
     reply = await agent("a")
@@ -96,7 +96,7 @@ async def test_restart_begins_a_new_conversation() -> None:
     assert engine.released == ["e/agent/0", "e/agent/1"]
 
 
-async def test_fork_goes_on_by_itself() -> None:
+async def test_a_fork_is_independent() -> None:
     player, engine = policy("one")
     agent = Agent(player, episode="e")
     await agent("a")
@@ -110,7 +110,7 @@ async def test_fork_goes_on_by_itself() -> None:
     assert (agent.turns, other.turns, len(agent.record), len(other.record)) == (2, 2, 2, 1)
 
 
-async def test_what_a_tool_loop_cannot_be() -> None:
+async def test_invalid_tool_loop_arguments() -> None:
     agent = Agent(policy("one")[0], episode="e")
 
     def double(x: int) -> int:
@@ -122,7 +122,7 @@ async def test_what_a_tool_loop_cannot_be() -> None:
         await agent("a", tools=[double], tool_rounds=-1)
 
 
-async def test_a_fork_goes_on_naming_calls() -> None:
+async def test_a_fork_continues_the_call_ids() -> None:
     call = format_call("double", {"x": 2})
     agent = Agent(policy(call)[0], episode="e")
 
@@ -136,7 +136,7 @@ async def test_a_fork_goes_on_naming_calls() -> None:
     assert len(names) == len(set(names)) == 4
 
 
-async def test_forks_of_forks_have_sessions_of_their_own() -> None:
+async def test_forks_of_forks_have_distinct_sessions() -> None:
     player, engine = policy("one")
     agent = Agent(player, episode="e")
     await agent("a")
@@ -147,7 +147,7 @@ async def test_forks_of_forks_have_sessions_of_their_own() -> None:
 
 
 class Broken:
-    """A generator that fails as told."""
+    """A generator that fails as configured."""
 
     def __init__(self, answer: Completion | Exception) -> None:
         self.answer = answer
@@ -175,7 +175,7 @@ async def test_a_failed_generation_leaves_no_trace(answer: Any, said: str) -> No
     assert agent._conversation.ids == []
 
 
-async def test_no_room_for_a_reply() -> None:
+async def test_no_tokens_for_a_reply() -> None:
     agent = Agent(PolicyPlayer(chat(), Broken(Completion((), (), (), "length")), Sampling()))
     reply = await agent("a")
     assert (reply, reply.finish) == ("", "length")
@@ -183,7 +183,7 @@ async def test_no_room_for_a_reply() -> None:
     assert agent.record[1].prompt_ids[0] == chat().stop_ids[0]
 
 
-async def test_misuse_is_named() -> None:
+async def test_misuse_is_reported() -> None:
     async def slow(messages: Sequence[Message], rng: Any) -> str:
         await asyncio.sleep(0)
         return "a"
@@ -194,13 +194,13 @@ async def test_misuse_is_named() -> None:
     first, second = await asyncio.gather(agent("x"), agent("x"), return_exceptions=True)
     assert first == "a"
     assert isinstance(second, EnvError)
-    assert "asked again before it answered" in str(second)
+    assert "called again before it answered" in str(second)
     agent.close()
     with pytest.raises(EnvError, match="the episode is over"):
         await agent("x")
 
 
-async def test_a_cancelled_call_can_be_made_again() -> None:
+async def test_a_cancelled_call_can_be_repeated() -> None:
     release = asyncio.Event()
 
     class Slow:
@@ -278,7 +278,7 @@ async def test_a_policy_with_tools_keeps_its_ids() -> None:
     assert '"name": "add"' in prompts[0]
     assert prompts[1].startswith("\n<|im_start|>user\n<tool_response>3\nNo more")
     assert '"name": "divide"' in prompts[2]
-    assert '"name": "add"' not in prompts[2]  # it knows that one
+    assert '"name": "add"' not in prompts[2]  # introduced before
     assert engine.requests[-1].prompt_ids == ids_of(agent.record)[: -len(chat().reply(call))]
 
 
@@ -333,7 +333,7 @@ async def test_the_tool_loop_appends_what_the_template_would_write() -> None:
     schemas = [Tool.from_function(add).schema, Tool.from_function(divide).schema]
     text = one.tokenizer.apply_chat_template(talk, tools=schemas, tokenize=False)
     assert one.tokenizer.decode(ids) + "\n" == text  # a model ends at its end of turn
-    rendered, is_reply = one.render(agent.record)  # what a warm start on this episode learns from
+    rendered, is_reply = one.render(agent.record)  # the training data of a warm start
     assert list(rendered) == ids
     sampled = [i for turn in agent.record for i in turn.completion_ids]
     assert [i for i, mine in zip(rendered, is_reply, strict=True) if mine] == sampled
@@ -342,7 +342,7 @@ async def test_the_tool_loop_appends_what_the_template_would_write() -> None:
 # ---- tools as lines
 
 
-async def test_the_tool_loop_with_lines() -> None:
+async def test_the_tool_loop_with_the_text_protocol() -> None:
     calls = 'I need both.\nCALL double: 4\nCALL add: {"a": 1, "b": 2}\nCALL halve: 3'
     engine = InTurn(chat(), calls, "CALL double: four", "8 and 3", "again")
     agent = Agent(PolicyPlayer(chat(), engine, Sampling(max_tokens=99)))
@@ -365,13 +365,13 @@ async def test_the_tool_loop_with_lines() -> None:
     assert wrong.content == (
         "RESULT double: Error: double: argument 'number': expected int, got 'four'"
     )
-    assert agent.messages[-2] == user("again?")  # it knows them by now
+    assert agent.messages[-2] == user("again?")  # they were introduced before
     assert all(turn.tools == () for turn in agent.record)
     ids = ids_of(agent.record)
     assert ids == (*engine.requests[-1].prompt_ids, *chat().reply("again"))
 
 
-async def test_the_last_round_of_lines_and_a_new_conversation() -> None:
+async def test_the_last_round_of_the_text_protocol_and_a_restart() -> None:
     agent = Agent(script(*["CALL double: 2"] * 3))
     reply = await agent("?", tools=[double], protocol="text", tool_rounds=1)
     assert (reply, agent.turns, agent.tool_calls) == ("CALL double: 2", 2, 1)
@@ -384,7 +384,7 @@ async def test_the_last_round_of_lines_and_a_new_conversation() -> None:
 
 
 async def test_a_truncated_line_is_not_run() -> None:
-    """`double: 12` was going to be `double: 123`."""
+    """`double: 12` may be a truncated `double: 123`."""
     room = len(chat().encode("CALL double: 12"))
     engine = InTurn(chat(), "CALL double: 123", "246")
     agent = Agent(PolicyPlayer(chat(), engine, Sampling(max_tokens=room)))
@@ -417,7 +417,7 @@ async def test_scripted_players() -> None:
 
     with pytest.raises(EnvError, match="player wrong raised KeyError: 'x'"):
         await Agent(ScriptedPlayer(wrong))("a")
-    with pytest.raises(EnvError, match="returned None: it must return a text"):
+    with pytest.raises(EnvError, match="returned None: it must return a string"):
         await Agent(ScriptedPlayer(lambda messages, rng: None))("a")  # type: ignore[arg-type, return-value]
 
 

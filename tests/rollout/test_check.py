@@ -63,7 +63,7 @@ def test_a_task_with_enums_and_keys_that_are_numbers_has_no_problems() -> None:
 
 
 class Loose(Task):
-    """No dataclass of its own."""
+    """Not decorated as a dataclass itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +97,7 @@ async def _fails(task: Task, agent: Any) -> Scores:
     raise KeyError("board")
 
 
-async def _forgets(task: Task, agent: Any) -> Scores:
+async def _omits_scores(task: Task, agent: Any) -> Scores:
     await agent("a")
     return {"rigth": 1.0}
 
@@ -123,9 +123,9 @@ async def _hangs(task: Task, agent: Any) -> Scores:
 @pytest.mark.parametrize(
     ("play", "said"),
     [
-        (_silent, "no model was asked anything"),
+        (_silent, "no model was called"),
         (_fails, "KeyError: 'board'"),
-        (_forgets, "Did you mean 'right'"),
+        (_omits_scores, "Did you mean 'right'"),
         (_talks_at_random, "different messages at turn 0"),
         (_scores_at_random, "not deterministic: the same task and replies were scored"),
         (_hangs, "did not end within 0.1 s"),
@@ -136,7 +136,7 @@ def test_problems_of_play(play: Any, said: str) -> None:
     assert said in problem
 
 
-def test_weights_that_teach_nothing() -> None:
+def test_all_weights_zero() -> None:
     assert "every reward has weight 0" in check_env(made(right=0.0))[0]
     group = rayrl.group_reward(lambda episodes: [0.0] * len(episodes), 0.0)
     assert "every reward has weight 0" in check_env(made(right=0.0, rank=group))[0]
@@ -146,11 +146,11 @@ def test_weights_that_teach_nothing() -> None:
 @pytest.mark.parametrize(
     ("where", "said"),
     [
-        ("text", "'agent' was told something else"),
+        ("text", "'agent' was sent different messages"),
         ("score", "the same task and replies were scored"),
     ],
 )
-def test_randomness_that_only_a_good_player_meets(where: str, said: str) -> None:
+def test_randomness_that_only_a_good_player_reaches(where: str, said: str) -> None:
     async def deep(task: Task, agent: Any) -> Scores:
         if await agent("a") != "the word":
             return {"right": 0.0}
@@ -163,7 +163,7 @@ def test_randomness_that_only_a_good_player_meets(where: str, said: str) -> None
     (problem,) = check_env(env)
     assert problem.startswith("with player 'teacher': not deterministic: ")
     assert said in problem
-    assert "its episodes start over, instead of going on, when a process dies" in problem
+    assert "episodes start over instead of resuming when their process dies" in problem
 
 
 def test_a_teacher_that_cannot_play() -> None:

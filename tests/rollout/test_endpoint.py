@@ -16,7 +16,7 @@ from rayrl.chat.tools import CUT_OFF
 from rayrl.config import EndpointConfig
 from rayrl.errors import ConfigError, InfraError, Refused, RunFailed
 from rayrl.rollout.agent import Agent, Conversation, Options
-from rayrl.rollout.endpoint import EndpointPlayer, check_reachable, share
+from rayrl.rollout.endpoint import EndpointPlayer, check_reachable, split_limits
 from rayrl.rollout.episode_io import episode_from_json, episode_to_json
 from rayrl.rollout.rollout import play_group
 from rayrl.types import Sampling, Task, Usage, sum_usage, system, user
@@ -25,13 +25,13 @@ Answer = tuple[int, dict[str, str], Any]  # status, headers, body
 
 
 class Server:
-    """A real HTTP server on a free port; `answers` are given one after the other, then the last."""
+    """A real HTTP server on a free port; it gives `answers` in order and repeats the last."""
 
     def __init__(self, *answers: Answer | Callable[[], Any]) -> None:
         self.answers = list(answers)
         self.seen: list[tuple[dict[str, str], dict[str, Any]]] = []
         self.asked: list[dict[str, str]] = []
-        self.status = 404  # of any other question; 0 hangs up
+        self.status = 404  # for other requests; 0 closes the connection
         self.url = ""
         self.live = self.most = 0
         self.handlers: set[asyncio.Task[None]] = set()
@@ -53,7 +53,7 @@ class Server:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode()
                 lines = head.split("\r\n")
                 headers = dict(line.lower().split(": ", 1) for line in lines[1:] if ": " in line)
-                if lines[0].startswith("GET"):  # is anybody there? a server need not know more
+                if lines[0].startswith("GET"):  # a probe; a server need not support it
                     self.asked.append(headers)
                     if not self.status:
                         break
@@ -68,7 +68,7 @@ class Server:
                 if callable(answer):
                     answer = await answer()
                 self.live -= 1
-                if answer is None:  # hang up
+                if answer is None:  # close the connection
                     break
                 status, extra, said = answer
                 if isinstance(said, bytes):
@@ -170,14 +170,14 @@ async def never() -> Answer:
         hang_up,
     ],
 )
-async def test_what_is_tried_again(bad: Any) -> None:
+async def test_which_statuses_are_retried(bad: Any) -> None:
     async with serving(bad, bad, said("ok")) as server, endpoint(server) as player:
         assert await Agent(player)("a") == "ok"
     assert len(server.seen) == 3
     assert server.seen[0][1] == server.seen[2][1]
 
 
-async def test_timeouts_are_tried_again() -> None:
+async def test_timeouts_are_retried() -> None:
     async with serving(never, said("ok")) as server, endpoint(server, timeout_s=2.0) as player:
         assert await Agent(player)("a") == "ok"
 
@@ -188,17 +188,17 @@ async def test_retry_after_is_honoured() -> None:
         agent, began = Agent(player), time.perf_counter()
         await agent("a")
     assert time.perf_counter() - began >= 0.4
-    assert 0.4 <= agent.held_s < 0.42
+    assert 0.4 <= agent.throttled_s < 0.42
 
 
-async def test_tries_run_out() -> None:
+async def test_retries_exhausted() -> None:
     async with serving((503, {}, "busy")) as server, endpoint(server, retries=1) as player:
-        with pytest.raises(InfraError, match=r"no answer in 2 tries; the last gave HTTP 503: busy"):
+        with pytest.raises(InfraError, match=r"in 2 tries; the last failed with HTTP 503: busy"):
             await Agent(player)("a")
     assert len(server.seen) == 2
 
 
-async def test_a_server_that_is_not_there() -> None:
+async def test_an_unreachable_server() -> None:
     server = Server()
     server.url = "http://127.0.0.1:9/v1"
     async with endpoint(server, retries=0) as player:
@@ -208,7 +208,7 @@ async def test_a_server_that_is_not_there() -> None:
         await check_reachable(EndpointConfig(url=server.url, model="m"))
 
 
-async def test_a_server_is_there_if_it_answers_anything() -> None:
+async def test_any_response_counts_as_reachable() -> None:
     async with serving(said("ok")) as server:
         await check_reachable(EndpointConfig(url=server.url, model="m"))
         server.status = 401
@@ -217,10 +217,10 @@ async def test_a_server_is_there_if_it_answers_anything() -> None:
     assert not server.seen  # nothing was spent
 
 
-async def test_an_account_without_money_is_not_asked_again() -> None:
+async def test_an_exhausted_quota_is_not_retried() -> None:
     empty = (429, {"Retry-After": "30"}, {"error": {"code": "insufficient_quota"}})
     async with serving(empty) as server, endpoint(server) as player:
-        with pytest.raises(ConfigError, match="nothing left to spend"):
+        with pytest.raises(ConfigError, match="no quota left"):
             await Agent(player)("a")
     assert len(server.seen) == 1
 
@@ -233,7 +233,7 @@ COUNTED = {
 }
 
 
-async def test_what_a_call_cost() -> None:
+async def test_usage_of_a_call() -> None:
     partly = {"prompt_tokens": 10, "completion_tokens": 1, "prompt_tokens_details": None}
     answers = (said("a", usage=COUNTED), said("b", usage=partly), said("c"))
     async with serving(*answers) as server, endpoint(server) as player:
@@ -267,7 +267,7 @@ async def test_a_server_that_wants_the_new_name_of_the_limit(
 ) -> None:
     words = "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."
     refused = (400, {}, {"error": {"message": words}})
-    answers = (refused, refused, said("ok"))  # two were under way when the first was refused
+    answers = (refused, refused, said("ok"))  # two were in flight when the first was refused
     async with serving(*answers) as server, endpoint(server, retries=0) as player:
         await asyncio.gather(Agent(player)("a", max_tokens=5), Agent(player)("b", max_tokens=5))
         await Agent(player)("c", max_tokens=5)
@@ -276,26 +276,26 @@ async def test_a_server_that_wants_the_new_name_of_the_limit(
     assert capsys.readouterr().err.count("wants max_completion_tokens instead") == 1
 
 
-async def test_a_retry_after_holds_every_request() -> None:
+async def test_retry_after_pauses_every_request() -> None:
     busy = (429, {"Retry-After": "3"}, "")
     async with serving(busy, said("ok")) as server, endpoint(server) as player:
         first = asyncio.create_task(Agent(player)("a"))
-        while not player.limiter.held_s():  # noqa: ASYNC110
+        while not player.limiter.paused_s():  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         other = Agent(player)
         await asyncio.gather(first, other("b"))
     assert len(server.seen) == 3
-    assert 0 < other.held_s <= 3
+    assert 0 < other.throttled_s <= 3
 
 
-async def test_waiting_for_a_limit_is_not_the_episodes_time() -> None:
+async def test_throttled_time_does_not_count_towards_the_deadline() -> None:
     @rayrl.env(tasks=[rayrl.Task()], rewards={"s": 1.0})
     async def chat(task: rayrl.Task, agent: Agent) -> rayrl.Scores:
         for _ in range(3):
             await agent("go")
         return {"s": 1.0}
 
-    # one request per second, and two are owed
+    # one request per second, and a debt of two
     limits = {"requests_per_minute": 60}
     async with serving(said("ok")) as server, endpoint(server, **limits) as player:
         player.limiter.reserve()
@@ -308,7 +308,7 @@ async def test_waiting_for_a_limit_is_not_the_episodes_time() -> None:
 
 
 @pytest.mark.parametrize("same", [True, False])
-async def test_only_what_an_episode_cannot_use_again_is_wasted(same: bool) -> None:
+async def test_only_usage_that_a_retry_discards_is_retried_usage(same: bool) -> None:
     began = itertools.count()
 
     @rayrl.env(tasks=[rayrl.Task()], rewards={"s": 1.0})
@@ -325,9 +325,9 @@ async def test_only_what_an_episode_cannot_use_again_is_wasted(same: bool) -> No
         )
     (episode,) = group.episodes
     assert episode.failure is None
-    assert (episode.replayed, episode.diverged) == ((1, 0) if same else (0, 1))
-    assert len(server.seen) == (3 if same else 4)  # with the one that failed
-    assert episode.wasted == (None if same else Usage(1, 0, 100, 7, 64, 5))
+    assert (episode.replayed, episode.replay_mismatches) == ((1, 0) if same else (0, 1))
+    assert len(server.seen) == (3 if same else 4)  # including the one that failed
+    assert episode.retried_usage == (None if same else Usage(1, 0, 100, 7, 64, 5))
     n = 2 if same else 3
     assert episode.usage == Usage(n, 0, n * 100, n * 7, n * 64, n * 5)
     assert episode_from_json(json.loads(json.dumps(episode_to_json(episode)))) == episode
@@ -337,16 +337,16 @@ async def test_only_what_an_episode_cannot_use_again_is_wasted(same: bool) -> No
     ("code", "remedy"),
     [(401, "endpoint.api_key_env"), (404, "endpoint.model='m'"), (403, "endpoint.model='m'")],
 )
-async def test_refusals_say_what_to_do(code: int, remedy: str) -> None:
+async def test_refusals_say_what_to_change(code: int, remedy: str) -> None:
     async with serving((code, {}, "no way")) as server, endpoint(server) as player:
         with pytest.raises(ConfigError, match=f"HTTP {code}.*{remedy}.*no way"):
             await Agent(player)("a")
-    assert len(server.seen) == 1  # trying again would not help
+    assert len(server.seen) == 1  # a retry would not help
 
 
 @rayrl.env(tasks=[Task()], rewards={"s": 1.0})
 async def once(task: Task, agent: Agent) -> rayrl.Scores:
-    with contextlib.suppress(Exception):  # which hides nothing
+    with contextlib.suppress(Exception):  # which must not hide the failure
         await agent("go")
     return {"s": 1.0}
 
@@ -362,7 +362,7 @@ def too_long(message: str = LONG) -> Answer:
     return 400, {}, {"error": {"message": message, "code": "context_length_exceeded"}}
 
 
-async def test_an_unknown_refusal_is_the_set_ups_if_any_other_question_gets_it_too() -> None:
+async def test_an_unknown_refusal_is_setup_if_a_harmless_conversation_is_refused_too() -> None:
     async with serving(UNKNOWN) as server, endpoint(server) as player:
         with pytest.raises(ConfigError, match=r"HTTP 400.*sampling settings.*no way"):
             await Agent(player)("a")
@@ -371,7 +371,7 @@ async def test_an_unknown_refusal_is_the_set_ups_if_any_other_question_gets_it_t
     assert first == other  # the same settings
 
 
-async def test_an_unknown_refusal_is_the_conversations_if_another_was_answered() -> None:
+async def test_an_unknown_refusal_is_content_if_another_conversation_was_answered() -> None:
     async with (
         serving(said("ok"), UNKNOWN, UNKNOWN, said("on")) as server,
         endpoint(server) as player,
@@ -381,10 +381,10 @@ async def test_an_unknown_refusal_is_the_conversations_if_another_was_answered()
             with pytest.raises(Refused, match=r"refused this conversation.*no way"):
                 await Agent(player)("b")
         assert await Agent(player)("c") == "on"
-    assert len(server.seen) == 4  # nothing else was asked
+    assert len(server.seen) == 4  # no other request
 
 
-async def test_whether_another_is_answered_may_have_to_wait() -> None:
+async def test_the_harmless_conversation_may_have_to_be_retried() -> None:
     busy = (503, {}, "")
     async with (
         serving(UNKNOWN, busy, UNKNOWN, said("hello"), UNKNOWN) as server,
@@ -394,7 +394,7 @@ async def test_whether_another_is_answered_may_have_to_wait() -> None:
             with pytest.raises(Refused):
                 await Agent(player)("a")
         options = Options(0, "", tools=({"type": "function"},))
-        with pytest.raises(ConfigError):  # with these settings nobody was answered
+        with pytest.raises(ConfigError):  # no request with these settings was answered
             await player.answer(Conversation("s", "agent"), [user("a")], options)
     assert len(server.seen) == 7
 
@@ -402,11 +402,11 @@ async def test_whether_another_is_answered_may_have_to_wait() -> None:
 @pytest.mark.parametrize(
     ("refusal", "limits"),
     [
-        (too_long(), [84, 20]),  # it said how much room there is
-        (too_long("too long"), [84, 42]),  # it did not
+        (too_long(), [84, 20]),  # the limit is in the message
+        (too_long("too long"), [84, 42]),  # it is not
     ],
 )
-async def test_a_reply_gets_what_room_there_is(refusal: Answer, limits: list[int]) -> None:
+async def test_a_reply_is_limited_to_what_fits(refusal: Answer, limits: list[int]) -> None:
     async with (
         serving(refusal, said("cut", "length")) as server,
         endpoint(server, sampling=Sampling(max_tokens=84)) as player,
@@ -420,7 +420,7 @@ async def test_a_reply_gets_what_room_there_is(refusal: Answer, limits: list[int
     ("refusal", "asked"),
     [
         (too_long(LONG.replace("80", "100")), 1),
-        (too_long(LONG), 1 + 5),  # it lied about the room: 84, 20, 10, 5, 2, 1
+        (too_long(LONG), 1 + 5),  # the message is wrong: 84, 20, 10, 5, 2, 1
         (too_long("too long"), 7),  # 84, 42, 21, 10, 5, 2, 1
         ((413, {}, "<html>"), 1),
         ((400, {}, {"error": {"code": "content_filter", "message": "hate"}}), 1),
@@ -477,7 +477,7 @@ async def test_a_server_that_names_both_limits_because_of_the_context() -> None:
         ),
     ],
 )
-async def test_what_a_reply_says_and_how_it_ended(
+async def test_content_and_finish_reason_of_a_reply(
     content: Any, reason: Any, text: str, finish: str
 ) -> None:
     async with serving(said(content, reason)) as server, endpoint(server) as player:
@@ -522,7 +522,7 @@ async def test_native_tool_calls() -> None:
         await agent("sure?")
     assert reply == "3"
     assert agent.tool_calls == 1
-    # the episode has it as text, which a model can be trained on
+    # text in the episode, so that a model can be trained on it
     text = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call>'
     assert agent.record[0].text == text
     first, second, third = [body for _, body in server.seen]
@@ -548,7 +548,7 @@ async def test_native_tool_calls() -> None:
     ]
 
 
-async def test_native_arguments_that_are_no_json() -> None:
+async def test_native_arguments_that_are_not_json() -> None:
     call = {"id": "x", "function": {"name": "add", "arguments": '{"a": 1, '}}
     calling = said("hm", tool_calls=[call])
     async with serving(calling, said("3")) as server, endpoint(server) as player:
@@ -567,7 +567,7 @@ async def test_native_arguments_that_are_no_json() -> None:
 
 
 @pytest.mark.parametrize("arguments", ['{"a": 1, ', ""])
-async def test_a_native_call_that_is_cut_off(arguments: str) -> None:
+async def test_a_truncated_native_call(arguments: str) -> None:
     whole = {"id": "x", "function": {"name": "add", "arguments": '{"a": 1, "b": 2}'}}
     broken = {"id": "y", "function": {"name": "add", "arguments": arguments}}
     calling = said(None, "length", tool_calls=[whole, broken])
@@ -578,7 +578,7 @@ async def test_a_native_call_that_is_cut_off(arguments: str) -> None:
     assert results == ["3", f"Error: {CUT_OFF}"]
 
 
-async def test_native_arguments_that_are_no_object() -> None:
+async def test_native_arguments_that_are_not_an_object() -> None:
     calls = [
         {"id": "x", "function": {"name": "add", "arguments": "[1]"}},
         {"id": "y", "function": {"name": "add", "arguments": '{"a": 1, "b": 2}'}},
@@ -596,14 +596,14 @@ async def test_native_arguments_that_are_no_object() -> None:
     assert (agent.tool_calls, agent.tool_errors) == (2, 1)
 
 
-def test_hosts_keep_the_limits_together() -> None:
+def test_workers_share_the_limits() -> None:
     limits = EndpointConfig(concurrency=16, requests_per_minute=60, tokens_per_minute=300)
-    one = share(limits, 3)
+    one = split_limits(limits, 3)
     assert (one.concurrency, one.requests_per_minute, one.tokens_per_minute) == (5, 20, 100)
-    assert share(limits, 1) == limits
+    assert split_limits(limits, 1) == limits
 
 
-def test_settings_that_are_missing() -> None:
+def test_missing_settings() -> None:
     with pytest.raises(ConfigError, match=r"endpoint\.url=''"):
         EndpointPlayer(EndpointConfig(model="m"))
     with pytest.raises(ConfigError, match=r"endpoint\.model is empty"):

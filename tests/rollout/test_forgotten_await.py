@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:coroutine:RuntimeWarning")
 
 @pytest.fixture(autouse=True)
 def collected() -> Iterator[None]:
-    """What was not awaited goes, and with it Python's own warning, while that is ignored."""
+    """Collect coroutines that were not awaited while Python's warning about them is ignored."""
     yield
     gc.collect()
 
@@ -82,7 +82,7 @@ def env(play: Any) -> Environment:
         (helper_is_not_awaited, "was not awaited: write `await` before it"),
     ],
 )
-async def test_it_is_named(play: Any, said: str) -> None:
+async def test_a_missing_await_is_named(play: Any, said: str) -> None:
     environment = env(play)
     episode = await play_episode(environment, Task(seed=0), says(), id="e")
     assert episode.failure is not None
@@ -104,7 +104,7 @@ async def test_a_task_source_that_must_be_awaited() -> None:
     assert "Write `await` before the call of" in problem
 
 
-async def test_awaiting_together_is_awaiting() -> None:
+async def test_gather_counts_as_awaiting() -> None:
     async def play(task: Task, x: Agent, o: Agent) -> Scores:
         replies = await asyncio.gather(x("hello"), o("hello"))
         later = asyncio.create_task(x("again"))

@@ -1,4 +1,4 @@
-"""Records are data: what is damaged is cut off or named, and nothing in a file is ever run."""
+"""Record files: damage is cut off or reported, and nothing in a file is executed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rayrl.errors import DataError
-from rayrl.rollout.encoding import bytes_of, group_from_data, group_to_data, turn_from_bytes
+from rayrl.rollout.encoding import group_from_bytes, group_to_bytes, turn_from_bytes, turn_to_bytes
 from rayrl.rollout.records import Records, pack, unpack
 from rayrl.run.group_log import GroupLog, Played
 from rayrl.types import (
@@ -43,7 +43,7 @@ def file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def ends(tmp_path: Path) -> list[int]:
-    """Where each record ends."""
+    """Offsets at which the records end."""
     records = Records(tmp_path / "other.log")
     found = []
     for one in WRITTEN:
@@ -68,7 +68,7 @@ def flipped(data: bytes, at: int) -> bytes:
 @pytest.mark.parametrize(
     "tail", [b"\0" * 4096, b"\0", b"garbage", b"rec\x01", b"rec\x01\0\0\0\1\0\0\0\0x", b"\xff" * 99]
 )
-def test_what_follows_the_last_whole_record_is_cut_off(
+def test_data_after_the_last_intact_record_is_cut_off(
     file: Path, tail: bytes, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = file.read_bytes()
@@ -80,7 +80,7 @@ def test_what_follows_the_last_whole_record_is_cut_off(
     assert capsys.readouterr().err == ""
 
 
-def test_every_cut_and_every_flipped_bit_is_seen(file: Path, ends: list[int]) -> None:
+def test_every_truncation_and_flipped_bit_is_detected(file: Path, ends: list[int]) -> None:
     whole = file.read_bytes()
     for at in range(len(whole)):
         file.write_bytes(whole[:at])
@@ -116,7 +116,7 @@ def test_a_pickle_is_not_read(tmp_path: Path, name: str) -> None:
     assert not run.exists()
 
 
-def test_a_record_with_another_shape_is_named(tmp_path: Path) -> None:
+def test_a_record_of_another_structure_is_reported(tmp_path: Path) -> None:
     records = Records(tmp_path / "step_000000.log")
     records.add(["played", 0, pack({"not": "a group"})])
     records.close()
@@ -137,18 +137,20 @@ def everything() -> Turn:
     )
 
 
-def test_a_turn_and_a_group_come_back_whole() -> None:
+def test_a_turn_and_a_group_round_trip() -> None:
     turn = everything()
-    assert turn_from_bytes(bytes_of(turn)) == turn
-    assert turn_from_bytes(bytes_of(turn)).began == turn.began
+    assert turn_from_bytes(turn_to_bytes(turn)) == turn
+    assert turn_from_bytes(turn_to_bytes(turn)).began == turn.began
     failed = Failure("env", "why", "where")
     task = Task(seed=2**63 - 1)
     episodes = (
         Episode("g/0", "e", task, 0, (turn, turn), {"a": {"s": 0.5}}, {"a": 0.5}, replayed=2),
-        Episode("g/1", "e", Task(seed=2), 1, (), failure=failed, wasted=Usage(), seconds=2.5),
+        Episode(
+            "g/1", "e", Task(seed=2), 1, (), failure=failed, retried_usage=Usage(), seconds=2.5
+        ),
     )
     group = Group("g", task, episodes, ("a", "b"))
-    back = group_from_data(group_to_data(group))
+    back = group_from_bytes(group_to_bytes(group))
     assert back == group
     assert [one.replayed for one in back.episodes] == [2, 0]
     assert back.episodes[1].seconds == 2.5
@@ -171,15 +173,15 @@ numbers = st.integers(0, 2**40)
         ),
     ),
 )
-def test_any_turn_comes_back(
+def test_any_turn_round_trips(
     text: str, ids: list[int], logprobs: list[float], arguments: dict[str, Any]
 ) -> None:
     said = (Message("assistant", text, (ToolCall(text, "f", arguments),)),)
     turn = Turn("a", said, text, "length", 0, tuple(ids), tuple(ids), tuple(logprobs))
-    assert turn_from_bytes(bytes_of(turn)) == turn
+    assert turn_from_bytes(turn_to_bytes(turn)) == turn
 
 
-def test_plain_data_comes_back() -> None:
+def test_plain_data_round_trips() -> None:
     data = {"a": [1, 2.5, None, True, b"\xff", "\ud83d"], 3: {}}
     assert unpack(pack(data)) == data
 
@@ -191,8 +193,8 @@ def log(tmp_path: Path) -> Iterator[GroupLog]:
     one.close()
 
 
-def test_a_group_log_ends_with_zeros(log: GroupLog, tmp_path: Path) -> None:
-    """A power cut: the file had grown, its last page was not on the disk."""
+def test_a_group_log_that_ends_with_zeros(log: GroupLog, tmp_path: Path) -> None:
+    """After a power cut the file has its new size, but its last page is not on disk."""
     first = Played(0, Group("0-0", Task(seed=1), ()))
     log.begin(0, [first])
     with (tmp_path / "step_000000.log").open("ab") as out:

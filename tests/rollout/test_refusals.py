@@ -1,4 +1,4 @@
-"""Errors as servers write them, and what each is about."""
+"""Errors as servers write them, and how each is classified."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rayrl.rollout.refusals import advice, read_refusal
+from rayrl.rollout.refusals import read_refusal, setup_refused
 
 
 def openai(message: str = "no", **fields: Any) -> dict[str, Any]:
@@ -51,8 +51,8 @@ LLAMA = {
 OPENROUTER = {"code": 403, "message": "flagged", "metadata": {"flagged_input": "…"}}
 
 
-# status, body, what it is about, the room it tells
-TOLD: list[tuple[int, Any, str, int | None]] = [
+# status, body, cause, tokens left for the reply
+ERRORS: list[tuple[int, Any, str, int | None]] = [
     # OpenAI
     (400, openai(LONG, code="context_length_exceeded", param="messages"), "length", 97),
     (400, openai("no", code="context_length_exceeded"), "length", None),
@@ -122,11 +122,13 @@ TOLD: list[tuple[int, Any, str, int | None]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("status", "body", "about", "room"), TOLD)
-def test_what_a_refusal_is_about(status: int, body: Any, about: str, room: int | None) -> None:
+@pytest.mark.parametrize(("status", "body", "cause", "reply_tokens"), ERRORS)
+def test_a_refusal_is_classified(
+    status: int, body: Any, cause: str, reply_tokens: int | None
+) -> None:
     text = body if isinstance(body, str) else json.dumps(body)
     refusal = read_refusal(status, text)
-    assert (refusal.about, refusal.room) == (about, room)
+    assert (refusal.cause, refusal.reply_tokens) == (cause, reply_tokens)
 
 
 @pytest.mark.parametrize(
@@ -141,18 +143,18 @@ def test_what_a_refusal_is_about(status: int, body: Any, about: str, room: int |
         (
             400,
             openai(param="top_p"),
-            "sampling.top_p, or leave it out by endpoint.extra.top_p=null",
+            "sampling.top_p, or omit it with endpoint.extra.top_p=null",
         ),
-        (400, openai(param="tools[0].function"), "does not take the environment's tools"),
+        (400, openai(param="tools[0].function"), "does not accept the environment's tools"),
         (400, openai(param="logit_bias"), "endpoint.extra.logit_bias=null"),
-        (402, "", "nothing left to spend"),
+        (402, "", "no quota left"),
         (307, "", "redirects to another address"),
-        (400, "odd", "it answers nothing with these settings"),
+        (400, "odd", "it refuses every request with these settings"),
     ],
 )
-def test_advice_names_what_is_wrong(status: int, body: Any, remedy: str) -> None:
+def test_the_message_says_what_to_change(status: int, body: Any, remedy: str) -> None:
     text = body if isinstance(body, str) else json.dumps(body)
-    said = advice("http://x/v1", "m", read_refusal(status, text))
+    said = setup_refused("http://x/v1", "m", read_refusal(status, text))
     assert remedy in said
     assert remedy.startswith("it has no") or "it has no" not in said
 
@@ -184,10 +186,10 @@ JSON = st.recursive(
 def test_any_body_can_be_read(body: Any, status: int) -> None:
     refusal = read_refusal(status, json.dumps(body))
     assert isinstance(refusal.message, str)
-    assert "HTTP" in advice("http://x/v1", "m", refusal)
+    assert "HTTP" in setup_refused("http://x/v1", "m", refusal)
 
 
-def test_a_body_that_is_nested_too_deep_is_words() -> None:
+def test_a_body_that_is_nested_too_deeply_is_text() -> None:
     text = '{"error": ' * 900 + "1" + "}" * 900
-    assert read_refusal(400, text).about == "unknown"
-    assert read_refusal(400, "[" * 100_000).about == "unknown"
+    assert read_refusal(400, text).cause == "unknown"
+    assert read_refusal(400, "[" * 100_000).cause == "unknown"

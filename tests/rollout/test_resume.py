@@ -1,4 +1,4 @@
-"""Episodes brought back from their recorded turns, against the same episodes never interrupted."""
+"""Resumed episodes, compared with the same episodes without interruption."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from rayrl.cluster.workers.turn_log import Recorder, TurnSender
 from rayrl.rollout.agent import Agent, Conversation, Options
 from rayrl.rollout.episode_io import episode_from_json, episode_to_json
 from rayrl.rollout.players import PolicyPlayer, ScriptedPlayer
-from rayrl.rollout.resume import Diverged, EpisodeResume, PartialEpisode, TurnLog
+from rayrl.rollout.resume import EpisodeResume, PartialEpisode, ReplayMismatch, TurnLog
 from rayrl.rollout.rollout import play_episode
 from rayrl.rollout.subprocess_env import SubprocessEnv
 from rayrl.types import Completion, Episode, Failure, Group, Request, Sampling, Turn, Usage, user
@@ -69,7 +69,7 @@ class Teacher(PolicyPlayer):
 
 
 async def resumed(env: rayrl.Environment, plan: GroupPlan, players: Any, begun: Any) -> Any:
-    """The episode of a plan of size 1 that goes on from `begun`, and what was told of its turns."""
+    """The episode of a plan of size 1 that goes on from `begun`, and the turns that were logged."""
     log = TurnLog()
     (group,) = await collect(
         env,
@@ -80,15 +80,15 @@ async def resumed(env: rayrl.Environment, plan: GroupPlan, players: Any, begun: 
         recorded={f"{plan.id}/0": begun},
         on_turn=log.add,
     )
-    return group.episodes[0], log.begun()
+    return group.episodes[0], log.partial_episodes()
 
 
-def test_no_environment_is_left_out() -> None:
+def test_every_environment_is_covered() -> None:
     assert {name for name, _, _ in ENVS} == set(rayrl.installed_envs())
 
 
 @pytest.mark.parametrize(("name", "player", "args"), ENVS)
-async def test_every_environment_comes_back_after_every_turn(
+async def test_every_environment_resumes_after_every_turn(
     name: str, player: str, args: dict[str, Any]
 ) -> None:
     env = rayrl.load_env(name).configure(args)
@@ -101,13 +101,13 @@ async def test_every_environment_comes_back_after_every_turn(
         (episode,) = whole.episodes
         assert episode.failure is None
         assert episode.turns
-        # as a journal on another machine would have kept it
+        # as a log on another machine has it
         turns = episode_from_json(json.loads(json.dumps(episode_to_json(episode)))).turns
         for made in range(len(turns) + 1):
             players = {seat: Teacher(teacher) for seat in env.seats}
             again, told = await resumed(env, plan, players, PartialEpisode(turns[:made], 3))
             assert again == episode
-            assert (again.replayed, again.diverged) == (made, 0)
+            assert (again.replayed, again.replay_mismatches) == (made, 0)
             assert told == {f"g{k}/0": PartialEpisode(episode.turns, 4)}
             sessions = [one for seat in players.values() for one in seat.sessions]
             assert len(sessions) == len(turns) - made  # nothing was generated twice
@@ -129,9 +129,9 @@ async def recorded(env: rayrl.Environment, players: Any) -> tuple[Turn, ...]:
     return turns
 
 
-async def test_an_infrastructure_failure_goes_on_from_its_turns() -> None:
+async def test_an_infrastructure_failure_resumes_from_its_turns() -> None:
     class Dies(Instant):
-        """Does not answer the third and the fifth request."""
+        """Fails on the third and the fifth request."""
 
         async def generate(self, request: Request) -> Completion:
             done = await super().generate(request)
@@ -156,8 +156,8 @@ async def test_an_infrastructure_failure_goes_on_from_its_turns() -> None:
         ),
     )
     assert group.episodes[0].turns == whole
-    assert (group.episodes[0].replayed, group.episodes[0].diverged) == (2, 0)
-    # asked for turns 0, 1, 2 (which failed) and 2 again, the same way; then it is over
+    assert (group.episodes[0].replayed, group.episodes[0].replay_mismatches) == (2, 0)
+    # called for turns 0, 1, 2 (which failed) and 2 again
     assert [r.session for r in engine.requests] == ["g/0/agent/0"] * 3 + ["g/0~1/agent/0"]
     assert engine.requests[2].prompt_ids == engine.requests[3].prompt_ids
     assert engine.requests[2].seed == engine.requests[3].seed
@@ -178,11 +178,11 @@ async def test_an_environment_that_differs_starts_over() -> None:
     assert episode.failure is None
     assert episode.scores == {"agent": {"n": 6.0}}
     assert [turn.prompt[0].content for turn in episode.turns] == ["same", "not the same 2"]
-    assert (episode.replayed, episode.diverged) == (0, 1)
-    assert episode.wasted == Usage(2, 0, 20, 3)
-    assert told == {"g/0": PartialEpisode(episode.turns, 7)}  # attempt 5 is void, 6 ended
+    assert (episode.replayed, episode.replay_mismatches) == (0, 1)
+    assert episode.retried_usage == Usage(2, 0, 20, 3)
+    assert told == {"g/0": PartialEpisode(episode.turns, 7)}  # attempt 5 is outdated, 6 ended
 
-    # once is enough: its later failures of infrastructure start over at once
+    # after one mismatch, later infrastructure failures start over immediately
     class Dies(ScriptedPlayer):
         def __init__(self) -> None:
             super().__init__(lambda messages, rng: "abc")
@@ -199,21 +199,21 @@ async def test_an_environment_that_differs_starts_over() -> None:
     player = Dies()
     episode, _ = await resumed(forgets, PLAN, {"agent": player}, PartialEpisode(turns, 1))
     assert episode.failure is None
-    assert (episode.replayed, episode.diverged) == (0, 1)
+    assert (episode.replayed, episode.replay_mismatches) == (0, 1)
     assert player.sessions == ["g/0~2/agent/0"] * 2 + ["g/0~3/agent/0"] * 2
 
 
 @pytest.mark.parametrize(
     ("today", "what"),
     [
-        ("shorter", "the environment ended a turn earlier"),
-        ("raises", r"failed \(.*ValueError: today.*\) 2 turns earlier"),
-        ("catches", "'agent' was told something else"),
-        ("restarts", "'agent' was told it in another conversation"),
+        ("shorter", "the environment ended 1 turn early"),
+        ("raises", r"failed \(.*ValueError: today.*\) 2 turns early"),
+        ("catches", "'agent' was sent different messages"),
+        ("restarts", "'agent' was called in a different conversation"),
         ("tools", r"offered the tools \['look'\] instead of \[\]"),
     ],
 )
-async def test_what_counts_as_different(today: str, what: str) -> None:
+async def test_what_counts_as_a_replay_mismatch(today: str, what: str) -> None:
     def look() -> str:
         """Look."""
         return "a wall"
@@ -241,22 +241,22 @@ async def test_what_counts_as_different(today: str, what: str) -> None:
     turns = await recorded(play, {"agent": PolicyPlayer(chat(), engine, Sampling())})
     act = today
     asked = len(engine.requests)
-    with pytest.raises(Diverged, match=what) as caught:
+    with pytest.raises(ReplayMismatch, match=what) as caught:
         await play_episode(
             play,
             Task(),
             {"agent": PolicyPlayer(chat(), engine, Sampling())},
             id="e",
-            course=EpisodeResume(turns),
+            resume=EpisodeResume(turns),
         )
     assert len(engine.requests) == asked
-    assert caught.value.number == (2 if today == "shorter" else 1)
-    assert caught.value.recorded == turns[caught.value.number]
+    assert caught.value.matched == (2 if today == "shorter" else 1)
+    assert caught.value.recorded == turns[caught.value.matched]
 
 
 @rayrl.env(tasks=[Task()], rewards={"first": 1.0})
 async def buzzer(task: Task, a: Agent, b: Agent) -> Scores:
-    """Two rounds at once; who answers first has the point, and both hear of it."""
+    """Two concurrent rounds; the first to answer gets the point, and both are told."""
     points = {"a": 0.0, "b": 0.0}
 
     async def ask(agent: Agent, text: str) -> None:
@@ -273,7 +273,7 @@ async def buzzer(task: Task, a: Agent, b: Agent) -> Scores:
 
 
 class Slow:
-    """Says its name, after others had their chance."""
+    """Replies with its name, after yielding to others."""
 
     trainable = False
 
@@ -288,38 +288,38 @@ class Slow:
         return Turn(conversation.seat, tuple(new), self.name, "stop", state=options.state)
 
 
-async def test_seats_that_are_asked_at_once_hear_in_the_recorded_order() -> None:
+async def test_seats_called_concurrently_are_answered_in_the_recorded_order() -> None:
     late_a = {"a": Slow("a", 9), "b": Slow("b", 1)}
     late_b = {"a": Slow("a", 1), "b": Slow("b", 9)}
     (group,) = await collect(buzzer, [PLAN], late_a, concurrency=1)
     (episode,) = group.episodes
     assert [turn.seat for turn in episode.turns] == ["b", "a"] * 4
     assert episode.scores == {"a": {"first": 0.0}, "b": {"first": 2.0}}
-    for made in range(len(episode.turns) + 1):  # replayed at once, b is first all the same
+    for made in range(len(episode.turns) + 1):  # even when replayed concurrently, b is first
         again, _ = await resumed(buzzer, PLAN, late_a, PartialEpisode(episode.turns[:made]))
         assert again == episode
-        assert (again.replayed, again.diverged) == (made, 0)
+        assert (again.replayed, again.replay_mismatches) == (made, 0)
     again, _ = await resumed(buzzer, PLAN, late_b, PartialEpisode(episode.turns[:5]))
     assert again.scores == {"a": {"first": 0.0}, "b": {"first": 2.0}}  # b had answered twice
 
 
-async def test_nobody_waits_for_a_seat_that_differs() -> None:
+async def test_other_seats_do_not_wait_after_a_mismatch() -> None:
     turns = await recorded(buzzer, {"a": Slow("a", 9), "b": Slow("b", 1)})
     other = replace(turns[0], prompt=(user("round 7"),))
-    with pytest.raises(Diverged, match="'b' was told something else"):
+    with pytest.raises(ReplayMismatch, match="'b' was sent different messages"):
         await play_episode(
             buzzer,
             Task(),
             {}.fromkeys("ab", Slow("", 0)),
             id="e",
-            course=EpisodeResume([other, turns[1]]),
+            resume=EpisodeResume([other, turns[1]]),
         )
     for _ in range(5):
         await asyncio.sleep(0)
-    assert asyncio.all_tasks() == {asyncio.current_task()}  # a's call has heard of it
+    assert asyncio.all_tasks() == {asyncio.current_task()}  # a's call has ended too
 
 
-async def test_an_answer_after_the_end_is_nobodys() -> None:
+async def test_an_answer_after_the_end_is_dropped() -> None:
     @rayrl.env(tasks=[Task()], rewards={"n": 1.0})
     async def hasty(task: Task, a: Agent, b: Agent) -> Scores:
         late.append(asyncio.ensure_future(b("?")))
@@ -331,10 +331,10 @@ async def test_an_answer_after_the_end_is_nobodys() -> None:
     (group,) = await collect(hasty, [PLAN], players, concurrency=1, on_turn=log.add)
     assert await late[0] == "b"
     assert [turn.seat for turn in group.episodes[0].turns] == ["a"]
-    assert log.begun() == {"g/0": PartialEpisode(group.episodes[0].turns, 1)}
+    assert log.partial_episodes() == {"g/0": PartialEpisode(group.episodes[0].turns, 1)}
 
 
-async def test_the_state_key_is_todays() -> None:
+async def test_the_state_key_comes_from_the_current_code() -> None:
     key = "old"
 
     @rayrl.env(tasks=[Task()], rewards={"n": 1.0})
@@ -348,7 +348,7 @@ async def test_the_state_key_is_todays() -> None:
     assert episode.replayed == 2
 
 
-async def test_what_was_not_reached_is_kept_for_the_next_attempt() -> None:
+async def test_turns_not_replayed_are_kept_for_the_next_attempt() -> None:
     fails = 0
 
     @rayrl.env(tasks=[Task()], rewards={"n": 1.0})
@@ -367,13 +367,13 @@ async def test_what_was_not_reached_is_kept_for_the_next_attempt() -> None:
     nobody: dict[str, Any] = {"agent": Flaky(9)}
     episode, told = await resumed(connects, PLAN, nobody, PartialEpisode(paid))
     assert episode.failure is None
-    assert (episode.replayed, episode.wasted) == (3, None)
+    assert (episode.replayed, episode.retried_usage) == (3, None)
     assert told == {"g/0": PartialEpisode(paid, 3)}
     fails = 9
     episode, _ = await resumed(connects, PLAN, nobody, PartialEpisode(paid))
     assert episode.failure is not None
     assert episode.failure.kind == "infra"
-    assert (episode.replayed, episode.wasted) == (1, Usage(2, 0, 20, 5))
+    assert (episode.replayed, episode.retried_usage) == (1, Usage(2, 0, 20, 5))
 
 
 async def test_a_seat_whose_turn_never_comes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -391,15 +391,15 @@ async def test_a_seat_whose_turn_never_comes(monkeypatch: pytest.MonkeyPatch) ->
     players = {"a": Slow("a", 0), "b": Slow("b", 0)}
     turns = await recorded(coin, players)
     assert [turn.seat for turn in turns] == ["a", "b"]
-    with pytest.raises(Diverged, match="'a' was to be asked before 'b'"):
-        await play_episode(coin, Task(), players, id="e", course=EpisodeResume(turns))
+    with pytest.raises(ReplayMismatch, match="'a' should have been called before 'b'"):
+        await play_episode(coin, Task(), players, id="e", resume=EpisodeResume(turns))
     next(begins)  # so that b begins again
     episode, _ = await resumed(coin, PLAN, players, PartialEpisode(turns))
     assert episode.failure is None
-    assert (episode.replayed, episode.diverged) == (0, 1)
+    assert (episode.replayed, episode.replay_mismatches) == (0, 1)
 
 
-async def test_forks_are_asked_again_and_conversations_anew_come_back() -> None:
+async def test_forks_call_the_player_again_and_restarts_are_replayed() -> None:
     @rayrl.env(tasks=[Task()], rewards={"n": 1.0})
     async def branches(task: Task, agent: Agent) -> Scores:
         await agent("one")
@@ -430,7 +430,7 @@ async def test_forks_are_asked_again_and_conversations_anew_come_back() -> None:
 
 
 @pytest.mark.parametrize("protocol", ["native", "text"])
-async def test_a_tool_loop_comes_back_in_its_middle(protocol: Any) -> None:
+async def test_a_tool_loop_resumes_in_the_middle(protocol: Any) -> None:
     ran: list[int] = []
 
     def double(number: int) -> int:
@@ -464,7 +464,7 @@ async def test_a_tool_loop_comes_back_in_its_middle(protocol: Any) -> None:
         assert episode.failure is None
         assert episode.turns == turns
         assert episode.scores == {"agent": {"right": 1.0, "tool_calls": 3.0, "tool_errors": 0.0}}
-        assert ran == [2, 4, 8]  # tools are the environment's own and run again
+        assert ran == [2, 4, 8]  # tools are environment code and run again
 
 
 def ranked(episodes: Sequence[Episode]) -> list[float]:
@@ -472,7 +472,7 @@ def ranked(episodes: Sequence[Episode]) -> list[float]:
     return [float(lengths.index(episode.scores["agent"]["n"])) for episode in episodes]
 
 
-async def test_rewards_over_a_group_with_one_episode_brought_back() -> None:
+async def test_group_rewards_with_one_resumed_episode() -> None:
     rewards = {"n": 1.0, "rank": rayrl.group_reward(ranked)}
     env = rayrl.env(tasks=[Task(seed=4)], rewards=rewards, name="ranks")(three.play)
     plan = GroupPlan("g", Task(seed=4), 3, 7)
@@ -513,7 +513,7 @@ FAR = """
 """
 
 
-async def test_isolated_environments_come_back(tmp_path: Path) -> None:
+async def test_isolated_environments_resume(tmp_path: Path) -> None:
     path = tmp_path / "far.py"
     path.write_text(textwrap.dedent(FAR))
     far = rayrl.load_env(str(path))
@@ -543,20 +543,23 @@ async def test_isolated_environments_come_back(tmp_path: Path) -> None:
         )
         assert again.failure is None
         assert again.turns[-1].prompt[0].content == "time 2"
-        assert (again.replayed, again.diverged) == (0, 1)
+        assert (again.replayed, again.replay_mismatches) == (0, 1)
 
 
-def test_the_log_forgets_what_is_void() -> None:
+def test_turn_log_drops_outdated_attempts() -> None:
     log = TurnLog()
     one, two = (Turn("agent", (), text, "stop") for text in ("one", "two"))
     log.add("g/0", 0, one)
     log.add("g/0", 0, two)
     log.add("h/0", 0, one)
-    assert log.begun() == {"g/0": PartialEpisode((one, two), 1), "h/0": PartialEpisode((one,), 1)}
+    assert log.partial_episodes() == {
+        "g/0": PartialEpisode((one, two), 1),
+        "h/0": PartialEpisode((one,), 1),
+    }
     log.add("g/0", 1, one)
-    log.add("g/0", 0, two)  # of the host that was thought dead
-    log.forget("h")
-    assert log.begun() == {"g/0": PartialEpisode((one,), 2)}
+    log.add("g/0", 0, two)  # from a worker that was believed dead
+    log.remove("h")
+    assert log.partial_episodes() == {"g/0": PartialEpisode((one,), 2)}
 
 
 async def test_a_host_tells_pickled_turns_and_nothing_of_a_group_that_has_ended() -> None:
@@ -622,7 +625,7 @@ HOST = """
         player = PolicyPlayer(Chat.load(EMBEDDED), engine, Sampling(max_tokens=12))
         plan = GroupPlan("g", env.tasks(0, 1)[0], 3, 1)
         groups = []
-        for options in ({"recorded": log.begun(), "on_turn": told}, {}):
+        for options in ({"recorded": log.partial_episodes(), "on_turn": told}, {}):
             players = dict.fromkeys(env.seats, player)
             async for group in play_groups(env, [plan], players, concurrency=3, **options):
                 groups.append(group)
@@ -646,7 +649,7 @@ def test_episodes_outlive_processes_that_are_killed(tmp_path: Path) -> None:
 
     rayrl.load_env("tictactoe_versus")  # its task class, for pickle
     assert host(4) == -signal.SIGKILL
-    assert host(9) == -signal.SIGKILL  # four turns came back, five are new
+    assert host(9) == -signal.SIGKILL  # four turns were resumed, five are new
     assert host(0) == 0
     again, whole = pickle.loads(result.read_bytes())
     assert again == whole  # ids, logprobs and scores of the model that ships with rayrl

@@ -83,7 +83,7 @@ async def test_an_episode() -> None:
         ("loop", "did not end within 0.05 s"),
     ],
 )
-async def test_what_an_environment_does_wrong_is_data(act: str, said: str) -> None:
+async def test_environment_errors_become_failures(act: str, said: str) -> None:
     task = Job(seed=1, act=act)
     deadline_s = 0.05 if "0.05 s" in said else 600
     episode = await play_episode(misbehaves, task, says(), id="e", deadline_s=deadline_s)
@@ -110,7 +110,7 @@ async def test_code_that_swallows_its_cancellation(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("error", [InfraError("died"), ConnectionError("reset"), TimeoutError()])
-async def test_infra_failures_are_played_again_with_the_same_seed(error: Exception) -> None:
+async def test_infra_failures_are_retried_with_the_same_seed(error: Exception) -> None:
     player = Flaky(2, error)
     group = await play_group(
         misbehaves, Job(), {"agent": player}, id="g", size=1, retries=2, backoff_s=0.001
@@ -121,7 +121,7 @@ async def test_infra_failures_are_played_again_with_the_same_seed(error: Excepti
     assert player.sessions == ["g/0/agent/0", "g/0~1/agent/0", "g/0~2/agent/0"]
 
 
-async def test_infra_failures_are_recorded_when_tries_run_out() -> None:
+async def test_infra_failures_are_recorded_when_retries_are_exhausted() -> None:
     group = await play_group(
         misbehaves, Job(), {"agent": Flaky(9)}, id="g", size=2, retries=1, backoff_s=0.001
     )
@@ -130,14 +130,14 @@ async def test_infra_failures_are_recorded_when_tries_run_out() -> None:
     assert not group.complete
 
 
-async def test_env_failures_are_not_played_again() -> None:
+async def test_env_failures_are_not_retried() -> None:
     player = Flaky(0)
     group = await play_group(misbehaves, Job(act="raise"), {"agent": player}, id="g", size=1)
     assert len(player.sessions) == 1
     assert group.episodes[0].failure is not None
 
 
-async def test_an_answer_that_never_came_spoils_the_episode() -> None:
+async def test_a_players_error_fails_the_episode_even_if_caught() -> None:
     @rayrl.env(tasks=jobs, rewards={"win": 1.0})
     async def catches(task: Job, agent: Agent) -> Scores:
         with contextlib.suppress(Exception):
@@ -167,16 +167,16 @@ async def test_a_player_that_does_not_answer_is_infra() -> None:
     assert episode.failure is not None
     assert episode.failure.kind == "infra"
     assert "the player did not answer within 0.05 s" in episode.failure.message
-    assert stopped == ["e/agent/0"]  # cancelled for real
+    assert stopped == ["e/agent/0"]  # the player was cancelled
 
 
 @pytest.mark.parametrize("error", [TypeError("bug"), ConfigError("wrong key")])
-async def test_errors_of_the_program_itself_get_out(error: Exception) -> None:
+async def test_errors_of_the_program_itself_propagate(error: Exception) -> None:
     with pytest.raises(type(error), match=str(error)) as raised:
         await play_episode(misbehaves, Job(), {"agent": Flaky(1, error)}, id="e")
     if isinstance(error, TypeError):
         assert (
-            "Flaky's own error, for seat 'agent', and not that of environment 'misbehaves'"
+            "Raised by Flaky itself, for seat 'agent', and not by environment 'misbehaves'"
             in (raised.value.__notes__[0])
         )
     with pytest.raises(type(error), match=str(error)):
@@ -185,7 +185,7 @@ async def test_errors_of_the_program_itself_get_out(error: Exception) -> None:
         await play_episode(misbehaves, Job(), {}, id="e")
 
 
-async def test_a_players_own_failure_is_the_environments() -> None:
+async def test_a_scripted_players_error_is_an_env_failure() -> None:
     def lost(messages: Sequence[Message], rng: Any) -> str:
         raise ValueError("no move left")
 
@@ -209,7 +209,7 @@ async def test_the_same_seeds_give_the_same_episodes() -> None:
     assert first[0].trainable == ("agent",)
 
 
-async def test_luck_differs_only_where_play_does() -> None:
+async def test_draws_differ_only_where_play_does() -> None:
     group = await play_group(talk, Job(seed=1), instant(), id="g", size=12)
     luck: dict[str, set[float]] = {}
     for episode in group.episodes:
@@ -251,7 +251,7 @@ async def test_concurrency_is_bounded_and_plans_are_drawn_lazily() -> None:
         await collect(counts, [], says(), concurrency=0)
 
 
-async def test_groups_of_nothing() -> None:
+async def test_groups_without_episodes() -> None:
     assert await collect(talk, [], says(), concurrency=2) == []
     (group,) = await collect(talk, [GroupPlan("g", Job(), 0, 0)], says(), concurrency=2)
     assert group.episodes == ()
@@ -277,7 +277,7 @@ async def test_cancelling_the_loop_cancels_the_episodes() -> None:
     assert sorted(ended) == [0, 1, 2]
 
 
-async def test_seats_are_conversations_of_their_own() -> None:
+async def test_seats_have_separate_conversations() -> None:
     @rayrl.env(tasks=jobs, rewards={"win": 1.0})
     async def duel(task: Job, x: Agent, o: Agent) -> Scores:
         first = await x("you start")

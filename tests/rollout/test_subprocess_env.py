@@ -119,7 +119,7 @@ async def test_isolated_episodes_are_the_same(far: rayrl.Environment) -> None:
             assert episode.turns == other.turns
             assert episode.scores["agent"]["n"] == other.scores["agent"]["n"]
             pids.add(episode.scores["agent"]["pid"])
-    assert 1 <= len(pids) <= 2  # processes are used again
+    assert 1 <= len(pids) <= 2  # processes are reused
     assert os.getpid() not in pids
     for pid in pids:
         with pytest.raises(ProcessLookupError):
@@ -129,7 +129,7 @@ async def test_isolated_episodes_are_the_same(far: rayrl.Environment) -> None:
 async def test_isolated_code_that_blocks_is_killed(far: rayrl.Environment) -> None:
     async with SubprocessEnv(far, slots=1) as env:
         after = first = await play_far(env, "", says(), deadline_s=60)
-        for act in ("block", "sleep"):  # in a process that runs already: starting one takes a while
+        for act in ("block", "sleep"):  # in a running process, because starting one takes a while
             late = await play_far(env, act, says(), deadline_s=5)
             assert late.failure is not None
             assert late.failure.kind == "env"
@@ -142,7 +142,7 @@ async def test_isolated_code_that_blocks_is_killed(far: rayrl.Environment) -> No
             os.kill(int(first.scores["agent"]["pid"]), 0)
 
 
-async def test_what_isolated_code_does_wrong(far: rayrl.Environment) -> None:
+async def test_errors_of_isolated_code(far: rayrl.Environment) -> None:
     async with SubprocessEnv(far, slots=1) as env:
         raised = await play_far(env, "raise", says(), deadline_s=60)
         assert raised.failure is not None
@@ -151,7 +151,7 @@ async def test_what_isolated_code_does_wrong(far: rayrl.Environment) -> None:
         assert 'raise ValueError("on fire")' in raised.failure.traceback
         died = await play_far(env, "die", says(), deadline_s=60)
         assert died.failure is not None
-        assert "its process ended by itself (exit code 7)" in died.failure.message
+        assert "its process exited unexpectedly (exit code 7)" in died.failure.message
         nan = await play_far(env, "nan", says(), deadline_s=60)
         assert nan.failure is not None
         assert "nan as score 'n'" in nan.failure.message
@@ -166,7 +166,7 @@ async def test_what_isolated_code_does_wrong(far: rayrl.Environment) -> None:
 async def test_whatever_isolated_code_raises_or_returns(
     far: rayrl.Environment, isolated: bool
 ) -> None:
-    """The same is recorded wherever the code runs, and its process goes on."""
+    """Failures are the same wherever the code runs, and the process survives."""
     said = {
         "mute": "Mute: <Mute, whose __str__ raised SystemExit>",
         "base": "OwnBase",
@@ -209,7 +209,7 @@ async def test_isolated_tools_and_conversations(far: rayrl.Environment) -> None:
         assert engine_players["agent"].client.released == ["e/agent/0", "e/agent/1"]
 
 
-async def test_isolated_forks_have_heard_the_same(far: rayrl.Environment) -> None:
+async def test_isolated_forks_copy_the_conversation(far: rayrl.Environment) -> None:
     def counts(messages: Sequence[Message], rng: Any) -> str:
         return str(len(messages))
 
@@ -273,7 +273,7 @@ def _state(pid: int) -> str:
         return "Z"
 
 
-async def test_an_environment_no_child_can_make() -> None:
+async def test_an_environment_that_a_child_cannot_load() -> None:
     @rayrl.env(tasks=[Task()], rewards={"win": 1.0})
     async def lost(task: Task, agent: Any) -> Any:
         return {"win": 1.0}

@@ -1,4 +1,4 @@
-"""Text is Unicode scalar values: what becomes of a lone surrogate, on every way that text takes."""
+"""Lone surrogates are replaced on every path that text takes."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def look(word: str) -> str:
     Args:
         word: what to look up, such as \ud83d.
     """
-    return json.loads(f'["\\ude00", {json.dumps(word)}]')  # a result that is no text
+    return json.loads(f'["\\ude00", {json.dumps(word)}]')  # a result that is not a string
 
 
 LOOK = [Tool.from_function(look).schema]
@@ -91,7 +91,7 @@ def test_each_lone_surrogate_is_replaced(text: str) -> None:
         lambda text: parse_lines(f"CALL look: {json.dumps(text)}", LOOK)[0].arguments["word"],
     ],
 )
-def test_the_vocabulary(made: Any) -> None:
+def test_the_core_types(made: Any) -> None:
     assert made(f"a{HALF}b") == f"a{LOST}b"
     assert made(HALF + OTHER) == WHOLE
     assert made("né") == "né"
@@ -149,14 +149,14 @@ async def test_an_episode_is_played_written_and_read(tmp_path: Path, protocol: A
     )
 
 
-async def test_what_an_environment_raises_and_a_person_types() -> None:
+async def test_surrogates_from_environment_errors_and_typed_lines() -> None:
     out = io.TextIOWrapper(io.BytesIO(), "utf-8")
     agent = Agent(HumanPlayer(lambda prompt: HALF, out))
     assert await agent(HALF, tools=[look]) == LOST
 
 
 @pytest.mark.parametrize("arguments", ['{"word": "\\ud83d"}', '{"word": "\ud83d"}', "\ud83d"])
-async def test_what_a_server_says(arguments: str) -> None:
+async def test_surrogates_from_a_server(arguments: str) -> None:
     function = {"name": "look", "arguments": arguments}
     calls = [{"id": HALF, "type": "function", "function": function}]
     said: list[dict[str, Any]] = [{"content": HALF, "tool_calls": calls}, {"content": f"a{HALF}"}]
@@ -202,7 +202,7 @@ WEATHER = {"name": "weather", "parameters": {"type": "object"}}
     ],
     ids=str,
 )
-async def test_what_a_client_sends(more: dict[str, Any]) -> None:
+async def test_surrogates_from_a_client(more: dict[str, Any]) -> None:
     call = '<tool_call>{"name": "weather", "arguments": {"city": "\\ud83d"}}</tool_call>'
     engine = Scripted(chat(), call)
     body = {"model": "m", "messages": [{"role": "user", "content": "u"}], **more}

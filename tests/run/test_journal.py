@@ -60,13 +60,13 @@ async def test_a_sealed_cell_remembers_what_broken_episodes_cost(tmp_path: Path)
         done = await Play([*first.values()], bar).collect(Unlucky(), first["a"])  # type: ignore[arg-type]
     first["a"].seal(done.groups)  # and here it is killed
     assert first["a"].usage == Usage(4, 0, 200, 40)
-    assert [e.wasted for e in read_episodes(files["a"])] == [COST, COST]
+    assert [e.retried_usage for e in read_episodes(files["a"])] == [COST, COST]
     again = {cell: Journal(file, plans(cell), SEATS) for cell, file in files.items()}
     assert again["a"].usage == first["a"].usage
     with ProgressBar("x", 4) as bar:
         assert Play([*again.values()], bar).spent == 240
     again["a"].seal([*again["a"].known.values()])
-    assert [e.wasted for e in read_episodes(files["a"])] == [COST, COST]  # not twice
+    assert [e.retried_usage for e in read_episodes(files["a"])] == [COST, COST]  # not twice
 
 
 async def test_a_spent_budget_begins_no_other_cell() -> None:

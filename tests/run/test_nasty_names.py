@@ -28,7 +28,7 @@ from rayrl.report.console import episode_panel
 from rayrl.report.page import Book, Phase, render
 from rayrl.report.table import Result, columns, entry, markdown, rich_table
 from rayrl.rollout.check import check_env
-from rayrl.rollout.episode_io import LoggedTask, read_episodes, revive, write_episodes
+from rayrl.rollout.episode_io import LoggedTask, read_episodes, restore_task, write_episodes
 from rayrl.rollout.rollout import play_group
 from rayrl.run.metrics import Clock, headline, step_metrics
 from rayrl.run.progress_bar import ProgressBar
@@ -167,7 +167,7 @@ def test_task_fields_are_read_as_they_were_written(tmp_path: Path, fields: list[
     write_episodes(file, group.episodes)
     read = list(read_episodes(file))
     assert all(isinstance(e.task, LoggedTask) for e in read) or read == list(group.episodes)
-    back = [revive(e, [type(group.task)]) for e in read]
+    back = [restore_task(e, [type(group.task)]) for e in read]
     assert [e.task for e in back] == [group.task] * 2
     write_episodes(again, read)  # by who does not know the class
     assert again.read_text() == file.read_text()

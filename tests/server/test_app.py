@@ -1,4 +1,4 @@
-"""The HTTP app without Ray: the embedded engine, and scripted answers where the words matter."""
+"""The HTTP app without Ray: the embedded engine, and scripted answers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ HELLO: list[Any] = [{"role": "user", "content": "Hello!"}]
 
 
 class Scripted:
-    """An engine that gives the same texts in order, `step` ids a part; keeps the requests."""
+    """An engine that gives the same texts in order, `step` ids per part; records the requests."""
 
     def __init__(self, chat: Chat, *texts: str, step: int = 1, max_len: int = 2000) -> None:
         self.chat, self.texts, self.step, self.max_len = chat, itertools.cycle(texts), step, max_len
@@ -130,7 +130,7 @@ def words(chunks: Sequence[Any]) -> str:
 # ---- text
 
 
-def test_detokenizing_never_gives_half_a_character(chat: Chat) -> None:
+def test_the_detokenizer_returns_whole_characters(chat: Chat) -> None:
     text = "naïve 🙂🙂 ½ Ünïcödé 漢字 end"
     ids = chat.encode(text)
     assert len(ids) > len(text)  # characters are split over ids
@@ -141,7 +141,7 @@ def test_detokenizing_never_gives_half_a_character(chat: Chat) -> None:
     cut = Detokenizer(chat.decode)
     half = [cut.push(one) for one in chat.encode("a🙂")[:-1]]
     assert "".join(half) == "a"  # waits for the rest of it
-    assert cut.end() == "\ufffd"  # which does not come
+    assert cut.end() == "\ufffd"  # which never comes
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 100])
@@ -158,7 +158,7 @@ def test_stop_strings_do_not_leak(size: int) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 5, 1000])
-def test_calls_are_told_from_words(size: int) -> None:
+def test_calls_are_separated_from_text(size: int) -> None:
     call = format_call("weather", {"city": "Rome"})
     for text, wanted in (
         (f"I look. \n{call}\n", ["I look.", ParsedCall("weather", {"city": "Rome"})]),
@@ -183,7 +183,7 @@ def test_calls_are_told_from_words(size: int) -> None:
 # ---- prompts
 
 
-async def test_prompts_are_those_of_training(chat: Chat) -> None:
+async def test_prompts_equal_those_of_training(chat: Chat) -> None:
     """A conversation with a call: the ids are those that an agent's turns put together."""
     engine = Scripted(chat, "It rains.")
     call = format_call("weather", {"city": "Rome"})
@@ -205,13 +205,13 @@ async def test_prompts_are_those_of_training(chat: Chat) -> None:
     wanted = chat.start(opening, [WEATHER]) + chat.encode(f"I look.\n{call}")
     wanted += chat.extend([tool("rain", "c1")], last_ids_finished=False)
     assert engine.requests[0].prompt_ids == wanted
-    assert wanted.count(chat.stop_ids[0]) == 4  # one a message: what the developer typed is text
+    assert wanted.count(chat.stop_ids[0]) == 4  # one per message: what the developer typed is text
     assert "You can call these tools" in chat.decode(wanted)
     assert engine.requests[0].stop_ids == chat.stop_ids
     assert engine.requests[0].sampling == Sampling(temperature=1.0, max_tokens=2000 - len(wanted))
 
 
-async def test_calls_have_the_ids_they_had_in_training() -> None:
+async def test_calls_have_the_same_ids_as_in_training() -> None:
     """Where a tokenizer has one id for a call's mark, only replies may have it."""
     chat = Chat(build_tokenizer(HERMES, words=("<tool_call>", "</tool_call>")))
     (mark,) = chat.reply("<tool_call>")[:-1]
@@ -233,7 +233,7 @@ async def test_calls_have_the_ids_they_had_in_training() -> None:
         )
     ids = engine.requests[0].prompt_ids
     told = chat.start([user("Where is <tool_call>?")], [WEATHER]).count(mark)  # the template's own
-    assert ids.count(mark) == told + 2  # the call that was made, and the one that is begun
+    assert ids.count(mark) == told + 2  # the past call, and the required one
     begun = chat.reply('<tool_call>\n{"name": "weather", "arguments":')[:-1]
     assert ids[-len(begun) :] == begun
 
@@ -302,7 +302,7 @@ async def test_streamed_and_whole_answers_are_the_same(chat: Chat) -> None:
     assert json.loads(found[0].function.arguments) == {"city": "Rome"}
 
 
-async def test_a_demanded_call_begins_the_answer_or_is_an_error(chat: Chat) -> None:
+async def test_a_required_call_begins_the_answer_or_is_an_error(chat: Chat) -> None:
     engine = Scripted(chat, "no, I will not")
     named: Any = {"type": "function", "function": {"name": "weather"}}
     async with client_of(engine, chat) as client:
@@ -315,7 +315,7 @@ async def test_a_demanded_call_begins_the_answer_or_is_an_error(chat: Chat) -> N
         with pytest.raises(openai.InternalServerError) as failed:
             await client.chat.completions.create(**asked)
         assert failed.value.code == "tool_call_invalid"
-        with pytest.raises(openai.APIError, match="did not finish"):
+        with pytest.raises(openai.APIError, match="did not complete"):
             async for _ in await client.chat.completions.create(**asked, stream=True):
                 pass
     begun = '<tool_call>\n{"name": "weather", "arguments":'
@@ -363,7 +363,7 @@ async def test_the_embedded_engine_behind_the_client(base: Chat) -> None:
                 so_far.append(one)
 
 
-async def test_completions_take_every_kind_of_prompt(base: Chat) -> None:
+async def test_completions_accept_every_kind_of_prompt(base: Chat) -> None:
     async with embedded() as engine, client_of(engine, base) as client:
         one, two = "Your", "Choose a posi"
         prompts: list[Any] = [
@@ -431,7 +431,7 @@ BAD: list[tuple[str, dict[str, Any], str | None]] = [
 ]
 
 
-async def test_what_is_wrong_is_named(chat: Chat) -> None:
+async def test_invalid_requests_name_the_field(chat: Chat) -> None:
     async with client_of(Scripted(chat, "x"), chat) as client:
         url = str(client.base_url)
         async with httpx.AsyncClient(base_url=url) as http:
@@ -459,7 +459,7 @@ async def test_what_is_wrong_is_named(chat: Chat) -> None:
             assert (lost.status_code, lost.json()["error"]["code"]) == (404, "unknown_url")
             other = await http.get("chat/completions")
             assert (other.status_code, other.json()["error"]["code"]) == (405, "method_not_allowed")
-        with pytest.raises(openai.NotFoundError, match="There is 'm'") as no_model:
+        with pytest.raises(openai.NotFoundError, match="This server has 'm'") as no_model:
             await client.chat.completions.create(model="gpt-4o", messages=HELLO)
         assert no_model.value.code == "model_not_found"
         assert [model.id async for model in client.models.list()] == ["m"]
@@ -512,7 +512,7 @@ def endless(client: AsyncOpenAI, **more: Any) -> Any:
     return client.completions.create(model="m", prompt="Your", max_tokens=400, n=4, **more)
 
 
-async def test_who_hangs_up_is_not_worked_for() -> None:
+async def test_a_disconnect_stops_the_engine() -> None:
     async with embedded() as engine:
         chat = Chat.load(EMBEDDED)
         chat.stop_ids = ()  # so that only max_tokens ends an answer
@@ -522,7 +522,7 @@ async def test_who_hangs_up_is_not_worked_for() -> None:
             stream = await endless(client, stream=True)
             async for _ in stream:
                 break
-            with pytest.raises(openai.InternalServerError) as refused:  # one at once
+            with pytest.raises(openai.InternalServerError) as refused:  # the maximum is one
                 await endless(client)
             assert (refused.value.status_code, refused.value.code) == (503, "overloaded")
             await stream.close()
@@ -532,7 +532,7 @@ async def test_who_hangs_up_is_not_worked_for() -> None:
             waiting.cancel()
             await asyncio.gather(waiting, return_exceptions=True)
             await idle(engine)
-            assert engine.stats()["completions"] == 0  # neither was made to its end
+            assert engine.stats()["completions"] == 0  # neither was completed
             await until(lambda: not service.metrics.live)
             assert (await client.models.list()).data
             async with httpx.AsyncClient() as http:
@@ -547,7 +547,7 @@ async def test_who_hangs_up_is_not_worked_for() -> None:
     assert float(lines["rayrl_completion_tokens_total"]) > 0
 
 
-async def test_streams_of_the_embedded_engine_are_its_completions(base: Chat) -> None:
+async def test_streams_of_the_embedded_engine_equal_its_completions(base: Chat) -> None:
     async with embedded() as engine:
         assert isinstance(engine, Engine)
         prompt = base.start([user("Your turn.")])

@@ -37,7 +37,7 @@ TOOL: Any = {"type": "function", "function": {"name": "look", "parameters": {"ty
 
 
 def endless_model(folder: Path) -> Path:
-    """A model that writes noise, and never ends its turn: only limits and clients end it."""
+    """A model that writes noise and never ends its turn; only limits and clients stop it."""
     chat = Chat.load(EMBEDDED)
     model = AutoModelForCausalLM.from_pretrained(model_dir(EMBEDDED))
     end = chat.stop_ids[0]
@@ -100,7 +100,7 @@ def server(
             stderr=stderr,
             text=True,
             env={**os.environ, "RAYRL_TEST_KEY": "sesame", "PYTHONUNBUFFERED": "1"},
-            start_new_session=True,  # a Ctrl-C is for us to send
+            start_new_session=True,  # so that only the test sends Ctrl-C
         )
     assert process.stdout is not None
     said = ""
@@ -110,7 +110,7 @@ def server(
     try:
         yield Server(said.split(" answers at ")[1].split()[0], model)
         process.send_signal(signal.SIGINT)
-        process.wait(600)  # on a busy machine Serve takes its time
+        process.wait(600)  # Serve is slow on a busy machine
         assert process.returncode == 130, log.read_text()
         assert "Stopped." in log.read_text()
         assert "Traceback" not in log.read_text()
@@ -169,7 +169,7 @@ async def test_seeds_choices_and_completions(server: Server) -> None:
             await client.completions.create(**asked)
 
 
-async def test_tools_are_told_and_a_demanded_call_is_begun(server: Server) -> None:
+async def test_tools_are_shown_and_a_required_call_is_begun(server: Server) -> None:
     asked: dict[str, Any] = {"model": "base", "messages": HELLO, "tools": [TOOL], "max_tokens": 4}
     asked |= {"temperature": 0}
     async with server.later as client:
@@ -177,7 +177,7 @@ async def test_tools_are_told_and_a_demanded_call_is_begun(server: Server) -> No
         told = await client.chat.completions.create(**asked)
         demanded = await client.chat.completions.create(**asked, tool_choice="required")
     assert plain.usage.prompt_tokens + 50 < told.usage.prompt_tokens
-    assert demanded.choices[0].finish_reason == "length"  # it was cut off in its call
+    assert demanded.choices[0].finish_reason == "length"  # truncated inside its call
     assert demanded.choices[0].message.content.startswith(BEGUN)
 
 
@@ -199,13 +199,13 @@ def test_errors(server: Server) -> None:
     assert httpx.get(server.url.replace("/v1", "/health")).json() == {"status": "ok"}
 
 
-async def test_hanging_up_frees_the_engine(server: Server) -> None:
-    """What was generated for who has left is not all they asked for; the replicas go on."""
+async def test_a_disconnect_frees_the_engine(server: Server) -> None:
+    """Generation for disconnected clients stops early, and the replicas keep working."""
     asked: dict[str, Any] = {"model": "base", "prompt": "Your", "max_tokens": 1000, "n": 8}
     ended = 'rayrl_requests_total{route="/v1/completions",status='
 
     async def become(what: Callable[[dict[str, float]], bool]) -> dict[str, float]:
-        """The metrics once they are so."""
+        """Wait for the metrics to satisfy a condition; return them."""
         for _ in range(300):
             if what(now := await asyncio.to_thread(server.metrics)):
                 return now

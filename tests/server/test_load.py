@@ -1,4 +1,4 @@
-"""What one client sends cannot take a server from the others: limits first, long work apart."""
+"""One client's requests cannot block a server: limits come first, long work runs in a thread."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ LARGE: list[tuple[str, bytes, str]] = [
 
 
 @pytest.mark.parametrize(("route", "body", "code"), LARGE, ids=[str(k) for k in range(len(LARGE))])
-async def test_what_is_too_large_is_refused_before_any_work(
+async def test_oversized_requests_are_rejected_before_any_work(
     chat: Chat, monkeypatch: pytest.MonkeyPatch, route: str, body: bytes, code: str
 ) -> None:
     if route == "completions":
@@ -126,15 +126,15 @@ async def test_what_is_too_large_is_refused_before_any_work(
     assert len(answer.content) < 5_000
 
 
-async def test_names_that_are_too_long_are_quoted_in_part(chat: Chat) -> None:
+async def test_long_names_are_clipped(chat: Chat) -> None:
     async with asking(chat) as client:
         answer = await client.post("chat/completions", content=said(model="z" * 10**6))
     assert answer.status_code == 404
     assert len(answer.content) < 5_000
 
 
-async def test_what_just_fits_is_answered(chat: Chat) -> None:
-    """The bounds refuse nothing that there is room for."""
+async def test_a_request_that_just_fits_is_answered(chat: Chat) -> None:
+    """The bounds reject no request that fits."""
     async with asking(chat) as client:
         for content in ("a" * 1900, " the quick brown fox" * 450):
             message = {"role": "user", "content": content}
@@ -148,7 +148,7 @@ async def test_what_just_fits_is_answered(chat: Chat) -> None:
         assert answer.status_code == 200
 
 
-async def test_others_are_answered_while_a_large_request_is_read(
+async def test_others_are_answered_while_a_large_request_is_parsed(
     chat: Chat, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun, over = threading.Event(), threading.Event()
@@ -163,13 +163,13 @@ async def test_others_are_answered_while_a_large_request_is_read(
         return tokenize(text)
 
     monkeypatch.setattr(chat._text, "encode", slowly)
-    monkeypatch.setattr(apps, "MOST_WAITING", 2)
+    monkeypatch.setattr(apps, "MAX_LARGE", 2)
     large = said(messages=[{"role": "user", "content": "a " * 9_000}])
     async with asking(chat) as client:
         first, second = (
             asyncio.create_task(client.post("chat/completions", content=large)) for _ in range(2)
         )
-        await until(lambda: client.service._waiting == 2)  # type: ignore[attr-defined]
+        await until(lambda: client.service._large == 2)  # type: ignore[attr-defined]
         assert await asyncio.to_thread(begun.wait, 60)
         assert (await client.get("http://m/health")).status_code == 200
         assert (await client.post("chat/completions", content=said())).status_code == 200
@@ -259,7 +259,7 @@ def messages_of(roles: Sequence[Role]) -> list[Message]:
 
 
 class Written:
-    """A chat that writes down what it is asked."""
+    """A chat that records its calls."""
 
     def start(self, messages: Sequence[Message], tools: object) -> Any:
         return ("start", *[m.content for m in messages])
@@ -299,8 +299,8 @@ def test_neighbours_are_joined(roles: list[Role]) -> None:
     assert sum(m.content.count("<tool_response>") for m in given_) == roles.count("tool")
 
 
-def test_many_messages_take_no_longer_each() -> None:
-    """Anything quadratic in them would take minutes here."""
+def test_time_per_message_is_constant() -> None:
+    """Anything quadratic in the number of messages would take minutes here."""
     n = 10_000
     same = [Message("user", "a" * 100)] * n
     assert len(fold(same)[0].content) == 102 * n - 2

@@ -31,10 +31,10 @@ def words(
     shortest: int = 2,
     longest: int = 8,
 ) -> Word:
-    """A word of random letters; its length is at `u` of the way from shortest to longest.
+    """Draw a word of random letters whose length is a fraction `u` of the way through the range.
 
     Raises:
-        ConfigError: no letters, or no length to choose from.
+        ConfigError: no letters, or an empty range of lengths.
     """
     if not alphabet:
         raise ConfigError("alphabet='' has no letters: give at least one.")
@@ -49,7 +49,7 @@ def words(
 
 
 def score(word: str, reply: str) -> dict[str, float]:
-    """`copied`: share of places with the right letter; `format`: 1 if only the tag was written."""
+    """Score a reply: `copied` is the share of correct letters, `format` 1 for a tag and no more."""
     found = _ANSWER.findall(reply)
     answer = found[-1].strip() if found else ""
     right = sum(a == b for a, b in zip(word, answer, strict=False))
@@ -61,11 +61,11 @@ def score(word: str, reply: str) -> dict[str, float]:
 
 @rayrl.env(tasks=words, rewards={"copied": 1.0, "format": 0.2})
 async def copyword(task: Word, agent: Agent) -> Scores:
-    """The model repeats a word inside `<word>` tags."""
+    """Ask the model to repeat a word inside `<word>` tags."""
     return score(task.word, await agent(f"Repeat this word: {task.word}"))
 
 
 @copyword.player("perfect")
 def perfect(messages: Sequence[Message], rng: random.Random) -> str:
-    """Repeats the word."""
+    """Repeat the word."""
     return f"<word>{messages[-1].content.removeprefix('Repeat this word: ')}</word>"

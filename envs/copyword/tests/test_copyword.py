@@ -46,7 +46,7 @@ def test_a_word_depends_on_its_seed_only() -> None:
     ("args", "named"),
     [({"alphabet": ""}, "alphabet"), ({"shortest": 0}, "shortest"), ({"longest": 1}, "longest=1")],
 )
-def test_settings_that_allow_no_word_are_named(args: dict[str, object], named: str) -> None:
+def test_settings_without_a_possible_word_are_rejected(args: dict[str, object], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         words(seed=0, u=0.0, **args)  # type: ignore[arg-type]
 

@@ -1,11 +1,11 @@
-"""Whether an answer is right: in a form that is an answer, and equal by the library math-verify.
+"""Judge answers: the form must be that of a finished answer, and math-verify must find it equal.
 
-What a model writes is not given to a computer algebra system as it is. `9^9^9^9` would never come
-back, and neither would the event loop on which hundreds of episodes are played; the library's own
-time limits are signals, which work in no thread and would make a score depend on how busy a machine
-is. And `12 * 7` equals 84, so that repeating the question would be an answer to it. So an answer
-must first be *finished*: a number or a sum of terms in x, with no more terms and no more fractions
-than the right answer. Whatever has that form is small, and is compared in hundredths of a second.
+Model output is not passed to a computer algebra system unchecked. `9^9^9^9` would block the event
+loop, and with it hundreds of episodes. The library's own time limits are signals, which do not work
+in threads and would make scores depend on the load of the machine. Besides, `12 * 7` equals 84, so
+repeating the question would count as its answer. An answer must therefore be *finished*: a number
+or a sum of terms in x, with no more terms and no more fractions than the right answer. Anything of
+that form is small, and is compared in hundredths of a second.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from math_verify import LatexExtractionConfig, parse, verify
 __all__ = ["LONGEST", "finished", "is_right", "normal"]
 
 LONGEST = 80
-"""Characters of the longest answer that is looked at."""
+"""Maximum length of an answer in characters."""
 
 _INTEGER = r"(?:\d{1,3}(?:,\d{3}){1,3}|\d{1,12})"
 _DECIMAL = rf"{_INTEGER}(?:\.\d{{1,12}})?"
@@ -33,24 +33,24 @@ _FINISHED = re.compile(rf"(?:x\s?=\s?)?[+-]?\s?{_TERM}(?:\s?[+-]\s?{_TERM})*", r
 _TERMS = re.compile(_TERM, re.ASCII)
 _SPACES = re.compile(r"\s+")
 
-# It warns that it has been told to do without its time limits, which is what the form is for.
+# math-verify warns that its time limits are off; checking the form first makes them unnecessary.
 for _name in ("math_verify.parser", "math_verify.grader"):
     logging.getLogger(_name).addFilter(lambda record: "Timeout is disabled" not in str(record.msg))
 
 
 def normal(answer: str) -> str:
-    """An answer in one spelling: no dollar signs, single spaces, `^` for `**`, x in lower case."""
+    """Normalize an answer: no dollar signs, single spaces, `^` for `**`, x in lower case."""
     text = _SPACES.sub(" ", answer).strip().removeprefix("$").removesuffix("$").strip()
     text = text.replace("−", "-").replace("×", "*").replace("**", "^").replace("X", "x")
     return text.replace("\\dfrac", "\\frac")
 
 
 def finished(answer: str, expected: str) -> bool:
-    """Whether an answer, as `normal` gives it, is one and not a sum still to be done.
+    """Whether a normalized answer is finished rather than arithmetic left to do.
 
-    It is if it is a whole number, a decimal, a fraction (`3/4`, `\\frac{3}{4}`) or a sum of such
-    multiples of powers of x, may be with `x =` before it, and has no more terms and no more
-    fractions than `expected`.
+    A finished answer is an integer, a decimal, a fraction (`3/4`, `\\frac{3}{4}`) or a sum of such
+    multiples of powers of x, optionally after `x =`, with no more terms and no more fractions than
+    `expected`.
     """
     return (
         len(answer) <= LONGEST
@@ -64,7 +64,7 @@ def finished(answer: str, expected: str) -> bool:
 def is_right(answer: str, expected: str) -> bool:
     """Whether an answer is finished and equals the expected one.
 
-    Decimals equal a number if they agree in six places; everything else is compared exactly.
+    Decimals are compared to six places, everything else exactly.
     """
     text = normal(answer)
     if not finished(text, expected):

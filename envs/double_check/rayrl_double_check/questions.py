@@ -1,7 +1,7 @@
-"""Mathematical questions of seven levels, each with its answer.
+"""Math questions of seven levels with their answers.
 
-Answers are computed here with Python's integers and fractions only. The scripted players solve the
-questions with sympy, from their text, so that the two check each other.
+Answers are computed with Python's integers and fractions only. The scripted players solve the
+questions with sympy from their text, so the two check each other.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from fractions import Fraction
 __all__ = ["LEVELS", "polynomial", "question"]
 
 Polynomial = Mapping[int, int]
-"""From the power of x to its coefficient."""
+"""Coefficients by power of x."""
 
 
 def question(level: int, rng: random.Random) -> tuple[str, str]:
-    """A question of a level, 1 to `len(LEVELS)`, and its answer."""
+    """Draw a question of a level, 1 to `len(LEVELS)`, and return it with its answer."""
     return LEVELS[level - 1](rng)
 
 
 def polynomial(terms: Polynomial) -> str:
-    """`{2: 3, 1: -1, 0: 5}` as "3x^2 - x + 5", highest power first."""
+    """Format `{2: 3, 1: -1, 0: 5}` as "3x^2 - x + 5", highest power first."""
     text = ""
     for power, factor in sorted(terms.items(), reverse=True):
         if factor:
@@ -50,7 +50,7 @@ def _product(rng: random.Random) -> tuple[str, str]:
 
 
 def _order(rng: random.Random) -> tuple[str, str]:
-    """3 + 4 * 5, (3 - 9) * 5: what comes first."""
+    """3 + 4 * 5, (3 - 9) * 5: order of operations."""
     a, b, c = (rng.randint(2, 20) for _ in range(3))
     if rng.random() < 0.5:
         return rng.choice(
@@ -87,7 +87,7 @@ def _fractions(rng: random.Random) -> tuple[str, str]:
 
 
 def _equation(rng: random.Random) -> tuple[str, str]:
-    """3x + 4 = 19; half of the answers are whole numbers for sure."""
+    """3x + 4 = 19; at least half of the answers are integers."""
     factor, added = rng.randint(2, 9), rng.choice([n for n in range(-9, 10) if n])
     result = rng.randint(-30, 30)
     if rng.random() < 0.5:
@@ -97,7 +97,7 @@ def _equation(rng: random.Random) -> tuple[str, str]:
 
 
 def _algebra(rng: random.Random) -> tuple[str, str]:
-    """Collecting terms of 3x + 5 - x + 2, and derivatives of cubics."""
+    """Collect the terms of 3x + 5 - x + 2, or differentiate a cubic."""
     factors = [rng.choice([n for n in range(-9, 10) if n]) for _ in range(4)]
     if rng.random() < 0.5:
         a, b, c, d = factors
@@ -119,4 +119,4 @@ LEVELS: tuple[Callable[[random.Random], tuple[str, str]], ...] = (
     _equation,
     _algebra,
 )
-"""What makes a question and its answer, from easy to hard; level 1 is the first."""
+"""Functions that draw a question and its answer, from easy to hard; level 1 is the first."""

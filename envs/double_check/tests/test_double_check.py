@@ -9,7 +9,6 @@ from rayrl_double_check import (
     EXAMPLES,
     Question,
     double_check,
-    figures,
     questions,
     read,
     scores_of,
@@ -42,7 +41,7 @@ from rayrl import (
         ({1: 0, 0: 0}, "0"),
     ],
 )
-def test_polynomials_are_written_as_people_do(terms: dict[int, int], text: str) -> None:
+def test_polynomials_are_written_as_usual(terms: dict[int, int], text: str) -> None:
     assert polynomial(terms) == text
 
 
@@ -66,13 +65,13 @@ def test_the_players_can_solve_every_kind(text: str, answer: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["Are you sure?", "What is your final answer?", "x", ""])
-def test_what_is_no_question_is_not_solved(text: str) -> None:
-    with pytest.raises(ValueError, match="no question"):
+def test_only_questions_are_solved(text: str) -> None:
+    with pytest.raises(ValueError, match="cannot solve the question"):
         solve(text)
 
 
 @pytest.mark.parametrize("level", range(1, len(LEVELS) + 1))
-def test_answers_agree_with_a_second_way_of_computing_them(level: int) -> None:
+def test_answers_agree_with_an_independent_computation(level: int) -> None:
     rng = random.Random(level)
     drawn = {question(level, rng) for _ in range(100)}
     assert len(drawn) > 60
@@ -112,7 +111,9 @@ def test_a_question_depends_on_its_seed_only() -> None:
         ({"examples": -1}, "examples=-1.*0 to 2"),
     ],
 )
-def test_settings_that_allow_no_question_are_named(args: dict[str, int], named: str) -> None:
+def test_settings_without_a_possible_question_are_rejected(
+    args: dict[str, int], named: str
+) -> None:
     with pytest.raises(ConfigError, match=named):
         questions(seed=0, u=0.0, **args)  # type: ignore[arg-type]
 
@@ -142,7 +143,7 @@ def test_an_answer_is_read_from_its_tags(reply: str, answer: str, form: bool) ->
         ("7", "9", 0, 0, 0, 0),
     ],
 )
-def test_scores_of_all_four_courses(
+def test_scores_of_all_four_outcomes(
     first: str, second: str, right: float, first_right: float, corrected: float, spoiled: float
 ) -> None:
     assert scores_of("8", f"<answer>{first}</answer>", f"<answer>{second}</answer> Yes.") == {
@@ -154,7 +155,7 @@ def test_scores_of_all_four_courses(
     }
 
 
-async def test_what_the_model_is_told() -> None:
+async def test_messages_to_the_model() -> None:
     asked: list[tuple[object, str | None]] = []
 
     async def agent(prompt: object, *, state: str | None = None) -> Reply:
@@ -202,7 +203,8 @@ def episodes_of(name: str, tasks: int) -> list[Episode]:
 def test_players_of_certain_strength(name: str, reward: float, shares: list[float]) -> None:
     episodes = episodes_of(name, 28)
     assert all(e.rewards["agent"] == pytest.approx(reward) for e in episodes)
-    rows = [figures(episode) for episode in episodes]
+    assert double_check.statistics_function is not None
+    rows = [double_check.statistics_function(episode) for episode in episodes]
     assert list(rows[0]) == ["right %", "first right %", "corrected %", "spoiled %", "format %"]
     assert [
         statistics.fmean(map(float, column))
@@ -221,5 +223,5 @@ def test_the_teacher_corrects_most_of_its_mistakes() -> None:
     assert mean["format"] == 1.0
 
 
-def test_nothing_is_wrong_with_it() -> None:
+def test_env_check_finds_no_problems() -> None:
     assert check_env(double_check) == []

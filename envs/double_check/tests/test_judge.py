@@ -85,7 +85,7 @@ def test_wrong(answer: str, expected: str) -> None:
         ("2(x + 3)", "2x + 6"),
     ],
 )
-def test_repeating_the_question_is_no_answer_though_it_is_equal(answer: str, expected: str) -> None:
+def test_repeating_the_question_is_not_an_answer(answer: str, expected: str) -> None:
     text = f"${normal(answer)}$"
     library = judge.verify(judge.parse(f"${expected}$"), judge.parse(text))
     assert library, "math-verify alone takes it"
@@ -111,7 +111,7 @@ def test_repeating_the_question_is_no_answer_though_it_is_equal(answer: str, exp
     ],
 )
 @pytest.mark.timeout(20)
-def test_what_would_never_come_back_is_not_asked(
+def test_expressions_that_would_never_end_are_not_evaluated(
     answer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def reached(*_: object, **__: object) -> None:

@@ -1,4 +1,4 @@
-"""Write a text backwards: one message, one reply, and reward for every letter in its place."""
+"""Reverse a text: one message, one reply, rewarded by the longest common subsequence."""
 
 from __future__ import annotations
 
@@ -38,23 +38,23 @@ SYSTEM = (
 FORM = "<reversed_text>{}</reversed_text>"  # a person types the answer only
 
 EXAMPLES = ("fun", "odd bun", "ill kid rug")
-"""Shown before the text, as if they had been asked and answered. No word of them is ever asked."""
+"""Few-shot examples, asked and answered before the text. None of their words is ever drawn."""
 
-TEST_SHARE = 5  # one word in so many is kept for tests
-DROPS = 0.1  # how often the teacher leaves a character out
+TEST_SHARE = 5  # one in five words belongs to the test split
+DROPS = 0.1  # probability that the teacher omits a character
 
 _ANSWER = re.compile(r"<reversed_text>(.*?)</reversed_text>", re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Text(Task):
-    """What to write backwards.
+    """A text to reverse.
 
     Attributes:
-        text: words with single spaces between them.
-        reversed: the right answer; here so that an episode's record shows it.
-        examples: how many worked examples the model sees before the text.
-        system_prompt: what the model is told before the text.
+        text: words separated by single spaces.
+        reversed: the right answer; a field so that it appears in the episode log.
+        examples: number of worked examples before the text.
+        system_prompt: system message.
     """
 
     text: str
@@ -64,13 +64,13 @@ class Text(Task):
 
 
 def split_of(word: str) -> Split:
-    """The split that a word belongs to: always the same one, whatever else is in the list."""
+    """Return the split of a word, which depends only on the word."""
     return "train" if derive_seed("reverse_text", word) % TEST_SHARE else "test"
 
 
 @cache
 def vocabulary(split: Split, letters: int) -> tuple[str, ...]:
-    """The words of a split that have at most so many letters."""
+    """Return the words of a split with at most `letters` letters."""
     return tuple(word for word in WORDS if len(word) <= letters and split_of(word) == split)
 
 
@@ -85,11 +85,16 @@ def texts(
     examples: int = 2,
     system_prompt: str = SYSTEM,
 ) -> Text:
-    """A text of words of one split; how many is at `u` of the way from shortest to longest.
+    """Draw a text of words of one split, its length a fraction `u` of the way through the range.
+
+    Args:
+        shortest: minimum number of words.
+        longest: maximum number of words.
+        letters: maximum length of a word.
 
     Raises:
-        ConfigError: no number of words to choose from, no word that is short enough, or more
-            examples than there are.
+        ConfigError: an empty range of lengths, no word that is short enough, or more examples than
+            there are.
     """
     if not 1 <= shortest <= longest:
         raise ConfigError(
@@ -113,12 +118,11 @@ def texts(
 
 
 def score(right: str, reply: str) -> dict[str, float]:
-    """Scores of a reply.
+    """Score a reply.
 
     Args:
         right: the reversed text.
-        reply: what the model wrote; its answer is in the last pair of tags, without the spaces
-            around it.
+        reply: the model's reply; its answer is the stripped content of the last pair of tags.
 
     Returns:
         `lcs`: 2·L / (letters of the right text + letters of the answer), where L is the length of
@@ -136,16 +140,16 @@ def score(right: str, reply: str) -> dict[str, float]:
 
 @rayrl.env(tasks=texts, rewards={"lcs": 1.0, "format": 0.2, "exact": 0.0}, form=FORM)
 async def reverse_text(task: Text, agent: Agent) -> Scores:
-    """The model writes a text backwards inside `<reversed_text>` tags."""
-    said = [system(task.system_prompt)]
+    """Ask the model to reverse a text inside `<reversed_text>` tags."""
+    messages = [system(task.system_prompt)]
     for text in EXAMPLES[: task.examples]:
-        said += [user(text), assistant(FORM.format(text[::-1]))]
-    return score(task.reversed, await agent([*said, user(task.text)]))
+        messages += [user(text), assistant(FORM.format(text[::-1]))]
+    return score(task.reversed, await agent([*messages, user(task.text)]))
 
 
-@reverse_text.figures
-def figures(episode: Episode) -> dict[str, bool | float | str]:
-    """What evaluations report: how near the answers are, how many are right, and the form."""
+@reverse_text.statistics
+def statistics(episode: Episode) -> dict[str, bool | float | str]:
+    """Return the statistics that evaluations report: right answers, similarity and form."""
     scores = episode.scores["agent"]
     return {
         "exact %": scores["exact"] == 1.0,
@@ -156,18 +160,18 @@ def figures(episode: Episode) -> dict[str, bool | float | str]:
 
 @reverse_text.player("perfect")
 def perfect(messages: Sequence[Message], rng: random.Random) -> str:
-    """Always right."""
+    """Give the right answer."""
     return FORM.format(messages[-1].content[::-1])
 
 
 @reverse_text.player("copy")
 def copy(messages: Sequence[Message], rng: random.Random) -> str:
-    """Repeats the text as it is: what can be had without reversing anything."""
+    """Repeat the text unchanged, as a baseline without any reversing."""
     return FORM.format(messages[-1].content)
 
 
 @reverse_text.player("teacher")
 def teacher(messages: Sequence[Message], rng: random.Random) -> str:
-    """Reverses, and leaves out each character with a probability of 10%."""
-    kept = [letter for letter in reversed(messages[-1].content) if rng.random() >= DROPS]
-    return FORM.format("".join(kept))
+    """Reverse the text, but omit each character with a probability of 10%."""
+    letters = [letter for letter in reversed(messages[-1].content) if rng.random() >= DROPS]
+    return FORM.format("".join(letters))

@@ -50,4 +50,4 @@ yellow yes young zebra zero
 """
 
 WORDS = tuple(_TEXT.split())
-"""Which split has a word is decided by the word, not by its place here."""
+"""The split of a word does not depend on its position here."""

@@ -82,7 +82,7 @@ def test_a_text_depends_on_its_seed_only() -> None:
         ({"examples": 4}, "examples=4.*0 to 3"),
     ],
 )
-def test_settings_that_allow_no_text_are_named(args: dict[str, int], named: str) -> None:
+def test_settings_without_a_possible_text_are_rejected(args: dict[str, int], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         texts(seed=0, u=0.0, **args)  # type: ignore[arg-type]
 
@@ -92,7 +92,7 @@ def test_an_unknown_split_is_refused() -> None:
         reverse_text.configure({"split": "tset"})
 
 
-async def test_what_the_model_is_told() -> None:
+async def test_messages_to_the_model() -> None:
     asked: list[object] = []
 
     async def agent(prompt: object) -> Reply:
@@ -127,5 +127,5 @@ def test_the_teacher_leaves_out_a_character_in_ten() -> None:
     assert sum(exact) / 4000 == pytest.approx(0.9**6, abs=0.03)  # four standard errors
 
 
-def test_nothing_is_wrong_with_it() -> None:
+def test_env_check_finds_no_problems() -> None:
     assert check_env(reverse_text) == []

@@ -1,6 +1,6 @@
-"""Tic-tac-toe itself: the board, the messages about it, what a reply means, perfect play.
+"""The game of tic-tac-toe: board, messages, parsing of replies, perfect play.
 
-Standard library only and nothing of rayrl, so that any script can import it. X is always the model,
+Standard library only and independent of rayrl, so any script can import it. X is always the model,
 O its opponent. Cells are numbered 0 to 8, row by row.
 """
 
@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 FREE = "."
-"""How a free cell is written in a board's key."""
+"""A free cell in a board's key."""
 
 LINES = {
     "top row": (0, 1, 2),
@@ -52,7 +52,7 @@ STARTED = "Game started. You are X."
 """Status when X makes the first move of the game."""
 
 INVALID = "Invalid move."
-"""Status after a reply that named no position, or one that is not free."""
+"""Status after a reply with no position or one that is not free."""
 
 RULE = "---------"
 _THOUGHT = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
@@ -70,7 +70,7 @@ def other(mark: str) -> str:
 
 
 def winner(key: str) -> str | None:
-    """The mark that has three in a line on the board `key`, or None."""
+    """Return the mark with three in a line on the board `key`, or None."""
     for a, b, c in LINES.values():
         if key[a] != FREE and key[a] == key[b] == key[c]:
             return key[a]
@@ -78,12 +78,12 @@ def winner(key: str) -> str | None:
 
 
 def twos(key: str, mark: str) -> list[tuple[str, int]]:
-    """The lines that hold two of `mark` and a free cell: their names, and that cell."""
+    """Return the lines with two of `mark` and a free cell: name and free cell of each."""
     found = []
     for name, cells in LINES.items():
-        shown = [key[cell] for cell in cells]
-        if shown.count(mark) == 2 and FREE in shown:
-            found.append((name, cells[shown.index(FREE)]))
+        marks = [key[cell] for cell in cells]
+        if marks.count(mark) == 2 and FREE in marks:
+            found.append((name, cells[marks.index(FREE)]))
     return found
 
 
@@ -103,24 +103,28 @@ class Board:
         return f"Board({self.key()!r})"
 
     def key(self) -> str:
-        """The nine cells as one string, e.g. "X...O...."."""
+        """Return the nine cells as a string, e.g. "X...O...."."""
         return "".join(self._cells)
 
     def free(self) -> list[int]:
-        """Positions nobody has taken, ascending."""
+        """Return the free positions, ascending."""
         return [cell for cell, mark in enumerate(self._cells) if mark == FREE]
 
     def winner(self) -> str | None:
-        """The mark with three in a line, or None."""
+        """Return the mark with three in a line, or None."""
         return winner(self.key())
 
     @property
     def over(self) -> bool:
-        """Whether somebody has won or no cell is free."""
+        """Whether a player has won or no cell is free."""
         return self.winner() is not None or FREE not in self._cells
 
     def play(self, cell: int, mark: str) -> None:
-        """Puts `mark` ("X" or "O") on a free `cell`; anything else is a ValueError."""
+        """Put `mark` ("X" or "O") on a free `cell`.
+
+        Raises:
+            ValueError: another mark, a cell that is not free, or the game is over.
+        """
         if mark not in ("X", "O"):
             raise ValueError(f"a mark is 'X' or 'O', not {mark!r}")
         if self.over:
@@ -130,49 +134,49 @@ class Board:
         self._cells[cell] = mark
 
     def render(self) -> str:
-        """Three lines of `a | b | c` between rules; free cells show their position."""
-        shown = [str(cell) if mark == FREE else mark for cell, mark in enumerate(self._cells)]
-        rows = [" | ".join(shown[start : start + 3]) for start in (0, 3, 6)]
+        """Render three lines of `a | b | c` between rules; free cells show their position."""
+        cells = [str(cell) if mark == FREE else mark for cell, mark in enumerate(self._cells)]
+        rows = [" | ".join(cells[start : start + 3]) for start in (0, 3, 6)]
         return "\n".join([RULE, *rows, RULE])
 
 
 def played(cell: int) -> str:
-    """Status after a move of the opponent."""
+    """Return the status after a move of the opponent."""
     return f"Opponent (O) played at position {cell}."
 
 
 def prompt(status: str, board: Board) -> str:
-    """A user message: what happened, the board, where X may play."""
+    """Return a user message with the status, the board and the available positions."""
     available = ", ".join(map(str, board.free()))
     return f"{status}\n{board.render()}\nAvailable positions: {available}\nYour turn."
 
 
 def parse_move(text: str) -> int | None:
-    """The position in the last `<move>` tag outside of thoughts; None if there is none.
+    """Return the position in the last `<move>` tag outside of thoughts; None if there is none.
 
-    A thought that was never closed reaches to the end: what stands in it is not an answer.
+    An unclosed thought extends to the end of the text.
     """
     found = _MOVE.findall(_THOUGHT.sub("", text))
     return int(found[-1]) if found else None
 
 
 def format_ok(text: str) -> bool:
-    """Whether all of `text` is one thought, then one move: `<think>…</think>…<move>…</move>`.
+    """Whether `text` is exactly one thought, then one move: `<think>…</think>…<move>…</move>`.
 
-    What the move says is not judged here: an occupied position is an invalid move, not bad form.
-    A second thought or a second move is bad form: it leaves open which one is meant.
+    The content of the move is not checked: an occupied position is an invalid move, not bad form.
+    A second thought or move is bad form because it is ambiguous.
     """
     return _FORMAT.fullmatch(text) is not None
 
 
 @cache
 def _value(key: str, mark: str) -> int:
-    """What the board is worth to `mark`, who is to move: won > 0, drawn 0, lost < 0.
+    """Return the value of the board for `mark`, which is to move: win > 0, draw 0, loss < 0.
 
     A game that ends with more free cells counts for more, so faster wins and slower losses are
     preferred.
     """
-    if winner(key) is not None:  # the one who has just moved
+    if winner(key) is not None:  # the player that has just moved
         return -1 - key.count(FREE)
     if FREE not in key:
         return 0
@@ -185,7 +189,7 @@ def _moves(key: str, mark: str) -> list[tuple[int, str]]:
 
 @cache
 def best_moves(key: str, mark: str) -> tuple[int, ...]:
-    """All equally good moves of perfect play for `mark` on the unfinished board `key`."""
+    """Return all optimal moves of `mark` on the unfinished board `key`."""
     if winner(key) is not None or FREE not in key:
         raise ValueError(f"the game {key!r} is over")
     values = {cell: -_value(after, other(mark)) for cell, after in _moves(key, mark)}

@@ -1,4 +1,4 @@
-"""The environment: task source, game, scripted players and the exhaustive check."""
+"""The tic-tac-toe environment: task source, game, scripted players, exhaustive check."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .match import Match
 if TYPE_CHECKING:
     from rayrl import Agent, Episode
 
-__all__ = ["Game", "game_figures", "games", "opponent_move", "tictactoe", "unbeatable"]
+__all__ = ["Game", "game_statistics", "games", "opponent_move", "tictactoe", "unbeatable"]
 
 
 FORM = "<think></think><move>{}</move>"  # a person types the position only
@@ -27,13 +27,13 @@ FORM = "<think></think><move>{}</move>"  # a person types the position only
 
 @dataclass(frozen=True, kw_only=True)
 class Game(Task):
-    """One game's start.
+    """The settings of one game.
 
     Attributes:
-        first: who moves first, "X" (the model) or "O".
-        random_move_prob: how often the opponent plays any free cell instead of a best move.
-        max_turns: messages the model may write before the game counts as lost.
-        system_prompt: what the model is told before the first message.
+        first: mark that moves first, "X" (the model) or "O".
+        random_move_prob: probability that the opponent plays a random cell, not an optimal move.
+        max_turns: maximum messages by the model before the game counts as lost.
+        system_prompt: system message.
     """
 
     first: str
@@ -51,10 +51,10 @@ def games(
     max_turns: int = 8,
     system_prompt: str = SYSTEM,
 ) -> Game:
-    """The game of this seed, its opponent's randomness at `u` of the way from min to max.
+    """Draw a game, its opponent's randomness a fraction `u` of the way from min to max.
 
     Raises:
-        ConfigError: the range is empty or not of probabilities, or there are no turns.
+        ConfigError: the range is empty or not within [0, 1], or there are no turns.
     """
     if not 0.0 <= random_min <= random_max <= 1.0:
         raise ConfigError(
@@ -73,7 +73,7 @@ def games(
 
 
 def opponent_move(task: Game, key: str) -> int:
-    """O's move on the board `key`: in the same task always the same one."""
+    """Return O's move on the board `key`, always the same within a task."""
     rng = task.rng("opponent", key)
     if rng.random() < task.random_move_prob:
         return rng.choice(Board(key).free())
@@ -82,7 +82,7 @@ def opponent_move(task: Game, key: str) -> int:
 
 @rayrl.env(tasks=games, rewards={"win": 1.0, "format": 0.2, "invalid": 1.0}, form=FORM)
 async def tictactoe(task: Game, agent: Agent) -> Scores:
-    """The model plays X against an opponent of adjustable strength."""
+    """Let the model play X against an opponent of adjustable strength."""
     match = Match(max_turns=task.max_turns, to_move=task.first)
     new = [system(task.system_prompt)]
     while not match.over:
@@ -97,31 +97,31 @@ async def tictactoe(task: Game, agent: Agent) -> Scores:
 
 @tictactoe.player("optimal")
 def optimal(messages: Sequence[Message], rng: random.Random) -> str:
-    """Never loses; does not punish mistakes on purpose."""
+    """Play perfectly, without trying to exploit mistakes."""
     return players.optimal(messages, rng)
 
 
 @tictactoe.player("random")
 def random_legal(messages: Sequence[Message], rng: random.Random) -> str:
-    """Plays any free cell."""
+    """Play a random free cell."""
     return players.random_legal(messages, rng)
 
 
 @tictactoe.player("teacher")
 def teacher(messages: Sequence[Message], rng: random.Random) -> str:
-    """Good, never perfect; its games are the data to imitate."""
+    """Play well but fallibly; its games are the data to imitate."""
     return players.teacher(messages, rng)
 
 
-@tictactoe.figures
-def figures(episode: Episode) -> dict[str, bool | float | str]:
-    """What evaluations report: the result, the form, and whether any move was invalid."""
-    return game_figures(episode.scores["agent"])
+@tictactoe.statistics
+def statistics(episode: Episode) -> dict[str, bool | float | str]:
+    """Return the statistics that evaluations report: result, form and invalid moves."""
+    return game_statistics(episode.scores["agent"])
 
 
 @tictactoe.ending
 def ending(episode: Episode, seat: str) -> str:
-    """The final board, and how the opponent moved last."""
+    """Return the final board and the opponent's last move."""
     task = episode.task
     assert isinstance(task, Game)
     match = Match(max_turns=task.max_turns, to_move=task.first)
@@ -134,8 +134,8 @@ def ending(episode: Episode, seat: str) -> str:
     return match.ending()
 
 
-def game_figures(scores: Mapping[str, float]) -> dict[str, bool | float | str]:
-    """Figures of one game from its player's scores."""
+def game_statistics(scores: Mapping[str, float]) -> dict[str, bool | float | str]:
+    """Compute the statistics of one game from its player's scores."""
     return {
         "win/draw/loss": {1.0: "win", 0.5: "draw", 0.0: "loss"}[scores["win"]],
         "format %": scores["format"],
@@ -145,22 +145,22 @@ def game_figures(scores: Mapping[str, float]) -> dict[str, bool | float | str]:
 
 @tictactoe.check("unbeatable")
 async def unbeatable(new_agent: Callable[[], Agent], args: Mapping[str, Any]) -> dict[str, float]:
-    """Plays every line an opponent can play: both starts, every free cell at every turn of O.
+    """Play every line an opponent can play: both starts, every free cell at every turn of O.
 
-    For an agent whose reply is a function of the conversation (greedy decoding) this proves what
-    games can only suggest: no losing line, no way to beat it.
+    For an agent whose reply is a function of the conversation (greedy decoding), this proves that
+    it cannot be beaten if there is no losing line.
 
-    The lines form a tree. Each of its conversations is asked once, by an agent forked from the one
-    before, so the model sees the very ids it would see in a game; and all of one depth are asked at
-    the same time, so that an engine can batch them.
+    The lines form a tree. Each conversation is continued once, by an agent forked from its parent,
+    so the model sees exactly the ids of a real game. All conversations of one depth run
+    concurrently, so that an engine can batch them.
 
     Args:
-        new_agent: gives an agent at the start of a conversation.
+        new_agent: creates an agent at the start of a conversation.
         args: `max_turns` and `system_prompt` of the task source are used.
 
     Returns:
-        The number of `lines`, how many were `wins`, `draws` and `losing`, and how many held an
-        `invalid` move (of any result).
+        The number of `lines`, of `wins`, `draws` and `losing` lines, and of lines with an `invalid`
+        move (whatever their result).
     """
     results: Counter[str] = Counter()
     rules = system(args["system_prompt"])
@@ -180,10 +180,10 @@ async def unbeatable(new_agent: Callable[[], Agent], args: Mapping[str, Any]) ->
             ended = [child for child in children if child.over]
             results.update(child.result for child in ended)
             results["invalid"] += sum(child.invalid > 0 for child in ended)
-            going_on = [child for child in children if not child.over]
-            level += [(child, agent.fork(), []) for child in going_on[1:]]
-            if going_on:  # one of them goes on with the agent itself and what is cached for it
-                level.append((going_on[0], agent, []))
+            unfinished = [child for child in children if not child.over]
+            level += [(child, agent.fork(), []) for child in unfinished[1:]]
+            if unfinished:  # the first one reuses the agent itself and its cached state
+                level.append((unfinished[0], agent, []))
             else:
                 agent.close()
     return {
@@ -196,7 +196,7 @@ async def unbeatable(new_agent: Callable[[], Agent], args: Mapping[str, Any]) ->
 
 
 def _next_decisions(match: Match) -> list[Match]:
-    """What X may find when next asked, or the game's end: one match for each reply of O."""
+    """Return the matches at X's next turn, or at the game's end: one per possible move of O."""
     if match.over or match.to_move == "X":
         return [match]
     return [match.reply(cell) for cell in Board(match.key).free()]

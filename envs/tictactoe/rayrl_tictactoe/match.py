@@ -1,4 +1,4 @@
-"""A game under way, with what is counted about it: pure, so that the check can fork it freely."""
+"""The immutable state of a game with its counts, which the exhaustive check can branch."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from .board import FREE, INVALID, STARTED, Board, format_ok, parse_move, played,
 __all__ = ["INVALID_SCORE", "Match"]
 
 INVALID_SCORE = -0.1
-"""Flat: a penalty a move would punish long reasoning that got truncated."""
+"""Flat: a penalty per move would punish truncated long reasoning."""
 
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """One moment of a game; `hear` and `reply` give the next one.
+    """The state of a game; `hear` and `reply` return the next one.
 
     Attributes:
-        max_turns: messages X may write before the game counts as lost.
-        to_move: "X" or "O". An invalid move leaves it X's turn.
+        max_turns: maximum messages by X before the game counts as lost.
+        to_move: "X" or "O". After an invalid move it is still X's turn.
         key: the board, see `Board.key`.
         status: first line of the next message to X.
-        turns: messages X has written.
-        formatted: how many of them were well formed.
-        invalid: how many of them held no playable move.
+        turns: number of messages by X.
+        formatted: number of well-formed ones among them.
+        invalid: number of those without a playable move.
     """
 
     max_turns: int
@@ -36,12 +36,12 @@ class Match:
 
     @property
     def over(self) -> bool:
-        """Won, drawn, or out of turns."""
+        """Whether the game is won, drawn, or out of turns."""
         return self.turns >= self.max_turns or FREE not in self.key or winner(self.key) is not None
 
     @property
     def result(self) -> str:
-        """Of a game that is over, for X: "win", "draw" or "loss". An unfinished board is a loss."""
+        """Result for X of a finished game: "win", "draw" or "loss" (also if out of turns)."""
         won = winner(self.key)
         if won is None:
             return "draw" if FREE not in self.key else "loss"
@@ -49,40 +49,40 @@ class Match:
 
     @property
     def state(self) -> str:
-        """Names the decision X has before it: the board and the invalid moves so far.
+        """Key of X's decision: the board and the number of invalid moves so far.
 
-        Equal keys must be worth the same, or step-level advantages would compare unlike things. The
-        board alone is not enough: each invalid move has used up a turn, and the first one has cost
-        its flat penalty, which no later move can win back. Both follow from the board and the count
-        over the *whole* game, since turns = X's marks + invalid moves. (A count since the board
-        last changed would call a game with an old penalty equal to a clean one.) Whose order of
-        moves led here does not matter: the opponent's reply depends on the board only.
+        States with equal keys must have equal value, because step-level advantages compare them.
+        The board alone is not enough: each invalid move has used up a turn, and the first has cost
+        the flat penalty. Both follow from the board and the count over the *whole* game, since
+        turns = X's marks + invalid moves. (A count since the last change of the board would equate
+        a game that has been penalized with one that has not.) The order of moves does not matter:
+        the opponent's move depends on the board only.
         """
         return f"{self.key}/{self.invalid}"
 
     def prompt(self) -> str:
-        """The next message to X."""
+        """Return the next message to X."""
         return prompt(self.status, Board(self.key))
 
     def ending(self) -> str:
-        """What a person sees when the game is over: how O moved last, and the board."""
+        """Return the text shown to a person after the game: O's last move and the board."""
         last = f"{self.status}\n" if self.to_move == "X" and self.status != INVALID else ""
         return f"{last}{Board(self.key).render()}"
 
     def hear(self, text: str) -> Match:
-        """After X's message `text`: the move is made, or refused and X is asked again."""
-        heard = replace(self, turns=self.turns + 1, formatted=self.formatted + format_ok(text))
+        """Return the state after X's message `text`; after an invalid move X is to move again."""
+        after = replace(self, turns=self.turns + 1, formatted=self.formatted + format_ok(text))
         cell = parse_move(text)
         if cell is None or self.key[cell] != FREE:
-            return replace(heard, invalid=self.invalid + 1, status=INVALID)
-        return replace(heard, key=_put(self.key, cell, "X"), to_move="O")
+            return replace(after, invalid=self.invalid + 1, status=INVALID)
+        return replace(after, key=_put(self.key, cell, "X"), to_move="O")
 
     def reply(self, cell: int) -> Match:
-        """After O's move on the free `cell`."""
+        """Return the state after O's move on the free `cell`."""
         return replace(self, key=_put(self.key, cell, "O"), to_move="X", status=played(cell))
 
     def scores(self) -> dict[str, float]:
-        """Of a game that is over: win 1 / draw 0.5 / loss 0, share well formed, flat penalty."""
+        """Return the scores of a finished game: result (1, 0.5 or 0), form, invalid penalty."""
         return {
             "win": {"win": 1.0, "draw": 0.5, "loss": 0.0}[self.result],
             "format": self.formatted / self.turns,

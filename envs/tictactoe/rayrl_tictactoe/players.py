@@ -1,8 +1,7 @@
-"""Players without a model: each reads the board from the last user message and writes a full reply.
+"""Scripted players: each reads the board from the last user message and writes a full reply.
 
-A `Policy` says with which probability a player makes which move and what it thinks then; a player
-draws from it. So a player's strength can be computed exactly instead of sampled
-(`strength.py`).
+A `Policy` gives the probability and the thought of every move; a player samples from it. A player's
+strength can therefore be computed exactly (`strength.py`).
 """
 
 from __future__ import annotations
@@ -29,14 +28,14 @@ __all__ = [
 ]
 
 SEES_WIN = 0.95
-"""How often the teacher notices that it can win at once."""
+"""Probability that the teacher notices an immediate win."""
 
 SEES_BLOCK = 0.95
-"""How often the teacher notices that it must block."""
+"""Probability that the teacher notices a threat it must block."""
 
 WANDERS = 0.25
-"""How often the teacher plays anywhere when it sees neither. A student of a teacher that always
-prefers the same cells would never try the others, and could not find out that some are better."""
+"""Probability that the teacher plays a random cell when it sees neither. A student of a teacher
+that always prefers the same cells would never try others and discover that some are better."""
 
 CENTRE = 4
 CORNERS = (0, 2, 6, 8)
@@ -44,7 +43,7 @@ CORNERS = (0, 2, 6, 8)
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One thing a player may do: with this `probability` it thinks `thought` and plays `cell`."""
+    """A possible move: with `probability` the player thinks `thought` and plays `cell`."""
 
     probability: float
     cell: int
@@ -52,14 +51,14 @@ class Choice:
 
 
 Policy = Callable[[str], Sequence[Choice]]
-"""From a board's key, X to move, to everything a player may do there; probabilities sum to 1."""
+"""Maps a board's key, X to move, to all possible choices; their probabilities sum to 1."""
 
 
 def read_board(messages: Sequence[Message]) -> str:
-    """The key of the board in the last user message.
+    """Parse the board in the last user message and return its key.
 
     Raises:
-        ValueError: there is no user message, or it shows no board.
+        ValueError: there is no user message, or it contains no board.
     """
     last = next((m.content for m in reversed(messages) if m.role == "user"), "")
     rows = [line.split(" | ") for line in last.splitlines() if line.count(" | ") == 2]
@@ -91,18 +90,18 @@ WIN = "X: {}. Win."
 BLOCK = "X: none; O: {}. Block."
 CALM = "X: none; O: none. "
 """A player first notes a line where X has two marks and a free cell, then one where O has. Writing
-it down before the move gives a model room to look for one thing at a time. What follows says only
-which cell: a word for the kind of cell ("corner") would be chosen before it, and a student that
-learns that corners are better than the rest on average then forgets the rest where it is needed."""
+this down before the move lets a model check one thing at a time. The rest names only the cell: with
+a kind of cell ("corner") before it, a student would learn that corners are better on average and
+stop playing other cells even where they are needed."""
 
 
 def random_policy(key: str) -> Sequence[Choice]:
-    """Any free cell."""
+    """Play a random free cell."""
     return _even(1.0, Board(key).free(), "Take {}.")
 
 
 def optimal_policy(key: str) -> Sequence[Choice]:
-    """Perfect play, evenly among equally good moves."""
+    """Play perfectly, uniformly among optimal moves."""
     moves = best_moves(key, "X")
     for mark, thought in (("X", WIN), ("O", BLOCK)):
         found = _completing(key, mark)
@@ -112,7 +111,7 @@ def optimal_policy(key: str) -> Sequence[Choice]:
 
 
 def teacher_policy(key: str) -> Sequence[Choice]:
-    """Good but fallible: mostly sees wins and threats, never forks, likes centre and corners."""
+    """Play fallibly: notice most wins and threats, no forks; prefer the centre and corners."""
     choices: list[Choice] = []
     left = 1.0
     for chance, mark, thought in ((SEES_WIN, "X", WIN), (SEES_BLOCK, "O", BLOCK)):
@@ -144,15 +143,15 @@ def _reply(policy: Policy, messages: Sequence[Message], rng: random.Random) -> s
 
 
 def optimal(messages: Sequence[Message], rng: random.Random) -> str:
-    """Never loses."""
+    """Play perfectly."""
     return _reply(optimal_policy, messages, rng)
 
 
 def random_legal(messages: Sequence[Message], rng: random.Random) -> str:
-    """Plays any free cell."""
+    """Play a random free cell."""
     return _reply(random_policy, messages, rng)
 
 
 def teacher(messages: Sequence[Message], rng: random.Random) -> str:
-    """Good, never perfect: strong enough to imitate, weak enough to be overtaken."""
+    """Play well enough to imitate, but weakly enough to be surpassed."""
     return _reply(teacher_policy, messages, rng)

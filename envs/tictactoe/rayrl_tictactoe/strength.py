@@ -1,4 +1,4 @@
-"""How strong the scripted players are, exactly: `python -m rayrl_tictactoe.strength`."""
+"""Compute the exact strength of the scripted players: `python -m rayrl_tictactoe.strength`."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Rates:
 
 
 def strength(policy: Policy, random_move_prob: float) -> Rates:
-    """What X gets by `policy` against an opponent of this randomness, starting half of the games.
+    """Compute X's rates with `policy` against an opponent of given randomness.
 
-    Exact: sums over all games. Leaves out the turn limit, which a player that never makes an
-    invalid move cannot reach.
+    X starts half of the games. The result is exact, summed over all games; it ignores the turn
+    limit, which a player without invalid moves cannot reach.
     """
 
     @cache
@@ -49,10 +49,10 @@ def strength(policy: Policy, random_move_prob: float) -> Rates:
 
 
 def most_wins(never_lose: bool) -> float:
-    """The largest share of games X can win against the random opponent, starting half of them.
+    """Return the largest share of games X can win against a random opponent, starting half of them.
 
     Args:
-        never_lose: only among players that cannot lose to anybody.
+        never_lose: consider only players that cannot lose to any opponent.
     """
 
     @cache
@@ -76,7 +76,7 @@ def _put(key: str, cell: int, mark: str) -> str:
 
 @cache
 def _can_lose(key: str, mark: str) -> bool:
-    """Whether O can force a win over X, whoever's turn `mark` says it is."""
+    """Whether O can win against X's best play, with `mark` to move."""
     if winner(key) or FREE not in key:
         return winner(key) == "O"
     children = [_can_lose(_put(key, cell, mark), other(mark)) for cell in Board(key).free()]
@@ -84,7 +84,7 @@ def _can_lose(key: str, mark: str) -> bool:
 
 
 def main() -> None:
-    """Prints every scripted player against opponents of several strengths, and what is possible."""
+    """Print every scripted player's rates against several opponents, and the best possible ones."""
     print("player     random_move_prob   win %  draw %  loss %")
     for name, policy in POLICIES.items():
         for prob in (0.0, 0.25, 0.5, 0.75, 1.0):

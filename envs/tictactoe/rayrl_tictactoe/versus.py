@@ -1,7 +1,7 @@
-"""Two players at one board: self-play, model against model, or a person against a model.
+"""Two-player tic-tac-toe: self-play, model against model, or a person against a model.
 
-Each seat sees the board as X, the way the model was trained: what is O for one is X for the other.
-So a model can take either seat, or both.
+Each seat sees itself as X, as the model was trained, and its rival as O. So a model can take either
+seat, or both.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ POINTS = {"win": 1.0, "draw": 0.5, "loss": 0.0}
     form=env.FORM,
 )
 async def versus(task: Game, x: Agent, o: Agent) -> Scores:
-    """Seat `x` against seat `o`; the task's seed says who starts, its built-in opponent is unused.
+    """Play seat `x` against seat `o`; the task decides who starts, its opponent is unused.
 
-    A seat that runs out of turns has lost and its rival has won.
+    A seat that runs out of turns loses and its rival wins.
     """
     agents = {"x": x, "o": o}
-    views = _begun(task)
+    views = _start(task)
     new: dict[str, list[Message]] = {seat: [system(task.system_prompt)] for seat in agents}
     while not any(view.over for view in views.values()):
         seat = "x" if views["x"].to_move == "X" else "o"
@@ -47,8 +47,8 @@ async def versus(task: Game, x: Agent, o: Agent) -> Scores:
     return {seat: _scores(view, _result(view)) for seat, view in views.items()}
 
 
-def _begun(task: Game) -> dict[str, Match]:
-    """How each seat sees the start."""
+def _start(task: Game) -> dict[str, Match]:
+    """Return each seat's view of the start."""
     return {
         "x": Match(max_turns=task.max_turns, to_move=task.first),
         "o": Match(max_turns=task.max_turns, to_move=other(task.first)),
@@ -56,7 +56,7 @@ def _begun(task: Game) -> dict[str, Match]:
 
 
 def _hear(views: dict[str, Match], seat: str, text: str) -> None:
-    """Bring both views to after a seat's message; a move that was made is O's for its rival."""
+    """Update both views after a seat's message; its move is O's in the rival's view."""
     before, rival = views[seat], "o" if seat == "x" else "x"
     after = views[seat] = before.hear(text)
     if after.to_move == "O":
@@ -65,7 +65,7 @@ def _hear(views: dict[str, Match], seat: str, text: str) -> None:
 
 
 def _result(view: Match) -> str:
-    """Win, draw or loss of this seat; whoever ran out of turns before the end has lost."""
+    """Return win, draw or loss of a seat; one that ran out of turns has lost."""
     if winner(view.key) is None and FREE in view.key:
         return "loss" if view.turns >= view.max_turns else "win"
     return view.result
@@ -79,17 +79,17 @@ def _scores(view: Match, result: str) -> Mapping[str, float]:
     }
 
 
-@versus.figures
-def figures(episode: Episode) -> dict[str, bool | float | str]:
-    """Seat x's game, as in `tictactoe`."""
-    return env.game_figures(episode.scores["x"])
+@versus.statistics
+def statistics(episode: Episode) -> dict[str, bool | float | str]:
+    """Return seat x's statistics, as in `tictactoe`."""
+    return env.game_statistics(episode.scores["x"])
 
 
 @versus.ending
 def ending(episode: Episode, seat: str) -> str:
-    """The final board as the seat sees it, and how its rival moved last."""
+    """Return the final board in the seat's view and its rival's last move."""
     assert isinstance(episode.task, Game)
-    views = _begun(episode.task)
+    views = _start(episode.task)
     for turn in episode.turns:
         _hear(views, turn.seat, turn.text)
     return views[seat].ending()

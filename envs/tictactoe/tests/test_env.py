@@ -97,14 +97,14 @@ def test_settings_and_weights_are_config() -> None:
 # --- the opponent ------------------------------------------------------------------------------
 
 
-def test_the_same_board_in_the_same_task_meets_the_same_reply() -> None:
+def test_the_opponent_repeats_its_move_within_a_task() -> None:
     for prob in (0.0, 0.5, 1.0):
         task = game(random_move_prob=prob)
         for key in (FREE * 9, "X........", "X...O...X"):
             assert len({opponent_move(task, key) for _ in range(20)}) == 1
 
 
-def test_other_tasks_and_other_boards_draw_anew() -> None:
+def test_other_tasks_and_boards_get_other_draws() -> None:
     task = game(random_move_prob=1.0)
     moves = [opponent_move(replace(task, seed=seed), "X........") for seed in range(400)]
     assert set(moves) == set(range(1, 9))
@@ -133,7 +133,7 @@ def test_random_move_prob_is_how_often_it_plays_any_cell() -> None:
 # --- games -------------------------------------------------------------------------------------
 
 
-async def test_the_first_call_brings_the_system_prompt_and_later_ones_only_news() -> None:
+async def test_only_the_first_call_has_the_system_prompt() -> None:
     agent = Fake(tictactoe.players["optimal"])
     task = game(random_move_prob=0.0, system_prompt="Rules.")
     scores = await tictactoe(task, agent)
@@ -156,7 +156,7 @@ async def test_the_opponent_may_start() -> None:
     assert sorted(state) == sorted("O......../0")
 
 
-async def test_siblings_that_play_alike_have_the_same_game() -> None:
+async def test_episodes_of_a_group_that_play_alike_have_the_same_game() -> None:
     task = game(random_move_prob=0.5)
     one, two = (Fake(tictactoe.players["optimal"], seed=5) for _ in range(2))
     assert await tictactoe(task, one) == await tictactoe(task, two)
@@ -202,15 +202,15 @@ def lowest(messages: Sequence[Message], rng: random.Random) -> str:
 
 
 async def test_a_perfect_player_loses_no_line() -> None:
-    figures = await unbeatable(scripted(lowest_best), ARGS)
-    # Every line counted once is checked below; these are the README's figures.
-    assert figures == {"lines": 642, "losing": 0, "draws": 185, "wins": 457, "invalid": 0}
+    counts = await unbeatable(scripted(lowest_best), ARGS)
+    # Every line counted once is checked below; these are the README's numbers.
+    assert counts == {"lines": 642, "losing": 0, "draws": 185, "wins": 457, "invalid": 0}
 
 
 async def test_a_random_player_loses_lines() -> None:
-    figures = await unbeatable(scripted(tictactoe.players["random"]), ARGS)
-    assert figures["losing"] > 0
-    assert figures["lines"] == figures["wins"] + figures["draws"] + figures["losing"]
+    counts = await unbeatable(scripted(tictactoe.players["random"]), ARGS)
+    assert counts["losing"] > 0
+    assert counts["lines"] == counts["wins"] + counts["draws"] + counts["losing"]
 
 
 def count_by_hand(key: str, mark: str) -> list[int]:
@@ -227,15 +227,15 @@ def count_by_hand(key: str, mark: str) -> list[int]:
 async def test_every_line_is_counted_once() -> None:
     first, second = count_by_hand(FREE * 9, "X"), count_by_hand(FREE * 9, "O")
     wins, draws, losses = (a + b for a, b in zip(first, second, strict=True))
-    figures = await unbeatable(scripted(lowest), ARGS)
-    assert figures == {
+    counts = await unbeatable(scripted(lowest), ARGS)
+    assert counts == {
         "lines": wins + draws + losses,
         "losing": losses,
         "draws": draws,
         "wins": wins,
         "invalid": 0,
     }
-    assert losses == 487  # of 822: the README's figures
+    assert losses == 487  # of 822: the README's numbers
     assert wins + draws + losses == 822
 
 
@@ -246,15 +246,15 @@ async def test_a_player_that_never_answers_loses_each_opening_at_the_turn_limit(
         talks.append(messages)
         return "no"
 
-    figures = await unbeatable(scripted(mute), {**ARGS, "max_turns": 3, "system_prompt": "Rules."})
+    counts = await unbeatable(scripted(mute), {**ARGS, "max_turns": 3, "system_prompt": "Rules."})
     # One opening when X starts, nine when O does; each is asked three times.
-    assert figures == {"lines": 10, "losing": 10, "draws": 0, "wins": 0, "invalid": 10}
+    assert counts == {"lines": 10, "losing": 10, "draws": 0, "wins": 0, "invalid": 10}
     assert len(talks) == 30
     assert [m.role for m in talks[-1]] == ["system", *["user", "assistant"] * 2, "user"]
     assert talks[-1][0].content == "Rules."
 
 
-async def test_each_conversation_is_asked_once_and_one_depth_at_the_same_time() -> None:
+async def test_each_conversation_is_continued_once_and_each_depth_concurrently() -> None:
     live = most = 0
     asked: list[tuple[str, ...]] = []
 
@@ -267,8 +267,8 @@ async def test_each_conversation_is_asked_once_and_one_depth_at_the_same_time() 
         live -= 1
         return lowest(messages, rng)
 
-    figures = await unbeatable(scripted(slow), ARGS)
-    assert figures["lines"] == 822
+    counts = await unbeatable(scripted(slow), ARGS)
+    assert counts["lines"] == 822
     assert most > 200
     assert len(set(asked)) == len(asked)
 

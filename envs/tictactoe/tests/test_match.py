@@ -36,7 +36,7 @@ def test_a_drawn_game() -> None:
     assert match.scores() == {"win": 0.5, "format": 1.0, "invalid": 0.0}
 
 
-def test_invalid_moves_are_told_asked_again_and_cost_a_flat_penalty() -> None:
+def test_invalid_moves_are_reported_and_cost_a_flat_penalty() -> None:
     match = play(Match(max_turns=8), say(0), 3)
     before = match
     match = play(match, say(3))  # taken

@@ -44,7 +44,7 @@ def reply(thought: str, cell: int) -> str:
     return f"<think>{thought}</think><move>{cell}</move>"
 
 
-def test_what_the_players_say() -> None:
+def test_replies_of_the_players() -> None:
     assert replies(optimal, "XX.OO....").keys() == {reply("X: top row: 2. Win.", 2)}
     block = reply("X: none; O: middle row: 3. Block.", 3)
     assert replies(optimal, "X...OO...").keys() == {block}
@@ -69,7 +69,7 @@ def test_the_teacher_sees_most_wins_and_threats_but_not_all() -> None:
     assert share[reply("X: none; O: middle row: 3. Block.", 3)] == pytest.approx(0.95, abs=0.015)
 
 
-def test_the_teacher_wanders_a_quarter_of_the_time() -> None:
+def test_the_teacher_plays_a_random_cell_a_quarter_of_the_time() -> None:
     said = replies(teacher, ".........", 4000)
     elsewhere = sum(count for text, count in said.items() if "<move>4" not in text) / 4000
     assert elsewhere == pytest.approx(0.25 * 8 / 9, abs=0.03)

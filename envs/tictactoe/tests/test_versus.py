@@ -70,7 +70,7 @@ async def test_an_invalid_move_is_asked_again_and_counted_once() -> None:
     assert x.asked[2][0].content.startswith("Invalid move.")
 
 
-async def test_who_runs_out_of_turns_has_lost() -> None:
+async def test_running_out_of_turns_loses() -> None:
     scores = await versus(game(max_turns=2), Fake(["?", "?"]), Fake([]))
     assert scores["x"] == {"win": 0.0, "format": 0.0, "invalid": -0.1}
     assert scores["o"] == {"win": 1.0, "format": 1.0, "invalid": 0.0}
@@ -82,12 +82,12 @@ async def test_two_perfect_players_draw(seed: int) -> None:
     assert (scores["x"]["win"], scores["o"]["win"]) == (0.5, 0.5)  # type: ignore[index]
 
 
-def test_figures() -> None:
+def test_statistics() -> None:
     scores = {"win": 0.5, "format": 0.75, "invalid": -0.1}
     expected = {"win/draw/loss": "draw", "format %": 0.75, "invalid %": True}
     one = Episode("e", "tictactoe", game(), 0, (), {"agent": scores}, {"agent": 0.5})
-    assert tictactoe.reported is not None
-    assert tictactoe.reported(one) == expected
+    assert tictactoe.statistics_function is not None
+    assert tictactoe.statistics_function(one) == expected
     both = replace(one, scores={"x": scores, "o": {"win": 0.5, "format": 1.0, "invalid": 0.0}})
-    assert versus.reported is not None
-    assert versus.reported(both) == expected
+    assert versus.statistics_function is not None
+    assert versus.statistics_function(both) == expected

@@ -1,4 +1,4 @@
-"""Questions that need tools: a search over documents no model can know, and a calculator."""
+"""Questions that require tools: a search over documents no model can know, and a calculator."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class Errand(Task):
     """A question to be answered with tools.
 
     Attributes:
-        needed: tool calls it takes.
-        failure_rate: probability that a search or an opening of a document fails.
-        protocol: how calls are written, see `Agent.__call__`.
-        rounds: times the model may call tools before it must answer.
+        needed: minimum number of tool calls.
+        failure_rate: probability that searching or opening a document fails.
+        protocol: format of calls, see `Agent.__call__`.
+        rounds: maximum rounds of tool calls before the model must answer.
     """
 
     question: str
@@ -59,10 +59,10 @@ def errands(
     rounds: int = 20,
     system_prompt: str = SYSTEM,
 ) -> Errand:
-    """A question whose level is at `u` of the way from easiest to hardest.
+    """Draw a question whose level is a fraction `u` of the way from easiest to hardest.
 
     Raises:
-        ConfigError: no level, no round, or a failure rate that is no probability below 1.
+        ConfigError: no level, no round, or a failure rate outside [0, 1).
     """
     if not 1 <= easiest <= hardest <= LEVELS:
         raise ConfigError(
@@ -89,12 +89,13 @@ def errands(
 
 
 def score(task: Errand, reply: str, calls: int, valid: int) -> dict[str, float]:
-    """Scores of an episode.
+    """Compute the scores of an episode.
 
     Args:
         task: the question.
-        reply: the last one.
-        calls: tool calls made, `valid` of which were as they should be.
+        reply: the model's last reply.
+        calls: number of tool calls made.
+        valid: number of valid ones among them.
     """
     found = _ANSWER.findall(reply)
     correct = float(len(found) == 1 and same(task.answer, found[0]))
@@ -113,7 +114,7 @@ def score(task: Errand, reply: str, calls: int, valid: int) -> dict[str, float]:
     form="<answer>{}</answer>",
 )
 async def tools(task: Errand, agent: Agent) -> Scores:
-    """The model answers a question with a search, documents and a calculator."""
+    """Ask the model a question to answer with a search, documents and a calculator."""
     desk = Desk(task, task.failure_rate)
     reply = await agent(
         [system(task.system_prompt), user(task.question)],
@@ -126,25 +127,25 @@ async def tools(task: Errand, agent: Agent) -> Scores:
 
 @tools.player("perfect")
 def perfect(messages: Sequence[Message], rng: random.Random) -> str:
-    """Looks everything up, calculates, answers; tries again what failed."""
+    """Look everything up, calculate, answer; retry failed calls."""
     return players.perfect(messages)
 
 
 @tools.player("clumsy")
 def clumsy(messages: Sequence[Message], rng: random.Random) -> str:
-    """Writes calls that cannot be run, then does what `perfect` does."""
+    """Write invalid calls first, then play like `perfect`."""
     return players.clumsy(messages)
 
 
 @tools.player("guesser")
 def guesser(messages: Sequence[Message], rng: random.Random) -> str:
-    """Answers with any number, without looking."""
+    """Answer with a random number, without calling tools."""
     return f"<answer>{rng.randrange(1000)}</answer>"
 
 
-@tools.figures
-def figures(episode: Episode) -> dict[str, bool | float | str]:
-    """What evaluations report."""
+@tools.statistics
+def statistics(episode: Episode) -> dict[str, bool | float | str]:
+    """Return the statistics that evaluations report."""
     scores = episode.scores["agent"]
     return {
         "correct %": scores["correct"] == 1.0,

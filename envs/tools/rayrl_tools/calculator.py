@@ -1,4 +1,4 @@
-"""Arithmetic that is safe to let a model write: numbers, operators, a few functions, limits."""
+"""A safe calculator for expressions written by a model, with limits on length and size."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ __all__ = ["CalculatorError", "evaluate"]
 
 Number = int | float
 
-_LONGEST = 200  # characters of an expression
-_LARGEST = 1e15  # above it floats no longer tell whole numbers apart
+_MAX_LENGTH = 200  # characters of an expression
+_MAX_VALUE = 1e15  # floats beyond it cannot represent every integer
 _BINARY: dict[type[ast.operator], Callable[[Number, Number], Number]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -21,30 +21,30 @@ _BINARY: dict[type[ast.operator], Callable[[Number, Number], Number]] = {
     ast.FloorDiv: operator.floordiv,
     ast.Mod: operator.mod,
 }
-_DIGITS = 15  # that can be rounded to; more takes Python ever longer, and changes nothing
+_MAX_DIGITS = 15  # for rounding; more digits only take time
 
 
 class CalculatorError(ValueError):
-    """What is wrong with an expression, in words for whoever wrote it."""
+    """An invalid expression; the message is for its author, the model."""
 
 
 def _round(value: Number, digits: Number | None = None) -> Number:
-    if digits is not None and abs(digits) > _DIGITS:
-        raise ValueError(f"at most {_DIGITS} digits")
-    return round(value, digits)  # type: ignore[arg-type]  # a digits of 0.5 is said to be wrong
+    if digits is not None and abs(digits) > _MAX_DIGITS:
+        raise ValueError(f"at most {_MAX_DIGITS} digits")
+    return round(value, digits)  # type: ignore[arg-type]  # raises TypeError for 0.5 digits
 
 
 _FUNCTIONS: dict[str, Callable[..., Number]] = {"abs": abs, "max": max, "min": min, "round": _round}
 
 
 def evaluate(expression: str) -> str:
-    """The value of an expression such as `(17 + 4) * 3`, at most ten significant decimals.
+    """Evaluate an expression such as `(17 + 4) * 3` to at most ten significant digits.
 
     Raises:
-        CalculatorError: it is no arithmetic, too long, or its value is too large or undefined.
+        CalculatorError: it is not arithmetic or too long, or its value is too large or undefined.
     """
-    if len(expression) > _LONGEST:
-        raise CalculatorError(f"the expression is longer than {_LONGEST} characters")
+    if len(expression) > _MAX_LENGTH:
+        raise CalculatorError(f"the expression is longer than {_MAX_LENGTH} characters")
     plain = expression.replace("×", "*").replace("÷", "/").replace("−", "-").strip()
     try:
         tree = ast.parse(plain, mode="eval")
@@ -58,14 +58,14 @@ def evaluate(expression: str) -> str:
 
 def _value(node: ast.expr) -> Number:
     if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)):
-        return _checked(node.value)  # True is a number to Python, and does no harm
+        return _checked(node.value)  # booleans are ints, which is harmless
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.UAdd, ast.USub)):
         value = _value(node.operand)
         return -value if isinstance(node.op, ast.USub) else value
     if isinstance(node, ast.BinOp):
         return _checked(_binary(node.op, _value(node.left), _value(node.right)))
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.keywords:
-        return _checked(_called(node.func.id, [_value(argument) for argument in node.args]))
+        return _checked(_call(node.func.id, [_value(argument) for argument in node.args]))
     if isinstance(node, ast.Tuple):
         raise CalculatorError("write numbers without commas: 1234, not 1,234")
     raise CalculatorError(
@@ -86,8 +86,8 @@ def _binary(kind: ast.operator, left: Number, right: Number) -> Number:
 
 
 def _power(base: Number, exponent: Number) -> Number:
-    # asked of logarithms first: 9 ** 9 ** 9 would take the machine's memory
-    if base and exponent * math.log10(abs(base)) > math.log10(_LARGEST) + 1:
+    # checked with logarithms first, because 9 ** 9 ** 9 would exhaust memory
+    if base and exponent * math.log10(abs(base)) > math.log10(_MAX_VALUE) + 1:
         raise CalculatorError("the result is too large")
     try:
         result: Number | complex = base**exponent
@@ -98,7 +98,7 @@ def _power(base: Number, exponent: Number) -> Number:
     return result
 
 
-def _called(name: str, values: list[Number]) -> Number:
+def _call(name: str, values: list[Number]) -> Number:
     if name not in _FUNCTIONS:
         raise CalculatorError(f"no function {name!r}: there are {', '.join(_FUNCTIONS)}")
     try:
@@ -108,6 +108,6 @@ def _called(name: str, values: list[Number]) -> Number:
 
 
 def _checked(value: Number) -> Number:
-    if not abs(value) <= _LARGEST:  # also when it is no number
+    if not abs(value) <= _MAX_VALUE:  # also true for NaN
         raise CalculatorError("the result is too large")
     return value

@@ -1,4 +1,4 @@
-"""The documents that ship with the environment, and the search over them."""
+"""The environment's documents and the search over them."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Document:
 
     Attributes:
         kind: town, person or product.
-        split: the world it belongs to, train or test; documents refer to their own only.
-        facts: what the text says, by name; what the questions are made of. No tool shows them.
+        split: "train" or "test"; documents refer only to others of their split.
+        facts: the text's facts by name, from which questions are generated; hidden from the tools.
     """
 
     id: str
@@ -36,38 +36,38 @@ class Document:
 
 
 class Corpus:
-    """Documents by id and title, ranked for a query by Okapi BM25.
+    """Documents by id and title, with Okapi BM25 search.
 
-    Use `Corpus.load()`, which reads them once a process.
+    Use `Corpus.load()`, which reads them once per process.
     """
 
     def __init__(self, documents: list[Document]) -> None:
         from rank_bm25 import BM25Okapi
 
         self.documents = documents
-        self.by_id = {one.id: one for one in documents}
-        self.by_title = {one.title: one for one in documents}
+        self.by_id = {document.id: document for document in documents}
+        self.by_title = {document.title: document for document in documents}
         self._titles: dict[tuple[str, str], list[str]] = {}
-        for one in documents:
-            self._titles.setdefault((one.kind, one.split), []).append(one.title)
-        # the title a second time: a town's own document before those that mention the town
-        self._index = BM25Okapi([_words(f"{one.title} {one.text}") for one in documents])
+        for document in documents:
+            self._titles.setdefault((document.kind, document.split), []).append(document.title)
+        # repeats the title, to rank a town's own document above those that mention the town
+        self._index = BM25Okapi([_words(f"{d.title} {d.text}") for d in documents])
 
     @classmethod
     @functools.cache
     def load(cls) -> Corpus:
-        """The shipped documents."""
+        """Load the packaged documents."""
         lines = resources.files(__package__).joinpath("corpus.jsonl").read_text("utf-8")
         return cls([Document(**json.loads(line)) for line in lines.splitlines()])
 
     def titles(self, kind: str, split: str) -> list[str]:
-        """Titles of a kind in one world, in the order of the file."""
+        """Return the titles of one kind and split, in the order of the file."""
         return self._titles[kind, split]
 
-    def search(self, query: str, most: int) -> list[Document]:
-        """The best documents for a query, best first; only those that share a word with it."""
+    def search(self, query: str, limit: int) -> list[Document]:
+        """Return up to `limit` documents that share a word with the query, best first."""
         scores = self._index.get_scores(_words(query))
-        best = np.argsort(-scores, kind="stable")[:most]
+        best = np.argsort(-scores, kind="stable")[:limit]
         return [self.documents[k] for k in best if scores[k] > 0]
 
 

@@ -1,4 +1,4 @@
-"""The tools of one episode, and what came of each call."""
+"""The tools of one episode, with counts of their use."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from .corpus import Corpus
 __all__ = ["Desk", "NoSuchDocument", "ServiceDown"]
 
 _HITS = 3
-_IN_A_ROW = 2  # times the same call fails at most, so that whoever tries again gets there
+_MAX_FAILURES = 2  # consecutive failures of the same call, so that retries succeed eventually
 
 
 class NoSuchDocument(Exception):
-    """There is no document of that id."""
+    """There is no document with that id."""
 
 
 class ServiceDown(Exception):
-    """A tool did not work this time, through no fault of the caller."""
+    """A simulated outage: the call was valid but failed this time."""
 
 
 class Desk:
-    """Tools that remember how they were used.
+    """The tools of one episode; counts their use.
 
     Args:
-        task: its seed decides which calls fail. The same call, made for the same time in the
-            episode, has the same luck in every sibling of a group.
-        failure_rate: probability that a search or an opening fails.
+        task: its seed decides which calls fail. The k-th repetition of a call has the same outcome
+            in every episode of a group.
+        failure_rate: probability that searching or opening a document fails.
 
     Attributes:
-        valid: calls that were as they should be, those that failed by bad luck included.
-        unlucky: calls that failed by bad luck.
+        valid: number of valid calls, including those that failed by a simulated outage.
+        unlucky: number of calls that failed by a simulated outage.
     """
 
     def __init__(self, task: Task, failure_rate: float) -> None:
@@ -44,7 +44,7 @@ class Desk:
         self.valid = 0
         self.unlucky = 0
         self._made: Counter[tuple[str, str]] = Counter()
-        self._failed: Counter[tuple[str, str]] = Counter()  # in a row
+        self._failed: Counter[tuple[str, str]] = Counter()  # consecutively
 
     @property
     def tools(self) -> tuple[Callable[..., Any], ...]:
@@ -58,10 +58,10 @@ class Desk:
             query: a name or a few words.
         """
         found = Corpus.load().search(query, _HITS)
-        self._work("search", query)
+        self._count("search", query)
         if not found:
             return "No document has any of these words."
-        return "\n".join(f"[{one.id}] {one.title} ({one.kind})" for one in found)
+        return "\n".join(f"[{hit.id}] {hit.title} ({hit.kind})" for hit in found)
 
     def open_document(self, document: str) -> str:
         """Read a document.
@@ -69,11 +69,11 @@ class Desk:
         Args:
             document: its id, such as d001.
         """
-        one = Corpus.load().by_id.get(document.strip(" []").lower())
-        if one is None:
+        found = Corpus.load().by_id.get(document.strip(" []").lower())
+        if found is None:
             raise NoSuchDocument(f"there is no document {document!r}: search gives the ids")
-        self._work("open_document", one.id)
-        return f"{one.title} ({one.kind}): {one.text}"
+        self._count("open_document", found.id)
+        return f"{found.title} ({found.kind}): {found.text}"
 
     def calculator(self, expression: str) -> str:
         """Work out an arithmetic expression.
@@ -88,13 +88,13 @@ class Desk:
         self.valid += 1
         return value
 
-    def _work(self, name: str, argument: str) -> None:
-        """Count a call that is as it should be, and let it fail if its luck is bad."""
+    def _count(self, name: str, argument: str) -> None:
+        """Count a valid call; raise ServiceDown if it is drawn to fail."""
         self.valid += 1
         call = (name, argument)
         self._made[call] += 1
         draw = self.task.rng("failure", *call, self._made[call]).random()
-        if draw < self.failure_rate and self._failed[call] < _IN_A_ROW:
+        if draw < self.failure_rate and self._failed[call] < _MAX_FAILURES:
             self.unlucky += 1
             self._failed[call] += 1
             raise ServiceDown("it did not answer this time, try again")

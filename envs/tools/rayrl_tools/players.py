@@ -1,4 +1,4 @@
-"""Players that really use the tools: they know the forms of the questions, never the answers."""
+"""Players that actually use the tools: they know the question forms, never the answers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _PARAMETERS = {"search": "query", "open_document": "document", "calculator": "ex
 
 @dataclass
 class _Known:
-    """What the tools have said so far."""
+    """The results of the tools so far."""
 
     ids: dict[str, str] = field(default_factory=dict)
     documents: dict[str, str] = field(default_factory=dict)
@@ -50,11 +50,11 @@ class _Known:
 
 
 def perfect(messages: Sequence[Message]) -> str:
-    """The next reply of a player that makes every call it can make at the same time."""
+    """Return the next reply of a player that makes all possible calls at once."""
     question = next(number for number, m in enumerate(messages) if m.role == "user")
-    told = [m for m in messages[question + 1 :] if m.role != "assistant"]
-    known = _Known.after(told)
-    form, titles, numbers = _understood(messages[question].content)
+    results = [m for m in messages[question + 1 :] if m.role != "assistant"]
+    known = _Known.after(results)
+    form, titles, numbers = _parse_question(messages[question].content)
     calls: dict[tuple[str, str], None] = {}  # in order, each once
     values = []
     for path in form.paths:
@@ -71,35 +71,37 @@ def perfect(messages: Sequence[Message]) -> str:
     if not calls and form.work and not known.results:
         calls["calculator", form.work.format(*values, **numbers)] = None
     if calls:
-        return "\n".join(_written(name, argument, messages) for name, argument in calls)
+        return "\n".join(_format(name, argument, messages) for name, argument in calls)
     return f"<answer>{known.results[-1] if form.work else values[0]}</answer>"
 
 
 def clumsy(messages: Sequence[Message]) -> str:
-    """Three ways to get a call wrong, two of them in one reply, before the right ones."""
-    said = sum(message.role == "assistant" for message in messages)
-    if said == 0:
+    """Make three kinds of invalid calls in two replies, then play like `perfect`."""
+    replies = sum(message.role == "assistant" for message in messages)
+    if replies == 0:
         return (
-            "CALL search" if _as_lines(messages) else '<tool_call>{"name": "search", </tool_call>'
+            "CALL search"
+            if _is_text_protocol(messages)
+            else '<tool_call>{"name": "search", </tool_call>'
         )
-    if said == 1:
+    if replies == 1:
         wrong = [("serch", "a town"), ("calculator", "two plus two")]
-        return "\n".join(_written(name, argument, messages) for name, argument in wrong)
+        return "\n".join(_format(name, argument, messages) for name, argument in wrong)
     return perfect(messages)
 
 
-def _as_lines(messages: Sequence[Message]) -> bool:
+def _is_text_protocol(messages: Sequence[Message]) -> bool:
     return "CALL search:" in messages[0].content
 
 
-def _written(name: str, argument: str, messages: Sequence[Message]) -> str:
-    if _as_lines(messages):
+def _format(name: str, argument: str, messages: Sequence[Message]) -> str:
+    if _is_text_protocol(messages):
         return format_line(name, argument)
     return format_call(name, {_PARAMETERS.get(name, "query"): argument})
 
 
-def _understood(question: str) -> tuple[Form, list[str], dict[str, str]]:
-    """The form of a question, its titles in their own order, and its numbers."""
+def _parse_question(question: str) -> tuple[Form, list[str], dict[str, str]]:
+    """Return the form of a question, its titles in the form's order, and its numbers."""
     for form in FORMS:
         pattern = re.escape(form.text)
         for slot in (*map(str, range(len(form.kinds))), "a", "b"):
@@ -110,7 +112,7 @@ def _understood(question: str) -> tuple[Form, list[str], dict[str, str]]:
             titles = [found[f"_{number}"] for number in range(len(form.kinds))]
             numbers = {k[1:]: v for k, v in found.groupdict().items() if k in ("_a", "_b")}
             return form, titles, numbers
-    raise ValueError(f"no form of question reads {question!r}")
+    raise ValueError(f"no question form matches {question!r}")
 
 
 def _read(document: str, fact: str) -> str:

@@ -1,4 +1,4 @@
-"""Questions of five levels: what they ask, which documents hold the answer, what it is."""
+"""Questions of five levels, generated from the facts of the documents, with their answers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["FORMS", "LEVELS", "Form", "Question", "ask", "same"]
 
 LEVELS = 5
 _NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")
-_SEPARATED = re.compile(r"(?<=\d)[,' \u00a0\u202f](?=\d{3}(?!\d))")  # of thousands
+_THOUSANDS = re.compile(r"(?<=\d)[,' \u00a0\u202f](?=\d{3}(?!\d))")  # separators
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,11 @@ class Form:
     """A kind of question.
 
     Attributes:
-        text: `{0}`, `{1}`, ... are titles, `{a}` and `{b}` small numbers.
-        kinds: of the documents named.
-        paths: `0.inventor.born` begins at title 0, goes to its inventor's document and reads there
-            when that person was born.
-        work: arithmetic on the values the paths lead to, by number; empty: the value is the answer.
+        text: template; `{0}`, `{1}`, ... are titles, `{a}` and `{b}` small numbers.
+        kinds: kinds of the documents named.
+        paths: where the values are; `0.inventor.born` starts at title 0, goes to its inventor's
+            document and reads the year of birth there.
+        work: arithmetic on the paths' values by number; empty: the only value is the answer.
     """
 
     level: int
@@ -129,8 +129,8 @@ class Question:
     """A question with its answer.
 
     Attributes:
-        needed: tool calls it takes without luck: a search and an opening for each document on the
-            way, and one calculation if it asks for one.
+        needed: minimum number of tool calls without guessing: a search and an opening per
+            document, and one calculation if there is arithmetic.
     """
 
     level: int
@@ -140,7 +140,7 @@ class Question:
 
 
 def ask(rng: random.Random, level: int, split: str) -> Question:
-    """A question of a level about one of the two worlds."""
+    """Draw a question of a level about the documents of one split."""
     corpus = Corpus.load()
     form = rng.choice([form for form in FORMS if form.level == level])
     while True:
@@ -158,19 +158,19 @@ def ask(rng: random.Random, level: int, split: str) -> Question:
                 value = str(corpus.by_title[value].facts[fact])
             values.append(value)
         answer = evaluate(form.work.format(*values, **numbers)) if form.work else values[0]
-        if answer.startswith("-") or answer == "0":  # "more" must be true
+        if answer.startswith("-") or answer == "0":  # the question says "more"
             continue
         needed = 2 * len(documents) + bool(form.work)
         return Question(level, form.text.format(*titles, **numbers), answer, needed)
 
 
 def same(answer: str, given: str) -> bool:
-    """Whether what a model gave is the answer: as a number, or as a name but for its case.
+    """Whether a model's answer equals the right one, as a number or a case-insensitive name.
 
-    Separators of thousands, a unit and a full stop do no harm: `1,234 inhabitants.` is 1234. Two
-    numbers are no answer.
+    Thousands separators, a unit and a full stop are ignored: `1,234 inhabitants.` is 1234. Two
+    numbers are never right.
     """
-    given = _SEPARATED.sub("", given.strip())
+    given = _THOUSANDS.sub("", given.strip())
     if _NUMBER.fullmatch(answer):
         numbers = _NUMBER.findall(given)
         return len(numbers) == 1 and float(numbers[0]) == float(answer)

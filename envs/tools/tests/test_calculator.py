@@ -63,7 +63,7 @@ def test_values_by_hand(expression: str, value: str) -> None:
         ("(" * 100 + "1" + ")" * 99, "not an arithmetic expression"),
     ],
 )
-def test_what_is_refused_says_why(expression: str, said: str) -> None:
+def test_errors_say_why(expression: str, said: str) -> None:
     with pytest.raises(CalculatorError) as refused:
         evaluate(expression)
     assert said in str(refused.value)

@@ -31,7 +31,7 @@ def test_the_shipped_file_is_what_its_script_writes() -> None:
     assert len(made) == 130
 
 
-def test_every_fact_stands_in_its_text_once() -> None:
+def test_every_fact_is_in_its_text_once() -> None:
     for one in CORPUS.documents:
         assert one.title in one.text
         for fact, value in one.facts.items():
@@ -39,7 +39,7 @@ def test_every_fact_stands_in_its_text_once() -> None:
             assert found == [str(value)], (one.id, fact)
 
 
-def test_the_two_worlds_never_mention_each_other() -> None:
+def test_the_two_splits_never_mention_each_other() -> None:
     names = {
         split: {one.title for one in CORPUS.documents if one.split == split}
         for split in ("train", "test")

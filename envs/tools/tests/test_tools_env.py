@@ -61,7 +61,7 @@ def test_a_question_depends_on_seed_level_and_split_only() -> None:
         ({"rounds": 0}, "rounds=0"),
     ],
 )
-def test_settings_that_make_no_sense_are_named(args: dict[str, Any], named: str) -> None:
+def test_invalid_settings_are_rejected(args: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         errands(0, 0.0, **args)
 
@@ -72,7 +72,7 @@ def test_words_are_checked_against_their_choices(key: str, value: str) -> None:
         tools.configure({key: value})
 
 
-def test_nothing_is_wrong_with_it() -> None:
+def test_env_check_finds_no_problems() -> None:
     assert check_env(tools) == []
 
 
@@ -100,7 +100,7 @@ def fails(desk: Desk, query: str) -> bool:
     return False
 
 
-def test_bad_luck_is_the_tasks_and_ends() -> None:
+def test_simulated_outages_depend_on_the_task_and_end() -> None:
     runs = []
     for _ in range(2):
         desk = Desk(errand(seed=3), 0.7)
@@ -172,7 +172,7 @@ async def test_perfect_reaches_the_whole_reward(protocol: Any, split: Any) -> No
 
 
 @pytest.mark.parametrize("protocol", ["native", "text"])
-async def test_perfect_tries_again_and_siblings_have_the_same_luck(protocol: Any) -> None:
+async def test_perfect_retries_and_outages_are_the_same_within_a_group(protocol: Any) -> None:
     unlucky = 0
     for seed in range(20):
         task = errand(5, seed, protocol=protocol, failure_rate=FLAKY)
@@ -208,7 +208,7 @@ async def test_guesser_never_looks() -> None:
         assert len(episode.turns) == 1
 
 
-async def test_calls_at_the_same_time_are_answered_in_order() -> None:
+async def test_concurrent_calls_are_answered_in_order() -> None:
     calls = [
         format_call("calculator", {"expression": "6 * 7"}),
         format_call("open_document", {"document": "d999"}),
@@ -237,8 +237,8 @@ async def test_rounds_run_out() -> None:
     assert len(episode.turns) == 3
     assert episode.turns[2].prompt[0].content.endswith("answer now.")
     assert episode.scores["agent"]["format"] == 0.0
-    assert tools.reported is not None
-    assert tools.reported(episode) == {
+    assert tools.statistics_function is not None
+    assert tools.statistics_function(episode) == {
         "correct %": False,
         "answered %": False,
         "valid %": 1.0,
@@ -248,7 +248,7 @@ async def test_rounds_run_out() -> None:
     }
 
 
-async def test_what_the_model_is_told_in_each_protocol() -> None:
+async def test_messages_to_the_model_in_each_protocol() -> None:
     native, text = errand(), errand(protocol="text")
     (episode,) = await play(native, "guesser")
     rules, question = episode.turns[0].prompt
@@ -266,7 +266,7 @@ async def test_what_the_model_is_told_in_each_protocol() -> None:
     assert episode.turns[0].tools == ()
 
 
-def test_no_document_tells_the_answer_of_a_task_by_itself() -> None:
+def test_no_single_document_contains_the_answer() -> None:
     """The prompt and the tools' descriptions hold no fact."""
     listing = json.dumps([function.__doc__ for function in Desk(errand(), 0.0).tools])
     for one in Corpus.load().documents:

@@ -26,7 +26,7 @@ from rayrl.config import Config, EngineConfig
 from rayrl.engine import open_engine
 from rayrl.errors import ConfigError
 from rayrl.server.app import Service, key_digest, make_app
-from rayrl.server.metrics import merged
+from rayrl.server.metrics import metrics_page
 from rayrl.weights.model_dir import model_name
 
 __all__ = ["open_server"]
@@ -74,7 +74,7 @@ class HttpReplica:
         """Those of all replicas: a scrape reaches any of them."""
         handle = serve.get_deployment_handle(DEPLOYMENT, self._app)
         parts = await handle.broadcast("figures").results_async(return_exceptions=True)
-        return merged(part for part in parts if not isinstance(part, BaseException))
+        return metrics_page(part for part in parts if not isinstance(part, BaseException))
 
     async def check_health(self) -> None:
         """Healthy is: the engine works; else Serve replaces the replica."""

@@ -25,10 +25,10 @@ from rayrl.environment.registry import environment_of
 from rayrl.errors import ConfigError, did_you_mean
 from rayrl.rollout.agent import Player
 from rayrl.rollout.concurrency import ConcurrencyLimit, GroupCanceller
-from rayrl.rollout.endpoint import EndpointPlayer, share
+from rayrl.rollout.endpoint import EndpointPlayer, split_limits
 from rayrl.rollout.players import PolicyPlayer, ScriptedPlayer
 from rayrl.rollout.resume import PartialEpisode
-from rayrl.rollout.rollout import GroupPlan, play_groups
+from rayrl.rollout.rollout import GroupPlan, play_groups, run_environment
 from rayrl.rollout.subprocess_env import SubprocessEnv
 from rayrl.types import Group, Sampling
 
@@ -102,7 +102,7 @@ def running_in(loop: asyncio.AbstractEventLoop, thread: int) -> Running:
     if task is None or frame is None:
         return Running()
     frames = list(traceback.extract_stack(frame))
-    ours = [at for at, one in enumerate(frames) if one.name == "_played"]  # calls env code
+    ours = [at for at, one in enumerate(frames) if one.name == run_environment.__name__]
     frames = frames[ours[-1] + 1 if ours else 0 :]
     stack = "".join(traceback.format_list(frames[-FRAMES:]))
     name = task.get_name()  # `play_episode` names an episode's task after it
@@ -154,7 +154,7 @@ class EnvWorker:
         job, config = self._job, self._job.config
         kind, _, name = who.partition(":")
         if kind == "endpoint":
-            endpoint = share(config.endpoint, config.cluster.most_env_workers)
+            endpoint = split_limits(config.endpoint, config.cluster.most_env_workers)
             return EndpointPlayer(endpoint, sampling=job.sampling)
         if kind == "player":
             known = self.environment.players
@@ -179,7 +179,7 @@ class EnvWorker:
         job, config = self._job, self._job.config
         most = [config.cluster.concurrency, self.environment.slots or config.cluster.concurrency]
         if "endpoint" in job.seats.values():
-            most.append(share(config.endpoint, config.cluster.most_env_workers).concurrency)
+            most.append(split_limits(config.endpoint, config.cluster.most_env_workers).concurrency)
         return ConcurrencyLimit(min(most))
 
     def _version(self) -> int:
@@ -195,7 +195,7 @@ class EnvWorker:
         self._loop, self._thread = asyncio.get_running_loop(), threading.get_ident()
         assert self.environment.seats  # loaded now: plans hold tasks of its classes
         assert self.players
-        return self._limit.most
+        return self._limit.size
 
     @ray.method(concurrency_group=WATCH)  # type: ignore[untyped-decorator]
     async def running(self) -> Running:
@@ -204,7 +204,7 @@ class EnvWorker:
 
     def cancel(self, plans: Sequence[str], oldest: int) -> None:
         """Cancel those of these plans, by id, that began with weights older than `oldest`."""
-        self._canceller.stop(plans, oldest)
+        self._canceller.cancel(plans, oldest)
 
     async def begin(
         self,
@@ -252,7 +252,7 @@ class EnvWorker:
             concurrency=self._limit,
             retries=env.retries,
             deadline_s=env.deadline_s,
-            stops=self._canceller,
+            canceller=self._canceller,
             recorded=recorded,
             on_turn=self._turns.add,
             on_end=self._reports.add_episode,

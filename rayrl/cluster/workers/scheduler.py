@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from rayrl.errors import shown
+from rayrl.errors import safe_repr
 from rayrl.rollout.rollout import GroupPlan
 from rayrl.types import Episode, Failure, Group
 
@@ -317,7 +317,7 @@ class Scheduler:
         return assigned
 
     def _failed(self, plan: GroupPlan, reason: str) -> Group:
-        text = f"environment {self._env!r} on task {shown(plan.task)}: {reason}"
+        text = f"environment {self._env!r} on task {safe_repr(plan.task)}: {reason}"
         failure = Failure("env", text)
         episodes = tuple(
             Episode(f"{plan.id}/{index}", self._env, plan.task, index, (), failure=failure)

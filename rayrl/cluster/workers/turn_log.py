@@ -20,7 +20,7 @@ from rayrl.cluster.gone import ACTOR_DIED
 from rayrl.cluster.serving.streams import PAUSE_S
 from rayrl.cluster.session import beside_driver
 from rayrl.cluster.workers.scheduler import is_broken
-from rayrl.rollout.encoding import bytes_of
+from rayrl.rollout.encoding import turn_to_bytes
 from rayrl.rollout.records import Records
 from rayrl.rollout.resume import PartialEpisode, TurnLog, TurnRecord
 from rayrl.types import Group, Turn
@@ -50,7 +50,7 @@ class Recorder:
         for episode, attempt, turn in turns:
             self._log.add(episode, attempt, turn)
         for group in ended:
-            self._log.forget(group)
+            self._log.remove(group)
 
     def add(self, turns: Sequence[TurnRecord]) -> None:
         """Record turns, as bytes, in the order in which they were made."""
@@ -68,7 +68,7 @@ class Recorder:
 
     def partial_episodes(self, groups: Sequence[str]) -> dict[str, PartialEpisode]:
         """The recorded turns of these groups, by id of the episode."""
-        return self._log.begun(groups)
+        return self._log.partial_episodes(groups)
 
     def _write(self, turns: Sequence[TurnRecord], ended: Sequence[str]) -> None:
         if self._file is None:
@@ -76,7 +76,7 @@ class Recorder:
         try:
             self._records = self._records or Records(self._file)
             if ended and not self._log.groups:
-                self._records.cut(0)
+                self._records.truncate(0)
             elif self._records.size > self._compact:
                 self._rewrite(self._records)
             else:
@@ -90,7 +90,7 @@ class Recorder:
         anew = records.file.with_suffix(".new")
         anew.unlink(missing_ok=True)
         self._records = Records(anew)
-        self._records.add((_plain(self._log.told()), ()))
+        self._records.add((_plain(self._log.records()), ()))
         self._compact = max(COMPACT_AT, 3 * self._records.size)
         records.close()
         anew.replace(records.file)
@@ -98,7 +98,9 @@ class Recorder:
 
 
 def _plain(turns: Sequence[TurnRecord]) -> list[TurnRecord]:
-    return [(e, n, turn if isinstance(turn, bytes) else bytes_of(turn)) for e, n, turn in turns]
+    return [
+        (e, n, turn if isinstance(turn, bytes) else turn_to_bytes(turn)) for e, n, turn in turns
+    ]
 
 
 class TurnSender:
@@ -125,7 +127,7 @@ class TurnSender:
     def add(self, episode: str, attempt: int, turn: Turn) -> None:
         """Send a turn soon; the `on_turn` of `play_groups`."""
         # as bytes already: the recorder only keeps it, and Ray's pickling takes five times as long
-        record = episode, attempt, bytes_of(turn)
+        record = episode, attempt, turn_to_bytes(turn)
         self._unsent.setdefault(episode.rpartition("/")[0], []).append(record)
         if self._sending is None or self._sending.done():
             self._sending = asyncio.get_running_loop().create_task(self._send())

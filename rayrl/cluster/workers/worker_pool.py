@@ -22,7 +22,7 @@ from rayrl.cluster.workers.supervisor import GRACE_S, Supervisor
 from rayrl.cluster.workers.turn_log import RecordedTurns
 from rayrl.cluster.workers.worker_process import BLOCKED_S
 from rayrl.config import EnvConfig
-from rayrl.errors import shown
+from rayrl.errors import safe_repr
 from rayrl.rollout.rollout import GroupPlan
 from rayrl.types import Group
 
@@ -231,8 +231,8 @@ class WorkerPool:
         groups = self._scheduler.groups_on(slot)
         episode = running.episode if running else ""
         if (group := groups.get(episode.rpartition("/")[0])) is not None:
-            return f"episode {episode} on task {shown(group.plan.task)}"
-        tasks = "; ".join(shown(group.plan.task, 200) for group in list(groups.values())[:3])
+            return f"episode {episode} on task {safe_repr(group.plan.task)}"
+        tasks = "; ".join(safe_repr(group.plan.task, 200) for group in list(groups.values())[:3])
         return f"one of {len(groups)} groups (the first tasks are {tasks})"
 
 
