@@ -43,7 +43,9 @@ def part(settings: Sequence[str], stages: Sequence[str], folder: Path, model: st
 def figures(folder: Path) -> dict[str, float]:
     """What a run came to: shares in percent, losing lines, and how it got there."""
     result = Result.load(folder / PHASES[-1] / FILE)
-    shares = {name: result.cells[name].figures["win/draw/loss"] for name in ("random", "optimal")}
+    shares = {
+        name: result.cells[name].statistics["win/draw/loss"] for name in ("random", "optimal")
+    }
     values = {name: figure.to_dict()["shares"] for name, figure in shares.items()}
     steps = [
         json.loads(line)

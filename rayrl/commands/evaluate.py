@@ -20,7 +20,7 @@ from rayrl.config import Config
 from rayrl.environment.environment import Environment
 from rayrl.errors import EnvError, RayrlError, described
 from rayrl.report.console import new_console
-from rayrl.report.statistics import measure, task_key
+from rayrl.report.statistics import eval_statistics, task_key
 from rayrl.report.table import Cell, Result, rich_table
 from rayrl.rollout.agent import Agent, Player
 from rayrl.rollout.rollout import GroupPlan
@@ -128,14 +128,14 @@ def cell_of(
     played: CollectedGroups,
     usage: Usage | None = None,
 ) -> Cell:
-    """A cell's figures. Failed episodes are counted, never measured."""
+    """Aggregate the episodes of a cell; of failed ones only the number is reported."""
     episodes = [episode for group in played.groups for episode in group.episodes]
     failed = sum(len(group.episodes) for group in played.dropped)
-    figures = measure(episodes, environment.reported)
+    statistics = eval_statistics(episodes, environment.reported)
     unplayed, refused = played.infra_failures, played.refused
     distinct = len({task_key(episode.task) for episode in episodes})
     tasks = distinct if distinct < len(episodes) else 0
-    return Cell(dict(args), len(episodes), failed, figures, usage, unplayed, refused, tasks)
+    return Cell(dict(args), len(episodes), failed, statistics, usage, unplayed, refused, tasks)
 
 
 def _checkable(config: Config) -> bool:

@@ -22,7 +22,7 @@ from rayrl.cluster.session import open_session
 from rayrl.commands import evaluate, sft, synth
 from rayrl.config import Config, Stage, stage_config, validate
 from rayrl.errors import RunFailed
-from rayrl.report import collect
+from rayrl.report.collect import write_report
 from rayrl.report.console import new_console
 from rayrl.report.table import Result, markdown, rich_table
 from rayrl.run.files import sealed, write_atomic
@@ -92,7 +92,7 @@ def run(config: Config) -> None:
             _write_table(folder.path, found)
             console.rule(f"{config.run.name}: results", align="left")
             console.print(rich_table(found))
-        page = collect.write(folder.path)
+        page = write_report(folder.path)
         console.print(_closing(folder, page), highlight=False, markup=False)
 
 

@@ -23,7 +23,7 @@ from rayrl.config import Config
 from rayrl.environment.environment import Environment
 from rayrl.errors import ConfigError, RunFailed, did_you_mean
 from rayrl.report.console import episode_panel, new_console
-from rayrl.report.statistics import measure, scores_of
+from rayrl.report.statistics import eval_statistics, scores_of
 from rayrl.rollout.episode_io import read_episodes, write_episodes
 from rayrl.rollout.rollout import GroupPlan
 from rayrl.run.folder import RunDir
@@ -234,7 +234,8 @@ def summary(played: Sequence[Episode], good: Sequence[Episode], env: Environment
     share = 100 * len(good) / len(played)
     parts.append(Text(f"{len(played)} episodes played{lost}, {len(good)} kept ({share:.1f}%)"))
     figures = {
-        name: measure(set_, env.reported) for name, set_ in (("played", played), ("kept", good))
+        name: eval_statistics(set_, env.reported)
+        for name, set_ in (("played", played), ("kept", good))
     }
     table = Table()
     table.add_column("")

@@ -20,8 +20,7 @@ from rayrl.config import Config
 from rayrl.errors import RunFailed
 from rayrl.run.alarms import ALARMS, Alarm, Row, needed, rules
 from rayrl.run.files import read_lines, write_atomic
-from rayrl.run.timeline import TIMELINE
-from rayrl.run.timeline import row as timeline_row
+from rayrl.run.timeline import TIMELINE, timeline_row
 
 if TYPE_CHECKING:
     from rayrl.cluster.rollouts import CollectedGroups

@@ -16,7 +16,7 @@ import pytest
 
 from rayrl.config import Config, from_dict
 from rayrl.errors import DataError, RayrlError
-from rayrl.report import collect
+from rayrl.report.collect import write_report
 from rayrl.report.table import Cell, Result
 from rayrl.rollout.records import Records
 from rayrl.run import folder
@@ -205,9 +205,9 @@ def test_a_resumed_run_ends_the_same_or_names_the_file(
 
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_a_report_is_the_same_or_names_the_file(kind: str, finished: Path, tmp_path: Path) -> None:
-    page = collect.write(finished).read_text()
+    page = write_report(finished).read_text()
     for name, copy in damaged(finished, tmp_path, DAMAGE[kind]):
-        if said := error_of(collect.write, copy):
+        if said := error_of(write_report, copy):
             assert name.rsplit("/", 1)[-1] in said, (name, said)
             continue
         got = (copy / "report.html").read_text()

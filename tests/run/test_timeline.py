@@ -7,32 +7,32 @@ import pytest
 from rayrl.environment.registry import load_env
 from rayrl.rollout.rollout import play_group
 from rayrl.run.metrics import Clock
-from rayrl.run.timeline import curve, row, shown
+from rayrl.run.timeline import active_counts, latest_steps, timeline_row
 from rayrl.types import Episode, Group, Task, Turn
 from tests.act import instant
 
 
 def test_how_many_at_once() -> None:
     """Four intervals of 2.5 s: one span covers all of them, the other from 5 to 6 s."""
-    found = curve([(100.0, 110.0), (105.0, 106.0)], bins=4)
+    found = active_counts([(100.0, 110.0), (105.0, 106.0)], bins=4)
     assert found == {"began": 100.0, "width": 2.5, "mean": [1.0, 1.0, 1.4, 1.0]}
 
 
 def test_a_span_that_begins_and_ends_within_intervals() -> None:
-    found = curve([(0.0, 4.0), (0.5, 2.25)], bins=4)
+    found = active_counts([(0.0, 4.0), (0.5, 2.25)], bins=4)
     assert found["mean"] == [1.5, 2.0, 1.25, 1.0]
 
 
 def test_nothing_and_no_time_at_all() -> None:
-    assert curve([]) == {}
-    found = curve([(7.0, 7.0)], bins=2)
+    assert active_counts([]) == {}
+    found = active_counts([(7.0, 7.0)], bins=2)
     assert found["mean"] == [0.0, 0.0]
     assert found["width"] > 0
 
 
 def test_the_area_is_the_time_that_was_spent() -> None:
     spans = [(0.1 * k, 0.1 * k + 0.37 * (k % 5)) for k in range(40)]
-    found = curve(spans)
+    found = active_counts(spans)
     spent = sum(ended - began for began, ended in spans)
     assert sum(found["mean"]) * found["width"] == pytest.approx(spent, rel=0.01)  # it is rounded
 
@@ -48,7 +48,7 @@ def test_a_line_has_stages_and_who_was_busy() -> None:
     first = replace(first, turns=(*first.turns, scripted))
     never = Episode("0/2", "e", Task(), 2, ())  # its host died with it
     group = Group("0", Task(), (first, episode(1, 1002.0, 2.0, (1002.0, 2.0)), never))
-    line = row(3, [("collect", 1000.0, 1004.25)], [group])
+    line = timeline_row(3, [("collect", 1000.0, 1004.25)], [group])
     assert line["step"] == 3
     assert line["stages"] == [["collect", 1000.0, 1004.25]]
     assert (line["episodes"]["began"], line["requests"]["began"]) == (1000.0, 1001.0)
@@ -59,15 +59,15 @@ def test_a_line_has_stages_and_who_was_busy() -> None:
 def test_steps_that_overlap_are_on_one_clock() -> None:
     """Step 1 was played while step 0 was learned."""
     lines = [
-        row(0, [("update", 50.0, 60.0)], [Group("0", Task(), (episode(0, 40.0, 9.0),))]),
-        row(1, [("update", 61.0, 70.0)], [Group("1", Task(), (episode(0, 52.0, 7.0),))]),
+        timeline_row(0, [("update", 50.0, 60.0)], [Group("0", Task(), (episode(0, 40.0, 9.0),))]),
+        timeline_row(1, [("update", 61.0, 70.0)], [Group("1", Task(), (episode(0, 52.0, 7.0),))]),
     ]
-    first, second = shown(lines)
+    first, second = latest_steps(lines)
     assert first["stages"] == [["update", 0.0, 10.0]]
     assert second["stages"] == [["update", 11.0, 20.0]]
     assert (first["episodes"]["began"], second["episodes"]["began"]) == (-10.0, 2.0)
     assert first["requests"] == {}
-    assert shown([]) == []
+    assert latest_steps([]) == []
 
 
 def test_the_clock_knows_when_a_stage_was(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,4 +89,4 @@ async def test_what_is_played_knows_when() -> None:
     for one in group.episodes:
         assert 0 < one.began <= one.turns[0].began
         assert one.turns[0].seconds > 0
-    assert row(0, [], [group])["requests"]["began"] >= group.episodes[0].began - 0.001
+    assert timeline_row(0, [], [group])["requests"]["began"] >= group.episodes[0].began - 0.001
