@@ -130,7 +130,7 @@ class Loop:
     async def step(self, step: int) -> None:
         """One step of training."""
         config, folder = self.config, self.folder
-        await self.monitor.go_on()
+        await self.monitor.pause_or_stop()
         clock = Clock()
         with clock("collect"):
             played = await self.buffer.batch(step)
@@ -147,11 +147,11 @@ class Loop:
         self.buffer.advance(step + 1)
         metrics = step_metrics(step, played, batch, learned, clock)
         folder.log(step, metrics)
-        self.monitor.look(step, metrics, clock, played)
+        self.monitor.observe(step, metrics, clock, played)
         last = step + 1 == config.train.steps
         if step % config.run.episodes_every == 0 or last:
             folder.write_episodes(step, (*played.groups, *played.dropped))
-        if (step + 1) % config.run.checkpoint_every == 0 or last or self.monitor.halting:
+        if (step + 1) % config.run.checkpoint_every == 0 or last or self.monitor.will_halt:
             self.buffer.checkpointed(step + 1)
             with folder.checkpoint(step + 1, self.buffer.state()) as path:
                 await self.learner.save(path)

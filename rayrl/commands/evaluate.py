@@ -25,7 +25,7 @@ from rayrl.report.table import Cell, Result, rich_table
 from rayrl.rollout.agent import Agent, Player
 from rayrl.rollout.rollout import GroupPlan
 from rayrl.run.folder import RunDir
-from rayrl.run.journal import Journal, Play
+from rayrl.run.journal import Journal, JournaledRollouts
 from rayrl.run.progress_bar import ProgressBar
 from rayrl.run.stage import (
     already_finished,
@@ -96,7 +96,7 @@ async def evaluate(config: Config, folder: RunDir | None = None) -> Result:
     checks: dict[str, Mapping[str, float]] = {}
     budget = config.endpoint.max_tokens_total
     with ProgressBar(f"eval {name}", total) as bar:
-        play = Play([*journals.values()], bar, budget)
+        play = JournaledRollouts([*journals.values()], bar, budget)
         play.check_budget()
         async with open_rollouts(config, seats=seats, sampling=sampling) as rollouts:
             if folder is not None:

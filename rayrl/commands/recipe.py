@@ -25,7 +25,7 @@ from rayrl.errors import RunFailed
 from rayrl.report.collect import write_report
 from rayrl.report.console import new_console
 from rayrl.report.table import Result, markdown, rich_table
-from rayrl.run.files import sealed, write_atomic
+from rayrl.run.files import with_checksum, write_atomic
 from rayrl.run.folder import RunDir, refuse_changes
 from rayrl.run.memory import PeakMemory
 from rayrl.run.stage import EPISODES, MODEL, is_finished, row_name, versions
@@ -162,7 +162,8 @@ def _record(folder: RunDir, stage: str, seconds: float, peak_bytes: int) -> None
 
 
 def _write_table(folder: Path, found: Sequence[Result]) -> None:
-    data = json.dumps([sealed(result.to_dict()) for result in found], indent=1, ensure_ascii=False)
+    rows = [with_checksum(result.to_dict()) for result in found]
+    data = json.dumps(rows, indent=1, ensure_ascii=False)
     write_atomic(folder / f"{TABLE}.json", (data + "\n").encode())
     write_atomic(folder / f"{TABLE}.md", markdown(found).encode())
 

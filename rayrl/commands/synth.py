@@ -27,7 +27,7 @@ from rayrl.report.statistics import eval_statistics, scores_of
 from rayrl.rollout.episode_io import read_episodes, write_episodes
 from rayrl.rollout.rollout import GroupPlan
 from rayrl.run.folder import RunDir
-from rayrl.run.journal import Journal, Play
+from rayrl.run.journal import Journal, JournaledRollouts
 from rayrl.run.progress_bar import ProgressBar
 from rayrl.run.stage import (
     EPISODES,
@@ -140,7 +140,7 @@ async def synth(
     ]
     journal = Journal(file, plans, seats)
     with ProgressBar(f"{config.run.name}: {config.synth.player}", len(plans)) as bar:
-        play = Play([journal], bar, config.endpoint.max_tokens_total)
+        play = JournaledRollouts([journal], bar, config.endpoint.max_tokens_total)
         play.check_budget()
         async with open_rollouts(config, seats=seats) as rollouts:
             begun()

@@ -14,10 +14,10 @@ from rayrl.report.page import Phase, Report, render
 from rayrl.report.table import MISSING, Result, columns, entry
 from rayrl.rollout.episode_io import read_kept
 from rayrl.run.alarms import ALARMS
-from rayrl.run.files import opened, parse, read_lines, write_atomic
+from rayrl.run.files import parse, read_jsonl, verify_checksum, write_atomic
 from rayrl.run.folder import check_finished, read_config
+from rayrl.run.metrics import TIMELINE
 from rayrl.run.stage import EPISODES
-from rayrl.run.timeline import TIMELINE
 
 __all__ = ["collect_report", "write_report"]
 
@@ -100,7 +100,7 @@ def _read_rows(file: Path) -> list[dict[str, Any]]:
     """Read the rows of a JSONL file, without nulls and without a last line still being written."""
     if not file.is_file():
         return []
-    rows = read_lines(file, growing=True)
+    rows = read_jsonl(file, growing=True)
     return [{key: value for key, value in row.items() if value is not None} for row in rows]
 
 
@@ -123,7 +123,7 @@ def _read_json(file: Path, kind: type[Any]) -> Any:
         data = parse(file.read_bytes())
         if not isinstance(data, kind):
             raise ValueError(f"expected a {kind.__name__}, got {type(data).__name__}")
-        return opened(data) if kind is dict else data
+        return verify_checksum(data) if kind is dict else data
     except json.JSONDecodeError as error:
         raise DataError(f"{file}:{error.lineno}: not JSON: {error.msg}") from error
     except ValueError as error:

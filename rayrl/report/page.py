@@ -22,7 +22,7 @@ from markupsafe import Markup
 from rayrl.config import Config, differences
 from rayrl.report.statistics import Split
 from rayrl.report.table import Column, Result, columns, entry, failure_notes, usage_notes
-from rayrl.run.timeline import latest_steps
+from rayrl.run.metrics import latest_steps
 from rayrl.types import Episode
 
 __all__ = ["Phase", "Report", "render"]

@@ -20,7 +20,7 @@ from rich.text import Text
 
 from rayrl.errors import DataError
 from rayrl.report.statistics import Statistic, statistic_from_dict
-from rayrl.run.files import opened, parse, sealed
+from rayrl.run.files import parse, verify_checksum, with_checksum
 from rayrl.types import Usage, sum_usage
 
 __all__ = [
@@ -141,7 +141,7 @@ class Result:
             DataError: `data` is not a result.
         """
         try:
-            data = opened(data)
+            data = verify_checksum(data)
             cells = {
                 name: Cell(
                     dict(cell["args"]),
@@ -184,7 +184,9 @@ class Result:
     def save(self, path: Path) -> None:
         """Write `eval.json` atomically."""
         part = path.with_name(path.name + ".part")
-        part.write_text(json.dumps(sealed(self.to_dict()), indent=1, ensure_ascii=False) + "\n")
+        part.write_text(
+            json.dumps(with_checksum(self.to_dict()), indent=1, ensure_ascii=False) + "\n"
+        )
         part.replace(path)
 
 
@@ -334,7 +336,8 @@ def usage_notes(results: Sequence[Result]) -> list[str]:
             unknown = f"; usage of {usage.unknown:,} calls is unknown" if usage.unknown else ""
             lines.append(
                 f"{result.name}, {name}: {usage.calls:,} server calls, {usage.prompt:,} prompt "
-                f"tokens{cached}, {usage.completion:,} completion tokens{reasoning}{money}{unknown}."
+                f"tokens{cached}, {usage.completion:,} completion tokens{reasoning}{money}"
+                f"{unknown}."
             )
     return lines
 

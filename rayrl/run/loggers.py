@@ -1,4 +1,4 @@
-"""Where people watch a run: TensorBoard and Weights & Biases, each imported when it is used."""
+"""Loggers of metrics: TensorBoard and Weights & Biases, each imported when it is used."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ __all__ = ["TensorBoard", "Wandb"]
 
 
 class TensorBoard:
-    """Scalars in TensorBoard's own format, without importing torch.
+    """Write scalars in TensorBoard's format without importing torch.
 
     Args:
-        folder: where its file goes.
-        forget_from: first step that an earlier process's file no longer counts for.
+        folder: folder of the event file.
+        purge_step: first step whose values in earlier processes' files TensorBoard discards.
     """
 
-    def __init__(self, folder: Path, forget_from: int) -> None:
+    def __init__(self, folder: Path, purge_step: int) -> None:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         self._event = Event
         self._writer = EventFileWriter(str(folder))
         self.close = weakref.finalize(self, self._writer.close)
-        start = SessionLog(status=SessionLog.START)  # what an earlier process wrote from here on
-        self._writer.add_event(Event(wall_time=time.time(), step=forget_from, session_log=start))
+        start = SessionLog(status=SessionLog.START)  # discards earlier values from this step on
+        self._writer.add_event(Event(wall_time=time.time(), step=purge_step, session_log=start))
 
-    def add(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Add the numbers of a step; they are on the disk when this returns."""
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Log the metrics of a step and flush them to the file."""
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        values = [Summary.Value(tag=name, simple_value=value) for name, value in numbers.items()]
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
         summary = Summary(value=values)
         self._writer.add_event(self._event(wall_time=time.time(), step=step, summary=summary))
         self._writer.flush()
 
 
 class Wandb:
-    """A run at Weights & Biases.
+    """Log to Weights & Biases.
 
     Raises:
         ConfigError: wandb is not installed.
@@ -63,10 +63,10 @@ class Wandb:
             config=to_dict(config),
         )
 
-    def add(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Add the numbers of a step."""
-        self._run.log(dict(numbers), step=step)
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Log the metrics of a step."""
+        self._run.log(dict(metrics), step=step)
 
     def close(self) -> None:
-        """Send what is left."""
+        """Upload the remaining metrics and end the W&B run."""
         self._run.finish()

@@ -15,7 +15,7 @@ from rayrl.config import Config, from_dict
 from rayrl.report.page import Phase, Report, render
 from rayrl.report.statistics import Share, Split
 from rayrl.report.table import Cell, Result
-from rayrl.run.timeline import timeline_row
+from rayrl.run.metrics import timeline_row
 from rayrl.types import Episode, Group, Task
 
 playwright = pytest.importorskip("playwright.sync_api")

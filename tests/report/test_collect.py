@@ -17,8 +17,8 @@ from rayrl.report.page import choose_samples
 from rayrl.report.statistics import Share, Split
 from rayrl.report.table import Cell, Result
 from rayrl.run.folder import RunDir
+from rayrl.run.metrics import timeline_row
 from rayrl.run.stage import EPISODES
-from rayrl.run.timeline import timeline_row
 from rayrl.types import Episode, Failure, Group, Task, Turn, system, user
 
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)></pre>&amp;\u2028]]>"

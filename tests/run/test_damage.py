@@ -41,10 +41,10 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
-class NoBoard:
+class NoTensorBoard:
     def __init__(self, *about: object) -> None: ...
 
-    def add(self, step: int, numbers: object) -> None: ...
+    def log(self, step: int, metrics: object) -> None: ...
 
     def close(self) -> None: ...
 
@@ -54,7 +54,7 @@ def _quick() -> Iterator[None]:
     """Without what takes most of the time and is not looked at here."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(os, "fsync", lambda handle: None)
-        patched.setattr(folder, "TensorBoard", NoBoard)
+        patched.setattr(folder, "TensorBoard", NoTensorBoard)
         yield
 
 
@@ -223,7 +223,7 @@ def test_it_goes_back_to_the_checkpoint_before(
     with RunDir(copy, config_of(copy)) as kept:
         said = capsys.readouterr().err
         assert "step_000006/more/rank1 holds other bytes than were written" in said
-        assert "goes on from that of step 4" in said
+        assert "resumes from that of step 4" in said
         found = kept.latest_checkpoint()
         assert found is not None
         assert found.step == 4
@@ -242,7 +242,7 @@ def test_all_are_damaged(stopped: Path, tmp_path: Path) -> None:
     shutil.copytree(stopped, copy)
     for path in (copy / "checkpoints").glob("step_*"):
         (path / "weights").unlink()
-    with pytest.raises(DataError, match=r"step_000006/weights is missing.*start again from step 0"):
+    with pytest.raises(DataError, match=r"step_000006/weights is missing.*restart from step 0"):
         RunDir(copy, config_of(copy))
     shutil.rmtree(copy / "checkpoints")
     run(copy)
@@ -276,7 +276,7 @@ def test_a_stored_setting_is_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     file = tmp_path / "b" / "config.yaml"
     file.parent.mkdir()
     file.write_text("env:\n  name: ${oc.env:SECRET}\n")
-    with pytest.raises(DataError, match=r"config.yaml: '\$\{oc.env:SECRET\}' is not looked up"):
+    with pytest.raises(DataError, match=r"config.yaml: '\$\{oc.env:SECRET\}' is not resolved"):
         read_config(file.parent)
     file.write_text("env:\n  name: !!python/object/apply:os.mkdir [was-run]\n")
     with pytest.raises(DataError, match=r"config.yaml, line 2: not YAML"):
