@@ -115,7 +115,7 @@ class Loop:
         Then it learns again what it had learned, from the same batches, and what it had published
         is gone with its processes.
         """
-        self.weights.forget()
+        self.weights.reset()
         self.buffer.rewind(step)
         self.monitor.rewind()
         if step == self.pushed:
