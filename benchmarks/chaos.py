@@ -34,6 +34,8 @@ from typing import Any
 
 import psutil
 
+from rayrl.run.files import read_lines
+
 KINDS = {
     "env worker": "ray::EnvWorker",
     "replica": "ray::ServeReplica",
@@ -95,9 +97,9 @@ def unaccounted(folder: Path, config: dict[str, int]) -> list[str]:
     wrong = []
     for stage in ("rl1", "rl2"):
         trained = Counter(
-            json.loads(line)["id"]
+            row["id"]
             for file in sorted((folder / stage / "episodes").glob("*.jsonl"))
-            for line in file.read_text().splitlines()
+            for row in read_lines(file)
         )
         wrong += [f"{stage}: {name} trained on {n} times" for name, n in trained.items() if n > 1]
         plans = Counter(name.split("/")[0].split("~")[0] for name in trained)

@@ -34,8 +34,8 @@ from rayrl.cluster.workers.env_worker import WorkerJob
 from rayrl.config import Config, from_dict
 from rayrl.engine.protocol import Engine
 from rayrl.rollout.rollout import GroupPlan
+from rayrl.run.collector import GroupCollector
 from rayrl.run.group_log import GroupLog
-from rayrl.run.rollout_buffer import RolloutBuffer
 from rayrl.weights.model_dir import model_dir
 
 WHERE = f"{Path(__file__).resolve().parent / 'many_live.py'}:{talk.name}"
@@ -70,15 +70,16 @@ async def run(args: argparse.Namespace, rollouts: Rollouts, lag: int, learn: flo
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         log = GroupLog(Path(folder))
-        async with RolloutBuffer(rollouts, partial(plans, args), config(args, lag), log) as feed:
-            feed.restore(0, {})
-            feed.advance(0)
+        made = GroupCollector(rollouts, partial(plans, args), config(args, lag), log)
+        async with made as collector:
+            collector.restore(0, {})
+            collector.advance(0)
             for step in range(args.steps):
                 began = time.perf_counter()
-                played = await feed.batch(step)
+                played = await collector.collect(step)
                 waited = time.perf_counter() - began
                 await asyncio.sleep(learn)
-                feed.advance(step + 1)
+                collector.advance(step + 1)
                 rows.append((time.perf_counter() - began, waited, played.idle_s or 0.0))
     # the last steps have nothing to play ahead
     return rows[WARM_UP : len(rows) - lag]

@@ -1,9 +1,9 @@
-"""Reinforcement learning: play, compare, learn, push, again. The whole algorithm is this page.
+"""Reinforcement learning: collect, batch, update, push. The whole algorithm is `train`.
 
 With train.max_lag=0 a step is a function of (run.seed, run.name, step) and the weights it begins
-with, so a run that was killed goes on from its last checkpoint and ends as if it had not stopped.
+with, so a run that was killed resumes from its last checkpoint and ends as if it had not stopped.
 With more, episodes are played while the learner works (`run/rollout_buffer.py`); what was played
-since the checkpoint is on the disk, turn by turn, and no group is trained on twice.
+since the checkpoint is on disk, turn by turn, and no group is trained on twice.
 """
 
 from __future__ import annotations
@@ -12,20 +12,12 @@ import asyncio
 import functools
 from pathlib import Path
 
-from rayrl.cluster.learner_group import LearnerGroup
-from rayrl.cluster.open import make_environment, open_training
-from rayrl.cluster.weight_sync.push import WeightSync
+from rayrl.cluster.open import make_environment
 from rayrl.config import Config
 from rayrl.learner.advantage import advantages
 from rayrl.learner.batch import make_batch
 from rayrl.rollout.rollout import GroupPlan
 from rayrl.run.folder import RunDir
-from rayrl.run.group_log import GroupLog
-from rayrl.run.metrics import Clock, headline, step_metrics, warnings
-from rayrl.run.monitor import Monitor
-from rayrl.run.progress_bar import ProgressBar
-from rayrl.run.recovery import Recovery
-from rayrl.run.rollout_buffer import RolloutBuffer
 from rayrl.run.stage import (
     MODEL,
     already_finished,
@@ -35,6 +27,7 @@ from rayrl.run.stage import (
     seats_of,
 )
 from rayrl.run.start_check import check_start
+from rayrl.run.training import open_training
 from rayrl.types import derive_seed
 
 __all__ = ["run", "train"]
@@ -48,123 +41,34 @@ def run(config: Config) -> None:
 
 
 async def train(config: Config) -> None:
-    """Open what a run needs, and go through its steps.
+    """The loop.
 
     Raises:
         ConfigError: no seat that the policy plays.
-        RunFailed: the environment, the cluster or the numbers do not allow to go on.
+        RunFailed: the environment, the cluster or the numerics failed.
     """
-    cfg = config.train
-    environment = make_environment(config)
+    environment, algo, steps = make_environment(config), config.algo, config.train.steps
     check_trained(environment, config)
+    every_row = algo.kl_coef > 0 or algo.entropy_coef > 0  # terms that act at zero advantage
     with RunDir(config.run.dir, config, begin=False) as folder:
-        if folder.finished is not None and folder.finished.get("steps", 0) >= cfg.steps:
+        if folder.finished is not None and folder.finished.get("steps", 0) >= steps:
             print(already_finished(folder.path))
             return
         log_template_notes(config, seats_of(environment, config, "model").values())
-        found = folder.latest_checkpoint()
-        start = found.step if found else 0
-        log = GroupLog(folder.path / "groups")
-        if folder.went_back:
-            log.forget(start)
-        opening = open_training(config, cfg.steps, log.turns)
-        async with opening as (rollouts, learner, weights):
-            folder.begin()
-            async with RolloutBuffer(
-                rollouts, functools.partial(plans, config), config, log
-            ) as buffer:
-                buffer.restore(start, found.state if found else {})
-                with (
-                    ProgressBar(config.run.name, cfg.steps) as progress,
-                    Monitor(config, folder, progress.note) as monitor,
-                ):
-                    loop = Loop(
-                        config, folder, buffer, learner, weights, progress, monitor, pushed=start
-                    )
-                    await loop.recovery.through(cfg.steps, loop.step, loop.export, loop.begin)
-            folder.finish({"steps": cfg.steps, "model": MODEL})
-
-
-class Loop:
-    """Collect, batch, update, push, log: step after step, also after the learner was lost.
-
-    Args:
-        pushed: version that the replicas hold.
-    """
-
-    def __init__(
-        self,
-        config: Config,
-        folder: RunDir,
-        buffer: RolloutBuffer,
-        learner: LearnerGroup,
-        weights: WeightSync,
-        progress: ProgressBar,
-        monitor: Monitor,
-        *,
-        pushed: int,
-    ) -> None:
-        self.config, self.folder, self.progress, self.monitor = config, folder, progress, monitor
-        self.buffer, self.learner, self.weights = buffer, learner, weights
-        self.pushed = pushed
-        self.recovery = Recovery(learner, folder, progress, config.learner.restarts)
-
-    async def begin(self, step: int) -> None:
-        """The learner is at this step, at first, or again because it was lost.
-
-        Then it learns again what it had learned, from the same batches, and what it had published
-        is gone with its processes.
-        """
-        self.weights.reset()
-        self.buffer.rewind(step)
-        self.monitor.rewind()
-        if step == self.pushed:
-            await self.weights.push(step)
-        self.buffer.advance(self.pushed)
-
-    async def export(self) -> None:
-        """Leave the trained model."""
-        with self.folder.whole(MODEL) as path:
-            await self.learner.export(path)
-
-    async def step(self, step: int) -> None:
-        """One step of training."""
-        config, folder = self.config, self.folder
-        await self.monitor.pause_or_stop()
-        clock = Clock()
-        with clock("collect"):
-            played = await self.buffer.batch(step)
-        with clock("batch"):
-            scored = advantages(played.groups, config.algo)
-            batch = make_batch(played.groups, scored, keep_zero=needs_every_row(config))
-        with clock("update"):
-            await self.weights.sleep_replicas()
-            learned = await self.learner.step(batch)
-        with clock("push"):
-            if self.pushed <= step + 1:  # else the replicas have newer ones: a learner was lost
-                await self.weights.push(step + 1)
-                self.pushed = step + 1
-        self.buffer.advance(step + 1)
-        metrics = step_metrics(step, played, batch, learned, clock)
-        folder.log(step, metrics)
-        self.monitor.observe(step, metrics, clock, played)
-        last = step + 1 == config.train.steps
-        if step % config.run.episodes_every == 0 or last:
-            folder.write_episodes(step, (*played.groups, *played.dropped))
-        if (step + 1) % config.run.checkpoint_every == 0 or last or self.monitor.will_halt:
-            self.buffer.checkpointed(step + 1)
-            with folder.checkpoint(step + 1, self.buffer.state()) as path:
-                await self.learner.save(path)
-            self.buffer.log.keep(step + 1)
-            self.recovery.checkpointed()
-        self.progress.update(step + 1, headline(metrics))
-        for warning in warnings(metrics):
-            self.progress.note(f"step {step + 1}: {warning}")
-
-
-def needs_every_row(config: Config) -> bool:
-    """Whether the loss has terms that act where the advantage is zero."""
-    return config.algo.kl_coef > 0 or config.algo.entropy_coef > 0
+        async with open_training(config, folder, functools.partial(plans, config)) as training:
+            async for attempt in training.attempts():  # another, whenever the learner was lost
+                with attempt:
+                    for step in range(attempt.start, steps):
+                        groups = await training.collect(step)
+                        with training.clock("batch"):
+                            scored = advantages(groups, algo)
+                            batch = make_batch(groups, scored, keep_zero=every_row)
+                        with training.clock("update"):
+                            learned = await training.learner.step(batch)
+                        await training.push(step + 1)
+                        await training.end_step(step, batch, learned)
+                    await training.export()
+        folder.finish({"steps": steps, "model": MODEL})
 
 
 def plans(config: Config, step: int) -> list[GroupPlan]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import threading
@@ -10,6 +9,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from rayrl.run.files import read_lines
 
 __all__ = [
     "ENVS",
@@ -67,8 +68,7 @@ def weights(folder: Path) -> bytes:
 
 
 def figures(folder: Path) -> list[dict[str, Any]]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
+    rows = read_lines(folder / "metrics.jsonl")
     chance = ("time/", "workers/", "turns/replayed")
     return [{k: v for k, v in row.items() if not k.startswith(chance)} for row in rows]
 
@@ -76,12 +76,12 @@ def figures(folder: Path) -> list[dict[str, Any]]:
 def episodes(folder: Path) -> dict[str, list[Any]]:
     chance = ("began", "seconds", "replayed", "checksum")
 
-    def plain(line: str) -> Any:
-        row = json.loads(line)
+    def plain(row: dict[str, Any]) -> dict[str, Any]:
         return {k: v for k, v in row.items() if k not in chance}
 
     files = sorted((folder / "episodes").glob("*.jsonl"))
-    return {f.name: [plain(line) for line in f.read_text().splitlines()] for f in files}
+    # str.splitlines would cut a line at U+2028 and the like, which an untrained model may write
+    return {f.name: [plain(row) for row in read_lines(f)] for f in files}
 
 
 def rows(folder: Path) -> int:

@@ -183,7 +183,8 @@ def test_every_figure_of_a_step_is_explained() -> None:
     tally.sums += 1  # so that everything was measured
     learned = {**tally.metrics(), "lr": 0, "grad_norm": 0, "updates": 0, "skipped": 0}
     clock = Clock()
-    for stage in re.findall(r'clock\("(\w+)"\)', (ROOT / "rayrl/loop.py").read_text()):
+    text = "".join((ROOT / f"rayrl/{f}.py").read_text() for f in ("loop", "run/training"))
+    for stage in re.findall(r'clock\("(\w+)"\)', text):
         with clock(stage):
             pass
     played = CollectedGroups((group,), stopped=(group,), idle_s=0.0, load=Load(1, 0, 0))

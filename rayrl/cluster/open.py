@@ -37,9 +37,9 @@ __all__ = [
     "is_model",
     "make_environment",
     "model_of",
+    "open_cluster",
     "open_learners",
     "open_rollouts",
-    "open_training",
     "seat_players",
 ]
 
@@ -99,7 +99,7 @@ async def open_learners(config: Config, total_steps: int) -> AsyncIterator[Learn
 
 
 @asynccontextmanager
-async def open_training(
+async def open_cluster(
     config: Config, total_steps: int, turns: Path | None = None
 ) -> AsyncIterator[tuple[Rollouts, LearnerGroup, WeightSync]]:
     """Open env workers, replicas and learners on `config.model`; pushes update the replicas.

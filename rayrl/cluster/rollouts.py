@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from rayrl.cluster.workers.env_worker import WorkerJob, start_worker
 from rayrl.cluster.workers.scaling import Load
@@ -23,8 +23,8 @@ FORGET_AT = 32  # groups that have ended, of which the recorder is told at once
 
 
 @dataclass(frozen=True, slots=True)
-class CollectedGroups:
-    """What came of a batch of plans.
+class CollectedGroups(Sequence[Group]):
+    """What came of a batch of plans; as a sequence, its complete groups.
 
     Attributes:
         groups: complete groups in the order of their plans.
@@ -52,6 +52,18 @@ class CollectedGroups:
     live: int = 0
     idle_s: float | None = None
     load: Load | None = None
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    @overload
+    def __getitem__(self, index: int) -> Group: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Group]: ...
+
+    def __getitem__(self, index: int | slice) -> Group | Sequence[Group]:
+        return self.groups[index]
 
 
 def sort_out(groups: Sequence[Group], min_version: int, budget: float, env: str) -> CollectedGroups:

@@ -54,24 +54,21 @@ async def sft(config: Config, folder: RunDir) -> None:
     rows = load_rows(config, Chat.load(str(model)), longest)
     async with open_learners(config, cfg.steps) as learner:
         folder.begin()
-        with ProgressBar(config.run.name, cfg.steps) as bar:
-            recovery = Recovery(learner, folder, bar, config.learner.restarts)
-
-            async def step(number: int) -> None:
-                picked = batch_indices(len(rows), cfg.batch_size, number, config.run.seed)
-                batch = [rows[i] for i in picked]
-                await _step(config, folder, learner, bar, batch, number, len(rows))
-                done = number + 1
-                if done % config.run.checkpoint_every == 0 or done == cfg.steps:
-                    with folder.checkpoint(done) as path:
-                        await learner.save(path)
-                    recovery.checkpointed()
-
-            async def export() -> None:
-                with folder.whole(MODEL) as path:
-                    await learner.export(path)
-
-            await recovery.through(cfg.steps, step, export)
+        with ProgressBar(config.run.name, cfg.steps) as progress:
+            recovery = Recovery(learner, folder, progress, config.learner.restarts)
+            async for attempt in recovery.attempts():
+                with attempt:
+                    for step in range(attempt.start, cfg.steps):
+                        chosen = batch_indices(len(rows), cfg.batch_size, step, config.run.seed)
+                        picked = [rows[index] for index in chosen]
+                        await _step(config, folder, learner, progress, picked, step, len(rows))
+                        done = step + 1
+                        if done % config.run.checkpoint_every == 0 or done == cfg.steps:
+                            with folder.checkpoint(done) as path:
+                                await learner.save(path)
+                            recovery.checkpointed()
+                    with folder.whole(MODEL) as path:
+                        await learner.export(path)
     folder.finish({"steps": cfg.steps, "rows": len(rows)})
 
 

@@ -89,7 +89,7 @@ def explain_full_disk(path: Path, what: str, then: str, needed: int = 0) -> Iter
         free = shutil.disk_usage(path).free
         needs = f"it needs about {_mib(needed)}, and " if needed else ""
         raise RunFailed(
-            f"{path}: the disk is full, so {what} was not written ({needs}{_mib(free)} is free). "
+            f"{path}: the disk is full, so {what} was not saved ({needs}{_mib(free)} is free). "
             f"Free some space and run the same command again: {then}."
         ) from error
 

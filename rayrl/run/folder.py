@@ -50,7 +50,7 @@ from rayrl.run.files import (
     write_atomic,
     write_weight_checksums,
 )
-from rayrl.run.loggers import TensorBoard, Wandb
+from rayrl.run.loggers import LogFunction, Logger, make_loggers
 from rayrl.types import Group
 
 __all__ = ["Checkpoint", "RunDir", "read_config", "refuse_changes"]
@@ -94,6 +94,7 @@ class RunDir:
         path: the folder; usually `config.run.dir`.
         config: settings of the run; stored, and compared with stored ones.
         begin: write at once. False: only `begin` writes, so that a failed start leaves nothing.
+        loggers: in addition to `run.loggers`; see `make_loggers`.
 
     Attributes:
         resumed: whether the folder already held a run.
@@ -105,7 +106,14 @@ class RunDir:
         RunFailed: another process is writing to the folder.
     """
 
-    def __init__(self, path: str | Path, config: Config, *, begin: bool = True) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        config: Config,
+        *,
+        begin: bool = True,
+        loggers: Sequence[str | Logger | LogFunction] = (),
+    ) -> None:
         self.path = Path(path)
         self._config = config
         if RAY_COPIES in self.path.resolve().parts:
@@ -114,8 +122,8 @@ class RunDir:
                 "deletes. Give an absolute path on storage that all nodes share; or submit with "
                 "jobs/submit and RAYRL_WORKDIR."
             )
-        self._tensorboard: TensorBoard | None = None
-        self._wandb: Wandb | None = None
+        self._loggers = make_loggers(config, loggers)
+        self._open_loggers: list[Logger] = []
         self._unlock: Callable[[], object] | None = None
         self._more = self._begun = False
         self._next_step = 0
@@ -168,12 +176,11 @@ class RunDir:
             for name, value in row.items()
             if name != "step" and isinstance(value, int | float)
         }
-        if self._tensorboard is None:
-            self._tensorboard = TensorBoard(self.path / "tensorboard", self._next_step)
-        self._tensorboard.log(step, numbers)
-        if self._config.run.wandb_project:
-            self._wandb = self._wandb or Wandb(self.path, self._config)
-            self._wandb.log(step, numbers)
+        for logger in self._loggers[len(self._open_loggers) :]:
+            logger.open(self.path, self._config, self._next_step)
+            self._open_loggers.append(logger)
+        for logger in self._loggers:
+            logger.log(step, numbers)
 
     def metrics(self) -> list[dict[str, Any]]:
         """Read all lines logged so far."""
@@ -303,11 +310,9 @@ class RunDir:
         return self._checkpoints.went_back
 
     def close(self) -> None:
-        """Flush the loggers and unlock the folder."""
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.close()
+        """Close the loggers and unlock the folder."""
+        while self._open_loggers:
+            self._open_loggers.pop().close()
         if self._unlock is not None:
             self._unlock()
 

@@ -1,8 +1,8 @@
-"""Groups on the disk between two checkpoints: played once, they are never lost or trained on twice.
+"""Groups on disk between two checkpoints: played once, they are never lost or trained on twice.
 
 RUN/groups/step_000010.log belongs to the checkpoint of step 10. It begins with the groups that were
-waiting then; each group is appended when it ends, and each batch as the ids of its groups. Who goes
-on from the checkpoint trains on the same batches again and plays only what is not there.
+ready then; each group is appended when it ends, and each batch as the indices of its groups. A run
+that resumes from the checkpoint trains on the same batches again and plays only what is missing.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Played:
     """A group that ended.
 
     Attributes:
-        index: of its plan in the run.
+        index: of the group in the run.
     """
 
     index: int
@@ -40,20 +40,20 @@ class Batched:
     Attributes:
         taken: indices of the groups it trains on, in order.
         dropped: indices of groups that are never trained on.
-        again: indices of plans that began anew since the last batch: what was played was too old.
+        restarted: indices of groups that began anew since the last batch: they were too old.
     """
 
     step: int
     taken: tuple[int, ...]
     dropped: tuple[int, ...] = ()
-    again: tuple[int, ...] = ()
+    restarted: tuple[int, ...] = ()
 
 
 class GroupLog:
     """The log of one checkpoint; opened to append.
 
     Attributes:
-        turns: a file beside it for the turns of groups that have not ended.
+        turns: file beside it for the turns of groups that have not ended.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -62,7 +62,7 @@ class GroupLog:
         self._records: Records | None = None
 
     def read(self, step: int) -> list[Played | Batched]:
-        """What was written since the checkpoint of `step`; appending goes on behind it.
+        """Everything logged since the checkpoint of `step`; `add` appends after it.
 
         Raises:
             DataError: the file is damaged in front of its tail, or was not written by this class.
@@ -76,9 +76,9 @@ class GroupLog:
             ) from error
 
     def begin(self, step: int, records: Sequence[Played | Batched]) -> None:
-        """A log for the checkpoint of `step`, which is about to be made, with these to begin with.
+        """Begin the log of the checkpoint of `step`, which is about to be made, with these records.
 
-        The one before stays until `keep`.
+        The log before it stays until `delete_others`.
         """
         self.close()
         self._at(step).unlink(missing_ok=True)
@@ -86,19 +86,19 @@ class GroupLog:
         for one in records:
             self.add(one)
 
-    def keep(self, step: int) -> None:
-        """The checkpoint of `step` is there: logs of others are not needed any more."""
+    def delete_others(self, step: int) -> None:
+        """Delete the logs of all checkpoints but that of `step`, which is there now."""
         for file in self._folder.glob("step_*.log"):
             if file != self._at(step):
                 file.unlink()
 
-    def forget(self, step: int) -> None:
-        """Only the checkpoint of `step` is whole: what was played since others is of no use."""
-        self.keep(step)
+    def go_back(self, step: int) -> None:
+        """Delete what was played with weights after the checkpoint of `step`: those are lost."""
+        self.delete_others(step)
         self.turns.unlink(missing_ok=True)
 
     def add(self, record: Played | Batched) -> None:
-        """Append; a process that is killed afterwards has not lost it."""
+        """Append a record; it survives the death of this process."""
         assert self._records is not None
         then = "it goes on from the last checkpoint and what was played since"
         with explain_full_disk(self._folder, "a group that was played", then):
@@ -122,7 +122,7 @@ class GroupLog:
 def _to_data(record: Played | Batched) -> tuple[Any, ...]:
     if isinstance(record, Played):
         return "played", record.index, group_to_data(record.group)
-    return "batched", record.step, record.taken, record.dropped, record.again
+    return "batched", record.step, record.taken, record.dropped, record.restarted
 
 
 def _from_data(kind: str, number: int, *rest: Any) -> Played | Batched:

@@ -1,35 +1,58 @@
-"""Loggers of metrics: TensorBoard and Weights & Biases, each imported when it is used."""
+"""Loggers of metrics besides RUN/metrics.jsonl; their libraries are imported on use."""
 
 from __future__ import annotations
 
+import json
 import time
-import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Protocol, TextIO, runtime_checkable
 
 from rayrl.config import Config, to_dict
+from rayrl.config.registry import Registry
 from rayrl.errors import ConfigError
 
-__all__ = ["TensorBoard", "Wandb"]
+__all__ = ["LOGGERS", "Jsonl", "LogFunction", "Logger", "TensorBoard", "Wandb", "make_loggers"]
+
+LogFunction = Callable[[int, Mapping[str, float]], object]
+"""Called with the step and its metrics."""
 
 
+@runtime_checkable
+class Logger(Protocol):
+    """Receives the metrics of every step."""
+
+    def open(self, folder: Path, config: Config, first_step: int) -> None:
+        """Called once, before the first metrics.
+
+        Args:
+            folder: the run's folder.
+            first_step: metrics that earlier processes logged from this step on are obsolete.
+        """
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Called with the metrics that were measured at a step."""
+
+    def close(self) -> None:
+        """Called when the run ends or fails."""
+
+
+LOGGERS: Registry[Callable[..., Any]] = Registry("run.loggers")
+
+
+@LOGGERS.register("tensorboard")
 class TensorBoard:
-    """Write scalars in TensorBoard's format without importing torch.
+    """Write scalars to RUN/tensorboard without importing torch."""
 
-    Args:
-        folder: folder of the event file.
-        purge_step: first step whose values in earlier processes' files TensorBoard discards.
-    """
-
-    def __init__(self, folder: Path, purge_step: int) -> None:
+    def open(self, folder: Path, config: Config, first_step: int) -> None:
+        """Open an event file; see `Logger.open`."""
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         self._event = Event
-        self._writer = EventFileWriter(str(folder))
-        self.close = weakref.finalize(self, self._writer.close)
-        start = SessionLog(status=SessionLog.START)  # discards earlier values from this step on
-        self._writer.add_event(Event(wall_time=time.time(), step=purge_step, session_log=start))
+        self._writer = EventFileWriter(str(folder / "tensorboard"))
+        start = SessionLog(status=SessionLog.START)  # hides later steps of earlier files
+        self._writer.add_event(Event(wall_time=time.time(), step=first_step, session_log=start))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Log the metrics of a step and flush them to the file."""
@@ -40,27 +63,40 @@ class TensorBoard:
         self._writer.add_event(self._event(wall_time=time.time(), step=step, summary=summary))
         self._writer.flush()
 
+    def close(self) -> None:
+        """Close the file."""
+        self._writer.close()
 
+
+@LOGGERS.register("wandb")
 class Wandb:
     """Log to Weights & Biases.
 
-    Raises:
-        ConfigError: wandb is not installed.
+    Args:
+        project: W&B project; by default `run.wandb_project`.
     """
 
-    def __init__(self, folder: Path, config: Config) -> None:
+    def __init__(self, project: str = "") -> None:
+        self.project = project
+
+    def open(self, folder: Path, config: Config, first_step: int) -> None:
+        """Start the W&B run; see `Logger.open`.
+
+        Raises:
+            ConfigError: wandb is not installed, or no project is set.
+        """
+        project = self.project or config.run.wandb_project
+        if not project:
+            raise ConfigError("run.loggers has wandb, but run.wandb_project is empty; name one.")
         try:
             import wandb
         except ImportError as error:
             raise ConfigError(
-                f"run.wandb_project={config.run.wandb_project}: wandb is not installed; "
+                f"run.wandb_project={project}: wandb is not installed; "
                 "pip install 'rayrl[wandb]', or leave the setting empty."
             ) from error
         self._run = wandb.init(
-            project=config.run.wandb_project,
-            name=config.run.name,
-            dir=str(folder),
-            config=to_dict(config),
+            project=project, name=config.run.name, dir=str(folder), config=to_dict(config)
         )
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -70,3 +106,72 @@ class Wandb:
     def close(self) -> None:
         """Upload the remaining metrics and end the W&B run."""
         self._run.finish()
+
+
+class Jsonl:
+    """Append `{"step": …, NAME: VALUE, …}` to another file than RUN/metrics.jsonl, a line per step.
+
+    Unlike RUN/metrics.jsonl it is not truncated when a run resumes.
+    """
+
+    def __init__(self, file: str | Path) -> None:
+        self.file = Path(file)
+        self._out: TextIO | None = None
+
+    def open(self, folder: Path, config: Config, first_step: int) -> None:
+        """Open the file to append; see `Logger.open`."""
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        self._out = self.file.open("a", encoding="utf-8")
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append the line of a step."""
+        assert self._out is not None
+        self._out.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._out.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._out is not None:
+            self._out.close()
+
+
+class _Function:
+    """A function as a logger."""
+
+    def __init__(self, function: LogFunction) -> None:
+        self.log = function
+
+    def open(self, folder: Path, config: Config, first_step: int) -> None:
+        """Nothing to open."""
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+def make_loggers(config: Config, more: Sequence[str | Logger | LogFunction] = ()) -> list[Logger]:
+    """Make the loggers of `run.loggers`, W&B if `run.wandb_project` is set, and `more`.
+
+    Args:
+        more: names as in `run.loggers`, loggers, or functions `(step, metrics)`.
+
+    Raises:
+        ConfigError: a name is unknown, or a value is neither a logger nor a function.
+    """
+    names: list[str | Logger | LogFunction] = [*config.run.loggers]
+    if config.run.wandb_project and "wandb" not in names:
+        names.append("wandb")
+    return [_logger(value) for value in (*names, *more)]
+
+
+def _logger(value: str | Logger | LogFunction) -> Logger:
+    logger: Any = LOGGERS.resolve(value) if isinstance(value, str) else value
+    if isinstance(logger, type):
+        logger = logger()
+    if isinstance(logger, Logger):
+        return logger
+    if not callable(logger):
+        raise ConfigError(
+            f"loggers: {value!r} is neither a name, nor a rayrl.Logger, nor a function "
+            "(step, metrics)."
+        )
+    return _Function(logger)

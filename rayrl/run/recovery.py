@@ -1,46 +1,59 @@
-"""Learning through the loss of the learner: from its run's newest checkpoint it goes on."""
+"""Surviving the loss of the learner: its processes start again from the run's newest checkpoint."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator
+from contextlib import AbstractContextManager
 
 from rayrl.cluster.learner_group import LearnerGroup
 from rayrl.errors import LearnerLost, RunFailed
 from rayrl.run.folder import RunDir
 from rayrl.run.progress_bar import ProgressBar
 
-__all__ = ["Recovery"]
+__all__ = ["Attempt", "Recovery"]
+
+
+class Attempt(AbstractContextManager["Attempt"]):
+    """One try at the remaining steps; used in a `with` block, it notes a learner that is lost.
+
+    Attributes:
+        start: the first step to make.
+        lost: how the learner was lost in the block, or None.
+    """
+
+    def __init__(self) -> None:
+        self.start = 0
+        self.lost: LearnerLost | None = None
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
+        self.lost = error if isinstance(error, LearnerLost) else None
+        return self.lost is not None
 
 
 class Recovery:
     """Brings a learner to a run's newest checkpoint, at first and whenever it was lost.
 
     Args:
-        limit: times it may be lost between two checkpoints, `learner.restarts`.
+        limit: times it may be lost between two checkpoints (`learner.restarts`).
     """
 
-    def __init__(self, learner: LearnerGroup, folder: RunDir, bar: ProgressBar, limit: int) -> None:
-        self.learner, self.folder, self.bar, self.limit = learner, folder, bar, limit
+    def __init__(
+        self, learner: LearnerGroup, folder: RunDir, progress: ProgressBar, limit: int
+    ) -> None:
+        self._learner, self._folder, self._progress, self._limit = learner, folder, progress, limit
         self._left = limit
 
     def checkpointed(self) -> None:
-        """There is a new checkpoint: it has come on, and all attempts are there again."""
-        self._left = self.limit
+        """Allow all restarts again: there is a new checkpoint."""
+        self._left = self._limit
 
-    async def through(
-        self,
-        total: int,
-        step: Callable[[int], Awaitable[None]],
-        end: Callable[[], Awaitable[None]],
-        begin: Callable[[int], Awaitable[None]] | None = None,
-    ) -> None:
-        """All steps up to `total`, then the end; again from the newest checkpoint after a loss.
+    async def attempts(self) -> AsyncIterator[Attempt]:
+        """One attempt at a run's steps, and another whenever the learner was lost in the last.
 
-        Args:
-            step: makes one step, given its number.
-            end: what the learner is needed for when all steps are made.
-            begin: called with the first step, whenever the learner has loaded a checkpoint or, with
-                step 0, is new.
+            async for attempt in recovery.attempts():
+                with attempt:
+                    for step in range(attempt.start, steps):
+                        ...
 
         Raises:
             LearnerLost: too often.
@@ -50,36 +63,32 @@ class Recovery:
         while True:
             if lost is not None and not self._left:
                 raise lost
-            try:
-                at = await self._load(lost is not None)
-                if begin is not None:
-                    await begin(at)
-                while at < total:
-                    await step(at)
-                    at += 1
-                await end()
-            except LearnerLost as error:
-                lost = error
-            else:
+            attempt = Attempt()
+            with attempt:
+                attempt.start = await self._load_newest(again=lost is not None)
+            if attempt.lost is None:
+                yield attempt
+            lost = attempt.lost
+            if lost is None:
                 return
 
-    async def _load(self, again: bool) -> int:
+    async def _load_newest(self, *, again: bool) -> int:
         """Bring the learner to the newest checkpoint; returns the step to go on with."""
-        made = self.folder.checkpoints()
-        found = self.folder.latest_checkpoint()
-        at = found.step if found else 0
+        made = self._folder.checkpoints()
+        found = self._folder.latest_checkpoint()
+        step = found.step if found else 0
         if again:
             if found and found.path != made[-1]:
                 raise RunFailed(
-                    f"{made[-1]} is damaged, and the learner was lost. The same command goes on "
-                    f"from the checkpoint of step {at}."
+                    f"{made[-1]} is damaged, and the learner was lost. The same command resumes "
+                    f"from the checkpoint of step {step}."
                 )
             self._left -= 1
-            self.bar.note(f"a learner process died; it starts again from step {at}")
-            await self.learner.restart()
-            self.folder.rewind()
+            self._progress.note(f"a learner process died; restarting it from step {step}")
+            await self._learner.restart()
+            self._folder.rewind()
         elif found:
-            self.bar.note(f"resumed at step {at}")
+            self._progress.note(f"resumed at step {step}")
         if found:
-            await self.learner.load(found.path)
-        return at
+            await self._learner.load(found.path)
+        return step

@@ -98,7 +98,7 @@ def test_with_two_ranks_and_streamed_weights_it_ends_as_if_unbroken(
         assert run.wait() == 0, run.said
     for moment in ("receive", "update"):
         assert (tmp_path / f"killed-{moment}").exists(), "the moment never came"
-    assert "a learner process died; it starts again from step 2" in run.said
+    assert "a learner process died; restarting it from step 2" in run.said
     assert "Traceback" not in run.said
     assert_same(folder, calm_ranks)
 

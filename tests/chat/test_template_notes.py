@@ -15,6 +15,7 @@ from rayrl.chat.template_notes import describe_template
 from rayrl.cli import main
 from rayrl.config import from_dict
 from rayrl.errors import RunFailed
+from rayrl.run import training as run_training
 from rayrl.run.stage import POLICY, log_template_notes
 from rayrl.types import Message, Turn, assistant, system, user
 from tests.act import CHATML, HERMES, build_tokenizer
@@ -386,7 +387,7 @@ async def test_training_says_it_of_frozen_opponents(
     def no_cluster(*_: object) -> None:
         raise RunFailed("no cluster here")
 
-    monkeypatch.setattr(loop, "open_training", no_cluster)
+    monkeypatch.setattr(run_training, "open_cluster", no_cluster)
     frozen = saved(QWEN, tmp_path / "frozen")
     seats = {"o": f"model:{frozen}"}
     env = {"name": "tictactoe_versus", "seats": seats}

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rayrl.cluster.open import open_training
+from rayrl.cluster.open import open_cluster
 from rayrl.config import Config, from_dict
 from rayrl.learner.advantage import advantages
 from rayrl.learner.batch import make_batch
@@ -61,7 +61,7 @@ def worst_mismatch(episodes: list[Episode], model: Any, version: int) -> float:
 async def played(config: Config, folder: Path) -> list[tuple[int, list[Episode], Path]]:
     """Two steps of training: (version, episodes, the weights they were played with)."""
     out = []
-    async with open_training(config, 2) as (rollouts, learner, weights):
+    async with open_cluster(config, 2) as (rollouts, learner, weights):
         for step in range(2):
             confirmed = await weights.push(step)
             assert len(confirmed) == 2, "both replicas confirm"

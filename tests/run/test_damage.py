@@ -41,20 +41,12 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
-class NoTensorBoard:
-    def __init__(self, *about: object) -> None: ...
-
-    def log(self, step: int, metrics: object) -> None: ...
-
-    def close(self) -> None: ...
-
-
 @pytest.fixture(autouse=True, scope="module")
 def _quick() -> Iterator[None]:
     """Without what takes most of the time and is not looked at here."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(os, "fsync", lambda handle: None)
-        patched.setattr(folder, "TensorBoard", NoTensorBoard)
+        patched.setattr(folder, "make_loggers", lambda config, loggers: [])
         yield
 
 
@@ -96,7 +88,7 @@ def run(folder: Path, stop: int = STEPS) -> None:
         start = found.step if found else 0
         log = stack.enter_context(contextlib.closing(GroupLog(folder / "groups")))
         if kept.went_back:
-            log.forget(start)
+            log.go_back(start)
         turns = stack.enter_context(contextlib.closing(Records(log.turns)))
         turns.read()
         weight = int((found.path / "weights").read_text()) if found else 1
@@ -117,7 +109,7 @@ def run(folder: Path, stop: int = STEPS) -> None:
                     (path / "weights").write_text(f"{weight}")
                     (path / "more").mkdir()
                     (path / "more" / "rank1").write_bytes(bytes(300))
-                log.keep(step + 1)
+                log.delete_others(step + 1)
         if stop == STEPS:
             with kept.whole("model") as path:
                 (path / "model.safetensors").write_text(f"{weight}")

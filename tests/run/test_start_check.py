@@ -17,6 +17,7 @@ from rayrl.commands import evaluate, sft, synth
 from rayrl.commands.folder_names import WRITING
 from rayrl.config import Config
 from rayrl.errors import ConfigError, InfraError
+from rayrl.run import training
 from rayrl.run.folder import RunDir
 from rayrl.run.progress_bar import ProgressBar
 from rayrl.run.recovery import Recovery
@@ -154,7 +155,7 @@ def test_a_run_with_nothing_left_to_do_needs_nothing(steps: int, refused: bool) 
 OPENS: dict[str, tuple[Any, str, Callable[[Config], None]]] = {
     "synth": (synth, "open_rollouts", synth.run),
     "sft": (sft, "open_learners", sft.run),
-    "train": (loop, "open_training", loop.run),
+    "train": (training, "open_cluster", loop.run),
     "eval": (evaluate, "open_rollouts", evaluate.run),
 }
 
@@ -270,14 +271,10 @@ async def test_a_resumed_run_says_so(capsys: pytest.CaptureFixture[str]) -> None
             pass
         learner, steps = Learner(), list[int]()
 
-        async def step(number: int) -> None:
-            steps.append(number)
-
-        async def end() -> None:
-            """Nothing is exported."""
-
         with ProgressBar("r", 12) as bar:
-            await Recovery(learner, folder, bar, 0).through(12, step, end)  # type: ignore[arg-type]
+            recovery = Recovery(learner, folder, bar, 0)  # type: ignore[arg-type]
+            async for attempt in recovery.attempts():
+                steps += range(attempt.start, 12)
     assert (learner.loaded, steps) == (["step_000010"], [10, 11])
     assert "resumed at step 10\n" in capsys.readouterr().err
 

@@ -1,0 +1,252 @@
+"""Play groups ahead of the learner and hand out a batch per step, after a restart the same one."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from rayrl.cluster.rollouts import CollectedGroups, none_left, sort_out
+from rayrl.cluster.workers.scaling import Load
+from rayrl.config import Config
+from rayrl.rollout.rollout import GroupPlan
+from rayrl.run.group_log import Batched, GroupLog, Played
+from rayrl.run.rollout_buffer import GroupState, RolloutBuffer
+from rayrl.types import Group
+
+__all__ = ["GroupCollector"]
+
+
+class RolloutBackend(Protocol):
+    """The part of `cluster.Rollouts` that collecting needs."""
+
+    async def play(
+        self, plans: Sequence[GroupPlan], min_version: int, keep: Callable[[Group], None]
+    ) -> None: ...
+
+    def stop(self, plans: Sequence[str], oldest: int) -> None: ...
+
+    def load(self) -> Load: ...
+
+    def forget(self, groups: Sequence[str]) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _LoggedBatch:
+    """A batch that had closed before the process, or the learner, was lost."""
+
+    record: Batched
+    groups: Mapping[int, Group]  # taken and dropped
+
+
+class GroupCollector:
+    """Drives a `RolloutBuffer`: plays what may begin, logs what ends; an async context manager.
+
+    Args:
+        rollouts: plays groups.
+        plans: the plans of a step; `train.groups` of them.
+        config: `train`, and the failure budget.
+
+    Attributes:
+        log: everything played since the last checkpoint.
+    """
+
+    def __init__(
+        self,
+        rollouts: RolloutBackend,
+        plans: Callable[[int], Sequence[GroupPlan]],
+        config: Config,
+        log: GroupLog,
+    ) -> None:
+        self._rollouts, self._config, self.log = rollouts, config, log
+        self._plans = functools.lru_cache(maxsize=8)(plans)
+        train = config.train
+        self._buffer = RolloutBuffer(train.groups, train.max_lag, train.steps)
+        self._version = -1  # of the replicas' weights
+        self._running: dict[int, str] = {}  # plan ids
+        self._logged: dict[int, _LoggedBatch] = {}  # by step; handed out instead of new ones
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._changed = asyncio.Event()
+        self._idle = IdleClock()
+
+    async def __aenter__(self) -> GroupCollector:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self.log.close()
+
+    # --- playing -----------------------------------------------------------------------------
+
+    def advance(self, version: int) -> None:
+        """The replicas hold `version`: cancel groups that are too old, begin those that may."""
+        self._version = max(self._version, version)
+        if max_lag := self._config.train.max_lag:
+            self._rollouts.stop([*self._running.values()], self._version - max_lag)
+        self._begin()
+
+    def _begin(self) -> None:
+        # Not before logged batches are handed out: turns that were recorded for groups which were
+        # running may be of the version that those batches lead to.
+        if self._logged:
+            return
+        if begun := {index: self._plan(index) for index in self._buffer.begin(self._version)}:
+            self._running |= {index: plan.id for index, plan in begun.items()}
+            self._idle.stop()
+            self._tasks.add(asyncio.create_task(self._play(begun)))
+
+    def _plan(self, index: int) -> GroupPlan:
+        step, k = divmod(index, self._config.train.groups)
+        plan, attempts = self._plans(step)[k], self._buffer.attempts(index)
+        return replace(plan, id=f"{plan.id}~{attempts}") if attempts else plan
+
+    async def _play(self, begun: Mapping[int, GroupPlan]) -> None:
+        """Play groups; one with an infrastructure failure is played again by `rollouts`."""
+        index_of = {plan.id: index for index, plan in begun.items()}
+        broken: dict[int, Group] = {}
+
+        def end(group: Group) -> None:
+            index = index_of[group.id]
+            kinds = {e.failure.kind for e in group.episodes if e.failure is not None}
+            if "infra" in kinds and "stopped" not in kinds:
+                broken[index] = group
+            else:
+                broken.pop(index, None)
+                self._end(index, group)
+
+        try:
+            await self._rollouts.play(list(begun.values()), self._version, end)
+            for index, group in broken.items():
+                self._end(index, group)
+        finally:
+            self._changed.set()  # also for an error, which `collect` raises
+
+    def _end(self, index: int, group: Group) -> None:
+        del self._running[index]
+        if not self._running:
+            self._idle.start()
+        if self._buffer.end(index, group) is not GroupState.PENDING:
+            self.log.add(Played(index, group))
+        self._changed.set()
+        self._begin()
+
+    # --- batches -----------------------------------------------------------------------------
+
+    async def collect(self, step: int) -> CollectedGroups:
+        """The groups of a step; waits until there are enough.
+
+        Raises:
+            RunFailed: see `sort_out`, or playing failed.
+        """
+        oldest = step - self._config.train.max_lag
+        if (logged := self._logged.pop(step, None)) is not None:
+            groups = [group for _, group in sorted(logged.groups.items())]
+            return replace(self._sorted(groups, oldest), load=self._rollouts.load())
+        while True:
+            for task in [task for task in self._tasks if task.done()]:
+                self._tasks.discard(task)
+                task.result()
+            # without a lag, no token can be older than the replicas' only version
+            if self._config.train.max_lag and self._buffer.restart_stale(oldest):
+                self._begin()
+            if self._buffer.is_due():
+                break
+            self._changed.clear()
+            await self._changed.wait()
+        batch = self._buffer.close()
+        taken, failed = tuple(batch.taken), tuple(batch.failed)
+        self.log.add(Batched(step, taken, failed, batch.restarted))
+        groups = [group for _, group in sorted((batch.taken | batch.failed).items())]
+        return replace(
+            self._sorted(groups, oldest),
+            stopped=batch.stale,
+            waiting=self._buffer.count(GroupState.READY),
+            live=len(self._running),
+            idle_s=self._idle.read() if self._config.train.max_lag else None,
+            load=self._rollouts.load(),
+        )
+
+    def _sorted(self, groups: Sequence[Group], oldest: int) -> CollectedGroups:
+        env = self._config.env
+        found = sort_out(groups, oldest, env.failure_budget, env.name)
+        if groups and not found.groups:  # a server refused all of them
+            raise none_left(groups, oldest)
+        return found
+
+    # --- checkpoints -------------------------------------------------------------------------
+
+    def begin_checkpoint(self, step: int) -> dict[str, Any]:
+        """Begin the log of the checkpoint of `step`; returns what `restore` needs besides the log.
+
+        While a learner makes up for lost steps, batches that it has still to make go into the new
+        log.
+        """
+        records: list[Played | Batched] = []
+        for _, batch in sorted(self._logged.items()):
+            records += [Played(index, group) for index, group in batch.groups.items()]
+            records.append(batch.record)
+        ended = self._buffer.ended(GroupState.READY, GroupState.FAILED)
+        self.log.begin(step, [*records, *(Played(index, group) for index, group in ended.items())])
+        state = self._buffer.save()
+        state["failures"] -= sum(len(batch.record.dropped) for batch in self._logged.values())
+        return state
+
+    def restore(self, step: int, state: Mapping[str, Any]) -> None:
+        """Continue from the checkpoint of `step`, before anything has begun."""
+        ended = self._read_log(step)
+        batches = [batch.record for batch in self._logged.values()]
+        self._buffer.load(state, step, ended, batches)
+        in_batches = [g for batch in self._logged.values() for g in batch.groups.values()]
+        self._rollouts.forget([group.id for group in (*ended.values(), *in_batches)])
+
+    def rewind(self, step: int) -> None:
+        """Hand out the batches since the checkpoint of `step` again: the learner is back there."""
+        logged = self._read_log(step)
+        ended = self._buffer.ended(GroupState.READY, GroupState.FAILED)
+        for index, group in ended.items():
+            if index not in logged:  # it ended during a checkpoint that was never finished
+                self.log.add(Played(index, group))
+
+    def _read_log(self, step: int) -> dict[int, Group]:
+        """Read batches that closed since the checkpoint; returns groups that are in none."""
+        ended: dict[int, Group] = {}
+        for record in self.log.read(step):
+            if isinstance(record, Played):
+                ended[record.index] = record.group
+                continue
+            groups = {index: ended.pop(index) for index in (*record.taken, *record.dropped)}
+            self._logged[record.step] = _LoggedBatch(record, groups)
+            for index in record.restarted:
+                ended.pop(index, None)
+        return ended
+
+
+class IdleClock:
+    """Seconds in which nothing was running."""
+
+    def __init__(self) -> None:
+        self._idle_s, self._since = 0.0, time.perf_counter()
+        self._is_idle = True
+
+    def start(self) -> None:
+        """Nothing is running any more."""
+        self._since, self._is_idle = time.perf_counter(), True
+
+    def stop(self) -> None:
+        """Something is running."""
+        if self._is_idle:
+            self._idle_s += time.perf_counter() - self._since
+            self._is_idle = False
+
+    def read(self) -> float:
+        """Idle seconds since the last reading."""
+        if self._is_idle:
+            self.stop()
+            self.start()
+        idle_s, self._idle_s = self._idle_s, 0.0
+        return idle_s

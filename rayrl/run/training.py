@@ -1,0 +1,157 @@
+"""What stands around the loop: a run's folder, processes, checkpoints and alarms; see `loop.py`."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+
+from rayrl.cluster.learner_group import LearnerGroup
+from rayrl.cluster.open import open_cluster
+from rayrl.cluster.rollouts import CollectedGroups
+from rayrl.cluster.weight_sync.push import WeightSync
+from rayrl.config import Config
+from rayrl.learner.batch import Batch
+from rayrl.rollout.rollout import GroupPlan
+from rayrl.run.collector import GroupCollector
+from rayrl.run.folder import RunDir
+from rayrl.run.group_log import GroupLog
+from rayrl.run.metrics import Clock, headline, step_metrics, warnings
+from rayrl.run.monitor import Monitor
+from rayrl.run.progress_bar import ProgressBar
+from rayrl.run.recovery import Attempt, Recovery
+from rayrl.run.stage import MODEL
+
+__all__ = ["Training", "open_training"]
+
+
+class Training:
+    """A run that is open: its replicas play, its learner learns, its folder is written.
+
+    Attributes:
+        config: of the run.
+        folder: of the run.
+        learner: all its ranks.
+        start: the step to begin with: 0, or that of the checkpoint it resumes from.
+        steps: the step to end before.
+        clock: seconds of the current step by stage.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        folder: RunDir,
+        collector: GroupCollector,
+        learner: LearnerGroup,
+        weights: WeightSync,
+    ) -> None:
+        self.config, self.folder, self.learner = config, folder, learner
+        self.steps = config.train.steps
+        self.clock = Clock()
+        self._collector, self._weights = collector, weights
+        self._progress = ProgressBar(config.run.name, self.steps)
+        self._monitor = Monitor(config, folder, self._progress.note)
+        self._recovery = Recovery(learner, folder, self._progress, config.learner.restarts)
+        self._collected = CollectedGroups(())
+        found = folder.latest_checkpoint()
+        self.start = self._pushed = found.step if found else 0
+
+    async def attempts(self) -> AsyncIterator[Attempt]:
+        """See `Recovery.attempts`; the replicas have the weights of the attempt's first step.
+
+        A learner that was lost learns again from the same batches what it had learned.
+        """
+        async for attempt in self._recovery.attempts():
+            with attempt:
+                self._weights.reset()
+                self._collector.rewind(attempt.start)
+                self._monitor.rewind()
+                if attempt.start == self._pushed:
+                    await self._weights.push(attempt.start)
+                self._collector.advance(self._pushed)
+            if attempt.lost is None:
+                yield attempt
+
+    async def collect(self, step: int) -> CollectedGroups:
+        """Wait until nobody pauses the run, then for the groups of `step`.
+
+        Raises:
+            RunFailed: an alarm stops the run, or playing failed too often.
+        """
+        await self._monitor.pause_or_stop()
+        self.clock = Clock()
+        with self.clock("collect"):
+            self._collected = await self._collector.collect(step)
+            await self._weights.sleep_replicas()
+        return self._collected
+
+    async def push(self, version: int) -> None:
+        """Bring the learner's weights to every replica as `version`: steps that they have learned.
+
+        Raises:
+            InfraError: not every replica confirmed them in time.
+        """
+        with self.clock("push"):
+            if version >= self._pushed:  # else replicas have newer ones: the learner was lost
+                await self._weights.push(version)
+                self._pushed = version
+        self._collector.advance(version)
+
+    async def end_step(self, step: int, batch: Batch, learned: Mapping[str, float]) -> None:
+        """Log a step, watch its metrics, and make the checkpoint that is due.
+
+        Args:
+            learned: the learner's metrics.
+        """
+        config, folder, collected = self.config, self.folder, self._collected
+        metrics = step_metrics(step, collected, batch, learned, self.clock)
+        folder.log(step, metrics)
+        self._monitor.observe(step, metrics, self.clock, collected)
+        last = step + 1 == self.steps
+        if step % config.run.episodes_every == 0 or last:
+            folder.write_episodes(step, (*collected.groups, *collected.dropped))
+        if (step + 1) % config.run.checkpoint_every == 0 or last or self._monitor.will_halt:
+            await self.checkpoint(step + 1)
+        self._progress.update(step + 1, headline(metrics))
+        for warning in warnings(metrics):
+            self._progress.note(f"step {step + 1}: {warning}")
+
+    async def checkpoint(self, step: int) -> None:
+        """Save what a run needs to resume with `step`.
+
+        Raises:
+            RunFailed: the disk is full. The previous checkpoint is intact.
+        """
+        state = self._collector.begin_checkpoint(step)
+        with self.folder.checkpoint(step, state) as path:
+            await self.learner.save(path)
+        self._collector.log.delete_others(step)
+        self._recovery.checkpointed()
+
+    async def export(self) -> None:
+        """Write the model to RUN/model, a Hugging Face directory."""
+        with self.folder.whole(MODEL) as path:
+            await self.learner.export(path)
+
+
+@asynccontextmanager
+async def open_training(
+    config: Config, folder: RunDir, plans: Callable[[int], Sequence[GroupPlan]]
+) -> AsyncIterator[Training]:
+    """Start the processes of a training run, or resume it.
+
+    Args:
+        folder: of the run; nothing is written before all processes have started.
+        plans: what is played at a step.
+    """
+    log = GroupLog(folder.path / "groups")
+    found = folder.latest_checkpoint()
+    start, state = (found.step, found.state) if found else (0, {})
+    if folder.went_back:
+        log.go_back(start)
+    async with open_cluster(config, config.train.steps, log.turns) as (rollouts, learner, weights):
+        folder.begin()
+        async with GroupCollector(rollouts, plans, config, log) as collector:
+            collector.restore(start, state)
+            training = Training(config, folder, collector, learner, weights)
+            with training._progress, training._monitor:
+                yield training

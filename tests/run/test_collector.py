@@ -1,0 +1,361 @@
+"""Collecting by hand: which plans begin when, what is a batch, what survives a death."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayrl.cluster.workers.scaling import Load
+from rayrl.config import Config, from_dict
+from rayrl.errors import DataError, RunFailed
+from rayrl.rollout.rollout import GroupPlan
+from rayrl.run.collector import GroupCollector
+from rayrl.run.group_log import Batched, GroupLog, Played
+from rayrl.run.rollout_buffer import GroupState, _Entry
+from rayrl.types import Episode, Failure, Group, Task, Turn, VersionSpan
+
+N = 2  # groups a step
+
+
+def config(lag: int, steps: int = 4) -> Config:
+    return from_dict(
+        {
+            "env": {"name": "x", "failure_budget": 1.0},
+            "train": {"groups": N, "group_size": 1, "steps": steps, "max_lag": lag},
+        }
+    )
+
+
+def plans(step: int) -> list[GroupPlan]:
+    return [GroupPlan(f"{step}-{k}", Task(seed=step * N + k), 1, step * N + k) for k in range(N)]
+
+
+def group(plan: GroupPlan, version: int, kind: str = "") -> Group:
+    turn = Turn("agent", (), "x", "stop", 0, (1,), (2,), (0.0,), (VersionSpan(version, 0, 1),))
+    failure = Failure(kind, "because") if kind else None  # type: ignore[arg-type]
+    rewards = {} if kind else {"agent": 1.0}
+    episode = Episode(f"{plan.id}/0", "x", plan.task, 0, (turn,), {}, rewards, failure)
+    return Group(plan.id, plan.task, (episode,))
+
+
+class Workers:
+    """Plays what it is told to end, when it is told; a group has the version it began with."""
+
+    def __init__(self) -> None:
+        self.live: dict[str, tuple[GroupPlan, int, Callable[[Group], None]]] = {}
+        self.begun: list[str] = []
+        self._idle: list[tuple[set[str], asyncio.Event]] = []
+        self.broken: Exception | None = None
+        self.forgotten: list[str] = []
+
+    async def play(
+        self, plans: Sequence[GroupPlan], min_version: int, keep: Callable[[Group], None]
+    ) -> None:
+        if self.broken:
+            raise self.broken
+        for plan in plans:
+            assert plan.id not in self.live
+            self.live[plan.id] = plan, min_version, keep
+            self.begun.append(plan.id)
+        left, done = {plan.id for plan in plans}, asyncio.Event()
+        self._idle.append((left, done))
+        await done.wait()
+
+    def end(self, *names: str, kind: str = "") -> None:
+        for name in names:
+            plan, version, keep = self.live.pop(name)
+            keep(group(plan, version, kind))
+            for left, done in self._idle:
+                left.discard(name)
+                if not left:
+                    done.set()
+
+    def load(self) -> Load:
+        return Load(workers=1, asked=0, waiting=0)
+
+    def stop(self, plans: Sequence[str], oldest: int) -> None:
+        for name in plans:
+            if name in self.live and self.live[name][1] < oldest:
+                self.end(name, kind="stopped")
+
+    def forget(self, groups: Sequence[str]) -> None:
+        self.forgotten = list(groups)
+
+
+class Run:
+    """A collector with its workers."""
+
+    def __init__(self, folder: Path, lag: int, steps: int = 4) -> None:
+        self.workers = Workers()
+        self.collector = GroupCollector(self.workers, plans, config(lag, steps), GroupLog(folder))
+
+    async def start(self, step: int = 0, state: dict[str, Any] | None = None) -> Run:
+        self.collector.restore(step, state or {})
+        await self.at(step)
+        return self
+
+    async def at(self, version: int) -> None:
+        self.collector.advance(version)
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+
+    async def batch(self, step: int) -> list[str]:
+        return [group.id for group in (await self.collector.collect(step)).groups]
+
+    async def waits(self, step: int) -> bool:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(0.01):
+                await self.collector.collect(step)
+                return False
+        return True
+
+    @property
+    def live(self) -> list[str]:
+        return sorted(self.workers.live)
+
+
+Start = Callable[..., Awaitable[Run]]
+
+
+@pytest.fixture
+async def start(tmp_path: Path) -> AsyncIterator[Start]:
+    """Opens runs in one folder, as a process that is killed and started again does."""
+    runs = []
+
+    async def start(lag: int, steps: int = 4, step: int = 0, state: Any = None) -> Run:
+        runs.append(Run(tmp_path, lag, steps))
+        return await runs[-1].start(step, state)
+
+    yield start
+    for run in runs:
+        await run.collector.__aexit__()
+
+
+async def test_without_lag_a_batch_is_the_steps_own_groups_and_waits_for_all(
+    start: Start,
+) -> None:
+    run = await start(0, steps=2)
+    assert run.live == ["0-0", "0-1"]
+    run.workers.end("0-1")
+    assert await run.waits(0)
+    run.workers.end("0-0")
+    assert await run.batch(0) == ["0-0", "0-1"]
+    assert run.live == []
+    await run.at(1)
+    assert run.live == ["1-0", "1-1"]
+    run.workers.end("1-0", "1-1")
+    assert await run.batch(1) == ["1-0", "1-1"]
+    await run.at(2)
+    assert run.live == [], "there are two steps"
+
+
+async def test_without_lag_a_failed_group_is_dropped_and_not_replaced(start: Start) -> None:
+    run = await start(0)
+    run.workers.end("0-1", kind="env")
+    run.workers.end("0-0")
+    played = await run.collector.collect(0)
+    assert [one.id for one in played.groups] == ["0-0"]
+    assert [one.id for one in played.dropped] == ["0-1"]
+    await run.at(1)
+    assert run.live == ["1-0", "1-1"]
+
+
+async def test_with_lag_groups_begin_ahead_and_a_straggler_is_for_a_later_batch(
+    start: Start,
+) -> None:
+    run = await start(1)
+    assert run.live == ["0-0", "0-1", "1-0", "1-1"]
+    run.workers.end("0-1", "1-1")
+    assert await run.batch(0) == ["0-1", "1-1"], "it does not wait for 0-0"
+    await run.at(1)
+    assert run.live == ["0-0", "1-0", "2-0", "2-1"]
+    run.workers.end("2-1", "2-0", "0-0")
+    played = await run.collector.collect(1)
+    assert [one.id for one in played.groups] == ["0-0", "2-0"], "the oldest first"
+    assert (played.waiting, played.live) == (1, 1)
+
+
+async def test_what_is_too_old_is_stopped_and_its_task_is_played_again(start: Start) -> None:
+    run = await start(1)
+    run.workers.end("0-1", "1-1")
+    await run.batch(0)
+    await run.at(1)
+    run.workers.end("2-0", "2-1")
+    assert await run.batch(1) == ["2-0", "2-1"]
+    await run.at(2)  # 0-0 and 1-0 began with version 0
+    assert run.live == ["0-0~1", "1-0~1", "3-0", "3-1"]
+    run.workers.end("0-0~1", "3-1")
+    played = await run.collector.collect(2)
+    assert [one.id for one in played.groups] == ["0-0~1", "3-1"]
+    assert [one.id for one in played.stopped] == ["0-0", "1-0"]
+    assert played.groups[0].task == plans(0)[0].task
+    run.workers.end("1-0~1", "3-0")
+    await run.at(3)
+    assert await run.batch(3) == ["1-0~1", "3-0"], "every task of four steps was trained on once"
+
+
+async def test_a_complete_group_that_waited_too_long_is_not_trained_on(start: Start) -> None:
+    run = await start(1)
+    run.workers.end("0-0", "0-1", "1-0")
+    assert await run.batch(0) == ["0-0", "0-1"]
+    await run.at(1)
+    run.workers.end("2-0", "2-1")
+    run.workers.end("1-1")
+    assert await run.batch(1) == ["1-0", "1-1"]
+    await run.at(2)
+    run.collector._buffer._entries[9] = _Entry(
+        GroupState.READY, group=group(plans(4)[1], 0)
+    )  # two versions old at step 2
+    assert await run.batch(2) == ["2-0", "2-1"]
+    await run.at(3)
+    run.workers.end("3-0", "3-1")
+    assert await run.batch(3) == ["3-0", "3-1"]
+
+
+async def test_with_lag_a_failed_group_makes_room_for_another(start: Start) -> None:
+    run = await start(1)
+    run.workers.end("0-0", kind="env")
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert run.live == ["0-1", "1-0", "1-1", "2-0"]
+
+
+async def test_an_infrastructure_failure_counts_when_it_was_played_once_more(
+    start: Start,
+) -> None:
+    run = await start(0)
+    plan, version, keep = run.workers.live["0-0"]
+    keep(group(plan, version, "infra"))
+    run.workers.end("0-1")
+    assert await run.waits(0)
+    run.workers.end("0-0")  # the same plan, once more
+    assert await run.batch(0) == ["0-0", "0-1"]
+
+
+async def test_what_cannot_be_played_ends_the_run(start: Start) -> None:
+    run = await start(0)
+    run.workers.end("0-0", "0-1")
+    await run.batch(0)
+    run.workers.broken = RunFailed("no workers")
+    await run.at(1)
+    with pytest.raises(RunFailed, match="no workers"):
+        await run.batch(1)
+
+
+async def test_killed_it_goes_on_with_the_same_batches_and_plays_only_the_rest(
+    start: Start,
+) -> None:
+    run = await start(1)
+    run.workers.end("0-1", "1-1")
+    await run.batch(0)
+    await run.at(1)
+    state = run.collector.begin_checkpoint(1)
+    run.workers.end("2-1", "2-0", "0-0")
+    assert await run.batch(1) == ["0-0", "2-0"]
+    await run.at(2)
+    assert run.live == ["1-0~1", "3-0", "3-1"]
+
+    again = await start(1, step=1, state=state)  # it was killed here
+    assert again.live == [], "turns of 1-0 may be of the weights that the next batch leads to"
+    assert await again.batch(1) == ["0-0", "2-0"], "as it was"
+    await again.at(2)
+    assert again.live == ["1-0", "3-0", "3-1"], "2-1 is there"
+    again.workers.end("3-1")
+    assert await again.batch(2) == ["2-1", "3-1"]
+    await again.at(3)
+    assert again.live == ["1-0", "3-0"]
+    again.workers.end("1-0", "3-0")
+    assert await again.batch(3) == ["1-0", "3-0"]
+
+
+async def test_a_learner_that_went_back_gets_the_same_batches(start: Start) -> None:
+    run = await start(0)
+    for step in range(2):
+        run.workers.end(f"{step}-0", f"{step}-1")
+        await run.batch(step)
+        await run.at(step + 1)
+    run.workers.end("2-0", "2-1")
+    await run.batch(2)
+    run.collector.rewind(0)  # it died at step 2, before the first checkpoint
+    for step in range(3):
+        assert await run.batch(step) == [f"{step}-0", f"{step}-1"]
+        await run.at(step + 1)
+    assert run.live == ["3-0", "3-1"]
+    assert len(run.workers.begun) == 8, "nothing was played twice"
+
+
+async def test_a_checkpoint_on_the_way_back_keeps_what_is_still_to_be_learned_again(
+    start: Start,
+) -> None:
+    run = await start(0)
+    for step in range(3):
+        run.workers.end(f"{step}-0", f"{step}-1")
+        await run.batch(step)
+        await run.at(step + 1)
+    run.collector.rewind(0)
+    await run.batch(0)
+    state = run.collector.begin_checkpoint(1)
+    again = await start(0, step=1, state=state)
+    assert await again.batch(1) == ["1-0", "1-1"]
+    assert await again.batch(2) == ["2-0", "2-1"]
+    await again.at(3)
+    assert again.workers.begun == ["3-0", "3-1"]
+
+
+async def test_what_ended_during_a_checkpoint_that_failed_is_not_lost(start: Start) -> None:
+    run = await start(0)
+    run.workers.end("0-0", "0-1")
+    await run.batch(0)
+    await run.at(1)
+    run.collector.begin_checkpoint(1)
+    run.workers.end("1-0")
+    run.collector.rewind(0)  # the learner died before it had saved
+    assert await run.batch(0) == ["0-0", "0-1"]
+    run.workers.end("1-1")
+    assert await run.batch(1) == ["1-0", "1-1"]
+    again = await start(0)
+    for step in range(2):
+        assert await again.batch(step) == [f"{step}-0", f"{step}-1"]
+    assert again.workers.begun == []
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Iterator[GroupLog]:
+    one = GroupLog(tmp_path)
+    yield one
+    one.close()
+
+
+def test_a_torn_record_is_cut_off_and_the_log_goes_on(log: GroupLog, tmp_path: Path) -> None:
+    first = [Played(k, group(plans(0)[k], 0)) for k in range(2)]
+    log.begin(3, first)
+    log.add(Batched(3, (0, 1)))
+    log.close()
+    file = tmp_path / "step_000003.log"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-3])
+    assert log.read(3) == first
+    log.add(Batched(3, (1, 0)))
+    assert log.read(3) == [*first, Batched(3, (1, 0))]
+    log.begin(4, [])
+    assert file.is_file(), "its checkpoint is still the newest"
+    log.delete_others(4)
+    assert [one.name for one in tmp_path.iterdir()] == ["step_000004.log"]
+
+
+def test_a_file_that_is_no_log_is_named(log: GroupLog, tmp_path: Path) -> None:
+    (tmp_path / "step_000000.log").write_bytes(b"\0\0\0\5hello")
+    with pytest.raises(DataError, match=r"step_000000.log, byte 0: .* remove the file"):
+        log.read(0)
+
+
+async def test_nothing_is_learned_where_a_server_refused_everything(start: Start) -> None:
+    run = await start(lag=0)
+    run.workers.end("0-0", "0-1", kind="refused")
+    with pytest.raises(RunFailed, match=r"none of 2 groups is complete.\n.*because"):
+        await run.batch(0)
