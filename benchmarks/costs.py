@@ -1,6 +1,6 @@
 """What a turn, an episode, a call and a push cost each process, in CPU seconds.
 
-    python benchmarks/costs.py [--out costs.json] [--hosts 1 4]
+    python benchmarks/costs.py [--out costs.json] [--workers 1 4]
 
 Process CPU time, not wall time: other work on the machine makes it a little larger, not several
 times. Each cost is a fit over several sizes (turns of an episode, ids of a turn, requests in
@@ -177,7 +177,7 @@ def recorder_work() -> dict[str, float]:
 
 
 async def play(env: Any, chat: Chat, task: Callable[[int], Task], episodes: int) -> float:
-    """CPU seconds a turn, in this process."""
+    """CPU seconds per turn, in this process."""
     player = PolicyPlayer(chat, FakeEngine(chat.reply(REPLY)), Sampling())
     plans = [GroupPlan(str(k), task(k), 1, k) for k in range(episodes)]
     turns, began = 0, time.process_time()
@@ -207,8 +207,8 @@ def weights_work() -> dict[str, float]:
     flat = np.arange(16_000_000, dtype=np.uint8)
     target = np.zeros_like(flat)
     return {
-        "checksum a MB": cpu_of(lambda: checksum(flat)) / 16,
-        "copy a MB": cpu_of(lambda: np.copyto(target, flat)) / 16,
+        "checksum per MB": cpu_of(lambda: checksum(flat)) / 16,
+        "copy per MB": cpu_of(lambda: np.copyto(target, flat)) / 16,
     }
 
 
@@ -236,14 +236,14 @@ def hop_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
             [((1.0, row["calls"], 1 / row["turns/s"]), row["turn"][role]) for row in rows],
             ("request", "message", "second"),
         )
-        for role in ("host", "replica")
+        for role in ("env worker", "replica")
     }
 
 
 def to_one(rows: Sequence[dict[str, Any]], idle: float, unpickling: float) -> tuple[float, float]:
     """CPU seconds of a message to the driver and of a call of the recorder: means over the rows.
 
-    What hosts send to one process waits `PAUSE_S` for each of them, so a row's messages and calls
+    What workers send to one process waits `PAUSE_S` for each of them, so a row's messages and calls
     are a known part of its groups and turns.
     """
     message, call = [], []
@@ -274,14 +274,14 @@ class Cluster:
         self.config = from_dict({"cluster": {"replicas": replicas}})
         return await deploy(self.session, self.config, engine, app=self.app, store=False)
 
-    async def hosts(self, hosts: int, live: int) -> Any:
+    async def workers(self, workers: int, live: int) -> Any:
         """Rollouts that are ready."""
         from rayrl.cluster.rollouts import Rollouts
         from rayrl.cluster.workers.env_worker import WorkerJob
 
         where = f"{HERE}:chatter"
         config = from_dict(
-            {"env": {"name": where}, "cluster": {"concurrency": live, "env_workers": hosts}}
+            {"env": {"name": where}, "cluster": {"concurrency": live, "env_workers": workers}}
         )
         models, apps = {"policy": str(model_dir("embedded"))}, {"policy": self.app}
         spec = rayrl.load_env(where).spec
@@ -291,7 +291,7 @@ class Cluster:
 
 
 async def measured_play(rollouts: Any, episodes: int, size: int, tag: str) -> dict[str, Any]:
-    """CPU seconds a turn by role; the driver's an episode; turns a second."""
+    """CPU seconds per turn by role; the driver's an episode; turns per second."""
     plans = [GroupPlan(f"{tag}-{k}", Task(seed=k), size, k) for k in range(episodes // size)]
     groups: list[Group] = []
     accounts, began = Accounts(), time.perf_counter()
@@ -301,7 +301,7 @@ async def measured_play(rollouts: Any, episodes: int, size: int, tag: str) -> di
     waits = [t.seconds for group in groups for e in group.episodes for t in e.turns]
     return {
         "turns/s": round(turns / wall, 1),
-        "cores there": round(accounts.cores(), 2),
+        "available cores": round(accounts.cores(), 2),
         "answer_s": round(float(np.mean(waits)), 4),
         "driver_episode": spent["driver"] / episodes,
         "turn": {who: seconds / turns for who, seconds in spent.items()},
@@ -309,25 +309,25 @@ async def measured_play(rollouts: Any, episodes: int, size: int, tag: str) -> di
 
 
 async def on_ray(args: argparse.Namespace, chat: Chat) -> dict[str, Any]:
-    """Hop, the driver by number of hosts, put and broadcast."""
+    """Hop, the driver by number of workers, put and broadcast."""
     import ray
 
     from rayrl.cluster.session import open_session
     from rayrl.cluster.weight_sync.transports import ask_all
 
-    found: dict[str, Any] = {"driver by hosts": {}}
+    found: dict[str, Any] = {"driver by env workers": {}}
     with open_session(from_dict({}).cluster) as session:
         cluster = Cluster(session, chat, 0.2)
         handle = await cluster.deploy(1)
         idle = Accounts()
         began = time.perf_counter()
         await asyncio.sleep(3)
-        found["idle a second"] = {
+        found["idle per second"] = {
             who: s / (time.perf_counter() - began) for who, s in idle.spent().items()
         }
         rows = []
         for live in (8, 32, 128, 1024, 4096, 256):
-            rollouts = await cluster.hosts(1, live)
+            rollouts = await cluster.workers(1, live)
             try:
                 await measured_play(rollouts, min(live, 64), SIZE, "warm")
                 before = await counts_of(handle)
@@ -339,27 +339,29 @@ async def on_ray(args: argparse.Namespace, chat: Chat) -> dict[str, Any]:
             rows.append(row | {"live": live})
         found["hop runs"] = rows
         found |= hop_of(rows)
-        for hosts in args.hosts:
-            rollouts = await cluster.hosts(hosts, 512)
+        for workers in args.workers:
+            rollouts = await cluster.workers(workers, 512)
             try:
-                await measured_play(rollouts, 64 * hosts, 16, "warm")
-                parts = [await measured_play(rollouts, 1024 * hosts, 16, f"h{k}") for k in range(2)]
-                found["driver by hosts"][hosts] = {
-                    "ms an episode": round(1000 * min(p["driver_episode"] for p in parts), 4),
-                    "recorder ms a turn": round(
+                await measured_play(rollouts, 64 * workers, 16, "warm")
+                parts = [
+                    await measured_play(rollouts, 1024 * workers, 16, f"h{k}") for k in range(2)
+                ]
+                found["driver by env workers"][workers] = {
+                    "ms per episode": round(1000 * min(p["driver_episode"] for p in parts), 4),
+                    "recorder ms per turn": round(
                         1000 * min(p["turn"]["recorder"] for p in parts), 5
                     ),
                 }
             finally:
                 rollouts.close()
         found["driver message"], found["recorder call"] = to_one(
-            rows, found["idle a second"]["driver"], _unpickling(TURNS, 8)
+            rows, found["idle per second"]["driver"], _unpickling(TURNS, 8)
         )
         began_cpu = time.process_time()
         for _ in range(50):
             await ask_all(handle, "check_health")
-        found["ask a replica"] = (time.process_time() - began_cpu) / 50
-        found["put a MB"] = fitted(
+        found["ask per replica"] = (time.process_time() - began_cpu) / 50
+        found["put per MB"] = fitted(
             [((1.0, mb), _put(ray, mb)) for mb in (1, 64, 16)], ("call", "MB")
         )
     return found
@@ -379,14 +381,14 @@ def _put(ray: Any, mb: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=HERE.parent / "costs.json")
-    parser.add_argument("--hosts", type=int, nargs="*", default=[1, 2, 4])
+    parser.add_argument("--workers", type=int, nargs="*", default=[1, 2, 4])
     args = parser.parse_args()
     chat = Chat.load(str(model_dir("embedded")))
     with tempfile.TemporaryDirectory() as folder:
         found: dict[str, Any] = {
             "driver": driver_work(Path(folder)),
             "recorder": recorder_work(),
-            "host": host_work(chat, 500),
+            "env worker": host_work(chat, 500),
             "wire": wire_work(),
             "push": weights_work(),
         }

@@ -77,7 +77,7 @@ async def play_engine(engine: EmbeddedEngine, added: Added, run: int) -> float:
 
 @torch.inference_mode()
 def play_generate(model: Any, added: Added) -> float:
-    """Seconds for the same with one call of `generate` a turn."""
+    """Seconds for the same with one call of `generate` per turn."""
     contexts: list[list[int]] = [[] for _ in added[0]]
     began = time.perf_counter()
     for new in added:

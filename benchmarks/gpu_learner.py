@@ -323,7 +323,7 @@ def steps(name: str, batch: Batch, device: str, repeats: int, rate: float) -> No
             text, seconds = done
             if seconds:
                 text = (
-                    f"{seconds:.3f} s a step, {row_tokens / seconds:,.0f} row tokens/s, floor "
+                    f"{seconds:.3f} s per step, {row_tokens / seconds:,.0f} row tokens/s, floor "
                     f"{floor / seconds:.0%} of it; {text}"
                 )
             print(f"{label}: {text}", flush=True)

@@ -32,7 +32,7 @@ import talk
 
 @dataclass(frozen=True)
 class Side:
-    """What one side's steps took: seconds (median), and tokens sampled a step (mean)."""
+    """What one side's steps took: seconds (median), and tokens sampled per step (mean)."""
 
     name: str
     seconds: float
@@ -123,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"\n{mode}: {options.groups} x {options.group_size} episodes, {turns} turn(s)")
         for side in sides:
             print(
-                f"  {side.name:<20} {side.seconds:>7.1f} s a step, of it generation and play "
+                f"  {side.name:<20} {side.seconds:>7.1f} s per step, of it generation and play "
                 f"{side.generating:>6.1f}; {side.sampled:,.0f} tokens sampled; "
                 f"ours is {side.seconds / sides[0].seconds:.2f} x as fast",
                 flush=True,

@@ -1,11 +1,11 @@
-"""Learner step: packed trie against right-padded rows of the same model, tokens a second.
+"""Learner step: packed trie against right-padded rows of the same model, tokens per second.
 
     python benchmarks/learner_step.py [--rows 256] [--group 16] [--repeats 3] [--profile]
     python benchmarks/learner_step.py --device cuda --hidden 1024 --layers 16
 
 Rows look like tic-tac-toe: a prompt shared by a group, then turns of a few sampled ids and a few of
 the environment's, where siblings that moved alike share the next turn too. Both sides run the same
-random Llama, loss and number of rows a micro-batch allows; tokens a second count *row* tokens
+random Llama, loss and number of rows a micro-batch allows; tokens per second count *row* tokens
 (copies included, padding not), so that the ratio is of wall time.
 """
 

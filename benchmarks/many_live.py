@@ -1,11 +1,11 @@
 """Thousands of episodes live at once: memory of each, and throughput against the ideal.
 
-    python benchmarks/many_live.py [--live 10000] [--latency 1.0] [--hosts 2] [--seconds 20]
+    python benchmarks/many_live.py [--live 10000] [--latency 1.0] [--workers 2] [--seconds 20]
 
 An environment of eight turns and a *fake* engine that answers after a delay (half to one and a half
 of `--latency`, drawn for each request) and computes nothing: what is measured is all around
 generation. With L episodes live and a mean latency of t seconds no system can make more than L / t
-turns a second: the ideal. Turns are counted in the last half of `--seconds`, when starts have
+turns per second: the ideal. Turns are counted in the last half of `--seconds`, when starts have
 spread. First in one process, then through env workers and one replica on Ray. Printed as JSON.
 """
 
@@ -85,7 +85,7 @@ async def in_process(args: argparse.Namespace, chat: Chat) -> dict[str, Any]:
             if watching.done():
                 break
     return report(args, found["rate"], found["cpu"]) | {
-        "kB an episode": round(found["bytes"] / args.live / 1e3, 1)
+        "kB per episode": round(found["bytes"] / args.live / 1e3, 1)
     }
 
 
@@ -107,9 +107,9 @@ async def on_ray(args: argparse.Namespace, chat: Chat) -> dict[str, Any]:
     from rayrl.config import from_dict
 
     where = f"{HERE}:talk"
-    share = args.live // args.hosts
+    share = args.live // args.workers
     config = from_dict(
-        {"env": {"name": where}, "cluster": {"concurrency": share, "env_workers": args.hosts}}
+        {"env": {"name": where}, "cluster": {"concurrency": share, "env_workers": args.workers}}
     )
     make = partial(FakeEngine, chat.reply(REPLY), args.latency)
 
@@ -130,7 +130,7 @@ async def on_ray(args: argparse.Namespace, chat: Chat) -> dict[str, Any]:
             playing = asyncio.create_task(
                 rollouts.collect(list(itertools.islice(plans(size), episodes // size)))
             )
-            await asyncio.sleep(args.seconds)  # hosts start slower: the whole time spreads them
+            await asyncio.sleep(args.seconds)  # workers start slower: the whole time spreads them
             began, first, accounts = time.perf_counter(), await counts_of(handle), Accounts()
             await asyncio.sleep(args.seconds / 2)
             spent, last = time.perf_counter() - began, await counts_of(handle)
@@ -141,10 +141,10 @@ async def on_ray(args: argparse.Namespace, chat: Chat) -> dict[str, Any]:
             rollouts.close()
     turns, calls = last[0] - first[0], last[1] - first[1]
     return report(args, turns / spent, sum(cpu.values()) / spent) | {
-        "driver's ms an episode": round(1000 * cpu["driver"] / turns * TURNS, 3),
-        "cores there": round(cores, 2),
-        "requests a call": round(turns / calls, 1),
-        "CPU ms a turn": {who: round(1000 * s / turns, 4) for who, s in cpu.items()},
+        "driver ms per episode": round(1000 * cpu["driver"] / turns * TURNS, 3),
+        "available cores": round(cores, 2),
+        "requests per call": round(turns / calls, 1),
+        "CPU ms per turn": {who: round(1000 * s / turns, 4) for who, s in cpu.items()},
     }
 
 
@@ -153,7 +153,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--live", type=int, default=10_000)
     parser.add_argument("--latency", type=float, default=1.0)
-    parser.add_argument("--hosts", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--only", choices=("process", "ray"), help="leave the other one out")
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Turns a second of the rollout stack alone: a 4-turn environment, an engine that takes no time.
+"""Turns per second of the rollout stack alone: a 4-turn environment, an engine that takes no time.
 
     python benchmarks/rollouts.py                                  rayrl in one process
     python benchmarks/rollouts.py --ray                            and through env workers and Serve
@@ -144,7 +144,7 @@ def main() -> None:
     n, repeat = options.episodes, options.repeat
     chat = Chat.load(str(model_dir(options.model)))
 
-    print(f"{n} episodes of {TURNS} turns; turns a second, best of {repeat}")
+    print(f"{n} episodes of {TURNS} turns; turns per second, best of {repeat}")
     print(f"{'live':>5} {'':<18} {'wall':>9} {'cpu':>9}")
     for live in options.concurrency:
         ours, theirs = [], []
@@ -163,7 +163,7 @@ def main() -> None:
 
 
 def show(live: int, name: str, n: int, runs: Sequence[Spent]) -> tuple[float, float]:
-    """Print and return turns a second of the wall clock and of the processor."""
+    """Print and return turns per second of the wall clock and of the processor."""
     wall = n * TURNS / min(run.wall for run in runs)
     cpu = n * TURNS / min(run.cpu for run in runs)
     print(f"{live:>5} {name:<18} {wall:>9,.0f} {cpu:>9,.0f}", flush=True)

@@ -5,7 +5,7 @@
 A stand-in engine answers each request after a random number of steps of `--step-ms`, as continuous
 batching does: some end at each step. One host keeps `--live` conversations going. Compared: the
 engine in the host's own process (nothing between), the batching client over Serve (what env workers
-use), and a call of the handle for each request. Printed as JSON: turns a second, and milliseconds
+use), and a call of the handle for each request. Printed as JSON: turns per second, and milliseconds
 added to a turn of a conversation.
 """
 
@@ -110,8 +110,8 @@ class Host:
         clients: dict[str, Any] = {
             "in process": partial(StandIn, step_s),
             "batched": partial(BatchingClient, counting, lanes=1, deadline_s=60),
-            "a call each": partial(OneByOne, app, False),
-            "a call each, by reference": partial(OneByOne, app, True),
+            "one call per request": partial(OneByOne, app, False),
+            "one call per request, by reference": partial(OneByOne, app, True),
         }
         client = clients[kind]()
         prompt = tuple(range(200))
@@ -151,7 +151,12 @@ def main() -> None:
         host = ray.remote(num_cpus=0)(Host).remote()
         found = {
             kind: ray.get(host.play.remote(kind, "serve-cost", args.live, args.turns, step_s))
-            for kind in ("in process", "batched", "a call each", "a call each, by reference")
+            for kind in (
+                "in process",
+                "batched",
+                "one call per request",
+                "one call per request, by reference",
+            )
         }
     base = found["in process"]["seconds"]
     for kind, figures in found.items():

@@ -49,20 +49,20 @@ class Station:
 
     @property
     def most(self) -> float:
-        """Turns a second."""
+        """Turns per second."""
         return self.servers / self.demand_s if self.demand_s else math.inf
 
 
 def solve(
     stations: Sequence[Station], live: float, wait_s: float
 ) -> tuple[float, dict[str, float]]:
-    """Turns a second of `live` episodes that wait `wait_s` a turn besides; and who is where.
+    """Turns per second of `live` episodes that wait `wait_s` a turn besides; and who is where.
 
     Schweitzer's approximation of mean value analysis: who arrives finds what is there on average,
     less himself. Exact for one customer, and where one station is all there is.
 
     Returns:
-        Turns a second, and episodes at each station by its name.
+        Turns per second, and episodes at each station by its name.
     """
     queue = {s.name: live / len(stations) for s in stations}
     rate = new = 0.0
@@ -85,9 +85,9 @@ class Workload:
 
     Attributes:
         turns: of an episode; ids: sampled in one; prompt: ids added before it.
-        env_s: CPU seconds a turn of the environment's own code, on its host.
-        tool_s: seconds a turn that something outside takes, without this cluster's CPU.
-        engine_ids_s: ids a second of a full replica; step_s: of one id of one conversation.
+        env_s: CPU seconds per turn of the environment's own code, on its host.
+        tool_s: seconds per turn that something outside takes, without this cluster's CPU.
+        engine_ids_s: ids per second of a full replica; step_s: of one id of one conversation.
         spread: standard deviation of a turn's time, as a share of it.
         episodes: a step and a node; size: of a group.
         update_s: of the learner for its batch, with learners that grow with the nodes.
@@ -115,7 +115,7 @@ class Cluster:
     """Where. Everything a node, but for the driver, the recorder and the head's network.
 
     Attributes:
-        hosts, replicas: a node.
+        workers, replicas: a node.
         concurrency: live episodes a host.
         network_gb_s: of a node.
         sync: object_store (every node fetches the whole from rank 0's node) or nccl (a chain).
@@ -123,7 +123,7 @@ class Cluster:
     """
 
     nodes: int
-    hosts: int
+    workers: int
     replicas: int
     concurrency: int = 512
     network_gb_s: float = 12.5
@@ -137,7 +137,7 @@ class Outcome:
 
     Attributes:
         busy: share of its time each part is busy.
-        turns_s: turns a second of whole steps.
+        turns_s: turns per second of whole steps.
     """
 
     step_s: float
@@ -156,7 +156,7 @@ def messages(rate: float, wait_s: float, live: float, spread_s: float) -> float:
     """Messages a request between a host and a replica.
 
     Args:
-        rate: requests a second between the two.
+        rate: requests per second between the two.
         wait_s: that a message waits for company.
         live: episodes that go round between them.
         spread_s: over which answers to requests that travelled together spread.
@@ -181,20 +181,20 @@ def stations_of(
     live: float,
     late_s: float = 0.0,
 ) -> tuple[list[Station], float]:
-    """Every part's demand at `rate` turns a second, and seconds a turn that nothing serves.
+    """Every part's demand at `rate` turns per second, and seconds per turn that nothing serves.
 
     Args:
         live: episodes.
         late_s: that a message waits besides its pace, because its event loop is busy.
     """
-    hosts, replicas = place.nodes * place.hosts, place.nodes * place.replicas
+    workers, replicas = place.nodes * place.workers, place.nodes * place.replicas
     answer_s = work.ids * work.step_s
-    pairs = hosts * replicas
+    pairs = workers * replicas
     spread_s = math.sqrt(12) * work.spread * (answer_s + work.tool_s)  # if evenly
     calls = messages(rate / pairs, pace(answer_s) + late_s, max(live / pairs, 1.0), spread_s)
     context = (work.turns - 1) / 2 * (work.ids + work.prompt) + work.prompt  # on average
     wire = costs["wire"]["id"] * context
-    host, replica, batch = costs["hop host"], costs["hop replica"], costs["driver"]["batch"]
+    host, replica, batch = costs["hop env worker"], costs["hop replica"], costs["driver"]["batch"]
     groups = rate / work.turns / work.size
     driver = batch["turn"] + batch["id"] * work.ids + batch["episode"] / work.turns
     driver += costs["driver message"] / (1 + PAUSE_S * groups) / work.size / work.turns
@@ -210,18 +210,18 @@ def stations_of(
         at_host /= 1 - steady[0]
         at_replica /= 1 - steady[1]
     stations = [
-        Station("env workers", at_host, hosts),
+        Station("env workers", at_host, workers),
         Station("replicas' Python", at_replica, replicas),
         Station("engines", engine, replicas),
-        Station("recorder", told + 12e-6 * costs["put a MB"]["MB"] * work.ids),
+        Station("recorder", told + 12e-6 * costs["put per MB"]["MB"] * work.ids),
         Station("driver", driver),
         Station("head's network", bytes_a_turn / (place.network_gb_s * 1e9)),
     ]
     wait_s = answer_s + work.tool_s + 2 * pace(answer_s)
     if place.cores:
         python = [s for s in stations if s.name not in ("engines", "head's network")]
-        always = sum(costs["idle a second"].values())  # Ray itself
-        always += hosts * steady[0] + replicas * steady[1]
+        always = sum(costs["idle per second"].values())  # Ray itself
+        always += workers * steady[0] + replicas * steady[1]
         left = max(place.cores - always, 0.1)
         shared = Station("cores", sum(s.demand_s for s in python) / left)
         engines = [s for s in stations if s.name == "engines" and s.demand_s]
@@ -230,7 +230,7 @@ def stations_of(
 
 
 def rate_of(costs: Mapping[str, Any], work: Workload, place: Cluster, live: float) -> float:
-    """Turns a second that `live` episodes make.
+    """Turns per second that `live` episodes make.
 
     What a turn costs depends on how many travel in a message, and that on the rate and on how late
     the event loops are: a busy one is late and therefore cheaper. So the loops are as late as makes
@@ -250,7 +250,7 @@ def rate_of(costs: Mapping[str, Any], work: Workload, place: Cluster, live: floa
 def _served(
     costs: Mapping[str, Any], work: Workload, place: Cluster, live: float, late_s: float
 ) -> tuple[float, float]:
-    """Turns a second if messages are that late, and how long a message waits for Python then."""
+    """Turns per second if messages are that late, and how long a message waits for Python then."""
     rate = new = live / 10
     for _ in range(60):
         stations, wait_s = stations_of(costs, work, place, rate, live, late_s)
@@ -268,12 +268,14 @@ def _served(
 def push_of(costs: Mapping[str, Any], work: Workload, place: Cluster) -> float:
     """Seconds: into a buffer with its checksum, over the network, into the replicas."""
     mb = 1000 * work.model_gb
-    copy = costs["push"]["copy a MB"] * mb
-    digest = costs["push"]["checksum a MB"] * mb / 8  # beside the copy, and over 8 threads: ASSUMED
+    copy = costs["push"]["copy per MB"] * mb
+    digest = (
+        costs["push"]["checksum per MB"] * mb / 8
+    )  # beside the copy, and over 8 threads: ASSUMED
     others = place.nodes - 1
     hops = others if place.sync == "object_store" else min(others, 1)
     network = work.model_gb * hops / place.network_gb_s
-    asked = costs["ask a replica"] * place.nodes * place.replicas
+    asked = costs["ask per replica"] * place.nodes * place.replicas
     return 2 * copy + digest + network + asked
 
 
@@ -285,7 +287,7 @@ def outcome(costs: Mapping[str, Any], work: Workload, place: Cluster) -> Outcome
     learning, playing at full speed, and the time of one batch's play over max_lag.
     """
     episodes = work.episodes * place.nodes
-    slots = place.nodes * place.hosts * place.concurrency
+    slots = place.nodes * place.workers * place.concurrency
     turns = episodes * work.turns
     live = min(episodes, slots)
     turn_s = work.ids * work.step_s + work.tool_s
@@ -316,7 +318,7 @@ WORKLOADS = [
             turns=4, ids=12, prompt=25, engine_ids_s=5500, step_s=0.004, episodes=512,
             update_s=1.93, model_gb=0.004, env_s=1.5e-5, lag=0,
         ),
-        Cluster(1, hosts=2, replicas=2, network_gb_s=1.25),
+        Cluster(1, workers=2, replicas=2, network_gb_s=1.25),
     ),
     # ASSUMED: nodes of 8 H100, 4 with vLLM (8,000 ids/s each, 10 ms an id) and 4 learning at 40% of
     # 990 TFLOP/s (6 FLOP a parameter and id); 100 Gbit/s between nodes.
@@ -326,7 +328,7 @@ WORKLOADS = [
             turns=4, ids=256, prompt=256, engine_ids_s=8000, step_s=0.010, episodes=256,
             update_s=5.2, model_gb=5.2,
         ),
-        Cluster(1, hosts=4, replicas=4),
+        Cluster(1, workers=4, replicas=4),
     ),
     # ASSUMED: the same nodes and model; 50 turns of 200 ids, tools that take 2 s and answer 400
     # ids, so that contexts grow to 30,000; engines at 3,000 ids/s for it; 5 ms of the host's CPU.
@@ -336,7 +338,7 @@ WORKLOADS = [
             turns=50, ids=200, prompt=400, engine_ids_s=3000, step_s=0.010, episodes=128,
             update_s=38.0, model_gb=5.2, env_s=0.005, tool_s=2.0,
         ),
-        Cluster(1, hosts=4, replicas=4),
+        Cluster(1, workers=4, replicas=4),
     ),
 ]  # fmt: skip
 NODES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -424,17 +426,17 @@ def validate(costs: Mapping[str, Any], parts: Sequence[str]) -> None:
         )
 
     for live, latency in ((500, 1.0), (2000, 1.0), (10_000, 1.0)) if "live" in parts else ():
-        args = argparse.Namespace(live=live, latency=latency, hosts=2, seconds=16.0)
+        args = argparse.Namespace(live=live, latency=latency, workers=2, seconds=16.0)
         found = asyncio.run(many_live.on_ray(args, chat))
-        cores = found["cores there"]
-        place = Cluster(1, hosts=2, replicas=1, concurrency=live, cores=cores)
+        cores = found["available cores"]
+        place = Cluster(1, workers=2, replicas=1, concurrency=live, cores=cores)
         work = fake(many_live.TURNS, latency, live)
         predicted = rate_of(costs, work, place, live)
         line(f"many_live, {live} live, {latency:g} s: turns/s", predicted, found["turns/s"], cores)
         print(json.dumps(found), flush=True)
     for live in (64, 256) if "rollouts" in parts else ():
         seconds, cores = asyncio.run(rollouts.on_ray(chat, "embedded", 1000, live, 2))
-        place = Cluster(1, hosts=1, replicas=1, cores=cores)
+        place = Cluster(1, workers=1, replicas=1, cores=cores)
         predicted = rate_of(costs, fake(rollouts.TURNS, 0.0, 1000, size=1), place, live)
         measured = 1000 * rollouts.TURNS / seconds
         line(f"rollouts --ray, {live} live, instant: turns/s", predicted, measured, cores)
@@ -443,12 +445,12 @@ def validate(costs: Mapping[str, Any], parts: Sequence[str]) -> None:
             lags=[0, 1, 2], steps=9, latency=0.5, learn=4.0, groups=16, group_size=8
         )
         measured_steps = asyncio.run(overlap.measure(options))
-        place = Cluster(1, hosts=2, replicas=1, cores=2.0)
+        place = Cluster(1, workers=2, replicas=1, cores=2.0)
         for lag in options.lags:
             work = fake(overlap.TURNS, 0.5, 128, size=8, update_s=4.0, lag=lag)
             predicted = outcome(costs, work, place).step_s
-            found_s = measured_steps[f"max_lag={lag}"]["seconds a step"]
-            line(f"overlap, max_lag={lag}: seconds a step", predicted, found_s, 2.0)
+            found_s = measured_steps[f"max_lag={lag}"]["seconds per step"]
+            line(f"overlap, max_lag={lag}: seconds per step", predicted, found_s, 2.0)
 
 
 def main() -> None:
