@@ -95,7 +95,7 @@ def a_group(name: str, size: int, turns: int, ids: int) -> Group:
             offset=2 * ids * k,
             prompt_ids=tuple(range(1000, 1000 + ids)),
             completion_ids=tuple(range(1000, 1000 + ids)),
-            logprobs=tuple(-0.001 * j for j in range(ids)),
+            rollout_logprobs=tuple(-0.001 * j for j in range(ids)),
             versions=(VersionSpan(3, 0, ids),),
             state=f"turn {k}: your move",
             began=1e9,

@@ -37,7 +37,7 @@ from learner_step import finish, make_rows, padded_step
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
-from rayrl.config import Config
+from rayrl.config import AlgoConfig, Config
 from rayrl.learner.attention import IMPLEMENTATION
 from rayrl.learner.batch import Batch, Trajectory, batch_of, micro_batches
 from rayrl.learner.deepspeed import DeepSpeedLearner
@@ -225,7 +225,7 @@ def attention(name: str, batch: Batch, flex: Flex, device: str, repeats: int) ->
             MODELS[name](), dtype=torch.bfloat16, attn_implementation=IMPLEMENTATION
         )
     rows = list(batch.rows)
-    objective = Objective("cispo", tis_max=2.0)
+    objective = Objective.of(AlgoConfig(loss="cispo", tis_max=2.0))
     row_tokens = sum(len(row.ids) for row in rows)
 
     def trie() -> None:

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
+from rayrl.config import AlgoConfig
 from rayrl.learner.attention import IMPLEMENTATION
 from rayrl.learner.batch import Totals, Trajectory, batch_of, micro_batches
 from rayrl.learner.forward import loss_of
@@ -96,7 +97,7 @@ def padded_step(
         mask = pad([row.loss_mask for row in part])[:, 1:]
         attention = pad([np.ones(len(row.ids), np.int64) for row in part])
         advantages = pad([row.advantages for row in part])[:, 1:]
-        old = pad([row.old_logprobs for row in part])[:, 1:]
+        old = pad([row.rollout_logprobs for row in part])[:, 1:]
         logits = model(input_ids=ids, attention_mask=attention, use_cache=False).logits[:, :-1]
         logprobs = -F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
         logprobs = logprobs.view(mask.shape)
@@ -137,7 +138,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").to(args.device)
     rows = make_rows(args.rows, args.group)
     batch = batch_of(rows)
-    objective = Objective("cispo", tis_max=2.0)
+    objective = Objective.of(AlgoConfig(loss="cispo", tis_max=2.0))
     row_tokens = sum(len(row.ids) for row in rows)
     begin = time.perf_counter()
     packs = [pack([r.ids for r in m], [r.loss_mask for r in m]) for m in micro_batches(rows, 8192)]

@@ -49,7 +49,8 @@ async def train(config: Config) -> None:
     """
     environment, algo, steps = make_environment(config), config.algo, config.train.steps
     check_trained(environment, config)
-    every_row = algo.kl_coef > 0 or algo.entropy_coef > 0  # terms that act at zero advantage
+    # terms that act where the advantage is zero; a loss from outside may have some
+    every_row = algo.kl_coef > 0 or algo.entropy_coef > 0 or ":" in algo.loss
     with RunDir(config.run.dir, config, begin=False) as folder:
         if folder.finished is not None and folder.finished.get("steps", 0) >= steps:
             print(already_finished(folder.path))

@@ -258,9 +258,9 @@ class Completion(_Compact):
 
     Attributes:
         ids: sampled ids, the stop id included when one ended it.
-        logprobs: natural-log probability of each id under the distribution it was *sampled* from
-            (after temperature, top-k and top-p), one per id. All 0.0 when greedy. An engine opened
-            with `raw_logprobs` gives those of the model itself instead, greedy or not.
+        rollout_logprobs: natural-log probability of each id under the distribution it was *sampled*
+            from (after temperature, top-k and top-p), one per id. All 0.0 when greedy. An engine
+            opened with `raw_logprobs` gives those of the model itself instead, greedy or not.
         versions: spans that cover `ids` exactly.
         finish: "stop" (stop id or stop string), "length", or "abort".
         cached: prompt ids whose KV was reused instead of computed.
@@ -268,7 +268,7 @@ class Completion(_Compact):
     """
 
     ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
+    rollout_logprobs: tuple[float, ...]
     versions: tuple[VersionSpan, ...]
     finish: Finish
     cached: int = field(default=0, compare=False)
@@ -284,7 +284,7 @@ class Delta(_Compact):
     """
 
     ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
+    rollout_logprobs: tuple[float, ...]
     finish: Finish | None = None
     cached: int = 0
     alternatives: tuple[Alternatives, ...] = ()
@@ -371,7 +371,8 @@ class Turn(_Compact):
         text: the reply as text.
         prompt_ids: ids *appended* for this call.
         completion_ids: ids the model sampled.
-        logprobs: one per completion id, under the sampling distribution.
+        rollout_logprobs: one per completion id, under the sampling distribution, as the engine
+            recorded it.
         versions: weight versions, as spans over `completion_ids`.
         state: key of the state the model acted in; equal keys inside a group are the same decision
             (GiGPO compares there).
@@ -389,7 +390,7 @@ class Turn(_Compact):
     offset: int = 0
     prompt_ids: tuple[int, ...] = ()
     completion_ids: tuple[int, ...] = ()
-    logprobs: tuple[float, ...] = ()
+    rollout_logprobs: tuple[float, ...] = ()
     versions: tuple[VersionSpan, ...] = ()
     state: str = ""
     tools: tuple[Mapping[str, Any], ...] = ()

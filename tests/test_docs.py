@@ -16,13 +16,14 @@ from rayrl import Agent, Environment, ScriptedPlayer, check_env, load_env, play_
 from rayrl.cluster.rollouts import CollectedGroups
 from rayrl.cluster.workers.scaling import Load
 from rayrl.config import from_dict, leaves
-from rayrl.environment.registry import _from_file
+from rayrl.config.registry import load_module
 from rayrl.learner.advantage import advantages
-from rayrl.learner.batch import make_batch
-from rayrl.learner.forward import Tally
+from rayrl.learner.batch import batch_of, make_batch
+from rayrl.learner.reference import ReferenceLearner
 from rayrl.run.metrics import Clock, step_metrics
 from tests.act import instant
 from tests.documents import ROOT, blocks, commands, settings, understand
+from tests.learner_rows import make_model, make_rows
 
 DOCS = (
     "docs/environments.md",
@@ -33,6 +34,7 @@ DOCS = (
     "docs/serving.md",
 )
 PYTHON = [text for kind, text in blocks(DOCS[0]) if kind == "python"]
+OWN_ALGORITHM = [text for kind, text in blocks(DOCS[1]) if kind == "python"]
 COMMANDS = [line for file in DOCS for line in commands(blocks(file))]
 SETTINGS = settings(COMMANDS)
 OTHERS = (
@@ -72,7 +74,7 @@ def environments(module: ModuleType) -> list[Environment]:
 @pytest.mark.parametrize("file", [name_of(block) for block in PYTHON])
 def test_python_runs(file: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
-    module = _from_file(file)
+    module = load_module("env.name", file)
     tests = [one for name, one in vars(module).items() if name.startswith("test_")]
     assert tests or environments(module)
     for test in tests:
@@ -173,15 +175,24 @@ def test_lines_links_and_settings(file: str) -> None:
             assert f"{section}.{name}" in keys, f"{file}: there is no setting {key}"
 
 
-def test_every_figure_of_a_step_is_explained() -> None:
+def test_every_metric_of_a_step_is_explained_and_the_algorithm_of_ones_own_runs(
+    tmp_path: Path,
+) -> None:
+    (block,) = OWN_ALGORITHM
+    own = tmp_path / name_of(block)
+    own.write_text(block)
     env = load_env("copyword")
     (task,) = env.tasks(0, 1)
     group = asyncio.run(play_group(env, task, instant(), id="docs", size=2))
-    algo = from_dict({}).algo
-    batch = make_batch([group], advantages([group], algo))
-    tally = Tally()
-    tally.sums += 1  # so that everything was measured
-    learned = {**tally.metrics(), "lr": 0, "grad_norm": 0, "updates": 0, "skipped": 0}
+    algo = {"loss": f"{own}:reinforce", "advantage": f"{own}:best_only", "kl_coef": 0.1}
+    config = from_dict({"algo": algo})
+    scored = advantages([group], config.algo)
+    assert scored == [{(0, "agent"): (1.0,), (1, "agent"): (1.0,)}]
+    batch = make_batch([group], scored)
+    learner = ReferenceLearner(config, make_model(tmp_path / "model"))
+    rows, totals = make_rows(0), batch_of(make_rows(0)).totals
+    learned = {**learner.step(rows, totals, "cispo"), **learner.step(rows, totals)}
+    learned["loss/NAME"] = learned.pop("loss/moved")
     clock = Clock()
     text = "".join((ROOT / f"rayrl/{f}.py").read_text() for f in ("loop", "run/training"))
     for stage in re.findall(r'clock\("(\w+)"\)', text):

@@ -26,12 +26,21 @@ from importlib.metadata import Distribution, distribution, distributions, versio
 from pathlib import Path
 
 from rayrl.config import Config, stage_config
+from rayrl.config.registry import CODE_FILE, split_reference
 from rayrl.config.yaml_files import conf_dir
-from rayrl.environment.registry import CODE_FILE, ENV_GROUP
+from rayrl.environment.registry import ENV_GROUP
 from rayrl.errors import ConfigError
 from rayrl.types import derive_seed
 
-__all__ = ["CONFIG_DIR", "LIMIT_MB", "START", "env_names", "forwarded_variables", "write_bundle"]
+__all__ = [
+    "CONFIG_DIR",
+    "LIMIT_MB",
+    "START",
+    "env_names",
+    "forwarded_variables",
+    "function_references",
+    "write_bundle",
+]
 
 LIMIT_MB = 100  # Ray accepts 512 in one request, and keeps them in the head's memory
 START = "start.py"
@@ -45,8 +54,19 @@ _LOCAL_NAMES = ("RAYRL_VENV",)
 
 def env_names(config: Config) -> list[str]:
     """List the environments of a configuration and of its recipe's stages."""
-    configs = [config, *(stage_config(config, stage) for stage in config.recipe)]
-    return list(dict.fromkeys(c.env.name for c in configs if c.env.name))
+    return list(dict.fromkeys(c.env.name for c in _with_stages(config) if c.env.name))
+
+
+def function_references(config: Config) -> dict[str, str]:
+    """Map each loss and advantage from outside the package that `config` names to its key."""
+    named: dict[str, str] = {}
+    for c in _with_stages(config):
+        named |= {c.algo.loss: "algo.loss", c.algo.advantage: "algo.advantage"}
+    return {reference: key for reference, key in named.items() if ":" in reference}
+
+
+def _with_stages(config: Config) -> list[Config]:
+    return [config, *(stage_config(config, stage) for stage in config.recipe)]
 
 
 def forwarded_variables(environ: Mapping[str, str]) -> dict[str, str]:
@@ -58,11 +78,17 @@ def forwarded_variables(environ: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def write_bundle(folder: Path, envs: Iterable[str] = (), config_dir: Path | None = None) -> None:
+def write_bundle(
+    folder: Path,
+    envs: Iterable[str] = (),
+    config_dir: Path | None = None,
+    functions: Mapping[str, str] | None = None,
+) -> None:
     """Write the bundle into an empty folder.
 
     Args:
         envs: environments as `env.name`; those installed by name are always included.
+        functions: see `function_references`.
 
     Raises:
         ConfigError: a file or module does not exist, or the bundle is too large.
@@ -80,8 +106,8 @@ def write_bundle(folder: Path, envs: Iterable[str] = (), config_dir: Path | None
     for dist in _other_distributions(known):
         _add_distribution(files, texts, dist)
     path_of, copy_of = {}, {}  # absolute path by name, path in the bundle by absolute path
-    for name in envs:
-        module, _, attribute = name.rpartition(":") if ":" in name else (name, "", "")
+    for name, key in [*((name, "env.name") for name in envs), *(functions or {}).items()]:
+        module, attribute = split_reference(name)
         if module.endswith(".py"):
             path = Path(module).expanduser().resolve()
             if path.is_file():
@@ -89,9 +115,9 @@ def write_bundle(folder: Path, envs: Iterable[str] = (), config_dir: Path | None
                 copy_of[str(path)] = f"{ENV_FILES}/{derive_seed(path):x}/{path.name}"
                 files[copy_of[str(path)]] = path
             elif not Path(module).is_absolute():  # an absolute path may exist on the nodes
-                raise ConfigError(f"env.name={module!r}: there is no file {path}.")
+                raise ConfigError(f"{key}={module!r}: there is no file {path}.")
         elif attribute and not _add_module(files, module.split(".")[0]):
-            raise ConfigError(f"env.name={name!r}: there is no module {module.split('.')[0]!r}.")
+            raise ConfigError(f"{key}={name!r}: there is no module {module.split('.')[0]!r}.")
     texts[CODE_FILE] = json.dumps(
         {
             "python": ".".join(platform.python_version_tuple()[:2]),

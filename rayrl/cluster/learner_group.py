@@ -18,6 +18,7 @@ import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from rayrl.cluster import by_value
 from rayrl.cluster.gone import ACTOR_DIED
 from rayrl.cluster.session import prepare_process
 from rayrl.cluster.weight_sync.topology import transport_of
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from rayrl.learner.base import Learner
+    from rayrl.learner.loss import Loss
 
 __all__ = ["LearnerGroup", "LearnerRank"]
 
@@ -63,16 +65,29 @@ class LearnerRank:
             return str(ray.util.get_node_ip_address()), int(probe.getsockname()[1])
 
     def start(
-        self, config: Config, model: str, total_steps: int, world: int, master: tuple[str, int]
+        self,
+        config: Config,
+        model: str,
+        total_steps: int,
+        world: int,
+        master: tuple[str, int],
+        loss: str | bytes,
     ) -> None:
-        """Load the model; with DeepSpeed, also connect to the other ranks."""
+        """Load the model; with DeepSpeed, also connect to the other ranks.
+
+        Args:
+            loss: `algo.loss`, from `by_value.dumps`: this node may not have its file.
+        """
+        function = None if isinstance(loss, str) else by_value.loads(loss)
         self._adapters = transport_of(config) == "adapters"
         model = str(model_dir(model))
         device = "cuda" if config.cluster.learner_gpus else "cpu"
         if config.learner.kind == "reference":
             from rayrl.learner.reference import ReferenceLearner
 
-            self._learner = ReferenceLearner(config, model, total_steps=total_steps, device=device)
+            self._learner = ReferenceLearner(
+                config, model, total_steps=total_steps, device=device, loss=function
+            )
         else:
             from rayrl.learner.deepspeed import DeepSpeedLearner
 
@@ -85,14 +100,23 @@ class LearnerRank:
                 master_port=master[1],
                 total_steps=total_steps,
                 device=device,
+                loss=function,
             )
         gc.freeze()  # what exists now stays; later garbage, which may hold tensors,
         gc.set_threshold(700, 10, 10)  # is collected at Python's default rate
 
-    def step(self, batch: Batch, supervised: bool = False) -> dict[str, float]:
-        """Train one step on this rank's shard of a batch."""
-        learn = self._learner.sft_step if supervised else self._learner.step
-        return learn(batch.rows, batch.totals)
+    def step(self, batch: Batch, loss: str | bytes | None = None) -> dict[str, float]:
+        """Train one step on this rank's shard of a batch.
+
+        Args:
+            loss: for this step only, from `by_value.dumps`.
+        """
+        function = None if loss is None else by_value.loads(loss)
+        return self._learner.step(batch.rows, batch.totals, function)
+
+    def sft_step(self, batch: Batch) -> dict[str, float]:
+        """Make one supervised update on this rank's shard of a batch."""
+        return self._learner.sft_step(batch.rows, batch.totals)
 
     def describe(self) -> tuple[str, int]:
         """See `probe.Scorer`."""
@@ -175,6 +199,7 @@ class LearnerGroup:
         """Place the ranks and load the model in directory `model`.
 
         Raises:
+            ConfigError: `algo.loss` names no function.
             InfraError: the cluster lacks the resources.
         """
         self._started = (model, total_steps)
@@ -190,6 +215,7 @@ class LearnerGroup:
 
     async def _start(self, model: str, total_steps: int) -> None:
         learner, cluster = self._config.learner, self._config.cluster
+        loss = by_value.dumps("algo.loss", self._config.algo.loss)
         await self._place(learner.world_size)
         strategy = self._group and PlacementGroupSchedulingStrategy(self._group)
         actor = ray.remote(
@@ -202,7 +228,7 @@ class LearnerGroup:
             for rank in range(learner.world_size)
         ]
         (master,) = await _gather([self._ranks[0].address.remote()])
-        await self._all("start", self._config, model, total_steps, learner.world_size, master)
+        await self._all("start", self._config, model, total_steps, learner.world_size, master, loss)
 
     async def restart(self) -> None:
         """Restart every rank on the model given to `start`; the caller then loads a checkpoint."""
@@ -227,13 +253,22 @@ class LearnerGroup:
                 "cluster.learner_resources"
             ) from None
 
-    async def step(self, batch: Batch) -> Mapping[str, float]:
-        """Train one step on a batch, sharded over the ranks."""
-        return await self._step(batch)
+    async def step(self, batch: Batch, loss: str | Loss | None = None) -> Mapping[str, float]:
+        """Train one step on a batch, sharded over the ranks; return metrics, see `Learner.step`.
+
+        Args:
+            loss: for this step only, instead of `algo.loss` and its arguments: a name of the
+                package, `module:function`, `path/to/file.py:function`, or a function
+                `(LossInputs) -> LossOutputs`, which is sent to the ranks by value.
+
+        Raises:
+            ConfigError: there is no such loss, or it returned something else than `LossOutputs`.
+        """
+        return await self._sharded("step", batch, loss and by_value.dumps("algo.loss", loss))
 
     async def sft_step(self, batch: Batch) -> Mapping[str, float]:
         """Make one supervised update on a batch, sharded over the ranks."""
-        return await self._step(batch, supervised=True)
+        return await self._sharded("sft_step", batch)
 
     async def describe(self) -> tuple[str, int]:
         """See `probe.Scorer`."""
@@ -306,10 +341,10 @@ class LearnerGroup:
                 "Choose a run.dir on storage that all nodes share."
             )
 
-    async def _step(self, batch: Batch, *, supervised: bool = False) -> Mapping[str, float]:
+    async def _sharded(self, method: str, batch: Batch, *args: object) -> Mapping[str, float]:
         world = len(self._ranks)
         calls = [
-            rank.step.remote(shard(batch, index, world), supervised)
+            getattr(rank, method).remote(shard(batch, index, world), *args)
             for index, rank in enumerate(self._ranks)
         ]
         metrics: Mapping[str, float] = (await _gather(calls))[0]

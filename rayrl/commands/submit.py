@@ -86,12 +86,14 @@ def command(given: argparse.Namespace, folder: Path) -> list[str]:
     if arguments.verb == "play":
         raise ConfigError("play: a job has no terminal; play without jobs/submit.")
     named: list[str] = []
+    functions: dict[str, str] = {}
     if arguments.verb not in READING:
         config = cli.configuration(arguments)
         named = code_bundle.env_names(config)
+        functions = code_bundle.function_references(config)
         if arguments.verb in WRITING:
             _check_folder(config.run.dir)
-    code_bundle.write_bundle(folder, named, arguments.config_dir)
+    code_bundle.write_bundle(folder, named, arguments.config_dir, functions)
     runtime = {"env_vars": {**code_bundle.forwarded_variables(os.environ), **_values(given.env)}}
     line = [*RAY, "job", "submit", "--address", os.environ.get("RAY_ADDRESS") or ADDRESS]
     line += ["--working-dir", str(folder)]

@@ -43,6 +43,9 @@ class RunConfig:
     keep_checkpoints: int = 2  # older ones are deleted; the last is always kept
     checkpoint_every: int = 10  # steps
     episodes_every: int = 10  # steps between batches whose episodes are written out
+    # tensorboard | wandb | module:function | path/to/file.py:function : where metrics go besides
+    # RUN/metrics.jsonl; a function is called with step and metrics
+    loggers: list[str] = field(default_factory=lambda: ["tensorboard"])
     wandb_project: str = ""  # set to log to Weights & Biases as well
 
 
@@ -101,11 +104,12 @@ class SamplingConfig:
 class AlgoConfig:
     """Advantages and losses; sources in `learner/advantage.py` and `learner/loss.py`."""
 
-    advantage: str = "grpo"  # grpo | rloo | gigpo
+    advantage: str = "grpo"  # grpo | rloo | gigpo | module:function | path/to/file.py:function
     normalize: str = "std"  # none | std | batch_std : what centred group rewards are divided by
     step_weight: float = 1.0  # gigpo: weight of the step-level advantage
     gamma: float = 0.95  # gigpo: discount from a turn to the end of its episode
-    loss: str = "cispo"  # grpo | cispo | gspo
+    loss: str = "cispo"  # grpo | cispo | gspo | module:function | path/to/file.py:function
+    loss_args: dict[str, Any] = field(default_factory=dict)  # keywords of a loss from outside
     aggregation: str = "token"  # token | sequence | constant: sampling.max_tokens
     clip_low: float = 0.2
     clip_high: float = 0.28

@@ -37,6 +37,9 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "sft.loss_on": ("replies", "all"),
 }
 
+_OPEN = ("algo.advantage", "algo.loss")
+"""Of `_CHOICES`, those that may also name a function from outside the package."""
+
 _AT_LEAST: dict[str, float] = {
     "run.keep_checkpoints": 1,
     "run.checkpoint_every": 1,
@@ -196,10 +199,12 @@ def _wrong(key: str, value: object, why: str) -> ConfigError:
 def _check_ranges(config: Config) -> None:
     for key, known in _CHOICES.items():
         value = _at(config, key)
-        if value not in known:
+        outside = key in _OPEN and ":" in value
+        if value not in known and not outside:
             names = ", ".join(map(str, known))
+            also = ", or module:function or path/to/file.py:function" if key in _OPEN else ""
             near = did_you_mean(str(value), map(str, known))
-            raise _wrong(key, value, f"must be one of {names}.{near}")
+            raise _wrong(key, value, f"must be one of {names}{also}.{near}")
     bounds: list[tuple[str, Callable[[float], bool], str]] = [
         *(
             (key, lambda v, low=low: v >= low, f"must be {low} or more.")
@@ -234,6 +239,13 @@ def _check_shared(config: Config) -> None:
             raise _wrong(
                 f"env.seats.{seat}", who, "must be policy, endpoint, player:NAME or model:PATH."
             )
+    if algo.loss_args and ":" not in algo.loss:
+        raise _wrong(
+            "algo.loss_args",
+            algo.loss_args,
+            f"are keywords of a loss from outside, and algo.loss={algo.loss} takes none; remove "
+            "them.",
+        )
     if 0 < algo.tis_max < 1:
         raise _wrong(
             "algo.tis_max", algo.tis_max, "a bound under 1 shrinks every token; use 0 (off) or ≥ 1."

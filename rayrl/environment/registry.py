@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
-import importlib.util
-import json
-import sys
-from collections.abc import Mapping
 from importlib.metadata import entry_points
-from pathlib import Path
 from types import ModuleType
 
+from rayrl.config.registry import absolute, attribute_of, load_module, split_reference
 from rayrl.environment.environment import Environment
 from rayrl.environment.signature import suggestion
 from rayrl.errors import ConfigError
-from rayrl.types import derive_seed
 
-__all__ = ["CODE_FILE", "ENV_GROUP", "installed_envs", "load_env"]
+__all__ = ["ENV_GROUP", "installed_envs", "load_env"]
 
 ENV_GROUP = "rayrl.envs"
-CODE_FILE = "rayrl-code.json"  # beside rayrl/ in a copy that was sent to a cluster: `code_bundle`
 
 
 def installed_envs() -> list[str]:
@@ -40,11 +32,10 @@ def load_env(name: str) -> Environment:
     """
     if not name:
         raise ConfigError("env.name is empty: name an environment, a file or module:attribute")
-    place, _, attribute = name.rpartition(":") if ":" in name else (name, "", "")
-    if place.endswith(".py"):
-        return _named(_pick(_from_file(place), place, attribute), f"{_absolute(place)}:{attribute}")
-    if attribute:
-        return _named(_pick(_import(place, name), place, attribute), name)
+    place, attribute = split_reference(name)
+    if place.endswith(".py") or attribute:
+        found = _pick(load_module("env.name", name), place, attribute)
+        return _named(found, f"{absolute(place)}:{attribute}" if place.endswith(".py") else name)
     for point in entry_points(group=ENV_GROUP):
         if point.name == name:
             try:
@@ -67,59 +58,6 @@ def _named(env: Environment, ref: str) -> Environment:
     return env
 
 
-@functools.cache
-def _sent() -> Mapping[str, Mapping[str, str]]:
-    """Of code that was sent here: what the sender called its files, and where their copies are."""
-    file = Path(__file__).resolve().parents[2] / CODE_FILE
-    return json.loads(file.read_text("utf-8")) if file.is_file() else {"written": {}, "files": {}}
-
-
-def _absolute(place: str) -> Path:
-    """Where a file is, or was on the machine that sent it: the same for every process of a run."""
-    return Path(_sent()["written"].get(place) or Path(place).expanduser().resolve())
-
-
-def _copy(path: Path) -> Path:
-    """What is there to be read of the file."""
-    copy = _sent()["files"].get(str(path))
-    return Path(__file__).resolve().parents[2] / copy if copy else path
-
-
-def _from_file(place: str) -> ModuleType:
-    path = _absolute(place)
-    source = _copy(path)
-    if not source.is_file():
-        near = suggestion(path.name, [p.name for p in path.parent.glob("*.py")])
-        raise ConfigError(f"env.name={place!r}: there is no file {path}.{near}")
-    # a stable name, so that the file's task classes unpickle in any process that loaded it
-    name = f"rayrl_env_{path.stem}_{derive_seed(path):x}"
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, source)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[name]
-        raise ConfigError(
-            f"env.name={place!r}: {path} could not be run: {type(error).__name__}: {error}"
-        ) from error
-    return module
-
-
-def _import(place: str, name: str) -> ModuleType:
-    try:
-        return importlib.import_module(place)
-    except Exception as error:
-        raise ConfigError(
-            f"env.name={name!r}: module {place!r} could not be imported: "
-            f"{type(error).__name__}: {error}"
-        ) from error
-
-
 def _pick(module: ModuleType, place: str, attribute: str) -> Environment:
     known = {key: value for key, value in vars(module).items() if isinstance(value, Environment)}
     if not attribute:
@@ -130,9 +68,7 @@ def _pick(module: ModuleType, place: str, attribute: str) -> Environment:
             f"{place} defines {len(distinct)} environments ({', '.join(sorted(known)) or 'none'}): "
             f"name one, e.g. {place}:{next(iter(known), 'attribute')}"
         )
-    found: object = module
-    for part in attribute.split("."):
-        found = getattr(found, part, None)
+    found = attribute_of(module, attribute)
     if found is None:
         raise ConfigError(f"{place} has no {attribute!r}.{suggestion(attribute, list(known))}")
     return _checked(found, f"{place}:{attribute}")

@@ -1,7 +1,8 @@
 """How much better than its siblings an episode, or one of its turns, did. Pure functions.
 
-Rewards are compared only inside a group and a seat. A group without spread gives exact zeros,
-whatever the method, and then costs the learner nothing.
+Rewards are compared only inside a group and a seat: an advantage is a function
+`(inputs: AdvantageInputs) -> (G, turns)` of one group and seat. A group without spread gives exact
+zeros with every method here, and then costs the learner nothing.
 
 Methods (`algo.advantage`):
 
@@ -27,18 +28,65 @@ would teach it to end sooner, or later where the reward is negative.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from rayrl.config import AlgoConfig
-from rayrl.errors import ConfigError, did_you_mean
-from rayrl.types import Group
+from rayrl.config.registry import Registry, function_name
+from rayrl.errors import ConfigError, NumericsError, did_you_mean, shown
+from rayrl.types import Group, Turn
 
-__all__ = ["SPREAD_FLOOR", "advantages", "centred", "leave_one_out", "step_level"]
+__all__ = [
+    "ADVANTAGES",
+    "NORMALIZERS",
+    "SPREAD_FLOOR",
+    "Advantage",
+    "AdvantageInputs",
+    "advantages",
+    "centred",
+    "gigpo",
+    "grpo",
+    "leave_one_out",
+    "rloo",
+    "step_level",
+]
 
 SPREAD_FLOOR = 1e-6  # in units of reward
 
-METHODS = ("grpo", "rloo", "gigpo")
 NORMALIZERS = ("none", "std", "batch_std")
+
+
+@dataclass(frozen=True, slots=True)
+class AdvantageInputs:
+    """The G episodes of one group, as one trainable seat played them.
+
+    Attributes:
+        group: the group, its episodes in index order.
+        seat: whose turns are compared.
+        rewards: (G,) of the seat.
+        centred: (G,) rewards minus their mean; exact zeros where there is no spread.
+        scale: what centred rewards are divided by, as `algo.normalize` says: the population
+            standard deviation of `centred`, that of the batch, or 1; never 0.
+        algo: settings, of which a method reads what it needs.
+    """
+
+    group: Group
+    seat: str
+    rewards: Sequence[float]
+    centred: Sequence[float]
+    scale: float
+    algo: AlgoConfig
+
+    @property
+    def turns(self) -> list[tuple[Turn, ...]]:
+        """(G, turns) of the seat."""
+        return [episode.turns_of(self.seat) for episode in self.group.episodes]
+
+
+Advantage = Callable[[AdvantageInputs], Sequence[Sequence[float]]]
+"""-> (G, turns): for each episode, one finite number per turn of the seat."""
+
+ADVANTAGES: Registry[Advantage] = Registry("algo.advantage")
 
 
 def _flat(values: Sequence[float]) -> bool:
@@ -75,7 +123,7 @@ def step_level(
     Args:
         states: (G, turns) key of the state each turn was taken in.
         rewards: (G,).
-        gamma: discount a turn.
+        gamma: discount per turn.
 
     Returns:
         (G, turns): the turn's discounted return against the mean of those in the same state. 0
@@ -95,23 +143,66 @@ def step_level(
     return out
 
 
+@ADVANTAGES.register("grpo")
+def grpo(inputs: AdvantageInputs) -> list[list[float]]:
+    """The episode's centred reward, divided by the scale, at each of its turns."""
+    whole = [value / inputs.scale for value in inputs.centred]
+    return [[value] * len(own) for value, own in zip(whole, inputs.turns, strict=True)]
+
+
+@ADVANTAGES.register("rloo")
+def rloo(inputs: AdvantageInputs) -> list[list[float]]:
+    """The reward minus the mean of the others, divided by the scale, at each turn."""
+    whole = [value / inputs.scale for value in leave_one_out(inputs.rewards)]
+    return [[value] * len(own) for value, own in zip(whole, inputs.turns, strict=True)]
+
+
+@ADVANTAGES.register("gigpo")
+def gigpo(inputs: AdvantageInputs) -> Sequence[Sequence[float]]:
+    """That of `grpo`, plus `step_weight` times the turn's among turns in the same state."""
+    algo = inputs.algo
+    episode_level = grpo(inputs)
+    if not any(inputs.centred):
+        return episode_level
+    by_std = algo.normalize == "std"  # then each state's set is divided by its own
+    steps = step_level(
+        [[turn.state for turn in own] for own in inputs.turns],
+        inputs.rewards,
+        algo.gamma,
+        divide_by_std=by_std,
+    )
+    scale = 1.0 if by_std else inputs.scale
+    return [
+        [value + algo.step_weight * (step / scale) for value, step in zip(values, own, strict=True)]
+        for values, own in zip(episode_level, steps, strict=True)
+    ]
+
+
 def advantages(
-    groups: Sequence[Group], cfg: AlgoConfig
+    groups: Sequence[Group], algo: AlgoConfig, advantage: str | Advantage | None = None
 ) -> list[dict[tuple[int, str], tuple[float, ...]]]:
-    """One advantage a turn of every trainable seat.
+    """One advantage per turn of every trainable seat.
 
     Args:
         groups: complete groups (every episode has a reward for every trainable seat).
+        advantage: instead of `algo.advantage`: a name in `ADVANTAGES`, `module:function`,
+            `path/to/file.py:function`, or a function.
 
     Returns:
         For each group, by (episode index, seat), one number per turn of that seat.
 
     Raises:
-        ConfigError: an unknown method or normalizer.
+        ConfigError: an unknown method or normalizer, or a function that returned something else
+            than (G, turns) numbers.
+        NumericsError: a function returned a number that is not finite.
         ValueError: a group has an episode without a reward.
     """
-    _check("advantage", cfg.advantage, METHODS)
-    _check("normalize", cfg.normalize, NORMALIZERS)
+    if algo.normalize not in NORMALIZERS:
+        raise ConfigError(
+            f"algo.normalize={algo.normalize!r} is not one of {', '.join(NORMALIZERS)}."
+            f"{did_you_mean(algo.normalize, NORMALIZERS)}"
+        )
+    function = ADVANTAGES.resolve(algo.advantage if advantage is None else advantage)
     raw: list[dict[str, list[float]]] = []
     for group in groups:
         for episode in group.episodes:
@@ -126,15 +217,42 @@ def advantages(
                 for seat in group.trainable
             }
         )
-    batch = _batch_scales(raw) if cfg.normalize == "batch_std" else {}
-    return [_group(group, values, batch, cfg) for group, values in zip(groups, raw, strict=True)]
+    of_batch = _batch_scales(raw) if algo.normalize == "batch_std" else {}
+    out: list[dict[tuple[int, str], tuple[float, ...]]] = []
+    for group, by_seat in zip(groups, raw, strict=True):
+        found: dict[tuple[int, str], tuple[float, ...]] = {}
+        for seat, deviations in by_seat.items():
+            scale = of_batch.get(seat, 1.0)
+            if algo.normalize == "std" and any(deviations):
+                scale = _std(deviations)
+            rewards = [episode.rewards[seat] for episode in group.episodes]
+            inputs = AdvantageInputs(group, seat, rewards, deviations, scale, algo)
+            for episode, values in zip(group.episodes, _checked(function, inputs), strict=True):
+                found[episode.index, seat] = values
+        out.append(found)
+    return out
 
 
-def _check(key: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
+def _checked(function: Advantage, inputs: AdvantageInputs) -> list[tuple[float, ...]]:
+    """What a function returns for a group and seat, as (G, turns) finite floats."""
+    turns = [len(own) for own in inputs.turns]
+    returned = function(inputs)
+    name = (
+        f"the advantage {function_name(function)}, group {inputs.group.id!r}, seat {inputs.seat!r}"
+    )
+    try:
+        values = [tuple(float(value) for value in own) for own in returned]
+    except (TypeError, ValueError):
+        values = []
+    if [len(own) for own in values] != turns:
         raise ConfigError(
-            f"algo.{key}={value!r} is not one of {', '.join(known)}.{did_you_mean(value, known)}"
+            f"{name}: returned {shown(returned)}; return for each of the {len(turns)} episodes one "
+            f"number per turn of the seat, here {turns}."
         )
+    for k, own in enumerate(values):
+        if not all(map(math.isfinite, own)):
+            raise NumericsError(f"{name}, episode {k}: {list(own)} is not finite.")
+    return values
 
 
 def _batch_scales(raw: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, float]:
@@ -144,35 +262,3 @@ def _batch_scales(raw: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, flo
         for seat, values in by_seat.items():
             pooled.setdefault(seat, []).extend(values)
     return {seat: _std(values) if any(values) else 1.0 for seat, values in pooled.items()}
-
-
-def _group(
-    group: Group,
-    deviations: Mapping[str, Sequence[float]],
-    batch: Mapping[str, float],
-    cfg: AlgoConfig,
-) -> dict[tuple[int, str], tuple[float, ...]]:
-    out: dict[tuple[int, str], tuple[float, ...]] = {}
-    for seat, values in deviations.items():
-        if cfg.normalize == "std":
-            scale = _std(values) if any(values) else 1.0
-        else:
-            scale = batch.get(seat, 1.0)
-        rewards = [episode.rewards[seat] for episode in group.episodes]
-        if cfg.advantage == "rloo":
-            whole = [value / scale for value in leave_one_out(rewards)]
-        else:
-            whole = [value / scale for value in values]
-        turns = [episode.turns_of(seat) for episode in group.episodes]
-        steps = [[0.0] * len(own) for own in turns]
-        if cfg.advantage == "gigpo" and any(values):
-            steps = step_level(
-                [[turn.state for turn in own] for own in turns],
-                rewards,
-                cfg.gamma,
-                divide_by_std=cfg.normalize == "std",
-            )
-            steps = [[step / batch.get(seat, 1.0) for step in own] for own in steps]
-        for episode, value, own in zip(group.episodes, whole, steps, strict=True):
-            out[episode.index, seat] = tuple(value + cfg.step_weight * step for step in own)
-    return out

@@ -29,7 +29,7 @@ from rayrl.learner.batch import Totals, Trajectory, micro_batches, minibatches
 from rayrl.learner.forward import (
     Tally,
     checkpoint_layers,
-    filler,
+    idle_loss,
     load_model,
     loss_of,
     rate,
@@ -44,7 +44,7 @@ from rayrl.learner.lora import (
     save_adapter,
     with_adapters,
 )
-from rayrl.learner.loss import SFT, Objective
+from rayrl.learner.loss import SFT, Loss, Objective, resolve_loss
 from rayrl.learner.probe import longest_row
 from rayrl.learner.readback import misfit, probe_rows
 from rayrl.learner.rows import shares_prefixes
@@ -80,6 +80,7 @@ class Learner(ABC):
         cfg: the whole configuration.
         model_path: Hugging Face directory the stage starts from (also the KL reference).
         total_steps: length of the learning-rate schedule; default `cfg.train.steps`.
+        loss: what `algo.loss` names, where this process may not be able to import it.
 
     Attributes:
         cfg: the configuration, with the learning rate that `learner.lr` comes to.
@@ -95,6 +96,7 @@ class Learner(ABC):
         world_size: int = 1,
         total_steps: int | None = None,
         device: str = "cpu",
+        loss: Loss | None = None,
     ) -> None:
         torch.set_num_threads(cfg.learner.threads)
         self.model_path = model_dir(str(model_path))
@@ -104,7 +106,7 @@ class Learner(ABC):
         self.total_steps = cfg.train.steps if total_steps is None else total_steps
         self.device = device
         self.steps = 0
-        self.objective = Objective.of(cfg.algo, constant=float(cfg.sampling.max_tokens))
+        self.objective = Objective.of(cfg.algo, float(cfg.sampling.max_tokens), loss)
         self._reference: Any = None
         self.dtype: torch.dtype = getattr(torch, cfg.learner.dtype)
         self.module: Any = self._load()
@@ -136,6 +138,10 @@ class Learner(ABC):
     def _reduce(self, vector: Tensor, op: str) -> Tensor:
         """`vector` reduced over ranks by "sum" or "max"."""
 
+    @abstractmethod
+    def _gather(self, tally: Tally) -> list[Tally]:
+        """The tallies of all ranks, in the order of their ranks."""
+
     def _whole(self, parameters: Sequence[Tensor]) -> AbstractContextManager[None]:
         """While it is open, these parameters are whole on this rank; entered on all ranks."""
         return nullcontext()
@@ -148,21 +154,28 @@ class Learner(ABC):
 
     # What is the same for all.
 
-    def step(self, rows: Sequence[Trajectory], totals: Totals) -> dict[str, float]:
+    def step(
+        self, rows: Sequence[Trajectory], totals: Totals, loss: str | Loss | None = None
+    ) -> dict[str, float]:
         """Train on this rank's `rows` of a batch; `totals` are the whole batch's.
 
         Every rank returns the same metrics: those of `Tally` over all updates and ranks (mismatch
         over the first update, whose weights the step began with), and `lr`, `grad_norm` (largest),
         `updates` made and `skipped` (updates not made because a loss or gradient was not finite).
         What was not measured has no entry: without a row there is no `entropy` and no `grad_norm`.
+
+        Args:
+            loss: for this step only, instead of `algo.loss` and its arguments; see `resolve_loss`.
         """
-        algo = self.cfg.algo
+        algo, objective = self.cfg.algo, self.objective
+        if loss is not None:
+            objective = replace(objective, loss=resolve_loss(loss))
         rows = list(rows)
-        if algo.epochs * algo.minibatches > 1 and self.objective.tis_max > 0:
-            rows = with_logprobs(rows, "proximal", self._each_row(rows))
-        if self.objective.kl_coef > 0:
-            rows = with_logprobs(rows, "reference", self._reference_logprobs(rows))
-        return self._train(rows, totals, self.objective, algo.epochs, algo.minibatches)
+        if algo.epochs * algo.minibatches > 1 and algo.tis_max > 0:
+            rows = with_logprobs(rows, "proximal_logprobs", self._each_row(rows))
+        if algo.kl_coef > 0:
+            rows = with_logprobs(rows, "reference_logprobs", self._reference_logprobs(rows))
+        return self._train(rows, totals, objective, algo.epochs, algo.minibatches)
 
     def sft_step(self, rows: Sequence[Trajectory], totals: Totals) -> dict[str, float]:
         """One update of cross entropy on the rows' loss tokens (at temperature 1)."""
@@ -389,7 +402,7 @@ class Learner(ABC):
                 tally = self._accumulate(part, totals.share(parts), objective, first=first)
                 if tally is None:
                     continue
-                norms.append(self._update(lr, finite=math.isfinite(tally.total("loss"))))
+                norms.append(self._update(lr, finite=math.isfinite(tally.sums["loss"])))
                 whole.merge(tally)
         self.steps += 1
         done = [norm for norm in norms if math.isfinite(norm)]
@@ -404,22 +417,25 @@ class Learner(ABC):
         self, rows: Sequence[Trajectory], totals: Totals, objective: Objective, *, first: bool
     ) -> Tally | None:
         """Add up the gradient of one update; None where no rank has a row."""
-        temperature = 1.0 if objective.loss == "sft" else self._limits[1]
+        temperature = 1.0 if objective.supervised else self._limits[1]
         micros = self._micros(rows)
         n = self._passes(rows)
         if n == 0:
             return None
         tally = Tally()
         for i in range(n):
-            work = i < len(micros)
-            batch = micros[i] if work else [filler()]
-            loss, figures = loss_of(self.model, batch, objective, totals, temperature, first=first)
-            self._backward(loss if work else loss * 0, last=i == n - 1)
-            if work:
-                tally.merge(figures)
-        tally.sums = self._reduce(tally.sums, "sum")
-        tally.maxima = self._reduce(tally.maxima, "max")
-        return tally
+            if i < len(micros):
+                loss, measured = loss_of(
+                    self.model, micros[i], objective, totals, temperature, first=first
+                )
+                tally.merge(measured)
+            else:
+                loss = idle_loss(self.model)
+            self._backward(loss, last=i == n - 1)
+        over_ranks = Tally()
+        for one in self._gather(tally):
+            over_ranks.merge(one)
+        return over_ranks
 
 
 def _buckets(found: Iterable[Piece]) -> Iterator[list[Piece]]:

@@ -41,25 +41,26 @@ class Trajectory:
     Attributes:
         ids: (T,) int32.
         loss_mask: (T,) bool, True where the loss is taken: the ids the policy sampled.
-        old_logprobs: (T,) float32, what the engine recorded; 0 where `loss_mask` is False.
+        rollout_logprobs: (T,) float32, recorded by the engine when it sampled; 0 where `loss_mask`
+            is False.
         advantages: (T,) float32; 0 where `loss_mask` is False.
         version: the oldest weights any of its sampled ids came from.
         group: which group of the batch it belongs to.
         id: episode id and seat, for messages.
-        proximal: (T,) float32, logprobs before the step's first update; filled in by the learner
-            where a step needs them.
-        reference: (T,) float32, logprobs of the reference policy; likewise.
+        proximal_logprobs: (T,) float32, of the policy before the step's first update; filled in by
+            the learner where a step needs them.
+        reference_logprobs: (T,) float32, of the reference policy; likewise.
     """
 
     ids: NDArray[np.int32]
     loss_mask: NDArray[np.bool_]
-    old_logprobs: NDArray[np.float32]
+    rollout_logprobs: NDArray[np.float32]
     advantages: NDArray[np.float32]
     version: int = 0
     group: int = 0
     id: str = ""
-    proximal: NDArray[np.float32] | None = None
-    reference: NDArray[np.float32] | None = None
+    proximal_logprobs: NDArray[np.float32] | None = None
+    reference_logprobs: NDArray[np.float32] | None = None
 
     @property
     def n_loss(self) -> int:
@@ -81,7 +82,7 @@ class Totals:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Rows to compute on, the denominators of the *full* batch, and figures about it."""
+    """Rows to compute on, the denominators of the *full* batch, and metrics about it."""
 
     rows: tuple[Trajectory, ...]
     totals: Totals
@@ -161,20 +162,21 @@ def _row(conversation: Sequence[tuple[Turn, float]], group: int, name: str) -> l
     length = sum(len(t.prompt_ids) + len(t.completion_ids) for t, _ in conversation)
     ids = np.zeros(length, np.int32)
     mask = np.zeros(length, np.bool_)
-    old = np.zeros(length, np.float32)
+    rollout = np.zeros(length, np.float32)
     adv = np.zeros(length, np.float32)
     at = 0
     for turn, advantage in conversation:
-        if len(turn.logprobs) != len(turn.completion_ids):
+        if len(turn.rollout_logprobs) != len(turn.completion_ids):
             raise ValueError(
-                f"{name}: {len(turn.completion_ids)} sampled ids, {len(turn.logprobs)} logprobs"
+                f"{name}: {len(turn.completion_ids)} sampled ids, "
+                f"{len(turn.rollout_logprobs)} rollout logprobs"
             )
         begin = at + len(turn.prompt_ids)
         end = begin + len(turn.completion_ids)
         ids[at:begin] = turn.prompt_ids
         ids[begin:end] = turn.completion_ids
         mask[begin:end] = True
-        old[begin:end] = turn.logprobs
+        rollout[begin:end] = turn.rollout_logprobs
         adv[begin:end] = advantage
         at = end
     if not mask.any():
@@ -183,8 +185,8 @@ def _row(conversation: Sequence[tuple[Turn, float]], group: int, name: str) -> l
         raise ValueError(f"{name}: a conversation cannot begin with a sampled id")
     versions = [span.version for turn, _ in conversation for span in turn.versions]
     end = _end(mask)
-    ids, mask, old, adv = ids[:end], mask[:end], old[:end], adv[:end]
-    return [Trajectory(ids, mask, old, adv, min(versions, default=0), group, name)]
+    ids, mask, rollout, adv = ids[:end], mask[:end], rollout[:end], adv[:end]
+    return [Trajectory(ids, mask, rollout, adv, min(versions, default=0), group, name)]
 
 
 def _end(mask: NDArray[np.bool_]) -> int:

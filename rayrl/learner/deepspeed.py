@@ -31,8 +31,9 @@ from torch import Tensor
 from rayrl.config import Config, LearnerConfig
 from rayrl.errors import ConfigError
 from rayrl.learner.base import Learner
-from rayrl.learner.forward import rate
+from rayrl.learner.forward import Tally, rate
 from rayrl.learner.lora import adapts_inside
+from rayrl.learner.loss import Loss
 from rayrl.learner.state import read_state
 
 __all__ = ["DeepSpeedLearner"]
@@ -86,6 +87,7 @@ class DeepSpeedLearner(Learner):
         *,
         total_steps: int | None = None,
         device: str = "cpu",
+        loss: Loss | None = None,
     ) -> None:
         super().__init__(
             cfg,
@@ -94,6 +96,7 @@ class DeepSpeedLearner(Learner):
             world_size=world_size,
             total_steps=total_steps,
             device=device,
+            loss=loss,
         )
         if cfg.learner.zero_stage not in (0, 1, 2, 3):
             raise ConfigError(f"learner.zero_stage={cfg.learner.zero_stage}: choose 0, 1, 2 or 3")
@@ -190,6 +193,14 @@ class DeepSpeedLearner(Learner):
             vector = vector.to(self.device)
             dist.all_reduce(vector, op=dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX)
         return vector.cpu()
+
+    def _gather(self, tally: Tally) -> list[Tally]:
+        if self.world_size == 1:
+            return [tally]
+        # as objects: a loss may name metrics that another rank has not met
+        tallies: list[Any] = [None] * self.world_size
+        dist.all_gather_object(tallies, tally)
+        return tallies
 
     @contextlib.contextmanager
     def _whole(self, parameters: Sequence[Tensor]) -> Iterator[None]:

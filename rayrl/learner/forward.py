@@ -1,4 +1,4 @@
-"""One forward pass over packed rows, its loss, and the figures of a step.
+"""One forward pass over packed rows, its loss, and the metrics of a step.
 
 Shared by every learner, so that they can only differ in how gradients become an update.
 """
@@ -6,11 +6,11 @@ Shared by every learner, so that they can only differ in how gradients become an
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from rayrl.config import LearnerConfig
 from rayrl.errors import ConfigError
 from rayrl.learner.batch import Totals, Trajectory, micro_batches
 from rayrl.learner.logits import chosen_logprobs
-from rayrl.learner.loss import LossTokens, Objective, objective_loss
+from rayrl.learner.loss import LossInputs, Objective, objective_loss
 from rayrl.learner.packing import Packed, pack
 from rayrl.learner.probe import choose_attention, longest_row
 from rayrl.learner.rows import logits_before, shares_prefixes
@@ -34,6 +34,7 @@ __all__ = [
     "Tally",
     "checkpoint_layers",
     "filler",
+    "idle_loss",
     "load_model",
     "loss_of",
     "rate",
@@ -165,13 +166,13 @@ def row_logprobs(
 
 def with_logprobs(
     rows: Iterable[Trajectory],
-    field: Literal["proximal", "reference"],
+    field: Literal["proximal_logprobs", "reference_logprobs"],
     values: dict[int, NDArray[np.float32]],
 ) -> list[Trajectory]:
     """The rows with `field` filled in from `row_logprobs`."""
-    if field == "proximal":
-        return [replace(row, proximal=values[id(row)]) for row in rows]
-    return [replace(row, reference=values[id(row)]) for row in rows]
+    if field == "proximal_logprobs":
+        return [replace(row, proximal_logprobs=values[id(row)]) for row in rows]
+    return [replace(row, reference_logprobs=values[id(row)]) for row in rows]
 
 
 def filler() -> Trajectory:
@@ -181,83 +182,67 @@ def filler() -> Trajectory:
 
 
 class Tally:
-    """Figures of a step as two small vectors that can be reduced over ranks: sums and maxima.
+    """Metrics of a step as sums and maxima, which add up over micro-batches, updates and ranks.
 
-    Beside each sum over tokens stands how many tokens it is over. What no token was measured for
-    is no figure: its mean would be 0, which reads as a policy that is sure of every token.
+    A mean is kept as a sum and the number of tokens it is over. What no token was measured for is
+    no metric: its mean would be 0, which reads as a policy that is sure of every token.
+
+    Attributes:
+        sums: name -> sum: the loss, and counts.
+        means: name -> sum over tokens, and how many.
+        maxima: name -> largest value.
     """
 
-    SUMS = (
-        "tokens",
-        "loss",
-        "entropy",
-        "ratio_tokens",
-        "ratio",
-        "clipped",
-        "approx_kl",
-        "tis_tokens",
-        "tis_truncated",
-        "kl_tokens",
-        "kl",
-        "mismatch_tokens",
-        "mismatch",
-        "mismatch_kl",
-        "distinct_tokens",
-        "row_tokens",
-    )
-    MAXIMA = ("ratio_max", "mismatch_max")
-    # number of tokens -> the means over them, as metric -> sum, and the maxima of them
-    MEASURED: ClassVar[Mapping[str, tuple[Mapping[str, str], tuple[str, ...]]]] = {
-        "tokens": ({"entropy": "entropy"}, ()),
-        "ratio_tokens": (
-            {"ratio_mean": "ratio", "clip_fraction": "clipped", "approx_kl": "approx_kl"},
-            ("ratio_max",),
-        ),
-        "tis_tokens": ({"tis_truncated": "tis_truncated"}, ()),
-        "kl_tokens": ({"kl": "kl"}, ()),
-        "mismatch_tokens": (
-            {"mismatch_mean": "mismatch", "mismatch_kl": "mismatch_kl"},
-            ("mismatch_max",),
-        ),
-    }
-
     def __init__(self) -> None:
-        self.sums = torch.zeros(len(self.SUMS), dtype=torch.float64)
-        self.maxima = torch.zeros(len(self.MAXIMA), dtype=torch.float64)
+        self.sums: dict[str, float] = {}
+        self.means: dict[str, tuple[float, int]] = {}
+        self.maxima: dict[str, float] = {}
 
     def add(self, name: str, value: Tensor | float) -> None:
         """Add to a sum."""
-        self.sums[self.SUMS.index(name)] += float(value)
+        self.sums[name] = self.sums.get(name, 0.0) + float(value)
 
-    def most(self, name: str, value: Tensor | float) -> None:
-        """Raise a maximum."""
-        at = self.MAXIMA.index(name)
-        self.maxima[at] = max(float(self.maxima[at]), float(value))
+    def mean(self, name: str, values: Tensor) -> None:
+        """Add (N,) values to a mean over tokens."""
+        self._add_to_mean(name, float(values.sum()), len(values))
+
+    def most(self, name: str, values: Tensor) -> None:
+        """Raise a maximum to the largest of (N,) values."""
+        self.maxima[name] = max(self.maxima.get(name, 0.0), float(values.max()))
 
     def merge(self, other: Tally) -> None:
-        """Add another's figures."""
-        self.sums += other.sums
-        self.maxima = torch.maximum(self.maxima, other.maxima)
-
-    def total(self, name: str) -> float:
-        """A sum."""
-        return float(self.sums[self.SUMS.index(name)])
+        """Add what another has measured."""
+        for name, value in other.sums.items():
+            self.add(name, value)
+        for name, (value, n) in other.means.items():
+            self._add_to_mean(name, value, n)
+        for name, value in other.maxima.items():
+            self.maxima[name] = max(self.maxima.get(name, 0.0), value)
 
     def metrics(self) -> dict[str, float]:
-        """What is logged: counts, and means and maxima of what was measured."""
-        total = dict(zip(self.SUMS, self.sums.tolist(), strict=True))
-        top = dict(zip(self.MAXIMA, self.maxima.tolist(), strict=True))
-        found = {"loss": total["loss"]} if total["tokens"] else {}
-        for tokens, (means, maxima) in self.MEASURED.items():
-            if n := total[tokens]:
-                found |= {name: total[of] / n for name, of in means.items()}
-                found |= {name: top[name] for name in maxima}
+        """What is logged: counts, and the loss, means and maxima if there was a token."""
+        tokens = self.sums.get("tokens", 0.0)
         return {
-            **found,
-            "computed_loss_tokens": total["tokens"],
-            "distinct_tokens": total["distinct_tokens"],
-            "row_tokens": total["row_tokens"],
+            **({"loss": self.sums["loss"]} if tokens else {}),
+            **{name: total / n for name, (total, n) in self.means.items() if n},
+            **self.maxima,
+            "computed_loss_tokens": tokens,
+            "distinct_tokens": self.sums.get("distinct_tokens", 0.0),
+            "row_tokens": self.sums.get("row_tokens", 0.0),
         }
+
+    def _add_to_mean(self, name: str, value: float, n: int) -> None:
+        total, tokens = self.means.get(name, (0.0, 0))
+        self.means[name] = (total + value, tokens + n)
+
+
+def idle_loss(model: Any) -> Tensor:
+    """0 with a gradient of zeros, by one forward pass over the smallest row there is.
+
+    For a rank without work, where a pass is a collective. No loss is called: one that divides by
+    the spread of its advantages is not finite there.
+    """
+    return token_logprobs(model, _pack([filler()]), 1.0)[0].sum() * 0
 
 
 def loss_of(
@@ -269,7 +254,7 @@ def loss_of(
     *,
     first: bool,
 ) -> tuple[Tensor, Tally]:
-    """Forward one micro-batch: its part of the batch's loss (to differentiate), and its figures.
+    """Forward one micro-batch: its part of the batch's loss (to differentiate), and its metrics.
 
     Args:
         first: these weights are the ones the step began with, so the difference between learner
@@ -277,56 +262,44 @@ def loss_of(
     """
     packed = _pack(rows)
     device = model.device
-    bonus = objective.entropy_coef > 0
+    algo = objective.algo
+    bonus = algo.entropy_coef > 0
     logprobs, entropy = token_logprobs(model, packed, temperature, entropy_gradient=bonus)
-    fields = {
-        name: _flat(rows, packed, name, device)
-        for name in ("proximal", "reference")
-        if getattr(rows[0], name) is not None
-    }
-    tokens = LossTokens(
+    now = logprobs.detach()
+    rollout = _flat(rows, packed, "rollout_logprobs", device)
+    old = rollout
+    if algo.tis_max > 0:  # a step of one update has no other policy than the current one
+        several = rows[0].proximal_logprobs is not None
+        old = _flat(rows, packed, "proximal_logprobs", device) if several else now
+    referenced = rows[0].reference_logprobs is not None
+    inputs = LossInputs(
+        logprobs=logprobs,
+        old_logprobs=old,
+        rollout_logprobs=rollout,
+        advantages=_flat(rows, packed, "advantages", device),
         row=torch.from_numpy(packed.row).to(device),
         n_rows=len(rows),
-        advantages=_flat(rows, packed, "advantages", device),
-        rollout=_flat(rows, packed, "old_logprobs", device),
-        entropy=entropy if bonus else None,
-        **fields,
+        algo=algo,
+        reference_logprobs=_flat(rows, packed, "reference_logprobs", device)
+        if referenced
+        else None,
+        entropy=entropy,
     )
-    loss, terms = objective_loss(objective, logprobs, tokens, totals)
+    loss, metrics = objective_loss(objective, inputs, totals)
     tally = Tally()
     tally.add("tokens", len(packed.row))
     tally.add("loss", loss.detach())
-    tally.add("entropy", entropy.detach().sum())
+    tally.mean("entropy", entropy.detach())
     tally.add("distinct_tokens", len(packed.ids))
     tally.add("row_tokens", packed.lengths.sum())
-    if objective.loss != "sft":
-        _figures(tally, terms, objective, logprobs.detach(), tokens.rollout, first)
-    return loss, tally
-
-
-def _figures(
-    tally: Tally,
-    terms: dict[str, Tensor],
-    objective: Objective,
-    logprobs: Tensor,
-    rollout: Tensor,
-    first: bool,
-) -> None:
-    ratio = terms["ratio"]
-    tally.add("ratio_tokens", len(ratio))
-    tally.add("ratio", ratio.sum())
-    tally.most("ratio_max", ratio.max())
-    tally.add("clipped", terms["clipped"].sum())
-    tally.add("approx_kl", (ratio - 1 - terms["log_ratio"]).sum())
-    if "tis" in terms:
-        tally.add("tis_tokens", len(ratio))
-        tally.add("tis_truncated", (terms["tis"] >= objective.tis_max).sum())
-    if "kl" in terms:
-        tally.add("kl_tokens", len(ratio))
-        tally.add("kl", terms["kl"].sum())
+    for name, values in metrics.items():
+        tally.mean(name, values)
+    if objective.supervised:
+        return loss, tally
+    tally.most("ratio_max", metrics["ratio_mean"])
     if first:
-        d = logprobs - rollout
-        tally.add("mismatch_tokens", len(d))
-        tally.add("mismatch", d.abs().sum())
-        tally.add("mismatch_kl", (d.exp() - 1 - d).sum())
-        tally.most("mismatch_max", d.abs().max())
+        d = now - rollout
+        tally.mean("mismatch_mean", d.abs())
+        tally.mean("mismatch_kl", d.exp() - 1 - d)
+        tally.most("mismatch_max", d.abs())
+    return loss, tally

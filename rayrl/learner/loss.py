@@ -1,17 +1,22 @@
 """What is minimised: pure functions over the flat (N,) loss tokens of any number of rows.
 
-Three log-probabilities of a sampled token matter, and the names here are always these:
+A loss is a function `(inputs: LossInputs) -> LossOutputs`: one number per loss token, and per-token
+metrics. `objective_loss` puts around every loss what is the same for all: the TIS weight, the KL
+and entropy terms, the aggregation.
+
+Log-probabilities of a sampled token, by these names everywhere:
 
 - `logprobs`: of the policy being differentiated;
-- `proximal`: of the policy at the start of the step, before its first optimizer update;
-- `rollout`: recorded by the engine when it sampled.
+- `proximal_logprobs`: of the policy at the start of the step, before its first optimizer update;
+- `rollout_logprobs`: recorded by the engine when it sampled;
+- `old_logprobs`: what ratios and clips compare `logprobs` with, one of the two above.
 
 With truncated importance sampling on (`tis_max` > 0) the objective is the decoupled one (AReaL,
-arXiv 2505.24298, eq. 5): ratios and clips compare `logprobs` with `proximal`, and each token is
-weighted by min(exp(proximal − rollout), tis_max), which corrects what the engine's numerics, or
-weights that were a step old, did to the sample. A step of one optimizer update has proximal =
-logprobs, so nothing extra is computed; a step of several computes `proximal` once, before its first
-update. With it off, ratios compare `logprobs` with `rollout` directly, as the papers write them.
+arXiv 2505.24298, eq. 5): `old_logprobs` are the proximal ones, and each token is weighted by
+min(exp(proximal − rollout), tis_max), which corrects what the engine's numerics, or weights that
+were a step old, did to the sample. A step of one optimizer update has proximal = logprobs, so
+nothing extra is computed; a step of several computes the proximal ones once, before its first
+update. With it off, `old_logprobs` are those of the rollout, as the papers write the ratio.
 
 Deviations, numbered: (1) GSPO is its token form (eq. 17), equal in value and gradient where a row's
 advantages are equal, and defined where they differ by turn. (2) A row is one conversation: its
@@ -20,103 +25,89 @@ prompts and tool results carry no loss and count in no denominator.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rayrl.config import AlgoConfig
+from rayrl.config.registry import Registry, function_name
 from rayrl.errors import ConfigError, did_you_mean
 from rayrl.learner.batch import Totals
 
 __all__ = [
+    "LOSSES",
     "SFT",
-    "LossTokens",
+    "Loss",
+    "LossInputs",
+    "LossOutputs",
     "Objective",
     "cispo",
     "clipped",
+    "cross_entropy",
+    "grpo",
     "gspo",
     "kl",
     "objective_loss",
+    "resolve_loss",
     "tis_weights",
     "token_weights",
 ]
 
 
-@dataclass(frozen=True, slots=True)
-class Objective:
-    """Which loss, with its numbers; see `AlgoConfig` for their meaning.
-
-    Attributes:
-        constant: with aggregation "constant", tokens a row is divided by.
-    """
-
-    loss: str
-    aggregation: str = "token"
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    cispo_max: float = 5.0
-    entropy_coef: float = 0.0
-    kl_coef: float = 0.0
-    kl_estimator: str = "k3"
-    tis_max: float = 0.0
-    constant: float = 1.0
-
-    def __post_init__(self) -> None:
-        for key, value, known in (
-            ("loss", self.loss, (*LOSSES, "sft")),
-            ("aggregation", self.aggregation, AGGREGATIONS),
-            ("kl_estimator", self.kl_estimator, KL_ESTIMATORS),
-        ):
-            if value not in known:
-                raise ConfigError(
-                    f"algo.{key}={value!r} is not one of {', '.join(known)}."
-                    f"{did_you_mean(value, known)}"
-                )
-
-    @classmethod
-    def of(cls, algo: AlgoConfig, constant: float) -> Objective:
-        """The objective `algo` describes."""
-        return cls(
-            loss=algo.loss,
-            aggregation=algo.aggregation,
-            clip_low=algo.clip_low,
-            clip_high=algo.clip_high,
-            cispo_max=algo.cispo_max,
-            entropy_coef=algo.entropy_coef,
-            kl_coef=algo.kl_coef,
-            kl_estimator=algo.kl_estimator,
-            tis_max=algo.tis_max,
-            constant=constant,
-        )
-
-
 @dataclass(frozen=True, slots=True, eq=False)
-class LossTokens:
-    """N loss tokens of `n_rows` whole rows, flat.
+class LossInputs:
+    """N loss tokens of `n_rows` whole rows, flat, on the learner's device.
 
     Attributes:
-        row: (N,) int64, which row each belongs to.
+        logprobs: (N,) of the current policy at the sampled ids, with gradient.
+        old_logprobs: (N,) what ratios compare with: of the policy before the step's first update if
+            `algo.tis_max` > 0, else `rollout_logprobs`.
+        rollout_logprobs: (N,) recorded by the engine when it sampled.
         advantages: (N,).
-        rollout: (N,) log-probabilities the engine recorded.
-        proximal: (N,), or None where the step has one update and they equal the current ones.
-        reference: (N,) of the reference policy, or None without a KL term.
-        entropy: (N,) of the current policy where each was drawn, in nats and with gradient; None
-            without an entropy bonus.
+        row: (N,) int64, the row of each token, from 0.
+        n_rows: rows; one without a loss token is possible.
+        algo: settings, of which a loss reads what it needs.
+        reference_logprobs: (N,) of the model the stage started from; None if `algo.kl_coef` is 0.
+        entropy: (N,) of the current policy's distribution each id was drawn from, in nats; with
+            gradient if `algo.entropy_coef` > 0.
     """
 
+    logprobs: Tensor
+    old_logprobs: Tensor
+    rollout_logprobs: Tensor
+    advantages: Tensor
     row: Tensor
     n_rows: int
-    advantages: Tensor
-    rollout: Tensor
-    proximal: Tensor | None = None
-    reference: Tensor | None = None
+    algo: AlgoConfig
+    reference_logprobs: Tensor | None = None
     entropy: Tensor | None = None
 
 
-# (objective, logprobs, old, advantages, row, n_rows) -> loss a token (N,), where clipped (N,)
-_Loss = Callable[[Objective, Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
+@dataclass(frozen=True, slots=True, eq=False)
+class LossOutputs:
+    """What a loss returns.
+
+    Attributes:
+        loss: (N,) with gradient, the loss per token before any weight: `algo.aggregation` divides.
+        metrics: name -> (N,) numbers or bools, whose mean over all loss tokens of the step is
+            logged as `loss/NAME`; `clip_fraction` as it is, since all losses that clip share it.
+    """
+
+    loss: Tensor
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+Loss = Callable[..., LossOutputs]
+"""`(inputs: LossInputs, **algo.loss_args) -> LossOutputs`."""
+
+LOSSES: Registry[Loss] = Registry("algo.loss")
+AGGREGATIONS = ("token", "sequence", "constant")
+KL_ESTIMATORS = ("k1", "k2", "k3")
 
 
 def clipped(ratio: Tensor, advantages: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
@@ -131,58 +122,117 @@ def clipped(ratio: Tensor, advantages: Tensor, low: float, high: float) -> tuple
     return loss, cut
 
 
-def _grpo(
-    o: Objective, logprobs: Tensor, old: Tensor, advantages: Tensor, row: Tensor, n_rows: int
-) -> tuple[Tensor, Tensor]:
-    return clipped((logprobs - old).exp(), advantages, o.clip_low, o.clip_high)
+@LOSSES.register("grpo")
+def grpo(inputs: LossInputs) -> LossOutputs:
+    """The clipped objective on each token's own ratio, exp(logprob − old)."""
+    ratio = (inputs.logprobs - inputs.old_logprobs).exp()
+    algo = inputs.algo
+    loss, cut = clipped(ratio, inputs.advantages, algo.clip_low, algo.clip_high)
+    return LossOutputs(loss, {"clip_fraction": cut})
 
 
-def cispo(logprobs: Tensor, old: Tensor, advantages: Tensor, upper: float) -> tuple[Tensor, Tensor]:
-    """−sg(min(r, upper))·A·logprob, and where r was truncated (MiniMax-M1, 2506.13585, eq. 4–5).
+@LOSSES.register("cispo")
+def cispo(inputs: LossInputs) -> LossOutputs:
+    """−sg(min(r, cispo_max))·A·logprob, and where r was truncated (2506.13585, eq. 4–5).
 
-    The *weight* is clipped, not the update: every token keeps a gradient. There is no lower bound,
-    as in the paper's experiments.
+    MiniMax-M1's. The *weight* is clipped, not the update: every token keeps a gradient. There is no
+    lower bound, as in the paper's experiments.
     """
-    ratio = (logprobs.detach() - old).exp()
-    return -ratio.clamp(max=upper) * advantages * logprobs, ratio > upper
+    upper = inputs.algo.cispo_max
+    ratio = (inputs.logprobs.detach() - inputs.old_logprobs).exp()
+    loss = -ratio.clamp(max=upper) * inputs.advantages * inputs.logprobs
+    return LossOutputs(loss, {"clip_fraction": ratio > upper})
 
 
-def _cispo(
-    o: Objective, logprobs: Tensor, old: Tensor, advantages: Tensor, row: Tensor, n_rows: int
-) -> tuple[Tensor, Tensor]:
-    return cispo(logprobs, old, advantages, o.cispo_max)
-
-
-def gspo(
-    logprobs: Tensor,
-    old: Tensor,
-    advantages: Tensor,
-    row: Tensor,
-    n_rows: int,
-    low: float,
-    high: float,
-) -> tuple[Tensor, Tensor]:
+@LOSSES.register("gspo")
+def gspo(inputs: LossInputs) -> LossOutputs:
     """The clipped objective on each row's sequence ratio (GSPO, arXiv 2507.18071, eq. 5, 7, 17).
 
     s = exp(mean over the row of logprobs − old), the geometric mean of its tokens' ratios. Every
     token has value s and, by the stop-gradient, gradient s·∇logprob.
     """
-    difference = logprobs - old
-    count = torch.bincount(row, minlength=n_rows).clamp(min=1)
-    mean = difference.new_zeros(n_rows).index_add(0, row, difference.detach()) / count
+    row, logprobs, algo = inputs.row, inputs.logprobs, inputs.algo
+    difference = logprobs - inputs.old_logprobs
+    count = torch.bincount(row, minlength=inputs.n_rows).clamp(min=1)
+    mean = difference.new_zeros(inputs.n_rows).index_add(0, row, difference.detach()) / count
     ratio = (mean[row] + logprobs - logprobs.detach()).exp()
-    return clipped(ratio, advantages, low, high)
+    loss, cut = clipped(ratio, inputs.advantages, algo.clip_low, algo.clip_high)
+    return LossOutputs(loss, {"clip_fraction": cut})
 
 
-def _gspo(
-    o: Objective, logprobs: Tensor, old: Tensor, advantages: Tensor, row: Tensor, n_rows: int
-) -> tuple[Tensor, Tensor]:
-    return gspo(logprobs, old, advantages, row, n_rows, o.clip_low, o.clip_high)
+def cross_entropy(inputs: LossInputs) -> LossOutputs:
+    """−logprob: supervised learning."""
+    return LossOutputs(-inputs.logprobs)
 
 
-LOSSES: dict[str, _Loss] = {"grpo": _grpo, "cispo": _cispo, "gspo": _gspo}
-AGGREGATIONS = ("token", "sequence", "constant")
-KL_ESTIMATORS = ("k1", "k2", "k3")
+def resolve_loss(loss: str | Loss, arguments: Mapping[str, Any] | None = None) -> Loss:
+    """A loss that takes `LossInputs` alone.
+
+    Args:
+        loss: a name in `LOSSES`, `module:function`, `path/to/file.py:function`, or a function.
+        arguments: its keyword arguments (`algo.loss_args`).
+
+    Raises:
+        ConfigError: there is no such function, or it does not take the arguments.
+    """
+    function, arguments = LOSSES.resolve(loss), arguments or {}
+    signature = inspect.signature(function)
+    try:
+        signature.bind(None, **arguments)
+    except TypeError as error:
+        wrong = next((name for name in arguments if name not in signature.parameters), "")
+        near = did_you_mean(wrong, list(signature.parameters)[1:])
+        raise ConfigError(
+            f"algo.loss_args={dict(arguments)}: {function_name(function)}{signature} is called "
+            f"with LossInputs and these: {error}.{near}"
+        ) from None
+    return partial(function, **arguments) if arguments else function
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """A loss, and the settings of what is put around it.
+
+    Attributes:
+        algo: of which `aggregation`, `tis_max`, `kl_coef`, `kl_estimator` and `entropy_coef` are
+            used here, others by the loss.
+        loss: takes `LossInputs` alone.
+        constant: with aggregation "constant", tokens a row is divided by.
+    """
+
+    algo: AlgoConfig
+    loss: Loss
+    constant: float = 1.0
+
+    @classmethod
+    def of(cls, algo: AlgoConfig, constant: float = 1.0, loss: Loss | None = None) -> Objective:
+        """The objective `algo` describes.
+
+        Args:
+            loss: what `algo.loss` names, where this process may not be able to import it.
+
+        Raises:
+            ConfigError: an unknown name, or arguments that the loss does not take.
+        """
+        for key, value, known in (
+            ("aggregation", algo.aggregation, AGGREGATIONS),
+            ("kl_estimator", algo.kl_estimator, KL_ESTIMATORS),
+        ):
+            if value not in known:
+                raise ConfigError(
+                    f"algo.{key}={value!r} is not one of {', '.join(known)}."
+                    f"{did_you_mean(value, known)}"
+                )
+        return cls(algo, resolve_loss(loss or algo.loss, algo.loss_args), constant)
+
+    @property
+    def supervised(self) -> bool:
+        """Whether it learns from given text: nothing was sampled, so no ratio has a meaning."""
+        return self.loss is cross_entropy
+
+
+SFT = Objective(AlgoConfig(tis_max=0.0), cross_entropy)
+"""Cross entropy, averaged over all loss tokens of the batch."""
 
 
 def tis_weights(proximal: Tensor, rollout: Tensor, upper: float) -> Tensor:
@@ -220,43 +270,61 @@ def token_weights(
     return torch.full(row.shape, 1 / each, dtype=torch.float64, device=row.device)
 
 
-SFT = Objective(loss="sft")
-"""Cross entropy, averaged over all loss tokens of the batch."""
-
-
 def objective_loss(
-    objective: Objective, logprobs: Tensor, tokens: LossTokens, totals: Totals
+    objective: Objective, inputs: LossInputs, totals: Totals
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The part of the batch's loss that these tokens make: a scalar to add up and differentiate.
 
     Args:
-        logprobs: (N,) of the current policy, with gradient.
         totals: denominators of the *whole* batch, so that parts add up to the batch's loss.
 
     Returns:
-        The scalar, and (N,) detached tensors for the metrics: `ratio`, `clipped`, `log_ratio`,
-        and where they apply `tis` and `kl`.
+        The scalar, and by metric (N,) detached values whose mean is logged: those of the loss, and
+        unless supervised `ratio_mean`, `approx_kl`, and where they apply `tis_truncated` and `kl`.
+
+    Raises:
+        ConfigError: the loss returned something else than `LossOutputs` of N tokens.
     """
+    algo = objective.algo
     weights = token_weights(
-        objective.aggregation, tokens.row, tokens.n_rows, totals, objective.constant
-    ).to(logprobs.dtype)
-    now = logprobs.detach()
-    if objective.loss == "sft":
-        return -(weights * logprobs).sum(), {}
-    proximal = now if tokens.proximal is None else tokens.proximal
-    old = proximal if objective.tis_max > 0 else tokens.rollout
-    loss, cut = LOSSES[objective.loss](
-        objective, logprobs, old, tokens.advantages, tokens.row, tokens.n_rows
-    )
-    terms = {"log_ratio": now - old, "ratio": (now - old).exp(), "clipped": cut}
-    if objective.tis_max > 0:
-        tis = tis_weights(proximal, tokens.rollout, objective.tis_max)
+        algo.aggregation, inputs.row, inputs.n_rows, totals, objective.constant
+    ).to(inputs.logprobs.dtype)
+    outputs = objective.loss(inputs)
+    _check(objective.loss, outputs, inputs)
+    loss = outputs.loss
+    log_ratio = inputs.logprobs.detach() - inputs.old_logprobs
+    ratio = log_ratio.exp()
+    metrics: dict[str, Tensor] = {}
+    if not objective.supervised:
+        metrics |= {"ratio_mean": ratio, "approx_kl": ratio - 1 - log_ratio}
+    for name, values in outputs.metrics.items():
+        metrics[name if name == "clip_fraction" else f"loss/{name}"] = values.detach()
+    if algo.tis_max > 0:
+        tis = tis_weights(inputs.old_logprobs, inputs.rollout_logprobs, algo.tis_max)
         loss = loss * tis
-        terms["tis"] = tis
-    if tokens.reference is not None and objective.kl_coef > 0:
-        divergence = kl(logprobs, tokens.reference, objective.kl_estimator)
-        loss = loss + objective.kl_coef * divergence
-        terms["kl"] = divergence.detach()
-    if tokens.entropy is not None:  # the bonus of A3C (arXiv 1602.01783, section 4)
-        loss = loss - objective.entropy_coef * tokens.entropy
-    return (weights * loss).sum(), terms
+        metrics["tis_truncated"] = tis >= algo.tis_max
+    if algo.kl_coef > 0 and inputs.reference_logprobs is not None:
+        divergence = kl(inputs.logprobs, inputs.reference_logprobs, algo.kl_estimator)
+        loss = loss + algo.kl_coef * divergence
+        metrics["kl"] = divergence.detach()
+    if algo.entropy_coef > 0 and inputs.entropy is not None:
+        # the bonus of A3C (arXiv 1602.01783, section 4)
+        loss = loss - algo.entropy_coef * inputs.entropy
+    return (weights * loss).sum(), metrics
+
+
+def _check(loss: Loss, outputs: object, inputs: LossInputs) -> None:
+    """Refuse what a loss from outside may return by mistake, before it is trained on."""
+    name = f"the loss {function_name(loss)} returned"
+    if not isinstance(outputs, LossOutputs):
+        raise ConfigError(f"{name} a {type(outputs).__name__}; return LossOutputs(loss, metrics).")
+    n = tuple(inputs.logprobs.shape)
+    for what, value in (("loss", outputs.loss), *outputs.metrics.items()):
+        shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        if shape != n:
+            raise ConfigError(
+                f"{name} {what!r} of shape {shape}, but there are {n} loss tokens; return a tensor "
+                "with one number per token and leave their mean to algo.aggregation."
+            )
+    if inputs.logprobs.requires_grad and not outputs.loss.requires_grad:
+        raise ConfigError(f"{name} a loss without gradient; compute it from inputs.logprobs.")

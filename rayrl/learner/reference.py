@@ -10,7 +10,8 @@ from torch import Tensor
 
 from rayrl.config import Config
 from rayrl.learner.base import Learner
-from rayrl.learner.forward import rate
+from rayrl.learner.forward import Tally, rate
+from rayrl.learner.loss import Loss
 from rayrl.learner.state import read_state
 
 __all__ = ["ReferenceLearner"]
@@ -26,8 +27,9 @@ class ReferenceLearner(Learner):
         *,
         total_steps: int | None = None,
         device: str = "cpu",
+        loss: Loss | None = None,
     ) -> None:
-        super().__init__(cfg, model_path, total_steps=total_steps, device=device)
+        super().__init__(cfg, model_path, total_steps=total_steps, device=device, loss=loss)
         learner = self.cfg.learner
         self._parameters = [one for one in self.module.parameters() if one.requires_grad]
         # Updates of a bf16 weight are mostly smaller than its rounding: they are summed in fp32.
@@ -75,6 +77,9 @@ class ReferenceLearner(Learner):
 
     def _reduce(self, vector: Tensor, op: str) -> Tensor:
         return vector
+
+    def _gather(self, tally: Tally) -> list[Tally]:
+        return [tally]
 
     def _save_state(self, folder: Path) -> None:
         state = {

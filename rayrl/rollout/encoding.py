@@ -85,8 +85,8 @@ def _plain(value: Any) -> Any:
 
 
 def _turn(data: Sequence[Any]) -> Turn:
-    seat, prompt, text, finish, offset, told, sampled, logprobs, versions, state, tools = data[:11]
-    usage, began, seconds = data[11:]
+    seat, prompt, text, finish, offset, told, sampled, rollout_logprobs, versions = data[:9]
+    state, tools, usage, began, seconds = data[9:]
     return Turn(
         seat,
         tuple(map(_message, prompt)),
@@ -95,7 +95,7 @@ def _turn(data: Sequence[Any]) -> Turn:
         offset,
         tuple(told),
         tuple(sampled),
-        tuple(logprobs),
+        tuple(rollout_logprobs),
         tuple(VersionSpan(*span) for span in versions),
         state,
         tuple(tools),

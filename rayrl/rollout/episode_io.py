@@ -248,7 +248,7 @@ def _turn_to_json(turn: Turn) -> dict[str, Any]:
         data["offset"] = turn.offset
         data["prompt_ids"] = list(turn.prompt_ids)
         data["completion_ids"] = list(turn.completion_ids)
-        data["logprobs"] = list(turn.logprobs)
+        data["rollout_logprobs"] = list(turn.rollout_logprobs)
         data["versions"] = [[span.version, span.start, span.end] for span in turn.versions]
     return data
 
@@ -259,10 +259,11 @@ def _turn_from_json(data: Mapping[str, Any], where: str) -> Turn:
         raise DataError(f"{where}: finish must be one of {get_args(Finish)}, got {finish!r}")
     prompt = tuple(message_from_json(message) for message in data["prompt"])
     completion_ids = fit(data.get("completion_ids", ()), tuple[int, ...])
-    logprobs = fit(data.get("logprobs", ()), tuple[float, ...])
-    if len(completion_ids) != len(logprobs):
+    rollout_logprobs = fit(data.get("rollout_logprobs", ()), tuple[float, ...])
+    if len(completion_ids) != len(rollout_logprobs):
         raise DataError(
-            f"{where}: {len(completion_ids)} completion_ids but {len(logprobs)} logprobs"
+            f"{where}: {len(completion_ids)} completion_ids but "
+            f"{len(rollout_logprobs)} rollout_logprobs"
         )
     return Turn(
         seat=_typed(data["seat"], str, f"{where}: seat"),
@@ -272,7 +273,7 @@ def _turn_from_json(data: Mapping[str, Any], where: str) -> Turn:
         offset=_typed(data.get("offset", 0), int, f"{where}: offset"),
         prompt_ids=fit(data.get("prompt_ids", ()), tuple[int, ...]),
         completion_ids=completion_ids,
-        logprobs=logprobs,
+        rollout_logprobs=rollout_logprobs,
         versions=tuple(VersionSpan(*span) for span in data.get("versions", ())),
         state=data.get("state", _default_state(prompt)),
         tools=fit(data.get("tools", ()), tuple[dict[str, Any], ...]),

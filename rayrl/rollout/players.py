@@ -77,10 +77,10 @@ class PolicyPlayer:
         completion_ids = done.ids
         if done.finish == "abort":
             raise InfraError(f"generation of {conversation.session} was aborted")
-        if len(done.logprobs) != len(completion_ids):
+        if len(done.rollout_logprobs) != len(completion_ids):
             raise InfraError(
                 f"{conversation.session}: the engine gave {len(completion_ids)} ids but "
-                f"{len(done.logprobs)} logprobs"
+                f"{len(done.rollout_logprobs)} logprobs"
             )
         turn = Turn(
             seat=conversation.seat,
@@ -90,7 +90,7 @@ class PolicyPlayer:
             offset=offset,
             prompt_ids=prompt_ids,
             completion_ids=completion_ids,
-            logprobs=done.logprobs,
+            rollout_logprobs=done.rollout_logprobs,
             versions=done.versions,
             state=options.state,
             tools=options.tools,

@@ -60,6 +60,7 @@ _MAY_CHANGE = (
     "run.keep_checkpoints",
     "run.checkpoint_every",
     "run.episodes_every",
+    "run.loggers",
     "run.wandb_project",
     "alarms.",
     "cluster.",

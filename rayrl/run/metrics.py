@@ -130,10 +130,7 @@ def step_metrics(
         **({} if played.idle_s is None else {"time/idle": played.idle_s}),
         **clock.metrics(),
     }
-    taken = {"step", *metrics}
-    # a custom loss may use any names
-    metrics |= {f"loss/{name}" if name in taken else name: learner[name] for name in learner}
-    return metrics
+    return {**metrics, **learner}
 
 
 def _lag(step: int, episodes: Sequence[Episode]) -> dict[str, float]:

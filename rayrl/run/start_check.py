@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 from rayrl.cluster import cluster_address
 from rayrl.cluster.weight_sync.topology import transport_of
 from rayrl.config import Config, EndpointConfig, stage_config
+from rayrl.config.registry import load_function
 from rayrl.environment.registry import load_env
 from rayrl.environment.signature import suggestion
 from rayrl.errors import ConfigError
@@ -210,6 +211,12 @@ def _missing(config: Config, verb: str, players: Sequence[str]) -> Iterator[str]
             f"run.wandb_project={config.run.wandb_project}: wandb is not installed; "
             "pip install 'rayrl[wandb]', or leave the setting empty."
         )
+    for key in ("loss", "advantage") if verb == "train" else ():
+        if ":" in (reference := getattr(config.algo, key)):
+            try:
+                load_function(f"algo.{key}", reference)
+            except ConfigError as error:
+                yield str(error)
     if config.lora.rank and _is_local(config) and not _installed("peft"):
         yield f"lora.rank={config.lora.rank}: peft is not installed; pip install 'rayrl[lora]'."
 

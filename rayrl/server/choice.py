@@ -92,7 +92,7 @@ class Choice:
         news = News()
         self.cached = part.cached
         alternatives = part.alternatives or ((),) * len(part.ids)
-        for one, logprob, others in zip(part.ids, part.logprobs, alternatives, strict=True):
+        for one, logprob, others in zip(part.ids, part.rollout_logprobs, alternatives, strict=True):
             if self.finish is not None:  # the engine was further than the client wants
                 break
             self.ids += 1

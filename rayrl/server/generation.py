@@ -154,7 +154,7 @@ async def _whole(engine: Engine, job: Job, request: Request) -> tuple[Choice, Ne
                     break
     else:
         done = await engine.generate(request)
-        whole = Delta(done.ids, done.logprobs, done.finish, done.cached, done.alternatives)
+        whole = Delta(done.ids, done.rollout_logprobs, done.finish, done.cached, done.alternatives)
         news = choice.read(whole)
     _check(choice, job)
     return choice, news

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from rayrl.cluster.learner_group import LearnerGroup, LearnerRank
@@ -25,6 +26,8 @@ from rayrl.cluster.weight_sync.weight_store import NAMESPACE, Published, store_n
 from rayrl.config import Config, from_dict
 from rayrl.engine import open_engine
 from rayrl.errors import ConfigError, InfraError, RunFailed, StaleWeights
+from rayrl.learner.batch import batch_of
+from rayrl.learner.loss import LossInputs, LossOutputs
 from rayrl.rollout.rollout import GroupPlan
 from rayrl.types import (
     Completion,
@@ -39,6 +42,7 @@ from rayrl.types import (
 )
 from rayrl.weights.flat import Manifest, checksum, flatten
 from rayrl.weights.model_dir import EMBEDDED
+from tests.learner_rows import make_model, make_rows
 from tests.rollout import test_endpoint as server_of
 
 HERE = Path(__file__).parents[1]
@@ -261,7 +265,7 @@ def test_a_learner_computes_on_the_gpu_it_reserves(
     monkeypatch.setattr("rayrl.cluster.learner_group.prepare_process", lambda _: None)
     for gpus in (0, 1):
         settings = from_dict({"learner": {"kind": kind}, "cluster": {"learner_gpus": gpus}})
-        LearnerRank(0, 1).start(settings, EMBEDDED, 1, 1, ("", 0))
+        LearnerRank(0, 1).start(settings, EMBEDDED, 1, 1, ("", 0), "cispo")
     assert made == ["cpu", "cuda"]
 
 
@@ -370,6 +374,68 @@ async def test_replicas_admit_weights_by_version(
         assert await answers(), "who has the weights needs no store"
         with pytest.raises(RunFailed, match=r"(?s)weights store.*the same command again"):
             await weights.push(3)
+
+
+OUTSIDE = """
+from rayrl.learner.loss import LossOutputs
+
+def imitation(inputs, *, upper):
+    ratio, cut = truncated(inputs, upper)
+    loss = -ratio * inputs.advantages * inputs.logprobs
+    metrics = {"clip_fraction": cut, "good": inputs.advantages > 0}
+    if len(inputs.row) > 1:  # what not every micro-batch measures
+        metrics["several"] = cut
+    return LossOutputs(loss, metrics)
+
+def truncated(inputs, upper):
+    ratio = (inputs.logprobs.detach() - inputs.old_logprobs).exp()
+    return ratio.clamp(max=upper), ratio > upper
+"""
+
+
+async def test_a_loss_from_outside_trains_as_the_one_it_imitates(
+    session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ranks have neither its module, which only the driver's path has, nor this test's."""
+    folder = tmp_path / "where the driver looks"
+    folder.mkdir()
+    (folder / "zz_outside.py").write_text(OUTSIDE)
+    monkeypatch.syspath_prepend(str(folder))
+    model = str(make_model(tmp_path / "model"))
+    learner = {"world_size": 2, "zero_stage": 1, "micro_batch_tokens": 96, "lr": 0.003}
+    algo = {"loss": "zz_outside:imitation", "loss_args": {"upper": 5.0}}
+    learners = LearnerGroup(from_dict({"learner": learner, "algo": algo}))
+    bound, batch = 5.0, batch_of(make_rows(0))
+
+    def of_a_cell(inputs: LossInputs) -> LossOutputs:
+        ratio = (inputs.logprobs.detach() - inputs.old_logprobs).exp()
+        loss = -ratio.clamp(max=bound) * inputs.advantages * inputs.logprobs
+        return LossOutputs(loss, {"clip_fraction": ratio > bound, "row_tokens": loss.detach()})
+
+    try:
+        await learners.start(model, 4)
+        start = await learners.publish(0)
+        await learners.save(tmp_path / "start")
+        found: list[tuple[str, dict[str, float]]] = []
+        for loss in (None, "cispo", of_a_cell):
+            await learners.load(tmp_path / "start")
+            metrics = dict(await learners.step(batch, loss))
+            found.append(((await learners.publish(1)).checksum, metrics))
+        (by_module, measured), (built_in, plain), (by_value, cell) = found
+        assert start.checksum != built_in == by_module == by_value
+        tokens = np.concatenate([row.advantages[row.loss_mask] for row in batch.rows])
+        assert measured.pop("loss/good") == pytest.approx((tokens > 0).mean())
+        assert measured.pop("loss/several") == 0.0
+        assert cell.pop("loss/row_tokens") != cell["row_tokens"], "a name of the learner's own"
+        assert measured == plain == cell
+        one = batch_of(batch.rows[:1])  # for one of the ranks
+        assert 0 <= (await learners.step(one))["loss/good"] <= 1
+        with pytest.raises(ConfigError, match=r"<lambda> returned a loss without gradient"):
+            await learners.step(batch, lambda inputs: LossOutputs(inputs.advantages))
+        with pytest.raises(ConfigError, match=r"algo\.loss='cipso'.*Did you mean 'cispo'"):
+            await learners.step(batch, "cipso")
+    finally:
+        learners.close()
 
 
 async def test_replicas_without_a_place_are_given_up(

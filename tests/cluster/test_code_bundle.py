@@ -12,7 +12,12 @@ from typing import Any
 import pytest
 
 from rayrl.cluster import code_bundle
-from rayrl.cluster.code_bundle import env_names, forwarded_variables, write_bundle
+from rayrl.cluster.code_bundle import (
+    env_names,
+    forwarded_variables,
+    function_references,
+    write_bundle,
+)
 from rayrl.config import from_dict
 from rayrl.errors import ConfigError
 from tests.documents import ROOT
@@ -157,6 +162,23 @@ def test_what_is_too_large_is_named(
     with pytest.raises(ConfigError, match=r"at most 9 .*corpus\.bin \(6 MiB\).*by path"):
         write_bundle(sent, ["zz_large:game"])
     assert not list(sent.iterdir())
+
+
+def test_losses_and_advantages_from_outside_travel(
+    sent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "zz_losses.py").write_text("def mine(inputs): ...")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    recipe = [{"name": "rl", "verb": "train", "set": {"algo.loss": "zz_losses.py:mine"}}]
+    algo = {"advantage": "zz_losses:mine"}
+    found = function_references(from_dict({"env": {"name": "a"}, "algo": algo, "recipe": recipe}))
+    assert found == {"zz_losses:mine": "algo.advantage", "zz_losses.py:mine": "algo.loss"}
+    write_bundle(sent, functions=found)
+    assert (sent / "zz_losses.py").is_file()
+    assert len(list((sent / "env_files").rglob("zz_losses.py"))) == 1
+    with pytest.raises(ConfigError, match=r"algo\.loss='zz_loses:mine': there is no module"):
+        write_bundle(sent, functions={"zz_loses:mine": "algo.loss"})
 
 
 def test_a_file_that_is_nowhere(

@@ -189,14 +189,29 @@ def test_nothing_starts_when_a_stage_makes_no_sense(tmp_path: Path, fakes: list[
     assert fakes == []
 
 
+OWN = """
+import torch
+from rayrl.learner.loss import LossOutputs
+
+def loss(inputs, scale):
+    per_token = -scale * inputs.advantages * inputs.logprobs
+    return LossOutputs(per_token, {"twice": torch.full_like(per_token, scale)})
+
+def ranks(inputs):
+    return [[float(k) for _ in own] for k, own in enumerate(inputs.turns)]
+"""
+
+
 @pytest.mark.slow
 def test_a_whole_recipe_on_ray(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every verb for real, on a model that knows nothing."""
     model = save_tiny_model(tmp_path / "model")
+    (tmp_path / "own.py").write_text(OWN)
+    own = {"algo.loss": f"{tmp_path}/own.py:loss", "algo.advantage": f"{tmp_path}/own.py:ranks"}
     stages: list[dict[str, Any]] = [
         {"name": "synth", "verb": "synth"},
         {"name": "sft", "verb": "sft", "set": {"learner.lr": 0.01}},
-        {"name": "rl", "verb": "train"},
+        {"name": "rl", "verb": "train", "set": {**own, "algo.loss_args": {"scale": 2.0}}},
         {"name": "eval", "verb": "eval"},
         {"name": "eval_perfect", "verb": "eval", "set": {"eval.player": "perfect"}},
     ]
@@ -221,5 +236,7 @@ def test_a_whole_recipe_on_ray(tmp_path: Path, capsys: pytest.CaptureFixture[str
     losses = [json.loads(line)["loss"] for line in lines]
     assert losses[-1] < losses[0]
     assert (tmp_path / "run" / "rl" / "model" / "config.json").is_file()
+    learned = (tmp_path / "run" / "rl" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["loss/twice"] for line in learned] == [2.0, 2.0]
     assert "Repeat this word" in (tmp_path / "run" / "report.html").read_text()
     assert "perfect" in capsys.readouterr().out

@@ -155,6 +155,8 @@ def test_every_number_has_a_rule() -> None:
         ("train", {"learner__zero_stage": 4}, r"learner\.zero_stage=4: must be one of 0, 1, 2, 3"),
         ("train", {"engine__kind": "vlm"}, r"engine\.kind=vlm: must be one of embedded, vllm"),
         ("train", {"algo__loss": "cipso"}, r"algo\.loss=cipso: .*Did you mean 'cispo'"),
+        ("train", {"algo__loss": "x.py"}, r"algo\.loss=x\.py: .*or path/to/file\.py:function"),
+        ("train", {"algo__loss_args": {"beta": 1}}, r"algo\.loss_args=.*algo\.loss=cispo takes"),
         ("train", {"algo__clip_low": 1.5}, r"algo\.clip_low=1\.5: must be from 0 to 1"),
         ("train", {"algo__clip_high": -0.1}, r"algo\.clip_high=-0\.1: must be 0 or more"),
         ("train", {"algo__tis_max": 0.5}, r"algo\.tis_max=0\.5: .*0 \(off\)"),

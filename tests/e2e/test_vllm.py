@@ -53,7 +53,7 @@ def worst_mismatch(episodes: list[Episode], model: Any, version: int) -> float:
                 ]  # (T, V)
             rows = torch.log_softmax(logits, -1)[len(context) - 1 : -1]
             found = rows[range(len(turn.completion_ids)), list(turn.completion_ids)].numpy()
-            worst = max(worst, float(np.abs(found - np.array(turn.logprobs)).max()))
+            worst = max(worst, float(np.abs(found - np.array(turn.rollout_logprobs)).max()))
             context += turn.completion_ids
     return worst
 

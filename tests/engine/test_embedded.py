@@ -121,7 +121,7 @@ async def test_logprobs_are_those_of_a_plain_forward_in_ragged_conversations(sha
         games = await asyncio.gather(*(conversation(engine, f"s{i}", i, 4) for i in range(9)))
     for prompt, answer in (turn for game in games for turn in game):
         expected = reference_logprobs(model, prompt, answer.ids, 0.8)
-        assert close_to(answer.logprobs, expected)
+        assert close_to(answer.rollout_logprobs, expected)
         assert [(s.version, s.start, s.end) for s in answer.versions] == [(0, 0, len(answer.ids))]
 
 
@@ -143,7 +143,7 @@ async def test_greedy_is_what_transformers_generates(shape: str) -> None:
             torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None
         )
         assert answer.ids == tuple(made[0, len(prompt) :].tolist())
-        assert answer.logprobs == (0.0,) * 12
+        assert answer.rollout_logprobs == (0.0,) * 12
         assert answer.finish == "length"
 
 
@@ -151,7 +151,7 @@ Played = list[tuple[tuple[int, ...], tuple[float, ...]]]
 
 
 def outcome(games: Sequence[Sequence[tuple[tuple[int, ...], Completion]]]) -> list[Played]:
-    return [[(answer.ids, answer.logprobs) for _, answer in game] for game in games]
+    return [[(answer.ids, answer.rollout_logprobs) for _, answer in game] for game in games]
 
 
 async def staggered(
@@ -206,8 +206,11 @@ async def test_kept_copied_and_recomputed_keys_give_the_same_bits(shape: str) ->
         async with engine_of(model) as engine:
             fresh = await engine.generate(request("c", prompt, turn, max_tokens=9))
         assert fresh.cached == 0
-        assert (fresh.ids, fresh.logprobs) == (answer.ids, answer.logprobs)
-        assert (copied[turn].ids, copied[turn].logprobs) == (answer.ids, answer.logprobs)
+        assert (fresh.ids, fresh.rollout_logprobs) == (answer.ids, answer.rollout_logprobs)
+        assert (copied[turn].ids, copied[turn].rollout_logprobs) == (
+            answer.ids,
+            answer.rollout_logprobs,
+        )
 
 
 async def test_eviction_changes_nothing_but_the_work() -> None:
@@ -251,12 +254,14 @@ async def test_siblings_compute_a_common_prompt_once() -> None:
         assert engine.stats()["computed_tokens"] == 50 + 8 * 2
         late = await engine.generate(request("late", prompts[9], 9, max_tokens=3))
         assert late.cached == 51
-        assert (late.ids, late.logprobs) == (answers[9].ids, answers[9].logprobs)
+        assert (late.ids, late.rollout_logprobs) == (answers[9].ids, answers[9].rollout_logprobs)
     async with engine_of() as engine:
         alone = [
             await engine.generate(request("one", p, i, max_tokens=3)) for i, p in enumerate(prompts)
         ]
-    assert [(a.ids, a.logprobs) for a in alone] == [(a.ids, a.logprobs) for a in answers]
+    assert [(a.ids, a.rollout_logprobs) for a in alone] == [
+        (a.ids, a.rollout_logprobs) for a in answers
+    ]
     assert len({a.ids for a in answers[:8]}) > 1  # their seeds differ
 
 
@@ -275,8 +280,10 @@ async def test_new_weights_replace_the_old_ones_and_their_keys() -> None:
         assert [span.version for span in old.versions + new.versions] == [0, 3]
     with pytest.raises(InfraError, match="closed"):
         await engine.check()
-    assert close_to(new.logprobs, reference_logprobs(newer, prompt, new.ids, 1.0))
-    assert not close_to(new.logprobs, reference_logprobs(llama(seed=0), prompt, new.ids, 1.0))
+    assert close_to(new.rollout_logprobs, reference_logprobs(newer, prompt, new.ids, 1.0))
+    assert not close_to(
+        new.rollout_logprobs, reference_logprobs(llama(seed=0), prompt, new.ids, 1.0)
+    )
 
 
 async def test_running_generations_end_on_the_weights_they_began_with() -> None:
@@ -306,7 +313,7 @@ async def test_tied_weights_and_their_checksum() -> None:
     async with engine_of(model) as engine:
         assert await engine.load_weights(1, flat, manifest) == checksum(flat)
         answer = await engine.generate(request("a", prompt, max_tokens=5))
-    assert close_to(answer.logprobs, reference_logprobs(newer, prompt, answer.ids, 1.0))
+    assert close_to(answer.rollout_logprobs, reference_logprobs(newer, prompt, answer.ids, 1.0))
 
 
 async def test_weights_of_another_model_are_refused_and_the_old_ones_kept() -> None:
@@ -321,7 +328,7 @@ async def test_weights_of_another_model_are_refused_and_the_old_ones_kept() -> N
             await engine.load_weights(1, *partial)
         assert engine.version == 0
         after = await engine.generate(request("b", prompt, max_tokens=5))
-        assert after.logprobs == before.logprobs
+        assert after.rollout_logprobs == before.rollout_logprobs
 
 
 async def test_a_request_for_newer_weights_is_stale() -> None:
@@ -351,7 +358,7 @@ async def test_stop_ids_stop_strings_and_lengths() -> None:
         by_text = await engine.generate(request("c", prompt, 1, stop=("never!", text)))
         assert (by_text.ids, by_text.finish) == (free.ids[:12], "stop")
         full = await engine.generate(request("d", ids_of(random.Random(1), 32), 1))
-        assert (full.ids, full.logprobs, full.versions, full.finish) == ((), (), (), "length")
+        assert full == Completion((), (), (), "length")
         last = await engine.generate(request("e", ids_of(random.Random(1), 31), 1))
         assert (len(last.ids), last.finish) == (1, "length")
         many = await engine.generate(request("f", prompt, 1, stop_ids=(*range(70, 96), *range(60))))

@@ -97,11 +97,11 @@ async def same_as_transformers(engine: Engine, model: Any) -> None:
     for prompt, answer in zip(PROMPTS, await answers(engine, temperature=0.0), strict=True):
         assert answer.ids == greedy(model, prompt)
         assert answer.finish == ("stop" if answer.ids[-1] == END else "length")
-        assert answer.logprobs == (0.0,) * len(answer.ids)
+        assert answer.rollout_logprobs == (0.0,) * len(answer.ids)
         assert answer.versions == (VersionSpan(engine.version, 0, len(answer.ids)),)
     for prompt, answer in zip(PROMPTS, await answers(engine), strict=True):
         wanted = logprobs(model, prompt, answer.ids, 1.2)
-        assert np.abs(np.array(answer.logprobs) - wanted).max() < 1e-4
+        assert np.abs(np.array(answer.rollout_logprobs) - wanted).max() < 1e-4
 
 
 def shared_files() -> set[Path]:
@@ -152,7 +152,7 @@ async def test_what_is_in_flight_at_a_push(
     assert not running.done()
     await engine.load_weights(new, flat, manifest)
     answer = await running
-    assert len(answer.ids) == len(answer.logprobs) == 200
+    assert len(answer.ids) == len(answer.rollout_logprobs) == 200
     spans = [(span.version, span.start, span.end) for span in answer.versions]
     if policy == "keep":
         assert [version for version, _, _ in spans] == [old, new]
@@ -192,8 +192,8 @@ async def test_a_stream_is_the_completion_and_leaving_it_ends_the_work(engine: E
     done = await engine.generate(asked)
     parts = [part async for part in engine.stream(asked)]
     assert sum((part.ids for part in parts), ()) == done.ids
-    told = np.concatenate([part.logprobs for part in parts])
-    assert np.abs(told - np.array(done.logprobs)).max() < 1e-5
+    told = np.concatenate([part.rollout_logprobs for part in parts])
+    assert np.abs(told - np.array(done.rollout_logprobs)).max() < 1e-5
     assert [part.finish for part in parts] == [None] * (len(parts) - 1) + ["length"]
     assert len(parts) > 1
     with pytest.raises(ConfigError, match="raw_logprobs"):

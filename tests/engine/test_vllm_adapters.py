@@ -84,7 +84,7 @@ def worst(model: Any, number: int, answer: Completion) -> float:
         logits = model(torch.tensor([[*prompt, *answer.ids]])).logits[0] / 1.2  # (T, V)
     rows = torch.log_softmax(logits, -1)[len(prompt) - 1 : -1]
     wanted = rows[range(len(answer.ids)), list(answer.ids)].numpy()
-    return float(np.abs(wanted - np.array(answer.logprobs)).max())
+    return float(np.abs(wanted - np.array(answer.rollout_logprobs)).max())
 
 
 async def test_it_serves_the_merged_model(engine: Engine) -> None:

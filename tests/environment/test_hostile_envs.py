@@ -22,7 +22,7 @@ from rayrl import Agent, Scores, Task
 from rayrl.config import from_dict
 from rayrl.environment.group_reward import MOST_SCORE
 from rayrl.errors import MOST_TRACEBACK, EnvError, InfraError, clip, described, shown
-from rayrl.learner.advantage import METHODS, NORMALIZERS, advantages
+from rayrl.learner.advantage import ADVANTAGES, NORMALIZERS, advantages
 from rayrl.rollout.rollout import play_episode, play_group
 from rayrl.types import Episode, Failure, Group, Message, Turn
 from tests.act import says
@@ -251,7 +251,7 @@ REWARDS = st.floats(-MOST_SCORE, MOST_SCORE, allow_nan=False)
 @settings(deadline=None, max_examples=60)
 @given(
     st.lists(st.lists(REWARDS, min_size=2, max_size=4), min_size=1, max_size=3),
-    st.sampled_from(METHODS),
+    st.sampled_from(list(ADVANTAGES)),
     st.sampled_from(NORMALIZERS),
 )
 def test_advantages_of_allowed_rewards_are_finite_in_float32(

@@ -1,11 +1,13 @@
 """Advantages against numbers worked by hand."""
 
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from rayrl.config import AlgoConfig
-from rayrl.errors import ConfigError
+from rayrl.errors import ConfigError, NumericsError
 from rayrl.learner.advantage import advantages, centred, leave_one_out, step_level
 from rayrl.types import Episode, Failure, Group, Task, Turn
 
@@ -145,3 +147,52 @@ def test_wrong_names_and_missing_rewards_are_said():
     short = Group("g7", Task(), (*group([1]).episodes, failed))
     with pytest.raises(ValueError, match=r"'g7'.*'e1' has no reward"):
         advantages([short], AlgoConfig())
+
+
+# Advantages from outside the package.
+
+OUTSIDE = """
+def ranks(inputs):
+    order = sorted(inputs.rewards)
+    return [[order.index(r) / inputs.scale] * len(t) for r, t in zip(inputs.rewards, inputs.turns)]
+"""
+
+
+def test_an_advantage_from_a_file_and_as_a_function(tmp_path):
+    (tmp_path / "own.py").write_text(OUTSIDE)
+    groups = [group([0.5, 0, 1], [("a",), ("a", "b"), ("a",)])]
+    algo = AlgoConfig(advantage=f"{tmp_path}/own.py:ranks", normalize="std")
+    (result,) = advantages(groups, algo)
+    std = math.sqrt((0 + 0.25 + 0.25) / 3)
+    assert result == {
+        (0, "agent"): (1 / std,),
+        (1, "agent"): (0.0, 0.0),
+        (2, "agent"): (2 / std,),
+    }
+
+    def of_a_cell(inputs):
+        assert (inputs.group, inputs.seat, inputs.algo) == (groups[0], "agent", algo)
+        return np.array(inputs.centred)[:, None] * np.ones((1, 1))
+
+    with pytest.raises(
+        ConfigError, match=r"(?s)of_a_cell.*for each of the 3 episodes.*\[1, 2, 1\]"
+    ):
+        advantages(groups, algo, of_a_cell)
+    (result,) = advantages([group([1, 0])], algo, lambda i: np.array(i.centred)[:, None])
+    assert result == {(0, "agent"): (0.5,), (1, "agent"): (-0.5,)}
+    assert advantages(groups, algo, "rloo") == advantages(groups, replace(algo, advantage="rloo"))
+
+
+@pytest.mark.parametrize(
+    ("returned", "error", "said"),
+    [
+        ([1.0, 2.0], ConfigError, r"returned \[1\.0, 2\.0\]; .*each of the 2 episodes"),
+        ([[1.0]], ConfigError, "each of the 2 episodes"),
+        ([["a"], [1.0]], ConfigError, "each of the 2 episodes"),
+        (None, ConfigError, "returned None"),
+        ([[1.0], [math.inf]], NumericsError, r"episode 1: \[inf\] is not finite"),
+    ],
+)
+def test_what_an_advantage_returns_is_checked(returned, error, said):
+    with pytest.raises(error, match=f"advantage .*<lambda>, group 'g', seat 'agent'.*{said}"):
+        advantages([group([1, 0])], AlgoConfig(), lambda inputs: returned)

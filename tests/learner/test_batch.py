@@ -27,7 +27,7 @@ def turn(prompt, completion, offset, seat="agent", version=0):
         offset=offset,
         prompt_ids=tuple(prompt),
         completion_ids=tuple(completion),
-        logprobs=tuple(-0.5 - i for i in range(len(completion))),
+        rollout_logprobs=tuple(-0.5 - i for i in range(len(completion))),
         versions=(VersionSpan(version, 0, len(completion)),),
     )
 
@@ -47,7 +47,7 @@ def test_a_row_is_the_turns_own_spans():
     (row,) = batch.rows
     assert row.ids.tolist() == [1, 2, 5, 3, 6, 7]
     assert row.loss_mask.tolist() == [False, False, True, False, True, True]
-    assert row.old_logprobs.tolist() == [0, 0, -0.5, 0, -0.5, -1.5]
+    assert row.rollout_logprobs.tolist() == [0, 0, -0.5, 0, -0.5, -1.5]
     assert row.advantages.tolist() == [0, 0, 0.5, 0, -1, -1]
     assert (row.version, row.group, row.id) == (3, 0, "g/0/agent")
     assert (batch.totals.tokens, batch.totals.rows) == (3, 1)
@@ -108,7 +108,7 @@ def test_a_supervised_row_ends_at_its_last_id_with_loss(mask: list[bool], after:
     assert np.flatnonzero(row.loss_mask).tolist() == learned
     length = learned[-1] + 1 if learned else len(mask) + after
     assert row.ids.tolist() == list(range(length))
-    assert len(row.loss_mask) == len(row.old_logprobs) == len(row.advantages) == length
+    assert len(row.loss_mask) == len(row.rollout_logprobs) == len(row.advantages) == length
 
 
 def test_ids_that_no_reply_follows_are_not_computed():
@@ -119,7 +119,7 @@ def test_ids_that_no_reply_follows_are_not_computed():
     plain, cut = (make_batch([g], [v]) for g, v in zip(groups, values, strict=True))
     assert cut.stats == plain.stats
     assert cut.totals == plain.totals
-    for field in ("ids", "loss_mask", "old_logprobs", "advantages"):
+    for field in ("ids", "loss_mask", "rollout_logprobs", "advantages"):
         assert np.array_equal(getattr(cut.rows[0], field), getattr(plain.rows[0], field))
     assert distinct(cut.rows) == 6
 

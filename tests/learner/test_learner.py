@@ -19,7 +19,7 @@ from rayrl.errors import ConfigError, DataError
 from rayrl.learner.batch import Totals, Trajectory, batch_of, supervised_row
 from rayrl.learner.deepspeed import DeepSpeedLearner
 from rayrl.learner.forward import load_model, rate, token_logprobs
-from rayrl.learner.loss import Objective
+from rayrl.learner.loss import LOSSES, LossOutputs, Objective
 from rayrl.learner.packing import pack
 from rayrl.learner.reference import ReferenceLearner
 from rayrl.weights.flat import unflatten
@@ -127,7 +127,7 @@ def test_one_step_by_hand(model_dir):
     for row in rows:
         mask = torch.from_numpy(row.loss_mask)
         logprobs = plain_logprobs(plain, row.ids)[mask]
-        old = torch.from_numpy(row.old_logprobs)[mask]
+        old = torch.from_numpy(row.rollout_logprobs)[mask]
         gaps += (logprobs - old).detach().abs().tolist()
         tis = (logprobs.detach() - old).exp().clamp(max=2.0)
         advantages = torch.from_numpy(row.advantages)[mask]
@@ -201,7 +201,9 @@ def test_several_updates_use_the_policy_the_step_began_with(model_dir):
     assert metrics["approx_kl"] > 0
     assert metrics["ratio_max"] > 1.001
     # Mismatch is measured before the first update only, whatever was learned since.
-    gap = [np.abs(b - r.old_logprobs)[r.loss_mask].max() for b, r in zip(before, rows, strict=True)]
+    gap = [
+        np.abs(b - r.rollout_logprobs)[r.loss_mask].max() for b, r in zip(before, rows, strict=True)
+    ]
     assert metrics["mismatch_max"] <= max(gap) + 1e-5
 
 
@@ -217,6 +219,27 @@ def test_kl_pulls_towards_the_start(model_dir):
     drift = [sum(np.abs(a - b).sum() for a, b in zip(end, start, strict=True)) for end in ends]
     assert drift[1] < drift[0]
     assert metrics["kl"] > 0
+
+
+def test_a_loss_for_one_step_is_a_name_or_a_function(model_dir):
+    def cispo_again(inputs):
+        out = LOSSES.resolve("cispo")(inputs)
+        return LossOutputs(out.loss, {**out.metrics, "own": torch.ones(len(out.loss))})
+
+    batch = batch_of(make_rows(0))
+    cfg = config(loss="gspo", tis_max=0.0, epochs=2)  # in which losses differ
+    ends = {}
+    for name, loss in {"given": "cispo", "function": cispo_again, "not": None}.items():
+        learner = ReferenceLearner(cfg, model_dir)
+        metrics = learner.step(batch.rows, batch.totals, loss)
+        ends[name] = learner.flat_weights()[0]
+        assert metrics.get("loss/own") == (1.0 if name == "function" else None)
+    built_in = ReferenceLearner(replace(cfg, algo=replace(cfg.algo, loss="cispo")), model_dir)
+    built_in.step(batch.rows, batch.totals)
+    want = built_in.flat_weights()[0]
+    assert (ends["given"] == want).all()
+    assert (ends["function"] == want).all()
+    assert not (ends["not"] == want).all()
 
 
 MEASURED_BY_ROWS = {"loss", "entropy", "grad_norm"}

@@ -313,7 +313,7 @@ def test_the_learner_has_the_embedded_engines_logprobs(
     rows = asyncio.run(_played(EmbeddedEngine(model, max_len=case.max_len)))
     config = Config(engine=EngineConfig(max_len=case.max_len))
     for row, logprobs in zip(rows, ReferenceLearner(config, folder).logprobs(rows), strict=True):
-        assert np.abs(logprobs - row.old_logprobs).max() < TOLERANCE
+        assert np.abs(logprobs - row.rollout_logprobs).max() < TOLERANCE
 
 
 async def _played(engine: EmbeddedEngine) -> list[Trajectory]:
@@ -328,7 +328,7 @@ async def _played(engine: EmbeddedEngine) -> list[Trajectory]:
             answer = await engine.generate(request)
             ids += [*answer.ids, rng.randrange(VOCABULARY)]
             mask += [True] * len(answer.ids) + [False]
-            logprobs += [*answer.logprobs, 0.0]
+            logprobs += [*answer.rollout_logprobs, 0.0]
             turn += 1
         length = min(len(ids), engine.max_len)
         arrays = np.array(ids, np.int32), np.array(mask), np.array(logprobs, np.float32)

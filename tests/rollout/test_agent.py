@@ -55,7 +55,7 @@ async def test_a_conversation_is_the_concatenation_of_its_turns() -> None:
     assert agent.messages == [*talk, assistant("one")]
     assert (first.text, first.finish, first.state) == ("one", "stop", "s\na")
     assert first.completion_ids == chat().reply("one")
-    assert first.logprobs == (-0.5,) * len(first.completion_ids)
+    assert first.rollout_logprobs == (-0.5,) * len(first.completion_ids)
     assert first.versions == (VersionSpan(3, 0, len(first.completion_ids)),)
     assert [r.seed for r in engine.requests] == [derive_seed(5, "agent", k) for k in (0, 1)]
     assert [r.session for r in engine.requests] == ["e/agent/0"] * 2

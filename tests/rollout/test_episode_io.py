@@ -63,7 +63,7 @@ EDGE = Episode(
             offset=7,
             prompt_ids=(1,),
             completion_ids=(5, 6, 7),
-            logprobs=(-0.1, -1e-30, -12.345678901234567),
+            rollout_logprobs=(-0.1, -1e-30, -12.345678901234567),
             versions=(VersionSpan(3, 0, 1), VersionSpan(4, 1, 3)),
             state="",
         ),
@@ -81,7 +81,7 @@ async def test_roundtrip_is_exact(tmp_path: Path) -> None:
     back = list(read_episodes(path))
     assert back == episodes
     assert [type(e.task) for e in back] == [Errand] * 3
-    assert back[0].turns[0].logprobs == episodes[0].turns[0].logprobs
+    assert back[0].turns[0].rollout_logprobs == episodes[0].turns[0].rollout_logprobs
     assert write_episodes(path, []) == 0
     assert list(read_episodes(path)) == []
 
@@ -126,7 +126,10 @@ def broken(change: Any) -> str:
         (broken(lambda d: d.pop("turns")), "needs the key 'turns'"),
         (broken(lambda d: d.update(turns="no")), "turns must be list"),
         (broken(lambda d: d["turns"][1].update(finish="end")), "turn 1: finish must be one of"),
-        (broken(lambda d: d["turns"][0].update(logprobs=[0.0])), "3 completion_ids but 1 logprobs"),
+        (
+            broken(lambda d: d["turns"][0].update(rollout_logprobs=[0.0])),
+            "3 completion_ids but 1 rollout_logprobs",
+        ),
         (broken(lambda d: d["turns"][0].update(prompt_ids=["a"])), "expected int, got 'a'"),
         (broken(lambda d: d["turns"][0]["prompt"][0].update(content=None)), "content must be str"),
         (broken(lambda d: d["turns"][0].pop("seat")), "needs the key 'seat'"),

@@ -560,7 +560,7 @@ def test_the_log_forgets_what_is_void() -> None:
 
 
 async def test_a_host_tells_pickled_turns_and_nothing_of_a_group_that_has_ended() -> None:
-    one = Turn("agent", (user("?"),), "one", "stop", completion_ids=(3,), logprobs=(-0.5,))
+    one = Turn("agent", (user("?"),), "one", "stop", completion_ids=(3,), rollout_logprobs=(-0.5,))
     recorder = Recorder()
     told: list[list[str]] = []
 

@@ -124,14 +124,14 @@ def test_an_environment_goes_through_everything(
     for stage in ("collect", "update"):
         with clock(stage):
             pass
-    learned = {"entropy": 1.0, "grad_norm": 1.0, "reward": -7.0, "step": -8.0, "{odd}": 1.0}
+    learned = {"entropy": 1.0, "grad_norm": 1.0, "loss/reward": -7.0, "loss/{odd}": 1.0}
     metrics = step_metrics(0, CollectedGroups((group,)), batch, learned, clock)
     several = len(env.seats) > 1
     for seat, own in scores.items():
         for name, value in own.items():
             assert metrics[f"score/{seat}/{name}" if several else f"score/{name}"] == value
     assert metrics["reward"] != -7.0
-    assert (metrics["loss/reward"], metrics["loss/step"], metrics["{odd}"]) == (-7.0, -8.0, 1.0)
+    assert (metrics["loss/reward"], metrics["loss/{odd}"]) == (-7.0, 1.0)
     figures = headline(metrics)
     assert len(figures) == 5 + min(4, len(names) * len(env.seats))
     for stream in (io.StringIO(), Terminal()):

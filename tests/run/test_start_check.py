@@ -56,6 +56,8 @@ def without(monkeypatch: pytest.MonkeyPatch, *modules: str) -> None:
         ("sft", "sft.data=nowhere.jsonl", "sft.data=nowhere.jsonl: there is no such file"),
         ("train", "run.wandb_project=p", "run.wandb_project=p: wandb is not installed"),
         ("sft", "sft.data=pyproject.toml run.wandb_project=p", "wandb is not installed"),
+        ("train", "algo.loss=mine.py:loss", "algo.loss='mine.py': there is no file"),
+        ("train", "algo.advantage=os:pth", "algo.advantage='os:pth': os has no function 'pth'"),
         ("train", "lora.rank=4", "lora.rank=4: peft is not installed"),
         ("train", "engine=vllm", "engine.kind=vllm: vLLM is not installed"),
         ("eval", "engine=vllm", "engine.kind=vllm: vLLM is not installed"),

@@ -555,7 +555,7 @@ async def test_streams_of_the_embedded_engine_are_its_completions(base: Chat) ->
         done = await engine.generate(asked)
         parts = [part async for part in engine.stream(asked)]
         assert sum((p.ids for p in parts), ()) == done.ids
-        assert sum((p.logprobs for p in parts), ()) == done.logprobs
+        assert sum((p.rollout_logprobs for p in parts), ()) == done.rollout_logprobs
         assert sum((p.alternatives for p in parts), ()) == done.alternatives
         assert [len(row) for row in done.alternatives] == [2] * 20
         assert [p.finish for p in parts] == [None] * 19 + ["length"]

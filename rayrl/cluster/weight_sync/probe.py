@@ -101,7 +101,9 @@ def mean_difference(
     gaps = [
         abs(float(theirs) - float(ours))
         for answer, row in zip(answers, scored, strict=True)
-        for theirs, ours in zip(answer.logprobs, row[len(row) - len(answer.ids) :], strict=True)
+        for theirs, ours in zip(
+            answer.rollout_logprobs, row[len(row) - len(answer.ids) :], strict=True
+        )
     ]
     return (sum(gaps) / len(gaps) if gaps else 0.0), len(gaps)
 

@@ -173,7 +173,7 @@ class VllmEngine:
         spans = [(s.version, s.start, s.end) for s in last.outputs[0].weight_versions or ()]
         return Completion(
             whole.ids,
-            whole.logprobs,
+            whole.rollout_logprobs,
             version_spans(spans, began, len(whole.ids)),
             whole.finish,
             whole.cached,
