@@ -1,4 +1,4 @@
-"""CPU seconds by role of a local Ray's processes, which other load on the machine barely changes."""
+"""CPU seconds by role of a local Ray's processes, which other load barely changes."""
 
 from __future__ import annotations
 

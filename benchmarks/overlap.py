@@ -2,12 +2,12 @@
 
     python benchmarks/overlap.py [--lags 0 1 2] [--steps 12] [--latency 0.5] [--learn 4.0]
 
-Real env workers, a real replica and the training loop's own feed; the engine is a *fake* that
-answers after `--latency` seconds (half to one and a half of it) and computes nothing, and the
-learner is a *fake* that takes `--learn` seconds, so that two cores can stand for many. Played alone
-(the learner takes no time) a step takes what the slowest of its episodes takes. Printed as JSON for
-each lag: seconds per step, the slower of playing alone and learning, and what part of the time the
-learner and the workers had nothing to do. The first steps, which fill the pipe, are left out.
+Env workers, replica and group collector are real. The engine is a *fake* that answers after 0.5 to
+1.5 times `--latency` seconds without computing anything, and the learner is a *fake* that takes
+`--learn` seconds, so that two cores can stand for many. With rollouts alone (the learner takes no
+time) a step takes as long as its slowest episode. Prints as JSON for each lag the seconds per step,
+their ratio to the slower of rollouts alone and learning, and the shares of time that the learner
+and the env workers were idle. The first steps, which fill the pipeline, are left out.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ async def run(args: argparse.Namespace, rollouts: Rollouts, lag: int, learn: flo
 
 
 async def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Every lag on the same workers."""
+    """Measure every lag on the same env workers."""
     chat = Chat.load(str(model_dir("embedded")))
     make = partial(FakeEngine, chat.reply("<move>4</move>"), args.latency)
 
@@ -103,7 +103,7 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
         try:
             await rollouts.ready()
             alone = statistics.median(row[0] for row in await run(args, rollouts, 0, 0.0))
-            out: dict[str, Any] = {"episodes of turns": TURNS, "playing alone": round(alone, 2)}
+            out: dict[str, Any] = {"episodes of turns": TURNS, "rollouts alone": round(alone, 2)}
             for lag in args.lags:
                 rows = await run(args, rollouts, lag, args.learn)
                 step = statistics.fmean(row[0] for row in rows)

@@ -4,9 +4,9 @@
 
 One client requests `/health` every 20 ms from a server (the embedded base behind uvicorn, in its
 own process) while another repeats a large request: 500,000 messages of one letter, 4 MB of text, a
-prompt that barely fits, JSON nested 100,000 deep, lists of numbers. Prints as JSON for each load the
-answered requests by status, milliseconds until the first answer, and the median and maximum latency
-of `/health` in milliseconds.
+prompt that barely fits, JSON nested 100,000 deep, lists of numbers. Prints as JSON for each load
+the answered requests by status, milliseconds until the first answer, and the median and maximum
+latency of `/health` in milliseconds.
 """
 
 from __future__ import annotations

@@ -164,9 +164,9 @@ def unknown_key(key: str) -> ConfigError:
 
 
 def _likeness_by_part(key: str, other: str) -> float:
-    """Mean likeness of the parts of two dotted keys, so that long common parts do not outweigh."""
+    """Likeness of two keys; of `a.b.c` the mean over parts, so that long equal parts count less."""
     parts, others = key.split("."), other.split(".")
-    if len(parts) != len(others):
+    if len(parts) != len(others) or len(parts) < 3:
         return SequenceMatcher(None, key, other).ratio()
     pairs = zip(parts, others, strict=True)
     return sum(SequenceMatcher(None, *pair).ratio() for pair in pairs) / len(parts)

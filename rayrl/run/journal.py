@@ -78,7 +78,7 @@ class Journal:
             plan = by_id.get(episode.id.rpartition("/")[0])
             if plan is None or not same(_through_json(plan.task), episode.task):
                 raise RunFailed(
-                    f"{self.file}: the task of episode {episode.id} is not the one this run plays; "
+                    f"{self.file}: episode {episode.id} is of another task than this run plays; "
                     "has the environment's code changed? Use another run.name for a new run."
                 )
             if problem:

@@ -30,7 +30,7 @@ class Logger(Protocol):
             first_step: metrics that earlier processes logged from this step on are obsolete.
         """
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+    def log(self, step: int, metrics: Mapping[str, float], /) -> None:
         """Called with the metrics that were measured at a step."""
 
     def close(self) -> None:

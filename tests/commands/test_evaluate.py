@@ -284,7 +284,7 @@ def test_episodes_of_other_tasks_are_not_taken_for_ours(
     (tmp_path / "result.json").unlink()
     file = tmp_path / "episodes" / "step_000000.jsonl"
     file.write_text(file.read_text().replace('"max_turns": 8', '"max_turns": 6', 1))
-    with pytest.raises(RunFailed, match="the task of episode random-0/0 is not"):
+    with pytest.raises(RunFailed, match="random-0/0 is of another task"):
         evaluate.run(cfg)
 
 
