@@ -1,1 +1,1 @@
-"""What a run keeps in its folder and says about itself."""
+"""The folder of a run: metrics, checkpoints and alarms, and what a run needs to start and resume."""
