@@ -26,7 +26,7 @@ from importlib.metadata import Distribution, distribution, distributions, versio
 from pathlib import Path
 
 from rayrl.config import Config, stage_config
-from rayrl.config.registry import CODE_FILE, split_reference
+from rayrl.config.registry import CODE_FILE, OBJECT, split_reference
 from rayrl.config.yaml_files import conf_dir
 from rayrl.environment.registry import ENV_GROUP
 from rayrl.errors import ConfigError
@@ -108,6 +108,8 @@ def write_bundle(
     path_of, copy_of = {}, {}  # absolute path by name, path in the bundle by absolute path
     for name, key in [*((name, "env.name") for name in envs), *(functions or {}).items()]:
         module, attribute = split_reference(name)
+        if module == OBJECT:  # sent by value
+            continue
         if module.endswith(".py"):
             path = Path(module).expanduser().resolve()
             if path.is_file():

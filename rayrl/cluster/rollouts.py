@@ -1,4 +1,14 @@
-"""The driver's side of playing: who plays what, and what happens to what goes wrong."""
+"""The driver's side of rollouts: plans go in, groups come out, and what failed is sorted out.
+
+A retry has one owner per level:
+
+- a request that a replica did not answer is sent again by the worker's `BatchingClient`
+  (serving/inference_client.py);
+- an episode with an infrastructure failure is played again, at most `env.retries` times, by
+  `play_groups` (rayrl/rollout/rollout.py);
+- a group is played again by the pool's `Scheduler` (workers/scheduler.py): once if one of its
+  episodes failed in spite of its retries, and whenever its worker has died.
+"""
 
 from __future__ import annotations
 
@@ -12,32 +22,32 @@ from rayrl.cluster.workers.env_worker import WorkerJob, start_worker
 from rayrl.cluster.workers.scaling import Load
 from rayrl.cluster.workers.turn_log import start_recorder
 from rayrl.cluster.workers.worker_pool import WorkerPool
-from rayrl.cluster.workers.worker_slot import kill
+from rayrl.cluster.workers.worker_process import kill_actor
 from rayrl.errors import RunFailed, shown
 from rayrl.rollout.rollout import GroupPlan
 from rayrl.types import Episode, Failure, Group
 
 __all__ = ["CollectedGroups", "Rollouts", "is_stale", "none_left", "sort_out"]
 
-FORGET_AT = 32  # groups that have ended, of which the recorder is told at once
+DISCARD_AT = 32  # ended groups whose turns the recorder discards in one call
 
 
 @dataclass(frozen=True, slots=True)
 class CollectedGroups(Sequence[Group]):
-    """What came of a batch of plans; as a sequence, its complete groups.
+    """The outcome of a batch of plans; as a sequence, its complete groups.
 
     Attributes:
         groups: complete groups in the order of their plans.
-        dropped: groups with an episode that failed or is too old; never trained on.
-        env_failures: episodes whose environment failed.
-        infra_failures: episodes that failed otherwise, after their retries.
-        refused: episodes whose conversation a server refuses; they are not played again.
-        stale: episodes made with older weights than asked for.
-        stopped: groups that became too old; their tasks are played again.
-        waiting: complete groups that are there for a later batch.
-        live: groups that are being played.
+        dropped: groups with an episode that failed or is stale; never trained on.
+        env_failures: number of episodes whose environment failed.
+        infra_failures: number of episodes that failed otherwise, after their retries.
+        refused: number of episodes whose conversation a server refused; they are not retried.
+        stale: number of episodes with a token from older weights than requested.
+        stopped: groups that were cancelled as too old; their tasks are played again.
+        waiting: number of complete groups that are ready for a later batch.
+        live: number of groups that are being played.
         idle_s: seconds since the last batch in which nothing was played; None with max_lag=0, where
-            play waits for the learner by design.
+            rollouts wait for the learner by design.
         load: what the workers had to do.
     """
 
@@ -67,17 +77,17 @@ class CollectedGroups(Sequence[Group]):
 
 
 def sort_out(groups: Sequence[Group], min_version: int, budget: float, env: str) -> CollectedGroups:
-    """Separate what can be trained on, and stop a run whose environment fails too often.
+    """Separate the groups that can be trained on; stop a run whose environment fails too often.
 
     Args:
         groups: in the order of their plans.
-        min_version: tokens of older weights make an episode stale.
-        budget: share of the episodes whose environment may fail.
+        min_version: a token from older weights makes an episode stale.
+        budget: share of the episodes, 0 to 1, whose environment may fail.
         env: the environment's name, for the message.
 
     Raises:
         RunFailed: the budget is exceeded, or no group is left, unless a server refused all of them:
-            an evaluation has that as its result.
+            that is a result of an evaluation.
     """
     episodes = [episode for group in groups for episode in group.episodes]
     failed = [(e, e.failure) for e in episodes if e.failure is not None]
@@ -104,21 +114,15 @@ def sort_out(groups: Sequence[Group], min_version: int, budget: float, env: str)
 
 
 def none_left(groups: Sequence[Group], min_version: int) -> RunFailed:
-    """What stops a run that has nothing to go on with."""
+    """The error of a run that has no complete group to go on with."""
     failed = [(e, e.failure) for group in groups for e in group.episodes if e.failure is not None]
     what = _details(*failed[0]) if failed else f"all are older than version {min_version}"
     return RunFailed(f"none of {len(groups)} groups is complete.\n{what}")
 
 
 def is_stale(episode: Episode, min_version: int) -> bool:
-    """Whether a token of it was made with older weights."""
+    """Whether a token of the episode was sampled from weights older than `min_version`."""
     return episode.min_version is not None and episode.min_version < min_version
-
-
-def _broken(group: Group) -> bool:
-    """Whether an episode failed for no fault of its environment: worth playing once more."""
-    kinds = {e.failure.kind for e in group.episodes if e.failure is not None}
-    return "infra" in kinds and "stopped" not in kinds
 
 
 def _details(episode: Episode, failure: Failure) -> str:
@@ -134,15 +138,17 @@ def _details(episode: Episode, failure: Failure) -> str:
 
 
 class Rollouts:
-    """Plays plans on a set of workers.
+    """Plays plans on a pool of workers.
 
-    Results do not depend on who plays what, nor on how many there are. A worker that dies or hangs
-    is replaced, and what it had not finished is played again: a group that takes down a second
-    worker, alone on it, is recorded as a failure of the environment.
+    Results depend neither on which worker plays what, nor on how many there are. A worker that dies
+    or hangs is replaced, and what it had not finished is played again: a group that takes down a
+    second worker, alone on it, is recorded as a failure of the environment.
 
     Args:
-        turns: a file for those of live episodes. Where an earlier driver has left one, its episodes
-            go on when their plans are played again.
+        job: what the workers play.
+        start: starts a worker's actor.
+        turns: a file for the turns of live episodes. Episodes that an earlier driver has left there
+            resume when their plans are played again.
 
     Attributes:
         job: what the workers play.
@@ -164,10 +170,11 @@ class Rollouts:
         return self._pool.restarts
 
     async def ready(self) -> None:
-        """Wait until the workers can play; those that may come later are not waited for.
+        """Wait until the fixed workers can play; elastic ones may start later.
 
         Raises:
             ConfigError: a setting the workers cannot work with.
+            InfraError, RunFailed: a worker does not start.
         """
         await self._pool.ready()
 
@@ -183,11 +190,11 @@ class Rollouts:
         Args:
             plans: with ids that differ.
             min_version: no token may come from older weights.
-            on_group: called as each group finishes, in any order.
+            on_group: called as each group ends, in any order, also with one that is to be retried.
             known: groups of these plans that were played before, by id.
 
         Returns:
-            What was played and known; after `wind_down`, of some plans only.
+            Groups that were played or known; after `wind_down`, of some plans only.
 
         Raises:
             RunFailed: see `sort_out`.
@@ -199,62 +206,65 @@ class Rollouts:
             done[group.id] = group
             on_group(group)
 
-        await self.play([p for p in plans if p.id not in done], min_version, keep)
+        await self.play([p for p in plans if p.id not in done], min_version, keep, keep)
         env = self.job.config.env
         groups = [done[plan.id] for plan in plans if plan.id in done]
         return sort_out(groups, min_version, env.failure_budget, env.name)
 
     async def play(
-        self, plans: Sequence[GroupPlan], min_version: int, keep: Callable[[Group], None]
+        self,
+        plans: Sequence[GroupPlan],
+        min_version: int,
+        on_group: Callable[[Group], None],
+        on_retry: Callable[[Group], None] = lambda group: None,
     ) -> None:
-        """Play plans, those with an infrastructure failure once more. Calls may overlap.
+        """Play plans; calls may overlap, and earlier ones are served first.
 
         Args:
-            keep: called with each group as it finishes, and again if it was played once more.
+            plans: with ids that differ.
+            min_version: no token may come from older weights.
+            on_group: called once with each group, as it ends for good.
+            on_retry: called with a group that has an infrastructure failure and is played once
+                more; after `wind_down` it is not, and `on_group` is not called with it.
         """
-        broken: set[str] = set()
-        over: list[str] = []
+        left = {plan.id for plan in plans}
+        ended: list[str] = []
 
-        def look(group: Group) -> None:
-            keep(group)  # first: its turns are on the disk until the group is
-            if _broken(group):
-                broken.add(group.id)
-            else:
-                over.append(group.id)
-                if len(over) >= FORGET_AT:
-                    self.forget(over.copy())
-                    over.clear()
+        def finish(group: Group) -> None:
+            on_group(group)  # first: the turns stay on the disk until the group is there
+            left.discard(group.id)
+            ended.append(group.id)
+            if len(ended) >= DISCARD_AT:
+                self.discard_turns(ended.copy())
+                ended.clear()
 
         try:
-            await self._pool.play(plans, min_version, look)
+            await self._pool.play(plans, min_version, finish, on_retry)
+            ended += left  # those that were not played because of `wind_down`
         finally:
-            if over:
-                self.forget(over)
-        again = [plan for plan in plans if plan.id in broken]
-        await self._pool.play(again, min_version, keep, again=True)
-        if again:
-            self.forget([plan.id for plan in again])
+            if ended:
+                self.discard_turns(ended)
 
-    def forget(self, groups: Sequence[str]) -> None:
-        """These groups, by id, need not be brought back."""
-        self._pool.forget(groups)
+    def discard_turns(self, groups: Sequence[str]) -> None:
+        """Drop the recorded turns of these groups, by id: they will not be resumed."""
+        self._pool.discard_turns(groups)
 
-    def stop(self, plans: Sequence[str], oldest: int) -> None:
-        """End those of these plans, by id, that began with weights older than `oldest`.
+    def cancel(self, plans: Sequence[str], oldest: int) -> None:
+        """Cancel those of these plans, by id, that began with weights older than `oldest`.
 
-        Their groups come with what was played, and with failures of kind "stopped".
+        Their groups end with the turns that were played, and with failures of kind "stopped".
         """
-        self._pool.stop(plans, oldest)
+        self._pool.cancel(plans, oldest)
 
     def wind_down(self) -> None:
-        """Let `collect` play what is begun and begin nothing more."""
+        """Have `collect` end with the groups that have begun, and begin no more."""
         self._pool.wind_down()
 
     def load(self) -> Load:
-        """What the workers have to do."""
+        """What the workers had to do since the last call."""
         return self._pool.load()
 
     def close(self) -> None:
         """End the workers."""
         self._pool.close()
-        kill(self._recorder)
+        kill_actor(self._recorder)

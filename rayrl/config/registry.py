@@ -2,7 +2,8 @@
 
 `module:attribute` is imported; `path/to/file.py:attribute` is run once per process, as a module
 whose name depends on the path only. A file that was sent to a cluster is found by the path it had
-on the machine that sent it (`rayrl/cluster/code_bundle.py`).
+on the machine that sent it (`rayrl/cluster/code_bundle.py`). `object:NAME` is an object that a
+Python program has passed (`bind`); only that process knows it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import functools
 import importlib
 import importlib.util
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -22,9 +24,12 @@ from rayrl.types import derive_seed
 
 __all__ = [
     "CODE_FILE",
+    "OBJECT",
     "Registry",
     "absolute",
     "attribute_of",
+    "bind",
+    "bound",
     "function_name",
     "load_function",
     "load_module",
@@ -32,6 +37,9 @@ __all__ = [
 ]
 
 CODE_FILE = "rayrl-code.json"  # beside rayrl/ in a copy that was sent to a cluster: `code_bundle`
+
+OBJECT = "object"
+_bound: dict[tuple[str, str], Any] = {}  # by setting and name
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -84,6 +92,32 @@ class Registry(Generic[F]):
         return self._functions[value]
 
 
+def bind(key: str, value: object, name: str = "") -> str:
+    """Let setting `key` name an object of this program; returns the reference, `object:NAME`.
+
+    An object that is bound to the same name later, as by a notebook cell that is run again,
+    replaces it.
+    """
+    name = re.sub(r"\W+", "_", name or getattr(value, "__name__", type(value).__name__))
+    _bound[key, name] = value
+    return f"{OBJECT}:{name}"
+
+
+def bound(key: str, reference: str) -> Any:
+    """The object that was bound as `object:NAME`.
+
+    Raises:
+        ConfigError: this program has bound none of that name.
+    """
+    _, name = split_reference(reference)
+    if (key, name) not in _bound:
+        raise ConfigError(
+            f"{key}={reference!r} is an object that a Python program has passed; only a program "
+            "that passes it again, as rayrl.train does, can use it."
+        )
+    return _bound[key, name]
+
+
 def load_function(key: str, reference: str) -> Any:
     """The function `module:function` or `path/to/file.py:function`, the value of setting `key`.
 
@@ -91,6 +125,8 @@ def load_function(key: str, reference: str) -> Any:
         ConfigError: there is no such module, file or function, or it cannot be imported.
     """
     place, attribute = split_reference(reference)
+    if place == OBJECT:
+        return bound(key, reference)
     module = load_module(key, reference)
     known = [name for name, value in vars(module).items() if callable(value)]
     found = attribute_of(module, attribute) if attribute else None

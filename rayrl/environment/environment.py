@@ -12,7 +12,6 @@ import functools
 import inspect
 import math
 import random
-import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,11 +46,17 @@ _BELOW_ONE = math.nextafter(1.0, 0.0)
 
 @dataclass(frozen=True)
 class EnvSpec:
-    """What another process needs to make the same environment: see `rayrl.load_env`."""
+    """What another process needs to make the same environment.
+
+    Attributes:
+        ref: what `rayrl.load_env` finds it by.
+        value: the environment itself, where nothing finds it.
+    """
 
     ref: str
     args: Mapping[str, Any]
     rewards: Mapping[str, float]
+    value: Environment | None = None
 
 
 class Environment:
@@ -62,6 +67,7 @@ class Environment:
         play: the coroutine function.
         seats: names of its parameters after the task, one a player.
         source: function `(seed, u, **keywords) -> Task`, or a sequence of tasks.
+        eval_source: likewise, for evaluation only; None: see `evaluation`.
         args: keywords of the source: its defaults, and what `configure` set.
         rewards: weight of every score the coroutine returns; a weight of 0 only logs.
         group_rewards: rewards computed over a whole group, by name.
@@ -71,7 +77,7 @@ class Environment:
         ended: what a person is shown when an episode has ended, or None (see `ending`).
         form: the reply that is sent for what a person types in a seat, which stands for `{}`.
         slots: most episodes it can play at once, or None.
-        ref: what `load_env` finds it by; empty if that is not known.
+        ref: what `load_env` finds it by; empty if nothing does, and then it travels by value.
     """
 
     def __init__(
@@ -81,6 +87,7 @@ class Environment:
         name: str,
         source: TaskSource,
         rewards: Mapping[str, float | GroupReward],
+        eval_source: TaskSource | None = None,
         form: str = "{}",
         ref: str | None = None,
     ) -> None:
@@ -91,7 +98,9 @@ class Environment:
         self.name = name
         self.play = play
         self.seats = _seats(name, play)
-        self.source = source
+        self.source, self.eval_source = source, eval_source
+        if eval_source is not None:
+            _defaults(name, eval_source)
         self.rewards = {k: _weight(k, w) for k, w in rewards.items() if not _is_group(w)}
         self.group_rewards = {k: w for k, w in rewards.items() if isinstance(w, GroupReward)}
         self.args = _defaults(name, source)
@@ -113,17 +122,13 @@ class Environment:
 
     @property
     def spec(self) -> EnvSpec:
-        """How to make this environment again in another process.
+        """How to make this environment again in another process."""
+        return EnvSpec(self.ref, *self._set, value=None if self.ref else self)
 
-        Raises:
-            ConfigError: it is not known what to find it by.
-        """
-        if not self.ref:
-            raise ConfigError(
-                f"environment {self.name!r} cannot be found by another process: get it by "
-                "rayrl.load_env, or give from_gymnasium its ref='module:attribute'"
-            )
-        return EnvSpec(self.ref, *self._set)
+    @property
+    def configured(self) -> tuple[Mapping[str, Any], Mapping[str, float]]:
+        """Task-source keywords and reward weights that `configure` has set."""
+        return self._set
 
     def configure(
         self, args: Mapping[str, Any] | None = None, rewards: Mapping[str, float] | None = None
@@ -159,6 +164,37 @@ class Environment:
                     + suggestion(key, known)
                 )
         new._set = ({**self._set[0], **args}, {**self._set[1], **rewards})
+        return new
+
+    def training(self, held_out: float) -> Environment:
+        """The same environment without the tasks that evaluation plays.
+
+        Args:
+            held_out: see `evaluation`.
+        """
+        new = self._copy()
+        if self.eval_source is None and isinstance(self.source, Sequence):
+            new.source, _ = _split(self.source, held_out)
+        return new
+
+    def evaluation(self, held_out: float) -> Environment:
+        """The same environment with the tasks that training does not see.
+
+        These are its `eval_tasks`; else, of a sequence of tasks, the share that is held out; else
+        those that the task function makes of other seeds, some of which may be equal where it can
+        make few.
+
+        Args:
+            held_out: share of a sequence of tasks, at least one where there are two; always the
+                same ones. With 0, training and evaluation have the same tasks.
+        """
+        new = self._copy()
+        if self.eval_source is not None:
+            new.source = self.eval_source
+            new.args = _defaults(self.name, self.eval_source)
+            new.args |= {key: value for key, value in self._set[0].items() if key in new.args}
+        elif isinstance(self.source, Sequence):
+            _, new.source = _split(self.source, held_out)
         return new
 
     def with_play(self, play: Play, slots: int | None = None) -> Environment:
@@ -309,6 +345,7 @@ def env(
     *,
     tasks: TaskSource,
     rewards: Mapping[str, float | GroupReward],
+    eval_tasks: TaskSource | None = None,
     name: str | None = None,
     form: str = "{}",
 ) -> Callable[[Play], Environment]:
@@ -319,6 +356,8 @@ def env(
             are the environment's settings and whose `u` in [0, 1) says which part of the range (of
             difficulty, say) to draw from; or a sequence of tasks.
         rewards: weight of every score; a `group_reward` for those over a whole group.
+        eval_tasks: tasks for evaluation only, a function or a sequence as well. Without them, a
+            share of a sequence of tasks is held out from training (`env.held_out`).
         name: by default the function's.
         form: the reply that is sent for what a person types in a seat, which stands for `{}`, e.g.
             `"<move>{}</move>"`.
@@ -330,7 +369,9 @@ def env(
 
     def decorate(play: Play) -> Environment:
         label = name or str(getattr(play, "__name__", type(play).__name__))
-        return Environment(play, name=label, source=tasks, rewards=rewards, form=form)
+        return Environment(
+            play, name=label, source=tasks, eval_source=eval_tasks, rewards=rewards, form=form
+        )
 
     return decorate
 
@@ -346,6 +387,22 @@ def _seats(name: str, play: Play) -> tuple[str, ...]:
             "e.g. `async def play(task, agent)`"
         )
     return tuple(p.name for p in parameters[1:])
+
+
+def _split(tasks: Sequence[Task], held_out: float) -> tuple[Sequence[Task], Sequence[Task]]:
+    """Tasks for training and for evaluation, each in the order of the sequence.
+
+    Which are held out depends on their place only, so that every run of an environment agrees.
+    """
+    if len(tasks) < 2 or not held_out:
+        return tasks, tasks
+    n = min(max(round(held_out * len(tasks)), 1), len(tasks) - 1)
+    order = sorted(range(len(tasks)), key=lambda place: derive_seed("held out", place))
+    ours = set(order[:n])
+    return (
+        [task for place, task in enumerate(tasks) if place not in ours],
+        [task for place, task in enumerate(tasks) if place in ours],
+    )
 
 
 def _defaults(name: str, source: TaskSource) -> dict[str, Any]:
@@ -368,10 +425,10 @@ def _defaults(name: str, source: TaskSource) -> dict[str, Any]:
 
 
 def _reference(play: Play) -> str:
-    module = getattr(play, "__module__", "")
-    if module == "__main__":  # another process finds it by its file
-        module = str(getattr(sys.modules["__main__"], "__file__", ""))
-    return f"{module}:{getattr(play, '__qualname__', '')}"
+    """What another process finds the environment by: not a script, whose other lines it would run,
+    nor what a function has defined."""
+    module, name = getattr(play, "__module__", ""), getattr(play, "__qualname__", "<")
+    return "" if module == "__main__" or "<" in name else f"{module}:{name}"
 
 
 def _register(env_name: str, kind: str, table: dict[str, Any], name: str, function: Any) -> Any:

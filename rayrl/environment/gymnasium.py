@@ -36,7 +36,6 @@ def from_gymnasium(
     tasks: TaskSource,
     rewards: Mapping[str, float | GroupReward] | None = None,
     name: str | None = None,
-    ref: str = "",
 ) -> Environment:
     """An `Environment` out of a class with `reset` and `step`.
 
@@ -46,8 +45,6 @@ def from_gymnasium(
         rewards: weights of `reward` (the sum of the steps' rewards; 1.0 unless given) and of the
             scores the class puts into `info["scores"]` of its last step.
         name: by default that of `make`.
-        ref: what `rayrl.load_env` finds the environment by (`module:attribute`). Another process
-            needs it; `load_env` sets it.
     """
     label = name or str(getattr(make, "__name__", type(make).__name__))
 
@@ -68,7 +65,7 @@ def from_gymnasium(
                 close()
 
     declared: dict[str, float | GroupReward] = {"reward": 1.0, **(rewards or {})}
-    return Environment(play, name=label, source=tasks, rewards=declared, ref=ref)
+    return Environment(play, name=label, source=tasks, rewards=declared, ref="")
 
 
 def _prompt(observation: Any) -> Any:

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from importlib.machinery import PathFinder
 from importlib.metadata import entry_points
 from types import ModuleType
 
-from rayrl.config.registry import absolute, attribute_of, load_module, split_reference
-from rayrl.environment.environment import Environment
-from rayrl.environment.signature import suggestion
-from rayrl.errors import ConfigError
+import cloudpickle
 
-__all__ = ["ENV_GROUP", "installed_envs", "load_env"]
+from rayrl.config.registry import (
+    OBJECT,
+    absolute,
+    attribute_of,
+    bind,
+    bound,
+    load_module,
+    split_reference,
+)
+from rayrl.environment.environment import Environment, EnvSpec
+from rayrl.environment.signature import suggestion
+from rayrl.errors import ConfigError, described
+
+__all__ = ["ENV_GROUP", "environment_of", "installed_envs", "load_env", "reference_of"]
 
 ENV_GROUP = "rayrl.envs"
 
@@ -33,6 +44,8 @@ def load_env(name: str) -> Environment:
     if not name:
         raise ConfigError("env.name is empty: name an environment, a file or module:attribute")
     place, attribute = split_reference(name)
+    if place == OBJECT:
+        return _checked(bound("env.name", name), name)
     if place.endswith(".py") or attribute:
         found = _pick(load_module("env.name", name), place, attribute)
         return _named(found, f"{absolute(place)}:{attribute}" if place.endswith(".py") else name)
@@ -51,6 +64,45 @@ def load_env(name: str) -> Environment:
         + suggestion(name, installed_envs())
         + " A file is given as path/to/file.py, an importable one as module:attribute."
     )
+
+
+def environment_of(spec: EnvSpec) -> Environment:
+    """The environment that `spec` describes, with its settings.
+
+    Raises:
+        ConfigError: see `load_env`.
+    """
+    return (spec.value or load_env(spec.ref)).configure(spec.args, spec.rewards)
+
+
+def reference_of(env: Environment) -> str:
+    """What `load_env` finds this environment by, here and in other processes.
+
+    One that no other process could import, as of a script or a notebook cell, is bound as
+    `object:NAME` and travels by value.
+
+    Raises:
+        ConfigError: it cannot travel.
+    """
+    if env.ref and _is_importable(env.ref):
+        return env.ref
+    env.ref = ""
+    try:
+        cloudpickle.dumps(env)
+    except Exception as error:
+        raise ConfigError(
+            f"environment {env.name!r} cannot be sent to other processes: {described(error)}. "
+            "Create what cannot be sent (a lock, a file, a connection) inside the coroutine, or "
+            "move the environment to a file and name it: path/to/file.py:attribute."
+        ) from error
+    return bind("env.name", env, env.name)
+
+
+def _is_importable(ref: str) -> bool:
+    place, attribute = split_reference(ref)
+    if not attribute or place.endswith(".py"):  # installed, or a file
+        return True
+    return PathFinder.find_spec(place.partition(".")[0]) is not None
 
 
 def _named(env: Environment, ref: str) -> Environment:

@@ -1,9 +1,9 @@
 """Attention over a packed trie, as an attention function of transformers.
 
-The model runs on flat ids (1, U). Here alone rows exist: each row's owned queries attend to the
-keys on the row's whole path. Everything else (embeddings, norms, linear layers) touches every
-distinct token once and no padding. transformers builds no mask for an attention implementation
-without a registered mask function, which is what this wants.
+The model runs on flat ids (1, U). Only attention knows the rows: each row's owned queries attend
+to the keys on the row's whole path. Everything else (embeddings, norms, linear layers) computes
+every distinct token once and no padding. transformers builds no mask for an attention
+implementation without a registered mask function, as intended here.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rayrl.learner.packing import Bucket, Packed
 __all__ = ["IMPLEMENTATION", "BeyondWindow", "Plan", "plan"]
 
 IMPLEMENTATION = "rayrl_trie"
-SHORT = 512  # keys up to which plain products beat torch's bf16 kernel on the CPU, backward most
+SHORT = 512  # keys up to which two batched products beat torch's bf16 kernel on the CPU
 
 
 class BeyondWindow(ConfigError):
@@ -29,7 +29,7 @@ class BeyondWindow(ConfigError):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Rectangle:
+class _BucketTensors:
     """One `Bucket` as tensors; `mask` is (b, 1, s, k), or None where plain causal does."""
 
     shape: tuple[int, int, int]  # b, s, k
@@ -45,18 +45,18 @@ class Plan:
     """The attention work of a `Packed`, as tensors; passed to the model as `plan=`."""
 
     longest: int
-    rectangles: tuple[_Rectangle, ...]
+    buckets: tuple[_BucketTensors, ...]
 
 
 def plan(packed: Packed, device: torch.device | str, dtype: torch.dtype) -> Plan:
-    """Move the attention work of `packed` to `device`; `dtype` is the queries'."""
+    """The attention work of `packed` as tensors on `device`; `dtype` is that of the queries."""
     return Plan(
         int(packed.lengths.max()),
-        tuple(_rectangle(bucket, torch.device(device), dtype) for bucket in packed.buckets),
+        tuple(_to_tensors(bucket, torch.device(device), dtype) for bucket in packed.buckets),
     )
 
 
-def _rectangle(bucket: Bucket, device: torch.device, dtype: torch.dtype) -> _Rectangle:
+def _to_tensors(bucket: Bucket, device: torch.device, dtype: torch.dtype) -> _BucketTensors:
     b, s = bucket.queries.shape
     k = bucket.keys.shape[1]
     mask = None
@@ -70,7 +70,7 @@ def _rectangle(bucket: Bucket, device: torch.device, dtype: torch.dtype) -> _Rec
     def tensor(array: Any) -> torch.Tensor:
         return torch.from_numpy(array.reshape(-1)).to(device)
 
-    return _Rectangle(
+    return _BucketTensors(
         (b, s, k),
         tensor(bucket.queries),
         tensor(bucket.keys),
@@ -92,7 +92,7 @@ def _attend(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """One layer. Returns (1, U, H, D), as transformers wants it."""
+    """Attention of one layer: (1, U, H, D), the shape transformers expects."""
     if plan is None:
         raise ConfigError(
             f"model.path: the attention of {type(module).__name__} does not pass keywords on, so "
@@ -112,7 +112,7 @@ def _attend(
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (U, H, D)
     flat_out = query.new_empty(query.shape[0], query.shape[1] * value.shape[2])
     pieces, owners = [], []
-    for r in plan.rectangles:
+    for r in plan.buckets:
         b, s, k = r.shape
         parts = (
             _gather(query, r.queries, b, s),

@@ -1,8 +1,8 @@
-"""What every learner does in a step; subclasses say how gradients become an update.
+"""The training step that all learners share; subclasses implement how gradients become an update.
 
 A step is one batch: `epochs` passes of `minibatches` optimizer updates. Every rank makes the same
-number of updates and, inside one, the same number of micro-batches (a rank with less to do runs
-fillers of weight zero), because under ZeRO 2 and 3 each forward and backward pass is a collective.
+number of updates and, per update, the same number of forward and backward passes (a rank with fewer
+micro-batches adds passes whose loss is zero), because under ZeRO 2 and 3 each is a collective.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from rayrl.learner.forward import (
     idle_loss,
     load_model,
     loss_of,
-    rate,
     row_logprobs,
+    scheduled_lr,
     with_logprobs,
 )
 from rayrl.learner.lora import (
     ADAPTER,
-    Piece,
-    pieces,
+    LazyWeight,
+    lazy_weights,
     plain_names,
     save_adapter,
     with_adapters,
@@ -58,7 +58,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Learner"]
 
-BUCKET_BYTES = 64 << 20  # of sharded weights that are whole at once
+BUCKET_BYTES = 64 << 20  # of sharded weights that are gathered at once
 KEPT_FILES = (  # of the start model: everything beside its config and its weights
     "generation_config.json",
     "tokenizer*",
@@ -84,7 +84,7 @@ class Learner(ABC):
 
     Attributes:
         cfg: the configuration, with the learning rate that `learner.lr` comes to.
-        steps: batches done; saved and loaded.
+        steps: batches trained on; saved and loaded.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class Learner(ABC):
             checkpoint_layers(self.module)
         self.model: Any = self.module  # what is called; a subclass may wrap it
 
-    # What a subclass adds.
+    # Implemented by subclasses.
 
     @abstractmethod
     def _backward(self, loss: Tensor, *, last: bool) -> None:
@@ -143,7 +143,7 @@ class Learner(ABC):
         """The tallies of all ranks, in the order of their ranks."""
 
     def _whole(self, parameters: Sequence[Tensor]) -> AbstractContextManager[None]:
-        """While it is open, these parameters are whole on this rank; entered on all ranks."""
+        """Context in which these parameters are unsharded; entered by all ranks together."""
         return nullcontext()
 
     @abstractmethod
@@ -152,7 +152,7 @@ class Learner(ABC):
     @abstractmethod
     def _load_state(self, folder: Path) -> None: ...
 
-    # What is the same for all.
+    # Shared by all.
 
     def step(
         self, rows: Sequence[Trajectory], totals: Totals, loss: str | Loss | None = None
@@ -198,23 +198,23 @@ class Learner(ABC):
         return type(plain).__name__, int(plain.config.get_text_config().vocab_size)
 
     def named_weights(self, *, adapters: bool = False) -> Iterator[tuple[str, Tensor]]:
-        """The weights one after the other, under the plain model's names; on all ranks together.
+        """Iterate over the weights by the plain model's names; called on all ranks together.
 
         Sharded weights are gathered a few at a time: no rank holds more than a bucket of them. A
-        tensor is valid until the next one is asked for. Tied weights come once, under the first
+        tensor is valid until the next one is requested. Tied weights come once, under the first
         name; adapters are merged into their layers.
 
         Args:
             adapters: only the adapters, under peft's names.
         """
-        for bucket in _buckets(pieces(self.module, adapters=adapters)):
-            with self._whole([one for piece in bucket for one in piece.parameters]):
-                for piece in bucket:
-                    yield piece.name, piece.tensor()
+        for bucket in _buckets(lazy_weights(self.module, adapters=adapters)):
+            with self._whole([one for weight in bucket for one in weight.parameters]):
+                for weight in bucket:
+                    yield weight.name, weight.tensor()
 
     def manifest(self, *, adapters: bool = False) -> Manifest:
         """What `named_weights` yields and where `flat_weights` puts it; gathers nothing."""
-        found = pieces(self.module, adapters=adapters)
+        found = lazy_weights(self.module, adapters=adapters)
         return layout((one.name, one.dtype, one.shape) for one in found)
 
     def flat_weights(
@@ -222,7 +222,7 @@ class Learner(ABC):
     ) -> tuple[NDArray[np.uint8], Manifest]:
         """All weights as one buffer in this process's memory, for the replicas.
 
-        Called on all ranks; those but rank 0 get an empty buffer.
+        Called on all ranks; all but rank 0 get an empty buffer.
 
         Args:
             out: a buffer of an earlier call to write into; fresh memory costs as much as a copy.
@@ -245,7 +245,7 @@ class Learner(ABC):
         if self.rank == 0:
             state = {"steps": self.steps, **self._layout()}
             (folder / "learner.json").write_text(json.dumps(state))
-        self._reduce(torch.zeros(1), "sum")  # nobody returns before everybody has written
+        self._reduce(torch.zeros(1), "sum")  # a barrier: no rank returns before all have written
 
     def load(self, folder: str | Path) -> None:
         """Continue from what `save` wrote."""
@@ -268,11 +268,11 @@ class Learner(ABC):
     def export(self, folder: str | Path) -> None:
         """Write a Hugging Face directory: config, safetensors and the start model's tokenizer.
 
-        Adapters are merged, and written once more alone into its folder `adapter`. What was written
-        is read again, and must hold and compute what the learner does.
+        Adapters are merged, and also written by themselves into its folder `adapter`. The files are
+        read back: they must hold the learner's weights and compute its logprobs.
 
         Raises:
-            RunFailed: on rank 0, where it does not; the message says in what.
+            RunFailed: on rank 0, if they do not; the message says how they differ.
         """
         folder = Path(folder)
         flat, manifest = self.flat_weights()
@@ -299,7 +299,7 @@ class Learner(ABC):
             )
 
     def _write(self, folder: Path, weights: dict[str, Tensor]) -> None:
-        """A Hugging Face directory with these weights and what else the start model has."""
+        """Write a Hugging Face directory with these weights and the start model's other files."""
         plain = self.module.get_base_model() if self.cfg.lora.rank else self.module
         own = plain.generation_config
         if (self.model_path / "generation_config.json").is_file():
@@ -315,7 +315,7 @@ class Learner(ABC):
                 shutil.copy2(file, folder / file.name)
 
     def _try_export(self) -> None:
-        """What would fail after the last step fails before the first one."""
+        """Export without weights, so that what would fail after the last step fails before any."""
         with tempfile.TemporaryDirectory() as folder:
             try:
                 self._write(Path(folder), {})
@@ -327,11 +327,11 @@ class Learner(ABC):
                 ) from error
 
     def close(self) -> None:
-        """Let go of what outlives a step."""
+        """Release the reference model."""
         self._reference = None
 
     def _layout(self) -> dict[str, Any]:
-        """Settings that a saved state can only be loaded under, by their keys."""
+        """Settings that must not change between saving a state and loading it, by key."""
         learner, lora = self.cfg.learner, self.cfg.lora
         return {
             "learner.world_size": self.world_size,
@@ -344,7 +344,7 @@ class Learner(ABC):
         return load_model(self.model_path, self.device, self.dtype, self.cfg.engine.max_len)
 
     def _reference_logprobs(self, rows: Sequence[Trajectory]) -> dict[int, NDArray[np.float32]]:
-        """The rows under the model the stage starts from: with adapters, the one without them."""
+        """Logprobs of the rows under the start model; with adapters, the model without them."""
         if self.cfg.lora.rank:
             passes = self._passes(rows)
             with self.module.disable_adapter():
@@ -354,13 +354,13 @@ class Learner(ABC):
         return row_logprobs(self._reference, rows, *self._limits)
 
     def _passes(self, rows: Sequence[Trajectory]) -> int:
-        """Forward passes of the rank that has most to do."""
+        """Forward passes of the rank with the most micro-batches."""
         mine = len(self._micros(rows))
         return int(self._reduce(torch.tensor([float(mine)]), "max"))
 
     def _micros(self, rows: Sequence[Trajectory]) -> list[list[Trajectory]]:
         longest = max((len(row.ids) for row in rows), default=0)
-        if longest > self._longest:  # the model was not tried on rows as long
+        if longest > self._longest:  # `probe.py` has not checked the model on rows this long
             raise ConfigError(
                 f"engine.max_len={self.cfg.engine.max_len}: a row has {longest} ids, but a "
                 f"conversation can have {self._longest}; raise it, or leave such rows out"
@@ -393,7 +393,7 @@ class Learner(ABC):
         epochs: int,
         parts: int,
     ) -> dict[str, float]:
-        lr = rate(self.cfg.learner, self.steps, self.total_steps)
+        lr = scheduled_lr(self.cfg.learner, self.steps, self.total_steps)
         whole, norms = Tally(), list[float]()
         for epoch in range(epochs):
             seed = derive_seed(self.cfg.run.seed, "minibatches", self.steps, epoch)
@@ -416,7 +416,7 @@ class Learner(ABC):
     def _accumulate(
         self, rows: Sequence[Trajectory], totals: Totals, objective: Objective, *, first: bool
     ) -> Tally | None:
-        """Add up the gradient of one update; None where no rank has a row."""
+        """Accumulate the gradient of one update; None where no rank has a row."""
         temperature = 1.0 if objective.supervised else self._limits[1]
         micros = self._micros(rows)
         n = self._passes(rows)
@@ -438,16 +438,16 @@ class Learner(ABC):
         return over_ranks
 
 
-def _buckets(found: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """Consecutive pieces, as many as fit into `BUCKET_BYTES`, at least one."""
-    bucket: list[Piece] = []
+def _buckets(found: Iterable[LazyWeight]) -> Iterator[list[LazyWeight]]:
+    """Consecutive weights, as many as fit into `BUCKET_BYTES`, at least one."""
+    bucket: list[LazyWeight] = []
     size = 0
-    for piece in found:
-        more = math.prod(piece.shape) * piece.dtype.itemsize
+    for weight in found:
+        more = math.prod(weight.shape) * weight.dtype.itemsize
         if bucket and size + more > BUCKET_BYTES:
             yield bucket
             bucket, size = [], 0
-        bucket.append(piece)
+        bucket.append(weight)
         size += more
     if bucket:
         yield bucket

@@ -1,4 +1,4 @@
-"""Groups become training rows: masks from the turns' own spans, one denominator for a whole batch.
+"""Turn groups into training rows: masks from the turns' spans, one denominator for a whole batch.
 
 A row is one conversation of one seat in one episode, up to its last id with loss: what follows that
 id (an environment's last message, which nobody answered) predicts nothing. Rows whose advantages

@@ -1,14 +1,14 @@
 """The learner on DeepSpeed: one rank, ZeRO 0 to 3, CPU (gloo) or GPU (nccl).
 
-DeepSpeed accumulates, reduces, clips and applies gradients; what the loss is and how rows are
-divided is `base.py`'s and `forward.py`'s. Four things DeepSpeed does its own way:
+DeepSpeed accumulates, reduces, clips and applies gradients; the loss and the division of rows are
+in `base.py` and `forward.py`. Four of DeepSpeed's ways need attention:
 
 - It averages gradients over ranks, while a rank's loss is its part of a *sum*: the loss is
   multiplied by the world size.
 - Gradient accumulation has no fixed length here, so its boundary is set by hand for every pass.
 - bf16 with fp32 masters and sums of gradients is part of its ZeRO, so it needs stage 1 or more.
-- In fp32 it looks for no overflow. The client optimizer does: it is the one place that every ZeRO
-  stage passes with reduced gradients, once an update, before weights or moments change.
+- In fp32 it does not check for overflow. The client optimizer does: it is the one place that every
+  ZeRO stage reaches with reduced gradients, once per update, before weights or moments change.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from torch import Tensor
 from rayrl.config import Config, LearnerConfig
 from rayrl.errors import ConfigError
 from rayrl.learner.base import Learner
-from rayrl.learner.forward import Tally, rate
-from rayrl.learner.lora import adapts_inside
+from rayrl.learner.forward import Tally, scheduled_lr
+from rayrl.learner.lora import adapts_fused_weights
 from rayrl.learner.loss import Loss
 from rayrl.learner.state import read_state
 
@@ -43,14 +43,14 @@ TIMEOUT = timedelta(minutes=10)  # for one collective, when a rank has died with
 
 
 class _GuardedAdamW(torch.optim.AdamW):
-    """AdamW that does nothing where `veto` is set or any rank's gradient is not finite."""
+    """AdamW that makes no update if `veto` is set or any rank's gradient is not finite."""
 
     veto = False
     skipped = False
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Update, unless there is a reason not to; `skipped` says which happened."""
+        """Update unless vetoed; `skipped` says which happened."""
         grads = [p.grad for group in self.param_groups for p in group["params"]]
         present = [grad for grad in grads if grad is not None and grad.numel()]
         bad = torch.zeros(1)
@@ -100,7 +100,7 @@ class DeepSpeedLearner(Learner):
         )
         if cfg.learner.zero_stage not in (0, 1, 2, 3):
             raise ConfigError(f"learner.zero_stage={cfg.learner.zero_stage}: choose 0, 1, 2 or 3")
-        if cfg.learner.zero_stage == 3 and adapts_inside(self.module):
+        if cfg.learner.zero_stage == 3 and adapts_fused_weights(self.module):
             raise ConfigError(
                 f"learner.zero_stage=3: lora.targets={list(cfg.lora.targets)} has adapters on "
                 "fused experts or routers, whose weights peft needs before DeepSpeed gathers them; "
@@ -140,7 +140,7 @@ class DeepSpeedLearner(Learner):
     def _make_optimizer(self, learner: LearnerConfig) -> _GuardedAdamW:
         return _GuardedAdamW(
             [one for one in self.module.parameters() if one.requires_grad],
-            lr=rate(learner, 0, self.total_steps),
+            lr=scheduled_lr(learner, 0, self.total_steps),
             betas=(learner.betas[0], learner.betas[1]),
             eps=learner.eps,
             weight_decay=learner.weight_decay,
@@ -219,7 +219,7 @@ class DeepSpeedLearner(Learner):
             self.model.load_checkpoint(str(folder), tag=TAG)
 
     def close(self) -> None:
-        """Leave the process group; the last thing a process does with learners."""
+        """Destroy the process group; this process can use no learner afterwards."""
         super().close()
         dist.destroy_process_group()
 
@@ -228,7 +228,7 @@ class DeepSpeedLearner(Learner):
 
 
 def _read(path: str, map_location: Any = None) -> dict[str, Any]:
-    """What DeepSpeed saved; these classes are numbers with names, and the only ones it may hold."""
+    """Load what DeepSpeed saved; besides tensors and plain data it holds these classes only."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
@@ -239,7 +239,7 @@ def _read(path: str, map_location: Any = None) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """DeepSpeed says a page about itself at every start, some of it by print; keep errors."""
+    """Silence DeepSpeed's output at a start, logged and printed, but for errors."""
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

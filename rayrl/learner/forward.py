@@ -33,12 +33,12 @@ from rayrl.weights.model_dir import model_dir
 __all__ = [
     "Tally",
     "checkpoint_layers",
-    "filler",
+    "filler_row",
     "idle_loss",
     "load_model",
     "loss_of",
-    "rate",
     "row_logprobs",
+    "scheduled_lr",
     "token_logprobs",
     "with_logprobs",
 ]
@@ -50,7 +50,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     max_len: int = 0,
 ) -> Any:
-    """The causal LM in the Hugging Face directory `path`, in evaluation mode, tried by `probe.py`.
+    """The causal LM in the Hugging Face directory `path`, in evaluation mode, after `probe.py`.
 
     It has the trie's attention where that is exact; models that mix tokens by other means as well
     (convolutions, recurrences, windows that a row can outgrow) keep their own attention, and
@@ -87,7 +87,7 @@ def checkpoint_layers(model: Any) -> None:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
-def rate(cfg: LearnerConfig, step: int, total: int) -> float:
+def scheduled_lr(cfg: LearnerConfig, step: int, total: int) -> float:
     """The learning rate of step `step` (from 0) of `total`.
 
     Rises linearly over `warmup_steps`, then stays, or falls to `min_lr_ratio` of `lr` at the last
@@ -116,8 +116,8 @@ def token_logprobs(
     """Log-probabilities of the loss tokens under the *sampling* distribution, and its entropy.
 
     Logits are computed at the distinct source tokens only and divided by `temperature` before the
-    softmax, as the engine did. top-p and top-k are not applied: with them, the rollout's are of a
-    truncated distribution, and the mismatch shows it.
+    softmax, as the engine did. top-p and top-k are not applied: with them, the rollout's logprobs
+    are those of a truncated distribution, which the mismatch metrics show.
 
     Returns:
         (N,) with gradient, in `packed`'s order, and (N,) entropies in nats, with gradient if
@@ -152,7 +152,7 @@ def row_logprobs(
     """
     out: dict[int, NDArray[np.float32]] = {}
     micros = micro_batches(rows, max_tokens, shared=shares_prefixes(model))
-    for micro in micros + [[filler()]] * (passes - len(micros)):
+    for micro in micros + [[filler_row()]] * (passes - len(micros)):
         packed = _pack(micro)
         with torch.no_grad():
             values = token_logprobs(model, packed, temperature)[0].cpu().numpy()
@@ -175,8 +175,8 @@ def with_logprobs(
     return [replace(row, reference_logprobs=values[id(row)]) for row in rows]
 
 
-def filler() -> Trajectory:
-    """The smallest row there is, with no weight: keeps a rank without work in step with others."""
+def filler_row() -> Trajectory:
+    """The smallest row, with advantage 0: for passes of a rank that has fewer rows than others."""
     zero = np.zeros(2, np.float32)
     return Trajectory(np.zeros(2, np.int32), np.array([False, True]), zero, zero)
 
@@ -242,7 +242,7 @@ def idle_loss(model: Any) -> Tensor:
     For a rank without work, where a pass is a collective. No loss is called: one that divides by
     the spread of its advantages is not finite there.
     """
-    return token_logprobs(model, _pack([filler()]), 1.0)[0].sum() * 0
+    return token_logprobs(model, _pack([filler_row()]), 1.0)[0].sum() * 0
 
 
 def loss_of(

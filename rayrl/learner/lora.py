@@ -1,11 +1,10 @@
-"""Low-rank adapters through `peft`, and the names under which a model's weights travel.
+"""Low-rank adapters through `peft`, and the names by which weights are published and exported.
 
 Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv 2106.09685): a linear layer
 W x becomes W x + (alpha / rank) B A x, and only A and B are trained. What is pushed to replicas and
-exported is *merged*: W plus what peft's layer adds to it, under the weight's own name, so that
-whoever generates needs to know nothing of it; the adapter is exported beside it. What is added is
-the layer's own business: the experts of a fused layer have an A and a B each, and GPT-2 stores W
-transposed.
+exported is *merged*: W plus what peft's layer adds to it, under the weight's own name, so that an
+engine needs no adapter support; the adapter is exported beside it. What is added depends on the
+layer: the experts of a fused layer have an A and a B each, and GPT-2 stores W transposed.
 """
 
 from __future__ import annotations
@@ -28,9 +27,9 @@ from rayrl.learner.readback import PROBE_TOKENS, probe_rows
 
 __all__ = [
     "ADAPTER",
-    "Piece",
-    "adapts_inside",
-    "pieces",
+    "LazyWeight",
+    "adapts_fused_weights",
+    "lazy_weights",
     "plain_names",
     "save_adapter",
     "with_adapters",
@@ -44,11 +43,11 @@ _LAYERS = re.compile(
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """One named tensor of a model, and how to get it.
+class LazyWeight:
+    """A weight by its name, computed on demand.
 
     Attributes:
-        parameters: what must be whole (not sharded) while `tensor` is called.
+        parameters: what must be gathered (not sharded) while `tensor` is called.
         shape: of the tensor, known without gathering anything.
     """
 
@@ -82,7 +81,7 @@ def with_adapters(model: Any, config: LoraConfig, seed: int) -> Any:
         task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        # it warns of what is looked at below (tied layers), and of what it then does right itself
+        # it warns of tied layers, which are checked below, and of what it then corrects itself
         warnings.simplefilter("ignore")
         torch.manual_seed(seed % 2**63)
         try:
@@ -104,7 +103,7 @@ def with_adapters(model: Any, config: LoraConfig, seed: int) -> Any:
 
 
 def _check_layers(wrapped: Any, targets: list[str]) -> None:
-    """Refuse what could be trained, but not be merged: it would be lost."""
+    """Refuse adapters that could be trained but not merged: they would be lost."""
     uses = Counter(id(one) for _, one in wrapped.named_parameters(remove_duplicate=False))
     merged: set[int] = set()
     tried: set[tuple[type, torch.Size]] = set()
@@ -133,7 +132,7 @@ def _check_layers(wrapped: Any, targets: list[str]) -> None:
             )
 
 
-def pieces(model: Any, *, adapters: bool = False) -> Iterator[Piece]:
+def lazy_weights(model: Any, *, adapters: bool = False) -> Iterator[LazyWeight]:
     """The weights of a model with or without adapters, under the plain model's names.
 
     Args:
@@ -154,8 +153,8 @@ def pieces(model: Any, *, adapters: bool = False) -> Iterator[Piece]:
             yield _plain(name if adapters else _plain_name(name), tensor)
 
 
-def adapts_inside(model: Any) -> bool:
-    """Whether an adapter is on a weight that its layer computes with by itself (fused experts)."""
+def adapts_fused_weights(model: Any) -> bool:
+    """Whether an adapter is on a weight that its layer uses directly, as fused experts do."""
     return any(hasattr(layer, "parameter_name") for _, layer in _layers(model))
 
 
@@ -170,7 +169,7 @@ def save_adapter(model: Any, folder: Path, weights: dict[str, Tensor]) -> None:
 
 
 def _layers(model: Any) -> Iterator[tuple[str, Any]]:
-    """peft's layers and their names. One that adapts several weights is several, one in another."""
+    """peft's layers and their names; several nested ones where a layer has several weights."""
     for name, module in model.named_modules():
         if hasattr(module, "get_delta_weight"):
             yield name, module
@@ -199,15 +198,15 @@ def _plain_name(name: str) -> str:
     return _LAYERS.sub(".", name.removeprefix(_WRAPPED))
 
 
-def _plain(name: str, tensor: Tensor) -> Piece:
-    return Piece(name, (tensor,), _shape(tensor), tensor.dtype, tensor.detach)
+def _plain(name: str, tensor: Tensor) -> LazyWeight:
+    return LazyWeight(name, (tensor,), _shape(tensor), tensor.dtype, tensor.detach)
 
 
-def _merged(name: str, layer: Any, weight: Tensor) -> Piece:
+def _merged(name: str, layer: Any, weight: Tensor) -> LazyWeight:
     def tensor() -> Tensor:
         return (weight.detach().float() + _delta(layer).float()).to(weight.dtype)
 
-    return Piece(name, (weight, *_parts(layer)), _shape(weight), weight.dtype, tensor)
+    return LazyWeight(name, (weight, *_parts(layer)), _shape(weight), weight.dtype, tensor)
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:

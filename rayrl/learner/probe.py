@@ -1,10 +1,9 @@
-"""Try a model before it is trained: does it give a row the same logits each time, in any company?
+"""Check a model before training: are a row's logits deterministic and independent of other rows?
 
-What is decided here is decided by what the model computes on a few short rows, not by its name:
-whether it is the same twice, whether a row's logits depend on the rows beside it, and whether the
-trie (`rows.py`) gives what the model's own attention gives each row alone. Rows as long as the
-limits of windows and chunks that the config names, and positions as far as the run can reach, are
-among what is tried.
+The checks compute a few short rows and do not go by the model's name: whether two passes are equal,
+whether a row's logits depend on the rows beside it, and whether the trie (`rows.py`) gives what the
+model's own attention gives each row alone. They include rows longer than the windows and chunks
+that the config names, and the last positions that the run can reach.
 """
 
 from __future__ import annotations
@@ -52,34 +51,37 @@ def longest_row(model: Any, max_len: int) -> int:
 
 @torch.no_grad()
 def choose_attention(model: Any, longest: int) -> None:
-    """Give `model` the trie's attention where that is exact, else leave it its own.
+    """Set the trie's attention on `model` where that is exact, else its own.
 
     Args:
         longest: ids that a row can have.
 
     Raises:
-        ConfigError: the model is random, or gives a row other logits in other company, or its
+        ConfigError: the model's logits are random or depend on the other rows of a batch, or its
             attention is of a kind that the trie's refuses.
     """
     probes = {limit: _probe(model, limit, longest) for limit in (0, *_limits(model, longest))}
-    _use(model, IMPLEMENTATION)
+    _set_attention(model, IMPLEMENTATION)
     tried = model._supports_attention_backend
-    shared = {limit: _together(model, probes[limit]) if tried else None for limit in probes}
-    _use(model, "sdpa" if model._supports_sdpa else "eager")
-    # Nothing long is computed where a window has already told that the trie will not do.
+    shared = {limit: _in_one_pass(model, probes[limit]) if tried else None for limit in probes}
+    _set_attention(model, "sdpa" if model._supports_sdpa else "eager")
+    # Long rows are not computed where a window has already ruled the trie out.
     wanted = [limit for limit in probes if not limit or not tried or shared[limit] is not None]
-    alone = {limit: _alone(model, probes[limit]) for limit in wanted}
-    _refuse_noise(model, alone[0], _alone(model, probes[0]))
+    alone = {limit: _row_by_row(model, probes[limit]) for limit in wanted}
+    _refuse_noise(model, alone[0], _row_by_row(model, probes[0]))
     _refuse_dependence_on_the_longest(model, longest)
     off = [
         limit
         for limit in probes
-        if limit not in alone or not _agree(model, shared[limit], alone[limit])
+        if limit not in alone or not _equal_up_to_rounding(model, shared[limit], alone[limit])
     ]
     if not off:
-        _use(model, IMPLEMENTATION)
+        _set_attention(model, IMPLEMENTATION)
         return
-    if not all(_agree(model, _together(model, probes[limit]), alone[limit]) for limit in alone):
+    if not all(
+        _equal_up_to_rounding(model, _in_one_pass(model, probes[limit]), alone[limit])
+        for limit in alone
+    ):
         raise ConfigError(
             f"model.path: {type(model).__name__} gives a row other logits beside other rows than "
             "alone, so that the learner would train another model; choose another one"
@@ -94,7 +96,7 @@ def choose_attention(model: Any, longest: int) -> None:
         )
 
 
-def _use(model: Any, attention: str) -> None:
+def _set_attention(model: Any, attention: str) -> None:
     model.config._attn_implementation = attention  # of all its parts, as they compute
 
 
@@ -120,7 +122,7 @@ def _probe(model: Any, limit: int, longest: int) -> Packed:
     return pack(rows, wanted)
 
 
-def _together(model: Any, probe: Packed) -> Tensor | None:
+def _in_one_pass(model: Any, probe: Packed) -> Tensor | None:
     """(N, V) before the wanted ids, from one pass; None where a row is beyond the window."""
     try:
         logits, slot = logits_before(model, probe)
@@ -129,7 +131,7 @@ def _together(model: Any, probe: Packed) -> Tensor | None:
     return logits[slot]
 
 
-def _alone(model: Any, probe: Packed) -> Tensor:
+def _row_by_row(model: Any, probe: Packed) -> Tensor:
     """The same, from a pass for each row."""
     parts = []
     for index, length in enumerate(probe.lengths):
@@ -140,10 +142,10 @@ def _alone(model: Any, probe: Packed) -> Tensor:
     return torch.cat(parts)
 
 
-def _agree(model: Any, found: Tensor | None, wanted: Tensor) -> bool:
+def _equal_up_to_rounding(model: Any, found: Tensor | None, wanted: Tensor) -> bool:
     """Whether two (N, V) are the same up to rounding.
 
-    On average: in bf16 rounding may send a token to another expert.
+    The mean decides: in bf16 rounding may send a token to another expert.
     """
     if found is None:
         return False
@@ -155,9 +157,9 @@ def _refuse_noise(model: Any, first: Tensor, second: Tensor) -> None:
     """Refuse a model whose two passes over the same rows differ in a bit."""
     if torch.equal(first, second):
         return
-    named = [*_named(model.config.to_dict())]
+    named = [*_random_settings(model.config.to_dict())]
     for module in model.modules():
-        named += [f"{type(module).__name__}.{one}" for one in _named(vars(module))]
+        named += [f"{type(module).__name__}.{one}" for one in _random_settings(vars(module))]
     what = ", ".join(dict.fromkeys(named)) or "its config names nothing of the kind"
     raise ConfigError(
         f"model.path: {type(model).__name__} gives other logits each time, so something random is "
@@ -166,28 +168,29 @@ def _refuse_noise(model: Any, first: Tensor, second: Tensor) -> None:
     )
 
 
-def _named(settings: Mapping[str, Any]) -> Iterator[str]:
+def _random_settings(settings: Mapping[str, Any]) -> Iterator[str]:
     """Settings above 0 whose name speaks of dropout, jitter or noise."""
     for key, value in settings.items():
         if isinstance(value, dict):
-            yield from _named(value)
+            yield from _random_settings(value)
         elif type(value) in (int, float) and value > 0 and _RANDOM.search(str(key)):
             yield f"{key}={value:g}"
 
 
 def _refuse_dependence_on_the_longest(model: Any, longest: int) -> None:
-    """Refuse a model that turns all positions of a pass by its last one, if the run gets that far.
+    """Refuse a model whose rotary embedding of all positions depends on the longest row.
 
-    No engine does the same: what it computed for early positions is kept when a conversation grows.
+    Only if the run reaches such lengths. No engine computes the same: its keys of early positions
+    are kept when a conversation grows.
     """
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return
-    if not _minds_company(model, longest):
+    if not _depends_on_other_rows(model, longest):
         return
-    least, most = SHORT, longest  # the first does no harm, the other does
+    least, most = SHORT, longest  # logits are independent at the first length, not at the other
     while most - least > 1:
         middle = (least + most) // 2
-        least, most = (least, middle) if _minds_company(model, middle) else (middle, most)
+        least, most = (least, middle) if _depends_on_other_rows(model, middle) else (middle, most)
     raise ConfigError(
         f"model.path: {type(model).__name__} gives a row of up to {least} ids other logits beside "
         f"a longer one (its rotary embedding goes by the longest); keep all conversations on one "
@@ -195,11 +198,11 @@ def _refuse_dependence_on_the_longest(model: Any, longest: int) -> None:
     )
 
 
-def _minds_company(model: Any, length: int) -> bool:
+def _depends_on_other_rows(model: Any, length: int) -> bool:
     """Whether a short row's logits change beside a row at the last positions of `length` ids."""
     near = torch.arange(SHORT, device=model.device)
     ids = torch.tensor(ROWS[0], device=model.device) % model.get_input_embeddings().num_embeddings
     positions = torch.stack([near, near + max(0, length - SHORT)])
     together = model(input_ids=ids.expand(2, -1), position_ids=positions, use_cache=False).logits[0]
     alone = model(input_ids=ids[None], position_ids=near[None], use_cache=False).logits[0]
-    return not _agree(model, together, alone)
+    return not _equal_up_to_rounding(model, together, alone)

@@ -1,4 +1,4 @@
-"""An export is read again before it counts: it must hold and compute what the learner does."""
+"""Read an export back: it must hold the learner's weights and compute the learner's logprobs."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ def misfit(
     learned: Mapping[int, NDArray[np.float32]],
     dtype: torch.dtype,
 ) -> str:
-    """How the model in `folder` differs from the learner's; empty where it does not.
+    """How the model in `folder` differs from the learner's; empty if it does not.
 
-    It is loaded as any other model is, with attention as transformers has it.
+    It is loaded like any other model, with transformers' own attention.
 
     Args:
-        weights: all that it must hold, by the plain model's names.
-        rows: what to compute.
+        weights: what it must hold, by the plain model's names.
+        rows: what to compute logprobs of.
         learned: the learner's logprobs of `rows`, as `row_logprobs` gives them at temperature 1.
         dtype: the learner's.
     """
@@ -79,13 +79,13 @@ def misfit(
         return ""
     return (
         f"it holds the learner's weights, but its logprobs are {off:.2g} nats per token off the "
-        "learner's: either weights are computed with in another way there, or adapters are merged "
-        "in another way than they are computed"
+        "learner's: transformers computes with the weights differently there, or merged adapters "
+        "are not what the learner's adapters compute"
     )
 
 
 def _gap(one: Tensor, other: Tensor | None) -> float | None:
-    """Largest difference of two weights, infinite where there is no second; None if equal."""
+    """Largest difference of two weights, infinite if the second is missing; None if equal."""
     if other is None or other.shape != one.shape:
         return math.inf
     if torch.equal(one, other):

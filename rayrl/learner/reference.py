@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rayrl.config import Config
 from rayrl.learner.base import Learner
-from rayrl.learner.forward import Tally, rate
+from rayrl.learner.forward import Tally, scheduled_lr
 from rayrl.learner.loss import Loss
 from rayrl.learner.state import read_state
 
@@ -40,7 +40,7 @@ class ReferenceLearner(Learner):
         )
         self.optimizer = torch.optim.AdamW(
             self._masters,
-            lr=rate(learner, 0, self.total_steps),
+            lr=scheduled_lr(learner, 0, self.total_steps),
             betas=(learner.betas[0], learner.betas[1]),
             eps=learner.eps,
             weight_decay=learner.weight_decay,
@@ -69,7 +69,7 @@ class ReferenceLearner(Learner):
         return norm if finite else math.nan
 
     def _round(self) -> None:
-        """Bring the weights that are computed with up to the masters."""
+        """Copy the fp32 masters into the model's weights, rounded."""
         if self._masters is not self._parameters:
             with torch.no_grad():
                 for master, parameter in zip(self._masters, self._parameters, strict=True):

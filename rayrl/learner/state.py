@@ -1,4 +1,4 @@
-"""What a learner saved, read as tensors and plain data: no file of a checkpoint can run code."""
+"""Load a learner's state as tensors and plain data only: no file of a checkpoint can run code."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["read_state"]
 def read_state(
     file: str | Path, map_location: Any = "cpu", known: Sequence[type[Any]] = ()
 ) -> dict[str, Any]:
-    """What `torch.save` wrote.
+    """Load what `torch.save` wrote.
 
     Args:
         file: of a checkpoint.

@@ -25,6 +25,8 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import cloudpickle
+
 from rayrl.environment.environment import Environment, EnvSpec
 from rayrl.environment.randomness import EpisodeRandom
 from rayrl.errors import ConfigError, EnvError, described, message_of, traceback_of
@@ -48,8 +50,7 @@ class SubprocessEnv:
             async for group in play_groups(isolated, plans, players, concurrency=8): ...
 
     Args:
-        env: what to play. A child makes it again from `env.spec`, so it must be installed, in a
-            file or importable.
+        env: what to play. A child makes it again from `env.spec`.
         slots: processes, and so live episodes; each starts when it is first needed.
 
     Attributes:
@@ -183,7 +184,7 @@ class _Child:
 
     async def _send(self, what: object) -> None:
         assert self.writer is not None
-        body = pickle.dumps(what)
+        body = cloudpickle.dumps(what)
         try:
             self.writer.write(_HEAD.pack(len(body)) + body)
             await self.writer.drain()
@@ -234,7 +235,7 @@ def _end_with_parent(descriptor: int) -> None:
 
 
 async def _serve(descriptor: int) -> None:
-    from rayrl.environment.registry import load_env
+    from rayrl.environment.registry import environment_of
 
     sock = socket.socket(fileno=descriptor)
     reader, writer = await asyncio.open_connection(sock=sock)
@@ -243,7 +244,7 @@ async def _serve(descriptor: int) -> None:
     # held on to, because the event loop alone would let it be collected
     listening = asyncio.create_task(pipe.listen())
     try:
-        env = load_env(spec.ref).configure(spec.args, spec.rewards)
+        env = environment_of(spec)
     except Exception as error:
         pipe.send({"failed": str(error)})
         await writer.drain()

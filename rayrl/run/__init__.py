@@ -1,1 +1,1 @@
-"""The folder of a run: metrics, checkpoints and alarms, and what a run needs to start and resume."""
+"""The folder of a run, and its metrics, checkpoints and alarms."""

@@ -24,14 +24,14 @@ class RolloutBackend(Protocol):
     """The part of `cluster.Rollouts` that collecting needs."""
 
     async def play(
-        self, plans: Sequence[GroupPlan], min_version: int, keep: Callable[[Group], None]
+        self, plans: Sequence[GroupPlan], min_version: int, on_group: Callable[[Group], None]
     ) -> None: ...
 
-    def stop(self, plans: Sequence[str], oldest: int) -> None: ...
+    def cancel(self, plans: Sequence[str], oldest: int) -> None: ...
 
     def load(self) -> Load: ...
 
-    def forget(self, groups: Sequence[str]) -> None: ...
+    def discard_turns(self, groups: Sequence[str]) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,7 @@ class GroupCollector:
         """The replicas hold `version`: cancel groups that are too old, begin those that may."""
         self._version = max(self._version, version)
         if max_lag := self._config.train.max_lag:
-            self._rollouts.stop([*self._running.values()], self._version - max_lag)
+            self._rollouts.cancel([*self._running.values()], self._version - max_lag)
         self._begin()
 
     def _begin(self) -> None:
@@ -106,23 +106,10 @@ class GroupCollector:
         return replace(plan, id=f"{plan.id}~{attempts}") if attempts else plan
 
     async def _play(self, begun: Mapping[int, GroupPlan]) -> None:
-        """Play groups; one with an infrastructure failure is played again by `rollouts`."""
         index_of = {plan.id: index for index, plan in begun.items()}
-        broken: dict[int, Group] = {}
-
-        def end(group: Group) -> None:
-            index = index_of[group.id]
-            kinds = {e.failure.kind for e in group.episodes if e.failure is not None}
-            if "infra" in kinds and "stopped" not in kinds:
-                broken[index] = group
-            else:
-                broken.pop(index, None)
-                self._end(index, group)
-
+        plans, version = list(begun.values()), self._version
         try:
-            await self._rollouts.play(list(begun.values()), self._version, end)
-            for index, group in broken.items():
-                self._end(index, group)
+            await self._rollouts.play(plans, version, lambda g: self._end(index_of[g.id], g))
         finally:
             self._changed.set()  # also for an error, which `collect` raises
 
@@ -202,7 +189,7 @@ class GroupCollector:
         batches = [batch.record for batch in self._logged.values()]
         self._buffer.load(state, step, ended, batches)
         in_batches = [g for batch in self._logged.values() for g in batch.groups.values()]
-        self._rollouts.forget([group.id for group in (*ended.values(), *in_batches)])
+        self._rollouts.discard_turns([group.id for group in (*ended.values(), *in_batches)])
 
     def rewind(self, step: int) -> None:
         """Hand out the batches since the checkpoint of `step` again: the learner is back there."""

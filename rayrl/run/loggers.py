@@ -139,10 +139,13 @@ class _Function:
     """A function as a logger."""
 
     def __init__(self, function: LogFunction) -> None:
-        self.log = function
+        self._function = function
 
     def open(self, folder: Path, config: Config, first_step: int) -> None:
         """Nothing to open."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._function(step, metrics)
 
     def close(self) -> None:
         """Nothing to close."""

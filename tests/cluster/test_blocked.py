@@ -12,12 +12,15 @@ import pytest
 
 import rayrl
 from rayrl import Agent, GroupPlan, Scores, Task
-from rayrl.cluster.workers import worker_slot as places
-from rayrl.cluster.workers.env_worker import Running, running_in
-from rayrl.cluster.workers.worker_pool import BLOCKED_SAID, WorkerPool
-from rayrl.cluster.workers.worker_slot import PendingGroup, RolloutRequest, WorkerSlot, blocked
+from rayrl.cluster.workers import worker_process
+from rayrl.cluster.workers.env_worker import Running, WorkerJob, running_in
+from rayrl.cluster.workers.scheduler import RolloutRequest
+from rayrl.cluster.workers.worker_pool import BLOCKED_WARNINGS, WorkerPool, blocked_warning
+from rayrl.cluster.workers.worker_process import WorkerProcess
 from rayrl.config import from_dict
+from rayrl.environment.environment import EnvSpec
 from rayrl.rollout.rollout import play_episode
+from rayrl.types import Sampling
 from tests.act import says
 
 
@@ -89,61 +92,54 @@ class Actor:
 
 
 @pytest.mark.parametrize("says", [Running("g/0", "File"), None, TimeoutError()])
-async def test_silence_is_told_long_before_the_host_is_given_up(
+async def test_a_blocked_worker_is_reported_long_before_it_counts_as_hung(
     monkeypatch: pytest.MonkeyPatch, says: Any
 ) -> None:
-    monkeypatch.setattr(places, "BLOCKED_S", 0.01)
-    told: asyncio.Queue[Running | None] = asyncio.Queue()
-    place = WorkerSlot(Actor(says), 3600.0, lambda _, running: told.put_nowait(running))
-    watch = asyncio.create_task(place._watch(place.actor))
-    assert await told.get() == (says if isinstance(says, Running) else None)
+    monkeypatch.setattr(worker_process, "BLOCKED_S", 0.01)
+    reported: asyncio.Queue[Running | None] = asyncio.Queue()
+    watch = asyncio.create_task(WorkerProcess(Actor(says), 3600.0, reported.put_nowait)._watch())
+    assert await reported.get() == (says if isinstance(says, Running) else None)
     assert not watch.done()
     watch.cancel()
 
 
-async def test_a_host_that_is_given_up_says_why() -> None:
-    place = WorkerSlot(Actor(None), 0.01)
-    assert "blocked the event loop of its worker for more than 0.01 s" in await place._watch(
-        place.actor
-    )
+async def test_a_worker_that_hangs_is_given_up_with_the_reason() -> None:
+    reason = await WorkerProcess(Actor(None), 0.01, lambda running: None)._watch()
+    assert "blocked the event loop of its worker for more than 0.01 s" in reason
 
 
-def pool_of(place: WorkerSlot, **env: Any) -> Any:
-    config = from_dict({"env": {"name": "nim", "deadline_s": 60.0, **env}})
-    pool = object.__new__(WorkerPool)
-    pool._job = SimpleNamespace(config=config)  # type: ignore[assignment]
-    pool._said_blocked = set()
-    return pool
-
-
-async def test_it_is_said_which_environment_and_task_and_what_to_do(
+def test_the_warning_names_environment_and_task_and_a_remedy(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    place = WorkerSlot(None, 65.0)
-    plans = [GroupPlan(f"g{k}", Task(seed=k), 1, 0) for k in range(5)]
-    call = RolloutRequest(plans, lambda group: None)
-    place.take([PendingGroup(plan, call, again=False) for plan in plans])
-    pool = pool_of(place)
+    config = from_dict({"env": {"name": "nim", "deadline_s": 60.0}})
+    job = WorkerJob(EnvSpec("nim", {}, {}), {"agent": "policy"}, Sampling(), config)
+    pool = WorkerPool(job, object, None)
+
+    def submit(*plans: GroupPlan) -> None:
+        ignore: Any = lambda _: None  # noqa: E731
+        pool._scheduler.submit(RolloutRequest(plans, ignore, ignore, ignore))
+        pool._scheduler.assign()
+
+    pool._scheduler.add_worker(0, 1000)
+    submit(*(GroupPlan(f"g{k}", Task(seed=k), 1, 0) for k in range(5)))
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            pool._say_blocked(place, Running("g3/0", "nim.py:7: time.sleep(60)\n"))
-        pool._say_blocked(place, Running())  # nothing runs there
+            pool.on_blocked(0, Running("g3/0", "nim.py:7: time.sleep(60)\n"))
+        pool.on_blocked(0, Running())  # nothing runs there
         assert len(caplog.records) == 1  # once
-        pool._say_blocked(place, None)
+        pool.on_blocked(0, None)
         for k in range(100):
-            place.works = {
-                f"other{k}": PendingGroup(GroupPlan("", Task(seed=k), 1, 0), call, again=False)
-            }
-            pool._say_blocked(place, Running(f"other{k}/0", "x"))
+            submit(GroupPlan(f"other{k}", Task(seed=k), 1, 0))
+            pool.on_blocked(0, Running(f"other{k}/0", "x"))
     first, second = caplog.messages[:2]
     for part in ("'nim'", "episode g3/0", "Task(seed=3)", "65 s", "env.isolated=true", "nim.py:7"):
         assert part in first
     assert (
         "one of 5 groups (the first tasks are Task(seed=0); Task(seed=1); Task(seed=2))" in second
     )
-    assert len(caplog.records) == BLOCKED_SAID
+    assert len(caplog.records) == BLOCKED_WARNINGS
 
 
 def test_an_isolated_environment_is_not_told_to_be_isolated() -> None:
     env = from_dict({"env": {"isolated": True}}).env
-    assert "env.isolated" not in blocked(env, "x", None)
+    assert "env.isolated" not in blocked_warning(env, "x", None)

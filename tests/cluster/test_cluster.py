@@ -494,7 +494,7 @@ async def test_episodes_of_a_dead_host_go_on_where_they_were(
         async with open_rollouts(config(tiny, env=env)) as rollouts:
             playing = asyncio.ensure_future(rollouts.collect(plans(config(tiny, env=env))))
             while flag.name == "dies" and not flag.exists():
-                begun = await rollouts._recorder.begun.remote(["g3"])
+                begun = await rollouts._recorder.partial_episodes.remote(["g3"])
                 if [len(episode.turns) for episode in begun.values()] == [2, 2]:
                     Path(f"{flag}-recorded").touch()  # noqa: ASYNC240
                 await asyncio.sleep(0.02)

@@ -27,13 +27,13 @@ def test_hosts_are_asked_for_once_work_has_waited_for_a_while() -> None:
     growth = Growth(most=5)
 
     def more(at: float, waiting: int, workers: int = 1, asked: int = 0) -> int:
-        return growth.more(at, waiting=waiting, room=10, workers=workers, asked=asked)
+        return growth.more(at, waiting=waiting, capacity=10, workers=workers, asked=asked)
 
     assert more(0, 25) == 0, "just now"
     assert more(GROW_AFTER_S - 1, 25) == 0
     assert more(GROW_AFTER_S - 0.5, 0) == 0, "a pause: the clock begins anew"
     assert more(10, 25) == 0
-    assert more(10 + GROW_AFTER_S, 25) == 3, "25 episodes have room on three workers"
+    assert more(10 + GROW_AFTER_S, 25) == 3, "three workers have capacity for 25 episodes"
     assert more(16, 25, asked=3) == 0, "they are on their way"
     assert more(17, 35, asked=3) == 1
     assert more(18, 99, asked=4) == 0, "five in all"
@@ -45,7 +45,7 @@ def test_hosts_are_asked_for_once_work_has_waited_for_a_while() -> None:
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """What takes seconds takes less."""
     monkeypatch.setattr("rayrl.cluster.workers.scaling.GROW_AFTER_S", 0.2)
-    monkeypatch.setattr("rayrl.cluster.workers.worker_pool.LOOK_EVERY_S", 0.1)
+    monkeypatch.setattr("rayrl.cluster.workers.worker_pool.SCALE_EVERY_S", 0.1)
 
 
 def config(tiny: Path, gate: Path, **cluster: Any) -> Config:
@@ -123,14 +123,12 @@ async def test_a_host_that_is_lost_again_leaves_its_episodes_to_the_others(
     settings = config(tiny, gate, env_workers_max=2)
     async with open_rollouts(settings) as rollouts:
         playing = asyncio.ensure_future(rollouts.collect(plans(settings)))
-        pool = rollouts._pool
-        await until(lambda: any(place.works for place in pool._more))
-        import ray
-
-        (guest,) = pool._more
-        lost = set(guest.works)
-        ray.kill(guest.actor)
-        await until(lambda: guest not in pool._more)
+        scheduler, supervisor = rollouts._pool._scheduler, rollouts._pool._supervisor
+        await until(lambda: bool(scheduler.groups_on(1)))
+        lost, elastic = set(scheduler.groups_on(1)), supervisor.worker(1)
+        assert elastic is not None
+        elastic.kill()
+        await until(lambda: supervisor.worker(1) is None)
         gate.touch()
         found = await playing
         assert [group.id for group in found.groups] == [f"g{k}" for k in range(8)]
@@ -152,7 +150,7 @@ async def test_a_host_without_a_place_harms_nothing_and_is_said_once(
 ) -> None:
     import ray
 
-    monkeypatch.setattr("rayrl.cluster.workers.worker_pool.LATE_S", 0.3)
+    monkeypatch.setattr("rayrl.cluster.workers.supervisor.LATE_S", 0.3)
     gate = tmp_path / "open"
     cpus = ray.cluster_resources()["CPU"]
     settings = config(tiny, gate, env_workers_max=3, env_worker_cpus=cpus, env_worker_idle_s=0.5)

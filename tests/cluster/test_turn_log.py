@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from ray.exceptions import RayActorError
 
 from rayrl.cluster.workers import turn_log
-from rayrl.cluster.workers.turn_log import Recorder
+from rayrl.cluster.workers.turn_log import RecordedTurns, Recorder
 from rayrl.rollout.resume import PartialEpisode
-from rayrl.types import Turn
+from rayrl.types import Turn, VersionSpan
 
 Make = Callable[[Path], Recorder]
 
@@ -30,8 +33,26 @@ def recorders() -> Iterator[Make]:
             one._records.close()
 
 
-def turn(text: str) -> Turn:
-    return Turn("agent", (), text, "stop")
+def turn(text: str, version: int = 0) -> Turn:
+    return Turn("agent", (), text, "stop", versions=(VersionSpan(version, 0, 1),))
+
+
+def remote(recorder: Recorder) -> Any:
+    """As if it were an actor; dead once its `dead` is set."""
+    actor = SimpleNamespace(dead=False)
+
+    async def found(groups: list[str]) -> dict[str, PartialEpisode]:
+        if actor.dead:
+            raise RayActorError
+        return recorder.partial_episodes(groups)
+
+    async def groups() -> set[str]:
+        return recorder.groups()
+
+    actor.partial_episodes = SimpleNamespace(remote=found)
+    actor.groups = SimpleNamespace(remote=groups)
+    actor.discard = SimpleNamespace(remote=recorder.discard)
+    return actor
 
 
 def test_another_recorder_goes_on_with_what_has_not_ended(tmp_path: Path, recorders: Make) -> None:
@@ -39,17 +60,17 @@ def test_another_recorder_goes_on_with_what_has_not_ended(tmp_path: Path, record
     first = recorders(file)
     first.add([("a/0", 0, turn("1")), ("b/0", 0, turn("2")), ("a/0", 0, turn("3"))])
     first.add([("a/0", 1, turn("1"))])  # begun again: what was of attempt 0 is void
-    first.forget(["b"])
+    first.discard(["b"])
     second = recorders(file)
-    assert second.known() == {"a"}
-    assert second.begun(["a", "b"]) == {"a/0": PartialEpisode((turn("1"),), attempt=2)}
+    assert second.groups() == {"a"}
+    assert second.partial_episodes(["a", "b"]) == {"a/0": PartialEpisode((turn("1"),), attempt=2)}
     whole = file.stat().st_size
     with file.open("ab") as out:
         out.write(b"\0\0\1\0half")  # killed while it wrote
     third = recorders(file)
-    assert third.begun(["a"]) == second.begun(["a"])
+    assert third.partial_episodes(["a"]) == second.partial_episodes(["a"])
     assert file.stat().st_size == whole
-    third.forget(["a"])
+    third.discard(["a"])
     assert file.stat().st_size == 0, "nothing is live"
 
 
@@ -62,9 +83,9 @@ def test_its_file_is_written_anew_without_what_has_ended(
     one.add([("long/0", 0, turn("stays"))])
     for k in range(100):
         one.add([(f"{k}/0", 0, turn("x" * 1000))])
-        one.forget([str(k)])
+        one.discard([str(k)])
         assert file.stat().st_size < 13_000
-    assert recorders(file).begun(["long", "99"]) == {
+    assert recorders(file).partial_episodes(["long", "99"]) == {
         "long/0": PartialEpisode((turn("stays"),), attempt=1)
     }
     assert list(tmp_path.iterdir()) == [file]
@@ -84,5 +105,24 @@ def test_without_space_it_goes_on_in_memory(
     monkeypatch.setattr(records, "add", full)
     one.add([("a/0", 0, turn("2"))])
     one.add([("a/0", 0, turn("3"))])
-    assert [t.text for t in one.begun(["a"])["a/0"].turns] == ["1", "2", "3"]
+    assert [t.text for t in one.partial_episodes(["a"])["a/0"].turns] == ["1", "2", "3"]
     records.close()
+
+
+async def test_episodes_resume_from_what_this_driver_and_an_earlier_one_have_recorded() -> None:
+    recorder = Recorder()
+    for name in ("old", "void"):
+        recorder.add([(f"{name}/0", 0, turn("1", version=3)), (f"{name}/0", 0, turn("2", 4))])
+    turns = RecordedTurns(actor := remote(recorder))
+    await turns.open()
+    turns.discard(["void"])
+    recorder.add([("new/0", 0, turn("1", version=4)), ("fresh/0", 0, turn("1"))])
+    groups = ["new", "old", "void", "fresh"]
+    assert await turns.find(["new"], groups, version=3) == {
+        "new/0": PartialEpisode((turn("1", 4),), attempt=1),
+        "old/0": PartialEpisode((turn("1", 3),), attempt=1),  # no turn of newer weights
+    }
+    assert await turns.find([], groups, version=3) == {}, "they have begun with this driver"
+    assert [*await turns.find(["old"], ["old"], version=4)] == ["old/0"]
+    actor.dead = True
+    assert await turns.find(["old"], ["old"], version=4) == {}, "it starts over"

@@ -225,15 +225,8 @@ async def test_gymnasium_adapter() -> None:
     assert [turn.prompt[0].content for turn in episode.turns] == ["guess 0 to 2", "again"]
 
 
-guessing = rayrl.from_gymnasium(
-    Guess, tasks=[Task(seed=1)], rewards={"tries": 0.0}, ref=f"{__file__}:guessing"
-)
-
-
-async def test_an_adapted_environment_is_made_in_another_process() -> None:
-    nowhere = rayrl.from_gymnasium(Guess, tasks=[Task()])
-    with pytest.raises(ConfigError, match=r"'Guess' .* by rayrl\.load_env, or .* ref="):
-        _ = nowhere.spec
+async def test_an_environment_that_nothing_finds_travels_by_value() -> None:
+    guessing = rayrl.from_gymnasium(Guess, tasks=[Task(seed=1)], rewards={"tries": 0.0})
     async with SubprocessEnv(guessing, slots=1) as env:
         player = rayrl.ScriptedPlayer(lambda messages, rng: "1")
         episode = await rayrl.play_episode(env, Task(seed=1), {"agent": player}, id="e")

@@ -18,7 +18,7 @@ from rayrl.config import AlgoConfig, Config, EngineConfig, LearnerConfig, Sampli
 from rayrl.errors import ConfigError, DataError
 from rayrl.learner.batch import Totals, Trajectory, batch_of, supervised_row
 from rayrl.learner.deepspeed import DeepSpeedLearner
-from rayrl.learner.forward import load_model, rate, token_logprobs
+from rayrl.learner.forward import load_model, scheduled_lr, token_logprobs
 from rayrl.learner.loss import LOSSES, LossOutputs, Objective
 from rayrl.learner.packing import pack
 from rayrl.learner.reference import ReferenceLearner
@@ -468,7 +468,7 @@ def test_export_is_a_hugging_face_directory(model_dir, tmp_path, kind):
 def test_rates_by_hand():
     def rates(**settings):
         cfg = LearnerConfig(lr=1.0, min_lr_ratio=0.1, **settings)
-        return [round(rate(cfg, step, 5), 6) for step in range(6)]
+        return [round(scheduled_lr(cfg, step, 5), 6) for step in range(6)]
 
     assert rates(schedule="constant") == [1] * 6
     assert rates(schedule="constant", warmup_steps=3) == [0.25, 0.5, 0.75, 1, 1, 1]

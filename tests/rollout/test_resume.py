@@ -20,7 +20,7 @@ import pytest
 
 import rayrl
 from rayrl import GroupPlan, InfraError, Message, Scores, Task, format_line
-from rayrl.cluster.workers.turn_log import Recorder, Telling
+from rayrl.cluster.workers.turn_log import Recorder, TurnSender
 from rayrl.rollout.agent import Agent, Conversation, Options
 from rayrl.rollout.episode_io import episode_from_json, episode_to_json
 from rayrl.rollout.players import PolicyPlayer, ScriptedPlayer
@@ -571,22 +571,22 @@ async def test_a_host_tells_pickled_turns_and_nothing_of_a_group_that_has_ended(
                 told.append([episode for episode, *_ in turns])
                 recorder.add(turns)
 
-    telling = Telling(Remote)
+    sender = TurnSender(Remote)
     for episode in ("g/0", "g/1", "h/0", "k/0"):
-        telling.add(episode, 0, one)
+        sender.add(episode, 0, one)
     done = Episode("h/0", "env", Task(), 0, (one,))
-    telling.ended(Group("h", Task(), (done,)))
+    sender.drop_ended(Group("h", Task(), (done,)))
     failed = replace(done, failure=Failure("infra", "its replica died"))
-    telling.ended(Group("k", Task(), (failed,)))  # it is played again from what is told
+    sender.drop_ended(Group("k", Task(), (failed,)))  # it is played again from what is told
     while not told:  # noqa: ASYNC110
         await asyncio.sleep(0.01)
     assert told == [["g/0", "g/1", "k/0"]]
-    assert recorder.begun(["g", "none"]) == {
+    assert recorder.partial_episodes(["g", "none"]) == {
         "g/0": PartialEpisode((one,), 1),
         "g/1": PartialEpisode((one,), 1),
     }
-    recorder.forget(["g"])
-    assert recorder.begun(["g", "k"]) == {"k/0": PartialEpisode((one,), 1)}
+    recorder.discard(["g"])
+    assert recorder.partial_episodes(["g", "k"]) == {"k/0": PartialEpisode((one,), 1)}
 
 
 HOST = """

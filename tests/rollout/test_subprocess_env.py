@@ -278,7 +278,7 @@ async def test_an_environment_no_child_can_make() -> None:
     async def lost(task: Task, agent: Any) -> Any:
         return {"win": 1.0}
 
-    env = lost
-    async with SubprocessEnv(env, slots=1) as isolated:
+    lost.ref = "nowhere:lost"
+    async with SubprocessEnv(lost, slots=1) as isolated:
         with pytest.raises(ConfigError, match="cannot run in a process of its own"):
             await play_episode(isolated, Task(), says(), id="e", deadline_s=60)

@@ -51,16 +51,16 @@ class Workers:
         self.begun: list[str] = []
         self._idle: list[tuple[set[str], asyncio.Event]] = []
         self.broken: Exception | None = None
-        self.forgotten: list[str] = []
+        self.discarded: list[str] = []
 
     async def play(
-        self, plans: Sequence[GroupPlan], min_version: int, keep: Callable[[Group], None]
+        self, plans: Sequence[GroupPlan], min_version: int, on_group: Callable[[Group], None]
     ) -> None:
         if self.broken:
             raise self.broken
         for plan in plans:
             assert plan.id not in self.live
-            self.live[plan.id] = plan, min_version, keep
+            self.live[plan.id] = plan, min_version, on_group
             self.begun.append(plan.id)
         left, done = {plan.id for plan in plans}, asyncio.Event()
         self._idle.append((left, done))
@@ -68,8 +68,8 @@ class Workers:
 
     def end(self, *names: str, kind: str = "") -> None:
         for name in names:
-            plan, version, keep = self.live.pop(name)
-            keep(group(plan, version, kind))
+            plan, version, on_group = self.live.pop(name)
+            on_group(group(plan, version, kind))
             for left, done in self._idle:
                 left.discard(name)
                 if not left:
@@ -78,13 +78,13 @@ class Workers:
     def load(self) -> Load:
         return Load(workers=1, asked=0, waiting=0)
 
-    def stop(self, plans: Sequence[str], oldest: int) -> None:
+    def cancel(self, plans: Sequence[str], oldest: int) -> None:
         for name in plans:
             if name in self.live and self.live[name][1] < oldest:
                 self.end(name, kind="stopped")
 
-    def forget(self, groups: Sequence[str]) -> None:
-        self.forgotten = list(groups)
+    def discard_turns(self, groups: Sequence[str]) -> None:
+        self.discarded = list(groups)
 
 
 class Run:
@@ -223,18 +223,6 @@ async def test_with_lag_a_failed_group_makes_room_for_another(start: Start) -> N
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     assert run.live == ["0-1", "1-0", "1-1", "2-0"]
-
-
-async def test_an_infrastructure_failure_counts_when_it_was_played_once_more(
-    start: Start,
-) -> None:
-    run = await start(0)
-    plan, version, keep = run.workers.live["0-0"]
-    keep(group(plan, version, "infra"))
-    run.workers.end("0-1")
-    assert await run.waits(0)
-    run.workers.end("0-0")  # the same plan, once more
-    assert await run.batch(0) == ["0-0", "0-1"]
 
 
 async def test_what_cannot_be_played_ends_the_run(start: Start) -> None:

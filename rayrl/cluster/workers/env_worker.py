@@ -18,10 +18,10 @@ from rayrl.chat.renderer import Chat
 from rayrl.cluster.serving.inference_client import BatchingClient, ServeCall
 from rayrl.cluster.serving.streams import PAUSE_S
 from rayrl.cluster.session import prepare_process
-from rayrl.cluster.workers.turn_log import Telling
+from rayrl.cluster.workers.turn_log import TurnSender
 from rayrl.config import Config
 from rayrl.environment.environment import Environment, EnvSpec
-from rayrl.environment.registry import load_env
+from rayrl.environment.registry import environment_of
 from rayrl.errors import ConfigError, did_you_mean
 from rayrl.rollout.agent import Player
 from rayrl.rollout.concurrency import ConcurrencyLimit, GroupCanceller
@@ -35,17 +35,17 @@ from rayrl.types import Group, Sampling
 __all__ = [
     "POLICY",
     "EnvWorker",
-    "News",
     "Running",
     "WorkerJob",
+    "WorkerReport",
     "running_in",
     "start_worker",
     "trainable_seats",
 ]
 
 POLICY = "policy"
-WATCH = "watch"  # concurrency group of what answers while the event loop is blocked
-FRAMES = 5  # of a stack that are shown
+WATCH = "watch"  # concurrency group of the method that answers while the event loop is blocked
+FRAMES = 5  # the most of a stack that are shown
 ISOLATED_SLOTS = 16  # child processes per worker, where env.isolated asks for them
 
 
@@ -56,9 +56,10 @@ class WorkerJob:
     Attributes:
         env: how to make the environment.
         seats: who plays each seat: policy, endpoint, player:NAME or model:PATH.
-        sampling: how models draw.
-        models: directory of each model (its tokenizer), by what a seat calls it.
-        apps: name of the Serve app of each model, likewise.
+        sampling: how models sample.
+        config: limits, retries and deadlines.
+        models: directory of each model (its tokenizer), by its name in `seats`.
+        apps: name of each model's Serve app, by the same name.
     """
 
     env: EnvSpec
@@ -70,8 +71,13 @@ class WorkerJob:
 
 
 @dataclass(frozen=True, slots=True)
-class News:
-    """What happened on a worker: how many episodes ended there, and the groups that did."""
+class WorkerReport:
+    """What ended on a worker since its last report.
+
+    Attributes:
+        episodes: number of episodes, of whatever group.
+        groups: those whose last episode has ended.
+    """
 
     episodes: int
     groups: tuple[Group, ...]
@@ -82,8 +88,8 @@ class Running:
     """What an event loop is doing.
 
     Attributes:
-        episode: whose code it runs; empty if that is not known.
-        stack: where it is, the innermost call last; empty if it runs nothing.
+        episode: id of the one whose code it runs; empty if that is not known.
+        stack: formatted frames, the innermost call last; empty if it runs nothing.
     """
 
     episode: str = ""
@@ -91,54 +97,48 @@ class Running:
 
 
 def running_in(loop: asyncio.AbstractEventLoop, thread: int) -> Running:
-    """What `loop`, which belongs to `thread`, is doing; to be asked by another thread."""
+    """What the event loop of `thread` is running; for calls from another thread."""
     task, frame = asyncio.current_task(loop), sys._current_frames().get(thread)
     if task is None or frame is None:
         return Running()
     frames = list(traceback.extract_stack(frame))
-    ours = [at for at, one in enumerate(frames) if one.name == "_played"]  # what called its code
+    ours = [at for at, one in enumerate(frames) if one.name == "_played"]  # calls env code
     frames = frames[ours[-1] + 1 if ours else 0 :]
     stack = "".join(traceback.format_list(frames[-FRAMES:]))
-    name = task.get_name()  # of an episode's own task, as `play_episode` names it
+    name = task.get_name()  # `play_episode` names an episode's task after it
     return Running(name.partition("~")[0] if "/" in name else "", stack)
 
 
 def trainable_seats(seats: Mapping[str, str]) -> tuple[str, ...]:
-    """Seats the policy plays: those whose tokens are trained on."""
+    """Seats that the policy plays: their tokens are trained on."""
     return tuple(seat for seat, who in seats.items() if who == POLICY)
 
 
 class EnvWorker:
-    """Plays groups. Methods are thin: `rayrl.rollout.rollout` has the one loop.
+    """Plays groups; its methods are thin, `rayrl.rollout.rollout` has the one loop.
 
     Args:
         job: what is played.
-        recorder: is told every turn; needed by `begin` only.
+        recorder: the actor that gets every turn; needed by `begin` only.
     """
 
     def __init__(self, job: WorkerJob, recorder: Any = None) -> None:
         prepare_process(1)
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         self._job = job
-        self._telling = Telling(recorder)
+        self._turns = TurnSender(recorder)
         self._clients: dict[str, BatchingClient] = {}
-        self._stops = GroupCanceller(self._version)
+        self._canceller = GroupCanceller(self._version)
         self._unbegun: dict[str, GroupPlan] = {}
         self._playing: set[asyncio.Task[None]] = set()
-        # what `news` will tell
-        self._episodes = 0
-        self._groups: list[Group] = []
-        self._error: BaseException | None = None
-        self._changed = asyncio.Event()
-        self._news_at = 0.0  # not before
+        self._reports = _Reports()
 
-    # Made at the first call and not before: its caller gets what is wrong, whole.
+    # Made in a method call, not in __init__: so an exception reaches the caller with its type.
 
     @cached_property
     def environment(self) -> Environment:
         """What is played."""
-        spec = self._job.env
-        environment = load_env(spec.ref).configure(spec.args, spec.rewards)
+        environment = environment_of(self._job.env)
         if not self._job.config.env.isolated:
             return environment
         slots = min(ISOLATED_SLOTS, self._job.config.cluster.concurrency)
@@ -147,7 +147,7 @@ class EnvWorker:
 
     @cached_property
     def players(self) -> Mapping[str, Player]:
-        """Who plays each seat."""
+        """The player of each seat."""
         return {seat: self._player(who) for seat, who in self._job.seats.items()}
 
     def _player(self, who: str) -> Player:
@@ -174,8 +174,8 @@ class EnvWorker:
         return PolicyPlayer(chat, client, job.sampling, trainable=who == POLICY)
 
     @cached_property
-    def _room(self) -> ConcurrencyLimit:
-        """Episodes at once: what a server is asked for is asked by episodes that soon end."""
+    def _limit(self) -> ConcurrencyLimit:
+        """Live episodes; as few as an endpoint's limit, so that those that begin soon end."""
         job, config = self._job, self._job.config
         most = [config.cluster.concurrency, self.environment.slots or config.cluster.concurrency]
         if "endpoint" in job.seats.values():
@@ -183,28 +183,28 @@ class EnvWorker:
         return ConcurrencyLimit(min(most))
 
     def _version(self) -> int:
-        """Weights that the policy's requests now ask for."""
+        """The oldest weights that may answer the policy's requests now."""
         client = self._clients.get(POLICY)
         return client.min_version if client else 0
 
     async def ping(self) -> int:
-        """How many episodes may be live here.
+        """Return how many episodes may be live here.
 
-        Answers only while the event loop runs: env code that blocks it is found by this.
+        Answers only while the event loop runs: this is how blocking env code is detected.
         """
         self._loop, self._thread = asyncio.get_running_loop(), threading.get_ident()
-        assert self.environment.seats  # now: the plans to come hold tasks of its classes
+        assert self.environment.seats  # loaded now: plans hold tasks of its classes
         assert self.players
-        return self._room.most
+        return self._limit.most
 
     @ray.method(concurrency_group=WATCH)  # type: ignore[untyped-decorator]
     async def running(self) -> Running:
-        """What keeps the event loop; answers on a loop of its own, if it gets the interpreter."""
+        """What the event loop runs; answers from another thread, unless the GIL is held."""
         return running_in(self._loop, self._thread)
 
-    def stop(self, plans: Sequence[str], oldest: int) -> None:
-        """End those of these plans that began with weights older than `oldest`."""
-        self._stops.stop(plans, oldest)
+    def cancel(self, plans: Sequence[str], oldest: int) -> None:
+        """Cancel those of these plans, by id, that began with weights older than `oldest`."""
+        self._canceller.stop(plans, oldest)
 
     async def begin(
         self,
@@ -213,13 +213,14 @@ class EnvWorker:
         recorded: Mapping[str, PartialEpisode] | None = None,
         workers: int = 1,
     ) -> None:
-        """Play groups as there is room, earlier ones first; `news` says what comes of them.
+        """Play groups within the concurrency limit, earlier ones first; `report` returns them.
 
         Args:
-            recorded: episodes of these groups that began elsewhere, to go on with, by id.
+            min_version: weights older than this must not answer.
+            recorded: episodes of these groups that began elsewhere and resume here, by id.
             workers: how many there are; the more, the longer each waits between two messages.
         """
-        self._telling.pause_s = PAUSE_S * workers
+        self._turns.pause_s = PAUSE_S * workers
         if POLICY in self._clients:
             client = self._clients[POLICY]
             client.min_version = max(client.min_version, min_version)
@@ -228,65 +229,86 @@ class EnvWorker:
         self._playing.add(task)
         task.add_done_callback(self._played)
 
-    async def news(self) -> News:
-        """What happened since this was asked last; waits until something has.
+    async def report(self) -> WorkerReport:
+        """Wait until something has ended, and return what has since the last report.
 
         Raises:
             Exception: an error of the program itself.
         """
-        loop = asyncio.get_running_loop()
-        await self._changed.wait()
-        await asyncio.sleep(self._news_at - loop.time())
-        self._changed.clear()
-        self._news_at = loop.time() + self._telling.pause_s
-        if self._error is not None:
-            raise self._error
-        news = News(self._episodes, tuple(self._groups))
-        self._episodes, self._groups = 0, []
-        return news
+        return await self._reports.next(self._turns.pause_s)
 
     async def give_back(self) -> list[str]:
-        """Groups that have not begun, by id, and now will not."""
-        names = list(self._unbegun)
+        """Give up the groups that have not begun; returns their ids."""
+        ids = list(self._unbegun)
         self._unbegun.clear()
-        return names
+        return ids
 
-    async def _play(self, names: Sequence[str], recorded: Mapping[str, PartialEpisode]) -> None:
+    async def _play(self, ids: Sequence[str], recorded: Mapping[str, PartialEpisode]) -> None:
         env = self._job.config.env
         async for group in play_groups(
             self.environment,
-            self._begun(names),
+            self._begun(ids),
             self.players,
-            concurrency=self._room,
+            concurrency=self._limit,
             retries=env.retries,
             deadline_s=env.deadline_s,
-            stops=self._stops,
+            stops=self._canceller,
             recorded=recorded,
-            on_turn=self._telling.add,
-            on_end=self._ended,
+            on_turn=self._turns.add,
+            on_end=self._reports.add_episode,
         ):
-            self._telling.ended(group)
-            self._groups.append(group)
-            self._changed.set()
+            self._turns.drop_ended(group)
+            self._reports.add_group(group)
 
-    def _begun(self, names: Sequence[str]) -> Iterator[GroupPlan]:
-        for name in names:
+    def _begun(self, ids: Sequence[str]) -> Iterator[GroupPlan]:
+        for name in ids:
             if (plan := self._unbegun.pop(name, None)) is not None:
                 yield plan
-
-    def _ended(self) -> None:
-        self._episodes += 1
-        self._changed.set()
 
     def _played(self, task: asyncio.Task[None]) -> None:
         self._playing.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            self._error = error
-            self._changed.set()
+            self._reports.fail(error)
+
+
+class _Reports:
+    """Collects what ends on a worker, for the driver to fetch in few messages."""
+
+    def __init__(self) -> None:
+        self._episodes = 0
+        self._groups: list[Group] = []
+        self._error: BaseException | None = None
+        self._changed = asyncio.Event()
+        self._next_at = 0.0  # by the event loop's time
+
+    def add_episode(self) -> None:
+        self._episodes += 1
+        self._changed.set()
+
+    def add_group(self, group: Group) -> None:
+        self._groups.append(group)
+        self._changed.set()
+
+    def fail(self, error: BaseException) -> None:
+        self._error = error
+        self._changed.set()
+
+    async def next(self, pause_s: float) -> WorkerReport:
+        """Wait until something has ended, and for `pause_s` after the last report."""
+        loop = asyncio.get_running_loop()
+        await self._changed.wait()
+        await asyncio.sleep(self._next_at - loop.time())
+        self._changed.clear()
+        self._next_at = loop.time() + pause_s
+        if self._error is not None:
+            raise self._error
+        report = WorkerReport(self._episodes, tuple(self._groups))
+        self._episodes, self._groups = 0, []
+        return report
 
 
 def start_worker(job: WorkerJob, recorder: Any) -> Any:
-    """Start a worker's actor; it tells every turn to the recorder."""
+    """Start a worker's actor, which sends every turn to the recorder."""
     actor = ray.remote(
         num_cpus=job.config.cluster.env_worker_cpus,
         resources=dict(job.config.cluster.env_worker_resources),

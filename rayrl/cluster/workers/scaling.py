@@ -1,4 +1,4 @@
-"""How many env workers there should be: two clocks, and nothing cleverer."""
+"""When to start more env workers, and how many."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 __all__ = ["GROW_AFTER_S", "Growth", "Load"]
 
-GROW_AFTER_S = 5.0  # of waiting for room on all workers, before another one is asked for
+GROW_AFTER_S = 5.0  # with episodes waiting for capacity, before more workers are requested
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,9 +15,9 @@ class Load:
     """What the workers have to do.
 
     Attributes:
-        workers: that can play.
-        asked: workers that were requested and have not started yet.
-        waiting: groups that waited for room on all workers, the most at once since the last look.
+        workers: number of workers that can play.
+        asked: number of workers that were requested and have not started yet.
+        waiting: the most groups that waited for capacity at once since the last `Load`.
     """
 
     workers: int
@@ -26,28 +26,28 @@ class Load:
 
 
 class Growth:
-    """When to ask for more workers, and for how many.
+    """Decides how many more workers to request.
 
-    Once episodes have waited for room on all workers for `GROW_AFTER_S` without a pause: as many as
-    have room for those that wait, workers that were asked for before included.
+    Once episodes have waited for capacity for `GROW_AFTER_S` without a pause: as many workers as
+    they need, less those that were requested before and have not started.
 
     Args:
-        most: workers in all, those asked for included.
+        most: the most workers in all, requested ones included.
     """
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._since: float | None = None  # when they began to wait
+        self._since: float | None = None  # when episodes began to wait
 
-    def more(self, now: float, *, waiting: int, room: int, workers: int, asked: int) -> int:
-        """How many more to ask for.
+    def more(self, now: float, *, waiting: int, capacity: int, workers: int, asked: int) -> int:
+        """Return how many more workers to request.
 
         Args:
-            now: seconds of a clock that only grows.
-            waiting: episodes that no worker has room for.
-            room: of one worker, in episodes.
-            workers: that can play.
-            asked: that are not there yet.
+            now: seconds, of a monotonic clock.
+            waiting: episodes for which no worker has capacity.
+            capacity: of one worker, in episodes.
+            workers: number that can play.
+            asked: number that were requested and have not started.
         """
         if not waiting:
             self._since = None
@@ -56,5 +56,5 @@ class Growth:
             self._since = now
         if now - self._since < GROW_AFTER_S:
             return 0
-        wanted = math.ceil(waiting / room) - asked
+        wanted = math.ceil(waiting / capacity) - asked
         return max(0, min(wanted, self._most - workers - asked))
