@@ -20,7 +20,7 @@ from typing import Any
 
 from rayrl.config import EngineConfig, LoraConfig
 from rayrl.engine import Engine, open_engine
-from rayrl.learner.lora import pieces, with_adapters
+from rayrl.learner.lora import lazy_weights, with_adapters
 from rayrl.types import Request, Sampling
 from rayrl.weights.flat import flatten
 
@@ -37,7 +37,9 @@ def versions(model: str, lora: LoraConfig) -> dict[str, Any]:
                 weight.normal_(0, 0.002)
     kinds = {"merged": False, "adapters": True}
     return {
-        kind: flatten((piece.name, piece.tensor()) for piece in pieces(adapted, adapters=alone))
+        kind: flatten(
+            (weight.name, weight.tensor()) for weight in lazy_weights(adapted, adapters=alone)
+        )
         for kind, alone in kinds.items()
     }
 
