@@ -1,4 +1,4 @@
-"""CPU seconds by role of a local Ray's processes: what a busy machine does not change much."""
+"""CPU seconds by role of a local Ray's processes, which other load barely changes."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import psutil
 
 __all__ = ["ROLES", "Accounts"]
 
-ROLES = {  # beginning of a process's title, as Ray sets it: what we call it
-    "ray::EnvWorker": "host",
+ROLES = {  # prefix of a process's title, as Ray sets it -> role
+    "ray::EnvWorker": "env worker",
     "ray::ServeReplica": "replica",
     "ray::Replica": "replica",
     "ray::ServeController": "controller",
@@ -27,15 +27,15 @@ def _role(process: psutil.Process, own: int) -> str:
         return "driver"
     line = process.cmdline()
     title = line[0] if line else ""
-    for begin, role in ROLES.items():
-        if title.startswith(begin):
+    for prefix, role in ROLES.items():
+        if title.startswith(prefix):
             return role
     name = title.rpartition("/")[2]
-    return {"raylet": "raylet", "gcs_server": "gcs"}.get(name, "other of Ray")
+    return {"raylet": "raylet", "gcs_server": "gcs"}.get(name, "other Ray processes")
 
 
 class Accounts:
-    """CPU seconds since it was made, of this process and all it has started."""
+    """CPU seconds of this process and its descendants since the object was created."""
 
     def __init__(self) -> None:
         self._own = psutil.Process()
@@ -48,19 +48,19 @@ class Accounts:
             try:
                 times = process.cpu_times()
                 now[_role(process, self._own.pid), process.pid] = times.user + times.system
-            except psutil.Error:  # it has just ended
+            except psutil.Error:  # the process has ended
                 continue
         return now
 
     def spent(self) -> Mapping[str, float]:
-        """By role; processes that ended meanwhile are left out."""
+        """Return CPU seconds by role, without processes that ended meanwhile."""
         by_role: Counter[str] = Counter()
         for key, seconds in self._now().items():
             by_role[key[0]] += seconds - self._before.get(key, 0.0)
         return dict(by_role)
 
     def cores(self) -> float:
-        """Cores that were there for us: what we used and what nobody did, a second."""
+        """Return the mean number of available cores: those used by us and idle ones."""
         free = _idle() - self._idle + sum(self.spent().values())
         return min(free / (time.perf_counter() - self._began), float(os.cpu_count() or 1))
 

@@ -1,11 +1,11 @@
-"""Adapters alone against merged weights: what a push costs, and what vLLM then generates.
+"""Adapters alone against merged weights: time of a push, and generation rate of vLLM.
 
     python benchmarks/adapters.py --model DIR [--rank 16] [--rounds 3]
 
-Two vLLM engines on the same weights in this process's machine, one that takes whole weights and one
-that takes adapters (`cluster.sync=adapters`). In turn, so that both see the same load: a push of a
-new version into the engine (bytes that are here already, to the checksum), then the same requests.
-Printed as JSON: medians of seconds, tokens a second, bytes, and the ratios.
+Two vLLM engines run on this machine with the same weights: one receives whole weights, the other
+adapters (`cluster.sync=adapters`). They alternate, so that both see the same load: load a new
+version (from local memory up to the checksum), then complete the same requests. Prints as JSON the
+median seconds, tokens per second, bytes, and ratios.
 """
 
 from __future__ import annotations
@@ -20,30 +20,32 @@ from typing import Any
 
 from rayrl.config import EngineConfig, LoraConfig
 from rayrl.engine import Engine, open_engine
-from rayrl.learner.lora import pieces, with_adapters
+from rayrl.learner.lora import lazy_weights, with_adapters
 from rayrl.types import Request, Sampling
 from rayrl.weights.flat import flatten
 
 
 def versions(model: str, lora: LoraConfig) -> dict[str, Any]:
-    """Flat buffers and manifests of one version, merged and alone."""
+    """Return flat buffer and manifest of one version, merged and as adapters alone."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    one = with_adapters(AutoModelForCausalLM.from_pretrained(model, dtype="bfloat16"), lora, 0)
+    adapted = with_adapters(AutoModelForCausalLM.from_pretrained(model, dtype="bfloat16"), lora, 0)
     with torch.no_grad():
-        for name, weight in one.named_parameters():
+        for name, weight in adapted.named_parameters():
             if "lora_B" in name:
                 weight.normal_(0, 0.002)
     kinds = {"merged": False, "adapters": True}
     return {
-        kind: flatten((piece.name, piece.tensor()) for piece in pieces(one, adapters=alone))
+        kind: flatten(
+            (weight.name, weight.tensor()) for weight in lazy_weights(adapted, adapters=alone)
+        )
         for kind, alone in kinds.items()
     }
 
 
 def requests(args: argparse.Namespace) -> list[Request]:
-    """Prompts that share nothing, answers of one length."""
+    """Return requests with unrelated prompts and answers of equal length."""
     rng = random.Random(0)
     sampling = Sampling(temperature=1.0, max_tokens=args.tokens)
     return [
@@ -53,7 +55,7 @@ def requests(args: argparse.Namespace) -> list[Request]:
 
 
 async def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Both engines, round by round."""
+    """Measure both engines in alternating rounds."""
     lora = LoraConfig(rank=args.rank)
     pushed = versions(args.model, lora)
     config = EngineConfig(
@@ -63,24 +65,24 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
         "merged": open_engine(args.model, config),
         "adapters": open_engine(args.model, config, lora=lora),
     }
-    found: dict[str, list[tuple[float, float]]] = {kind: [] for kind in engines}
+    times: dict[str, list[tuple[float, float]]] = {kind: [] for kind in engines}
     for number in range(args.rounds + 1):
         for kind, engine in engines.items():
             began = time.perf_counter()
             await engine.load_weights(number + 1, *pushed[kind])
             loaded = time.perf_counter()
-            await asyncio.gather(*(engine.generate(one) for one in requests(args)))
+            await asyncio.gather(*(engine.generate(request) for request in requests(args)))
             if number:  # the first warms up
-                found[kind].append((loaded - began, time.perf_counter() - loaded))
+                times[kind].append((loaded - began, time.perf_counter() - loaded))
     for engine in engines.values():
         await engine.close()
     out: dict[str, Any] = {}
-    for kind, rounds in found.items():
-        push, play = (statistics.median(column) for column in zip(*rounds, strict=True))
+    for kind, rounds in times.items():
+        push, generate = (statistics.median(column) for column in zip(*rounds, strict=True))
         out[kind] = {
             "bytes": pushed[kind][1].nbytes,
             "push s": round(push, 4),
-            "tokens/s": round(args.requests * args.tokens / play, 1),
+            "tokens/s": round(args.requests * args.tokens / generate, 1),
         }
     merged, alone = out["merged"], out["adapters"]
     out["merged/adapters"] = {key: round(merged[key] / alone[key], 2) for key in merged}

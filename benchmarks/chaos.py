@@ -1,20 +1,19 @@
-"""A recipe with processes killed at random, against the same recipe left alone.
+"""A recipe with processes killed at random, against the same recipe undisturbed.
 
     python benchmarks/chaos.py [--kills 20] [--seed 0] [--every 0.5 5] [--max-lag 0] [SETTING ...]
 
 Runs `rayrl recipe experiment=tictactoe` at small scale twice: undisturbed, and with processes of
 every kind killed (SIGKILL) at random moments of its training stages, each after at least one more
 update: env workers, replicas, learner ranks, the weights store, the recorder, Serve's controller,
-and the driver, which is started again with the same command. Prints as JSON what was killed, what
-each run came to (updates, weights, table), and what was lost.
+and the driver, which is restarted with the same command. Prints as JSON the kills, the results of
+each run (updates, weights, table), and the lost work.
 
-With --max-lag 0 the weights must be equal bit for bit. With more, what is played with which weights
-is a matter of time, killed or not: then the number of updates must be the same, every group that is
-trained on must be trained on once and be accounted for, and the tables are there to be compared.
+With --max-lag 0 the weights must be equal bit for bit. With more, timing decides which weights play
+which episodes in any run: then the number of updates must be equal, every group must be trained on
+exactly once, and the tables are printed for comparison.
 
-What is lost is counted where it is made: an answer of an engine to the same request (seed, prompt,
-weights) that was given before was thrown away. It is held against the first kill
-after that.
+Lost work is counted at the engine: when it answers the same request (seed, prompt, weights) twice,
+the first answer was lost. It is attributed to the first kill after that answer.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from typing import Any
 
 import psutil
 
-from rayrl.run.files import read_lines
+from rayrl.run.files import read_jsonl
 
 KINDS = {
     "env worker": "ray::EnvWorker",
@@ -62,7 +61,7 @@ def command(folder: Path, settings: list[str]) -> list[str]:
 
 
 def counting(folder: Path) -> dict[str, str]:
-    """The environment of a run whose answers are counted in FOLDER.answers."""
+    """Environment variables of a run that logs its answers to FOLDER.answers."""
     path = [str(Path(__file__).parent / "counting"), os.environ.get("PYTHONPATH", "")]
     return {
         **os.environ,
@@ -73,33 +72,34 @@ def counting(folder: Path) -> dict[str, str]:
 
 
 def answers(folder: Path) -> list[dict[str, Any]]:
-    """All answers, those that were thrown away included."""
+    """Read all answers, lost ones included."""
     lines = folder.with_suffix(".answers").read_text().splitlines()
     return [json.loads(line) for line in lines]
 
 
-def twice(folder: Path, kills: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
-    """Answers that had been given before, and their tokens, by the kind killed in between."""
-    found: dict[str, Counter[str]] = {}
-    given: dict[str, float] = {}
-    for one in sorted(answers(folder), key=lambda one: one["at"]):
-        if one["key"] in given:
-            between = (k["kind"] for k in kills if given[one["key"]] <= k["at"] < one["at"])
-            found.setdefault(next(between, "nobody"), Counter()).update(
-                answers=1, tokens=one["tokens"]
+def repeated_answers(folder: Path, kills: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
+    """Count repeated answers and their tokens by the kind of process killed in between."""
+    counts: dict[str, Counter[str]] = {}
+    answered: dict[str, float] = {}
+    for answer in sorted(answers(folder), key=lambda answer: answer["at"]):
+        key, at = answer["key"], answer["at"]
+        if key in answered:
+            between = (kill["kind"] for kill in kills if answered[key] <= kill["at"] < at)
+            counts.setdefault(next(between, "none"), Counter()).update(
+                answers=1, tokens=answer["tokens"]
             )
-        given[one["key"]] = one["at"]
-    return {kind: dict(count) for kind, count in found.items()}
+        answered[key] = at
+    return {kind: dict(count) for kind, count in counts.items()}
 
 
 def unaccounted(folder: Path, config: dict[str, int]) -> list[str]:
-    """What is wrong with the groups that were trained on, as their episodes' files have them."""
+    """List groups that were not trained on exactly once, according to the episodes' files."""
     wrong = []
     for stage in ("rl1", "rl2"):
         trained = Counter(
             row["id"]
             for file in sorted((folder / stage / "episodes").glob("*.jsonl"))
-            for row in read_lines(file)
+            for row in read_jsonl(file)
         )
         wrong += [f"{stage}: {name} trained on {n} times" for name, n in trained.items() if n > 1]
         plans = Counter(name.split("/")[0].split("~")[0] for name in trained)
@@ -111,13 +111,13 @@ def unaccounted(folder: Path, config: dict[str, int]) -> list[str]:
 
 
 def steps(folder: Path) -> int:
-    """Updates so far, of both phases."""
+    """Count the updates of both phases so far."""
     files = [folder / stage / "metrics.jsonl" for stage in ("rl1", "rl2")]
     return sum(file.read_text().count("\n") for file in files if file.is_file())
 
 
 def training(folder: Path) -> bool:
-    """Whether a training stage goes on."""
+    """Tell whether a training stage is running."""
     return any(
         (folder / stage / "metrics.jsonl").is_file()
         and not (folder / stage / "result.json").is_file()
@@ -125,8 +125,8 @@ def training(folder: Path) -> bool:
     )
 
 
-def victims(driver: int) -> dict[str, list[psutil.Process]]:
-    """The run's processes by kind."""
+def processes(driver: int) -> dict[str, list[psutil.Process]]:
+    """Return the run's processes by kind."""
     found: dict[str, list[psutil.Process]] = {kind: [] for kind in KINDS}
     try:
         run = psutil.Process(driver)
@@ -136,8 +136,8 @@ def victims(driver: int) -> dict[str, list[psutil.Process]]:
                 title = " ".join(process.cmdline())
             except psutil.Error:
                 continue
-            for kind, begins in KINDS.items():
-                if begins and title.startswith(begins):
+            for kind, prefix in KINDS.items():
+                if prefix and title.startswith(prefix):
                     found[kind].append(process)
     except psutil.NoSuchProcess:
         pass
@@ -145,15 +145,15 @@ def victims(driver: int) -> dict[str, list[psutil.Process]]:
 
 
 def wait_for_an_update(run: subprocess.Popen[bytes], folder: Path) -> None:
-    """Until the run has logged one more than now, or than it goes back to, or has ended."""
+    """Wait until the run has logged another update, also after a rollback, or has ended."""
     least = steps(folder)
     while run.poll() is None and steps(folder) <= least:
         least = min(least, steps(folder))
         time.sleep(0.1)
 
 
-def disturbed(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    """The recipe under fire; returns what was killed."""
+def run_with_kills(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    """Run the recipe, kill processes, and return the kills."""
     rng = random.Random(args.seed)
     log = (folder.parent / "chaos.log").open("a")
     kills: list[dict[str, Any]] = []
@@ -176,10 +176,10 @@ def disturbed(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
         if len(kills) >= args.kills or not training(folder):
             continue
         kind = kinds[len(kills) % len(kinds)] if len(kills) < len(kinds) else rng.choice(kinds)
-        there = victims(run.pid)[kind]
-        if not there:
+        candidates = processes(run.pid)[kind]
+        if not candidates:
             continue
-        victim = rng.choice(there)
+        victim = rng.choice(candidates)
         kills.append(
             {
                 "kind": kind,
@@ -199,7 +199,7 @@ def disturbed(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
 
 
 def summary(folder: Path) -> dict[str, Any]:
-    """What a run came to."""
+    """Summarize a finished run."""
     model = folder / "rl2" / "model" / "model.safetensors"
     rows = [
         json.loads(line)
@@ -227,39 +227,39 @@ def summary(folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Both runs and the comparison."""
+    """Run both and compare them."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--every", type=float, nargs=2, default=(0.5, 5.0))
     parser.add_argument("--max-lag", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=30, help="of each of the two phases")
+    parser.add_argument("--steps", type=int, default=30, help="per phase")
     parser.add_argument("--folder", type=Path, default=Path("runs/chaos"))
     parser.add_argument("settings", nargs="*")
     args = parser.parse_args()
     scale = {"groups": 8, "group_size": 8, "steps": args.steps}
     args.settings += [f"train.max_lag={args.max_lag}"]
-    args.settings += [f"recipe.{one}.train.steps={args.steps}" for one in ("rl1", "rl2")]
+    args.settings += [f"recipe.{phase}.train.steps={args.steps}" for phase in ("rl1", "rl2")]
     args.folder.mkdir(parents=True, exist_ok=True)
-    calm, fire = args.folder / "calm", args.folder / "fire"
+    calm, killed = args.folder / "calm", args.folder / "killed"
     with (args.folder / "calm.log").open("a") as log:
         line, env = command(calm, args.settings), counting(calm)
         subprocess.run(line, stdout=log, stderr=log, env=env, check=True)
-    kills = disturbed(args, fire)
-    ours, theirs = summary(fire), summary(calm)
+    kills = run_with_kills(args, killed)
+    disturbed, undisturbed = summary(killed), summary(calm)
     print(
         json.dumps(
             {
                 "kills": len(kills),
-                "by_kind": dict(Counter(one["kind"] for one in kills)),
-                "same_updates": ours["updates"] == theirs["updates"],
-                "same_weights": ours["weights"] == theirs["weights"],
-                "same_table": ours["table"] == theirs["table"],
-                "unaccounted": unaccounted(fire, scale),
-                "answered_twice_after": twice(fire, kills),
-                "answered_twice_in_calm": twice(calm, []),
-                "disturbed": ours,
-                "calm": theirs,
+                "by_kind": dict(Counter(kill["kind"] for kill in kills)),
+                "same_updates": disturbed["updates"] == undisturbed["updates"],
+                "same_weights": disturbed["weights"] == undisturbed["weights"],
+                "same_table": disturbed["table"] == undisturbed["table"],
+                "unaccounted": unaccounted(killed, scale),
+                "repeated_answers_by_kill": repeated_answers(killed, kills),
+                "repeated_answers_undisturbed": repeated_answers(calm, []),
+                "disturbed": disturbed,
+                "undisturbed": undisturbed,
             },
             indent=2,
         )

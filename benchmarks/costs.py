@@ -1,19 +1,17 @@
-"""What a turn, an episode, a call and a push cost each process, in CPU seconds.
+"""CPU seconds of turns, episodes, calls and pushes in each process.
 
-    python benchmarks/costs.py [--out costs.json] [--hosts 1 4]
+    python benchmarks/costs.py [--out costs.json] [--workers 1 4]
 
-Process CPU time, not wall time: other work on the machine makes it a little larger, not several
-times. Each cost is a fit over several sizes (turns of an episode, ids of a turn, requests in
-flight, megabytes), and what a size left out of the fit is off by is printed with it. The fits are
-what `simulate.py` predicts from:
+CPU time, unlike wall time, grows only slightly with other load on the machine. Each cost is a fit
+over several sizes (turns per episode, ids per turn, requests in flight, megabytes), printed with
+its error at a size that was held out. `simulate.py` predicts from these fits:
 
-- *driver*: an episode that has arrived, through the group log, advantages, batch and the
-  pickling of its shard, for each episode, turn and sampled id; episode files apart, as a run may
-  write them seldom;
-- *host*: playing, with an environment that does nothing and with tic-tac-toe;
-- *hop*: host, replica, recorder and Ray's own processes around an engine that computes nothing,
-  for each request and for each message, from runs with few and with many episodes in flight;
-- *store*, *push*: putting, checking and copying weights, for each MB; asking every replica.
+- *driver*: an arrived episode through group log, advantages, batch and pickling of its shard, per
+  episode, turn and sampled id; episode files separately, because runs may write them rarely;
+- *env worker*: rollouts with an environment that does nothing and with tic-tac-toe;
+- *hop*: env worker, replica, recorder and Ray's own processes around an engine that computes
+  nothing, per request and per message, from runs with few and with many episodes in flight;
+- *store*, *push*: storing, checking and copying weights, per MB; calling every replica.
 """
 
 from __future__ import annotations
@@ -32,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from accounts import Accounts  # beside this file
+from accounts import Accounts  # in this folder
 from fake_engine import FakeEngine, counts_of
 
 import rayrl
@@ -55,13 +53,13 @@ from rayrl.weights.model_dir import model_dir
 
 HERE = Path(__file__).resolve()
 TURNS = 4
-SIZE = 8  # episodes a group, where the hop is measured
+SIZE = 8  # episodes per group when measuring hops
 REPLY = "<move>4</move>"
 
 
 @rayrl.env(tasks=[Task()], rewards={"turns": 1.0})
 async def chatter(task: Task, agent: Agent) -> Scores:
-    """Four turns, whatever is answered."""
+    """Four turns, whatever the replies."""
     for k in range(TURNS):
         await agent(f"turn {k}: your move")
     return {"turns": float(agent.turns)}
@@ -71,7 +69,7 @@ async def chatter(task: Task, agent: Agent) -> Scores:
 
 
 def cpu_of(work: Callable[[], object], at_least_s: float = 0.3) -> float:
-    """CPU seconds of one call: the least of three rounds of `at_least_s`."""
+    """Measure the CPU seconds of one call, the minimum of three rounds."""
     work()
     rounds = []
     for _ in range(3):
@@ -83,8 +81,8 @@ def cpu_of(work: Callable[[], object], at_least_s: float = 0.3) -> float:
     return min(rounds)
 
 
-def a_group(name: str, size: int, turns: int, ids: int) -> Group:
-    """As a host sends it: `ids` sampled in each turn and as many in each prompt."""
+def make_group(name: str, size: int, turns: int, ids: int) -> Group:
+    """Make a group as env workers send it, with `ids` prompt ids and sampled ids per turn."""
 
     def turn(k: int) -> Turn:
         return Turn(
@@ -118,12 +116,17 @@ def a_group(name: str, size: int, turns: int, ids: int) -> Group:
 
 
 def fitted(rows: Sequence[tuple[Sequence[float], float]], names: Sequence[str]) -> dict[str, Any]:
-    """Costs by what they scale with, least squares of the *relative* error over all rows but the
-    last, and what the last is off by."""
+    """Fit costs by what they scale with.
+
+    Minimizes the squared *relative* error over all rows but the last, with costs of at least 0.
+
+    Returns:
+        Cost by name, and the relative error of the last row as "held out".
+    """
     *used, (last, measured) = rows
     x = np.array([np.array(row) / y for row, y in used])
     best, costs = np.inf, np.zeros(len(names))
-    for kept in itertools.product((False, True), repeat=len(names)):  # no cost is below nothing
+    for kept in itertools.product((False, True), repeat=len(names)):  # costs are not negative
         some = np.zeros(len(names))
         some[list(kept)] = np.linalg.lstsq(x[:, list(kept)], np.ones(len(used)), rcond=None)[0]
         off = float(np.sum((x @ some - 1) ** 2))
@@ -134,13 +137,13 @@ def fitted(rows: Sequence[tuple[Sequence[float], float]], names: Sequence[str]) 
 
 
 def driver_work(folder: Path, size: int = 8) -> dict[str, Any]:
-    """Of an episode: 1, its turns, its sampled ids."""
+    """Fit the driver's costs per episode, turn and sampled id."""
     log = GroupLog(folder / "groups")
     log.begin(0, ())
     algo = AlgoConfig()
     batch, files = [], []
     for turns, ids in ((1, 16), (8, 16), (8, 256), (32, 64), (4, 128)):
-        group = a_group("0-0", size, turns, ids)
+        group = make_group("0-0", size, turns, ids)
         sent = pickle.dumps(group)
 
         def work(sent: bytes = sent) -> None:
@@ -163,8 +166,8 @@ def driver_work(folder: Path, size: int = 8) -> dict[str, Any]:
 
 
 def recorder_work() -> dict[str, float]:
-    """Of a turn that has arrived, as bytes."""
-    blob = turn_to_bytes(a_group("0-0", 1, 1, 64).episodes[0].turns[0])
+    """Measure the recorder's cost of a turn that arrives as bytes."""
+    blob = turn_to_bytes(make_group("0-0", 1, 1, 64).episodes[0].turns[0])
 
     def work() -> None:
         log = TurnLog()
@@ -177,7 +180,7 @@ def recorder_work() -> dict[str, float]:
 
 
 async def play(env: Any, chat: Chat, task: Callable[[int], Task], episodes: int) -> float:
-    """CPU seconds a turn, in this process."""
+    """Measure CPU seconds per turn in this process."""
     player = PolicyPlayer(chat, FakeEngine(chat.reply(REPLY)), Sampling())
     plans = [GroupPlan(str(k), task(k), 1, k) for k in range(episodes)]
     turns, began = 0, time.process_time()
@@ -188,8 +191,8 @@ async def play(env: Any, chat: Chat, task: Callable[[int], Task], episodes: int)
     return (time.process_time() - began) / turns
 
 
-def host_work(chat: Chat, episodes: int) -> dict[str, float]:
-    """Playing alone, a turn."""
+def worker_work(chat: Chat, episodes: int) -> dict[str, float]:
+    """Measure the cost of a turn of rollouts alone."""
     found = {}
     tictactoe = rayrl.load_env("tictactoe")
     tasks = tictactoe.tasks(1, 64)
@@ -203,17 +206,17 @@ def host_work(chat: Chat, episodes: int) -> dict[str, float]:
 
 
 def weights_work() -> dict[str, float]:
-    """Of an MB (10^6 bytes): the checksum, and a copy into memory that is there."""
+    """Measure checksum and copy into allocated memory per MB (10^6 bytes)."""
     flat = np.arange(16_000_000, dtype=np.uint8)
     target = np.zeros_like(flat)
     return {
-        "checksum a MB": cpu_of(lambda: checksum(flat)) / 16,
-        "copy a MB": cpu_of(lambda: np.copyto(target, flat)) / 16,
+        "checksum per MB": cpu_of(lambda: checksum(flat)) / 16,
+        "copy per MB": cpu_of(lambda: np.copyto(target, flat)) / 16,
     }
 
 
 def wire_work() -> dict[str, Any]:
-    """Of a request, by ids of its context: put together, pickled, and unpickled at the replica."""
+    """Fit the cost of a request by ids of its context: building and pickling."""
 
     def work(ids: int) -> float:
         before, new = tuple(range(1000, 1000 + ids)), (1, 2, 3)
@@ -230,21 +233,21 @@ def wire_work() -> dict[str, Any]:
 
 
 def hop_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Costs of host and replica: of a request, of a call with its answers, and of a second."""
+    """Fit the costs of env worker and replica per request, message and second."""
     return {
         f"hop {role}": fitted(
             [((1.0, row["calls"], 1 / row["turns/s"]), row["turn"][role]) for row in rows],
             ("request", "message", "second"),
         )
-        for role in ("host", "replica")
+        for role in ("env worker", "replica")
     }
 
 
 def to_one(rows: Sequence[dict[str, Any]], idle: float, unpickling: float) -> tuple[float, float]:
-    """CPU seconds of a message to the driver and of a call of the recorder: means over the rows.
+    """Return CPU seconds of a message to the driver and of a recorder call, means over the rows.
 
-    What hosts send to one process waits `PAUSE_S` for each of them, so a row's messages and calls
-    are a known part of its groups and turns.
+    Env workers wait `PAUSE_S` before they send to a process, so a row's numbers of messages and
+    calls follow from its groups and turns.
     """
     message, call = [], []
     for row in rows:
@@ -256,32 +259,32 @@ def to_one(rows: Sequence[dict[str, Any]], idle: float, unpickling: float) -> tu
 
 
 class Cluster:
-    """Hosts and replicas with a fake engine, for one number of each."""
+    """Env workers and replicas with a fake engine."""
 
     def __init__(self, session: Any, chat: Chat, latency: float) -> None:
         self.session, self.chat, self.latency = session, chat, latency
         self.app = f"{session.name}-fake"
 
     async def deploy(self, replicas: int) -> Any:
-        """The handle."""
+        """Deploy the replicas and return their handle."""
         from rayrl.cluster.serving.replica import deploy
 
         make = partial(FakeEngine, self.chat.reply(REPLY), self.latency)
 
         def engine() -> Engine:
-            return make()  # type: ignore[return-value]  # all that playing needs of one
+            return make()  # type: ignore[return-value]  # has all that rollouts use
 
         self.config = from_dict({"cluster": {"replicas": replicas}})
         return await deploy(self.session, self.config, engine, app=self.app, store=False)
 
-    async def hosts(self, hosts: int, live: int) -> Any:
-        """Rollouts that are ready."""
+    async def workers(self, workers: int, live: int) -> Any:
+        """Start env workers and return their rollouts."""
         from rayrl.cluster.rollouts import Rollouts
         from rayrl.cluster.workers.env_worker import WorkerJob
 
         where = f"{HERE}:chatter"
         config = from_dict(
-            {"env": {"name": where}, "cluster": {"concurrency": live, "env_workers": hosts}}
+            {"env": {"name": where}, "cluster": {"concurrency": live, "env_workers": workers}}
         )
         models, apps = {"policy": str(model_dir("embedded"))}, {"policy": self.app}
         spec = rayrl.load_env(where).spec
@@ -291,7 +294,7 @@ class Cluster:
 
 
 async def measured_play(rollouts: Any, episodes: int, size: int, tag: str) -> dict[str, Any]:
-    """CPU seconds a turn by role; the driver's an episode; turns a second."""
+    """CPU seconds per turn by role; the driver's an episode; turns per second."""
     plans = [GroupPlan(f"{tag}-{k}", Task(seed=k), size, k) for k in range(episodes // size)]
     groups: list[Group] = []
     accounts, began = Accounts(), time.perf_counter()
@@ -301,7 +304,7 @@ async def measured_play(rollouts: Any, episodes: int, size: int, tag: str) -> di
     waits = [t.seconds for group in groups for e in group.episodes for t in e.turns]
     return {
         "turns/s": round(turns / wall, 1),
-        "cores there": round(accounts.cores(), 2),
+        "available cores": round(accounts.cores(), 2),
         "answer_s": round(float(np.mean(waits)), 4),
         "driver_episode": spent["driver"] / episodes,
         "turn": {who: seconds / turns for who, seconds in spent.items()},
@@ -309,25 +312,25 @@ async def measured_play(rollouts: Any, episodes: int, size: int, tag: str) -> di
 
 
 async def on_ray(args: argparse.Namespace, chat: Chat) -> dict[str, Any]:
-    """Hop, the driver by number of hosts, put and broadcast."""
+    """Measure hops, the driver by number of env workers, stores and broadcasts."""
     import ray
 
     from rayrl.cluster.session import open_session
     from rayrl.cluster.weight_sync.transports import ask_all
 
-    found: dict[str, Any] = {"driver by hosts": {}}
+    found: dict[str, Any] = {"driver by env workers": {}}
     with open_session(from_dict({}).cluster) as session:
         cluster = Cluster(session, chat, 0.2)
         handle = await cluster.deploy(1)
         idle = Accounts()
         began = time.perf_counter()
         await asyncio.sleep(3)
-        found["idle a second"] = {
+        found["idle per second"] = {
             who: s / (time.perf_counter() - began) for who, s in idle.spent().items()
         }
         rows = []
         for live in (8, 32, 128, 1024, 4096, 256):
-            rollouts = await cluster.hosts(1, live)
+            rollouts = await cluster.workers(1, live)
             try:
                 await measured_play(rollouts, min(live, 64), SIZE, "warm")
                 before = await counts_of(handle)
@@ -339,35 +342,37 @@ async def on_ray(args: argparse.Namespace, chat: Chat) -> dict[str, Any]:
             rows.append(row | {"live": live})
         found["hop runs"] = rows
         found |= hop_of(rows)
-        for hosts in args.hosts:
-            rollouts = await cluster.hosts(hosts, 512)
+        for workers in args.workers:
+            rollouts = await cluster.workers(workers, 512)
             try:
-                await measured_play(rollouts, 64 * hosts, 16, "warm")
-                parts = [await measured_play(rollouts, 1024 * hosts, 16, f"h{k}") for k in range(2)]
-                found["driver by hosts"][hosts] = {
-                    "ms an episode": round(1000 * min(p["driver_episode"] for p in parts), 4),
-                    "recorder ms a turn": round(
+                await measured_play(rollouts, 64 * workers, 16, "warm")
+                parts = [
+                    await measured_play(rollouts, 1024 * workers, 16, f"h{k}") for k in range(2)
+                ]
+                found["driver by env workers"][workers] = {
+                    "ms per episode": round(1000 * min(p["driver_episode"] for p in parts), 4),
+                    "recorder ms per turn": round(
                         1000 * min(p["turn"]["recorder"] for p in parts), 5
                     ),
                 }
             finally:
                 rollouts.close()
         found["driver message"], found["recorder call"] = to_one(
-            rows, found["idle a second"]["driver"], _unpickling(TURNS, 8)
+            rows, found["idle per second"]["driver"], _unpickling(TURNS, 8)
         )
         began_cpu = time.process_time()
         for _ in range(50):
             await ask_all(handle, "check_health")
-        found["ask a replica"] = (time.process_time() - began_cpu) / 50
-        found["put a MB"] = fitted(
+        found["ask per replica"] = (time.process_time() - began_cpu) / 50
+        found["put per MB"] = fitted(
             [((1.0, mb), _put(ray, mb)) for mb in (1, 64, 16)], ("call", "MB")
         )
     return found
 
 
 def _unpickling(turns: int, ids: int, size: int = 16) -> float:
-    """CPU seconds an episode."""
-    sent = pickle.dumps(a_group("0-0", size, turns, ids))
+    """Measure the CPU seconds of unpickling per episode."""
+    sent = pickle.dumps(make_group("0-0", size, turns, ids))
     return cpu_of(lambda: pickle.loads(sent)) / size
 
 
@@ -379,14 +384,14 @@ def _put(ray: Any, mb: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=HERE.parent / "costs.json")
-    parser.add_argument("--hosts", type=int, nargs="*", default=[1, 2, 4])
+    parser.add_argument("--workers", type=int, nargs="*", default=[1, 2, 4])
     args = parser.parse_args()
     chat = Chat.load(str(model_dir("embedded")))
     with tempfile.TemporaryDirectory() as folder:
         found: dict[str, Any] = {
             "driver": driver_work(Path(folder)),
             "recorder": recorder_work(),
-            "host": host_work(chat, 500),
+            "env worker": worker_work(chat, 500),
             "wire": wire_work(),
             "push": weights_work(),
         }

@@ -2,11 +2,11 @@
 
     python benchmarks/engine_vs_generate.py --batch 64 256 --turns 8 --threads 1
 
-Both play the same conversations, side by side in one process: each turn adds about 30 prompt ids
-(their lengths vary, and are the same for both) and samples 8. `generate` is used as a program
-without an engine would: a batch of whole histories, left-padded, its own cache within a call.
-A token is a new prompt id or a sampled id: what a conversation is made of, not what was computed.
-Each side is played once to warm up; then turns alternate in order, and the fastest run counts.
+Both play the same conversations side by side in one process: each turn adds about 30 prompt ids, of
+varying lengths that are the same for both, and samples 8. `generate` is used as a program without
+an engine would: on a left-padded batch of whole histories, with a cache within each call. A token
+is a new prompt id or a sampled id, whatever was computed. After a warm-up the sides alternate, and
+the fastest run of each counts.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Added = list[list[tuple[int, ...]]]  # [turn][conversation] prompt ids
 
 
 def load(path: str | None) -> Any:
-    """The model at `path`, or one of the embedded model's shape with random weights."""
+    """Load the model at `path`, or make one of the embedded model's shape with random weights."""
     if path:
         return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     torch.manual_seed(0)
@@ -46,7 +46,7 @@ def load(path: str | None) -> Any:
 
 
 def prompts(vocabulary: int, batch: int, turns: int, new: int) -> Added:
-    """What each turn adds to each conversation: new ± a third ids."""
+    """Return the ids each turn adds to each conversation: `new` ± a third of it."""
     rng = random.Random(0)
     spread = new // 3
     return [
@@ -59,15 +59,15 @@ def prompts(vocabulary: int, batch: int, turns: int, new: int) -> Added:
 
 
 async def play_engine(engine: EmbeddedEngine, added: Added, run: int) -> float:
-    """Seconds for all conversations, each going on as soon as it is answered."""
+    """Play all conversations concurrently on the engine and return the seconds."""
 
     async def talk(i: int) -> None:
         context: tuple[int, ...] = ()
         for turn, new in enumerate(added):
             context += new[i]
             sampling = Sampling(max_tokens=SAMPLED)
-            asked = Request(f"{run}/{i}", context, sampling, seed=1000 * i + turn)
-            context += (await engine.generate(asked)).ids
+            request = Request(f"{run}/{i}", context, sampling, seed=1000 * i + turn)
+            context += (await engine.generate(request)).ids
         engine.release([f"{run}/{i}"])
 
     began = time.perf_counter()
@@ -77,7 +77,7 @@ async def play_engine(engine: EmbeddedEngine, added: Added, run: int) -> float:
 
 @torch.inference_mode()
 def play_generate(model: Any, added: Added) -> float:
-    """Seconds for the same with one call of `generate` a turn."""
+    """Play the same with one call of `generate` per turn and return the seconds."""
     contexts: list[list[int]] = [[] for _ in added[0]]
     began = time.perf_counter()
     for new in added:
@@ -103,7 +103,7 @@ def play_generate(model: Any, added: Added) -> float:
 
 
 async def compare(args: argparse.Namespace, batch: int) -> None:
-    """Print one line for a batch size."""
+    """Compare both at a batch size and print one line."""
     model, other = load(args.model), load(args.model)
     other.eval()
     vocabulary = model.config.vocab_size
@@ -133,12 +133,12 @@ async def compare(args: argparse.Namespace, batch: int) -> None:
 
 
 def main() -> None:
-    """Read the options and compare at each batch size."""
+    """Compare at each batch size."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", help="a Hugging Face directory; default: random weights")
     parser.add_argument("--batch", type=int, nargs="+", default=[64, 256])
     parser.add_argument("--turns", type=int, default=8)
-    parser.add_argument("--new", type=int, default=30, help="prompt ids a turn, about")
+    parser.add_argument("--new", type=int, default=30, help="mean prompt ids per turn")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--runs", type=int, default=2)
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""An engine that computes nothing, for measuring what is around generation."""
+"""An engine that computes nothing, for measuring everything around generation."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ __all__ = ["FakeEngine", "counts_of"]
 
 
 class FakeEngine:
-    """Answers with the same ids as ever, at once or after a while; has whatever version is asked.
+    """Answer every request with the same ids, immediately or after a delay, with any version.
 
     Args:
-        ids: of every answer.
-        latency: seconds; an answer takes half to one and a half of it.
+        ids: ids of every answer.
+        latency: mean delay in seconds; delays are uniform in [0.5, 1.5] times this.
 
     Attributes:
-        answered: answers so far. A greedy request is told this number, at once, and `calls`.
-        calls: times that requests came, one or several together.
+        answered: number of answers. A greedy request immediately returns this and `calls`.
+        calls: number of calls, each with one or several requests.
     """
 
     version = 1_000_000
@@ -32,40 +32,40 @@ class FakeEngine:
         self._latency = latency
         self._rng = random.Random(0)
         self.answered = self.calls = 0
-        self._coming = False
+        self._in_call = False
 
     async def generate(self, request: Request) -> Completion:
         """See the class."""
         if request.sampling.temperature == 0:
             counts = self.answered, self.calls
             return Completion(counts, (0.0, 0.0), (VersionSpan(0, 0, 2),), "stop")
-        if not self._coming:
-            self._coming = True
+        if not self._in_call:
+            self._in_call = True
             self.calls += 1
-            asyncio.get_running_loop().call_soon(self._came)
+            asyncio.get_running_loop().call_soon(self._end_call)
         if self._latency:
             await asyncio.sleep(self._latency * self._rng.uniform(0.5, 1.5))
         self.answered += 1
         spans = (VersionSpan(request.min_version, 0, len(self._ids)),)
         return Completion(self._ids, self._logprobs, spans, "stop")
 
-    def _came(self) -> None:
-        self._coming = False
+    def _end_call(self) -> None:
+        self._in_call = False
 
     def release(self, sessions: Sequence[str]) -> None:
-        """Keeps nothing."""
+        """Do nothing: no sessions are kept."""
 
     async def check(self) -> None:
-        """Always works."""
+        """Do nothing: the engine is always healthy."""
 
     async def close(self) -> None:
-        """Holds nothing."""
+        """Do nothing: there are no resources."""
 
 
 async def counts_of(handle: Any) -> tuple[int, int]:
-    """Answers and calls so far of the fake engine behind a Serve handle."""
-    asked = Request("count", (1,), Sampling(temperature=0.0), (), 0)
-    async for answers in handle.options(method_name="generate", stream=True).remote([asked], ()):
+    """Return the numbers of answers and calls of the fake engine behind a Serve handle."""
+    request = Request("count", (1,), Sampling(temperature=0.0), (), 0)
+    async for answers in handle.options(method_name="generate", stream=True).remote([request], ()):
         answered, calls = answers[0][1].ids
         return answered, calls
     raise AssertionError("no answer")

@@ -1,7 +1,7 @@
-"""The learner on a GPU: attention over a trie, packed and padded; then whole steps by ZeRO stage.
+"""The learner on a GPU: attention over a trie, packed and padded; whole steps by ZeRO stage.
 
     python benchmarks/gpu_learner.py [--models 135M 1.5B] [--rows 128] [--repeats 3] [--only steps]
-    python benchmarks/gpu_learner.py --device cpu --models tiny --rows 16     tries it out
+    python benchmarks/gpu_learner.py --device cpu --models tiny --rows 16     for a trial
 
 Models have random weights and the shapes of SmolLM2-135M and Qwen2.5-1.5B. Rows are games
 (`learner_step.py`'s, about 150 ids) and conversations (a prompt of 384 ids, then four turns of 96
@@ -14,8 +14,8 @@ the end of i's subtree; `packed flex` is whole rows end to end in FlexAttention,
 compared with those of fp32.
 
 *Steps*: `DeepSpeedLearner.step` on one rank, with gradients, clipping and AdamW. The floor counts
-linear layers only: 6 FLOPs a parameter and distinct token (the head: a token that predicts), over
-the rate of a large product measured in the same run.
+linear layers only: 6 FLOPs per parameter and distinct token (for the head: per predicting token),
+divided by the rate of a large product measured in the same run.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from rayrl.learner.logits import chosen_logprobs
 from rayrl.learner.loss import Objective
 from rayrl.learner.packing import IntArray, Packed, pack
 
-TOKENS = 8192  # distinct tokens a micro-batch
+TOKENS = 8192  # distinct tokens per micro-batch
 MODELS: dict[str, Any] = {
     "tiny": lambda: LlamaConfig(
         hidden_size=64,
@@ -81,7 +81,7 @@ MODELS: dict[str, Any] = {
 
 
 def conversations(n: int, group: int) -> list[Trajectory]:
-    """`n` rows of 896 ids in groups of `group`."""
+    """Make `n` rows of 896 ids in groups of `group`."""
     rng = np.random.default_rng(0)
     system, rows = rng.integers(0, 400, 256), []
     for g in range(n // group):
@@ -96,7 +96,7 @@ def conversations(n: int, group: int) -> list[Trajectory]:
 
 
 def ends_of(packed: Packed) -> IntArray:
-    """(U,) where the subtree of each distinct token ends."""
+    """(U,) end of the subtree of each distinct token."""
     own = packed.lengths - packed.starts
     offsets = np.concatenate(([0], np.cumsum(own)))
     out = np.empty(len(packed.ids), np.int64)
@@ -109,7 +109,7 @@ def ends_of(packed: Packed) -> IntArray:
 
 
 def end_to_end(rows: list[Trajectory]) -> tuple[IntArray, IntArray, IntArray, IntArray, IntArray]:
-    """Ids, positions, ends of whole rows; and where logits are needed, for which ids."""
+    """Ids, positions and ends of concatenated rows; positions of logits and their target ids."""
     lengths = np.array([len(row.ids) for row in rows])
     offsets = np.concatenate(([0], np.cumsum(lengths)))
     ids = np.concatenate([row.ids for row in rows]).astype(np.int64)
@@ -186,10 +186,10 @@ class Flex:
 
 
 def runs(rows: list[Trajectory]) -> Iterator[list[Trajectory]]:
-    """Rows that fill `TOKENS` without sharing, sorted so that padding is least."""
+    """Yield parts of at most `TOKENS` tokens without sharing, sorted to minimize padding."""
     part: list[Trajectory] = []
     for row in sorted(rows, key=lambda row: len(row.ids)):
-        if sum(len(one.ids) for one in part) + len(row.ids) > TOKENS:
+        if sum(len(other.ids) for other in part) + len(row.ids) > TOKENS:
             yield part
             part = []
         part.append(row)
@@ -203,7 +203,7 @@ def weights_of(rows: list[Trajectory], device: str) -> torch.Tensor:
 
 
 def best(work: Callable[[], None], device: str, repeats: int) -> tuple[float, float]:
-    """Seconds of the fastest repeat after a warm-up, and GiB at the peak."""
+    """Return seconds of the fastest repeat after a warm-up, and peak GiB."""
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
     seconds = []
@@ -218,7 +218,7 @@ def best(work: Callable[[], None], device: str, repeats: int) -> tuple[float, fl
 
 
 def attention(name: str, batch: Batch, flex: Flex, device: str, repeats: int) -> None:
-    """Time the four ways and compare the logprobs of three."""
+    """Time the four variants and compare logprobs of the tries with fp32."""
     torch.manual_seed(0)
     with torch.device(device):
         model: Any = AutoModelForCausalLM.from_config(
@@ -257,7 +257,7 @@ def attention(name: str, batch: Batch, flex: Flex, device: str, repeats: int) ->
         model.zero_grad()
         try:
             took[way], peak = best(work, device, repeats)
-        except Exception as error:  # the others are still worth their time
+        except Exception as error:  # measure the others
             print(f"  {way}: FAILED {type(error).__name__}: {str(error)[:300]}", flush=True)
             torch.cuda.empty_cache()
             continue
@@ -279,8 +279,8 @@ def attention(name: str, batch: Batch, flex: Flex, device: str, repeats: int) ->
             found[f"trie flex {dtype}"] = flex.trie(model, some)
     wanted = found[f"trie {torch.float32}"]
     for key, values in found.items():
-        apart = (values - wanted).abs()
-        print(f"  {key}: {apart.mean():.1e} nats from fp32's, at most {apart.max():.1e}")
+        difference = (values - wanted).abs()
+        print(f"  {key}: {difference.mean():.1e} nats from fp32's, at most {difference.max():.1e}")
 
 
 def steps(name: str, batch: Batch, device: str, repeats: int, rate: float) -> None:
@@ -297,7 +297,7 @@ def steps(name: str, batch: Batch, device: str, repeats: int, rate: float) -> No
         with torch.device(device):
             model: Any = AutoModelForCausalLM.from_config(MODELS[name](), dtype=torch.bfloat16)
         head = model.get_output_embeddings().weight.numel()
-        body = sum(p.numel() for p in model.parameters()) - head  # tied: the table is the head
+        body = sum(p.numel() for p in model.parameters()) - head  # tied: the embedding is the head
         model.save_pretrained(folder)
         del model
         gc.collect()
@@ -312,18 +312,18 @@ def steps(name: str, batch: Batch, device: str, repeats: int, rate: float) -> No
         for case in CASES:
             if name == "1.5B" and case == ("float32", 0, False):
                 continue  # weights, gradients and moments alone are 25 GB
-            # in a process of its own: DeepSpeed holds on to what a learner had on the GPU
+            # in its own process: DeepSpeed keeps the GPU memory of a learner
             with ProcessPoolExecutor(1, get_context("spawn")) as pool:
                 try:
                     done = pool.submit(step_of, folder, batch, case, device, repeats).result()
-                except Exception as error:  # the others are still worth their time
+                except Exception as error:  # measure the others
                     done = f"FAILED {type(error).__name__}: {str(error)[:200]}", 0.0
             dtype, stage, again = case
             label = f"  {dtype} ZeRO {stage}{' checkpointed' if again else ''}"
             text, seconds = done
             if seconds:
                 text = (
-                    f"{seconds:.3f} s a step, {row_tokens / seconds:,.0f} row tokens/s, floor "
+                    f"{seconds:.3f} s per step, {row_tokens / seconds:,.0f} row tokens/s, floor "
                     f"{floor / seconds:.0%} of it; {text}"
                 )
             print(f"{label}: {text}", flush=True)
@@ -341,7 +341,7 @@ CASES: list[tuple[str, int, bool]] = [  # dtype, ZeRO stage, gradient checkpoint
 def step_of(
     folder: str, batch: Batch, case: tuple[str, int, bool], device: str, repeats: int
 ) -> tuple[str, float]:
-    """What a step of one learner came to, and its seconds."""
+    """Run steps of one learner; return a description and the seconds of a step."""
     config = Config()
     learner_config = replace(
         config.learner,
@@ -354,23 +354,23 @@ def step_of(
     )
     config = replace(config, learner=learner_config)
     learner = DeepSpeedLearner(config, folder, total_steps=10, device=device)
-    figures: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     seconds, peak = best(
-        lambda: figures.update(learner.step(batch.rows, batch.totals)), device, repeats
+        lambda: metrics.update(learner.step(batch.rows, batch.totals)), device, repeats
     )
     flat, _ = learner.flat_weights()
     began = time.perf_counter()
     learner.flat_weights(flat)
     host = time.perf_counter() - began
     return (
-        f"{peak:.1f} GiB at the peak; loss {figures['loss']:.5f}, grad norm "
-        f"{figures['grad_norm']:.4f}; its {flat.nbytes / 1e9:.2f} GB of weights are in the host's "
+        f"{peak:.1f} GiB at the peak; loss {metrics['loss']:.5f}, grad norm "
+        f"{metrics['grad_norm']:.4f}; its {flat.nbytes / 1e9:.2f} GB of weights are in the host's "
         f"memory after {host:.2f} s"
     ), seconds
 
 
 def product_rate(device: str) -> float:
-    """FLOP/s of a large bf16 product on random data."""
+    """Measure the FLOP/s of a large bf16 product on random data."""
     n = 8192 if device != "cpu" else 512
     a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
     for _ in range(3):

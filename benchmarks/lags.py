@@ -1,12 +1,12 @@
-"""Does quality suffer from playing while learning? The main job's phases at several lags and seeds.
+"""Quality with rollouts during learning: the main job's phases at several lags and seeds.
 
     python benchmarks/lags.py [--lags 0 1 4] [--seeds 0 1 2] [--out runs/lags] [SETTING ...]
 
-For each seed the teacher's games and the warm start of `experiment=tictactoe` once; from there both
-phases of reinforcement learning and the last evaluation with each `train.max_lag`. Everything is a
-`rayrl recipe`, so the same command goes on where it was stopped. Prints a row for each run, and for
-each lag the mean over the seeds with the 95% interval of Student's t (which three seeds leave
-wide). Seconds are of this machine with all that ran beside it.
+For each seed, run the teacher's games and the warm start of `experiment=tictactoe` once, then both
+phases of reinforcement learning and the last evaluation with each `train.max_lag`. Every run is a
+`rayrl recipe`, so the same command resumes where it was stopped. Prints a row per run, and per lag
+the mean over the seeds with the 95% interval of Student's t, which is wide for three seeds. Seconds
+include the effect of other load on the machine.
 """
 
 from __future__ import annotations
@@ -29,22 +29,24 @@ from rayrl.run.stage import MODEL
 # Student's t, two-sided 95%, by degrees of freedom
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 PHASES = ("rl1", "rl2", "eval_rl2")
-FIGURES = ("win", "draw", "loss", "drawn", "losing", "lag", "stopped", "seconds")
+STATISTICS = ("win", "draw", "loss", "drawn", "losing", "lag", "stopped", "seconds")
 
 
 def part(settings: Sequence[str], stages: Sequence[str], folder: Path, model: str = "") -> Config:
-    """The main job with these stages only, in `folder`, from `model`."""
+    """Configure the main job with only `stages`, in `folder`, starting from `model`."""
     whole = compose(["experiment=tictactoe", f"run.dir={folder}", *settings], verb="recipe")
     kept = [stage for stage in whole.recipe if stage.name in stages]
-    found = replace(whole, recipe=kept)
-    return replace(found, model=replace(found.model, path=model)) if model else found
+    config = replace(whole, recipe=kept)
+    return replace(config, model=replace(config.model, path=model)) if model else config
 
 
-def figures(folder: Path) -> dict[str, float]:
-    """What a run came to: shares in percent, losing lines, and how it got there."""
+def statistics_of(folder: Path) -> dict[str, float]:
+    """Return a run's results: shares in percent, losing lines, lag and seconds."""
     result = Result.load(folder / PHASES[-1] / FILE)
-    shares = {name: result.cells[name].figures["win/draw/loss"] for name in ("random", "optimal")}
-    values = {name: figure.to_dict()["shares"] for name, figure in shares.items()}
+    shares = {
+        name: result.cells[name].statistics["win/draw/loss"] for name in ("random", "optimal")
+    }
+    values = {name: share.to_dict()["shares"] for name, share in shares.items()}
     steps = [
         json.loads(line)
         for phase in PHASES[:2]
@@ -86,13 +88,13 @@ def main() -> None:
             lagged = [*own, f"run.name=lag{lag}-{seed}", f"train.max_lag={lag}"]
             folder = arguments.out / f"lag{lag}-seed{seed}"
             recipe.run(part(lagged, PHASES, folder, str(start / "sft" / MODEL)))
-    print(row("lag, seed", FIGURES))
-    print(row("---", ["---:"] * len(FIGURES)))
+    print(row("lag, seed", STATISTICS))
+    print(row("---", ["---:"] * len(STATISTICS)))
     for lag in arguments.lags:
-        runs = [figures(arguments.out / f"lag{lag}-seed{seed}") for seed in arguments.seeds]
-        for seed, found in zip(arguments.seeds, runs, strict=True):
-            print(row(f"{lag}, {seed}", [f"{found[name]:.1f}" for name in FIGURES]))
-        whole = [interval([found[name] for found in runs]) for name in FIGURES]
+        runs = [statistics_of(arguments.out / f"lag{lag}-seed{seed}") for seed in arguments.seeds]
+        for seed, values in zip(arguments.seeds, runs, strict=True):
+            print(row(f"{lag}, {seed}", [f"{values[name]:.1f}" for name in STATISTICS]))
+        whole = [interval([values[name] for values in runs]) for name in STATISTICS]
         print(row(f"**{lag}**", whole))
 
 

@@ -1,12 +1,12 @@
-"""Learner step: packed trie against right-padded rows of the same model, tokens a second.
+"""Learner step of a packed trie and of right-padded rows of the same model, in tokens per second.
 
     python benchmarks/learner_step.py [--rows 256] [--group 16] [--repeats 3] [--profile]
     python benchmarks/learner_step.py --device cuda --hidden 1024 --layers 16
 
-Rows look like tic-tac-toe: a prompt shared by a group, then turns of a few sampled ids and a few of
-the environment's, where siblings that moved alike share the next turn too. Both sides run the same
-random Llama, loss and number of rows a micro-batch allows; tokens a second count *row* tokens
-(copies included, padding not), so that the ratio is of wall time.
+Rows resemble tic-tac-toe: a prompt shared by a group, then turns of a few sampled ids and a few of
+the environment's; siblings that moved alike share the next turn too. Both sides use the same random
+Llama, loss and micro-batch size. Tokens per second count *row* tokens (copies included, padding
+not), so that their ratio is that of wall times.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SHAPE = {
 
 
 def make_rows(n: int, group: int, seed: int = 0) -> list[Trajectory]:
-    """Games of about 150 ids: a 60-id prompt, then up to 6 turns of 9 sampled and 8 given ids."""
+    """Make games of about 150 ids: a 60-id prompt, up to 6 turns of 9 sampled and 8 other ids."""
     rng = np.random.default_rng(seed)
     rows = []
     system = rng.integers(0, 400, 40)
@@ -77,7 +77,7 @@ def packed_step(
 def padded_step(
     model: PreTrainedModel, rows: list[Trajectory], totals: Totals, tokens: int = 8192
 ) -> float:
-    """The usual way: right-padded rows, an attention mask, logits everywhere."""
+    """Baseline: right-padded rows, an attention mask, logits at every position."""
     device = model.device
     rows = sorted(rows, key=lambda row: len(row.ids))
     total, at = 0.0, 0
@@ -109,7 +109,7 @@ def padded_step(
 
 
 def finish(device: str) -> None:
-    """Wait for the accelerator, which runs behind."""
+    """Wait for the accelerator's queued work."""
     if device != "cpu":
         torch.cuda.synchronize()
 
@@ -172,7 +172,7 @@ def main() -> None:
     if args.device == "cpu":
         floor = 6 * params * distinct / (80e9 * args.threads)
         print(
-            f"floor of the packed step's linear layers at 80 GFLOP/s a thread {floor:.2f} s "
+            f"floor of the packed step's linear layers at 80 GFLOP/s per thread {floor:.2f} s "
             f"({floor / best['packed']:.0%} of it used)"
         )
     if args.profile:

@@ -1,12 +1,13 @@
-"""Thousands of episodes live at once: memory of each, and throughput against the ideal.
+"""Thousands of live episodes: memory per episode, and throughput relative to the ideal.
 
-    python benchmarks/many_live.py [--live 10000] [--latency 1.0] [--hosts 2] [--seconds 20]
+    python benchmarks/many_live.py [--live 10000] [--latency 1.0] [--workers 2] [--seconds 20]
 
-An environment of eight turns and a *fake* engine that answers after a delay (half to one and a half
-of `--latency`, drawn for each request) and computes nothing: what is measured is all around
-generation. With L episodes live and a mean latency of t seconds no system can make more than L / t
-turns a second: the ideal. Turns are counted in the last half of `--seconds`, when starts have
-spread. First in one process, then through env workers and one replica on Ray. Printed as JSON.
+An environment of eight turns plays with a *fake* engine that answers after a random 0.5 to 1.5
+times `--latency` without computing anything, which measures everything around generation. With L
+live episodes and a mean latency of t seconds, no system can exceed the ideal of L / t turns per
+second.
+Turns are counted in the last half of `--seconds`, when the starts have spread out. Measures one
+process, then env workers with one replica on Ray. Prints JSON.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from accounts import Accounts  # beside this file
+from accounts import Accounts  # in this folder
 from fake_engine import FakeEngine, counts_of
 
 import rayrl
 from rayrl import Agent, Sampling, Scores, Task
 from rayrl.chat.renderer import Chat
-from rayrl.cluster.workers.env_worker import GC_EVERY
+from rayrl.cluster.session import GC_THRESHOLD
 from rayrl.engine.protocol import Engine
 from rayrl.rollout.players import PolicyPlayer
 from rayrl.rollout.rollout import GroupPlan, play_groups
@@ -43,14 +44,14 @@ HERE = Path(__file__).resolve()
 
 @rayrl.env(tasks=[Task()], rewards={"turns": 1.0})
 async def talk(task: Task, agent: Agent) -> Scores:
-    """Eight turns, whatever is answered."""
+    """Eight turns, whatever the replies."""
     for k in range(TURNS):
         await agent(f"turn {k}: your move")
     return {"turns": float(agent.turns)}
 
 
 def plans(group: int = 1) -> Iterator[GroupPlan]:
-    """Without an end."""
+    """Yield plans endlessly."""
     for k in itertools.count():
         yield GroupPlan(str(k), Task(seed=k), group, k)
 
@@ -61,8 +62,8 @@ def memory() -> int:
 
 
 async def in_process(args: argparse.Namespace, chat: Chat) -> dict[str, Any]:
-    """One event loop, set up as an env worker's."""
-    gc.set_threshold(GC_EVERY, 10, 10)
+    """Measure one event loop configured like an env worker's."""
+    gc.set_threshold(GC_THRESHOLD, 10, 10)
     engine = FakeEngine(chat.reply(REPLY), args.latency)
     player = PolicyPlayer(chat, engine, Sampling())
     before = memory()
@@ -85,7 +86,7 @@ async def in_process(args: argparse.Namespace, chat: Chat) -> dict[str, Any]:
             if watching.done():
                 break
     return report(args, found["rate"], found["cpu"]) | {
-        "kB an episode": round(found["bytes"] / args.live / 1e3, 1)
+        "kB per episode": round(found["bytes"] / args.live / 1e3, 1)
     }
 
 
@@ -99,7 +100,7 @@ def report(args: argparse.Namespace, rate: float, cpu: float) -> dict[str, Any]:
 
 
 async def on_ray(args: argparse.Namespace, chat: Chat) -> dict[str, Any]:
-    """Env workers, one replica, and this process as the driver."""
+    """Measure env workers, one replica, and this process as the driver."""
     from rayrl.cluster.rollouts import Rollouts
     from rayrl.cluster.serving.replica import deploy
     from rayrl.cluster.session import open_session
@@ -107,14 +108,14 @@ async def on_ray(args: argparse.Namespace, chat: Chat) -> dict[str, Any]:
     from rayrl.config import from_dict
 
     where = f"{HERE}:talk"
-    share = args.live // args.hosts
+    share = args.live // args.workers
     config = from_dict(
-        {"env": {"name": where}, "cluster": {"concurrency": share, "env_workers": args.hosts}}
+        {"env": {"name": where}, "cluster": {"concurrency": share, "env_workers": args.workers}}
     )
     make = partial(FakeEngine, chat.reply(REPLY), args.latency)
 
     def engine() -> Engine:
-        return make()  # type: ignore[return-value]  # all that playing needs of one
+        return make()  # type: ignore[return-value]  # has all that rollouts use
 
     with open_session(config.cluster) as session:
         app = f"{session.name}-fake"
@@ -130,7 +131,7 @@ async def on_ray(args: argparse.Namespace, chat: Chat) -> dict[str, Any]:
             playing = asyncio.create_task(
                 rollouts.collect(list(itertools.islice(plans(size), episodes // size)))
             )
-            await asyncio.sleep(args.seconds)  # hosts start slower: the whole time spreads them
+            await asyncio.sleep(args.seconds)  # env workers start slowly: wait twice as long
             began, first, accounts = time.perf_counter(), await counts_of(handle), Accounts()
             await asyncio.sleep(args.seconds / 2)
             spent, last = time.perf_counter() - began, await counts_of(handle)
@@ -141,21 +142,21 @@ async def on_ray(args: argparse.Namespace, chat: Chat) -> dict[str, Any]:
             rollouts.close()
     turns, calls = last[0] - first[0], last[1] - first[1]
     return report(args, turns / spent, sum(cpu.values()) / spent) | {
-        "driver's ms an episode": round(1000 * cpu["driver"] / turns * TURNS, 3),
-        "cores there": round(cores, 2),
-        "requests a call": round(turns / calls, 1),
-        "CPU ms a turn": {who: round(1000 * s / turns, 4) for who, s in cpu.items()},
+        "driver ms per episode": round(1000 * cpu["driver"] / turns * TURNS, 3),
+        "available cores": round(cores, 2),
+        "requests per call": round(turns / calls, 1),
+        "CPU ms per turn": {who: round(1000 * s / turns, 4) for who, s in cpu.items()},
     }
 
 
 def main() -> None:
-    """Both, as JSON."""
+    """Measure both and print JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--live", type=int, default=10_000)
     parser.add_argument("--latency", type=float, default=1.0)
-    parser.add_argument("--hosts", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=20.0)
-    parser.add_argument("--only", choices=("process", "ray"), help="leave the other one out")
+    parser.add_argument("--only", choices=("process", "ray"), help="measure only this one")
     args = parser.parse_args()
     chat = Chat.load(str(model_dir("embedded")))
     if args.only != "ray":

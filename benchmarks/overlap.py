@@ -1,13 +1,13 @@
-"""What playing while learning is worth: seconds a step and idle shares at max_lag 0, 1, ...
+"""Benefit of rollouts during learning: seconds per step and idle shares at max_lag 0, 1, ...
 
     python benchmarks/overlap.py [--lags 0 1 2] [--steps 12] [--latency 0.5] [--learn 4.0]
 
-Real env workers, a real replica and the training loop's own feed; the engine is a *fake* that
-answers after `--latency` seconds (half to one and a half of it) and computes nothing, and the
-learner is a *fake* that takes `--learn` seconds, so that two cores can stand for many. Played alone
-(the learner takes no time) a step takes what the slowest of its episodes takes. Printed as JSON for
-each lag: seconds a step, the slower of playing alone and learning, and what part of the time the
-learner and the hosts had nothing to do. The first steps, which fill the pipe, are left out.
+Env workers, replica and group collector are real. The engine is a *fake* that answers after 0.5 to
+1.5 times `--latency` seconds without computing anything, and the learner is a *fake* that takes
+`--learn` seconds, so that two cores can stand for many. With rollouts alone (the learner takes no
+time) a step takes as long as its slowest episode. Prints as JSON for each lag the seconds per step,
+their ratio to the slower of rollouts alone and learning, and the shares of time that the learner
+and the env workers were idle. The first steps, which fill the pipeline, are left out.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fake_engine import FakeEngine  # beside this file
+from fake_engine import FakeEngine  # in this folder
 from many_live import TURNS, talk
 
 from rayrl import Sampling, Task, load_env
@@ -66,7 +66,7 @@ def plans(args: argparse.Namespace, step: int) -> list[GroupPlan]:
 
 
 async def run(args: argparse.Namespace, rollouts: Rollouts, lag: int, learn: float) -> Any:
-    """Seconds of every step, of waiting for a batch, and with nothing live."""
+    """Return seconds of each step, of waiting for its batch, and without live episodes."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         log = GroupLog(Path(folder))
@@ -81,12 +81,12 @@ async def run(args: argparse.Namespace, rollouts: Rollouts, lag: int, learn: flo
                 await asyncio.sleep(learn)
                 collector.advance(step + 1)
                 rows.append((time.perf_counter() - began, waited, played.idle_s or 0.0))
-    # the last steps have nothing to play ahead
+    # the last steps have no later step to play for
     return rows[WARM_UP : len(rows) - lag]
 
 
 async def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Every lag on the same hosts."""
+    """Measure every lag on the same env workers."""
     chat = Chat.load(str(model_dir("embedded")))
     make = partial(FakeEngine, chat.reply("<move>4</move>"), args.latency)
 
@@ -103,16 +103,16 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
         try:
             await rollouts.ready()
             alone = statistics.median(row[0] for row in await run(args, rollouts, 0, 0.0))
-            out: dict[str, Any] = {"episodes of turns": TURNS, "playing alone": round(alone, 2)}
+            out: dict[str, Any] = {"episodes of turns": TURNS, "rollouts alone": round(alone, 2)}
             for lag in args.lags:
                 rows = await run(args, rollouts, lag, args.learn)
                 step = statistics.fmean(row[0] for row in rows)
                 slower = max(alone, args.learn)
                 out[f"max_lag={lag}"] = {
-                    "seconds a step": round(step, 2),
-                    "of the slower of the two": round(step / slower, 3),
+                    "seconds per step": round(step, 2),
+                    "relative to the slower of the two": round(step / slower, 3),
                     "learner idle": round(sum(row[1] for row in rows) / sum(r[0] for r in rows), 3),
-                    "hosts idle": round(
+                    "env workers idle": round(
                         (sum(row[2] for row in rows) if lag else args.learn * len(rows))
                         / sum(row[0] for row in rows),
                         3,

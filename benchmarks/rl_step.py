@@ -1,10 +1,10 @@
-"""Where the time of one reinforcement-learning step goes: seconds and share of each stage.
+"""Time of one reinforcement-learning step: seconds and share of each stage.
 
     python benchmarks/rl_step.py runs/tictactoe/rl1       from a run's metrics.jsonl
     python benchmarks/rl_step.py --steps 3 model.path=…   runs that many steps of the main job
 
 The second form trains with the settings of `experiment=tictactoe`, stage rl1, in a temporary
-folder; any `key=value` overrides them. The first step warms up and is left out.
+folder; any `key=value` overrides them. The first step is a warm-up and is left out.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ WARM_UP = 1
 
 
 def read(run: Path) -> list[dict[str, float]]:
-    """The lines of a run's metrics."""
+    """Read the rows of a run's metrics."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def table(rows: Sequence[Mapping[str, float]]) -> str:
-    """Median seconds and share of each stage, and what a step works through."""
+    """Format the median seconds and share of each stage, and the rates of a step."""
     stages = [key for key in rows[0] if key.startswith(PREFIX) and key != f"{PREFIX}total"]
     total = statistics.median(row[f"{PREFIX}total"] for row in rows)
     lines = [f"{'stage':<10} {'seconds':>8} {'share':>7}"]
@@ -39,10 +39,10 @@ def table(rows: Sequence[Mapping[str, float]]) -> str:
     lines.append(f"{'rest':<10} {left:>8.2f} {left / total:>7.1%}")
     lines.append(f"{'step':<10} {total:>8.2f}  (median of {len(rows)} steps)")
     for key, per, name in (
-        ("episodes", "time/collect", "episodes a second of play"),
-        ("tokens", "time/collect", "sampled tokens a second of play"),
-        ("row_tokens", "time/update", "tokens of rows a second of learning"),
-        ("distinct_tokens", "time/update", "distinct tokens a second of learning"),
+        ("episodes", "time/collect", "episodes per second of rollouts"),
+        ("tokens", "time/collect", "sampled tokens per second of rollouts"),
+        ("row_tokens", "time/update", "row tokens per second of learning"),
+        ("distinct_tokens", "time/update", "distinct tokens per second of learning"),
     ):
         if all(key in row and row.get(per, 0.0) > 0 for row in rows):
             rate = statistics.median(row[key] / row[per] for row in rows)
@@ -51,7 +51,7 @@ def table(rows: Sequence[Mapping[str, float]]) -> str:
 
 
 def train(steps: int, settings: Sequence[str], folder: Path) -> Path:
-    """Run some steps of the main job's first phase; returns the run's folder."""
+    """Run `steps` steps of the main job's first phase and return the run's folder."""
     from rayrl.cli import compose
     from rayrl.config import stage_config
     from rayrl.loop import run
@@ -69,7 +69,7 @@ def train(steps: int, settings: Sequence[str], folder: Path) -> Path:
 
 
 def main() -> None:
-    """Measure or read, then print the table."""
+    """Print the table of an existing run or of a new one."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("run", nargs="?", type=Path, help="folder of a training run")
     parser.add_argument("--steps", type=int, default=3)

@@ -1,4 +1,4 @@
-"""Turns a second of the rollout stack alone: a 4-turn environment, an engine that takes no time.
+"""Turns per second of the rollout stack alone, with a 4-turn environment and an instant engine.
 
     python benchmarks/rollouts.py                                  rayrl in one process
     python benchmarks/rollouts.py --ray                            and through env workers and Serve
@@ -7,11 +7,11 @@
 For the peer: `python -m venv .venv-verifiers && .venv-verifiers/bin/pip install 'verifiers<0.4'`
 (0.3 is the last release of its v0 interface, the faster one).
 
-Both sides play the same conversation with the same texts. rayrl does more in a turn: it keeps the
-conversation as ids (tokenizes what is new, decodes the reply) with a log-probability for each;
-verifiers passes messages on as text. One run of each warms up; then they alternate and the best of
-`--repeat` counts, because a busy machine only ever makes a run slower. On a busy machine compare
-turns per CPU second: both sides are one thread that never waits.
+Both sides play the same conversation with the same texts. rayrl does more per turn: it keeps the
+conversation as ids (tokenizes new messages, decodes the reply) with a logprob each; verifiers
+passes messages as text. After a warm-up the sides alternate and the best of `--repeat` counts,
+because load on the machine only makes runs slower. On a busy machine compare turns per CPU second:
+both sides are one thread that never waits.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from accounts import Accounts  # beside this file
+from accounts import Accounts  # in this folder
 from fake_engine import FakeEngine
 
 import rayrl
@@ -45,7 +45,7 @@ PEER = HERE.parent / "peers" / "verifiers_rollouts.py"
 
 @dataclass(frozen=True)
 class Spent:
-    """Seconds of a clock on the wall, and of the processor."""
+    """Wall and CPU seconds."""
 
     wall: float
     cpu: float
@@ -53,19 +53,19 @@ class Spent:
 
 @rayrl.env(tasks=[Task()], rewards={"turns": 1.0})
 async def game(task: Task, agent: Agent) -> Scores:
-    """Four turns, whatever is answered."""
+    """Four turns, whatever the replies."""
     for k in range(TURNS):
         await agent(f"turn {k}: your move")
     return {"turns": float(agent.turns)}
 
 
 def plans(n: int) -> list[GroupPlan]:
-    """One episode each, as verifiers counts them."""
+    """Plan groups of one episode, as verifiers counts them."""
     return [GroupPlan(str(k), Task(seed=k), 1, k) for k in range(n)]
 
 
 async def in_process(chat: Chat, n: int, concurrency: int) -> Spent:
-    """Time for `n` episodes in this process."""
+    """Play `n` episodes in this process."""
     player = PolicyPlayer(chat, FakeEngine(chat.reply(REPLY)), Sampling())
     began, cpu = time.perf_counter(), time.process_time()
     async for group in play_groups(game, plans(n), {"agent": player}, concurrency=concurrency):
@@ -76,8 +76,11 @@ async def in_process(chat: Chat, n: int, concurrency: int) -> Spent:
 async def on_ray(
     chat: Chat, model: str, n: int, concurrency: int, repeat: int
 ) -> tuple[float, float]:
-    """Seconds for `n` episodes through one env worker and one replica, the best of `repeat`; and
-    the cores that were there for it."""
+    """Play `n` episodes through one env worker and one replica.
+
+    Returns:
+        Seconds, the best of `repeat`, and the available cores.
+    """
     from rayrl.cluster.rollouts import Rollouts
     from rayrl.cluster.serving.replica import deploy
     from rayrl.cluster.session import open_session
@@ -95,7 +98,7 @@ async def on_ray(
     reply = chat.reply(REPLY)
 
     def make() -> Engine:
-        return FakeEngine(reply)  # type: ignore[return-value]  # all that playing needs of one
+        return FakeEngine(reply)  # type: ignore[return-value]  # has all that rollouts use
 
     with open_session(config.cluster) as session:
         app = f"{session.name}-instant"
@@ -121,7 +124,7 @@ async def on_ray(
 
 
 def on_peer(python: str, n: int, concurrency: int) -> Spent:
-    """Time for `n` episodes on verifiers, measured inside its own process after a warm-up."""
+    """Play `n` episodes on verifiers, measured in its own process after a warm-up."""
     command = [python, str(PEER), "--episodes", str(n), "--concurrency", str(concurrency)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -144,7 +147,7 @@ def main() -> None:
     n, repeat = options.episodes, options.repeat
     chat = Chat.load(str(model_dir(options.model)))
 
-    print(f"{n} episodes of {TURNS} turns; turns a second, best of {repeat}")
+    print(f"{n} episodes of {TURNS} turns; turns per second, best of {repeat}")
     print(f"{'live':>5} {'':<18} {'wall':>9} {'cpu':>9}")
     for live in options.concurrency:
         ours, theirs = [], []
@@ -163,7 +166,7 @@ def main() -> None:
 
 
 def show(live: int, name: str, n: int, runs: Sequence[Spent]) -> tuple[float, float]:
-    """Print and return turns a second of the wall clock and of the processor."""
+    """Print and return turns per second of the wall clock and of the processor."""
     wall = n * TURNS / min(run.wall for run in runs)
     cpu = n * TURNS / min(run.cpu for run in runs)
     print(f"{live:>5} {name:<18} {wall:>9,.0f} {cpu:>9,.0f}", flush=True)

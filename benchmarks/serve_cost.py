@@ -1,12 +1,12 @@
-"""What a call of Ray Serve costs an env worker, and what batching leaves of it.
+"""Cost of Ray Serve calls to an env worker, with and without batching.
 
     python benchmarks/serve_cost.py [--live 128] [--turns 8] [--step-ms 4]
 
-A stand-in engine answers each request after a random number of steps of `--step-ms`, as continuous
-batching does: some end at each step. One host keeps `--live` conversations going. Compared: the
-engine in the host's own process (nothing between), the batching client over Serve (what env workers
-use), and a call of the handle for each request. Printed as JSON: turns a second, and milliseconds
-added to a turn of a conversation.
+A stand-in engine answers each request after a random number of steps of `--step-ms`, so that some
+end at each step, as with continuous batching. One worker keeps `--live` conversations in progress.
+Compares the engine in the worker's own process, the batching client over Serve, which env workers
+use, and a handle call per request. Prints as JSON the turns per second and the milliseconds added
+per turn.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from rayrl.types import Completion, Request, Sampling, VersionSpan
 
 
 class StandIn:
-    """An engine whose requests end 4 to 12 steps after they came; a step takes `step_s`."""
+    """Engine whose requests end after 4 to 12 steps of `step_s` seconds."""
 
     version = 0
 
@@ -72,8 +72,8 @@ class StandIn:
         pass
 
 
-class OneByOne:
-    """One handle call for each request: what batching avoids."""
+class Unbatched:
+    """Client with one handle call per request."""
 
     def __init__(self, app: str, by_reference: bool) -> None:
         from ray import serve
@@ -91,7 +91,7 @@ class OneByOne:
 
 
 class Counting:
-    """Counts the calls and their sizes."""
+    """Record the sizes of the calls."""
 
     def __init__(self, call: Any) -> None:
         self._call = call
@@ -102,16 +102,16 @@ class Counting:
         return self._call(lane, requests, release)
 
 
-class Host:
-    """Keeps conversations going and times it."""
+class Worker:
+    """Play conversations and measure their time."""
 
     async def play(self, kind: str, app: str, live: int, turns: int, step_s: float) -> Any:
         counting = Counting(ServeCall(app, 1))
         clients: dict[str, Any] = {
             "in process": partial(StandIn, step_s),
             "batched": partial(BatchingClient, counting, lanes=1, deadline_s=60),
-            "a call each": partial(OneByOne, app, False),
-            "a call each, by reference": partial(OneByOne, app, True),
+            "one call per request": partial(Unbatched, app, False),
+            "one call per request, by reference": partial(Unbatched, app, True),
         }
         client = clients[kind]()
         prompt = tuple(range(200))
@@ -130,7 +130,7 @@ class Host:
         return {
             "turns_per_s": round(n / wall),
             "seconds": round(wall, 2),
-            "host_cpu_ms_per_turn": round(1000 * cpu / n, 3),
+            "worker_cpu_ms_per_turn": round(1000 * cpu / n, 3),
             "calls": len(counting.sizes),
             "requests_per_call": round(n / max(1, len(counting.sizes)), 1),
         }
@@ -148,15 +148,20 @@ def main() -> None:
         asyncio.run(
             deploy(session, config, partial(StandIn, step_s), app="serve-cost", store=False)
         )
-        host = ray.remote(num_cpus=0)(Host).remote()
-        found = {
-            kind: ray.get(host.play.remote(kind, "serve-cost", args.live, args.turns, step_s))
-            for kind in ("in process", "batched", "a call each", "a call each, by reference")
+        worker = ray.remote(num_cpus=0)(Worker).remote()
+        results = {
+            kind: ray.get(worker.play.remote(kind, "serve-cost", args.live, args.turns, step_s))
+            for kind in (
+                "in process",
+                "batched",
+                "one call per request",
+                "one call per request, by reference",
+            )
         }
-    base = found["in process"]["seconds"]
-    for kind, figures in found.items():
-        figures["added_ms_per_turn"] = round(1000 * (figures["seconds"] - base) / args.turns, 1)
-        print(json.dumps({"client": kind, **figures}))
+    base = results["in process"]["seconds"]
+    for kind, result in results.items():
+        result["added_ms_per_turn"] = round(1000 * (result["seconds"] - base) / args.turns, 1)
+        print(json.dumps({"client": kind, **result}))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""How long `/health` takes to answer while clients send what is large.
+"""Latency of `/health` while clients send large requests.
 
     python benchmarks/server_load.py [--seconds 5]
 
-One server (the embedded base behind uvicorn, in a process of its own) is asked for `/health` every
-20 ms while another client sends the same large request over and over: 500,000 messages of a letter,
-a text of 4 MB, a prompt that just fits, JSON nested 100,000 deep, lists of numbers. Printed as JSON
-for each: requests that were answered and with which status, milliseconds until the first answer,
-and the median and the greatest time to `/health` in milliseconds.
+One client requests `/health` every 20 ms from a server (the embedded base behind uvicorn, in its
+own process) while another repeats a large request: 500,000 messages of one letter, 4 MB of text, a
+prompt that barely fits, JSON nested 100,000 deep, lists of numbers. Prints as JSON for each load
+the answered requests by status, milliseconds until the first answer, and the median and maximum
+latency of `/health` in milliseconds.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ import httpx
 EVERY_S = 0.02
 
 
-def serve(told: Connection) -> None:
-    """Serve the embedded base on a free port, which is told."""
+def serve(connection: Connection) -> None:
+    """Serve the embedded base on a free port, and send the port and maximum length."""
     import socket
 
     import uvicorn
@@ -42,13 +42,13 @@ def serve(told: Connection) -> None:
     engine = EmbeddedEngine.load(model_dir(EMBEDDED), settings, raw_logprobs=True)
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
-        told.send((sock.getsockname()[1], engine.max_len))
+        connection.send((sock.getsockname()[1], engine.max_len))
         app = make_app(Service(engine, Chat.load(EMBEDDED), "m"))
         uvicorn.Server(uvicorn.Config(app, log_config=None)).run([sock])
 
 
 def loads(max_len: int) -> dict[str, bytes]:
-    """Bodies of requests by name."""
+    """Return the bodies of requests by name."""
 
     def chat(messages: Any, **more: Any) -> bytes:
         return json.dumps({"model": "m", "messages": messages, "max_tokens": 1, **more}).encode()
@@ -65,7 +65,7 @@ def loads(max_len: int) -> dict[str, bytes]:
 
 
 async def measure(url: str, body: bytes, seconds: float) -> dict[str, Any]:
-    """Send the body until the time is over, and ask for `/health` meanwhile."""
+    """Repeat a request for `seconds`, and measure `/health` meanwhile."""
     statuses: Counter[int] = Counter()
     health: list[float] = []
     first = 0.0
@@ -92,17 +92,17 @@ async def measure(url: str, body: bytes, seconds: float) -> dict[str, Any]:
         "statuses": dict(statuses),
         "first_ms": round(1000 * first, 1),
         "health_median_ms": round(statistics.median(health), 1),
-        "health_most_ms": round(max(health), 1),
+        "health_max_ms": round(max(health), 1),
     }
 
 
 async def main(seconds: float) -> None:
-    """Start the server, measure each load, print."""
+    """Start the server, and measure and print each load."""
     context = get_context("spawn")
-    here, there = context.Pipe()
-    server = context.Process(target=serve, args=(there,), daemon=True)
+    receiving, sending = context.Pipe()
+    server = context.Process(target=serve, args=(sending,), daemon=True)
     server.start()
-    port, max_len = await asyncio.to_thread(here.recv)
+    port, max_len = await asyncio.to_thread(receiving.recv)
     url = f"http://127.0.0.1:{port}"
     try:
         async with httpx.AsyncClient(transport=httpx.AsyncHTTPTransport(retries=20)) as client:

@@ -1,18 +1,17 @@
-"""A cluster on paper: which part of it is full first as nodes are added, from measured costs.
+"""Model of a cluster: which part limits it first as nodes are added, from measured costs.
 
     python benchmarks/simulate.py [--costs benchmarks/costs.json] [--picture scaling.png]
     python benchmarks/simulate.py --validate        predicted against measured, on this machine
 
-A closed queueing network: a fixed number of live episodes go round; a turn waits for the engine and
-is served by the env worker's process, the replica's process, the engine, the recorder, the driver
-and the head node's network (*stations*; a station of several servers gets its work evenly). Demands
-a turn are those `costs.py` measured, as functions of ids a turn, length of context, turns an
-episode and requests a message. Throughput is Schweitzer's approximate mean value analysis; a step
-is then what `train.max_lag` makes of play, update and push. Figures of a workload that nobody
-measured here are marked ASSUMED where they stand.
+The model is a closed queueing network with a fixed number of live episodes. A turn waits for the
+engine and is served by *stations*: env worker, replica, engine, recorder, driver and the head
+node's network; the servers of a station share its work evenly. Demands per turn are measured by
+`costs.py` as functions of ids per turn, context length, turns per episode and requests per message.
+Throughput is Schweitzer's approximate mean value analysis; `train.max_lag` determines how rollouts,
+update and push add up to a step. Workload parameters that were not measured are marked ASSUMED.
 
-What it leaves out: failures, episodes of unequal length other than by chance, the file system, and
-Ray's own processes on the head node, which cost a second and not a turn.
+The model omits failures, systematic differences in episode length, the file system, and Ray's own
+processes on the head node, whose cost is per second and not per turn.
 """
 
 from __future__ import annotations
@@ -27,20 +26,20 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-FULL = 0.5  # of its time a part is busy: who comes waits as long as he is served, and ever longer
+FULL = 0.5  # utilization at which waiting takes as long as service, and grows from there
 PARTS = ("live", "rollouts", "overlap")
-PUSHING = 0.1  # of a step
+PUSHING = 0.1  # share of a step
 PYTHON = ("cores", "env workers", "replicas' Python")  # where messages wait
-LEAST_S, MOST_S, SHARE, PAUSE_S = 0.001, 0.02, 0.01, 0.01  # as rayrl.cluster.lines
+LEAST_S, MOST_S, SHARE, PAUSE_S = 0.001, 0.02, 0.01, 0.01  # as in rayrl.cluster
 
 
 @dataclass(frozen=True)
 class Station:
-    """Something that serves.
+    """A part that serves turns.
 
     Attributes:
-        demand_s: seconds of service a turn needs.
-        servers: each gets its share of the turns.
+        demand_s: seconds of service per turn.
+        servers: number of servers, which share the turns evenly.
     """
 
     name: str
@@ -48,50 +47,50 @@ class Station:
     servers: int = 1
 
     @property
-    def most(self) -> float:
-        """Turns a second."""
+    def capacity(self) -> float:
+        """Maximum turns per second."""
         return self.servers / self.demand_s if self.demand_s else math.inf
 
 
 def solve(
     stations: Sequence[Station], live: float, wait_s: float
 ) -> tuple[float, dict[str, float]]:
-    """Turns a second of `live` episodes that wait `wait_s` a turn besides; and who is where.
+    """Solve the network for `live` episodes that also wait `wait_s` per turn outside of it.
 
-    Schweitzer's approximation of mean value analysis: who arrives finds what is there on average,
-    less himself. Exact for one customer, and where one station is all there is.
+    Schweitzer's approximation of mean value analysis: an arriving episode finds the average queue
+    without itself. It is exact for one episode, and for a single station.
 
     Returns:
-        Turns a second, and episodes at each station by its name.
+        Turns per second, and mean number of episodes by station.
     """
     queue = {s.name: live / len(stations) for s in stations}
     rate = new = 0.0
     for _ in range(10_000):
-        there = {
+        residence = {
             s.name: s.demand_s * (1 + queue[s.name] * max(live - 1, 0) / live / s.servers)
             for s in stations
         }
-        new = live / (wait_s + sum(there.values()))
-        queue = {name: new * seconds for name, seconds in there.items()}
+        new = live / (wait_s + sum(residence.values()))
+        queue = {name: new * seconds for name, seconds in residence.items()}
         if abs(new - rate) <= 1e-7 * new:
             break
         rate = new
-    return min(new, *(s.most for s in stations)), queue
+    return min(new, *(s.capacity for s in stations)), queue
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What is played and learned, a node where it grows with the cluster.
+    """Rollouts and learning; quantities that grow with the cluster are per node.
 
     Attributes:
-        turns: of an episode; ids: sampled in one; prompt: ids added before it.
-        env_s: CPU seconds a turn of the environment's own code, on its host.
-        tool_s: seconds a turn that something outside takes, without this cluster's CPU.
-        engine_ids_s: ids a second of a full replica; step_s: of one id of one conversation.
-        spread: standard deviation of a turn's time, as a share of it.
-        episodes: a step and a node; size: of a group.
-        update_s: of the learner for its batch, with learners that grow with the nodes.
-        model_gb: that a push brings to every replica.
+        turns: per episode; ids: sampled per turn; prompt: prompt ids added per turn.
+        env_s: CPU seconds per turn of the environment's own code, on its host.
+        tool_s: seconds per turn that something outside takes, without this cluster's CPU.
+        engine_ids_s: ids per second of a full replica; step_s: of one id of one conversation.
+        spread: standard deviation of a turn's time relative to its mean.
+        episodes: per step and node; size: episodes per group.
+        update_s: seconds of an update, with learners that grow with the nodes.
+        model_gb: size of a push to every replica.
     """
 
     name: str
@@ -112,18 +111,18 @@ class Workload:
 
 @dataclass(frozen=True)
 class Cluster:
-    """Where. Everything a node, but for the driver, the recorder and the head's network.
+    """Resources, per node except the driver, the recorder and the head's network.
 
     Attributes:
-        hosts, replicas: a node.
-        concurrency: live episodes a host.
-        network_gb_s: of a node.
-        sync: object_store (every node fetches the whole from rank 0's node) or nccl (a chain).
-        cores: that all processes share, where that is what limits; 0: each has its own.
+        workers, replicas: per node.
+        concurrency: live episodes per env worker.
+        network_gb_s: per node.
+        sync: object_store (every node fetches all weights from rank 0's node) or nccl (a chain).
+        cores: shared by all processes, if cores are the limit; 0: each process has its own.
     """
 
     nodes: int
-    hosts: int
+    workers: int
     replicas: int
     concurrency: int = 512
     network_gb_s: float = 12.5
@@ -133,11 +132,11 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What comes of it.
+    """Predicted performance.
 
     Attributes:
-        busy: share of its time each part is busy.
-        turns_s: turns a second of whole steps.
+        busy: utilization by part.
+        turns_s: turns per second of whole steps.
     """
 
     step_s: float
@@ -148,28 +147,28 @@ class Outcome:
 
     @property
     def fullest(self) -> str:
-        """What limits: the busiest part."""
+        """The busiest part, which is the limit."""
         return max(self.busy, key=lambda name: self.busy[name])
 
 
 def messages(rate: float, wait_s: float, live: float, spread_s: float) -> float:
-    """Messages a request between a host and a replica.
+    """Return messages per request between an env worker and a replica.
 
     Args:
-        rate: requests a second between the two.
-        wait_s: that a message waits for company.
-        live: episodes that go round between them.
-        spread_s: over which answers to requests that travelled together spread.
+        rate: requests per second between the two.
+        wait_s: seconds a message waits for further requests.
+        live: live episodes between them.
+        spread_s: seconds over which the answers to one message spread.
 
-    Requests that come at random find 1 + rate * wait_s in a message. Answers that come within a
-    wait travel together, and so do the requests that follow: a round of all who are live is no more
-    messages than waits that it spreads over, and one.
+    Requests that arrive at random share a message with rate * wait_s others. Answers within one
+    wait share a message, and so do the requests that follow: a round of all live episodes takes at
+    most one message per wait that it spreads over, and one more.
     """
     return min(1 / (1 + rate * wait_s), (1 + spread_s / wait_s) / live)
 
 
 def pace(answer_s: float) -> float:
-    """Seconds that a message waits for company."""
+    """Return the seconds a message waits for further requests."""
     return min(max(SHARE * answer_s, LEAST_S), MOST_S)
 
 
@@ -181,47 +180,47 @@ def stations_of(
     live: float,
     late_s: float = 0.0,
 ) -> tuple[list[Station], float]:
-    """Every part's demand at `rate` turns a second, and seconds a turn that nothing serves.
+    """Return the stations at `rate` turns per second, and the seconds per turn outside of them.
 
     Args:
-        live: episodes.
-        late_s: that a message waits besides its pace, because its event loop is busy.
+        live: live episodes.
+        late_s: delay of messages in addition to their pace, because event loops are busy.
     """
-    hosts, replicas = place.nodes * place.hosts, place.nodes * place.replicas
+    workers, replicas = place.nodes * place.workers, place.nodes * place.replicas
     answer_s = work.ids * work.step_s
-    pairs = hosts * replicas
+    pairs = workers * replicas
     spread_s = math.sqrt(12) * work.spread * (answer_s + work.tool_s)  # if evenly
     calls = messages(rate / pairs, pace(answer_s) + late_s, max(live / pairs, 1.0), spread_s)
     context = (work.turns - 1) / 2 * (work.ids + work.prompt) + work.prompt  # on average
     wire = costs["wire"]["id"] * context
-    host, replica, batch = costs["hop host"], costs["hop replica"], costs["driver"]["batch"]
+    host, replica, batch = costs["hop env worker"], costs["hop replica"], costs["driver"]["batch"]
     groups = rate / work.turns / work.size
     driver = batch["turn"] + batch["id"] * work.ids + batch["episode"] / work.turns
     driver += costs["driver message"] / (1 + PAUSE_S * groups) / work.size / work.turns
-    told = costs["recorder call"] / (1 + PAUSE_S * rate) + costs["recorder"]["turn"]
+    recorded = costs["recorder call"] / (1 + PAUSE_S * rate) + costs["recorder"]["turn"]
     kept = work.ids + work.prompt
     bytes_a_turn = 2 * (600 + 12 * work.ids + 3 * kept)  # to the recorder, and in the group
     engine = work.ids / work.engine_ids_s if work.engine_ids_s else 0.0
     at_host = host["request"] + host["message"] * calls + work.env_s + wire
     at_replica = replica["request"] + replica["message"] * calls + wire
-    seldom = 1 + late_s / PAUSE_S  # what they do every so often, mostly telling, is late as well
-    steady = host["second"] / seldom, replica["second"] / seldom
-    if not place.cores:  # it leaves the rest of a core
+    slowdown = 1 + late_s / PAUSE_S  # periodic work, mostly sending, is delayed too
+    steady = host["second"] / slowdown, replica["second"] / slowdown
+    if not place.cores:  # periodic work takes its share of a core
         at_host /= 1 - steady[0]
         at_replica /= 1 - steady[1]
     stations = [
-        Station("env workers", at_host, hosts),
+        Station("env workers", at_host, workers),
         Station("replicas' Python", at_replica, replicas),
         Station("engines", engine, replicas),
-        Station("recorder", told + 12e-6 * costs["put a MB"]["MB"] * work.ids),
+        Station("recorder", recorded + 12e-6 * costs["put per MB"]["MB"] * work.ids),
         Station("driver", driver),
         Station("head's network", bytes_a_turn / (place.network_gb_s * 1e9)),
     ]
     wait_s = answer_s + work.tool_s + 2 * pace(answer_s)
     if place.cores:
         python = [s for s in stations if s.name not in ("engines", "head's network")]
-        always = sum(costs["idle a second"].values())  # Ray itself
-        always += hosts * steady[0] + replicas * steady[1]
+        always = sum(costs["idle per second"].values())  # Ray itself
+        always += workers * steady[0] + replicas * steady[1]
         left = max(place.cores - always, 0.1)
         shared = Station("cores", sum(s.demand_s for s in python) / left)
         engines = [s for s in stations if s.name == "engines" and s.demand_s]
@@ -230,11 +229,11 @@ def stations_of(
 
 
 def rate_of(costs: Mapping[str, Any], work: Workload, place: Cluster, live: float) -> float:
-    """Turns a second that `live` episodes make.
+    """Predict the turns per second of `live` episodes.
 
-    What a turn costs depends on how many travel in a message, and that on the rate and on how late
-    the event loops are: a busy one is late and therefore cheaper. So the loops are as late as makes
-    the two agree; found by bisection between not at all and 10 s.
+    The cost of a turn depends on the requests per message, which depend on the rate and on the
+    delay of the event loops: busy loops are late and therefore cheaper. Bisection between 0 and
+    10 s finds the delay that is consistent with its cost.
     """
     early, late = 0.0, 10.0
     for _ in range(25):
@@ -250,13 +249,13 @@ def rate_of(costs: Mapping[str, Any], work: Workload, place: Cluster, live: floa
 def _served(
     costs: Mapping[str, Any], work: Workload, place: Cluster, live: float, late_s: float
 ) -> tuple[float, float]:
-    """Turns a second if messages are that late, and how long a message waits for Python then."""
+    """Return turns per second at a message delay, and the resulting wait for Python."""
     rate = new = live / 10
     for _ in range(60):
         stations, wait_s = stations_of(costs, work, place, rate, live, late_s)
         shared = [s for s in stations if s.name in ("cores", "engines")]
         new, queue = solve(shared if place.cores else stations, live, wait_s)
-        new = min(new, *(s.most for s in stations))  # no process is faster than a core
+        new = min(new, *(s.capacity for s in stations))  # no process is faster than a core
         if abs(new - rate) < 1e-4 * new:
             break
         rate = (rate + new) / 2
@@ -266,26 +265,26 @@ def _served(
 
 
 def push_of(costs: Mapping[str, Any], work: Workload, place: Cluster) -> float:
-    """Seconds: into a buffer with its checksum, over the network, into the replicas."""
+    """Predict the seconds of a push: buffer and checksum, network, replicas."""
     mb = 1000 * work.model_gb
-    copy = costs["push"]["copy a MB"] * mb
-    digest = costs["push"]["checksum a MB"] * mb / 8  # beside the copy, and over 8 threads: ASSUMED
+    copy = costs["push"]["copy per MB"] * mb
+    digest = costs["push"]["checksum per MB"] * mb / 8  # concurrent, 8 threads: ASSUMED
     others = place.nodes - 1
     hops = others if place.sync == "object_store" else min(others, 1)
     network = work.model_gb * hops / place.network_gb_s
-    asked = costs["ask a replica"] * place.nodes * place.replicas
+    asked = costs["ask per replica"] * place.nodes * place.replicas
     return 2 * copy + digest + network + asked
 
 
 def outcome(costs: Mapping[str, Any], work: Workload, place: Cluster) -> Outcome:
-    """A step in the steady state.
+    """Predict a step in the steady state.
 
-    With max_lag=0 play, update and push follow each other. With more, groups of max_lag + 1 steps
-    are live, so that an episode has max_lag steps' time to end, and the slowest of three wins:
-    learning, playing at full speed, and the time of one batch's play over max_lag.
+    With max_lag=0, rollouts, update and push are sequential. With more, groups of max_lag + 1 steps
+    are live, so that an episode may take max_lag steps, and a step takes the maximum of: learning,
+    rollouts at full speed, and the rollouts of one batch divided by max_lag.
     """
     episodes = work.episodes * place.nodes
-    slots = place.nodes * place.hosts * place.concurrency
+    slots = place.nodes * place.workers * place.concurrency
     turns = episodes * work.turns
     live = min(episodes, slots)
     turn_s = work.ids * work.step_s + work.tool_s
@@ -316,7 +315,7 @@ WORKLOADS = [
             turns=4, ids=12, prompt=25, engine_ids_s=5500, step_s=0.004, episodes=512,
             update_s=1.93, model_gb=0.004, env_s=1.5e-5, lag=0,
         ),
-        Cluster(1, hosts=2, replicas=2, network_gb_s=1.25),
+        Cluster(1, workers=2, replicas=2, network_gb_s=1.25),
     ),
     # ASSUMED: nodes of 8 H100, 4 with vLLM (8,000 ids/s each, 10 ms an id) and 4 learning at 40% of
     # 990 TFLOP/s (6 FLOP a parameter and id); 100 Gbit/s between nodes.
@@ -326,7 +325,7 @@ WORKLOADS = [
             turns=4, ids=256, prompt=256, engine_ids_s=8000, step_s=0.010, episodes=256,
             update_s=5.2, model_gb=5.2,
         ),
-        Cluster(1, hosts=4, replicas=4),
+        Cluster(1, workers=4, replicas=4),
     ),
     # ASSUMED: the same nodes and model; 50 turns of 200 ids, tools that take 2 s and answer 400
     # ids, so that contexts grow to 30,000; engines at 3,000 ids/s for it; 5 ms of the host's CPU.
@@ -336,14 +335,14 @@ WORKLOADS = [
             turns=50, ids=200, prompt=400, engine_ids_s=3000, step_s=0.010, episodes=128,
             update_s=38.0, model_gb=5.2, env_s=0.005, tool_s=2.0,
         ),
-        Cluster(1, hosts=4, replicas=4),
+        Cluster(1, workers=4, replicas=4),
     ),
 ]  # fmt: skip
 NODES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 def table(costs: Mapping[str, Any], work: Workload, place: Cluster) -> list[Outcome]:
-    """Print a line for each number of nodes."""
+    """Print a line per number of nodes."""
     print(f"\n{work.name} (max_lag={work.lag}, cluster.sync={place.sync})")
     rows = [outcome(costs, work, replace(place, nodes=n)) for n in NODES]
     names = list(rows[0].busy)
@@ -366,7 +365,7 @@ def table(costs: Mapping[str, Any], work: Workload, place: Cluster) -> list[Outc
 
 
 def picture(path: Path, found: Sequence[tuple[str, Sequence[Outcome]]]) -> None:
-    """Share of ideal scaling by number of nodes. Needs matplotlib, which rayrl does not."""
+    """Plot the share of ideal scaling by number of nodes; needs matplotlib."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -387,7 +386,7 @@ def picture(path: Path, found: Sequence[tuple[str, Sequence[Outcome]]]) -> None:
 
 
 def fake(turns: int, latency: float, episodes: int, **more: Any) -> Workload:
-    """The benchmarks' fake engine: no work of its own, half to one and a half of `latency`."""
+    """Workload of the benchmarks' fake engine, which takes 0.5 to 1.5 times `latency`."""
     settings: dict[str, Any] = {"update_s": 0.0, "size": 16, "lag": 0} | more
     return Workload(
         "fake",
@@ -404,8 +403,8 @@ def fake(turns: int, latency: float, episodes: int, **more: Any) -> Workload:
 
 
 def validate(costs: Mapping[str, Any], parts: Sequence[str]) -> None:
-    """Run the benchmarks and print what the model says of them, with the cores they got."""
-    import many_live  # beside this file
+    """Run the benchmarks and compare them with predictions for the cores they had."""
+    import many_live  # in this folder
     import overlap
     import rollouts
 
@@ -424,17 +423,17 @@ def validate(costs: Mapping[str, Any], parts: Sequence[str]) -> None:
         )
 
     for live, latency in ((500, 1.0), (2000, 1.0), (10_000, 1.0)) if "live" in parts else ():
-        args = argparse.Namespace(live=live, latency=latency, hosts=2, seconds=16.0)
+        args = argparse.Namespace(live=live, latency=latency, workers=2, seconds=16.0)
         found = asyncio.run(many_live.on_ray(args, chat))
-        cores = found["cores there"]
-        place = Cluster(1, hosts=2, replicas=1, concurrency=live, cores=cores)
+        cores = found["available cores"]
+        place = Cluster(1, workers=2, replicas=1, concurrency=live, cores=cores)
         work = fake(many_live.TURNS, latency, live)
         predicted = rate_of(costs, work, place, live)
         line(f"many_live, {live} live, {latency:g} s: turns/s", predicted, found["turns/s"], cores)
         print(json.dumps(found), flush=True)
     for live in (64, 256) if "rollouts" in parts else ():
         seconds, cores = asyncio.run(rollouts.on_ray(chat, "embedded", 1000, live, 2))
-        place = Cluster(1, hosts=1, replicas=1, cores=cores)
+        place = Cluster(1, workers=1, replicas=1, cores=cores)
         predicted = rate_of(costs, fake(rollouts.TURNS, 0.0, 1000, size=1), place, live)
         measured = 1000 * rollouts.TURNS / seconds
         line(f"rollouts --ray, {live} live, instant: turns/s", predicted, measured, cores)
@@ -443,16 +442,16 @@ def validate(costs: Mapping[str, Any], parts: Sequence[str]) -> None:
             lags=[0, 1, 2], steps=9, latency=0.5, learn=4.0, groups=16, group_size=8
         )
         measured_steps = asyncio.run(overlap.measure(options))
-        place = Cluster(1, hosts=2, replicas=1, cores=2.0)
+        place = Cluster(1, workers=2, replicas=1, cores=2.0)
         for lag in options.lags:
             work = fake(overlap.TURNS, 0.5, 128, size=8, update_s=4.0, lag=lag)
             predicted = outcome(costs, work, place).step_s
-            found_s = measured_steps[f"max_lag={lag}"]["seconds a step"]
-            line(f"overlap, max_lag={lag}: seconds a step", predicted, found_s, 2.0)
+            found_s = measured_steps[f"max_lag={lag}"]["seconds per step"]
+            line(f"overlap, max_lag={lag}: seconds per step", predicted, found_s, 2.0)
 
 
 def main() -> None:
-    """The tables, or the validation."""
+    """Print the tables, or validate."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--costs", type=Path, default=HERE / "costs.json")
     parser.add_argument("--picture", type=Path)
@@ -463,7 +462,7 @@ def main() -> None:
         validate(costs, args.validate or PARTS)
         return
     found = [(work.name, table(costs, work, place)) for work, place in WORKLOADS]
-    print("\nwhat moves the limit:")
+    print("\nchanges that move the limit:")
     work, place = WORKLOADS[0]
     table(costs, replace(work, lag=1), place)
     work, place = WORKLOADS[1]

@@ -9,25 +9,25 @@ from pathlib import Path
 import rayrl
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "peers"))
-import talk  # type: ignore[import-not-found]  # beside the peer that uses it too
+import talk  # type: ignore[import-not-found]  # shared with the peer
 
 
 @dataclass(frozen=True, kw_only=True)
 class Subject(rayrl.Task):
-    """What to write about."""
+    """Task: what to write about."""
 
     subject: str
 
 
 def subjects(seed: int, u: float) -> Subject:
-    """One of the subjects."""
+    """Choose a subject."""
     return Subject(seed=seed, subject=talk.SUBJECTS[int(u * len(talk.SUBJECTS))])
 
 
 async def _story(task: Subject, agent: rayrl.Agent, turns: int) -> dict[str, float]:
     text = str(await agent(talk.ASK.format(task.subject)))
     for _ in range(turns - 1):
-        text += await agent(talk.ON)
+        text += await agent(talk.CONTINUE)
     return {"vowels": talk.score(text)}
 
 
@@ -39,5 +39,5 @@ async def single(task: Subject, agent: rayrl.Agent) -> rayrl.Scores:
 
 @rayrl.env(tasks=subjects, rewards={"vowels": 1.0})
 async def multi(task: Subject, agent: rayrl.Agent) -> rayrl.Scores:
-    """Four questions."""
+    """Four questions, four replies."""
     return await _story(task, agent, talk.TURNS["multi"])

@@ -1,13 +1,12 @@
-"""What a push of weights costs, in copies of the same bytes.
+"""Time of a weight push, relative to copies of the same bytes.
 
     python benchmarks/weight_push.py --model DIR [--dtype bfloat16] [--pushes 6]
 
-A learner's process holds the model of a Hugging Face directory; a push is what training does: rank
-0 puts a flat buffer into Ray's object store, vLLM replicas on the CPU load it and confirm version
-and checksum. Beside every push the same bytes are copied once for each replica (`memcpy`, into
-memory that is there already), so that both see the same load of the machine. Printed as JSON: the
-median of each part in seconds, and the ratio of push to copies. The first push, to new memory, is
-apart.
+A learner's process holds the model of a Hugging Face directory, and a push is that of training:
+rank 0 puts a flat buffer into Ray's object store, and vLLM replicas on the CPU load it and confirm
+version and checksum. After every push the same bytes are copied once per replica (`memcpy`, into
+allocated memory), so that both see the same load of the machine. Prints as JSON the median seconds
+of each part, and the ratio of push to copies. The first push, to new memory, is separate.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from rayrl.weights.flat import checksum, layout, put
 
 
 class Rank:
-    """A learner's rank 0 without the learning."""
+    """A learner's rank 0 that does not learn."""
 
     def __init__(self, model: str, dtype: str) -> None:
         prepare_process(1)
@@ -43,12 +42,12 @@ class Rank:
         from transformers import AutoModelForCausalLM
 
         torch.set_num_threads(1)
-        one = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
-        self._weights = dict(one.named_parameters())  # tied ones once
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
+        self._weights = dict(loaded.named_parameters())  # tied weights once
         self._flat = np.zeros(0, np.uint8)
 
     def publish(self, version: int) -> tuple[Published, dict[str, float]]:
-        """As `LearnerRank.publish`, with the seconds of its parts."""
+        """Like `LearnerRank.publish`; also return the seconds of its parts."""
         import ray
         import torch
 
@@ -60,15 +59,15 @@ class Rank:
             for entry, weight in zip(manifest.entries, self._weights.values(), strict=True):
                 put(self._flat, entry, weight)
         times.append(time.perf_counter())
-        with ThreadPoolExecutor(1) as beside:
-            digest = beside.submit(checksum, self._flat)
+        with ThreadPoolExecutor(1) as pool:
+            digest = pool.submit(checksum, self._flat)
             published = Published(version, (ray.put(self._flat),), manifest, digest.result())
         times.append(time.perf_counter())
         parts = zip(("flatten", "put and checksum"), times, times[1:], strict=False)
         return published, {name: after - before for name, before, after in parts}
 
     def copy(self, times: int) -> float:
-        """Seconds of copying the buffer `times` times into memory that is there already."""
+        """Copy the buffer `times` times into allocated memory and return the seconds."""
         target = np.ones_like(self._flat)
         began = time.perf_counter()
         for _ in range(times):
@@ -77,8 +76,8 @@ class Rank:
 
 
 async def pushes(args: argparse.Namespace) -> list[dict[str, float]]:
-    """The parts of every push, in seconds."""
-    import ray  # after rayrl.cluster, which says how
+    """Return the seconds of the parts of every push."""
+    import ray  # after rayrl.cluster, which configures it
 
     config = from_dict(
         {

@@ -46,7 +46,7 @@ VERBS = {
     "eval": ("rayrl.commands.evaluate", "play without learning and print the table"),
     "play": ("rayrl.commands.play", "play against a model in this terminal, or watch it"),
     "serve": ("rayrl.commands.serve", "answer OpenAI-compatible HTTP requests with a model"),
-    "report": ("rayrl.report.collect", "write RUN/report.html: rayrl report RUN"),
+    "report": ("rayrl.commands.report", "write RUN/report.html: rayrl report RUN"),
     "replay": (
         "rayrl.commands.replay",
         "play stored episodes again: rayrl replay FILE [EPISODE_ID]",

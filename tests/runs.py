@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rayrl.run.files import read_lines
+from rayrl.run.files import read_jsonl
 
 __all__ = [
     "ENVS",
@@ -68,7 +68,7 @@ def weights(folder: Path) -> bytes:
 
 
 def figures(folder: Path) -> list[dict[str, Any]]:
-    rows = read_lines(folder / "metrics.jsonl")
+    rows = read_jsonl(folder / "metrics.jsonl")
     chance = ("time/", "workers/", "turns/replayed")
     return [{k: v for k, v in row.items() if not k.startswith(chance)} for row in rows]
 
@@ -81,7 +81,7 @@ def episodes(folder: Path) -> dict[str, list[Any]]:
 
     files = sorted((folder / "episodes").glob("*.jsonl"))
     # str.splitlines would cut a line at U+2028 and the like, which an untrained model may write
-    return {f.name: [plain(row) for row in read_lines(f)] for f in files}
+    return {f.name: [plain(row) for row in read_jsonl(f)] for f in files}
 
 
 def rows(folder: Path) -> int:

@@ -26,17 +26,17 @@ def model() -> Any:
 
 
 NOTHING: dict[str, Any] = {
-    "hop host": {"request": 0.001, "message": 0.0, "second": 0.0},
+    "hop env worker": {"request": 0.001, "message": 0.0, "second": 0.0},
     "hop replica": {"request": 0.0005, "message": 0.0, "second": 0.0},
     "recorder call": 0.0,
     "recorder": {"turn": 0.0},
     "wire": {"id": 0.0},
     "driver": {"batch": {"episode": 0.0, "turn": 0.0001, "id": 0.0}},
     "driver message": 0.0,
-    "put a MB": {"MB": 0.0},
-    "push": {"copy a MB": 0.0, "checksum a MB": 0.0},
-    "ask a replica": 0.0,
-    "idle a second": {},
+    "put per MB": {"MB": 0.0},
+    "push": {"copy per MB": 0.0, "checksum per MB": 0.0},
+    "ask per replica": 0.0,
+    "idle per second": {},
 }
 
 
@@ -58,9 +58,9 @@ def test_one_server(model: Any) -> None:
 
 
 def test_servers_share(model: Any) -> None:
-    stations = [model.Station("hosts", 0.01, 4), model.Station("driver", 0.001)]
+    stations = [model.Station("workers", 0.01, 4), model.Station("driver", 0.001)]
     assert model.solve(stations, 10_000, 1.0)[0] == pytest.approx(400, rel=1e-2)
-    stations[0] = model.Station("hosts", 0.01, 40)
+    stations[0] = model.Station("workers", 0.01, 40)
     assert model.solve(stations, 10_000, 1.0)[0] == pytest.approx(1000, rel=1e-2)
 
 
@@ -85,9 +85,9 @@ def test_a_busy_loop_is_late_and_therefore_cheaper(model: Any) -> None:
     were messages not late.
     """
     free = {"request": 0.0, "message": 0.0025, "second": 0.0}
-    costs = NOTHING | {"hop host": free, "hop replica": free}
+    costs = NOTHING | {"hop env worker": free, "hop replica": free}
     costs["driver"] = {"batch": {"episode": 0.0, "turn": 0.0, "id": 0.0}}
-    place = model.Cluster(1, hosts=1, replicas=1, cores=2.0)
+    place = model.Cluster(1, workers=1, replicas=1, cores=2.0)
     slow = work(model, turns=1000, step_s=0.01)
     assert model.rate_of(costs, slow, place, 1000) == pytest.approx(1000 / 1.02, rel=0.01)
     at_once = work(model, turns=1000, step_s=0.0)
@@ -101,7 +101,7 @@ def work(model: Any, **more: Any) -> Any:
 
 
 def test_a_step(model: Any) -> None:
-    place = model.Cluster(1, hosts=10, replicas=10)
+    place = model.Cluster(1, workers=10, replicas=10)
     # ten turns of 1 s and the pace of both ways, 20 ms; host, replica and driver: 1.6 ms; then 3 s
     one = model.outcome(NOTHING, work(model), place)
     assert one.play_s == pytest.approx(10 * (1.02 + 0.0016), rel=2e-3)
@@ -117,7 +117,7 @@ def test_a_step(model: Any) -> None:
 def test_the_driver_is_full_where_it_should_be(model: Any) -> None:
     """0.1 ms a turn of the driver: 10,000 turns a second, or 50 nodes that make 200."""
     busy = work(model, episodes=200, turns=5, update_s=5.0, lag=4)
-    place = model.Cluster(1, hosts=10, replicas=10)
+    place = model.Cluster(1, workers=10, replicas=10)
     one = model.outcome(NOTHING, busy, place)
     assert one.turns_s == pytest.approx(200)
     assert one.busy["driver"] == pytest.approx(0.02)
@@ -131,7 +131,7 @@ def test_the_driver_is_full_where_it_should_be(model: Any) -> None:
 
 def test_what_every_node_fetches_is_a_nodes_network(model: Any) -> None:
     heavy = work(model, model_gb=5.0, lag=4)
-    nodes = model.Cluster(11, hosts=10, replicas=10, network_gb_s=10)
+    nodes = model.Cluster(11, workers=10, replicas=10, network_gb_s=10)
     # ten others fetch 5 GB each from one node at 10 GB/s
     assert model.push_of(NOTHING, heavy, nodes) == pytest.approx(5.0)
     assert model.push_of(NOTHING, heavy, replace(nodes, sync="nccl")) == pytest.approx(0.5)
@@ -148,7 +148,7 @@ def test_the_pace_is_that_of_the_cluster(model: Any) -> None:
 
 def test_what_is_known_of_playing_while_learning(model: Any) -> None:
     """`overlap.py` as RESULTS.md has it: 128 episodes of eight turns of 0.5 s, 4 s of learning."""
-    place = model.Cluster(1, hosts=2, replicas=1)
+    place = model.Cluster(1, workers=2, replicas=1)
     for lag, seconds in ((0, 9.47), (1, 5.01), (2, 4.01)):
         step = model.fake(8, 0.5, 128, size=8, update_s=4.0, lag=lag)
         assert model.outcome(NOTHING, step, place).step_s == pytest.approx(seconds, rel=0.1)

@@ -1,7 +1,7 @@
-"""Counts what is generated, in every process that has this folder in PYTHONPATH; see chaos.py.
+"""Log generated answers in every process that has this folder in PYTHONPATH; see chaos.py.
 
-Each answer of the embedded engine becomes a line of the file that COUNT_ANSWERS names: when, what
-was asked (seed, weights version and a hash of the prompt) and how many tokens came.
+Each answer of the embedded engine becomes a line of the file in COUNT_ANSWERS: its time, a key of
+the request (seed, weights version and hash of the prompt) and its number of tokens.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MODULE = "rayrl.engine.embedded.engine"
 
 
 class Finder(importlib.abc.MetaPathFinder):
-    """Lets the module be found by others, and wraps its engine when it is there."""
+    """Let the other finders import the module, then wrap its engine."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -43,7 +43,7 @@ class Finder(importlib.abc.MetaPathFinder):
 
 
 def wrap(engine: Any) -> None:
-    """Have `generate` write a line for each answer."""
+    """Make `generate` write a line per answer."""
     generate = engine.generate
 
     @functools.wraps(generate)
@@ -62,7 +62,7 @@ def wrap(engine: Any) -> None:
 
 
 def write(line: bytes) -> None:
-    """At once, so that lines of several processes do not mix."""
+    """Append a line in one write, so that lines of several processes do not mix."""
     with open(os.environ["COUNT_ANSWERS"], "ab", buffering=0) as out:
         out.write(line)
 

@@ -1,7 +1,7 @@
-"""What both sides of `benchmarks/grpo_step.py` talk about. Standard library only.
+"""Prompts and score of both sides of `benchmarks/grpo_step.py`. Standard library only.
 
-Replies to such prompts almost never end by themselves before the limit, so both sides sample the
-same number of tokens.
+Replies to these prompts almost never end before the token limit, so both sides sample the same
+number of tokens.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ SUBJECTS = (
     "a castle", "a farm", "the forest", "a fire", "a wolf", "the summer",
 )  # fmt: skip
 ASK = "Write a long story about {}."
-ON = "Go on with the story, and tell more about it."
+CONTINUE = "Go on with the story, and tell more about it."
 TURNS = {"single": 1, "multi": 4}
-TOKENS = {"single": 32, "multi": 16}  # of a reply
+TOKENS = {"single": 32, "multi": 16}  # per reply
 
 
 def score(text: str) -> float:
-    """Share of vowels among the letters: differs from reply to reply, and needs no thought."""
+    """Return the share of vowels among the letters, which differs between replies."""
     letters = [letter for letter in text.lower() if letter.isalpha()]
     return sum(letter in "aeiou" for letter in letters) / max(1, len(letters))

@@ -1,8 +1,8 @@
 """The steps of `benchmarks/grpo_step.py` on TRL's GRPOTrainer; run by that script.
 
 Needs `pip install torch==2.13.0 trl==1.16.0` in an environment of its own. Generation is
-transformers' `generate`, which is what TRL has where there is no vLLM server of its own on a GPU. A
-step is one update, as on our side. Prints one line of JSON for each step.
+transformers' `generate`, which TRL uses without a vLLM server on a GPU. A step is one update, as on
+our side. Prints one line of JSON per step.
 """
 
 from __future__ import annotations
@@ -42,29 +42,29 @@ spent = {"generate": 0.0}
 
 
 def text_of(completion: Any) -> str:
-    """The reply's text, however TRL hands it over."""
+    """Return the reply's text, a string or a list of messages."""
     return completion if isinstance(completion, str) else completion[0]["content"]
 
 
 def reward(prompts: Any, completions: Any, **_: Any) -> list[float]:
-    """The score of each reply; in several turns, of the whole conversation's text."""
-    return [talk.score(text_of(one)) for one in completions]
+    """Score each reply; with several turns, the text of the whole conversation."""
+    return [talk.score(text_of(completion)) for completion in completions]
 
 
 def rollout(prompts: Any, trainer: Any) -> dict[str, Any]:
-    """Several turns: generate, append the next question, generate again on the whole."""
+    """Play several turns: generate, append the next question, generate on the whole again."""
     began = time.perf_counter()
     tokenizer = trainer.processing_class
     end = tokenizer.eos_token_id
     more = tokenizer.encode(
-        f"\n<|im_start|>user\n{talk.ON}<|im_end|>\n<|im_start|>assistant\n",
+        f"\n<|im_start|>user\n{talk.CONTINUE}<|im_end|>\n<|im_start|>assistant\n",
         add_special_tokens=False,
     )
     starts = [
         tokenizer.apply_chat_template(
-            one, add_generation_prompt=True, tokenize=True, return_dict=False
+            prompt, add_generation_prompt=True, tokenize=True, return_dict=False
         )
-        for one in prompts
+        for prompt in prompts
     ]
     replies: list[list[int]] = [[] for _ in starts]
     masks: list[list[int]] = [[] for _ in starts]
@@ -104,18 +104,18 @@ def rollout(prompts: Any, trainer: Any) -> dict[str, Any]:
 
 
 class Timed(GRPOTrainer):
-    """Measures generation; in several turns `rollout` does."""
+    """Measure generation; with several turns `rollout` measures it."""
 
     def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
         began = time.perf_counter()
-        found = super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        result = super()._generate_single_turn(prompt_ids, *args, **kwargs)
         spent["generate"] += time.perf_counter() - began
-        count["sampled"] += sum(map(len, found[0]))
-        return found
+        count["sampled"] += sum(map(len, result[0]))
+        return result
 
 
 class Clock(TrainerCallback):
-    """One line a step."""
+    """Print one line per step."""
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         self.began, self.spent, self.count = time.perf_counter(), dict(spent), dict(count)

@@ -1,7 +1,7 @@
 """The environment of `benchmarks/rollouts.py` on verifiers 0.3 (its v0 interface), same texts.
 
-Run by that script in an environment that has `verifiers<0.4`; prints one line of JSON. The model is
-a client in this process that answers at once, so that only the stack is measured.
+Run by that script in an environment with `verifiers<0.4`; prints one line of JSON. The model is a
+client in this process that answers immediately, so that only the rollout stack is measured.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ WARM_UP = 64
 
 
 class Game(vf.MultiTurnEnv):
-    """Four turns, whatever is answered."""
+    """Four turns, whatever the replies."""
 
     async def setup_state(self, state: Any) -> Any:
         state["asked"] = 1  # the question in the data set is the first turn's message
@@ -36,12 +36,12 @@ class Game(vf.MultiTurnEnv):
 
 
 async def turns(state: Any, **_: Any) -> float:
-    """The score."""
+    """Score: number of turns."""
     return float(state["asked"])
 
 
 class Instant(Client):
-    """Answers every request at once with the same message."""
+    """Answer every request immediately with the same message."""
 
     def setup_client(self, config: Any) -> None:
         return None
@@ -77,19 +77,19 @@ async def measure(episodes: int, concurrency: int) -> dict[str, float]:
     env = Game(dataset=Dataset.from_list(rows), rubric=rubric, max_turns=TURNS)
     inputs = env.get_dataset().to_list()
     client = Instant(None)
-    room = asyncio.Semaphore(concurrency)
+    limit = asyncio.Semaphore(concurrency)
 
     async def play(row: Any) -> Any:
-        async with room:
+        async with limit:
             return await env.run_rollout(row, client, "model", {})
 
     await asyncio.gather(*(play(row) for row in inputs[:WARM_UP]))
     began, cpu = time.perf_counter(), time.process_time()
     done = await asyncio.gather(*(play(row) for row in inputs))
     spent = {"wall": time.perf_counter() - began, "cpu": time.process_time() - cpu}
-    for one in done:
-        assert one["error"] is None, one["error"]
-        assert one["metrics"]["num_turns"] == TURNS, one["metrics"]
+    for rollout in done:
+        assert rollout["error"] is None, rollout["error"]
+        assert rollout["metrics"]["num_turns"] == TURNS, rollout["metrics"]
     return spent
 
 

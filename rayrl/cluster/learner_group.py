@@ -1,4 +1,4 @@
-"""Learner ranks, one Ray actor each, and the driver's side that speaks to all of them at once."""
+"""Learner ranks, one Ray actor each, and the group through which the driver calls them."""
 
 from __future__ import annotations
 
@@ -41,25 +41,25 @@ __all__ = ["LearnerGroup", "LearnerRank"]
 
 PLACEMENT_DEADLINE_S = 120.0
 START_ATTEMPTS = 3
-GRACE_S = 2.0  # for other ranks to say why they failed
+GRACE_S = 2.0  # for other ranks to report their errors
 
 
 class LearnerRank:
-    """One rank. Methods are thin: `rayrl.learner` does the work."""
+    """Actor of one rank; `rayrl.learner` does the work."""
 
     def __init__(self, rank: int, threads: int) -> None:
         prepare_process(threads)
         self._rank = rank
         self._learner: Learner
-        self._adapters = False  # whether they are all that is published
+        self._adapters = False  # publish only the adapters
         self._flat: NDArray[np.uint8] | None = None
         self._plan: Plan = ()
-        self._meeting: Any = None
-        self._channel: BroadcastGroup | None = None
-        self._streamed = (-1, -1)
+        self._listener: Any = None  # of the rendezvous
+        self._group: BroadcastGroup | None = None
+        self._broadcast = (-1, -1)  # version, learner's step
 
     def address(self) -> tuple[str, int]:
-        """Where rank 0 can be reached by the others: its node, and a port that is free now."""
+        """Address at which other ranks reach rank 0: its node and a free port."""
         with socket.socket() as probe:
             probe.bind(("", 0))
             return str(ray.util.get_node_ip_address()), int(probe.getsockname()[1])
@@ -73,7 +73,7 @@ class LearnerRank:
         master: tuple[str, int],
         loss: str | bytes,
     ) -> None:
-        """Load the model; with DeepSpeed, meet the other ranks.
+        """Load the model; with DeepSpeed, also connect to the other ranks.
 
         Args:
             loss: `algo.loss`, from `by_value.dumps`: this node may not have its file.
@@ -102,83 +102,83 @@ class LearnerRank:
                 device=device,
                 loss=function,
             )
-        gc.freeze()  # what is there stays, and garbage from now on, which may hold tensors,
-        gc.set_threshold(700, 10, 10)  # is found as soon as Python would by itself
+        gc.freeze()  # what exists now stays; later garbage, which may hold tensors,
+        gc.set_threshold(700, 10, 10)  # is collected at Python's default rate
 
-    def step(self, part: Batch, loss: str | bytes | None = None) -> dict[str, float]:
-        """One step on this rank's part of a batch.
+    def step(self, batch: Batch, loss: str | bytes | None = None) -> dict[str, float]:
+        """Train one step on this rank's shard of a batch.
 
         Args:
             loss: for this step only, from `by_value.dumps`.
         """
         function = None if loss is None else by_value.loads(loss)
-        return self._learner.step(part.rows, part.totals, function)
+        return self._learner.step(batch.rows, batch.totals, function)
 
-    def sft_step(self, part: Batch) -> dict[str, float]:
-        """One supervised update on this rank's part of a batch."""
-        return self._learner.sft_step(part.rows, part.totals)
+    def sft_step(self, batch: Batch) -> dict[str, float]:
+        """Make one supervised update on this rank's shard of a batch."""
+        return self._learner.sft_step(batch.rows, batch.totals)
 
     def describe(self) -> tuple[str, int]:
-        """The model's architecture, and the number of its ids."""
+        """See `probe.Scorer`."""
         return self._learner.describe()
 
     def logprobs(self, rows: Sequence[Trajectory]) -> Sequence[NDArray[np.float32]]:
-        """Of the rows at temperature 1; on all ranks together."""
+        """See `probe.Scorer`; a collective call of all ranks."""
         return self._learner.logprobs(rows, temperature=1.0)
 
     def publish(self, version: int) -> Published | None:
-        """The weights as `version` in the object store; from rank 0, None from others."""
+        """Put the weights as `version` into the object store; rank 0 returns them, others None."""
         from rayrl.weights.flat import checksum
 
         flat, manifest = self._learner.flat_weights(self._flat, adapters=self._adapters)
         self._flat = flat
         if self._rank:
             return None
-        with ThreadPoolExecutor(1) as beside:
-            digest = beside.submit(checksum, flat)
+        with ThreadPoolExecutor(1) as pool:
+            digest = pool.submit(checksum, flat)
             return Published(version, (ray.put(flat),), manifest, digest.result())
 
-    def host(
-        self, backend: str, world: int, timeout_s: float, limit: int
+    def open_rendezvous(
+        self, backend: str, world: int, timeout_s: float, bucket_bytes: int
     ) -> tuple[Rendezvous, Plan]:
-        """Open a meeting for a channel of `world` members; and what will be sent there."""
+        """Open a rendezvous for a broadcast group of `world` members, and plan its buckets."""
         import torch
 
         entries = self._learner.manifest().entries
-        plan = buckets(((e.name, getattr(torch, e.dtype), e.shape) for e in entries), limit)
+        plan = buckets(((e.name, getattr(torch, e.dtype), e.shape) for e in entries), bucket_bytes)
         self._plan = plan
         if self._rank:
             return Rendezvous("", "", 0, 0, 0), plan
-        meeting, self._meeting = open_rendezvous(backend, self.address()[0], world, timeout_s)
-        return meeting, plan
+        rendezvous, self._listener = open_rendezvous(backend, self.address()[0], world, timeout_s)
+        return rendezvous, plan
 
-    def connect(self, meeting: Rendezvous) -> None:
-        """Meet the engines, on rank 0."""
-        self._channel = BroadcastGroup(meeting, 0, self._meeting)
+    def connect(self, rendezvous: Rendezvous) -> None:
+        """Join the broadcast group as its rank 0."""
+        self._group = BroadcastGroup(rendezvous, 0, self._listener)
 
-    def stream(self, version: int, deadline_s: float, store: Any) -> str:
-        """Send the weights over the channel; on all ranks together. Their checksum, from rank 0."""
-        self._streamed = (version, self._learner.steps)
-        with _watched(f"learner rank {self._rank}", deadline_s, store):
-            walk = self._learner.named_weights()
-            if self._channel is not None:
-                return send(walk, self._plan, self._channel)
-            for _ in walk:  # a rank's part in gathering it
+    def broadcast(self, version: int, deadline_s: float, store: Any) -> str:
+        """Broadcast the weights, a collective call of all ranks; rank 0 returns their checksum."""
+        self._broadcast = (version, self._learner.steps)
+        with _report_hang(f"learner rank {self._rank}", deadline_s, store):
+            weights = self._learner.named_weights()
+            if self._group is not None:
+                return send(weights, self._plan, self._group)
+            for _ in weights:  # gathering is collective
                 pass
         return ""
 
     def republish(self, version: int) -> Published | None:
-        """What was streamed as `version`, in the object store, unless there was a step since."""
-        if self._streamed != (version, self._learner.steps):
+        """Publish the weights that were broadcast as `version`; None after a further step."""
+        if self._broadcast != (version, self._learner.steps):
             return None
         return self.publish(version)
 
     def save(self, folder: str) -> None:
-        """Write what `load` continues from."""
+        """Write a checkpoint."""
         self._learner.save(folder)
 
     def load(self, folder: str) -> None:
-        """Continue from a checkpoint."""
+        """Load a checkpoint."""
         self._learner.load(folder)
 
     def export(self, folder: str) -> None:
@@ -187,7 +187,7 @@ class LearnerRank:
 
 
 class LearnerGroup:
-    """All ranks as one learner. Metrics and files are rank 0's."""
+    """All ranks as one learner; metrics and files are those of rank 0."""
 
     def __init__(self, config: Config) -> None:
         self._config = config
@@ -196,11 +196,11 @@ class LearnerGroup:
         self._started = ("", 0)
 
     async def start(self, model: str, total_steps: int) -> None:
-        """Place and start the ranks on the model in directory `model`.
+        """Place the ranks and load the model in directory `model`.
 
         Raises:
             ConfigError: `algo.loss` names no function.
-            InfraError: the cluster has no room for them.
+            InfraError: the cluster lacks the resources.
         """
         self._started = (model, total_steps)
         for attempt in range(START_ATTEMPTS):
@@ -227,11 +227,11 @@ class LearnerGroup:
             actor.options(scheduling_strategy=strategy or "DEFAULT").remote(rank, learner.threads)
             for rank in range(learner.world_size)
         ]
-        (master,) = await _together([self._ranks[0].address.remote()])
+        (master,) = await _gather([self._ranks[0].address.remote()])
         await self._all("start", self._config, model, total_steps, learner.world_size, master, loss)
 
     async def restart(self) -> None:
-        """End every rank and start anew on the model of the first start; then load a checkpoint."""
+        """Restart every rank on the model given to `start`; the caller then loads a checkpoint."""
         self.close()
         await self.start(*self._started)
 
@@ -254,7 +254,7 @@ class LearnerGroup:
             ) from None
 
     async def step(self, batch: Batch, loss: str | Loss | None = None) -> Mapping[str, float]:
-        """Train on a batch; every rank computes its part. Its metrics, see `Learner.step`.
+        """Train one step on a batch, sharded over the ranks; return metrics, see `Learner.step`.
 
         Args:
             loss: for this step only, instead of `algo.loss` and its arguments: a name of the
@@ -264,52 +264,54 @@ class LearnerGroup:
         Raises:
             ConfigError: there is no such loss, or it returned something else than `LossOutputs`.
         """
-        return await self._parts("step", batch, loss and by_value.dumps("algo.loss", loss))
+        return await self._sharded("step", batch, loss and by_value.dumps("algo.loss", loss))
 
     async def sft_step(self, batch: Batch) -> Mapping[str, float]:
-        """One supervised update on a batch."""
-        return await self._parts("sft_step", batch)
+        """Make one supervised update on a batch, sharded over the ranks."""
+        return await self._sharded("sft_step", batch)
 
     async def describe(self) -> tuple[str, int]:
         """See `probe.Scorer`."""
-        found: tuple[str, int] = (await _together([self._ranks[0].describe.remote()]))[0]
-        return found
+        description: tuple[str, int] = (await _gather([self._ranks[0].describe.remote()]))[0]
+        return description
 
     async def logprobs(self, rows: Sequence[Trajectory]) -> Sequence[NDArray[np.float32]]:
-        """See `probe.Scorer`; every rank computes all of them."""
-        found: Sequence[NDArray[np.float32]] = (await self._all("logprobs", rows))[0]
-        return found
+        """See `probe.Scorer`; every rank computes all rows."""
+        logprobs: Sequence[NDArray[np.float32]] = (await self._all("logprobs", rows))[0]
+        return logprobs
 
     async def publish(self, version: int) -> Published:
-        """The weights as they are now, in the object store under a version."""
+        """Put the current weights into the object store as `version`."""
         published: Published = (await self._all("publish", version))[0]
         return published
 
-    async def host(self, backend: str, world: int, timeout_s: float) -> tuple[Rendezvous, Plan]:
-        """Open a meeting at rank 0 for a channel of `world` members; and what will be sent there.
+    async def open_rendezvous(
+        self, backend: str, world: int, timeout_s: float
+    ) -> tuple[Rendezvous, Plan]:
+        """Open a rendezvous at rank 0 for a broadcast group of `world` members.
 
-        Buckets are of `cluster.bucket_mb`.
+        Returns:
+            The rendezvous, and the buckets of `cluster.bucket_mb` that will be broadcast.
         """
-        limit = self._config.cluster.bucket_mb << 20
-        found: tuple[Rendezvous, Plan] = (
-            await self._all("host", backend, world, timeout_s, limit)
-        )[0]
-        return found
+        bucket_bytes = self._config.cluster.bucket_mb << 20
+        answers = await self._all("open_rendezvous", backend, world, timeout_s, bucket_bytes)
+        opened: tuple[Rendezvous, Plan] = answers[0]
+        return opened
 
-    async def connect(self, meeting: Rendezvous) -> None:
-        """Let rank 0 join the channel; waits for all members."""
-        await _together([self._ranks[0].connect.remote(meeting)])
+    async def connect(self, rendezvous: Rendezvous) -> None:
+        """Join the broadcast group as its rank 0; return when all members have joined."""
+        await _gather([self._ranks[0].connect.remote(rendezvous)])
 
-    async def stream(self, version: int, deadline_s: float, store: Any) -> str:
-        """Send the weights as they are now over the channel; returns their checksum.
+    async def broadcast(self, version: int, deadline_s: float, store: Any) -> str:
+        """Broadcast the current weights as `version` and return their checksum.
 
-        A rank that is not through after `deadline_s` tells the store where it hangs.
+        A rank that has not finished near `deadline_s` reports its stack to `store`.
         """
-        checksum: str = (await self._all("stream", version, 0.9 * deadline_s, store))[0]
+        checksum: str = (await self._all("broadcast", version, 0.9 * deadline_s, store))[0]
         return checksum
 
     async def republish(self, version: int) -> Published | None:
-        """`publish` what was streamed as `version`; None if they are no longer those weights."""
+        """`publish` the weights that were broadcast as `version`; None if they have changed."""
         published: Published | None = (await self._all("republish", version))[0]
         return published
 
@@ -318,7 +320,7 @@ class LearnerGroup:
         await self._write("save", folder, "learner.json")
 
     async def load(self, folder: str | Path) -> None:
-        """Continue from a checkpoint."""
+        """Load a checkpoint."""
         await self._all("load", str(_absolute(folder)))
 
     async def export(self, folder: str | Path) -> None:
@@ -326,33 +328,33 @@ class LearnerGroup:
         await self._write("export", folder, "config.json")
 
     async def _write(self, method: str, folder: str | Path, proof: str) -> None:
-        """Let the ranks write into `folder`, which has the file `proof` afterwards.
+        """Let the ranks write into `folder`, which must then hold the file `proof`.
 
         Raises:
-            RunFailed: the ranks wrote somewhere else: what they call `folder` is not ours.
+            RunFailed: the driver does not see the file: `folder` is not on shared storage.
         """
         here = _absolute(folder)
         await self._all(method, str(here))
         if not (here / proof).is_file():
             raise RunFailed(
-                f"run.dir: the learner has written {proof} into {here}, but it is not there for "
-                "the driver. Choose a run.dir on storage that all nodes share."
+                f"run.dir: the learner wrote {proof} into {here}, but the driver does not find it. "
+                "Choose a run.dir on storage that all nodes share."
             )
 
-    async def _parts(self, method: str, batch: Batch, *args: object) -> Mapping[str, float]:
+    async def _sharded(self, method: str, batch: Batch, *args: object) -> Mapping[str, float]:
         world = len(self._ranks)
         calls = [
             getattr(rank, method).remote(shard(batch, index, world), *args)
             for index, rank in enumerate(self._ranks)
         ]
-        metrics: Mapping[str, float] = (await _together(calls))[0]
+        metrics: Mapping[str, float] = (await _gather(calls))[0]
         return metrics
 
     async def _all(self, method: str, *args: object) -> Sequence[Any]:
-        return await _together([getattr(rank, method).remote(*args) for rank in self._ranks])
+        return await _gather([getattr(rank, method).remote(*args) for rank in self._ranks])
 
     def close(self) -> None:
-        """End the ranks and give their place back."""
+        """End the ranks and release their resources."""
         for rank in self._ranks:
             ray.kill(rank)
         if self._group is not None:
@@ -361,45 +363,45 @@ class LearnerGroup:
 
 
 def _absolute(folder: str | Path) -> Path:
-    """The same for the driver and for ranks, which have working directories of their own."""
+    """Resolve a path for ranks, whose working directories differ from the driver's."""
     return Path(folder).resolve()
 
 
-async def _together(calls: Sequence[Any]) -> Sequence[Any]:
-    """Results of all ranks.
+async def _gather(calls: Sequence[Any]) -> Sequence[Any]:
+    """Wait for the results of all ranks.
 
-    The first error ends the wait, because the others may never answer; but they have `GRACE_S`: the
-    rank that failed is often not the first to say so, since the others lose their connection to it.
+    The first error ends the wait, because the other ranks may never answer. They still get
+    `GRACE_S`: ranks that lose their connection to the failed one often report earlier than it does.
     """
     futures = [asyncio.ensure_future(call) for call in calls]
     try:
-        _, open_ = await asyncio.wait(futures, return_when=asyncio.FIRST_EXCEPTION)
-        if open_:
-            await asyncio.wait(open_, timeout=GRACE_S)
+        _, pending = await asyncio.wait(futures, return_when=asyncio.FIRST_EXCEPTION)
+        if pending:
+            await asyncio.wait(pending, timeout=GRACE_S)
         errors = {
             rank: error
             for rank, future in enumerate(futures)
             if future.done() and (error := future.exception()) is not None
         }
         if errors:
-            raise _failure(errors) from None
+            raise _primary_error(errors) from None
         return [future.result() for future in futures]
     finally:
         for future in futures:
             future.cancel()
 
 
-def _failure(errors: Mapping[int, BaseException]) -> BaseException:
-    """The error to end with, of those that ranks have failed with."""
+def _primary_error(errors: Mapping[int, BaseException]) -> BaseException:
+    """Choose the error to raise from those of the ranks."""
     causes = {rank: getattr(error, "cause", None) for rank, error in errors.items()}
-    for cause in causes.values():  # says what to do
+    for cause in causes.values():  # the error that tells users what to do
         if isinstance(cause, RayrlError) and not isinstance(cause, InfraError):
             return cause
     for rank, error in errors.items():
         if isinstance(error, ACTOR_DIED):
             return LearnerLost(
-                f"a learner process died (rank {rank}: {error}). Run the same command again to go "
-                "on from the last checkpoint."
+                f"a learner process died (rank {rank}: {error}). Run the same command again to "
+                "resume from the last checkpoint."
             )
     text = "\n".join(f"learner rank {rank}: {error}" for rank, error in errors.items())
     if any(isinstance(cause, InfraError) for cause in causes.values()):
@@ -408,15 +410,15 @@ def _failure(errors: Mapping[int, BaseException]) -> BaseException:
 
 
 @contextmanager
-def _watched(who: str, deadline_s: float, store: Any) -> Iterator[None]:
-    """Tell the store where this thread is, if it is still in the block after `deadline_s`."""
+def _report_hang(name: str, deadline_s: float, store: Any) -> Iterator[None]:
+    """Report this thread's stack to the store if the block takes longer than `deadline_s`."""
     thread = threading.get_ident()
 
-    def tell() -> None:
+    def report() -> None:
         frame = sys._current_frames().get(thread)
-        store.hang.remote(who, "".join(traceback.format_stack(frame)))
+        store.report_hang.remote(name, "".join(traceback.format_stack(frame)))
 
-    timer = threading.Timer(deadline_s, tell)
+    timer = threading.Timer(deadline_s, report)
     timer.daemon = True
     timer.start()
     try:

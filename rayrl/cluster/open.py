@@ -1,4 +1,4 @@
-"""What a program opens: an environment's workers, the models that play in it, and the learner."""
+"""Open the parts of a run: env workers, replicas of the models that play, and learners."""
 
 from __future__ import annotations
 
@@ -45,26 +45,21 @@ __all__ = [
 
 
 def make_environment(config: Config) -> Environment:
-    """The environment of a configuration, with its settings and reward weights."""
+    """Load the environment of `config` with its arguments and reward weights."""
     return load_env(config.env.name).configure(config.env.args, config.env.rewards)
 
 
 def seat_players(environment: Environment, seats: Mapping[str, str]) -> dict[str, str]:
-    """Who plays each seat; the policy where nothing is said.
+    """Return the player of each seat; the policy plays seats without one.
 
     Raises:
-        ConfigError: a seat the environment does not have.
+        ConfigError: the environment has no such seat.
     """
     for seat in seats:
         if seat not in environment.seats:
             near = did_you_mean(seat, environment.seats) or f" It has: {environment.seats}."
             raise ConfigError(f"env.seats.{seat}: {environment.name!r} has no such seat.{near}")
     return {seat: seats.get(seat, POLICY) for seat in environment.seats}
-
-
-def _sampling(config: Config) -> Sampling:
-    s = config.sampling
-    return Sampling(s.temperature, s.top_p, s.top_k, s.max_tokens, tuple(s.stop))
 
 
 @asynccontextmanager
@@ -74,13 +69,13 @@ async def open_rollouts(
     seats: Mapping[str, str] | None = None,
     sampling: Sampling | None = None,
 ) -> AsyncIterator[Rollouts]:
-    """Workers of `config.env` and replicas of the models that play in it; nothing learns.
+    """Open env workers of `config.env` and replicas of the models that play, without learners.
 
     Args:
         config: `model.path` is the policy.
-        seats: who plays, instead of `config.env.seats`, e.g. `{"agent": "player:teacher"}`; without
-            a seat for a model no engine is started.
-        sampling: instead of `config.sampling`.
+        seats: players by seat instead of `config.env.seats`, e.g. `{"agent": "player:teacher"}`; if
+            no seat is a model's, no engine starts.
+        sampling: used instead of `config.sampling`.
     """
     await check_endpoint(config, config.env.seats if seats is None else seats)
     with ExitStack() as stack:
@@ -88,13 +83,13 @@ async def open_rollouts(
         job = _job(config, session, seats, sampling)
         rollouts = Rollouts(job)
         stack.callback(rollouts.close)
-        await _together(rollouts.ready(), deploy_models(job, session, stack, pushed=False))
+        await _run_all(rollouts.ready(), deploy_models(job, session, stack, pushed=False))
         yield rollouts
 
 
 @asynccontextmanager
 async def open_learners(config: Config, total_steps: int) -> AsyncIterator[LearnerGroup]:
-    """Learners on `config.model`, and nothing that plays."""
+    """Open learners on `config.model`, without rollouts."""
     with ExitStack() as stack:
         stack.enter_context(_session(config))
         learners = LearnerGroup(config)
@@ -107,10 +102,10 @@ async def open_learners(config: Config, total_steps: int) -> AsyncIterator[Learn
 async def open_cluster(
     config: Config, total_steps: int, turns: Path | None = None
 ) -> AsyncIterator[tuple[Rollouts, LearnerGroup, WeightSync]]:
-    """Workers, replicas and learners, all on `config.model`; replicas get weights by `push`.
+    """Open env workers, replicas and learners on `config.model`; pushes update the replicas.
 
     Args:
-        turns: a file for those of live episodes, see `Rollouts`.
+        turns: file of the turn log of live episodes, see `Rollouts`.
     """
     await check_endpoint(config, config.env.seats)
     with ExitStack() as stack:
@@ -124,18 +119,18 @@ async def open_cluster(
         stack.callback(ray.kill, store)
         model = model_name(config.model.path)
         deploying = deploy_models(job, session, stack, pushed=True)
-        if config.cluster.colocate:  # a replica on each GPU first, then a rank beside each
-            handles, _ = await _together(deploying, rollouts.ready())
+        if config.cluster.colocate:  # first a replica on each GPU, then a rank next to each
+            handles, _ = await _run_all(deploying, rollouts.ready())
             await learners.start(model, total_steps)
         else:
             starting = learners.start(model, total_steps)
-            handles, *_ = await _together(deploying, rollouts.ready(), starting)
+            handles, *_ = await _run_all(deploying, rollouts.ready(), starting)
         weights = WeightSync(
             open_transport(config, learners, store, handles[POLICY]),
             store,
             handles[POLICY],
             config.cluster.push_deadline_s,
-            turns=config.cluster.colocate,
+            colocate=config.cluster.colocate,
             probe=Probe(config, learners, handles[POLICY]),
         )
         stack.callback(weights.close)
@@ -147,10 +142,10 @@ def _session(config: Config) -> AbstractContextManager[Session]:
 
 
 async def check_endpoint(config: Config, seats: Mapping[str, str]) -> None:
-    """If a seat is the endpoint's, find out whether it is there before anything starts.
+    """If the endpoint plays a seat, check that it answers before anything starts.
 
     Raises:
-        ConfigError: it is not, or it refuses the key.
+        ConfigError: the endpoint does not answer, or refuses the key.
     """
     if "endpoint" in seats.values():
         await check_reachable(config.endpoint)
@@ -162,32 +157,37 @@ def _job(
     seats: Mapping[str, str] | None,
     sampling: Sampling | None,
 ) -> WorkerJob:
-    """Who plays where, with every model in a Serve app of its own."""
+    """Build the env workers' job, with a Serve app per model."""
     environment = make_environment(config)
     players = seat_players(environment, config.env.seats if seats is None else seats)
-    models = {who: model_of(who, config) for who in players.values() if is_model(who)}
-    apps = {who: f"{session.name}-{number}" for number, who in enumerate(models)}
-    return WorkerJob(environment.spec, players, sampling or _sampling(config), config, models, apps)
+    models = {player: model_of(player, config) for player in players.values() if is_model(player)}
+    apps = {player: f"{session.name}-{number}" for number, player in enumerate(models)}
+    if sampling is None:
+        s = config.sampling
+        sampling = Sampling(s.temperature, s.top_p, s.top_k, s.max_tokens, tuple(s.stop))
+    return WorkerJob(environment.spec, players, sampling, config, models, apps)
 
 
 async def deploy_models(
     job: WorkerJob, session: Session, stack: ExitStack, *, pushed: bool
 ) -> dict[str, DeploymentHandle]:
-    """Start the replicas of every model; those of the policy get weights by push if `pushed`."""
+    """Start the replicas of every model; pushes update the policy's if `pushed`."""
     handles = {}
-    for who, app in job.apps.items():
-        if not session.local:  # the cluster outlives us
+    for player, app in job.apps.items():
+        if not session.local:  # the cluster outlives this program
             stack.callback(undeploy, app)
-        store = pushed and who == POLICY
+        store = pushed and player == POLICY
         sleeps = store and job.config.cluster.colocate
         lora = job.config.lora if store and transport_of(job.config) == "adapters" else None
-        factory = partial(open_engine, job.models[who], job.config.engine, sleeps=sleeps, lora=lora)
-        handles[who] = await deploy(session, job.config, factory, app=app, store=store)
+        factory = partial(
+            open_engine, job.models[player], job.config.engine, sleeps=sleeps, lora=lora
+        )
+        handles[player] = await deploy(session, job.config, factory, app=app, store=store)
     return handles
 
 
-async def _together(*parts: Coroutine[Any, Any, Any]) -> list[Any]:
-    """Run all at once; the first error cancels the others."""
+async def _run_all(*parts: Coroutine[Any, Any, Any]) -> list[Any]:
+    """Run coroutines concurrently; the first error cancels the others."""
     tasks = [asyncio.ensure_future(part) for part in parts]
     try:
         return await asyncio.gather(*tasks)
@@ -196,11 +196,11 @@ async def _together(*parts: Coroutine[Any, Any, Any]) -> list[Any]:
             task.cancel()
 
 
-def is_model(who: str) -> bool:
-    """Whether `who` (a value of `env.seats`) is a model: the policy, or `model:PATH`."""
-    return who == POLICY or who.startswith("model:")
+def is_model(player: str) -> bool:
+    """Tell whether `player`, a value of `env.seats`, is a model: the policy or `model:PATH`."""
+    return player == POLICY or player.startswith("model:")
 
 
-def model_of(who: str, config: Config) -> str:
-    """What a model in a seat is called on every node."""
-    return model_name(config.model.path if who == POLICY else who.removeprefix("model:"))
+def model_of(player: str, config: Config) -> str:
+    """Return the name, valid on every node, of the model that plays a seat."""
+    return model_name(config.model.path if player == POLICY else player.removeprefix("model:"))

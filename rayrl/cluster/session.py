@@ -1,4 +1,4 @@
-"""Ray for as long as a program needs it: the cluster we are in, or a small local one."""
+"""Connection to Ray for the duration of a program: an existing cluster or a small local one."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from ray.serve.schema import LoggingConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rayrl.cluster import cluster_address
-from rayrl.cluster.code_bundle import stage, variables
+from rayrl.cluster.code_bundle import forwarded_variables, write_bundle
 from rayrl.cluster.watchdog import check_head, watch_cluster
 from rayrl.cluster.weight_sync.weight_store import NAMESPACE
 from rayrl.config import ClusterConfig
@@ -41,7 +41,7 @@ from rayrl.errors import ConfigError, InfraError
 
 __all__ = [
     "SERVE_LOGGING",
-    "HttpAt",
+    "HttpAddress",
     "Session",
     "beside_driver",
     "listen_on_loopback",
@@ -51,13 +51,13 @@ __all__ = [
 ]
 
 START_ATTEMPTS = 2
-GC_EVERY = 50_000  # objects more than before
+GC_THRESHOLD = 50_000  # new objects before a garbage collection
 SERVE_LOGGING = LoggingConfig(log_level="WARNING", enable_access_log=False)
 
 
 @dataclass(frozen=True, slots=True)
-class HttpAt:
-    """Where Serve listens."""
+class HttpAddress:
+    """Address on which Serve listens."""
 
     host: str
     port: int
@@ -68,8 +68,8 @@ class Session:
     """A connection to Ray.
 
     Attributes:
-        name: prefix of everything this program creates; two runs on one cluster have two names.
-        local: whether the cluster is ours and ends with us.
+        name: prefix of everything this program creates; runs on one cluster have different names.
+        local: whether the cluster belongs to this program and ends with it.
     """
 
     name: str
@@ -77,30 +77,31 @@ class Session:
 
 
 def run_name(directory: str | None = None) -> str:
-    """A name for a program's actors and Serve app.
+    """Return the name of a program's actors and Serve app.
 
-    A run folder always gets the same one, so that a resumed run replaces what a killed one left on
-    a long-lived cluster. Without a folder it is a new one each time.
+    A run folder always gets the same name, so that a resumed run replaces what a killed one left on
+    a long-lived cluster. Without a folder every name is new.
     """
     key = str(Path(directory).resolve()) if directory else uuid.uuid4().hex
     return f"rayrl-{hashlib.blake2b(key.encode(), digest_size=5).hexdigest()}"
 
 
 def beside_driver() -> NodeAffinitySchedulingStrategy:
-    """Where the driver's own small actors belong: the loss of another node must not be theirs."""
+    """Schedule the driver's small actors on its node, so that losing other nodes spares them."""
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
 
 
 def prepare_process(threads: int) -> None:
-    """Prepare an actor's process for that many compute threads, before it imports torch.
+    """Prepare an actor's process for `threads` compute threads before it imports torch.
 
-    Idle OpenMP threads sleep instead of spinning: on a small machine the processes take turns. Set
-    here and not in a `runtime_env`, for which Ray would start every process anew.
+    Idle OpenMP threads sleep instead of spinning, because processes share the cores of a small
+    machine. This is not a `runtime_env`, for which Ray would restart every process.
 
-    Python looks for garbage less often: a quarter of the time that torch and transformers take to
-    import, and with thousands of live episodes a tenth of the turns (benchmarks/many_live.py).
+    Garbage is collected less often: it took a quarter of the time of importing torch and
+    transformers, and with thousands of live episodes a tenth of the time of turns
+    (benchmarks/many_live.py).
     """
-    gc.set_threshold(GC_EVERY, 10, 10)
+    gc.set_threshold(GC_THRESHOLD, 10, 10)
     os.environ.update(
         OMP_NUM_THREADS=str(threads),
         MKL_NUM_THREADS=str(threads),
@@ -112,10 +113,10 @@ def prepare_process(threads: int) -> None:
 
 
 def listen_on_loopback() -> None:
-    """On a Ray of this machine's only, have the Serve replica of this process listen there only.
+    """On a single-machine Ray, make the Serve replica of this process listen on loopback only.
 
-    To be called while it is initialized. Serve has it take pickled calls from every interface and
-    from anybody, and no setting for that.
+    Call it while the replica is initialized. By default Serve accepts pickled calls on every
+    interface from anyone, and has no setting for that.
     """
     if is_localhost(ray.util.get_node_ip_address()):
         from ray.serve._private import replica as serving
@@ -129,22 +130,22 @@ def listen_on_loopback() -> None:
 def open_session(
     cluster: ClusterConfig,
     directory: str | None = None,
-    http: HttpAt | None = None,
+    http: HttpAddress | None = None,
     envs: Sequence[str] = (),
 ) -> Iterator[Session]:
-    """Join or start Ray and Serve; on leaving, undo what was started and nothing else.
+    """Join or start Ray and Serve; on exit stop only what was started here.
 
     Args:
-        cluster: `address` names a cluster to join. Empty: the cluster this process runs in
-            (RAY_ADDRESS, as `ray job submit` sets it), else a local one that ends with us.
+        cluster: `address` is the cluster to join. If it is empty, join the cluster that this
+            process runs in (RAY_ADDRESS, as `ray job submit` sets it), or start a local one.
         directory: the run's folder, if the program has one.
-        http: where Serve is to listen; None: nowhere, if we are who starts it.
-        envs: environments (as `env.name`) that will be played. If we join a cluster as no job of
-            it, the code of rayrl and of these is sent to its nodes.
+        http: address for Serve; None: a Serve started here does not listen.
+        envs: environments (as `env.name`) to be played. A driver that joins a cluster without being
+            one of its jobs sends their code and rayrl's to the nodes.
 
     Raises:
         InfraError: the cluster cannot be reached.
-        ConfigError: Serve cannot listen there, or the code is too much to be sent.
+        ConfigError: Serve cannot listen on `http`, or the code is too large to send.
     """
     if ray.is_initialized():
         local = joined = False
@@ -154,15 +155,15 @@ def open_session(
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     with ExitStack() as stack:
         if local or joined:
-            stack.callback(_leave)
+            stack.callback(_disconnect)
             stack.enter_context(watch_cluster(directory))
         if _start_serve(http) and not local:
             stack.callback(_stop_serve_if_unused)
         yield Session(run_name(directory), local)
 
 
-def _leave() -> None:
-    """Leave Ray, and end it if it is ours; answers on their way log that it is gone, as it is."""
+def _disconnect() -> None:
+    """Disconnect from Ray, without the errors that pending calls would log."""
     log = logging.getLogger("ray")
     level = log.level
     log.setLevel(logging.CRITICAL)
@@ -173,21 +174,22 @@ def _leave() -> None:
 
 
 def _connect(cluster: ClusterConfig, envs: Sequence[str]) -> bool:
-    """Connect; returns whether the cluster is ours."""
+    """Connect to Ray; return whether a local cluster was started."""
     address = cluster_address(cluster.address)
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "namespace": NAMESPACE}
     if address:
         try:
             check_head(address)
-            with _code(envs) as code, _same_sigterm():
-                ray.init(address=address, runtime_env=code, **quiet)
+            with _runtime_env(envs) as runtime_env, _keep_sigterm_handler():
+                ray.init(address=address, runtime_env=runtime_env, **quiet)
         except (AuthenticationError, ConnectionError, RuntimeError, ValueError) as error:
-            raise InfraError(_refused(address, error)) from error
+            raise InfraError(_explain_refusal(address, error)) from error
         return False
-    # Ray gives its workers niceness 15: beside anything else that computes they would starve.
+    # Ray gives its workers niceness 15: next to other computation they would starve.
     os.environ.setdefault("RAY_worker_niceness", "0")
-    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # on by default: good
-    _bring_token()
+    # it would warn that authentication is on, as is the default
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+    _set_token()
     settings = {
         "address": "local",
         "num_cpus": os.cpu_count(),
@@ -198,9 +200,11 @@ def _connect(cluster: ClusterConfig, envs: Sequence[str]) -> bool:
     }
     for attempt in range(START_ATTEMPTS):
         try:
-            with _for_us_alone(), _same_sigterm():
+            with _private_ray(), _keep_sigterm_handler():
                 ray.init(**settings)
-        except Exception as error:  # on a busy machine its raylet may miss a deadline Ray has fixed
+        except (
+            Exception
+        ) as error:  # on a busy machine the raylet may miss a fixed deadline of Ray's
             ray.shutdown()
             if attempt + 1 == START_ATTEMPTS:
                 raise InfraError(f"a local Ray could not be started: {error}") from error
@@ -210,13 +214,13 @@ def _connect(cluster: ClusterConfig, envs: Sequence[str]) -> bool:
 
 
 @contextmanager
-def _for_us_alone() -> Iterator[None]:
-    """Start Ray for this machine and this program only.
+def _private_ray() -> Iterator[None]:
+    """Make a Ray started in the block private to this machine and program.
 
-    Its processes listen on loopback: by default they do so on all interfaces, those that serve
-    metrics to anybody. They are in a process group each, so that a signal to ours (`timeout`, a
-    supervisor) reaches the driver alone, which ends them in order; where Ray needs the group to end
-    them with us, they stay in it.
+    Its processes listen on loopback instead of on all interfaces, where some serve metrics to
+    anyone. Each is in a process group of its own, so that a signal to the driver's group
+    (`timeout`, a supervisor) reaches only the driver, which ends them in order. Where Ray needs the
+    shared group to end them with the driver, they stay in it.
     """
     grouped = partial(services.ConsolePopen, process_group=0)
     with ExitStack() as stack:
@@ -227,10 +231,10 @@ def _for_us_alone() -> Iterator[None]:
 
 
 @contextmanager
-def _same_sigterm() -> Iterator[None]:
-    """Keep the program's own handler of SIGTERM, if it has one.
+def _keep_sigterm_handler() -> Iterator[None]:
+    """Keep the program's own SIGTERM handler, if it has one.
 
-    `ray.init` replaces it by its own, and by a native one that prints a stack trace and aborts.
+    `ray.init` replaces it with its own, and with a native one that prints a stack trace and aborts.
     """
     handler = signal.getsignal(signal.SIGTERM)
     if not callable(handler) or threading.current_thread() is not threading.main_thread():
@@ -244,13 +248,13 @@ def _same_sigterm() -> Iterator[None]:
 
 
 def private_folder() -> str:
-    """Where a local Ray keeps its sockets and logs: in a folder that nobody else may enter.
+    """Create the folder of a local Ray's sockets and logs, accessible only to this user.
 
-    Ray makes its own folder writable for everybody. The path is short: a socket's may have 107
+    Ray's own default is writable by everyone. The path is short: socket paths are limited to 107
     bytes, of which Ray needs 70.
 
     Raises:
-        InfraError: the folder belongs to somebody else.
+        InfraError: the folder belongs to another user.
     """
     folder = Path(tempfile.gettempdir()) / f"rayrl-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
@@ -265,17 +269,17 @@ def private_folder() -> str:
 
 
 @contextmanager
-def _code(envs: Sequence[str]) -> Iterator[dict[str, Any] | None]:
-    """The `runtime_env` of a driver that joins a cluster; None for a job, which has one."""
+def _runtime_env(envs: Sequence[str]) -> Iterator[dict[str, Any] | None]:
+    """Yield the `runtime_env` of a driver that joins a cluster; None for a job, which has one."""
     if RAY_JOB_CONFIG_JSON_ENV_VAR in os.environ:
         yield None
         return
     with tempfile.TemporaryDirectory(prefix="rayrl-code-") as folder:
-        stage(Path(folder), envs)
-        yield {"working_dir": folder, "env_vars": variables(os.environ)}
+        write_bundle(Path(folder), envs)
+        yield {"working_dir": folder, "env_vars": forwarded_variables(os.environ)}
 
 
-def _refused(address: str, error: Exception) -> str:
+def _explain_refusal(address: str, error: Exception) -> str:
     if isinstance(error, AuthenticationError) or "InvalidAuthToken" in str(error.__cause__):
         mode = os.environ.get("RAY_AUTH_MODE", "")
         return (
@@ -296,17 +300,17 @@ def _refused(address: str, error: Exception) -> str:
     )
 
 
-def _bring_token() -> None:
-    """Give a local Ray a token for its lifetime.
+def _set_token() -> None:
+    """Set a token for the lifetime of a local Ray.
 
-    It would write one to ~/.ray/auth_token, where every later `ray start` finds it and asks for it.
+    Ray itself would write one to ~/.ray/auth_token, which every later `ray start` then requires.
     """
     if not any(os.environ.get(f"RAY_AUTH_{name}") for name in ("MODE", "TOKEN", "TOKEN_PATH")):
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
-def _start_serve(http: HttpAt | None) -> bool:
-    """Start Serve, unless it runs already; returns whether we did."""
+def _start_serve(http: HttpAddress | None) -> bool:
+    """Start Serve unless it is running; return whether it was started."""
     with suppress(ValueError):
         ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
         if http is not None:
@@ -323,18 +327,21 @@ def _start_serve(http: HttpAt | None) -> bool:
     return True
 
 
-def _check_listens(http: HttpAt) -> None:
-    """Serve's address is the whole cluster's and cannot be changed while it runs."""
-    there = _get_global_client().http_config
-    if there.location in (None, "Disabled") or (there.host, there.port) != (http.host, http.port):
+def _check_listens(http: HttpAddress) -> None:
+    """Check that a running Serve listens on `http`: its address cannot change while it runs."""
+    running = _get_global_client().http_config
+    if running.location in (None, "Disabled") or (running.host, running.port) != (
+        http.host,
+        http.port,
+    ):
         raise ConfigError(
             f"serve.host={http.host} serve.port={http.port}: Serve runs on this cluster already, "
-            f"at {there.host}:{there.port} ({there.location}). Use that address, or stop it with "
-            "`serve shutdown`."
+            f"at {running.host}:{running.port} ({running.location}). Use that address, or stop it "
+            "with `serve shutdown`."
         )
 
 
 def _stop_serve_if_unused() -> None:
-    with suppress(Exception):  # leaving: the cluster may be gone already
+    with suppress(Exception):  # the cluster may already be gone
         if not serve.status().applications:
             serve.shutdown()

@@ -20,12 +20,12 @@ from rayrl.config import Config, validate
 from rayrl.environment.environment import Environment
 from rayrl.errors import EnvError, RayrlError, describe_error
 from rayrl.report.console import new_console
-from rayrl.report.statistics import measure, task_key
+from rayrl.report.statistics import eval_statistics, task_key
 from rayrl.report.table import Cell, Result, rich_table
 from rayrl.rollout.agent import Agent, Player
 from rayrl.rollout.rollout import GroupPlan
 from rayrl.run.folder import RunDir
-from rayrl.run.journal import Journal, Play
+from rayrl.run.journal import Journal, JournaledRollouts
 from rayrl.run.progress_bar import ProgressBar
 from rayrl.run.stage import (
     already_finished,
@@ -109,7 +109,7 @@ async def play_cells(config: Config, folder: RunDir | None = None) -> Result:
     checks: dict[str, Mapping[str, float]] = {}
     budget = config.endpoint.max_tokens_total
     with ProgressBar(f"eval {name}", total) as bar:
-        play = Play([*journals.values()], bar, budget)
+        play = JournaledRollouts([*journals.values()], bar, budget)
         play.check_budget()
         async with open_rollouts(config, seats=seats, sampling=sampling) as rollouts:
             if folder is not None:
@@ -141,14 +141,14 @@ def cell_of(
     played: CollectedGroups,
     usage: Usage | None = None,
 ) -> Cell:
-    """A cell's figures. Failed episodes are counted, never measured."""
+    """Aggregate the episodes of a cell; of failed ones only the number is reported."""
     episodes = [episode for group in played.groups for episode in group.episodes]
     failed = sum(len(group.episodes) for group in played.dropped)
-    figures = measure(episodes, environment.statistics_function)
+    statistics = eval_statistics(episodes, environment.statistics_function)
     unplayed, refused = played.infra_failures, played.refused
     distinct = len({task_key(episode.task) for episode in episodes})
     tasks = distinct if distinct < len(episodes) else 0
-    return Cell(dict(args), len(episodes), failed, figures, usage, unplayed, refused, tasks)
+    return Cell(dict(args), len(episodes), failed, statistics, usage, unplayed, refused, tasks)
 
 
 def _checkable(config: Config) -> bool:

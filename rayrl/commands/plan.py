@@ -20,7 +20,14 @@ from rayrl.config import (
 )
 from rayrl.errors import ConfigError, RunFailed
 from rayrl.run.stage import template_notes
-from rayrl.run.start_check import LEARNING, Machine, all_problems, reserved, stages_of, this_machine
+from rayrl.run.start_check import (
+    LEARNING,
+    Machine,
+    all_problems,
+    local_machine,
+    reserved_resources,
+    stages_of,
+)
 from rayrl.terminal import visible
 from rayrl.weights.model_dir import is_pretrained, learning_rate, model_dir
 
@@ -39,7 +46,7 @@ def run(config: Config, *, every: bool = False) -> None:
         RunFailed: something will not fit; it is named in the plan.
     """
     validate(config, "plan")
-    machine = this_machine()
+    machine = local_machine()
     print(visible(describe(config, machine, every=every)))
     found = all_problems(config, machine, _verb(config))
     if found:
@@ -144,7 +151,7 @@ def _processes(config: Config, verb: str) -> str:
         rows.append(f"  learning    {_rate(config)}")
     if verb == "train":
         rows.append(f"  weights     {_way(config)}")
-    cpus, gpus = reserved(config, verb)
+    cpus, gpus = reserved_resources(config, verb)
     return "\n".join([*rows, f"  reserved    {cpus:g} cpus, {gpus:g} gpus"])
 
 

@@ -22,10 +22,10 @@ from rayrl.cluster.session import open_session
 from rayrl.commands import evaluate, sft, synth
 from rayrl.config import Config, Stage, stage_config, validate
 from rayrl.errors import RunFailed
-from rayrl.report import collect
+from rayrl.report.collect import write_report
 from rayrl.report.console import new_console
 from rayrl.report.table import Result, markdown, rich_table
-from rayrl.run.files import sealed, write_atomic
+from rayrl.run.files import with_checksum, write_atomic
 from rayrl.run.folder import RunDir, refuse_changes
 from rayrl.run.memory import PeakMemory
 from rayrl.run.stage import EPISODES, MODEL, is_finished, row_name, versions
@@ -91,7 +91,7 @@ def run(config: Config) -> None:
             _write_table(folder.path, found)
             console.rule(f"{config.run.name}: results", align="left")
             console.print(rich_table(found))
-        page = collect.write(folder.path)
+        page = write_report(folder.path)
         console.print(_closing(folder, page), highlight=False, markup=False)
 
 
@@ -161,7 +161,8 @@ def _record(folder: RunDir, stage: str, seconds: float, peak_bytes: int) -> None
 
 
 def _write_table(folder: Path, found: Sequence[Result]) -> None:
-    data = json.dumps([sealed(result.to_dict()) for result in found], indent=1, ensure_ascii=False)
+    rows = [with_checksum(result.to_dict()) for result in found]
+    data = json.dumps(rows, indent=1, ensure_ascii=False)
     write_atomic(folder / f"{TABLE}.json", (data + "\n").encode())
     write_atomic(folder / f"{TABLE}.md", markdown(found).encode())
 

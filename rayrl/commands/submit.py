@@ -95,8 +95,8 @@ def command(given: argparse.Namespace, folder: Path) -> list[str]:
         functions = code_bundle.function_references(config)
         if arguments.verb in WRITING:
             _check_folder(config.run.dir)
-    code_bundle.stage(folder, named, arguments.config_dir, functions)
-    runtime = {"env_vars": {**code_bundle.variables(os.environ), **_values(given.env)}}
+    code_bundle.write_bundle(folder, named, arguments.config_dir, functions)
+    runtime = {"env_vars": {**code_bundle.forwarded_variables(os.environ), **_values(given.env)}}
     line = [*RAY, "job", "submit", "--address", os.environ.get("RAY_ADDRESS") or ADDRESS]
     line += ["--working-dir", str(folder)]
     line += ["--runtime-env-json", json.dumps({**runtime, **_pip(given.pip)})]

@@ -23,11 +23,11 @@ from rayrl.config import Config, validate
 from rayrl.environment.environment import Environment
 from rayrl.errors import ConfigError, RunFailed, did_you_mean
 from rayrl.report.console import episode_panel, new_console
-from rayrl.report.statistics import measure, scores_of
+from rayrl.report.statistics import eval_statistics, scores_of
 from rayrl.rollout.episode_io import read_episodes, write_episodes
 from rayrl.rollout.rollout import GroupPlan
 from rayrl.run.folder import RunDir
-from rayrl.run.journal import Journal, Play
+from rayrl.run.journal import Journal, JournaledRollouts
 from rayrl.run.progress_bar import ProgressBar
 from rayrl.run.stage import (
     EPISODES,
@@ -168,7 +168,7 @@ async def _play(config: Config, file: Path, begun: Callable[[], None]) -> list[E
     ]
     journal = Journal(file, plans, seats)
     with ProgressBar(f"{config.run.name}: {config.synth.player}", len(plans)) as bar:
-        play = Play([journal], bar, config.endpoint.max_tokens_total)
+        play = JournaledRollouts([journal], bar, config.endpoint.max_tokens_total)
         play.check_budget()
         async with open_rollouts(config, seats=seats) as rollouts:
             begun()
@@ -262,7 +262,7 @@ def summary(played: Sequence[Episode], good: Sequence[Episode], env: Environment
     share = 100 * len(good) / len(played)
     parts.append(Text(f"{len(played)} episodes played{lost}, {len(good)} kept ({share:.1f}%)"))
     figures = {
-        name: measure(set_, env.statistics_function)
+        name: eval_statistics(set_, env.statistics_function)
         for name, set_ in (("played", played), ("kept", good))
     }
     table = Table()

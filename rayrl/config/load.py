@@ -165,7 +165,7 @@ def unknown_key(key: str) -> ConfigError:
     leaf = key.rsplit(".", 1)[-1]
     same = [one for one in known if one.rsplit(".", 1)[-1] == leaf]
     likeness = {one: SequenceMatcher(None, key, one).ratio() for one in known}
-    best = max(known, key=likeness.__getitem__)
+    best = max(known, key=lambda one: _likeness_by_part(key, one))
     close = [best] if likeness[best] >= 0.65 else []
     parts = key.split(".")
     others = (ELSEWHERE.get(".".join(parts[-n:])) for n in (2, 1))
@@ -183,6 +183,15 @@ def unknown_key(key: str) -> ConfigError:
         here = [known for known in _LEAVES if known.startswith(section + ".")]
         hint = f" There are: {', '.join(here or _SECTIONS)}."
     return ConfigError(f"{key}: there is no such setting.{hint}")
+
+
+def _likeness_by_part(key: str, other: str) -> float:
+    """Likeness of two keys; of `a.b.c` the mean over parts, so that long equal parts count less."""
+    parts, others = key.split("."), other.split(".")
+    if len(parts) != len(others) or len(parts) < 3:
+        return SequenceMatcher(None, key, other).ratio()
+    pairs = zip(parts, others, strict=True)
+    return sum(SequenceMatcher(None, *pair).ratio() for pair in pairs) / len(parts)
 
 
 def _holder(key: str) -> str | None:

@@ -1,1 +1,1 @@
-"""Statistics of episodes, tables and pages: what a run is read by."""
+"""Evaluation statistics, result tables and the HTML report."""

@@ -1,7 +1,4 @@
-"""`rayrl report RUN`: read what a run left on the disk and write RUN/report.html.
-
-Works on a recipe's folder or on that of one stage, finished or not.
-"""
+"""Collect the files of a run into a `Report` and write it to RUN/report.html."""
 
 from __future__ import annotations
 
@@ -13,121 +10,120 @@ from typing import Any
 
 from rayrl.config import Config
 from rayrl.errors import DataError
-from rayrl.report.page import Book, Phase, render
+from rayrl.report.page import Phase, Report, render
 from rayrl.report.table import MISSING, Result, columns, entry
 from rayrl.rollout.episode_io import read_checked
 from rayrl.run.alarms import ALARMS
-from rayrl.run.files import opened, parse, read_lines, write_atomic
+from rayrl.run.files import parse, read_jsonl, verify_checksum, write_atomic
 from rayrl.run.folder import check_finished, read_config
+from rayrl.run.metrics import TIMELINE
 from rayrl.run.stage import EPISODES
-from rayrl.run.timeline import TIMELINE
 
-__all__ = ["gather", "run", "write"]
+__all__ = ["collect_report", "write_report"]
 
 PAGE = "report.html"
 
 
-def run(config: Config) -> None:
-    """Write the report of the run in `config.run.dir` and say where it is."""
-    print(f"Report in {write(config.run.dir)}")
-
-
-def write(folder: str | Path) -> Path:
-    """Write the page; returns its path.
+def write_report(folder: str | Path) -> Path:
+    """Write the HTML report of the run in `folder` and return its path.
 
     Raises:
-        DataError: there is no run in that folder, or one of its files is malformed.
+        DataError: `folder` holds no run, or one of its files is malformed.
     """
     page = Path(folder) / PAGE
-    write_atomic(page, render(gather(Path(folder))).encode())
+    write_atomic(page, render(collect_report(Path(folder))).encode())
     return page
 
 
-def gather(folder: Path) -> Book:
-    """Everything the page shows."""
+def collect_report(folder: Path) -> Report:
+    """Read everything the report shows from a recipe's folder or from a stage's.
+
+    Raises:
+        DataError: as `write_report`.
+    """
     config = read_config(folder)
     stages = [(stage.name, stage.verb, folder / stage.name) for stage in config.recipe]
     stages = [stage for stage in stages if (stage[2] / "config.yaml").is_file()]
     if not stages:
-        stages = [(config.run.name, _verb_of(folder), folder)]
-    phases = [_phase(name, verb, where) for name, verb, where in stages if verb != "eval"]
-    results, apart = _results(folder, stages)
-    record = _read(folder / "recipe.json", dict) or {}
-    return Book(
+        stages = [(config.run.name, _detect_verb(folder), folder)]
+    phases = [_read_phase(name, verb, path) for name, verb, path in stages if verb != "eval"]
+    results = _read_results(folder, stages)
+    references = frozenset(
+        result.name for result in results if result.settings.get("player", "model") != "model"
+    )
+    record = _read_json(folder / "recipe.json", dict) or {}
+    return Report(
         title=f"{config.env.name}: {config.run.name}",
         source=str(folder),
         phases=phases,
         results=results,
-        apart=apart,
+        references=references,
         facts=_facts(config, phases, record),
         versions={name: str(value) for name, value in record.get("versions", {}).items()},
         eyebrow=" → ".join(name for name, verb, _ in stages if verb != "eval") or "evaluation",
-        lead=_lead([result for result in results if result.name not in apart]),
+        lead=_lead([result for result in results if result.name not in references]),
     )
 
 
-def _verb_of(folder: Path) -> str:
-    """What kind of run a folder without stages holds."""
+def _detect_verb(folder: Path) -> str:
+    """Tell the verb of a folder without stages from its files."""
     if (folder / "eval.json").is_file():
         return "eval"
     if (folder / EPISODES).is_file():
         return "synth"
-    first = next(iter(_lines(folder / "metrics.jsonl")), {})
+    first = next(iter(_read_rows(folder / "metrics.jsonl")), {})
     return "train" if "reward" in first or not first else "sft"
 
 
-def _phase(name: str, verb: str, folder: Path) -> Phase:
+def _read_phase(name: str, verb: str, folder: Path) -> Phase:
     files = sorted((folder / "episodes").glob("step_*.jsonl"))
-    about = ""
+    source = ""
     if verb == "synth" and (folder / EPISODES).is_file():
-        files, about = [folder / EPISODES], "kept by synth"
+        files, source = [folder / EPISODES], "kept by synth"
     elif files:
-        about = f"step {int(files[-1].stem.removeprefix('step_'))}"
+        source = f"step {int(files[-1].stem.removeprefix('step_'))}"
     episodes = []
     for episode, problem in read_checked(files[-1]) if files else ():
         if problem:
             raise DataError(problem)
         episodes.append(episode)
     if episodes:
-        about = f"{len(episodes)} episodes, {about}"
+        source = f"{len(episodes)} episodes, {source}"
     check_finished(folder)
-    rows, times, alarms = (_lines(folder / name) for name in ("metrics.jsonl", TIMELINE, ALARMS))
-    return Phase(name, verb, read_config(folder), rows, episodes, about, times, alarms)
+    metrics, timeline, alarms = (
+        _read_rows(folder / name) for name in ("metrics.jsonl", TIMELINE, ALARMS)
+    )
+    return Phase(name, verb, read_config(folder), metrics, episodes, source, timeline, alarms)
 
 
-def _lines(file: Path) -> list[dict[str, Any]]:
-    """Lines of metrics or of the timeline; a last one that is still being written is left out."""
+def _read_rows(file: Path) -> list[dict[str, Any]]:
+    """Read the rows of a JSONL file, without nulls and without a last line still being written."""
     if not file.is_file():
         return []
-    rows = read_lines(file, growing=True)
+    rows = read_jsonl(file, growing=True)
     return [{key: value for key, value in row.items() if value is not None} for row in rows]
 
 
-def _results(
-    folder: Path, stages: Sequence[tuple[str, str, Path]]
-) -> tuple[list[Result], frozenset[str]]:
-    """Rows of the table, and which of them are not stages of this run's model."""
-    table = _read(folder / "table.json", list)
-    if table is not None:
-        try:
-            found = [Result.from_dict(row) for row in table]
-        except (DataError, TypeError) as error:
-            raise DataError(f"{folder / 'table.json'}: {error}; remove the file.") from error
-    else:
-        files = [where / "eval.json" for _, verb, where in stages if verb == "eval"]
-        found = [Result.load(file) for file in files if file.is_file()]
-    apart = {result.name for result in found if result.settings.get("player", "model") != "model"}
-    return found, frozenset(apart)
+def _read_results(folder: Path, stages: Sequence[tuple[str, str, Path]]) -> list[Result]:
+    """Read the rows of the table from table.json, or from each evaluation where there is none."""
+    table = _read_json(folder / "table.json", list)
+    if table is None:
+        files = [path / "eval.json" for _, verb, path in stages if verb == "eval"]
+        return [Result.load(file) for file in files if file.is_file()]
+    try:
+        return [Result.from_dict(row) for row in table]
+    except (DataError, TypeError) as error:
+        raise DataError(f"{folder / 'table.json'}: {error}; remove the file.") from error
 
 
-def _read(file: Path, kind: type[Any]) -> Any:
+def _read_json(file: Path, kind: type[Any]) -> Any:
     if not file.is_file():
         return None
     try:
         data = parse(file.read_bytes())
         if not isinstance(data, kind):
             raise ValueError(f"expected a {kind.__name__}, got {type(data).__name__}")
-        return opened(data) if kind is dict else data
+        return verify_checksum(data) if kind is dict else data
     except json.JSONDecodeError as error:
         raise DataError(f"{file}:{error.lineno}: not JSON: {error.msg}") from error
     except ValueError as error:
@@ -135,17 +131,17 @@ def _read(file: Path, kind: type[Any]) -> Any:
 
 
 def _lead(results: Sequence[Result]) -> str:
-    """The last row in words, a figure per cell and every count of the checks."""
+    """Summarize the last row: one statistic per cell and every count of each check."""
     if not results:
         return ""
     last = results[-1]
-    said: dict[tuple[str, bool], list[str]] = {}
+    by_group: dict[tuple[str, bool], list[str]] = {}
     for column in columns([last]):
         text, _ = entry(last, column)
-        of = (column.group, column.is_check)
-        if text != MISSING and (column.is_check or of not in said):
-            said.setdefault(of, []).append(f"{column.name} {text}")
-    parts = "; ".join(f"{group}: {', '.join(some)}" for (group, _), some in said.items())
+        group = (column.group, column.is_check)
+        if text != MISSING and (column.is_check or group not in by_group):
+            by_group.setdefault(group, []).append(f"{column.name} {text}")
+    parts = "; ".join(f"{name}: {', '.join(texts)}" for (name, _), texts in by_group.items())
     return f"{last.name}. {parts}"
 
 
@@ -173,7 +169,7 @@ def _facts(config: Config, phases: Sequence[Phase], record: dict[str, Any]) -> d
 
 
 def duration(seconds: float) -> str:
-    """Time as people say it: 4.2 s, 17 min 32 s, 3 h 5 min."""
+    """Format seconds for people: 4.2 s, 17 min 32 s, 3 h 5 min."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -183,7 +179,7 @@ def duration(seconds: float) -> str:
 
 
 def compact(number: float) -> str:
-    """A count in three digits: 812, 12.3 k, 3.90 M."""
+    """Format a count in three significant digits: 812, 12.3 k, 3.9 M."""
     for size, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
         if number >= size:
             return f"{number / size:.3g}{unit}"

@@ -1,4 +1,4 @@
-"""An episode for a person to read in a terminal. Text of models is never taken for markup."""
+"""Episodes as text for a terminal; what models wrote is never interpreted as markup."""
 
 from __future__ import annotations
 
@@ -24,36 +24,36 @@ __all__ = [
 
 
 def new_console() -> Console:
-    """A console of this terminal that prints no control characters but its own."""
+    """Return a console that prints no control characters except its own."""
     console = Console()
-    console.push_render_hook(_Visible())
+    console.push_render_hook(_EscapeControls())
     return console
 
 
-class _Visible(RenderHook):
+class _EscapeControls(RenderHook):
     def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
-        """What is printed, each without control characters."""
-        return [_Shown(one) for one in renderables]
+        """Wrap each renderable so that its control characters are escaped."""
+        return [_Escaped(renderable) for renderable in renderables]
 
 
-class _Shown:
-    def __init__(self, what: ConsoleRenderable) -> None:
-        self.what = what
+class _Escaped:
+    def __init__(self, renderable: ConsoleRenderable) -> None:
+        self.renderable = renderable
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
-        for text, style, control in console.render(self.what, options):
+        for text, style, control in console.render(self.renderable, options):
             yield Segment(text if control else visible(text), style, control)
 
 
 def message_text(message: Message) -> Text:
-    """What was said to the model."""
+    """Format a message to the model."""
     style = "dim italic" if message.role == "system" else ""
     label = "" if message.role == "user" else f"[{message.role}] "
     return Text(visible(f"{label}{message.content}"), style=style)
 
 
 def reply_text(turn: Turn, seat: str = "") -> Text:
-    """What the model said."""
+    """Format the model's reply of a turn."""
     text = Text(f"{seat or turn.seat} ▸ ", style="bold cyan")
     text.append(visible(turn.text), style="not bold cyan")
     if turn.finish != "stop":
@@ -62,12 +62,12 @@ def reply_text(turn: Turn, seat: str = "") -> Text:
 
 
 def scores_text(scores: Mapping[str, Mapping[str, float]], rewards: Mapping[str, float]) -> Text:
-    """Scores and reward of each seat in one line."""
+    """Format scores and reward of each seat in one line."""
     text = Text()
-    for seat, of_seat in scores.items():
+    for seat, seat_scores in scores.items():
         if len(scores) > 1:
             text.append(f"{seat}: ", style="bold")
-        for name, value in of_seat.items():
+        for name, value in seat_scores.items():
             text.append(f"{name} ", style="dim")
             text.append(f"{value:.3g}  ", style="bold")
         if seat in rewards:
@@ -77,12 +77,12 @@ def scores_text(scores: Mapping[str, Mapping[str, float]], rewards: Mapping[str,
 
 
 def task_text(episode: Episode) -> Text:
-    """What the task holds, such as the right answer, without long texts that were said."""
-    said = "\n".join(message.content for turn in episode.turns for message in turn.prompt)
+    """Format a task's fields, such as the right answer, without long texts its prompts repeat."""
+    prompts = "\n".join(message.content for turn in episode.turns for message in turn.prompt)
     fields = {
         name: value
         for name, value in episode.task.to_dict().items()
-        if name != "seed" and not (isinstance(value, str) and len(value) > 20 and value in said)
+        if name != "seed" and not (isinstance(value, str) and len(value) > 20 and value in prompts)
     }
     text = Text("task: " if fields else "", style="dim")
     text.append(visible("  ".join(f"{name} {value}" for name, value in fields.items())))
@@ -90,14 +90,14 @@ def task_text(episode: Episode) -> Text:
 
 
 def episode_panel(episode: Episode, title: str = "") -> Panel:
-    """The whole conversation, and beneath it the scores or what went wrong."""
+    """Format a conversation, followed by its scores or its failure."""
     parts: list[Text | Padding] = []
     for turn in episode.turns:
         parts += [message_text(message) for message in turn.prompt]
         parts.append(Padding(reply_text(turn), (0, 0, 1, 2)))
     if episode.failure is not None:
-        said = f"{episode.failure.kind} failure: {episode.failure.message}"
-        parts.append(Text(visible(said), "red"))
+        failure = f"{episode.failure.kind} failure: {episode.failure.message}"
+        parts.append(Text(visible(failure), "red"))
     else:
         parts += [scores_text(episode.scores, episode.rewards), task_text(episode)]
     return Panel(Group(*parts), title=Text(title or episode.id), title_align="left", expand=False)

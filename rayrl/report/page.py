@@ -1,8 +1,7 @@
-"""The report as one HTML page: no network, no build step, all text of models escaped.
+"""The report as one self-contained HTML page, without network access or a build step.
 
-Jinja escapes every value; charts are drawn by `assets/report.js` and `assets/timeline.js` from
-JSON; a content security policy allows only these (one script, by its hash), so that nothing a model
-wrote can ever run.
+Jinja escapes every value; `assets/report.js` and `assets/timeline.js` draw charts from JSON. A
+content security policy allows only that script, by its hash, so nothing a model wrote can run.
 """
 
 from __future__ import annotations
@@ -22,18 +21,18 @@ from markupsafe import Markup
 
 from rayrl.config import Config, differences
 from rayrl.report.statistics import Split
-from rayrl.report.table import Column, Result, columns, entry, losses, spending
-from rayrl.run.timeline import shown
+from rayrl.report.table import Column, Result, columns, entry, failure_notes, usage_notes
+from rayrl.run.metrics import latest_steps
 from rayrl.types import Episode
 
-__all__ = ["Book", "Phase", "render"]
+__all__ = ["Phase", "Report", "render"]
 
 Metrics = Mapping[str, float]
 
 TIME = "time/"
 TOTAL = "time/total"
-COLORS = 8  # --p0 … --p7 in report.css
-TINTS = 7  # --t0 … --t6 there; the last is for "other"
+COLORS = 8  # of phases: --p0 … --p7 in report.css
+TINTS = 7  # of stages in a step: --t0 … --t6; the last is for "other"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +40,11 @@ class Phase:
     """One stage of a run.
 
     Attributes:
-        metrics: one mapping a step, each with `step`.
-        episodes: of the last batch that was written out.
-        about: where those episodes are from, in words.
-        timeline: lines of timeline.jsonl.
-        alarms: lines of alarms.jsonl.
+        metrics: one mapping per step, each with `step`.
+        episodes: of the last batch that was written.
+        episodes_from: which episodes these are, in words.
+        timeline: rows of timeline.jsonl.
+        alarms: rows of alarms.jsonl.
     """
 
     name: str
@@ -53,27 +52,29 @@ class Phase:
     config: Config
     metrics: Sequence[Metrics] = ()
     episodes: Sequence[Episode] = ()
-    about: str = ""
+    episodes_from: str = ""
     timeline: Sequence[Mapping[str, Any]] = ()
     alarms: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class Book:
-    """All that is on the page.
+class Report:
+    """Contents of the page.
 
     Attributes:
-        results: rows of the table; the last one is what the run ended with.
-        apart: rows for comparison only, such as the teacher.
+        results: rows of the table; the last row that is no reference is the run's final model.
+        references: names of rows for comparison only, such as the teacher.
         facts: label -> value of the tiles at the top.
-        versions: of the libraries.
+        versions: version by library.
+        eyebrow: small line above the title.
+        lead: sentence below it.
     """
 
     title: str
     source: str
     phases: Sequence[Phase]
     results: Sequence[Result] = ()
-    apart: frozenset[str] = frozenset()
+    references: frozenset[str] = frozenset()
     facts: Mapping[str, str] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     eyebrow: str = "rayrl report"
@@ -81,94 +82,90 @@ class Book:
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
-    """How a metric is shown: the first match wins; what matches none goes under "more"."""
+class Chart:
+    """How to show the metrics that match `pattern`; the first match wins."""
 
     pattern: str
     title: str  # {} is what `*` matched
     about: str
     size: str = ""  # "wide": two columns
-    main: bool = True
-    unit: bool = False  # lies in [0, 1], so that axis is always shown whole
+    main: bool = True  # otherwise under "more"
+    unit: bool = False  # the axis is [0, 1]
 
 
-KNOWN = (
-    Known("reward", "Reward", "mean over the batch", size="wide"),
-    Known("score/*", "{}", "score, mean over the batch", unit=True),
-    Known("loss", "Loss", "what the optimizer minimises"),
-    Known("entropy", "Entropy", "of the policy, nats per token"),
-    Known("reward_std", "Reward spread", "standard deviation over the batch"),
-    Known("mismatch/mean", "Mismatch", "mean |log p(learner) − log p(engine)| of sampled tokens"),
-    Known("grad_norm", "Gradient norm", "before clipping"),
-    Known(
+CHARTS = (
+    Chart("reward", "Reward", "mean over the batch", size="wide"),
+    Chart("score/*", "{}", "score, mean over the batch", unit=True),
+    Chart("loss", "Loss", "minimized by the optimizer"),
+    Chart("entropy", "Entropy", "of the policy, nats per token"),
+    Chart("reward_std", "Reward spread", "standard deviation over the batch"),
+    Chart("mismatch/mean", "Mismatch", "mean |log p(learner) − log p(engine)| of sampled tokens"),
+    Chart("grad_norm", "Gradient norm", "before clipping"),
+    Chart(
         "groups/zero_variance_share",
         "Zero-variance groups",
         "share of groups; they carry no signal",
         unit=True,
     ),
-    Known("turns", "Turns", "per episode"),
-    Known("clip_fraction", "Clipped", "share of tokens"),
-    Known("reply_tokens", "Reply length", "tokens per turn"),
+    Chart("turns", "Turns", "per episode"),
+    Chart("clip_fraction", "Clipped", "share of tokens"),
+    Chart("reply_tokens", "Reply length", "tokens per turn"),
 )
 
 
-def render(book: Book) -> str:
-    """The page."""
+def render(report: Report) -> str:
+    """Render the HTML page."""
     assets = files("rayrl.report") / "assets"
     script = "".join((assets / name).read_text() for name in ("report.js", "timeline.js"))
-    charts, payload = _charts(book.phases)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    charts, payload = _charts(report.phases)
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     template = environment.from_string((assets / "report.html").read_text())
     return template.render(
-        title=book.title,
-        eyebrow=book.eyebrow,
-        lead=book.lead,
-        source=book.source,
-        tiles=[{"label": label, "value": value} for label, value in book.facts.items()],
-        table=_table(book.results, book.apart),
+        title=report.title,
+        eyebrow=report.eyebrow,
+        lead=report.lead,
+        source=report.source,
+        tiles=[{"label": label, "value": value} for label, value in report.facts.items()],
+        table=_table(report.results, report.references),
         alarms=[
             {"phase": phase.name, "step": alarm["step"], "text": alarm["text"]}
-            for phase in book.phases
+            for phase in report.phases
             for alarm in phase.alarms
         ],
         charts=charts,
         payload=payload,
-        timings=_timings(book.phases),
+        timings=_timings(report.phases),
         timelines=[
             {"name": phase.name, "steps": steps}
-            for phase in book.phases
-            if (steps := shown(phase.timeline))
+            for phase in report.phases
+            if (steps := latest_steps(phase.timeline))
         ],
-        phases_with_episodes=_samples(book.phases),
-        settings=_settings(book.phases),
-        versions=list(book.versions.items()),
+        phases_with_episodes=_samples(report.phases),
+        settings=_settings(report.phases),
+        versions=list(report.versions.items()),
         style=Markup((assets / "report.css").read_text()),
         script=Markup(script),
-        script_hash=_hash(script),
+        script_hash=f"sha256-{digest}",
     )
 
 
-def _hash(script: str) -> str:
-    digest = hashlib.sha256(script.encode()).digest()
-    return f"sha256-{base64.b64encode(digest).decode()}"
-
-
-def _table(results: Sequence[Result], apart: frozenset[str]) -> dict[str, Any]:
+def _table(results: Sequence[Result], references: frozenset[str]) -> dict[str, Any]:
     shown = columns(results)
     groups: list[dict[str, Any]] = []
     for column in shown:
-        if groups and groups[-1]["of"] == (column.group, column.is_check):
+        if groups and groups[-1]["key"] == (column.group, column.is_check):
             groups[-1]["span"] += 1
-        else:  # a check may be called as a cell is
-            of = (column.group, column.is_check)
-            groups.append({"name": column.group, "of": of, "span": 1})
-    last = next((r.name for r in reversed(results) if r.name not in apart), None)
+        else:  # a check and a cell may have the same name
+            key = (column.group, column.is_check)
+            groups.append({"name": column.group, "key": key, "span": 1})
+    last = next((r.name for r in reversed(results) if r.name not in references), None)
     rows = [
         {
             "name": result.name,
-            "kind": "apart" if result.name in apart else "last" if result.name == last else "",
+            "kind": "reference" if result.name in references else "last" * (result.name == last),
             "cells": [_table_cell(result, column) for column in shown],
         }
         for result in results
@@ -176,10 +173,10 @@ def _table(results: Sequence[Result], apart: frozenset[str]) -> dict[str, Any]:
     sizes = [cell.episodes for result in results for cell in result.cells.values()]
     size = f"{min(sizes)}" if sizes and min(sizes) == max(sizes) else "the given number of"
     note = (
-        f"{size} episodes per cell. The small figures are 95% intervals: Wilson's for shares, "
+        f"{size} episodes per cell. The small numbers are 95% intervals: Wilson's for shares, "
         "Student's t for means. Counts of exhaustive checks are exact."
     )
-    note = " ".join([note, *losses(results), *spending(results)])
+    note = " ".join([note, *failure_notes(results), *usage_notes(results)])
     names = [column.name for column in shown]
     return {"groups": groups, "names": names, "rows": rows, "note": note}
 
@@ -190,25 +187,25 @@ def _table_cell(result: Result, column: Column) -> dict[str, Any]:
         "text": text,
         "small": [s for s in interval.split(" · ") if s],
         "label": f"{column.group} · {column.name}",
+        "bars": [],
     }
-    cell["bars"] = []
-    found = result.cells.get(column.group)
-    figure = found.figures.get(column.name) if found and not column.is_check else None
-    if isinstance(figure, Split):
-        last = len(figure.counts) - 1
+    played = result.cells.get(column.group)
+    split = played.statistics.get(column.name) if played and not column.is_check else None
+    if isinstance(split, Split):
+        last = len(split.counts) - 1
         kinds = {0: "o-first", last: "o-last"}
         cell["bars"] = [
-            {"kind": kinds.get(i, "o-mid"), "width": f"{100 * figure.share(name).value:.2f}"}
-            for i, name in enumerate(figure.counts)
+            {"kind": kinds.get(i, "o-mid"), "width": f"{100 * split.share(name).value:.2f}"}
+            for i, name in enumerate(split.counts)
         ]
-        cell["bar_title"] = ", ".join(f"{name} {n}" for name, n in figure.counts.items())
-        intervals = {name: figure.share(name).interval_text() for name in figure.counts}
-        cell["small"] = [f"{name} {shown}" for name, shown in intervals.items() if shown]
+        cell["bar_title"] = ", ".join(f"{name} {n}" for name, n in split.counts.items())
+        intervals = {name: split.share(name).interval_text() for name in split.counts}
+        cell["small"] = [f"{name} {text}" for name, text in intervals.items() if text]
     return cell
 
 
 def _charts(phases: Sequence[Phase]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Cards in the order of `KNOWN`, and the curves of each for the script."""
+    """Return the charts' cards in the order of `CHARTS`, and the curves of each for the script."""
     names = {
         name: None
         for phase in phases
@@ -217,36 +214,36 @@ def _charts(phases: Sequence[Phase]) -> tuple[list[dict[str, Any]], dict[str, An
         if name != "step" and not name.startswith(TIME)
     }
     ranked = sorted(
-        names, key=lambda name: (_rank(name), name if _rank(name) == len(KNOWN) else "")
+        names, key=lambda name: (_rank(name), name if _rank(name) == len(CHARTS) else "")
     )
     charts, payload = [], {}
     for number, name in enumerate(ranked):
-        lines = [line for i, phase in enumerate(phases) if (line := _line(phase, name, i))]
+        lines = [line for i, phase in enumerate(phases) if (line := _curve(phase, name, i))]
         if not lines:
             continue
         rank = _rank(name)
-        known = KNOWN[rank] if rank < len(KNOWN) else Known("*", "{}", "", main=False)
-        title = known.title.format(name.removeprefix(known.pattern.removesuffix("*")) or name)
+        chart = CHARTS[rank] if rank < len(CHARTS) else Chart("*", "{}", "", main=False)
+        title = chart.title.format(name.removeprefix(chart.pattern.removesuffix("*")) or name)
         key = f"m{number}"
         charts.append(
             {
                 "key": key,
                 "title": title,
-                "about": known.about,
-                "size": known.size,
-                "main": known.main,
+                "about": chart.about,
+                "size": chart.size,
+                "main": chart.main,
             }
         )
-        payload[key] = {"title": title, "unit": known.unit, "lines": lines}
+        payload[key] = {"title": title, "unit": chart.unit, "lines": lines}
     return charts, payload
 
 
 def _rank(name: str) -> int:
-    ranks = (i for i, known in enumerate(KNOWN) if fnmatchcase(name, known.pattern))
-    return next(ranks, len(KNOWN))
+    ranks = (i for i, chart in enumerate(CHARTS) if fnmatchcase(name, chart.pattern))
+    return next(ranks, len(CHARTS))
 
 
-def _line(phase: Phase, name: str, color: int) -> dict[str, Any] | None:
+def _curve(phase: Phase, name: str, color: int) -> dict[str, Any] | None:
     rows = [row for row in phase.metrics if name in row]
     values = [_finite(row[name]) for row in rows]
     if all(value is None for value in values):
@@ -268,19 +265,19 @@ def _finite(value: object) -> float | None:
 
 
 def _timings(phases: Sequence[Phase]) -> list[dict[str, Any]]:
-    """A bar a phase; the same stage has the same colour in all of them."""
+    """One bar per phase; a stage of the step has the same colour in all bars."""
     rows = [row for phase in phases if (row := _timing(phase))]
     names = list(dict.fromkeys(part["name"] for row in rows for part in row["parts"]))
     named = [name for name in names if name != "other"]
     for row in rows:
         for part in row["parts"]:
-            own = part["name"] in named
-            part["color"] = named.index(part["name"]) % (TINTS - 1) if own else TINTS - 1
+            is_named = part["name"] in named
+            part["color"] = named.index(part["name"]) % (TINTS - 1) if is_named else TINTS - 1
     return rows
 
 
 def _timing(phase: Phase) -> dict[str, Any] | None:
-    """Mean seconds of each `time/…` metric; what they leave of `time/total` is "other"."""
+    """Mean seconds of each `time/…` metric; the rest of `time/total` is "other"."""
     rows = [row for row in phase.metrics if any(name.startswith(TIME) for name in row)]
     names = {name: None for row in rows for name in row if name.startswith(TIME) and name != TOTAL}
     if not names:
@@ -311,33 +308,30 @@ def _timing(phase: Phase) -> dict[str, Any] | None:
 
 
 def _samples(phases: Sequence[Phase]) -> list[dict[str, Any]]:
-    shown = []
-    for color, phase in enumerate(phases):
-        if phase.episodes:
-            chosen = [_episode(label, episode) for label, episode in choose(phase.episodes)]
-            shown.append(
-                {
-                    "name": phase.name,
-                    "about": phase.about,
-                    "color": color % COLORS,
-                    "episodes": chosen,
-                }
-            )
-    return shown
+    return [
+        {
+            "name": phase.name,
+            "episodes_from": phase.episodes_from,
+            "color": color % COLORS,
+            "episodes": [_episode(label, e) for label, e in choose_samples(phase.episodes)],
+        }
+        for color, phase in enumerate(phases)
+        if phase.episodes
+    ]
 
 
-def choose(episodes: Sequence[Episode]) -> list[tuple[str, Episode]]:
-    """Best, median and worst by mean reward over the seats; a failed one, if any, in its place."""
+def choose_samples(episodes: Sequence[Episode]) -> list[tuple[str, Episode]]:
+    """Choose the best, median and worst episode by mean reward over seats, and a failed one."""
     scored = sorted(
         (e for e in episodes if e.failure is None and e.rewards),
         key=lambda e: statistics.fmean(e.rewards.values()),
         reverse=True,
     )
     failed = [e for e in episodes if e.failure is not None]
-    places = {0: "best", len(scored) // 2: "median", len(scored) - 1: "worst"}
+    ranks = {0: "best", len(scored) // 2: "median", len(scored) - 1: "worst"}
     if len(scored) < 3:
-        places = dict(enumerate(("best", "worst")[: len(scored)]))
-    chosen = [(label, scored[place]) for place, label in sorted(places.items())]
+        ranks = dict(enumerate(("best", "worst")[: len(scored)]))
+    chosen = [(label, scored[rank]) for rank, label in sorted(ranks.items())]
     return chosen + [("failed", episode) for episode in failed[:1]]
 
 
@@ -345,43 +339,43 @@ def _episode(label: str, episode: Episode) -> dict[str, Any]:
     several = len(episode.scores) > 1
     chips = []
     for seat, scores in episode.scores.items():
-        mark = f"{seat}: " if several else ""
+        prefix = f"{seat}: " if several else ""
         if seat in episode.rewards:
-            chips.append({"kind": "reward", "text": f"{mark}reward {episode.rewards[seat]:.3g}"})
-        chips += [{"kind": "", "text": f"{mark}{n} {v:.3g}"} for n, v in scores.items()]
+            chips.append({"kind": "reward", "text": f"{prefix}reward {episode.rewards[seat]:.3g}"})
+        chips += [{"kind": "", "text": f"{prefix}{n} {v:.3g}"} for n, v in scores.items()]
     if episode.failure is not None:
         chips.append({"kind": "failure", "text": f"{episode.failure.kind} failure"})
     messages = []
     for turn in episode.turns:
         for message in turn.prompt:
-            messages.append({"role": message.role, "who": "", "text": message.content})
+            messages.append({"role": message.role, "speaker": "", "text": message.content})
         cut = "" if turn.finish == "stop" else f"cut off: {turn.finish}"
-        who = " · ".join(part for part in (turn.seat if several else "", cut) if part)
-        messages.append({"role": "assistant", "who": who, "text": turn.text})
+        speaker = " · ".join(part for part in (turn.seat if several else "", cut) if part)
+        messages.append({"role": "assistant", "speaker": speaker, "text": turn.text})
     if episode.failure is not None:
-        messages.append({"role": "tool", "who": "failure", "text": episode.failure.message})
+        messages.append({"role": "tool", "speaker": "failure", "text": episode.failure.message})
     return {"label": label.capitalize(), "chips": chips, "messages": messages}
 
 
 def _settings(phases: Sequence[Phase]) -> dict[str, Any]:
-    """One row for each key some phase sets, one column a phase."""
+    """Settings that some phase changes: one row per key, one column per phase."""
     changed = [differences(phase.config) for phase in phases]
-    hidden = ("recipe", "run.dir", "play.")  # of the machine or of a person, not of the run
+    hidden = ("recipe", "run.dir", "play.")  # they do not affect results
     keys = sorted({k for change in changed for k in change if not k.startswith(hidden)})
     rows = []
     for key in keys:
         default = next(change[key][0] for change in changed if key in change)
         values = [
-            {"text": _plain(change.get(key, (default, default))[1]), "same": key not in change}
+            {"text": _format(change.get(key, (default, default))[1]), "same": key not in change}
             for change in changed
         ]
-        rows.append({"key": key, "default": _plain(default), "cells": values})
+        rows.append({"key": key, "default": _format(default), "cells": values})
     return {"names": [phase.name for phase in phases], "rows": rows}
 
 
-def _plain(value: object) -> str:
+def _format(value: object) -> str:
     if isinstance(value, Mapping):
-        return "\n".join(f"{key}: {_plain(entry)}" for key, entry in value.items()) or "–"
+        return "\n".join(f"{key}: {_format(entry)}" for key, entry in value.items()) or "–"
     if isinstance(value, list | tuple):
         return ", ".join(map(str, value)) or "–"
     return "–" if value == "" else str(value)

@@ -1,16 +1,15 @@
-"""Figures: what a set of episodes comes to, each with its 95% interval.
+"""Evaluation statistics: aggregates over episodes with 95% intervals.
 
-An environment says what is worth reporting of one episode (`Environment.figures`); the *type* of
-each value says how episodes are put together:
+An environment may choose what to report of an episode (`Environment.figures`); the *type* of each
+value determines the statistic:
 
     {"win/draw/loss": "draw",     one of the names between the slashes -> a count of each
      "invalid %": False,          a bool -> the share of episodes where it is true
      "format %": 0.75,            a number -> the mean; `%` in the name shows it times 100
      "moves": 5}
 
-Without a hook every score is a mean. Nothing here knows what is being played. Intervals allow for
-tasks that were played several times, and a figure of a single episode, or of a single task, has
-none.
+Without this hook, the mean of every score is reported. Intervals allow for tasks that were played
+several times; statistics of a single episode or task have no interval.
 """
 
 from __future__ import annotations
@@ -22,35 +21,33 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rayrl.environment.group_reward import score_of
-from rayrl.errors import DataError, EnvError, describe_error, did_you_mean
+from rayrl.errors import DataError, EnvError, did_you_mean
 from rayrl.report.intervals import effective_n, mean_interval, wilson
 from rayrl.types import Episode, Task
 
 __all__ = [
-    "Figure",
     "Mean",
     "Share",
     "Split",
-    "figure_from_dict",
-    "measure",
+    "Statistic",
+    "eval_statistics",
     "percent",
     "scores_of",
+    "statistic_from_dict",
     "task_key",
 ]
 
 Value = bool | float | int | str
 Hook = Callable[[Episode], Mapping[str, Value]]
-
-
 Interval = tuple[float, float]
 
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """An event seen in `count` of `n` episodes.
+    """Share of episodes with an event: `count` of `n`.
 
     Attributes:
-        effective: how many independent episodes say as much; None: all `n` are.
+        effective: effective sample size (`intervals.effective_n`); None if it is `n`.
     """
 
     count: int
@@ -64,7 +61,7 @@ class Share:
 
     @property
     def interval(self) -> Interval | None:
-        """Wilson's 95% interval; None for the share of what is worth a single episode."""
+        """Wilson's 95% interval; None if the effective sample size is at most 1."""
         n = self.n if self.effective is None else self.effective
         return wilson(self.value * n, n) if n > 1 else None
 
@@ -73,11 +70,11 @@ class Share:
         return percent(self.value)
 
     def interval_text(self) -> str:
-        """The interval in percent; empty if there is none."""
+        """The interval in percent; empty without one."""
         return "–".join(percent(bound) for bound in self.interval or ())
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for eval.json; an interval that is not there becomes null."""
+        """Plain data for eval.json; a missing interval becomes null."""
         low, high = self.interval or (None, None)
         return {
             "kind": "share",
@@ -92,10 +89,11 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Which of several outcomes each of `n` episodes had: `counts` has them all, in order.
+    """Counts of the outcomes of `n` episodes.
 
     Attributes:
-        effective: as a share's, by outcome; empty: all `n` episodes are independent.
+        counts: by outcome, in display order.
+        effective: effective sample size by outcome; empty if it is `n`.
     """
 
     counts: Mapping[str, int]
@@ -103,7 +101,7 @@ class Split:
     effective: Mapping[str, float] = field(default_factory=dict)
 
     def share(self, outcome: str) -> Share:
-        """One outcome's share."""
+        """Share of one outcome."""
         return Share(self.counts[outcome], self.n, self.effective.get(outcome))
 
     def text(self) -> str:
@@ -111,7 +109,7 @@ class Split:
         return "/".join(self.share(outcome).text() for outcome in self.counts)
 
     def interval_text(self) -> str:
-        """The intervals in percent, in the same order; those that are not there are left out."""
+        """The intervals in percent, in the same order, without missing ones."""
         texts = [self.share(outcome).interval_text() for outcome in self.counts]
         return " · ".join(text for text in texts if text)
 
@@ -123,9 +121,9 @@ class Split:
 
 @dataclass(frozen=True, slots=True)
 class Mean:
-    """The mean of a number over `n` episodes; `in_percent` only says how it is shown.
+    """Mean of a number over `n` episodes; `in_percent` affects only its text.
 
-    Bounds that are not finite say that there is no interval.
+    Infinite bounds mean that there is no interval.
     """
 
     value: float
@@ -136,23 +134,23 @@ class Mean:
 
     @property
     def interval(self) -> Interval | None:
-        """The 95% interval of the mean; None for the mean of a single episode or task."""
+        """95% interval of the mean; None for the mean of a single episode or task."""
         known = math.isfinite(self.low) and math.isfinite(self.high)
         return (self.low, self.high) if known else None
 
     def text(self) -> str:
         """The mean, in percent or with three decimals."""
-        return self._show(self.value)
+        return self._format(self.value)
 
     def interval_text(self) -> str:
-        """The interval, shown as the mean is; empty if there is none."""
-        return "–".join(self._show(bound) for bound in self.interval or ())
+        """The interval in the format of the mean; empty without one."""
+        return "–".join(self._format(bound) for bound in self.interval or ())
 
-    def _show(self, value: float) -> str:
+    def _format(self, value: float) -> str:
         return percent(value) if self.in_percent else f"{value:.3f}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for eval.json; an interval that is not there becomes null."""
+        """Plain data for eval.json; a missing interval becomes null."""
         return {
             "kind": "mean",
             "n": self.n,
@@ -163,30 +161,29 @@ class Mean:
         }
 
 
-Figure = Share | Split | Mean
+Statistic = Share | Split | Mean
 
 
-def figure_from_dict(data: Mapping[str, Any]) -> Figure:
-    """The inverse of `to_dict`.
+def statistic_from_dict(data: Mapping[str, Any]) -> Statistic:
+    """Restore a statistic from its `to_dict`.
 
     Raises:
-        DataError: if `data` is not a figure.
+        DataError: `data` is not a statistic.
     """
     try:
         kind = data["kind"]
         if kind == "share":
             effective = data.get("effective")
-            known = None if effective is None else float(effective)
-            return Share(int(data["count"]), int(data["n"]), known)
+            effective = None if effective is None else float(effective)
+            return Share(int(data["count"]), int(data["n"]), effective)
         if kind == "split":
             counts = {str(name): int(count) for name, count in data["counts"].items()}
-            shares = data.get("shares", {})
-            known_of = {
+            effective_by_outcome = {
                 str(name): float(share["effective"])
-                for name, share in shares.items()
+                for name, share in data.get("shares", {}).items()
                 if "effective" in share
             }
-            return Split(counts, int(data["n"]), known_of)
+            return Split(counts, int(data["n"]), effective_by_outcome)
         if kind == "mean":
             value, low, high = (
                 default if data[key] is None else float(data[key])
@@ -194,12 +191,12 @@ def figure_from_dict(data: Mapping[str, Any]) -> Figure:
             )
             return Mean(value, low, high, int(data["n"]), bool(data["percent"]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(f"not a figure: {data!r} ({error!r})") from error
-    raise DataError(f"not a figure: kind {kind!r} is none of share, split, mean")
+        raise DataError(f"not a statistic: {data!r} ({error!r})") from error
+    raise DataError(f"not a statistic: kind {kind!r} is none of share, split, mean")
 
 
 def scores_of(episode: Episode) -> dict[str, float]:
-    """An episode's scores under one level of names: `win`, or `x.win` with several seats."""
+    """Flatten an episode's scores: `win` with one seat, `x.win` with several."""
     if len(episode.scores) == 1:
         (scores,) = episode.scores.values()
         return dict(scores)
@@ -211,23 +208,34 @@ def scores_of(episode: Episode) -> dict[str, float]:
 
 
 def task_key(task: Task) -> str:
-    """The same text for equal tasks, whether they were drawn or read from a file."""
+    """Return a key that is equal for equal tasks, whether generated or read from a file."""
     return json.dumps(task.to_dict(), default=repr)
 
 
-def measure(episodes: Sequence[Episode], hook: Hook | None = None) -> dict[str, Figure]:
-    """Figures of the episodes that ended with a score, in the order the hook names them.
+def eval_statistics(episodes: Sequence[Episode], hook: Hook | None = None) -> dict[str, Statistic]:
+    """Aggregate the episodes that ended with a score.
 
-    Failed episodes have no scores and are left out; callers report how many there were. Without a
-    hook, the mean of a score is over the episodes that have it: tool calls are counted only where
-    tools were offered. Episodes of equal tasks (the seed is part of a task) are clustered.
+    Failed episodes have no scores and are left out; callers report their number. Without `hook`,
+    the mean of a score is over the episodes that have it: tool calls are counted only where tools
+    were offered. Episodes of equal tasks (the seed is part of a task) are clustered.
+
+    Args:
+        hook: values to report of an episode, by name; None: its scores.
+
+    Returns:
+        Statistics by name, in the order of the names in the first episodes.
 
     Raises:
-        EnvError: if the hook raises, names different figures for different episodes, gives an
-            outcome that is not in the figure's name, or what is no finite number.
+        EnvError: `hook` raises, returns different names for different episodes, an outcome that is
+            not in its name, or a number that is not finite.
     """
     valid = [e for e in episodes if e.failure is None]
-    rows = [_row(hook or scores_of, e) for e in valid]
+    rows: list[dict[str, Value]] = []
+    for episode in valid:
+        try:
+            rows.append(dict((hook or scores_of)(episode)))
+        except Exception as error:
+            raise EnvError(f"statistics of episode {episode.id}: {describe_error(error)}") from error
     tasks = [task_key(e.task) for e in valid]
     if not rows:
         return {}
@@ -239,25 +247,18 @@ def measure(episodes: Sequence[Episode], hook: Hook | None = None) -> dict[str, 
                 f"figures differ between episodes: {', '.join(odd)} not in all of them; "
                 "return every figure for every episode"
             )
-    figures = {}
+    result = {}
     for name in names:
         having = [k for k, row in enumerate(rows) if name in row]
-        figures[name] = _combine(name, [rows[k][name] for k in having], [tasks[k] for k in having])
-    return figures
+        result[name] = _aggregate(name, [rows[k][name] for k in having], [tasks[k] for k in having])
+    return result
 
 
-def _row(hook: Hook, episode: Episode) -> dict[str, Value]:
-    try:
-        return dict(hook(episode))
-    except Exception as error:
-        raise EnvError(f"statistics of episode {episode.id}: {describe_error(error)}") from error
-
-
-def _combine(name: str, values: Sequence[Value], tasks: Sequence[str]) -> Figure:
+def _aggregate(name: str, values: Sequence[Value], tasks: Sequence[str]) -> Statistic:
     n, repeated = len(values), len(set(tasks)) < len(values)
     if all(isinstance(value, bool) for value in values):
-        seen = [float(value) for value in values]
-        return Share(int(sum(seen)), n, effective_n(seen, tasks) if repeated else None)
+        events = [float(value) for value in values]
+        return Share(int(sum(events)), n, effective_n(events, tasks) if repeated else None)
     if all(isinstance(value, str) for value in values):
         outcomes = name.removesuffix("%").strip().split("/")
         for value in values:
@@ -281,7 +282,7 @@ def _combine(name: str, values: Sequence[Value], tasks: Sequence[str]) -> Figure
 
 
 def _mean(numbers: Sequence[float], tasks: Sequence[str], in_percent: bool) -> Mean:
-    """Numbers that are all 0 or 1 are an event: their mean has the interval of a share."""
+    """Mean of numbers; if all are 0 or 1 they are an event, and it gets the interval of a share."""
     mean, low, high = mean_interval(numbers, tasks)
     if set(numbers) <= {0.0, 1.0}:
         effective = effective_n(numbers, tasks)
@@ -293,7 +294,7 @@ def _mean(numbers: Sequence[float], tasks: Sequence[str], in_percent: bool) -> M
 
 
 def percent(share: float) -> str:
-    """A share in percent with as many decimals as it needs: 100, 97.5, 0.3."""
+    """Format a share in percent with at most one decimal: 100, 97.5, 0.3."""
     if not math.isfinite(share):
         return "?" if math.isnan(share) else ("-∞" if share < 0 else "∞")
     return f"{100 * share:.1f}".removesuffix(".0")

@@ -1,7 +1,7 @@
-"""Results: one evaluation as data (`eval.json`), and several of them as one table.
+"""Evaluation results: one as data (`eval.json`), several as a table.
 
-Rows are players (teacher, base, after SFT, …); columns are the figures of each cell and of each
-exhaustive check, in the order they first appear. A figure a row lacks is shown as a dash.
+Rows are players (teacher, base, after SFT, …); columns are the statistics of each cell and the
+counts of each exhaustive check, in the order of their first appearance. A dash is a missing value.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from rich.table import Table
 from rich.text import Text
 
 from rayrl.errors import DataError
-from rayrl.report.statistics import Figure, figure_from_dict
-from rayrl.run.files import opened, parse, sealed
+from rayrl.report.statistics import Statistic, statistic_from_dict
+from rayrl.run.files import parse, verify_checksum, with_checksum
 from rayrl.types import Usage, sum_usage
 
 __all__ = [
@@ -29,10 +29,10 @@ __all__ = [
     "Result",
     "columns",
     "entry",
-    "losses",
+    "failure_notes",
     "markdown",
     "rich_table",
-    "spending",
+    "usage_notes",
 ]
 
 MISSING = "–"
@@ -40,23 +40,24 @@ MISSING = "–"
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One setting of the environment that was played.
+    """Episodes of an evaluation with the same arguments of the environment.
 
     Attributes:
-        args: the environment's keywords in this cell.
-        episodes: how many ended with a score; the figures are of these.
-        failed: how many did not.
-        usage: tokens that a server's model cost, failed episodes included; None without one.
-        unplayed: of the failed ones, those that are to be played again.
-        refused: of the failed ones, those whose conversation a server refuses.
-        tasks: how many different ones those that ended were of; 0: as many as episodes, or a file
-            that does not say.
+        args: the environment's keyword arguments.
+        episodes: number that ended with a score.
+        failed: number that did not.
+        statistics: over the episodes that ended with a score, by name.
+        usage: tokens billed by a model server, failed episodes included; None without a server.
+        unplayed: failed episodes that a rerun plays again.
+        refused: failed episodes whose conversation the server refused.
+        tasks: number of distinct tasks of the episodes that ended; 0: as many as episodes, or
+            unknown.
     """
 
     args: Mapping[str, Any]
     episodes: int
     failed: int
-    figures: Mapping[str, Figure]
+    statistics: Mapping[str, Statistic]
     usage: Usage | None = None
     unplayed: int = 0
     refused: int = 0
@@ -64,7 +65,7 @@ class Cell:
 
     @property
     def size(self) -> str:
-        """How many episodes, and of how many tasks where some were played several times."""
+        """Number of episodes, and of tasks if some were played several times."""
         of = f" of {self.tasks:,} task{'s' if self.tasks > 1 else ''}" if self.tasks else ""
         return f"{self.episodes:,} episode{'' if self.episodes == 1 else 's'}{of}"
 
@@ -77,8 +78,8 @@ class Result:
         name: the row's label.
         cells: by name.
         checks: exhaustive checks by name, each with its counts by name.
-        settings: what else is needed to run the same evaluation again.
-        prices: of a million tokens read and written; 0 where nobody said.
+        settings: what else it takes to repeat the evaluation.
+        prices: per million prompt and completion tokens; 0 if unknown.
     """
 
     name: str
@@ -89,22 +90,22 @@ class Result:
 
     @property
     def usage(self) -> Usage | None:
-        """Tokens of all cells."""
+        """Token usage of all cells."""
         return sum_usage(cell.usage for cell in self.cells.values())
 
     @property
     def unplayed(self) -> int:
-        """Episodes of all cells that are to be played again."""
+        """Failed episodes of all cells that a rerun plays again."""
         return sum(cell.unplayed for cell in self.cells.values())
 
     def cost(self, usage: Usage) -> float | None:
-        """What tokens cost at this result's prices; None without prices."""
+        """Cost of `usage` at this result's prices; None without prices."""
         if not any(self.prices):
             return None
         return (usage.prompt * self.prices[0] + usage.completion * self.prices[1]) / 1e6
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
+        """Plain data for `eval.json`."""
         return {
             "name": self.name,
             "settings": dict(self.settings),
@@ -113,7 +114,7 @@ class Result:
                     "args": dict(cell.args),
                     "episodes": cell.episodes,
                     "failed": cell.failed,
-                    "figures": {key: figure.to_dict() for key, figure in cell.figures.items()},
+                    "figures": {key: value.to_dict() for key, value in cell.statistics.items()},
                     **({"unplayed": cell.unplayed} if cell.unplayed else {}),
                     **({"tasks": cell.tasks} if cell.tasks else {}),
                     **({"refused": cell.refused} if cell.refused else {}),
@@ -134,19 +135,19 @@ class Result:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Result:
-        """The inverse of `to_dict`.
+        """Restore a result from its `to_dict`.
 
         Raises:
-            DataError: if `data` is not a result.
+            DataError: `data` is not a result.
         """
         try:
-            data = opened(data)
+            data = verify_checksum(data)
             cells = {
                 name: Cell(
                     dict(cell["args"]),
                     int(cell["episodes"]),
                     int(cell["failed"]),
-                    {key: figure_from_dict(value) for key, value in cell["figures"].items()},
+                    {key: statistic_from_dict(value) for key, value in cell["figures"].items()},
                     Usage(**cell["usage"]) if "usage" in cell else None,
                     int(cell.get("unplayed", 0)),
                     int(cell.get("refused", 0)),
@@ -169,7 +170,7 @@ class Result:
         """Read `eval.json`.
 
         Raises:
-            DataError: naming the file, if it is missing or malformed.
+            DataError: the file is missing or malformed; the message names it.
         """
         try:
             return cls.from_dict(parse(path.read_bytes()))
@@ -181,15 +182,17 @@ class Result:
             raise DataError(f"{path}: {error}") from error
 
     def save(self, path: Path) -> None:
-        """Write `eval.json`, whole or not at all."""
+        """Write `eval.json` atomically."""
         part = path.with_name(path.name + ".part")
-        part.write_text(json.dumps(sealed(self.to_dict()), indent=1, ensure_ascii=False) + "\n")
+        part.write_text(
+            json.dumps(with_checksum(self.to_dict()), indent=1, ensure_ascii=False) + "\n"
+        )
         part.replace(path)
 
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One column: `group` is a cell or check, `name` a figure or count of it."""
+    """One column: statistic `name` of cell `group`, or count `name` of check `group`."""
 
     group: str
     name: str
@@ -197,12 +200,12 @@ class Column:
 
 
 def columns(results: Sequence[Result]) -> list[Column]:
-    """Every column that some row fills, cells before checks."""
+    """Return all columns that occur in some row, cells before checks."""
     found: dict[Column, None] = {}
     for group in dict.fromkeys(group for result in results for group in result.cells):
         for result in results:
             if group in result.cells:
-                found.update({Column(group, name): None for name in result.cells[group].figures})
+                found.update({Column(group, name): None for name in result.cells[group].statistics})
     for group in dict.fromkeys(group for result in results for group in result.checks):
         for result in results:
             found.update({Column(group, name, True): None for name in result.checks.get(group, {})})
@@ -210,29 +213,29 @@ def columns(results: Sequence[Result]) -> list[Column]:
 
 
 def entry(result: Result, column: Column) -> tuple[str, str]:
-    """What stands in a row's column, and its interval (empty for a count: it is exact)."""
+    """Format a row's value in a column and its interval, empty for a count, which is exact."""
     if column.is_check:
         count = result.checks.get(column.group, {}).get(column.name)
         return (MISSING if count is None else f"{count:,.10g}", "")
     cell = result.cells.get(column.group)
-    if cell is None or column.name not in cell.figures:
+    if cell is None or column.name not in cell.statistics:
         return (MISSING, "")
-    figure = cell.figures[column.name]
-    return (figure.text(), figure.interval_text())
+    statistic = cell.statistics[column.name]
+    return (statistic.text(), statistic.interval_text())
 
 
 def rich_table(results: Sequence[Result]) -> RenderableType:
-    """The table for a terminal: a part for each cell and check, so that 80 columns are enough."""
+    """Render a table per cell and check for a terminal, so that 80 columns are enough."""
     shown = columns(results)
     parts: list[RenderableType] = []
     for group in dict.fromkeys((column.group, column.is_check) for column in shown):
         own = [column for column in shown if (column.group, column.is_check) == group]
         parts.append(_part(results, own))
     lines = [
-        "Below each figure: its 95% interval.",
-        *repeats(results),
-        *losses(results),
-        *spending(results),
+        "Below each value: its 95% interval.",
+        *repeated_task_notes(results),
+        *failure_notes(results),
+        *usage_notes(results),
     ]
     return RichGroup(*parts, Text("\n".join(lines), style="dim"))
 
@@ -260,7 +263,7 @@ def _part(results: Sequence[Result], shown: Sequence[Column]) -> Table:
 
 
 def markdown(results: Sequence[Result]) -> str:
-    """The table as Markdown, with what was played and how intervals were made beneath it."""
+    """Render the table as Markdown, followed by its notes."""
     shown = columns(results)
     head = ["", *(f"{column.group}: {column.name}" for column in shown)]
     lines = [_row(head), _row(["---", *("---:" for _ in shown)])]
@@ -273,7 +276,7 @@ def markdown(results: Sequence[Result]) -> str:
 
 
 def notes(results: Sequence[Result]) -> list[str]:
-    """What a reader of the table must know: what each cell is, how many episodes, failures."""
+    """Notes beneath the Markdown table: settings and episodes of each cell, failures, intervals."""
     lines = []
     for group in dict.fromkeys(group for result in results for group in result.cells):
         cells = [result.cells[group] for result in results if group in result.cells]
@@ -286,13 +289,13 @@ def notes(results: Sequence[Result]) -> list[str]:
         lines.append(
             f"- {group}: {settings or 'default settings'}; {sizes} episodes per row{lost}."
         )
-    lines += [f"- {line}" for line in (*repeats(results), *spending(results))]
+    lines += [f"- {line}" for line in (*repeated_task_notes(results), *usage_notes(results))]
     lines.append("- In brackets: 95% intervals (Wilson's for shares, Student's t for means).")
     return lines
 
 
-def repeats(results: Sequence[Result]) -> list[str]:
-    """Where tasks were played several times, a sentence per cell."""
+def repeated_task_notes(results: Sequence[Result]) -> list[str]:
+    """One sentence per cell whose tasks were played several times."""
     return [
         f"{result.name}, {name}: {cell.size}; intervals allow for tasks that were played several "
         "times."
@@ -302,8 +305,8 @@ def repeats(results: Sequence[Result]) -> list[str]:
     ]
 
 
-def losses(results: Sequence[Result]) -> list[str]:
-    """The episodes of each row that failed and are in no figure, a sentence per cell."""
+def failure_notes(results: Sequence[Result]) -> list[str]:
+    """One sentence per cell with failed episodes, which no statistic counts."""
     lines = []
     for result in results:
         for name, cell in result.cells.items():
@@ -311,14 +314,14 @@ def losses(results: Sequence[Result]) -> list[str]:
                 refused = f", {cell.refused} of them refused by the server" if cell.refused else ""
                 whole = cell.episodes + cell.failed
                 lines.append(
-                    f"{result.name}, {name}: {cell.failed} of {whole} episodes failed and are in "
-                    f"no figure{refused}."
+                    f"{result.name}, {name}: {cell.failed} of {whole} episodes failed and are not "
+                    f"counted{refused}."
                 )
     return lines
 
 
-def spending(results: Sequence[Result]) -> list[str]:
-    """What each row cost at a server, a sentence per cell and one for all of them."""
+def usage_notes(results: Sequence[Result]) -> list[str]:
+    """Token usage and cost at a model server: one sentence per cell and one for all cells."""
     lines = []
     for result in results:
         costs = [(name, cell.usage) for name, cell in result.cells.items() if cell.usage]
@@ -326,14 +329,15 @@ def spending(results: Sequence[Result]) -> list[str]:
             costs.append(("all cells", result.usage))
         for name, usage in costs:
             cached = "" if usage.cached is None else f" ({usage.cached:,} cached)"
-            thought = "" if usage.reasoning is None else f" ({usage.reasoning:,} reasoning)"
+            reasoning = "" if usage.reasoning is None else f" ({usage.reasoning:,} reasoning)"
             cost = result.cost(usage)
             least = "at least " if usage.unknown else ""
             money = "" if cost is None else f", cost {least}{cost:,.4g}"
-            silent = f"; of {usage.unknown:,} calls nothing is known" if usage.unknown else ""
+            unknown = f"; usage of {usage.unknown:,} calls is unknown" if usage.unknown else ""
             lines.append(
-                f"{result.name}, {name}: {usage.calls:,} calls of a server, {usage.prompt:,} "
-                f"tokens read{cached}, {usage.completion:,} written{thought}{money}{silent}."
+                f"{result.name}, {name}: {usage.calls:,} server calls, {usage.prompt:,} prompt "
+                f"tokens{cached}, {usage.completion:,} completion tokens{reasoning}{money}"
+                f"{unknown}."
             )
     return lines
 

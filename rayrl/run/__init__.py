@@ -1,1 +1,1 @@
-"""What a run keeps in its folder and says about itself."""
+"""The folder of a run, and its metrics, checkpoints and alarms."""

@@ -1,7 +1,7 @@
-"""When a training run is out of bounds: pure functions of the figures of its steps.
+"""Rules of the alarms: pure functions of the metrics of a run's steps.
 
-Each alarm measures one number of the newest step, some against steps before it, and compares it
-with a bound. `monitor.py` counts for how long, says so, and does what the setting asks for.
+A rule measures one number at the newest step, some relative to earlier steps, and compares it with
+a threshold. `monitor.py` applies patience, raises alarms and performs their actions.
 """
 
 from __future__ import annotations
@@ -13,27 +13,28 @@ from dataclasses import dataclass
 
 from rayrl.config import AlarmConfig, AlarmsConfig
 
-__all__ = ["ALARMS", "START", "Alarm", "Rule", "needed", "rules"]
+__all__ = ["ALARMS", "START", "Alarm", "Rule", "alarm_rules", "relevant_rows"]
 
 Row = Mapping[str, float | None]
 Rows = Sequence[Row]
 Measure = Callable[[Rows], float | None]
 
-ALARMS = "alarms.jsonl"  # in a run's folder: those that were raised
-START = 5  # first steps of a run that measured the entropy: their mean is what it began with
+ALARMS = "alarms.jsonl"  # raised alarms, in the run's folder
+START = 5  # steps whose mean entropy is the initial one
+_LOWER_BOUNDS = ("entropy_floor", "entropy_share")
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One alarm.
+    """Rule of one alarm.
 
     Attributes:
-        name: of its setting in `alarms`.
-        setting: threshold, patience, action.
-        measure: the number, of all steps so far; None while there is nothing to compare with.
-        what: the number in words.
-        remedy: what it usually means that it is out of bounds, and what to try.
-        below: whether the threshold is a lower bound.
+        name: key within `alarms`.
+        setting: threshold, patience and action.
+        measure: returns the number from the metrics of all steps so far; None: not measured yet.
+        what: description of the number.
+        remedy: likely cause of a violation and what to try.
+        below: the threshold is a lower bound.
     """
 
     name: str
@@ -44,7 +45,7 @@ class Rule:
     below: bool = False
 
     def is_out(self, value: float | None) -> bool:
-        """Whether a number is out of bounds; one that is not a number is."""
+        """Tell whether `value` violates the threshold; NaN does, None does not."""
         if value is None:
             return False
         threshold = self.setting.threshold
@@ -53,11 +54,11 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Alarm:
-    """An alarm that was raised.
+    """A raised alarm.
 
     Attributes:
-        step: the last of the steps in a row that were out of bounds.
-        value: what was measured there.
+        step: last of the consecutive steps out of bounds.
+        value: number measured at that step.
     """
 
     rule: Rule
@@ -75,7 +76,7 @@ class Alarm:
         )
 
     def to_json(self) -> dict[str, float | int | str | None]:
-        """A line of alarms.jsonl."""
+        """Return the alarm's line of alarms.jsonl."""
         setting = self.rule.setting
         return {
             "step": self.step,
@@ -88,118 +89,127 @@ class Alarm:
         }
 
 
-def rules(cfg: AlarmsConfig, *, kl_coef: float = 0.0, max_lag: int = 0) -> list[Rule]:
-    """The alarms that are on.
+_DESCRIPTIONS = {
+    "mismatch": (
+        "the mean difference of the engine's and the learner's log-probabilities",
+        (
+            "The engine samples from another distribution than the learner assumes, so its "
+            "gradients cannot be trusted. The learner ignores sampling.top_p and sampling.top_k: "
+            "set them to 1 and 0. Weights older than the learner's count too: lower train.max_lag. "
+            "Compare engine.dtype with learner.dtype. If none of these explains it, set "
+            "cluster.check_pushes=1, which stops the run if replicas compute another model than "
+            "was pushed to them."
+        ),
+    ),
+    "entropy_floor": (
+        "the policy's entropy",
+        (
+            "The policy is sure of every token, so that siblings no longer differ; lower "
+            "learner.lr, raise sampling.temperature, or add algo.entropy_coef or algo.kl_coef."
+        ),
+    ),
+    "entropy_share": (
+        f"the policy's entropy, as a share of its mean in the first {START} steps,",
+        (
+            "The policy stops exploring; lower learner.lr, raise sampling.temperature, or add "
+            "algo.entropy_coef or algo.kl_coef."
+        ),
+    ),
+    "reward_jump": (
+        "the mean reward's distance from that of the last {window} steps, in standard deviations,",
+        (
+            "If it rose, the policy may exploit the reward: read its best episodes. If it fell, "
+            "the policy or the environment broke: read the worst, and lower learner.lr."
+        ),
+    ),
+    "kl": (
+        "the policy's divergence from the model it started from",
+        "The policy may lose what it could do before; raise algo.kl_coef, or lower learner.lr.",
+    ),
+    "step_kl": (
+        "the divergence of the updated policy from the one that sampled",
+        (
+            "The updates of one step are too large for its samples; lower learner.lr, algo.epochs "
+            "or algo.minibatches."
+        ),
+    ),
+    "zero_variance_groups": (
+        "the share of groups without any advantage",
+        (
+            "All siblings get the same reward, so there is nothing to learn from. If it is low, "
+            "the tasks are too hard; if it is high, too easy. Change env.args, or raise "
+            "train.group_size or sampling.temperature."
+        ),
+    ),
+    "starvation": (
+        "the share of the step that the learner waited for episodes",
+        (
+            "Rollouts are the bottleneck: add cluster.replicas; if workers/waiting_groups is not "
+            "0, raise cluster.env_workers, cluster.env_workers_max or cluster.concurrency; or look "
+            "for episodes that take much longer than the others."
+        ),
+    ),
+    "idle_replicas": (
+        "the share of the step that replicas were idle",
+        (
+            "The learner is the bottleneck: give it more resources (learner.world_size, "
+            "learner.micro_batch_tokens), use fewer replicas, or raise train.max_lag."
+        ),
+    ),
+}
+"""What each alarm measures, and what to do about it."""
+
+
+def alarm_rules(cfg: AlarmsConfig, *, kl_coef: float = 0.0, max_lag: int = 0) -> list[Rule]:
+    """Return the rules of all alarms that are on.
 
     Args:
-        kl_coef: `algo.kl_coef`; without it nobody computes the reference.
-        max_lag: `train.max_lag`; at 0 players and learner take turns, so that replicas are idle in
+        kl_coef: `algo.kl_coef`; at 0 the reference is not computed.
+        max_lag: `train.max_lag`; at 0 rollouts and updates alternate, so replicas are idle during
             every update by design.
     """
-    found = [
-        Rule(
-            "mismatch",
-            cfg.mismatch,
-            latest("mismatch/mean"),
-            "the mean difference of the engine's and the learner's log-probabilities",
-            "What was sampled from is not what the learner assumes, so what is learned cannot be "
-            "trusted. The learner takes no account of sampling.top_p and sampling.top_k: set them "
-            "to 1 and 0. Weights older than the learner's count too: lower train.max_lag. Compare "
-            "engine.dtype with learner.dtype. If none of these explains it, set "
-            "cluster.check_pushes=1, which stops the run where replicas compute another model than "
-            "was pushed to them.",
-        ),
-        Rule(
-            "entropy_floor",
-            cfg.entropy_floor,
-            latest("entropy"),
-            "the policy's entropy",
-            "It is sure of every token, so that siblings no longer differ; lower learner.lr, raise "
-            "sampling.temperature, or add algo.entropy_coef or algo.kl_coef.",
-            below=True,
-        ),
-        Rule(
-            "entropy_share",
-            cfg.entropy_share,
-            share_of_start("entropy"),
-            f"the policy's entropy, as a share of its mean in the first {START} steps,",
-            "The policy stops exploring; lower learner.lr, raise sampling.temperature, or add "
-            "algo.entropy_coef or algo.kl_coef.",
-            below=True,
-        ),
-        Rule(
-            "reward_jump",
-            cfg.reward_jump,
-            jump(cfg.reward_window, cfg.reward_jump.patience),
-            f"the mean reward's distance from that of the last {cfg.reward_window} steps, in "
-            "standard deviations,",
-            "Up, the policy may have found a way around the task: read its best episodes. Down, it "
-            "broke or the environment did: read the worst, and lower learner.lr.",
-        ),
-        Rule(
-            "kl",
-            cfg.kl,
-            latest("kl") if kl_coef > 0 else nothing,
-            "the policy's divergence from the model it started from",
-            "It may forget what it could before; raise algo.kl_coef, or lower learner.lr.",
-        ),
-        Rule(
-            "step_kl",
-            cfg.step_kl,
-            latest("approx_kl"),
-            "the divergence of the updated policy from the one that played",
-            "The updates of one step go too far for the samples they rest on; lower learner.lr, "
-            "algo.epochs or algo.minibatches.",
-        ),
-        Rule(
-            "zero_variance_groups",
-            cfg.zero_variance_groups,
-            latest("groups/zero_variance_share"),
-            "the share of groups without any advantage",
-            "All siblings get the same reward, so there is nothing to learn from. Where it is low, "
-            "the tasks are too hard; where it is high, too easy. Change env.args, or raise "
-            "train.group_size or sampling.temperature.",
-        ),
-        Rule(
-            "starvation",
-            cfg.starvation,
-            share_of_step("time/collect"),
-            "the share of the step that the learner waited for episodes",
-            "Rollouts are the bottleneck: add cluster.replicas; where workers/waiting_groups is "
-            "not 0 raise cluster.env_workers, cluster.env_workers_max or cluster.concurrency; or "
-            "look for episodes that take much longer than the others.",
-        ),
-        Rule(
-            "idle_replicas",
+    jump = deviation(cfg.reward_window, cfg.reward_jump.patience)
+    settings = {
+        "mismatch": (cfg.mismatch, latest("mismatch/mean")),
+        "entropy_floor": (cfg.entropy_floor, latest("entropy")),
+        "entropy_share": (cfg.entropy_share, share_of_start("entropy")),
+        "reward_jump": (cfg.reward_jump, jump),
+        "kl": (cfg.kl, latest("kl") if kl_coef > 0 else unmeasured),
+        "step_kl": (cfg.step_kl, latest("approx_kl")),
+        "zero_variance_groups": (cfg.zero_variance_groups, latest("groups/zero_variance_share")),
+        "starvation": (cfg.starvation, share_of_step("time/collect")),
+        "idle_replicas": (
             cfg.idle_replicas,
-            share_of_step("time/idle") if max_lag > 0 else nothing,
-            "the share of the step that replicas had nothing to do",
-            "The learner is what takes the time; give it more (learner.world_size, "
-            "learner.micro_batch_tokens), or need fewer replicas; train.max_lag may be raised.",
+            share_of_step("time/idle") if max_lag > 0 else unmeasured,
         ),
-    ]
-    return [rule for rule in found if rule.setting.action != "off"]
+    }
+    rules = []
+    for name, (setting, measure) in settings.items():
+        what, remedy = _DESCRIPTIONS[name]
+        what = what.format(window=cfg.reward_window)
+        rules.append(Rule(name, setting, measure, what, remedy, below=name in _LOWER_BOUNDS))
+    return [rule for rule in rules if rule.setting.action != "off"]
 
 
-def needed(rows: list[Row], cfg: AlarmsConfig) -> list[Row]:
-    """Those of a run's steps that an alarm may look at: the first with an entropy, and the last."""
+def relevant_rows(rows: list[Row], cfg: AlarmsConfig) -> list[Row]:
+    """Return the steps that rules may read: the first ones with an entropy, and the last ones."""
     last = cfg.reward_window + cfg.reward_jump.patience
     first = [row for row in rows[:-last] if "entropy" in row]
     return first[:START] + rows[-last:]
 
 
-def nothing(rows: Rows) -> float | None:
-    """Measures nothing."""
+def unmeasured(rows: Rows) -> float | None:
+    """Measure nothing."""
     return None
 
 
 def latest(name: str) -> Measure:
-    """A figure of the newest step."""
+    """Measure a metric of the newest step."""
     return lambda rows: rows[-1].get(name)
 
 
 def share_of_step(name: str) -> Measure:
-    """Seconds of the newest step as a share of all of it."""
+    """Measure seconds of the newest step as a share of its total."""
 
     def measure(rows: Rows) -> float | None:
         spent, total = rows[-1].get(name), rows[-1].get("time/total")
@@ -209,25 +219,25 @@ def share_of_step(name: str) -> Measure:
 
 
 def share_of_start(name: str) -> Measure:
-    """A figure of the newest step as a share of its mean over the first `START` that have it."""
+    """Measure a metric relative to its mean over the first `START` steps that have it."""
 
     def measure(rows: Rows) -> float | None:
-        known = [row[name] for row in rows if name in row]
-        first = [value for value in known[:START] if value is not None]
+        values = [row[name] for row in rows if name in row]
+        first = [value for value in values[:START] if value is not None]
         now = rows[-1].get(name)
-        if len(known) <= START or now is None or not sum(first) > 0:
+        if len(values) <= START or now is None or not sum(first) > 0:
             return None
         return now / statistics.fmean(first)
 
     return measure
 
 
-def jump(window: int, patience: int) -> Measure:
-    """How far the newest mean reward is from those before, in standard deviations.
+def deviation(window: int, patience: int) -> Measure:
+    """Measure the distance of the newest mean reward from earlier ones in standard deviations.
 
-    The steps before are the `window` ones that ended `patience` steps ago, so that steps which are
-    counted as out of bounds are never what the next one is compared with. The deviation is theirs,
-    but not less than the standard error that the newest mean has by itself.
+    It is compared with the `window` steps that end `patience` steps ago, so that steps already out
+    of bounds are never part of the comparison. The standard deviation is theirs, but at least the
+    standard error of the newest mean.
     """
 
     def measure(rows: Rows) -> float | None:
@@ -239,7 +249,7 @@ def jump(window: int, patience: int) -> Measure:
             return None
         error = (now.get("reward_std") or 0.0) / math.sqrt(n or 1.0)
         spread = max(statistics.pstdev(past), error)
-        off = abs(reward - statistics.fmean(past))
-        return off / spread if spread > 0 else math.inf if off > 0 else 0.0
+        distance = abs(reward - statistics.fmean(past))
+        return distance / spread if spread > 0 else math.inf if distance > 0 else 0.0
 
     return measure

@@ -1,8 +1,8 @@
-"""What a run can be resumed from: RUN/checkpoints/step_000010/, whole or not at all.
+"""Checkpoints of a run: RUN/checkpoints/step_000010/, written atomically.
 
-A folder holds what the learner saved, and run.json: the state of the loop, and the checksum of
-every file. They are compared before anything is loaded; where the newest checkpoint is damaged, the
-run goes back to the one before.
+A checkpoint holds what the learner saved, and run.json: the state of the loop and the checksum of
+every file. Checksums are verified before anything is loaded; if the newest checkpoint is damaged,
+the run falls back to the one before it.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from typing import Any
 
 from rayrl.errors import DataError
 from rayrl.run.files import (
-    damage,
+    checksum_of,
     explain_full_disk,
-    opened,
+    file_checksums,
+    find_damage,
+    folder_size,
+    fsync,
     parse,
-    sealed,
-    size_of,
-    sums_of,
-    sync,
-    text_sum,
+    verify_checksum,
+    with_checksum,
 )
 
 __all__ = ["Checkpoint", "Checkpoints", "removed_on_error", "step_name"]
 
 RECORD = "run.json"
 METRICS = "metrics.jsonl"
-_BEFORE = ("step", "metrics_bytes", "state")  # keys of a record from when there were no checksums
+_LEGACY_KEYS = ("step", "metrics_bytes", "state")  # of run.json written before checksums existed
 _NAME = re.compile(r"step_(\d+)")
-_ASIDE = ".damaged-"
+_DAMAGED = ".damaged-"
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,11 @@ class Checkpoint:
     """A complete checkpoint.
 
     Attributes:
-        step: finished steps when it was made; a resumed loop starts at this step.
-        path: its folder.
-        state: what was given to `RunDir.checkpoint`.
-        metrics_bytes: length of metrics.jsonl when it was made.
-        metrics_sum: its checksum; empty where an earlier version of rayrl made it.
+        step: number of finished steps; a resumed loop starts at this step.
+        path: folder of the checkpoint.
+        state: the `state` given to `RunDir.checkpoint`.
+        metrics_bytes: size of metrics.jsonl when the checkpoint was written.
+        metrics_sum: checksum of metrics.jsonl; empty in checkpoints of older versions of rayrl.
     """
 
     step: int
@@ -60,17 +60,17 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """Those of a run.
+    """Checkpoints of a run.
 
     Args:
-        run: its folder.
-        keep: how many stay; older ones are deleted.
+        run: the run's folder.
+        keep: number of checkpoints to keep; older ones are deleted.
     """
 
     def __init__(self, run: Path, keep: int) -> None:
         self.folder, self._metrics, self._keep = run / "checkpoints", run / METRICS, keep
-        self._whole: dict[Path, Checkpoint] = {}  # those that were compared with their checksums
-        self._clear_partial()
+        self._verified: dict[Path, Checkpoint] = {}
+        self._remove_partial()
 
     @contextlib.contextmanager
     def save(self, step: int, state: Mapping[str, Any]) -> Iterator[Path]:
@@ -80,22 +80,22 @@ class Checkpoints:
         shutil.rmtree(partial, ignore_errors=True)
         last = next(reversed(self.paths()), None)
         kept = f"the one of step {_step_of(last)} is intact" if last else "there is none before it"
-        then, needed = f"it resumes ({kept})", size_of(last) if last else 0
+        then, needed = f"it resumes ({kept})", folder_size(last) if last else 0
         with explain_full_disk(self.folder, f"the checkpoint of step {step}", then, needed):
             partial.mkdir()
             with removed_on_error(partial):
                 yield partial
-                self._seal(partial, step, state)
+                self._write_record(partial, step, state)
         final = self.folder / step_name(step)
-        if final.exists():  # the same step again, after a resume: make way without a gap
+        if final.exists():  # the same step again, after a resume: never be without a checkpoint
             os.replace(final, self.folder / f".old-{step_name(step)}")
         os.replace(partial, final)
-        sync(self.folder)
-        self._whole.pop(final, None)
+        fsync(self.folder)
+        self._verified.pop(final, None)
         self._prune(final)
 
     def paths(self) -> list[Path]:
-        """Their folders, oldest first; partial ones do not count."""
+        """Folders of the checkpoints, oldest first, without partial ones."""
         found = [path for path in self.folder.glob("step_*") if _NAME.fullmatch(path.name)]
         return sorted(found, key=_step_of)
 
@@ -103,78 +103,78 @@ class Checkpoints:
         """See `RunDir.latest_checkpoint`."""
         damaged: list[tuple[Path, str]] = []
         for path in reversed(self.paths()):
-            if path not in self._whole:
+            if path not in self._verified:
                 try:
-                    self._whole[path] = _compared(path)
+                    self._verified[path] = _verify(path)
                 except ValueError as error:
                     damaged.append((path, str(error)))
                     continue
-            self._put_aside(damaged, path)
-            return self._whole[path]
+            self._set_aside(damaged, path)
+            return self._verified[path]
         if damaged:
             raise DataError(
-                f"{damaged[0][1]}. No older checkpoint is whole, so the run cannot go on: bring "
-                f"the file back from a copy, or remove {self.folder} to start again from step 0."
+                f"{damaged[0][1]}. No older checkpoint is intact, so the run cannot resume: "
+                f"restore the file from a copy, or remove {self.folder} to restart from step 0."
             )
         return None
 
     @property
     def went_back(self) -> bool:
         """See `RunDir.went_back`."""
-        return any(self.folder.glob(f"{_ASIDE}*"))
+        return any(self.folder.glob(f"{_DAMAGED}*"))
 
-    def _seal(self, partial: Path, step: int, state: Mapping[str, Any]) -> None:
+    def _write_record(self, partial: Path, step: int, state: Mapping[str, Any]) -> None:
         text = b""
         if self._metrics.is_file():
-            sync(self._metrics)
+            fsync(self._metrics)
             text = self._metrics.read_bytes()
         record = {
             "step": step,
             "metrics_bytes": len(text),
-            "metrics_sum": text_sum(text),
+            "metrics_sum": checksum_of(text),
             "state": dict(state),
-            "files": sums_of(partial),
+            "files": file_checksums(partial),
         }
-        text = json.dumps(sealed(record), indent=2).encode()
+        text = json.dumps(with_checksum(record), indent=2).encode()
         (partial / RECORD).write_bytes(text)
         for path in sorted(partial.rglob("*")):
-            sync(path)
-        sync(partial)
+            fsync(path)
+        fsync(partial)
 
-    def _put_aside(self, damaged: Sequence[tuple[Path, str]], whole: Path) -> None:
-        for path, what in damaged:
+    def _set_aside(self, damaged: Sequence[tuple[Path, str]], intact: Path) -> None:
+        for path, damage in damaged:
             print(
-                f"WARNING: {what}. The checkpoint of step {_step_of(path)} is not used: the run "
-                f"goes on from that of step {_step_of(whole)}.",
+                f"WARNING: {damage}. The checkpoint of step {_step_of(path)} is skipped: the run "
+                f"resumes from that of step {_step_of(intact)}.",
                 file=sys.stderr,
             )
-            aside = path.with_name(f"{_ASIDE}{path.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            os.replace(path, aside)
+            renamed = path.with_name(f"{_DAMAGED}{path.name}")
+            shutil.rmtree(renamed, ignore_errors=True)
+            os.replace(path, renamed)
 
     def _prune(self, newest: Path) -> None:
-        for pattern in (".old-*", f"{_ASIDE}*"):
+        for pattern in (".old-*", f"{_DAMAGED}*"):
             for old in self.folder.glob(pattern):
                 shutil.rmtree(old)
         for path in self.paths()[: -self._keep]:
             if path != newest:
                 shutil.rmtree(path)
 
-    def _clear_partial(self) -> None:
-        """Remove what an earlier process left half done."""
+    def _remove_partial(self) -> None:
+        """Remove what a killed process left unfinished."""
         for partial in self.folder.glob(".partial-*"):
             shutil.rmtree(partial)
         for old in self.folder.glob(".old-*"):
             final = old.with_name(old.name.removeprefix(".old-"))
             if final.exists():
                 shutil.rmtree(old)
-            else:  # it was stopped between the two renames
+            else:  # killed between the two renames
                 os.replace(old, final)
 
 
 @contextlib.contextmanager
 def removed_on_error(folder: Path) -> Iterator[None]:
-    """Remove a folder that is not finished."""
+    """Remove `folder` if the block raises."""
     try:
         yield
     except BaseException:
@@ -183,18 +183,18 @@ def removed_on_error(folder: Path) -> Iterator[None]:
 
 
 def step_name(step: int) -> str:
-    """The name of what belongs to a step."""
+    """Name of a step's files: `step_000010`."""
     return f"step_{step:06d}"
 
 
-def _compared(path: Path) -> Checkpoint:
-    """Raises ValueError, which names the file, if a checkpoint is damaged."""
+def _verify(path: Path) -> Checkpoint:
+    """Load a checkpoint's record; raise ValueError, which names the file, if it is damaged."""
     try:
-        record = opened(parse((path / RECORD).read_bytes()), _BEFORE)
+        record = verify_checksum(parse((path / RECORD).read_bytes()), _LEGACY_KEYS)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path / RECORD}: {error}") from None
-    if what := damage(path, record.pop("files", {})):
-        raise ValueError(what)
+    if damage := find_damage(path, record.pop("files", {})):
+        raise ValueError(damage)
     return Checkpoint(path=path, **record)
 
 

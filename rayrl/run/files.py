@@ -1,7 +1,7 @@
-"""Files that a power cut or a full disk leaves whole, and their checksums.
+"""Atomic writes, full disks, and checksums of files.
 
-A damaged file is named before anything is read from it. Checksums show damage, not malice: whoever
-can change a file can change its checksum as well.
+Damaged files are named before they are used. Checksums detect damage, not tampering: whoever can
+change a file can change its checksum too.
 """
 
 from __future__ import annotations
@@ -21,33 +21,33 @@ from rayrl.errors import DataError, RunFailed
 from rayrl.weights.flat import checksum
 
 __all__ = [
-    "Sums",
+    "Checksums",
     "check_weights",
-    "damage",
+    "checksum_of",
     "disk_is_full",
     "explain_full_disk",
-    "opened",
+    "file_checksums",
+    "find_damage",
+    "folder_size",
+    "fsync",
     "parse",
-    "read_lines",
-    "seal_weights",
-    "sealed",
-    "size_of",
-    "sums_of",
-    "sync",
-    "text_sum",
+    "read_jsonl",
+    "verify_checksum",
+    "with_checksum",
     "write_atomic",
+    "write_weight_checksums",
 ]
 
-Sums = dict[str, tuple[int, str]]
-"""Bytes and checksum of files, by their path in a folder."""
+Checksums = dict[str, tuple[int, str]]
+"""Size in bytes and checksum of files, by their path within a folder."""
 
-SUMS = "checksums.json"  # in the folder of a model
+CHECKSUMS = "checksums.json"  # in a model's folder
 _THREADS = 4
-_OWN = "checksum"  # key of a record's own
+_KEY = "checksum"  # of a record's own checksum
 
 
 def write_atomic(file: Path, data: bytes) -> None:
-    """Write a file that is there whole, or as it was before, whatever happens meanwhile."""
+    """Replace the contents of `file`; a crash leaves either the old contents or the new ones."""
     partial = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         with partial.open("wb") as out:
@@ -58,11 +58,11 @@ def write_atomic(file: Path, data: bytes) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    sync(file.parent)
+    fsync(file.parent)
 
 
 def disk_is_full(error: Exception, path: Path) -> bool:
-    """Whether `error` comes from a full disk; libraries wrap it in errors of their own."""
+    """Tell whether a full disk caused `error`, which libraries wrap in errors of their own."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
     return "No space left" in str(error) or shutil.disk_usage(path).free < 1 << 20
@@ -70,13 +70,13 @@ def disk_is_full(error: Exception, path: Path) -> bool:
 
 @contextmanager
 def explain_full_disk(path: Path, what: str, then: str, needed: int = 0) -> Iterator[None]:
-    """While within, a full disk is an error that says what to do.
+    """Explain errors of the block that a full disk causes.
 
     Args:
-        path: something on that disk.
+        path: a file or folder on that disk.
         what: is written, as "the checkpoint of step 4".
         then: what the same command does once there is space.
-        needed: about how many bytes it takes, where that is known.
+        needed: approximate size in bytes; 0 if unknown.
 
     Raises:
         RunFailed: the disk is full.
@@ -89,18 +89,18 @@ def explain_full_disk(path: Path, what: str, then: str, needed: int = 0) -> Iter
         free = shutil.disk_usage(path).free
         needs = f"it needs about {_mib(needed)}, and " if needed else ""
         raise RunFailed(
-            f"{path}: the disk is full, so {what} was not kept ({needs}{_mib(free)} is free). "
+            f"{path}: the disk is full, so {what} was not saved ({needs}{_mib(free)} is free). "
             f"Free some space and run the same command again: {then}."
         ) from error
 
 
-def size_of(folder: Path) -> int:
-    """Bytes of all files in a folder."""
+def folder_size(folder: Path) -> int:
+    """Total size of the files in a folder in bytes."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+def fsync(path: Path) -> None:
+    """Flush a file, or the entries of a folder, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -112,105 +112,104 @@ def _mib(size: int) -> str:
     return f"{size / 2**20:.1f} MiB"
 
 
-def sums_of(folder: Path, pattern: str = "*") -> Sums:
-    """Of all files in a folder and the folders in it."""
+def file_checksums(folder: Path, pattern: str = "*") -> Checksums:
+    """Compute the checksums of all files in a folder and its subfolders."""
     files = sorted(path for path in folder.rglob(pattern) if path.is_file())
     with ThreadPoolExecutor(_THREADS) as pool:
-        found = pool.map(_sum, files)
-        return {str(file.relative_to(folder)): one for file, one in zip(files, found, strict=True)}
+        sums = pool.map(_file_checksum, files)
+        return {str(file.relative_to(folder)): sum_ for file, sum_ in zip(files, sums, strict=True)}
 
 
-def damage(folder: Path, sums: Mapping[str, Any]) -> str:
-    """The first file that is not as it was when `sums_of` saw it, and how; empty if all are."""
-    for name, (size, _) in sums.items():  # first what need not be read
+def find_damage(folder: Path, sums: Mapping[str, Any]) -> str:
+    """Describe the first file that differs from its checksum in `sums`; empty if none does."""
+    for name, (size, _) in sums.items():  # sizes first: they need no reading
         file = folder / name
         if not file.is_file():
             return f"{file} is missing"
         if file.stat().st_size != size:
             return f"{file} has {file.stat().st_size:,} bytes instead of {size:,}"
     with ThreadPoolExecutor(_THREADS) as pool:
-        found = pool.map(_sum, (folder / name for name in sums))
-        for (name, (_, then)), (_, now) in zip(sums.items(), found, strict=True):
-            if now != then:
-                return f"{folder / name} holds other bytes than were written (checksum {now})"
+        found = pool.map(_file_checksum, (folder / name for name in sums))
+        for (name, (_, expected)), (_, actual) in zip(sums.items(), found, strict=True):
+            if actual != expected:
+                return f"{folder / name} holds other bytes than were written (checksum {actual})"
     return ""
 
 
-def seal_weights(model: Path) -> None:
-    """Leave the checksums of a model's weights beside them."""
-    if sums := sums_of(model, "*.safetensors"):
-        (model / SUMS).write_text(json.dumps(sealed({"files": sums}), indent=2) + "\n")
+def write_weight_checksums(model: Path) -> None:
+    """Write the checksums of a model's weights to its folder."""
+    if sums := file_checksums(model, "*.safetensors"):
+        (model / CHECKSUMS).write_text(json.dumps(with_checksum({"files": sums}), indent=2) + "\n")
 
 
 def check_weights(model: Path) -> None:
-    """Compare a model's weights with the checksums beside them, if there are any.
+    """Compare a model's weights with the checksums in its folder, if it has any.
 
     Raises:
-        DataError: a file is damaged; names it.
+        DataError: a file is damaged; the message names it.
     """
-    file = model / SUMS
+    file = model / CHECKSUMS
     if not file.is_file():
         return
     try:
-        what = damage(model, opened(parse(file.read_bytes()))["files"])
+        damage = find_damage(model, verify_checksum(parse(file.read_bytes()))["files"])
     except (ValueError, KeyError) as error:
         raise DataError(f"{file}: {error}; remove the file to do without checksums.") from error
-    if what:
+    if damage:
         raise DataError(
-            f"{what}. Bring it back from a copy; or remove the run's result.json, and its command "
-            f"exports the model anew. If you changed the file on purpose, remove {file}."
+            f"{damage}. Restore it from a copy; or remove the run's result.json, and its command "
+            f"exports the model again. If you changed the file on purpose, remove {file}."
         )
 
 
-def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Plain data with a checksum of its own, for a file that people read."""
-    plain = {key: value for key, value in record.items() if key != _OWN}
-    return {**plain, _OWN: text_sum(json.dumps(plain).encode())}
+def with_checksum(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `record` with a checksum of its contents under `checksum`."""
+    plain = {key: value for key, value in record.items() if key != _KEY}
+    return {**plain, _KEY: checksum_of(json.dumps(plain).encode())}
 
 
-def opened(record: Any, before: Collection[str] | None = None) -> dict[str, Any]:
-    """What `sealed` was given, or data from when there were no checksums.
+def verify_checksum(record: Any, legacy_keys: Collection[str] | None = None) -> dict[str, Any]:
+    """Check and remove the checksum of a record; older versions wrote records without one.
 
     Args:
-        record: as JSON was read.
-        before: keys that such data has, if they are known.
+        record: parsed JSON.
+        legacy_keys: the keys that a record without a checksum must have; None: any.
 
     Raises:
-        ValueError: it is not what was written.
+        ValueError: `record` is no object, or not what was written.
     """
     if not isinstance(record, dict):
         raise ValueError(f"expected a JSON object, got {type(record).__name__}")
-    plain = {key: value for key, value in record.items() if key != _OWN}
-    if _OWN in record:
-        if record[_OWN] != text_sum(json.dumps(plain).encode()):
-            raise ValueError("it is not what was written: its checksum is another")
-    elif before is not None and {*plain} != {*before}:
-        raise ValueError(f"expected the keys {', '.join(before)}, got {', '.join(plain)}")
+    plain = {key: value for key, value in record.items() if key != _KEY}
+    if _KEY in record:
+        if record[_KEY] != checksum_of(json.dumps(plain).encode()):
+            raise ValueError("it is not what was written: its checksum differs")
+    elif legacy_keys is not None and {*plain} != {*legacy_keys}:
+        raise ValueError(f"expected the keys {', '.join(legacy_keys)}, got {', '.join(plain)}")
     return plain
 
 
 def parse(data: bytes) -> Any:
-    """JSON of a file.
+    """Parse JSON.
 
     Raises:
-        json.JSONDecodeError: it is none, or not UTF-8; knows the line.
+        json.JSONDecodeError: `data` is not JSON or not UTF-8.
     """
     try:
         return json.loads(data.decode())
     except UnicodeDecodeError as error:
-        where = data.decode("latin-1"), error.start
-        raise json.JSONDecodeError("not UTF-8", *where) from None
+        raise json.JSONDecodeError("not UTF-8", data.decode("latin-1"), error.start) from None
 
 
-def read_lines(file: Path, data: bytes | None = None, *, growing: bool = False) -> list[Any]:
-    """The JSON objects of a file, one a line.
+def read_jsonl(file: Path, data: bytes | None = None, *, growing: bool = False) -> list[Any]:
+    """Read the JSON objects of a file, one per line.
 
     Args:
-        data: what to read instead of the whole file.
-        growing: whether somebody may be writing it: then a last line that is torn is left out.
+        data: bytes to parse instead of the file's contents.
+        growing: the file may still be written: leave out a torn last line.
 
     Raises:
-        DataError: a line that is none; names file and line.
+        DataError: a line is not a JSON object; the message names file and line.
     """
     lines = (file.read_bytes() if data is None else data).splitlines()
     rows = []
@@ -223,19 +222,19 @@ def read_lines(file: Path, data: bytes | None = None, *, growing: bool = False) 
             if growing and number == len(lines):
                 break
             raise DataError(
-                f"{file}:{number}: not a line of {file.stem} ({error}). Remove the line, and what "
-                "it told is missing; or bring the file back from a copy."
+                f"{file}:{number}: not a line of {file.stem} ({error}). Remove the line, "
+                "which loses its contents, or restore the file from a copy."
             ) from error
         rows.append(row)
     return rows
 
 
-def text_sum(text: bytes) -> str:
-    """Of what fits into memory."""
-    return hashlib.blake2b(text, digest_size=8).hexdigest()
+def checksum_of(data: bytes) -> str:
+    """Compute the checksum of data in memory."""
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 
-def _sum(file: Path) -> tuple[int, str]:
+def _file_checksum(file: Path) -> tuple[int, str]:
     import numpy as np
 
     size = file.stat().st_size

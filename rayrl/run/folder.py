@@ -1,21 +1,21 @@
-"""The folder of a run: what it was, what it measured, and what it can be resumed from.
+"""The folder of a run: its settings, metrics, episodes and checkpoints.
 
     RUN/config.yaml              every setting, so that a resumed run is the same run
-    RUN/metrics.jsonl            one line a `log` call: {"step": 3, "reward": 0.4, …}
-    RUN/tensorboard/             the same numbers
+    RUN/metrics.jsonl            one line per `log` call: {"step": 3, "reward": 0.4, …}
+    RUN/tensorboard/             the same metrics
     RUN/episodes/step_000010.jsonl
     RUN/checkpoints/step_000010/ what the learner saved, and run.json: the state of the loop, and
                                  checksums of all files
-    RUN/result.json              what the run came to, once it is finished
+    RUN/result.json              the result of a finished run
 
-Programs add what they make: model/ (sft, train), what `monitor` names (train), episodes.jsonl and
-played.jsonl (synth), eval.json (eval), report.html; and a recipe, whose stages are folders within,
-recipe.json, table.md and table.json.
+Verbs add their own files: model/ (sft, train), the files of `monitor` (train), episodes.jsonl and
+played.jsonl (synth), eval.json (eval), report.html (report). A recipe adds recipe.json, table.md,
+table.json, and one folder per stage.
 
-A process killed at any moment leaves either the old file or the new one, never half of one: files
-are written beside their place, flushed to the disk and renamed. On resume the metrics are cut back
-to what they were when the checkpoint was made, so that an interrupted run's file equals an unbroken
-one's (but for the figures that are wall times).
+Writes are atomic: files are written under another name, flushed to the disk and renamed, so that a
+process killed at any moment leaves the old file or the new one. On resume the metrics are truncated
+to the length they had at the checkpoint, so that an interrupted run's file equals an uninterrupted
+one's, except for wall times.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ from rayrl.config.load import interpolation
 from rayrl.errors import ConfigError, DataError, RunFailed
 from rayrl.run.checkpoints import Checkpoint, Checkpoints, removed_on_error, step_name
 from rayrl.run.files import (
-    damage,
+    checksum_of,
     explain_full_disk,
-    opened,
+    file_checksums,
+    find_damage,
+    fsync,
     parse,
-    read_lines,
-    seal_weights,
-    sealed,
-    sums_of,
-    sync,
-    text_sum,
+    read_jsonl,
+    verify_checksum,
+    with_checksum,
     write_atomic,
+    write_weight_checksums,
 )
 from rayrl.run.loggers import LogFunction, Logger, make_loggers
 from rayrl.types import Group
@@ -78,33 +78,33 @@ _MAY_CHANGE = (
     "synth.show",
     "recipe",  # the stages are runs of their own, with folders and settings of their own
 )
-"""Settings (or sections) that may differ when a run is resumed; `*.steps` may also be raised."""
+"""Settings (or sections) that may change when a run is resumed; `*.steps` may also be raised."""
 
-RAY_COPIES = "runtime_resources"  # where Ray unpacks a job's working_dir, in a node's folder
+RAY_COPIES = "runtime_resources"  # folder in which Ray unpacks a job's working_dir
 _SUM = "# checksum of the lines above: "
-_FILES = "files"  # key of their checksums in result.json
-_REMEDY = "Use the old ones to resume it, or another run.name (or run.dir) to start a new run."
+_FILES = "files"  # key of the files' checksums in result.json
+_REMEDY = "Resume it with its old settings, or start a new run under another run.name (or run.dir)."
 
 
 class RunDir:
-    """A run's folder: made when it is not there, resumed when it is. One process at a time.
+    """A run's folder, created or resumed. One process at a time may write to it.
 
-    A folder in which a start left its settings and nothing else holds no run: it is used anew.
+    A folder with nothing but the settings of a failed start holds no run and is reused.
 
     Args:
         path: the folder; usually `config.run.dir`.
-        config: what the run runs with; stored, and compared with what is stored.
-        begin: write at once. False: not before `begin`, so that a start which fails leaves nothing.
-        loggers: besides those of `run.loggers`; see `make_loggers`.
+        config: settings of the run; stored, and compared with stored ones.
+        begin: write at once. False: only `begin` writes, so that a failed start leaves nothing.
+        loggers: in addition to `run.loggers`; see `make_loggers`.
 
     Attributes:
-        resumed: whether the folder holds a run already.
+        resumed: whether the folder already held a run.
 
     Raises:
-        ConfigError: the folder's run had other settings; the message lists them. Or the folder
-            would not last.
-        DataError: something in the folder is damaged, and there is no older checkpoint.
-        RunFailed: another process is writing there.
+        ConfigError: the folder's run had other settings (the message lists them), or Ray would
+            delete the folder.
+        DataError: a file is damaged and there is no older checkpoint.
+        RunFailed: another process is writing to the folder.
     """
 
     def __init__(
@@ -143,12 +143,12 @@ class RunDir:
             raise
 
     def begin(self) -> None:
-        """Write the settings, and cut the metrics back to the newest checkpoint; once.
+        """Write the settings and truncate the metrics to the newest checkpoint, once.
 
-        To be called when all that the run needs has started.
+        Call it when everything the run needs has started.
 
         Raises:
-            RunFailed: another process is writing there.
+            RunFailed: another process is writing to the folder.
         """
         if self._begun:
             return
@@ -157,17 +157,17 @@ class RunDir:
         if self._more:
             (self.path / "result.json").unlink(missing_ok=True)
         write_atomic(self.path / "config.yaml", _as_yaml(self._config).encode())
-        self._next_step = self._cut_metrics()
+        self._next_step = self._truncate_metrics()
         self._begun = True
 
-    # --- what the run measured -------------------------------------------------------------------
+    # --- metrics, episodes, results ---------------------------------------------------------------
 
     def log(self, step: int, metrics: Mapping[str, float | int | str | None]) -> None:
-        """Append one line of figures; on the disk for `tail -f` when this returns.
+        """Append one line of metrics, visible to `tail -f` when this returns.
 
         Args:
-            step: the step they belong to.
-            metrics: name -> figure; a NaN or an infinity is written as null.
+            step: the step of the metrics.
+            metrics: value by name; NaN and infinities are written as null.
         """
         row = {"step": step, **{name: _plain(value) for name, value in metrics.items()}}
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
@@ -184,11 +184,11 @@ class RunDir:
             logger.log(step, numbers)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Every line logged so far."""
+        """Read all lines logged so far."""
         file = self.path / "metrics.jsonl"
         if not file.is_file():
             return []
-        return read_lines(file)
+        return read_jsonl(file)
 
     def write_episodes(self, step: int, groups: Sequence[Group]) -> Path:
         """Write the episodes of `groups` to `episodes/step_….jsonl`, for people and the report."""
@@ -201,28 +201,28 @@ class RunDir:
         return file
 
     def episodes_file(self, step: int) -> Path:
-        """Where the episodes of a step (in an evaluation: of a cell) are."""
+        """Path of the episodes of a step, or of a cell of an evaluation."""
         return self.path / "episodes" / f"{step_name(step)}.jsonl"
 
     def write_json(self, name: str, data: Mapping[str, Any]) -> Path:
-        """Write `data` as RUN/name, readable and whole, with a checksum of its own."""
+        """Write `data` with its checksum to RUN/name atomically."""
         file = self.path / name
         file.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(sealed(data), indent=2, ensure_ascii=False) + "\n"
+        text = json.dumps(with_checksum(data), indent=2, ensure_ascii=False) + "\n"
         write_atomic(file, text.encode())
         return file
 
     def read_json(self, name: str) -> dict[str, Any] | None:
-        """What `write_json` wrote, or None if it never did.
+        """Read what `write_json` wrote; None if there is no such file.
 
         Raises:
-            DataError: it is damaged.
+            DataError: the file is damaged.
         """
         file = self.path / name
         if not file.is_file():
             return None
         try:
-            return opened(parse(file.read_bytes()))
+            return verify_checksum(parse(file.read_bytes()))
         except json.JSONDecodeError as error:
             raise DataError(
                 f"{file}, line {error.lineno}: {error.msg}; remove the file."
@@ -231,87 +231,87 @@ class RunDir:
             raise DataError(f"{file}: {error}; remove the file.") from error
 
     def finish(self, result: Mapping[str, Any]) -> None:
-        """Mark the run as finished, with what it came to; opened again, it has nothing to do."""
+        """Mark the run as finished and write its result."""
         self._more = False
-        self.write_json("result.json", {**result, _FILES: sums_of(self.path, "*.jsonl")})
+        self.write_json("result.json", {**result, _FILES: file_checksums(self.path, "*.jsonl")})
 
     @property
     def finished(self) -> dict[str, Any] | None:
-        """What `finish` was given, or None while there is something left to do."""
+        """The result given to `finish`; None while the run is unfinished."""
         result = None if self._more else self.read_json("result.json")
         if result is None:
             return None
         return {key: value for key, value in result.items() if key != _FILES}
 
     def rewind(self) -> None:
-        """Forget the figures of the steps after the newest checkpoint: they will be made again."""
-        self._cut_metrics()
+        """Drop the metrics of steps after the newest checkpoint, which will run again."""
+        self._truncate_metrics()
 
-    # --- what it can be resumed from -------------------------------------------------------------
+    # --- checkpoints ------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def checkpoint(self, step: int, state: Mapping[str, Any] | None = None) -> Iterator[Path]:
-        """A folder to save into; when the block ends it is this run's newest checkpoint.
+        """Yield a folder that becomes the newest checkpoint when the block ends.
 
-        It appears whole or not at all, and only then are older ones deleted
-        (`run.keep_checkpoints`). Saving the same step again replaces it. Log what belongs to the
-        finished steps before it: lines logged later are cut off on resume, to be made again.
+        The checkpoint appears atomically, and only then are older ones deleted
+        (`run.keep_checkpoints`). Saving the same step again replaces it. Log the metrics of the
+        finished steps first: resuming truncates lines logged later.
 
         Args:
-            step: finished steps: the resumed loop starts with this one.
-            state: plain data the loop needs to go on (sampler position, weights version, …).
+            step: number of finished steps; a resumed loop starts with this step.
+            state: plain data the loop needs to resume (sampler position, weights version, …).
 
         Raises:
-            RunFailed: the disk is full. The previous checkpoint is intact.
+            RunFailed: the disk is full; the previous checkpoint is intact.
         """
         with self._checkpoints.save(step, state or {}) as path:
             yield path
 
     @contextlib.contextmanager
     def whole(self, name: str) -> Iterator[Path]:
-        """A folder to write into; when the block ends it is RUN/name, and not before.
+        """Yield a folder that becomes RUN/name when the block ends.
 
         Raises:
             RunFailed: the disk is full.
         """
         final, partial = self.path / name, self.path / f".partial-{name}"
         shutil.rmtree(partial, ignore_errors=True)
-        with explain_full_disk(self.path, f"{name}/", "it goes on from its last checkpoint"):
+        with explain_full_disk(self.path, f"{name}/", "it resumes from its last checkpoint"):
             partial.mkdir()
             with removed_on_error(partial):
                 yield partial
-                seal_weights(partial)
+                write_weight_checksums(partial)
                 for path in partial.rglob("*"):
-                    sync(path)
+                    fsync(path)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
-        sync(self.path)
+        fsync(self.path)
 
     def checkpoints(self) -> list[Path]:
-        """Folders of the checkpoints, oldest first; partial ones do not count."""
+        """Folders of the checkpoints, oldest first, without partial ones."""
         return self._checkpoints.paths()
 
     def latest_checkpoint(self) -> Checkpoint | None:
-        """The newest checkpoint that is whole.
+        """Return the newest intact checkpoint; None if there is none at all.
 
-        Its files are compared with their checksums when this process first asks for it. Damaged
-        ones that are newer are put aside with a warning; the next checkpoint deletes them.
+        Checksums are verified once per process. Newer damaged checkpoints are renamed with a
+        warning; the next checkpoint deletes them.
 
         Raises:
-            DataError: there are checkpoints, but all are damaged.
+            DataError: all checkpoints are damaged.
         """
         return self._checkpoints.newest()
 
     @property
     def went_back(self) -> bool:
-        """Whether newer checkpoints were damaged, until there is another one.
+        """Whether newer checkpoints were damaged, until the next one is written.
 
-        What was played since then is of weights that are gone.
+        Episodes played after the checkpoint in use are then of weights that are lost.
         """
         return self._checkpoints.went_back
 
     def close(self) -> None:
-        """Flush, and let another process write here."""
+        """Close the loggers and unlock the folder."""
         while self._open_loggers:
             self._open_loggers.pop().close()
         if self._unlock is not None:
@@ -323,7 +323,7 @@ class RunDir:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    # --- within ----------------------------------------------------------------------------------
+    # --- internals --------------------------------------------------------------------------------
 
     def _lock(self) -> None:
         if self._unlock is not None:
@@ -335,15 +335,15 @@ class RunDir:
             owner = os.pread(handle, 32, 0).decode() or "unknown"
             os.close(handle)
             raise RunFailed(
-                f"{self.path}: process {owner} is writing there. Wait for it, or choose another "
-                "run.name."
+                f"{self.path}: process {owner} is writing to this folder. Wait until it ends, or "
+                "choose another run.name."
             ) from error
         os.truncate(handle, 0)
         os.pwrite(handle, str(os.getpid()).encode(), 0)
         self._unlock = weakref.finalize(self, os.close, handle)
 
-    def _cut_metrics(self) -> int:
-        """Cut metrics.jsonl back to the checkpoint; returns the first step with no line left."""
+    def _truncate_metrics(self) -> int:
+        """Truncate metrics.jsonl to the checkpoint; return the first step that has no line left."""
         file = self.path / "metrics.jsonl"
         if not file.is_file():
             return 0
@@ -352,20 +352,19 @@ class RunDir:
             size = checkpoint.metrics_bytes if checkpoint else 0
             if checkpoint and checkpoint.metrics_sum:
                 text = file.read_bytes()[:size]
-                if text_sum(text) != checkpoint.metrics_sum:
-                    read_lines(file, text)  # names the line, if it can
+                if checksum_of(text) != checkpoint.metrics_sum:
+                    read_jsonl(file, text)  # its error may name the line
                     raise DataError(
                         f"{file}: its first {size:,} bytes are not those that were written before "
-                        f"the checkpoint of step {checkpoint.step}. Bring the file back from a "
-                        "copy; or remove it, and the run goes on without the figures of the steps "
-                        "before."
+                        f"the checkpoint of step {checkpoint.step}. Restore the file from a copy; "
+                        "or remove it, and the run resumes without the metrics of earlier steps."
                     )
             os.truncate(file, min(size, file.stat().st_size))
         return max((int(row["step"]) for row in self.metrics()), default=-1) + 1
 
 
 def _holds_run(folder: Path) -> bool:
-    """Whether there is a run in `folder`: its settings, and anything that it made."""
+    """Tell whether `folder` holds settings and at least one other file of a run."""
     if not (folder / "config.yaml").is_file():
         return False
     files = (file for file in folder.rglob("*") if file.name not in ("config.yaml", ".lock"))
@@ -373,87 +372,86 @@ def _holds_run(folder: Path) -> bool:
 
 
 def check_finished(run: Path) -> None:
-    """Compare the JSONL files of a finished run with what they were when it ended.
+    """Compare the JSONL files of a finished run with their checksums in result.json.
 
     Raises:
-        DataError: one is damaged, or result.json is.
+        DataError: a JSONL file or result.json is damaged.
     """
     file = run / "result.json"
     if not file.is_file():
         return
     try:
-        sums = opened(parse(file.read_bytes())).get(_FILES, {})
+        sums = verify_checksum(parse(file.read_bytes())).get(_FILES, {})
     except ValueError as error:
         raise DataError(f"{file}: {error}; remove the file.") from error
-    if what := damage(run, sums):
+    if damage := find_damage(run, sums):
         raise DataError(
-            f"{what}. Bring it back from a copy; if you changed it on purpose, remove the keys "
+            f"{damage}. Restore it from a copy; if you changed it on purpose, remove the keys "
             f"{_FILES!r} and 'checksum' from {file}."
         )
 
 
 def read_config(run: Path) -> Config:
-    """The configuration a run folder was made with.
+    """Read the configuration of the run in a folder.
 
     Raises:
-        DataError: there is no run in that folder, or its config.yaml cannot be read.
+        DataError: the folder holds no run, or its config.yaml is damaged.
     """
     file = run / "config.yaml"
     if not file.is_file():
         raise DataError(f"{run}: there is no run here (no config.yaml).")
     try:
-        data = _yaml_of(file)
-        return from_dict(data)
+        return from_dict(_read_yaml(file))
     except ConfigError as error:
         raise DataError(f"{file}: {error}") from error
 
 
 def _as_yaml(config: Config) -> str:
     text = OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
-    return f"{text}{_SUM}{text_sum(text.encode())}\n"
+    return f"{text}{_SUM}{checksum_of(text.encode())}\n"
 
 
-def _yaml_of(file: Path) -> dict[str, Any]:
-    """What `_as_yaml` wrote; nothing in it is looked up or run.
+def _read_yaml(file: Path) -> dict[str, Any]:
+    """Read what `_as_yaml` wrote, without resolving interpolations.
 
     Raises:
-        DataError: it is damaged.
+        DataError: the file is damaged.
     """
-    remedy = "Bring the file back from a copy; the command that started the run has its settings"
+    remedy = "Restore the file from a copy; the command that started the run has its settings"
     text = file.read_bytes()
-    body, mark, own = text.rpartition(_SUM.encode())
-    if mark and own.strip().decode("latin-1") != text_sum(body):
+    body, marker, stored = text.rpartition(_SUM.encode())
+    if marker and stored.strip().decode("latin-1") != checksum_of(body):
         raise DataError(
-            f"{file} is not what was written: its checksum is another. {remedy}. If you changed it "
+            f"{file} is not what was written: its checksum differs. {remedy}. If you changed it "
             "on purpose, remove its last line."
         )
     try:
         data = OmegaConf.to_container(OmegaConf.create(text.decode()), resolve=False)
-    except Exception as error:  # of PyYAML or OmegaConf, which have no base in common
-        at = getattr(error, "problem_mark", None)
-        line = f", line {at.line + 1}" if at else ""
+    except Exception as error:  # PyYAML's and OmegaConf's errors have no common base
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
         why = getattr(error, "problem", None) or " ".join(str(error).split())
         raise DataError(f"{file}{line}: not YAML ({why}). {remedy}.") from error
     if not isinstance(data, dict) or not data:
         raise DataError(f"{file} holds no settings. {remedy}.")
-    if found := interpolation(data):  # of the environment's variables, say: it may be a stranger's
-        raise DataError(f"{file}: {found!r} is not looked up in what a run has stored. {remedy}.")
+    if found := interpolation(data):  # of environment variables, say: the file may be anyone's
+        raise DataError(f"{file}: {found!r} is not resolved in a stored run. {remedy}.")
     return cast("dict[str, Any]", data)
 
 
 def refuse_changes(path: Path, config: Config, remedy: str, *, more_steps: bool = False) -> bool:
-    """Refuse settings that make another run than the one at `path` was started with.
+    """Refuse settings that differ from those of the run at `path` and change its results.
 
     Args:
-        config: what is asked for now.
-        remedy: what to do about a change, the last words of the error.
-        more_steps: whether there may be more steps than before.
+        config: the new settings.
+        remedy: what to do about a change, the last sentence of the error.
+        more_steps: allow more steps than before.
 
     Returns:
-        Whether there are.
+        Whether there are more steps.
 
     Raises:
-        ConfigError: there is a change; the message lists all.
+        ConfigError: a setting changed; the message lists all that did.
     """
     changed = []
     more = False
@@ -464,7 +462,7 @@ def refuse_changes(path: Path, config: Config, remedy: str, *, more_steps: bool 
             changed.append(f"  {key}: {before!r} there, {now!r} now")
     if changed:
         raise ConfigError(
-            f"{path} holds a run with other settings (its config.yaml):\n"
+            f"{path} holds a run with other settings (config.yaml):\n"
             + "\n".join(changed)
             + f"\n{remedy}"
         )

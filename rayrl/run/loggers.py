@@ -1,4 +1,4 @@
-"""Where a run's metrics go besides RUN/metrics.jsonl. Libraries are imported when they are used."""
+"""Loggers of metrics besides RUN/metrics.jsonl; their libraries are imported on use."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ LogFunction = Callable[[int, Mapping[str, float]], object]
 
 @runtime_checkable
 class Logger(Protocol):
-    """Gets the metrics of every step, as they are logged."""
+    """Receives the metrics of every step."""
 
     def open(self, folder: Path, config: Config, first_step: int) -> None:
         """Called once, before the first metrics.
 
         Args:
-            folder: of the run.
-            first_step: what an earlier process logged from this step on no longer counts.
+            folder: the run's folder.
+            first_step: metrics that earlier processes logged from this step on are obsolete.
         """
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Called with the metrics of a step; those that were not measured are left out."""
+    def log(self, step: int, metrics: Mapping[str, float], /) -> None:
+        """Called with the metrics that were measured at a step."""
 
     def close(self) -> None:
         """Called when the run ends or fails."""
@@ -42,20 +42,20 @@ LOGGERS: Registry[Callable[..., Any]] = Registry("run.loggers")
 
 @LOGGERS.register("tensorboard")
 class TensorBoard:
-    """Writes scalars to RUN/tensorboard, without importing torch."""
+    """Write scalars to RUN/tensorboard without importing torch."""
 
     def open(self, folder: Path, config: Config, first_step: int) -> None:
-        """Begin a file; see `Logger.open`."""
+        """Open an event file; see `Logger.open`."""
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         self._event = Event
         self._writer = EventFileWriter(str(folder / "tensorboard"))
-        start = SessionLog(status=SessionLog.START)  # hides what earlier files have from here on
+        start = SessionLog(status=SessionLog.START)  # hides later steps of earlier files
         self._writer.add_event(Event(wall_time=time.time(), step=first_step, session_log=start))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Add the metrics of a step; they are on disk when this returns."""
+        """Log the metrics of a step and flush them to the file."""
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
@@ -70,20 +70,20 @@ class TensorBoard:
 
 @LOGGERS.register("wandb")
 class Wandb:
-    """Logs to a run at Weights & Biases.
+    """Log to Weights & Biases.
 
     Args:
-        project: by default `run.wandb_project`.
+        project: W&B project; by default `run.wandb_project`.
     """
 
     def __init__(self, project: str = "") -> None:
         self.project = project
 
     def open(self, folder: Path, config: Config, first_step: int) -> None:
-        """Start the run; see `Logger.open`.
+        """Start the W&B run; see `Logger.open`.
 
         Raises:
-            ConfigError: wandb is not installed, or there is no project.
+            ConfigError: wandb is not installed, or no project is set.
         """
         project = self.project or config.run.wandb_project
         if not project:
@@ -100,18 +100,18 @@ class Wandb:
         )
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Send the metrics of a step."""
+        """Log the metrics of a step."""
         self._run.log(dict(metrics), step=step)
 
     def close(self) -> None:
-        """Send what is left."""
+        """Upload the remaining metrics and end the W&B run."""
         self._run.finish()
 
 
 class Jsonl:
-    """Appends `{"step": …, NAME: VALUE, …}` to a file of your own, a line per step.
+    """Append `{"step": …, NAME: VALUE, …}` to another file than RUN/metrics.jsonl, a line per step.
 
-    RUN/metrics.jsonl is always there; this one is not cut back when a run resumes.
+    Unlike RUN/metrics.jsonl it is not truncated when a run resumes.
     """
 
     def __init__(self, file: str | Path) -> None:
@@ -124,7 +124,7 @@ class Jsonl:
         self._out = self.file.open("a", encoding="utf-8")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append a line."""
+        """Append the line of a step."""
         assert self._out is not None
         self._out.write(json.dumps({"step": step, **metrics}) + "\n")
         self._out.flush()
@@ -152,29 +152,29 @@ class _Function:
 
 
 def make_loggers(config: Config, more: Sequence[str | Logger | LogFunction] = ()) -> list[Logger]:
-    """The loggers of `run.loggers`, W&B if `run.wandb_project` is set, and `more`.
+    """Make the loggers of `run.loggers`, W&B if `run.wandb_project` is set, and `more`.
 
     Args:
         more: names as in `run.loggers`, loggers, or functions `(step, metrics)`.
 
     Raises:
-        ConfigError: a name that is unknown, or something that is neither a logger nor a function.
+        ConfigError: a name is unknown, or a value is neither a logger nor a function.
     """
     names: list[str | Logger | LogFunction] = [*config.run.loggers]
     if config.run.wandb_project and "wandb" not in names:
         names.append("wandb")
-    return [_logger(one) for one in (*names, *more)]
+    return [_logger(value) for value in (*names, *more)]
 
 
-def _logger(given: str | Logger | LogFunction) -> Logger:
-    found: Any = LOGGERS.resolve(given) if isinstance(given, str) else given
-    if isinstance(found, type):
-        found = found()
-    if isinstance(found, Logger):
-        return found
-    if not callable(found):
+def _logger(value: str | Logger | LogFunction) -> Logger:
+    logger: Any = LOGGERS.resolve(value) if isinstance(value, str) else value
+    if isinstance(logger, type):
+        logger = logger()
+    if isinstance(logger, Logger):
+        return logger
+    if not callable(logger):
         raise ConfigError(
-            f"loggers: {given!r} is neither a name, nor a rayrl.Logger, nor a function "
+            f"loggers: {value!r} is neither a name, nor a rayrl.Logger, nor a function "
             "(step, metrics)."
         )
-    return _Function(found)
+    return _Function(logger)

@@ -1,7 +1,8 @@
-"""Peak memory of this process and everything it started, sampled in a thread."""
+"""Peak memory of this process and its descendants, sampled by a thread."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from pathlib import Path
@@ -10,32 +11,33 @@ __all__ = ["PeakMemory", "memory_of_tree"]
 
 
 class PeakMemory:
-    """Samples memory while its `with` block runs.
+    """Sample memory while the `with` block runs.
 
-    Memory is proportional set size: what processes share, such as the object store, is counted
-    once. Where the kernel does not tell it, resident size is used, which counts it in each.
+    Memory is the proportional set size, which counts memory that processes share, such as the
+    object store, once. Where the kernel does not report it, the resident set size is used instead,
+    which counts shared memory in every process.
 
     Attributes:
-        peak: bytes, the most seen so far.
+        peak: largest sample so far in bytes.
     """
 
     def __init__(self, every_s: float = 2.0) -> None:
         self.peak = 0
         self._every_s = every_s
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="peak-memory", daemon=True)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="peak-memory", daemon=True)
 
     def __enter__(self) -> PeakMemory:
-        self._sample()  # so that a short block has a peak too
+        self._sample()  # so that short blocks have a peak
         self._thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._over.set()
+        self._stop.set()
         self._thread.join()
 
-    def _watch(self) -> None:
-        while not self._over.wait(self._every_s):
+    def _run(self) -> None:
+        while not self._stop.wait(self._every_s):
             self._sample()
 
     def _sample(self) -> None:
@@ -43,23 +45,15 @@ class PeakMemory:
 
 
 def memory_of_tree(root: int) -> int:
-    """Bytes of process `root` and its descendants; 0 where /proc does not exist."""
-    total, left = 0, [root]
-    while left:
-        process = left.pop()
+    """Memory of process `root` and its descendants in bytes; 0 without /proc."""
+    total, pending = 0, [root]
+    while pending:
+        process = pending.pop()
         total += _memory(process)
-        left += _children(process)
+        for listing in Path(f"/proc/{process}/task").glob("*/children"):
+            with contextlib.suppress(OSError):  # the process has ended
+                pending += map(int, listing.read_text().split())
     return total
-
-
-def _children(process: int) -> list[int]:
-    found: list[int] = []
-    for listing in Path(f"/proc/{process}/task").glob("*/children"):
-        try:
-            found += map(int, listing.read_text().split())
-        except OSError:  # it ended meanwhile
-            continue
-    return found
 
 
 def _memory(process: int) -> int:

@@ -1,13 +1,25 @@
-"""What a step of training is told by: its figures, where its time went, what to warn of."""
+"""Metrics of a training step, its timeline, and warnings.
+
+A line of RUN/timeline.jsonl is one step; all times are wall-clock seconds, so that overlapping
+steps share one axis:
+
+    {"step": 3, "stages": [["collect", began, ended], …],
+     "episodes": {"began": …, "width": …, "mean": […]}, "requests": {…}}
+
+`episodes` is the mean number of live episodes in intervals of `width` seconds starting at `began`,
+and `requests` the mean number of requests in flight to an engine. Both count the episodes that the
+step was trained on or dropped, whenever they were played. Episode times come from the clock of
+their env worker, so across nodes they are as exact as the nodes' clocks agree.
+"""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rayrl.types import Episode, Group
 
@@ -16,20 +28,35 @@ if TYPE_CHECKING:
     from rayrl.cluster.workers.scaling import Load
     from rayrl.learner.batch import Batch
 
-__all__ = ["Clock", "headline", "step_metrics", "warnings"]
+__all__ = [
+    "TIMELINE",
+    "Clock",
+    "active_counts",
+    "headline",
+    "latest_steps",
+    "step_metrics",
+    "timeline_row",
+    "warnings",
+]
+
+Span = tuple[float, float]
+
+TIMELINE = "timeline.jsonl"
+BINS = 80
+LATEST_STEPS = 50
 
 
 class Clock:
     """Seconds of a step by stage: `with clock("update"): ...`.
 
     Attributes:
-        seconds: of each stage, in all.
+        seconds: total by stage.
         spans: stage, begin and end of each block, in wall-clock seconds.
     """
 
     def __init__(self) -> None:
         self._began = time.perf_counter()
-        self._epoch = time.time() - self._began  # one clock, so that stages cannot seem to overlap
+        self._epoch = time.time() - self._began  # one clock, so that stages never overlap
         self.seconds: dict[str, float] = {}
         self.spans: list[tuple[str, float, float]] = []
 
@@ -45,7 +72,7 @@ class Clock:
             self.spans.append((stage, self._epoch + began, self._epoch + ended))
 
     def metrics(self) -> dict[str, float]:
-        """`time/STAGE`, and `time/total` since the clock was made."""
+        """`time/STAGE`, and `time/total` since the clock was created."""
         stages = {f"time/{stage}": spent for stage, spent in self.seconds.items()}
         return {**stages, "time/total": time.perf_counter() - self._began}
 
@@ -57,11 +84,14 @@ def step_metrics(
     learned: Mapping[str, float],
     clock: Clock,
 ) -> dict[str, float]:
-    """All figures of a step.
+    """Compute the metrics of a step.
 
     `reward`, `reward_std`, `score/NAME` (several seats: `score/SEAT/NAME`) and `turns` are over the
-    episodes of complete groups; the learner's own figures follow. What was not measured at this
-    step (the entropy, if no row was computed) has no entry.
+    episodes of complete groups. Metrics that were not measured at this step, such as the entropy
+    if no row was computed, have no entry.
+
+    Args:
+        learned: the learner's metrics.
     """
     episodes = [episode for group in played.groups for episode in group.episodes]
     trainable = played.groups[0].trainable
@@ -73,10 +103,10 @@ def step_metrics(
         for seat in trainable
         for turn in e.turns_of(seat)
     ]
-    own = {_RENAMED.get(name, name): value for name, value in learned.items()}
+    learner = {_RENAMED.get(name, name): value for name, value in learned.items()}
     groups = batch.stats["groups"]
     zero_variance = batch.stats["zero_variance_groups"]
-    figures = {
+    metrics = {
         "reward": statistics.fmean(rewards),
         "reward_std": statistics.pstdev(rewards),
         **_scores(episodes),
@@ -95,16 +125,16 @@ def step_metrics(
         **_lag(step, episodes),
         "queue/waiting": float(played.waiting),
         "queue/live": float(played.live),
-        **_workers(played.load),
-        **_stopped(played.stopped, episodes),
+        **_worker_metrics(played.load),
+        **_stopped_metrics(played.stopped, episodes),
         **({} if played.idle_s is None else {"time/idle": played.idle_s}),
         **clock.metrics(),
     }
-    return {**figures, **own}
+    return {**metrics, **learner}
 
 
 def _lag(step: int, episodes: Sequence[Episode]) -> dict[str, float]:
-    """How many versions older than the learner's weights tokens were, on average and at most."""
+    """Mean and maximum number of versions that tokens are older than the learner's weights."""
     total, tokens, oldest = 0.0, 0, step
     for episode in episodes:
         for turn in episode.turns:
@@ -115,8 +145,8 @@ def _lag(step: int, episodes: Sequence[Episode]) -> dict[str, float]:
     return {"lag/mean": total / tokens, "lag/max": float(step - oldest)} if tokens else {}
 
 
-def _workers(load: Load | None) -> dict[str, float]:
-    """How many workers there are, and what waits for room on one."""
+def _worker_metrics(load: Load | None) -> dict[str, float]:
+    """Number of env workers, and of groups that wait for one."""
     if load is None:
         return {}
     return {
@@ -126,23 +156,23 @@ def _workers(load: Load | None) -> dict[str, float]:
     }
 
 
-def _stopped(groups: Sequence[Group], kept: Sequence[Episode]) -> dict[str, float]:
-    """What was stopped for its age, and how it differs from what is trained on: the bias of it.
+def _stopped_metrics(groups: Sequence[Group], kept: Sequence[Episode]) -> dict[str, float]:
+    """Metrics of groups stopped as stale; their difference from the `kept` ones is a bias.
 
-    Turns and rewards of the stopped are those they had: rewards only where an episode had ended.
+    Turns count up to the stop; rewards are those of episodes that had ended by then.
     """
     episodes = [episode for group in groups for episode in group.episodes]
     if not episodes:
         return {"stopped/groups": 0.0}
     rewards = [reward for e in episodes for reward in e.rewards.values()]
-    figures = {
+    metrics = {
         "stopped/groups": float(len(groups)),
         "stopped/turns": statistics.fmean(len(e.turns) for e in episodes),
         "stopped/kept_turns": statistics.fmean(len(e.turns) for e in kept),
     }
     if rewards:
-        figures["stopped/reward"] = statistics.fmean(rewards)
-    return figures
+        metrics["stopped/reward"] = statistics.fmean(rewards)
+    return metrics
 
 
 _RENAMED = {f"mismatch_{name}": f"mismatch/{name}" for name in ("mean", "max", "kl")}
@@ -155,32 +185,32 @@ def _scores(episodes: list[Episode]) -> dict[str, float]:
             prefix = f"score/{seat}/" if len(episode.scores) > 1 else "score/"
             for name, value in scores.items():
                 values[prefix + name].append(value)
-    return {name: statistics.fmean(of_name) for name, of_name in values.items()}
+    return {name: statistics.fmean(scores) for name, scores in values.items()}
 
 
 def headline(metrics: Mapping[str, float]) -> dict[str, str]:
-    """The few figures that say how a run goes, for a progress bar; a dash is not measured."""
+    """Format the main metrics for a progress bar; a dash means not measured."""
 
-    def known(name: str, digits: int) -> str:
+    def number(name: str, digits: int) -> str:
         return f"{metrics[name]:.{digits}f}" if name in metrics else "–"
 
     scores = [name for name in metrics if name.startswith("score/")][:4]
-    after = {
-        "entropy": known("entropy", 3),
-        "grad": known("grad_norm", 2),
+    rest = {
+        "entropy": number("entropy", 3),
+        "grad": number("grad_norm", 2),
         "play": f"{metrics['time/collect']:.1f} s",
         "learn": f"{metrics['time/update']:.1f} s",
     }
     shown = {"reward": f"{metrics['reward']:z.3f} ±{metrics['reward_std']:.2f}"}
     for name in scores:
         short = name.removeprefix("score/")
-        ours = short in shown or short in after or not short
-        shown[name if ours else short] = f"{metrics[name]:z.2f}"
-    return shown | after
+        taken = short in shown or short in rest or not short
+        shown[name if taken else short] = f"{metrics[name]:z.2f}"
+    return shown | rest
 
 
 def warnings(metrics: Mapping[str, float]) -> Iterator[str]:
-    """What was lost at a step, for a person to know; what lies in its figures, `alarms.py` says."""
+    """Describe what a step lost; `alarms.py` judges its metrics."""
     if metrics.get("skipped"):
         yield f"{metrics['skipped']:.0f} updates skipped: loss or gradient was not finite"
     if metrics["groups/dropped"]:
@@ -190,3 +220,73 @@ def warnings(metrics: Mapping[str, float]) -> Iterator[str]:
             f"by a server, {metrics['failures/infra']:.0f} failed otherwise, "
             f"{metrics['failures/stale']:.0f} were too old"
         )
+
+
+def timeline_row(
+    step: int, stages: Sequence[tuple[str, float, float]], groups: Iterable[Group]
+) -> dict[str, Any]:
+    """Return a step's line of timeline.jsonl.
+
+    Args:
+        stages: name, begin and end of each; a stage may occur several times.
+        groups: groups played for the step, dropped ones included.
+    """
+    episodes = [episode for group in groups for episode in group.episodes]
+    live = [(e.began, e.began + e.seconds) for e in episodes if e.began]
+    requests = [(t.began, t.began + t.seconds) for e in episodes for t in e.turns if t.began]
+    return {
+        "step": step,
+        "stages": [[name, round(began, 4), round(ended, 4)] for name, began, ended in stages],
+        "episodes": active_counts(live),
+        "requests": active_counts(requests),
+    }
+
+
+def active_counts(spans: Sequence[Span], bins: int = BINS) -> dict[str, Any]:
+    """Count the spans active at once, as the mean over each of `bins` intervals.
+
+    Returns:
+        `began` and the `width` of an interval in seconds, and `mean`, (bins,); empty without spans.
+    """
+    if not spans:
+        return {}
+    first = min(began for began, _ in spans)
+    width = max(max(ended for _, ended in spans) - first, 1e-3) / bins
+    covered = [0.0] * bins  # sum over spans of the share of each interval
+    for began, ended in spans:
+        low, high = (began - first) / width, (ended - first) / width
+        i, j = min(int(low), bins - 1), min(int(high), bins - 1)
+        if i == j:
+            covered[i] += high - low
+            continue
+        covered[i] += i + 1 - low
+        for k in range(i + 1, j):
+            covered[k] += 1
+        covered[j] += high - j
+    return {
+        "began": round(first, 4),
+        "width": round(width, 6),
+        "mean": [round(value, 2) for value in covered],
+    }
+
+
+def latest_steps(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the latest steps for the report, in seconds since the first stage among them."""
+    latest = [row for row in rows if row.get("stages")][-LATEST_STEPS:]
+    if not latest:
+        return []
+    zero = min(began for row in latest for _, began, _ in row["stages"])
+
+    def shift(counts: Mapping[str, Any]) -> dict[str, Any]:
+        return {**counts, "began": round(counts["began"] - zero, 3)} if counts else {}
+
+    return [
+        {
+            "step": row["step"],
+            "stages": [
+                [name, round(b - zero, 3), round(e - zero, 3)] for name, b, e in row["stages"]
+            ],
+            **{key: shift(row.get(key) or {}) for key in ("episodes", "requests")},
+        }
+        for row in latest
+    ]

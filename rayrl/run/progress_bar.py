@@ -1,4 +1,4 @@
-"""How far a stage is, with the figures that matter: a bar in a terminal, plain lines elsewhere."""
+"""Progress of a stage with its main metrics: a bar in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -9,29 +9,22 @@ from typing import Any, TextIO
 
 from rayrl.terminal import visible
 
-__all__ = ["ProgressBar", "figure"]
+__all__ = ["ProgressBar"]
 
-WIDE = 110  # columns of a terminal; narrower ones have no bar and no estimate of the time left
-
-
-def figure(value: float | int | str) -> str:
-    """A figure as people read it: three significant digits, whole numbers whole."""
-    if isinstance(value, str | int):
-        return str(value)
-    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+WIDE = 110  # columns; narrower terminals get no bar and no estimate of the remaining time
 
 
 class ProgressBar:
-    """Progress of one stage, to be used in a `with` block.
+    """Progress of one stage; a context manager.
 
-    In a terminal it is one line that redraws itself. Elsewhere (a log, `ray job logs`) it is a line
-    every `every_s` seconds, and the first and the last, so that a log stays readable.
+    In a terminal it redraws one line. Elsewhere (a log, `ray job logs`) it prints the first line,
+    the last, and one every `every_s` seconds, so that logs stay readable.
 
     Args:
-        title: what is going on, as "rl1".
-        total: steps (or episodes) until it is done.
-        stream: where to write.
-        every_s: least time between plain lines.
+        title: name of the stage, as "rl1".
+        total: number of steps or episodes.
+        stream: output; by default stderr.
+        every_s: minimum time between plain lines.
     """
 
     def __init__(
@@ -42,9 +35,9 @@ class ProgressBar:
         self._every_s = every_s
         self._began = time.monotonic()
         self._last_line = float("-inf")
-        self._figures: dict[str, float | int | str] = {}
+        self._metrics: dict[str, float | int | str] = {}
         self._written = -1
-        self._room = sys.maxsize  # columns for figures
+        self._columns = sys.maxsize  # available for metrics
         self._bar: Any = None
         self._task: Any = None
 
@@ -60,22 +53,22 @@ class ProgressBar:
         elif self._written != self.done:
             self._write_line()
 
-    def update(self, done: int, figures: Mapping[str, float | int | str] | None = None) -> None:
-        """Say that `done` of `total` are done, and the newest figures (older ones stay shown).
+    def update(self, done: int, metrics: Mapping[str, float | int | str] | None = None) -> None:
+        """Show that `done` of `total` are done, and the newest metrics; earlier ones stay shown.
 
         Args:
-            figures: by name, which may be any text: an environment's author chose some of them.
+            metrics: value by name, which may be any text: environments choose some of them.
         """
         self.done = done
-        self._figures.update(figures or {})
+        self._metrics.update(metrics or {})
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, figures=self._in_words())
+            self._bar.update(self._task, completed=done, metrics=self._metrics_text())
             return
         if time.monotonic() - self._last_line >= self._every_s or done >= self.total:
             self._write_line()
 
     def note(self, text: str) -> None:
-        """Write a line that stays, above the bar if there is one."""
+        """Print a permanent line, above the bar if there is one."""
         if self._bar is not None:
             self._bar.console.print(visible(text), highlight=False, markup=False)
         else:
@@ -98,24 +91,26 @@ class ProgressBar:
             progress.MofNCompleteColumn(table_column=Column(no_wrap=True)),
             progress.TimeElapsedColumn(table_column=Column(no_wrap=True)),
             *([progress.TimeRemainingColumn(table_column=Column(no_wrap=True))] if wide else []),
-            column("{task.fields[figures]}"),
+            column("{task.fields[metrics]}"),
             console=console,
         )
         title, longest = visible(self.title), max(console.width // 4, 8)
         if len(title) > longest:
             title = f"{title[: longest - 1]}…"
-        self._task = self._bar.add_task(title, total=self.total, figures="")
-        # what is left of a line beside title, bar, step and times
+        self._task = self._bar.add_task(title, total=self.total, metrics="")
+        # title, steps and elapsed time; in wide terminals also the bar and the remaining time
         taken = len(title) + 2 * len(f"{self.total}") + 12
-        self._room = console.width - taken - (37 if wide else 0)
+        self._columns = console.width - taken - (37 if wide else 0)
         self._bar.start()
 
-    def _in_words(self) -> str:
-        """The figures, of which a narrow terminal shows the first ones, whole."""
+    def _metrics_text(self) -> str:
+        """Format as many of the first metrics as fit, none of them cut."""
         text = ""
-        for name, value in self._figures.items():
-            longer = f"{text}  {visible(name)} {visible(figure(value))}".strip()
-            if len(longer) > self._room:
+        for name, value in self._metrics.items():
+            if isinstance(value, float):
+                value = f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+            longer = f"{text}  {visible(name)} {visible(str(value))}".strip()
+            if len(longer) > self._columns:
                 break
             text = longer
         return text
@@ -123,7 +118,5 @@ class ProgressBar:
     def _write_line(self) -> None:
         self._last_line, self._written = time.monotonic(), self.done
         seconds = self._last_line - self._began
-        line = (
-            f"{visible(self.title)} {self.done}/{self.total}  {seconds:.0f} s  {self._in_words()}"
-        )
-        print(line.rstrip(), file=self._stream, flush=True)
+        progress = f"{visible(self.title)} {self.done}/{self.total}  {seconds:.0f} s"
+        print(f"{progress}  {self._metrics_text()}".rstrip(), file=self._stream, flush=True)

@@ -1,4 +1,4 @@
-"""What a verb needs before it starts: what is not there or will not fit, a sentence each."""
+"""Check before a start that everything a verb needs exists and fits, one sentence per problem."""
 
 from __future__ import annotations
 
@@ -27,59 +27,59 @@ __all__ = [
     "Machine",
     "all_problems",
     "check_start",
-    "problems",
-    "reserved",
+    "local_machine",
+    "reserved_resources",
+    "stage_problems",
     "stages_of",
-    "this_machine",
 ]
 
 LEARNING = ("sft", "train")  # verbs with learners
 WRITING = ("synth", "sft", "train", "eval")  # verbs with a run folder
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-STORED = 2.5  # versions of the weights in the object store at a push, and room to move
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+VERSIONS_STORED = 2.5  # versions of the weights in the object store during a push, with slack
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What there is to run on. Memory in GiB."""
+    """Resources of a machine; memory in GiB."""
 
     cpus: int
     gpus: int
     memory_gb: float
 
 
-def this_machine() -> Machine:
-    """The machine this process runs on, within its container's limits."""
+def local_machine() -> Machine:
+    """Measure this machine within the limits of the container."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = Path("/sys/fs/cgroup/memory.max")
     if limit.is_file() and (text := limit.read_text().strip()).isdigit():
         memory = min(memory, int(text))
-    gpus = len([one for one in Path("/dev").glob("nvidia[0-9]*") if one.name[6:].isdigit()])
+    gpus = sum(device.name[6:].isdigit() for device in Path("/dev").glob("nvidia[0-9]*"))
     return Machine(len(os.sched_getaffinity(0)), gpus, memory / 2**30)
 
 
 def check_start(config: Config, verb: str, done: Collection[str] = ()) -> None:
-    """What every verb does before it starts anything: refuse what `rayrl plan` says won't fit.
+    """Refuse to start what `rayrl plan` says will not fit; every verb calls this first.
 
-    A run that has nothing left to do needs nothing.
+    A finished run needs nothing.
 
     Args:
-        done: stages of a recipe that are finished.
+        done: finished stages of a recipe.
 
     Raises:
-        ConfigError: naming all of it.
+        ConfigError: there are problems; the message lists them.
     """
     if verb in WRITING and _is_done(config, verb):
         return
-    found = all_problems(config, this_machine(), verb, done)
-    if found:
-        many = "".join(f"\n  - {one}" for one in found)
-        raise ConfigError(found[0] if len(found) == 1 else f"this cannot run:{many}")
+    problems = all_problems(config, local_machine(), verb, done)
+    if problems:
+        listing = "".join(f"\n  - {problem}" for problem in problems)
+        raise ConfigError(problems[0] if len(problems) == 1 else f"this cannot run:{listing}")
 
 
 def _is_done(config: Config, verb: str) -> bool:
-    """Whether the run has nothing left to do; learning may have got more steps."""
+    """Tell whether the run is finished; its number of learning steps may have been raised."""
     file = Path(config.run.dir) / "result.json"
     if not is_finished(config.run.dir) or verb not in LEARNING:
         return is_finished(config.run.dir)
@@ -90,15 +90,19 @@ def _is_done(config: Config, verb: str) -> bool:
 def all_problems(
     config: Config, machine: Machine, verb: str, done: Collection[str] = ()
 ) -> list[str]:
-    """Those of `verb`; of a recipe, those of each stage that is not done, once."""
-    parts = [(verb, config)]
+    """List the problems of `verb`; of a recipe, those of its unfinished stages without repeats."""
+    stages = [(verb, config)]
     if verb == "recipe":
-        parts = [(verb, part) for name, verb, part in _as_they_start(config) if name not in done]
-    return list(dict.fromkeys(one for verb, part in parts for one in problems(part, machine, verb)))
+        stages = [(verb, stage) for name, verb, stage in _check_stages(config) if name not in done]
+    return list(
+        dict.fromkeys(
+            problem for verb, stage in stages for problem in stage_problems(stage, machine, verb)
+        )
+    )
 
 
-def _as_they_start(config: Config) -> Iterator[tuple[str, str, Config]]:
-    """Name, verb and settings of the stages, but for what earlier ones make."""
+def _check_stages(config: Config) -> Iterator[tuple[str, str, Config]]:
+    """Yield name, verb and settings of the stages, without files that earlier stages produce."""
     folder, made = Path(config.run.dir).absolute(), set()
     for name, verb, stage in stages_of(config):
         data, model = Path(stage.sft.data).absolute(), Path(stage.model.path).absolute()
@@ -111,28 +115,27 @@ def _as_they_start(config: Config) -> Iterator[tuple[str, str, Config]]:
             made.add(Path(stage.synth.out).absolute())
 
 
-def problems(config: Config, machine: Machine | None = None, verb: str = "train") -> list[str]:
-    """What `verb` would ask for by `config` that is not there, a sentence each with the remedy."""
-    machine = machine or this_machine()
-    found, seats = [], [POLICY]
+def stage_problems(config: Config, machine: Machine, verb: str) -> list[str]:
+    """List what `verb` needs with `config` and lacks, one sentence with a remedy per problem."""
+    problems, players = [], [POLICY]
     try:
-        seats = _seats(config, verb)
+        players = _players(config, verb)
     except ConfigError as error:
-        found.append(str(error))
-    models = {who for who in seats if who == POLICY or who.startswith("model:")}
+        problems.append(str(error))
+    models = {player for player in players if player == POLICY or player.startswith("model:")}
     return [
-        *found,
+        *problems,
         *_too_much(config, machine, verb, len(models)),
-        *_missing(config, verb, seats),
-        *_unusable(config, verb, models),
+        *_missing(config, verb, players),
+        *_unusable_models(config, verb, models),
     ]
 
 
-def _seats(config: Config, verb: str) -> list[str]:
-    """Who plays in the environment of `verb`, by seat; the environment and its settings are there.
+def _players(config: Config, verb: str) -> list[str]:
+    """List the players of all seats in the environment of `verb`.
 
     Raises:
-        ConfigError: they are not, or nobody would be trained.
+        ConfigError: the environment, its settings or a player do not exist, or no seat is trained.
     """
     if verb == "serve":
         return [POLICY]
@@ -143,13 +146,13 @@ def _seats(config: Config, verb: str) -> list[str]:
         check_trained(environment, config)
     for args in config.eval.cells.values() if verb == "eval" else ():
         environment.evaluation(config.env.held_out).configure(args)
-    player = {"synth": config.synth.player, "eval": config.eval.player, "play": config.play.player}
-    seats = seats_of(environment, config, player.get(verb, "model"))
+    default = {"synth": config.synth.player, "eval": config.eval.player, "play": config.play.player}
+    seats = seats_of(environment, config, default.get(verb, "model"))
     if verb == "play":
-        seats.pop(config.play.seat, None)  # a person sits there
-    for seat, who in seats.items():
-        name = who.removeprefix("player:")
-        if name != who and name not in environment.players:
+        seats.pop(config.play.seat, None)  # the user's
+    for seat, player in seats.items():
+        name = player.removeprefix("player:")
+        if name != player and name not in environment.players:
             near = suggestion(name, list(environment.players))
             raise ConfigError(f"{environment.name!r} has no player {name!r} for {seat}.{near}")
     return list(seats.values())
@@ -157,8 +160,8 @@ def _seats(config: Config, verb: str) -> list[str]:
 
 def _too_much(config: Config, machine: Machine, verb: str, models: int) -> Iterator[str]:
     cluster, engine = config.cluster, config.engine
-    if _here(config):
-        cpus, gpus = reserved(config, verb, models)
+    if _is_local(config):
+        cpus, gpus = reserved_resources(config, verb, models)
         if cpus > machine.cpus:
             yield (
                 f"{cpus:g} cpus are reserved and this machine has {machine.cpus}: lower "
@@ -169,7 +172,7 @@ def _too_much(config: Config, machine: Machine, verb: str, models: int) -> Itera
                 f"{gpus:g} gpus are reserved and this machine has {machine.gpus}: lower "
                 "cluster.replica_gpus or cluster.learner_gpus."
             )
-        needs = STORED * _weights_gb(config) if verb == "train" else 0.0
+        needs = VERSIONS_STORED * _weights_gb(config) if verb == "train" else 0.0
         needs *= transport_of(config) == "object_store"
         if needs > cluster.object_store_gb:
             yield (
@@ -182,24 +185,24 @@ def _too_much(config: Config, machine: Machine, verb: str, models: int) -> Itera
                 f"engine.kv_cache_gb={engine.kv_cache_gb:g} × {models * cluster.replicas} replicas "
                 f"is more than 80% of {machine.memory_gb:.0f} GiB: lower it."
             )
-    room = shutil.disk_usage(_existing(Path(config.run.dir))).free / 2**30
-    if verb in LEARNING and room < (needs := _stored_gb(config)):
+    free = shutil.disk_usage(_existing(Path(config.run.dir))).free / 2**30
+    if verb in LEARNING and free < (needs := _stored_gb(config)):
         yield (
-            f"run.dir={config.run.dir}: {room:.1f} GiB left on that disk, and checkpoints and the "
-            f"model take about {needs:.1f} GiB; make room, or lower run.keep_checkpoints."
+            f"run.dir={config.run.dir}: {free:.1f} GiB left on that disk, and checkpoints and the "
+            f"model take about {needs:.1f} GiB; free some space, or lower run.keep_checkpoints."
         )
 
 
-def _missing(config: Config, verb: str, seats: Sequence[str]) -> Iterator[str]:
+def _missing(config: Config, verb: str, players: Sequence[str]) -> Iterator[str]:
     data, key, url = config.sft.data, config.endpoint.api_key_env, config.endpoint.url
     if verb == "sft" and data and not Path(data).is_file():
         yield f"sft.data={data}: there is no such file; rayrl synth writes one."
-    # a server on this machine seldom wants one; a variable that somebody named should be there
+    # local servers rarely need a key; a variable other than the default must be set
     optional = key == EndpointConfig().api_key_env and urlsplit(url).hostname in LOOPBACK
-    if "endpoint" in seats and key and not os.environ.get(key) and not optional:
+    if "endpoint" in players and key and not os.environ.get(key) and not optional:
         yield (
             f"endpoint.api_key_env={key}: that variable is not set; export it, or set "
-            "endpoint.api_key_env='' for a server that wants no key."
+            "endpoint.api_key_env='' for a server without keys."
         )
     if verb not in LEARNING:
         return
@@ -214,13 +217,13 @@ def _missing(config: Config, verb: str, seats: Sequence[str]) -> Iterator[str]:
                 load_function(f"algo.{key}", reference)
             except ConfigError as error:
                 yield str(error)
-    if config.lora.rank and _here(config) and not _installed("peft"):
+    if config.lora.rank and _is_local(config) and not _installed("peft"):
         yield f"lora.rank={config.lora.rank}: peft is not installed; pip install 'rayrl[lora]'."
 
 
-def _unusable(config: Config, verb: str, models: Collection[str]) -> Iterator[str]:
-    """What is wrong with the models and with what generates from them."""
-    if models and config.engine.kind == "vllm" and _here(config) and not _installed("vllm"):
+def _unusable_models(config: Config, verb: str, models: Collection[str]) -> Iterator[str]:
+    """Yield the problems of the models and of their engine."""
+    if models and config.engine.kind == "vllm" and _is_local(config) and not _installed("vllm"):
         yield "engine.kind=vllm: vLLM is not installed; docs/vllm.md says how."
     longest = _positions(config.model.path) if POLICY in models else 0
     if longest and config.engine.max_len > longest:
@@ -234,7 +237,7 @@ def _unusable(config: Config, verb: str, models: Collection[str]) -> Iterator[st
             f"has positions for {longest}, prompt included; lower it."
         )
     paths = {config.model.path} if POLICY in models or verb in LEARNING else set()
-    for path in sorted(paths | {who.removeprefix("model:") for who in models} - {POLICY}):
+    for path in sorted(paths | {model.removeprefix("model:") for model in models} - {POLICY}):
         try:
             model_dir(path)
             template_notes([path])
@@ -242,14 +245,14 @@ def _unusable(config: Config, verb: str, models: Collection[str]) -> Iterator[st
             yield str(error)
 
 
-def _here(config: Config) -> bool:
-    """Whether all processes will be on this machine; other nodes may have what this one lacks."""
+def _is_local(config: Config) -> bool:
+    """Tell whether all processes run on this machine; other nodes may have what it lacks."""
     return not cluster_address(config.cluster.address)
 
 
 def _installed(package: str) -> bool:
     spec = importlib.util.find_spec(package)
-    return spec is not None and spec.origin is not None  # a mere folder of that name has none
+    return spec is not None and spec.origin is not None  # a plain folder of that name has none
 
 
 def _existing(path: Path) -> Path:
@@ -258,22 +261,22 @@ def _existing(path: Path) -> Path:
 
 
 def _weights_gb(config: Config) -> float:
-    """What a push of the model is, in GiB; 0 where that cannot be told."""
+    """Size of a push of the model in GiB; 0 if unknown."""
     try:
         folder = model_dir(config.model.path)
         settings = json.loads((folder / "config.json").read_text("utf-8"))
-        here = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     except (ConfigError, ValueError, OSError):
         return 0.0
     stored = settings.get("dtype") or settings.get("torch_dtype") or "float32"
-    return here / BYTES.get(stored, 4) * BYTES[config.learner.dtype] / 2**30
+    return size / DTYPE_BYTES.get(stored, 4) * DTYPE_BYTES[config.learner.dtype] / 2**30
 
 
 def _stored_gb(config: Config) -> float:
-    """What checkpoints and the exported model take on the disk, in GiB; 0 where that is not known.
+    """Size of checkpoints and the exported model on the disk in GiB; 0 if unknown.
 
-    A checkpoint has the weights, AdamW's two moments of each in fp32, and in bf16 fp32 masters.
-    Adapters take far less.
+    A checkpoint holds the weights, AdamW's two fp32 moments per weight, and fp32 master weights if
+    the weights are bf16. Checkpoints of adapters are neglected.
     """
     weights = _weights_gb(config)
     of_optimizer = 2.0 if config.learner.dtype == "float32" else 6.0
@@ -282,7 +285,7 @@ def _stored_gb(config: Config) -> float:
 
 
 def _positions(model: str) -> int:
-    """How many ids the model at `model` has positions for; 0 where that cannot be told."""
+    """Number of positions of the model at path `model`; 0 if unknown."""
     try:
         text = (model_dir(model) / "config.json").read_text("utf-8")
         return int(json.loads(text).get("max_position_embeddings", 0))
@@ -291,15 +294,15 @@ def _positions(model: str) -> int:
 
 
 def stages_of(config: Config) -> Iterator[tuple[str, str, Config]]:
-    """Name, verb and settings of what runs: the recipe's stages, or else the training loop."""
+    """Yield name, verb and settings of the recipe's stages; without a recipe, of the training."""
     if not config.recipe:
         yield "training", "train", config
     for stage in config.recipe:
         yield stage.name, stage.verb, stage_config(config, stage)
 
 
-def reserved(config: Config, verb: str, models: int = 1) -> tuple[float, float]:
-    """CPUs and GPUs that the actors of `verb` reserve, with replicas of so many models."""
+def reserved_resources(config: Config, verb: str, models: int = 1) -> tuple[float, float]:
+    """CPUs and GPUs reserved by the actors of `verb`, with replicas of `models` models."""
     cluster = config.cluster
     workers = 0 if verb in ("sft", "serve", "play") else cluster.env_workers
     replicas = 0 if verb == "sft" else models * cluster.replicas

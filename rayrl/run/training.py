@@ -86,7 +86,7 @@ class Training:
         """
         async for attempt in self._recovery.attempts():
             with attempt:
-                self._weights.forget()
+                self._weights.reset()
                 self._collector.rewind(attempt.start)
                 self._monitor.rewind()
                 if attempt.start == self._pushed:
@@ -101,7 +101,7 @@ class Training:
         Raises:
             RunFailed: an alarm stops the run, or playing failed too often.
         """
-        await self._monitor.go_on()
+        await self._monitor.pause_or_stop()
         self.clock = Clock()
         with self.clock("collect"):
             self._collected = await self._collector.collect(step)
@@ -136,7 +136,7 @@ class Training:
         config, folder, collected = self.config, self.folder, self._collected
         metrics = step_metrics(step, collected, batch, learned, self.clock)
         folder.log(step, metrics)
-        self._monitor.look(step, metrics, self.clock, collected)
+        self._monitor.observe(step, metrics, self.clock, collected)
         control = StepControl(step, metrics, folder.path)
         if on_step is not None:
             on_step(control)
@@ -144,7 +144,7 @@ class Training:
         last = step + 1 == self.steps or control.stop
         if step % config.run.episodes_every == 0 or last:
             folder.write_episodes(step, (*collected.groups, *collected.dropped))
-        due = (step + 1) % config.run.checkpoint_every == 0 or last or self._monitor.halting
+        due = (step + 1) % config.run.checkpoint_every == 0 or last or self._monitor.will_halt
         if due or control.checkpoint:
             await self.checkpoint(step + 1)
         self._progress.update(step + 1, headline(metrics))

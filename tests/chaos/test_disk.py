@@ -30,7 +30,9 @@ def test_a_full_disk_stops_a_run_that_goes_on_when_there_is_space(
         with small_disk(folder / "checkpoints", needed * 3 // 2) as checkpoints:
             with Going(line) as run:
                 assert run.wait() == 1, run.said
-            said = f"{checkpoints.path}: the disk is full, so the checkpoint of step 4 was not kept"
+            said = (
+                f"{checkpoints.path}: the disk is full, so the checkpoint of step 4 was not saved"
+            )
             assert said in run.said
             assert "is free). Free some space and run the same command again" in run.said
             assert stopped_whole(run, folder) == [2]
@@ -70,7 +72,7 @@ def test_groups_that_find_no_space_are_not_half_there(tmp_path: Path) -> None:
         log.begin(0, [])
         log.add(Played(0, group))
         disk.fill(leave=4096)
-        with pytest.raises(RunFailed, match="a group that was played was not kept"):
+        with pytest.raises(RunFailed, match="a group that was played was not saved"):
             log.add(Played(1, group))
         log.close()
         disk.empty()
@@ -91,7 +93,7 @@ def test_an_export_that_finds_no_space_leaves_the_model_before_it(
             learner.export(path)
         before = weights(run.path)
         disk.fill(leave=32 * 1024)
-        said = r"so model/ was not kept \(0\.0 MiB is free\).*goes on from its last checkpoint"
+        said = r"so model/ was not saved \(0\.0 MiB is free\).*resumes from its last checkpoint"
         with pytest.raises(RunFailed, match=said), run.whole("model") as path:
             learner.export(path)
         assert weights(run.path) == before

@@ -12,7 +12,12 @@ from typing import Any
 import pytest
 
 from rayrl.cluster import code_bundle
-from rayrl.cluster.code_bundle import env_names, function_references, stage, variables
+from rayrl.cluster.code_bundle import (
+    env_names,
+    forwarded_variables,
+    function_references,
+    write_bundle,
+)
 from rayrl.config import from_dict
 from rayrl.errors import ConfigError
 from tests.documents import ROOT
@@ -62,7 +67,7 @@ def there(sent: Path, absent: Path, code: str, *words: str) -> Any:
 
 
 def test_a_node_without_the_clone_has_all_of_it(sent: Path, absent: Path) -> None:
-    stage(sent)
+    write_bundle(sent)
     code = """
 import json, sys, rayrl, importlib.metadata
 from rayrl.cli import compose
@@ -81,7 +86,7 @@ print(json.dumps([names, [rayrl.__file__, str(model_dir("embedded")), *files],
 
 
 def test_small_and_without_what_is_not_code(sent: Path) -> None:
-    stage(sent)
+    write_bundle(sent)
     files = [file for file in sent.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) < 10 << 20
     parts = {part for file in files for part in file.relative_to(sent).parts}
@@ -96,7 +101,7 @@ def test_a_file_is_the_same_module_for_the_sender_and_on_the_nodes(
     file = tmp_path / "mine" / "my-game.py"
     file.write_text(GAME)
     monkeypatch.chdir(tmp_path)
-    stage(sent, ["mine/my-game.py"])
+    write_bundle(sent, ["mine/my-game.py"])
     written = "mine/my-game.py"
     load = f"import json, rayrl; env = rayrl.load_env('{written}')"
     tell = "print(json.dumps([type(env.tasks(0, 1)[0]).__module__, env.ref]))"
@@ -116,12 +121,12 @@ def test_a_package_of_ones_own(
     (package / "games.py").write_text(GAME)
     (package / "data" / "words.txt").write_text("a b c")
     monkeypatch.syspath_prepend(str(package.parent))
-    stage(sent, ["zz_mine.games:game"])
+    write_bundle(sent, ["zz_mine.games:game"])
     code = "import json, rayrl; print(json.dumps(rayrl.load_env('zz_mine.games:game').seats))"
     assert there(sent, absent, code) == ["agent"]
     assert (sent / "zz_mine" / "data" / "words.txt").read_text() == "a b c"
     with pytest.raises(ConfigError, match=r"env.name='zz_nobody:game'.*no module 'zz_nobody'"):
-        stage(sent, ["zz_nobody:game"])
+        write_bundle(sent, ["zz_nobody:game"])
 
 
 @pytest.mark.parametrize("editable", [True, False])
@@ -140,7 +145,7 @@ def test_a_package_that_is_installed_from_elsewhere(
     (info / "RECORD").write_text("".join(f"{file},,\n" for file in files))
     monkeypatch.syspath_prepend(str(site))
     monkeypatch.syspath_prepend(str(source))
-    stage(sent, [] if not editable else ["zz_rules:game"])
+    write_bundle(sent, [] if not editable else ["zz_rules:game"])
     code = "import json, rayrl; print(json.dumps(rayrl.load_env('theirs').name))"
     assert there(sent, absent, code) == "game"
 
@@ -155,7 +160,7 @@ def test_what_is_too_large_is_named(
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(code_bundle, "LIMIT_MB", 9)
     with pytest.raises(ConfigError, match=r"at most 9 .*corpus\.bin \(6 MiB\).*by path"):
-        stage(sent, ["zz_large:game"])
+        write_bundle(sent, ["zz_large:game"])
     assert not list(sent.iterdir())
 
 
@@ -169,11 +174,11 @@ def test_losses_and_advantages_from_outside_travel(
     algo = {"advantage": "zz_losses:mine"}
     found = function_references(from_dict({"env": {"name": "a"}, "algo": algo, "recipe": recipe}))
     assert found == {"zz_losses:mine": "algo.advantage", "zz_losses.py:mine": "algo.loss"}
-    stage(sent, functions=found)
+    write_bundle(sent, functions=found)
     assert (sent / "zz_losses.py").is_file()
     assert len(list((sent / "env_files").rglob("zz_losses.py"))) == 1
     with pytest.raises(ConfigError, match=r"algo\.loss='zz_loses:mine': there is no module"):
-        stage(sent, functions={"zz_loses:mine": "algo.loss"})
+        write_bundle(sent, functions={"zz_loses:mine": "algo.loss"})
 
 
 def test_a_file_that_is_nowhere(
@@ -181,8 +186,8 @@ def test_a_file_that_is_nowhere(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=r"there is no file .*nim\.py"):
-        stage(sent, ["nim.py:nim"])
-    stage(sent, ["/shared/nim.py"])  # the nodes may have it
+        write_bundle(sent, ["nim.py:nim"])
+    write_bundle(sent, ["/shared/nim.py"])  # the nodes may have it
 
 
 def test_environments_of_all_stages() -> None:
@@ -201,4 +206,8 @@ def test_environments_of_all_stages() -> None:
 def test_variables_of_a_run_and_not_of_a_machine() -> None:
     here = {"RAYRL_DEBUG": "1", "RAYRL_VENV": "/x", "HOME": "/root", "HF_HUB_OFFLINE": "1"}
     here |= {"NCCL_DEBUG": "INFO", "OPENAI_API_KEY": "secret", "HF_TOKEN": "secret"}
-    assert variables(here) == {"RAYRL_DEBUG": "1", "HF_HUB_OFFLINE": "1", "NCCL_DEBUG": "INFO"}
+    assert forwarded_variables(here) == {
+        "RAYRL_DEBUG": "1",
+        "HF_HUB_OFFLINE": "1",
+        "NCCL_DEBUG": "INFO",
+    }

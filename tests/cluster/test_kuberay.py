@@ -20,7 +20,7 @@ import yaml
 
 from rayrl import cli
 from rayrl.config import Config, stage_config
-from rayrl.run.start_check import LEARNING, Machine, problems
+from rayrl.run.start_check import LEARNING, Machine, stage_problems
 from tests.documents import ROOT
 
 FOLDER = ROOT / "jobs" / "kuberay"
@@ -152,10 +152,14 @@ def test_the_plan_fits(name: str, gpus: int) -> None:
     for stage in config.recipe:
         ready = stage_config(config, stage)
         assert not [
-            one for one in problems(ready, Machine(cpus, gpus, 64), stage.verb) if "reserved" in one
+            problem
+            for problem in stage_problems(ready, Machine(cpus, gpus, 64), stage.verb)
+            if "reserved" in problem
         ]
         small += [
-            one for one in problems(ready, Machine(1, 0, 64), stage.verb) if "reserved" in one
+            problem
+            for problem in stage_problems(ready, Machine(1, 0, 64), stage.verb)
+            if "reserved" in problem
         ]
     assert small, "it is a plan of several machines"
 

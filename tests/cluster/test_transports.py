@@ -1,4 +1,4 @@
-"""Which transport a topology gets, what cannot work, and whose error ends a push."""
+"""Transport by topology, refused topologies, and the error that ends a push."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
 from rayrl.cluster import learner_group
-from rayrl.cluster.learner_group import _together, _watched
+from rayrl.cluster.learner_group import _gather, _report_hang
 from rayrl.cluster.weight_sync.push import WeightSync
 from rayrl.cluster.weight_sync.topology import transport_of
 from rayrl.cluster.weight_sync.weight_store import Published, WeightStore
@@ -91,7 +91,7 @@ def test_auto_goes_by_topology(wanted: str, settings: dict[str, Any]) -> None:
         ("cluster.learner_gpus=0.4; set it", {**HALVES, "sync": "nccl"}),
     ],
 )
-def test_what_cannot_work_is_said_before_a_run(said: str, settings: dict[str, Any]) -> None:
+def test_impossible_topologies_are_refused(said: str, settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=said):
         validate(config(**settings), "train")
 
@@ -110,28 +110,28 @@ async def call(after: float, result: Any) -> Any:
     return result
 
 
-async def test_the_rank_that_failed_is_named_and_not_the_first_to_complain(
+async def test_the_error_is_that_of_the_rank_that_failed_first(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(learner_group, "GRACE_S", 600)
     lost = failed(InfraError("connection closed by peer"))
-    assert await _together([call(0, 1), call(0.01, 2)]) == [1, 2]
+    assert await _gather([call(0, 1), call(0.01, 2)]) == [1, 2]
     with pytest.raises(DataError, match="b came where"):
-        await _together([call(0, lost), call(0.02, failed(DataError("b came where a")))])
+        await _gather([call(0, lost), call(0.02, failed(DataError("b came where a")))])
     for gone in (RayActorError(), OutOfMemoryError("its node was low on memory")):
         with pytest.raises(LearnerLost, match=r"rank 1.*the same command again"):
-            await _together([call(0, lost), call(0.02, gone)])
+            await _gather([call(0, lost), call(0.02, gone)])
     with pytest.raises(InfraError) as both:
-        await _together([call(0, lost), call(0.02, failed(ValueError("the cause")))])
+        await _gather([call(0, lost), call(0.02, failed(ValueError("the cause")))])
     for part in ("learner rank 0", "learner rank 1", "line 1, in f", "ValueError: the cause"):
         assert part in str(both.value)
     monkeypatch.setattr(learner_group, "GRACE_S", 0.01)
     with pytest.raises(InfraError, match="connection closed"):  # the other never answers
-        await _together([call(0, lost), call(99, 0)])
+        await _gather([call(0, lost), call(99, 0)])
 
 
-def test_a_rank_that_hangs_tells_where(monkeypatch: pytest.MonkeyPatch) -> None:
-    store, stuck, told = WeightStore(), threading.Event(), threading.Event()
+def test_a_hanging_rank_reports_its_stack(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, stuck, reported = WeightStore(), threading.Event(), threading.Event()
 
     class Deadline(threading.Timer):
         """Passes when the thread is stuck, however busy the machine."""
@@ -142,25 +142,25 @@ def test_a_rank_that_hangs_tells_where(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(threading, "Timer", Deadline)
 
-    def hang(who: str, stack: str) -> None:
-        store.hang(who, stack)
-        told.set()
+    def report(name: str, stack: str) -> None:
+        store.report_hang(name, stack)
+        reported.set()
 
     def stuck_in_a_collective() -> None:
         stuck.set()
-        assert told.wait(600)
+        assert reported.wait(600)
 
-    handle = SimpleNamespace(hang=SimpleNamespace(remote=hang))
-    with _watched("learner rank 3", 600, handle):
+    handle = SimpleNamespace(report_hang=SimpleNamespace(remote=report))
+    with _report_hang("learner rank 3", 600, handle):
         stuck_in_a_collective()
     text = store.stacks()
     assert text.startswith("learner rank 3 is at\n")
     assert "in stuck_in_a_collective" in text
-    assert store.stacks() == "", "told once"
+    assert store.stacks() == "", "reported once"
 
 
 class Scripted:
-    """A transport whose attempts are written down; `stuck` as after a deadline."""
+    """A transport with scripted attempts."""
 
     def __init__(self, *attempts: Any) -> None:
         self.attempts = list(attempts)
@@ -173,7 +173,7 @@ class Scripted:
             raise attempt
         return Published(version, (), Manifest((), 0), "good"), attempt
 
-    async def stuck(self) -> str:
+    async def hanging_ranks(self) -> str:
         return "learner rank 1 is at\n  line 7"
 
     def close(self) -> None:
@@ -185,7 +185,7 @@ def push(*attempts: Any, deadline_s: float = 600) -> Any:
     return asyncio.run(WeightSync(Scripted(*attempts), None, handle, deadline_s).push(5))
 
 
-def test_a_push_is_tried_again_until_all_confirm() -> None:
+def test_a_push_is_retried_until_all_replicas_confirm() -> None:
     good = [("a", 5, "good"), ("b", 5, "good")]
     assert push(good) == {"a": "good", "b": "good"}
     assert push(InfraError("lost"), [("a", 5, "good"), ValueError("b died")], good)
@@ -198,32 +198,32 @@ def test_a_push_is_tried_again_until_all_confirm() -> None:
 
 
 @pytest.mark.parametrize("error", [ConfigError("names"), DataError("shapes")])
-def test_weights_that_do_not_fit_are_not_sent_again(error: Exception) -> None:
+def test_weights_that_do_not_fit_are_not_retried(error: Exception) -> None:
     with pytest.raises(type(error), match=str(error)) as stopped:
         push([("a", 5, "good"), failed(error).as_instanceof_cause()])  # there is no other attempt
     assert stopped.value is error
 
 
 class Replicas:
-    """Notes what is broadcast."""
+    """Records calls to all replicas."""
 
     def __init__(self) -> None:
-        self.told: list[Any] = []
+        self.calls: list[Any] = []
 
     def broadcast(self, *call: str) -> Any:
         async def results(**_: Any) -> list[Any]:
-            self.told.append(call)
+            self.calls.append(call)
             return []
 
         return SimpleNamespace(results_async=results)
 
 
-@pytest.mark.parametrize("turns", [True, False])
-async def test_on_a_shared_gpu_they_take_turns(turns: bool) -> None:
+@pytest.mark.parametrize("colocate", [True, False])
+async def test_replicas_and_learner_alternate_on_a_shared_gpu(colocate: bool) -> None:
     replicas: Any = Replicas()
-    weights = WeightSync(Scripted([("a", 5, "good")]), None, replicas, 20.0, turns=turns)
+    weights = WeightSync(Scripted([("a", 5, "good")]), None, replicas, 20.0, colocate=colocate)
     await weights.sleep_replicas()
-    replicas.told.append("update")
+    replicas.calls.append("update")
     await weights.push(5)
-    turn = [("sleep",), "update", ("wake", "weights"), ("wake", "kv")]
-    assert replicas.told == (turn if turns else ["update"])
+    alternating = [("sleep",), "update", ("wake", "weights"), ("wake", "kv")]
+    assert replicas.calls == (alternating if colocate else ["update"])

@@ -81,7 +81,7 @@ class Here:
         handle: Any = self
         self.probe = Probe(cfg, self, handle)
         self.weights = WeightSync(self, None, handle, 60.0, probe=self.probe)
-        self.weights._reminding = SimpleNamespace(cancel=lambda: None)  # type: ignore[assignment]
+        self.weights._restoring = SimpleNamespace(cancel=lambda: None)  # type: ignore[assignment]
 
     def start(self, name: str) -> None:
         self.engines[name] = open_engine(Path(self.cfg.model.path))

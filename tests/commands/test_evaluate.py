@@ -113,9 +113,9 @@ async def test_held_out_rows_played_four_times_are_worth_their_number() -> None:
     once, repeated = cells[100], cells[400]
     assert (once.tasks, once.size) == (0, "100 episodes")
     assert (repeated.tasks, repeated.size) == (100, "400 episodes of 100 tasks")
-    assert once.figures["right"].text() == repeated.figures["right"].text() == "0.900"
-    assert once.figures["right"].interval_text() == "0.826–0.945"
-    assert repeated.figures["right"].interval_text() == "0.825–0.945"
+    assert once.statistics["right"].text() == repeated.statistics["right"].text() == "0.900"
+    assert once.statistics["right"].interval_text() == "0.826–0.945"
+    assert repeated.statistics["right"].interval_text() == "0.825–0.945"
 
 
 def test_failed_episodes_are_counted_and_not_measured() -> None:
@@ -128,8 +128,8 @@ def test_failed_episodes_are_counted_and_not_measured() -> None:
     played = CollectedGroups(groups, dropped=(Group("f", Task(), (failed,)),))
     cell = cell_of(load_env("tictactoe"), {"a": 1}, played)
     assert (cell.episodes, cell.failed, cell.tasks) == (3, 1, 0)
-    assert cell.figures["win/draw/loss"] == Split({"win": 1, "draw": 2, "loss": 0}, 3)
-    assert cell.figures["invalid %"] == Share(0, 3)
+    assert cell.statistics["win/draw/loss"] == Split({"win": 1, "draw": 2, "loss": 0}, 3)
+    assert cell.statistics["invalid %"] == Share(0, 3)
 
 
 # --- exhaustive checks ---------------------------------------------------------------------------
@@ -197,7 +197,7 @@ def test_a_run_writes_the_table_its_settings_and_the_episodes(
     assert in_process[0].players["agent"].function == in_process[0].env.players["optimal"]
     assert result.name == "optimal"
     assert list(result.cells) == ["random", "optimal"]
-    counts = result.cells["optimal"].figures["win/draw/loss"]
+    counts = result.cells["optimal"].statistics["win/draw/loss"]
     assert counts == Split({"win": 0, "draw": 30, "loss": 0}, 30)
     assert result.settings["seed"] == 0
     assert result.checks == {}  # only a greedy model can be checked to the end
@@ -328,7 +328,10 @@ async def test_a_servers_tokens_are_summed_and_a_budget_stops(
     assert result.cost(result.usage) == pytest.approx((1000 * 2 + 200 * 10) / 1e6)
     assert dearer.cost(result.usage) == pytest.approx((1000 * 2 + 200 * 100) / 1e6)
     shown = " ".join(capsys.readouterr().out.split())
-    assert "m, tasks: 20 calls of a server, 1,000 tokens read, 200 written, cost 0.004." in shown
+    assert (
+        "m, tasks: 20 server calls, 1,000 prompt tokens, 200 completion tokens, cost 0.004."
+        in shown
+    )
 
 
 async def test_a_server_that_dies_leaves_what_was_played(
@@ -403,7 +406,7 @@ async def test_what_a_server_refuses_counts_and_is_not_asked_again(
         await asyncio.to_thread(evaluate.run, from_dict(data))
         shown = " ".join(capsys.readouterr().out.split())
         assert "1 episodes are missing" in shown
-        assert "3 of 8 episodes failed and are in no figure, 2 of them refused" in shown
+        assert "3 of 8 episodes failed and are not counted, 2 of them refused" in shown
         await asyncio.to_thread(evaluate.run, from_dict(data))
         assert len(server.seen) == 8 + 1
     cell = Result.load(tmp_path / "eval.json").cells["tasks"]
@@ -422,5 +425,5 @@ async def test_a_cell_of_which_all_is_refused_is_a_result(
         data["endpoint"] = {"url": server.url, "model": "m", "retries": 0}
         await asyncio.to_thread(evaluate.run, from_dict(data))
     cell = Result.load(tmp_path / "eval.json").cells["tasks"]
-    assert (cell.episodes, cell.failed, cell.refused, cell.figures) == (0, 3, 3, {})
+    assert (cell.episodes, cell.failed, cell.refused, cell.statistics) == (0, 3, 3, {})
     assert (tmp_path / "result.json").is_file()

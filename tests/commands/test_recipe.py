@@ -230,7 +230,7 @@ def test_a_whole_recipe_on_ray(tmp_path: Path, capsys: pytest.CaptureFixture[str
     )
     recipe.run(cfg)
     found = {row.name: row.cells["tasks"] for row in rows(chain(cfg))}
-    assert found["perfect"].figures["copied"].value == 1.0  # type: ignore[union-attr]
+    assert found["perfect"].statistics["copied"].value == 1.0  # type: ignore[union-attr]
     assert found["rl"].episodes == 6
     lines = (tmp_path / "run/sft/metrics.jsonl").read_text().splitlines()
     losses = [json.loads(line)["loss"] for line in lines]

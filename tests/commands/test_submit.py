@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from rayrl.cluster.code_bundle import stage, variables
+from rayrl.cluster.code_bundle import forwarded_variables, write_bundle
 from rayrl.commands import submit
 from rayrl.config import Config
 from rayrl.errors import ConfigError
@@ -33,7 +33,7 @@ def line(tmp_path: Path, *words: str) -> list[str]:
 
 
 def test_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in variables(os.environ):  # of an engine that was opened here before
+    for name in forwarded_variables(os.environ):  # of an engine that was opened here before
         monkeypatch.delenv(name)
     monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
     monkeypatch.setenv("RAYRL_DEBUG", "1")
@@ -112,7 +112,7 @@ def started(
 @pytest.fixture(scope="module")
 def code(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("code")
-    stage(folder)
+    write_bundle(folder)
     return folder
 
 

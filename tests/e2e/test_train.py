@@ -46,7 +46,7 @@ def test_stopped_by_an_alarm_then_paused_on_other_processes_it_ends_as_if_unbrok
         (folder / "PAUSED").unlink()
         assert process.wait(600) == 0
         assert process.stderr is not None
-        assert "going on" in process.stderr.read()
+        assert "resumed" in process.stderr.read()
     assert figures(folder) == figures(calm)
     assert episodes(folder) == episodes(calm)
     assert weights(folder) == weights(calm)

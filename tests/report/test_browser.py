@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from rayrl.config import Config, from_dict
-from rayrl.report.page import Book, Phase, render
+from rayrl.report.page import Phase, Report, render
 from rayrl.report.statistics import Share, Split
 from rayrl.report.table import Cell, Result
-from rayrl.run.timeline import row as timeline_row
+from rayrl.run.metrics import timeline_row
 from rayrl.types import Episode, Group, Task
 
 playwright = pytest.importorskip("playwright.sync_api")
@@ -70,7 +70,7 @@ def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     long = from_dict({"env": {"name": "x" * 90, "args": {"a": "some words " * 20}}})
     phases.append(Phase("long", "train", long))
     file = tmp_path_factory.mktemp("page") / "report.html"
-    file.write_text(render(Book("title", "folder", phases, results)))
+    file.write_text(render(Report("title", "folder", phases, results)))
     return file
 
 

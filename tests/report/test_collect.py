@@ -12,14 +12,13 @@ import pytest
 from rayrl.commands.synth import write_whole
 from rayrl.config import Config, from_dict
 from rayrl.errors import DataError
-from rayrl.report import collect
-from rayrl.report.collect import compact, duration, gather
-from rayrl.report.page import choose
+from rayrl.report.collect import collect_report, compact, duration, write_report
+from rayrl.report.page import choose_samples
 from rayrl.report.statistics import Share, Split
 from rayrl.report.table import Cell, Result
 from rayrl.run.folder import RunDir
+from rayrl.run.metrics import timeline_row
 from rayrl.run.stage import EPISODES
-from rayrl.run.timeline import row as timeline_row
 from rayrl.types import Episode, Failure, Group, Task, Turn, system, user
 
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)></pre>&amp;\u2028]]>"
@@ -97,7 +96,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_the_page_shows_everything(folder: Path) -> None:
-    page = Page(collect.write(folder).read_text())
+    page = Page(write_report(folder).read_text())
     for expected in (
         "tictactoe: main",
         "rl1. random: win/loss 90/10; unbeatable: losing 0, lines 4,120",
@@ -117,7 +116,7 @@ def test_the_page_shows_everything(folder: Path) -> None:
 
 
 def test_nothing_a_model_wrote_is_markup(folder: Path) -> None:
-    page = Page(collect.write(folder).read_text())
+    page = Page(write_report(folder).read_text())
     assert EVIL in "".join(page.texts)
     assert not [tag for tag, _ in page.tags if tag == "img"]
     assert sum(tag == "script" for tag, _ in page.tags) == 2  # the data and the drawing
@@ -127,14 +126,14 @@ def test_nothing_a_model_wrote_is_markup(folder: Path) -> None:
 def test_a_hostile_name_cannot_leave_the_data(folder: Path) -> None:
     with (folder / "rl1" / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 4, "reward": 1.0, "</script><u>": 1.0}) + "\n")
-    html = collect.write(folder).read_text()
+    html = write_report(folder).read_text()
     data, _ = Page(html).scripts
     assert "</script><u>" in [chart["title"] for chart in json.loads(data).values()]
     assert "<u>" not in html
 
 
 def test_only_the_one_script_may_run_and_nothing_is_fetched(folder: Path) -> None:
-    html = collect.write(folder).read_text()
+    html = write_report(folder).read_text()
     page = Page(html)
     policy = next(a["content"] for t, a in page.tags if a.get("http-equiv"))
     digest = base64.b64encode(hashlib.sha256(page.scripts[1].encode()).digest()).decode()
@@ -147,7 +146,7 @@ def test_only_the_one_script_may_run_and_nothing_is_fetched(folder: Path) -> Non
 
 
 def test_curves_are_in_the_data_by_phase(folder: Path) -> None:
-    page = Page(collect.write(folder).read_text())
+    page = Page(write_report(folder).read_text())
     charts = {chart["title"]: chart for chart in json.loads(page.scripts[0]).values()}
     (line,) = charts["Reward"]["lines"]
     assert line["name"] == "rl1"
@@ -162,13 +161,13 @@ def test_curves_are_in_the_data_by_phase(folder: Path) -> None:
 
 def test_the_timeline_of_the_last_steps(folder: Path) -> None:
     """Its data is in an attribute, where a hostile name stays text."""
-    assert "Timeline" not in Page(collect.write(folder).read_text()).text
+    assert "Timeline" not in Page(write_report(folder).read_text()).text
     lines = [timeline_row(k, [("update", 100.0 + k, 100.5 + k)], []) for k in range(60)]
     lines[59]["stages"].append([f'"><u>{EVIL}', 160.0, 161.0])
     with (folder / "rl1" / "timeline.jsonl").open("w") as file:
         file.writelines(json.dumps(line) + "\n" for line in lines)
         file.write('{"step": 60, "sta')  # being written
-    page = Page(collect.write(folder).read_text())
+    page = Page(write_report(folder).read_text())
     assert "Timeline" in page.text
     (data,) = [a["data-steps"] for _, a in page.tags if "data-steps" in a]
     assert data is not None
@@ -182,51 +181,51 @@ def test_the_timeline_of_the_last_steps(folder: Path) -> None:
 
 
 def test_rows_of_the_table(folder: Path) -> None:
-    book = gather(folder)
-    assert [result.name for result in book.results] == ["teacher", "rl1"]
-    assert book.apart == {"teacher"}
-    page = Page(collect.write(folder).read_text())
+    report = collect_report(folder)
+    assert [result.name for result in report.results] == ["teacher", "rl1"]
+    assert report.references == {"teacher"}
+    page = Page(write_report(folder).read_text())
     kinds = [a.get("class") for tag, a in page.tags if tag == "tr" and a.get("class")]
-    assert kinds == ["apart", "last"]
+    assert kinds == ["reference", "last"]
 
 
 def test_a_run_still_being_written_can_be_reported(folder: Path) -> None:
     with (folder / "rl1" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "rew')
-    assert len(gather(folder).phases[1].metrics) == 4
+    assert len(collect_report(folder).phases[1].metrics) == 4
     with (folder / "rl1" / "metrics.jsonl").open("a") as file:
         file.write("\n{}\n")
     with pytest.raises(DataError, match=r"metrics\.jsonl:5: not a line of metrics"):
-        gather(folder)
+        collect_report(folder)
 
 
 def test_one_stage_alone(folder: Path) -> None:
-    book = gather(folder / "rl1")
-    assert [(phase.name, phase.verb) for phase in book.phases] == [("main-rl1", "train")]
-    assert book.results == []
-    assert gather(folder / "eval").phases == []
-    assert "board of t" in collect.write(folder / "synth").read_text()
+    report = collect_report(folder / "rl1")
+    assert [(phase.name, phase.verb) for phase in report.phases] == [("main-rl1", "train")]
+    assert report.results == []
+    assert collect_report(folder / "eval").phases == []
+    assert "board of t" in write_report(folder / "synth").read_text()
 
 
 def test_no_run_there(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"there is no run here"):
-        collect.write(tmp_path)
+        write_report(tmp_path)
 
 
 def test_a_run_with_nothing_in_it_yet(tmp_path: Path) -> None:
     with RunDir(tmp_path, config(tmp_path, "new")):
         pass
-    assert "new" in collect.write(tmp_path).read_text()
+    assert "new" in write_report(tmp_path).read_text()
 
 
 def test_best_median_and_worst() -> None:
     failed = Episode("f", "game", Task(), 0, (), failure=Failure("env", "broke"))
     played = [episode(str(k), float(k)) for k in (3, 1, 4, 0, 2)]
-    chosen = [(label, e.id) for label, e in choose([*played, failed])]
+    chosen = [(label, e.id) for label, e in choose_samples([*played, failed])]
     assert chosen == [("best", "4"), ("median", "2"), ("worst", "0"), ("failed", "f")]
-    assert [label for label, _ in choose(played[:2])] == ["best", "worst"]
-    assert [label for label, _ in choose(played[:1])] == ["best"]
-    assert choose([]) == []
+    assert [label for label, _ in choose_samples(played[:2])] == ["best", "worst"]
+    assert [label for label, _ in choose_samples(played[:1])] == ["best"]
+    assert choose_samples([]) == []
 
 
 def test_words_for_numbers() -> None:

@@ -9,10 +9,10 @@ from rayrl.report.statistics import (
     Mean,
     Share,
     Split,
-    figure_from_dict,
-    measure,
+    eval_statistics,
     percent,
     scores_of,
+    statistic_from_dict,
     task_key,
 )
 from rayrl.rollout.episode_io import LoggedTask
@@ -43,51 +43,55 @@ def test_types_say_how_episodes_are_put_together() -> None:
         outcome = {1.0: "win", 0.5: "draw", 0.0: "loss"}[win]
         return {"win/draw/loss": outcome, "lost": win == 0, "format %": win, "moves": 3}
 
-    figures = measure([episode(1), episode(1), episode(0.5), episode(0), FAILED], hook)
+    statistics = eval_statistics([episode(1), episode(1), episode(0.5), episode(0), FAILED], hook)
 
-    assert list(figures) == ["win/draw/loss", "lost", "format %", "moves"]
-    assert figures["win/draw/loss"] == Split({"win": 2, "draw": 1, "loss": 1}, 4)
-    assert figures["win/draw/loss"].text() == "50/25/25"
-    assert figures["lost"] == Share(1, 4)
-    assert figures["lost"].text() == "25"
-    assert figures["format %"].text() == "62.5"
-    assert figures["moves"].text() == "3.000"
+    assert list(statistics) == ["win/draw/loss", "lost", "format %", "moves"]
+    assert statistics["win/draw/loss"] == Split({"win": 2, "draw": 1, "loss": 1}, 4)
+    assert statistics["win/draw/loss"].text() == "50/25/25"
+    assert statistics["lost"] == Share(1, 4)
+    assert statistics["lost"].text() == "25"
+    assert statistics["format %"].text() == "62.5"
+    assert statistics["moves"].text() == "3.000"
 
 
 def test_an_outcome_nobody_had_is_still_counted() -> None:
-    figures = measure([episode(1)], lambda e: {"win/draw/loss": "win"})
-    assert figures["win/draw/loss"].text() == "100/0/0"
+    statistics = eval_statistics([episode(1)], lambda e: {"win/draw/loss": "win"})
+    assert statistics["win/draw/loss"].text() == "100/0/0"
 
 
 def test_without_a_hook_every_score_is_a_mean() -> None:
-    figures = measure([episode(1, format=0.5), episode(0, format=0.5)])
-    assert figures["win"].text() == "0.500"
-    assert figures["format"] == Mean(0.5, 0.5, 0.5, 2)
+    statistics = eval_statistics([episode(1, format=0.5), episode(0, format=0.5)])
+    assert statistics["win"].text() == "0.500"
+    assert statistics["format"] == Mean(0.5, 0.5, 0.5, 2)
 
 
 def test_a_count_of_tools_is_over_the_episodes_that_offered_some() -> None:
-    figures = measure([episode(1), episode(0, tool_calls=3.0), episode(0, tool_calls=1.0)])
-    assert list(figures) == ["win", "tool_calls"]
-    assert (figures["win"].text(), figures["win"].n) == ("0.333", 3)
-    assert (figures["tool_calls"].text(), figures["tool_calls"].n) == ("2.000", 2)
+    statistics = eval_statistics(
+        [episode(1), episode(0, tool_calls=3.0), episode(0, tool_calls=1.0)]
+    )
+    assert list(statistics) == ["win", "tool_calls"]
+    assert (statistics["win"].text(), statistics["win"].n) == ("0.333", 3)
+    assert (statistics["tool_calls"].text(), statistics["tool_calls"].n) == ("2.000", 2)
 
 
 def test_numbers_that_are_0_or_1_have_the_interval_of_a_share() -> None:
-    right = measure([episode(1) for _ in range(100)])["win"]
+    right = eval_statistics([episode(1) for _ in range(100)])["win"]
     assert (right.text(), right.interval_text()) == ("1.000", "0.963–1.000")  # 100/(100 + z²)
     assert right.interval == Share(100, 100).interval
-    some = measure([episode(float(k < 90)) for k in range(100)])["win"]
+    some = eval_statistics([episode(float(k < 90)) for k in range(100)])["win"]
     assert some.interval == Share(90, 100).interval
-    other = measure([episode(float(k)) for k in range(3)])["win"]  # t with 2 degrees: 4.303
+    other = eval_statistics([episode(float(k)) for k in range(3)])["win"]  # t with 2 degrees: 4.303
     half = 4.30265273 / math.sqrt(3)
     assert other == Mean(1.0, pytest.approx(1 - half), pytest.approx(1 + half), 3)
 
 
 def test_percent_stays_within_0_and_100() -> None:
     nearly = [episode(value) for value in (1.0, 1.0, 0.9, 1.0)]
-    shown = measure(nearly, lambda e: {"like %": e.scores["agent"]["win"]})["like %"]
+    shown = eval_statistics(nearly, lambda e: {"like %": e.scores["agent"]["win"]})["like %"]
     assert shown.interval_text() == "89.5–100"  # 0.975 ± 3.182·0.05/√4
-    grown = measure(nearly, lambda e: {"growth %": 2 * e.scores["agent"]["win"]})["growth %"]
+    grown = eval_statistics(nearly, lambda e: {"growth %": 2 * e.scores["agent"]["win"]})[
+        "growth %"
+    ]
     assert grown.interval_text() == "179.1–210.9"  # no share
 
 
@@ -105,19 +109,23 @@ def test_repeated_tasks_tell_what_their_tasks_do(kind: str, won: int) -> None:
     """Four episodes that end alike are worth one: at most a little less than that."""
     hook = REPEATED[kind]
     once = [episode(float(k < won), task=k) for k in range(100)]
-    (alone,) = measure(once, hook).values()
-    (repeated,) = measure(once * 4, hook).values()
-    (independent,) = measure([episode(float(k % 100 < won)) for k in range(400)], hook).values()
+    (alone,) = eval_statistics(once, hook).values()
+    (repeated,) = eval_statistics(once * 4, hook).values()
+    (independent,) = eval_statistics(
+        [episode(float(k % 100 < won)) for k in range(400)], hook
+    ).values()
     assert (repeated.text(), repeated.n) == (independent.text(), 400)
     widths = [width_of(one) for one in (alone, repeated, independent)]
     assert widths[1] == pytest.approx(widths[0], rel=0.03)
     if won < 100 or kind != "number":
         assert widths[1] > 1.8 * widths[2]
-    assert figure_from_dict(repeated.to_dict()) == repeated
+    assert statistic_from_dict(repeated.to_dict()) == repeated
 
 
-def width_of(figure: Share | Split | Mean) -> float:
-    low, high = (figure.share("win") if isinstance(figure, Split) else figure).interval or (0, 9)
+def width_of(statistic: Share | Split | Mean) -> float:
+    low, high = (
+        statistic.share("win") if isinstance(statistic, Split) else statistic
+    ).interval or (0, 9)
     return high - low
 
 
@@ -127,18 +135,18 @@ def test_equal_tasks_are_the_same_wherever_they_come_from() -> None:
     assert task_key(fresh) == task_key(stored)
     assert task_key(fresh) != task_key(Words(seed=2, words=("a", "b")))
     one = [replace(episode(1.0), task=fresh), replace(episode(0.0), task=stored)]
-    assert measure(one)["win"].interval is None
+    assert eval_statistics(one)["win"].interval is None
 
 
 @pytest.mark.parametrize("kind", REPEATED)
 def test_one_episode_or_one_task_has_no_interval(kind: str) -> None:
     for episodes in ([episode(1.0)], [episode(1.0, task=3), episode(1.0, task=3)]):
-        (figure,) = measure(episodes, REPEATED[kind]).values()
-        assert figure.interval_text() == ""
-        data = figure.to_dict()
+        (statistic,) = eval_statistics(episodes, REPEATED[kind]).values()
+        assert statistic.interval_text() == ""
+        data = statistic.to_dict()
         for share in data.get("shares", {"": data}).values():
             assert share["low"] is share["high"] is None
-        assert figure_from_dict(data) == figure
+        assert statistic_from_dict(data) == statistic
 
 
 def test_seats_are_named() -> None:
@@ -147,7 +155,7 @@ def test_seats_are_named() -> None:
 
 
 def test_no_scored_episode_gives_no_figures() -> None:
-    assert measure([FAILED]) == {}
+    assert eval_statistics([FAILED]) == {}
 
 
 @pytest.mark.parametrize(
@@ -162,11 +170,11 @@ def test_no_scored_episode_gives_no_figures() -> None:
 def test_a_bad_hook_is_named(values: list[dict[str, float | str]], complaint: str) -> None:
     answers = iter(values)
     with pytest.raises(EnvError, match=complaint):
-        measure([episode(1)] * len(values), lambda e: next(answers))
+        eval_statistics([episode(1)] * len(values), lambda e: next(answers))
 
 
 @pytest.mark.parametrize(
-    "figure",
+    "statistic",
     [
         Share(3, 7),
         Share(3, 7, 2.5),
@@ -176,14 +184,14 @@ def test_a_bad_hook_is_named(values: list[dict[str, float | str]], complaint: st
         Mean(0.5, -math.inf, math.inf, 1),
     ],
 )
-def test_figures_survive_json(figure: Share | Split | Mean) -> None:
-    assert figure_from_dict(figure.to_dict()) == figure
+def test_statistics_survive_json(statistic: Share | Split | Mean) -> None:
+    assert statistic_from_dict(statistic.to_dict()) == statistic
 
 
 @pytest.mark.parametrize("data", [{}, {"kind": "median"}, {"kind": "share", "count": 1}])
 def test_what_is_not_a_figure_is_refused(data: dict[str, object]) -> None:
-    with pytest.raises(DataError, match="not a figure"):
-        figure_from_dict(data)
+    with pytest.raises(DataError, match="not a statistic"):
+        statistic_from_dict(data)
 
 
 def test_percent_keeps_what_matters() -> None:

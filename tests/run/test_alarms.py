@@ -1,4 +1,4 @@
-"""Each alarm on figures made up by hand: what it measures, and when it is out of bounds."""
+"""Each alarm on made-up metrics: what it measures, and when it is out of bounds."""
 
 from __future__ import annotations
 
@@ -10,13 +10,22 @@ import pytest
 
 from rayrl.config import AlarmConfig, AlarmsConfig, Config, from_dict, validate
 from rayrl.errors import ConfigError
-from rayrl.run.alarms import START, Alarm, Rule, jump, needed, rules, share_of_start, share_of_step
+from rayrl.run.alarms import (
+    START,
+    Alarm,
+    Rule,
+    alarm_rules,
+    deviation,
+    relevant_rows,
+    share_of_start,
+    share_of_step,
+)
 
 CFG = AlarmsConfig()
 
 
 def rule(name: str, **kwargs: Any) -> Rule:
-    (found,) = [one for one in rules(CFG, **kwargs) if one.name == name]
+    (found,) = [one for one in alarm_rules(CFG, **kwargs) if one.name == name]
     return found
 
 
@@ -25,7 +34,7 @@ def rewards(*values: float, std: float = 0.0) -> list[dict[str, float | None]]:
 
 
 @pytest.mark.parametrize(
-    ("name", "figures", "value", "is_out"),
+    ("name", "metrics", "value", "is_out"),
     [
         ("mismatch", {"mismatch/mean": 0.1}, 0.1, False),  # at the bound is within it
         ("mismatch", {"mismatch/mean": 0.11}, 0.11, True),
@@ -40,11 +49,11 @@ def rewards(*values: float, std: float = 0.0) -> list[dict[str, float | None]]:
         ("idle_replicas", {"time/update": 9.0, "time/total": 10.0}, None, False),
     ],
 )
-def test_one_figure(
-    name: str, figures: Mapping[str, float], value: float | None, is_out: bool
+def test_one_metric(
+    name: str, metrics: Mapping[str, float], value: float | None, is_out: bool
 ) -> None:
     one = rule(name, kl_coef=0.01, max_lag=1)
-    measured = one.measure([figures])
+    measured = one.measure([metrics])
     assert measured == (None if value is None else pytest.approx(value))
     assert one.is_out(measured) is is_out
 
@@ -73,7 +82,7 @@ def test_entropy_against_that_of_the_first_steps() -> None:
 
 
 def test_a_jump_is_counted_in_deviations_of_the_steps_before() -> None:
-    measure = jump(window=4, patience=1)
+    measure = deviation(window=4, patience=1)
     # of the last four before the newest, 1 3 1 3, the mean is 2 and the deviation 1
     assert measure(rewards(9, 1, 3, 1, 3, 7)) == pytest.approx(5)
     assert measure(rewards(9, 1, 3, 1, 3, -3)) == pytest.approx(5)
@@ -82,15 +91,15 @@ def test_a_jump_is_counted_in_deviations_of_the_steps_before() -> None:
 
 
 def test_a_jump_needs_half_a_window() -> None:
-    measure = jump(window=4, patience=1)
+    measure = deviation(window=4, patience=1)
     assert measure(rewards(1, 7)) is None
     assert measure(rewards(1, 3, 7)) == pytest.approx(5)
-    assert jump(window=2, patience=1)(rewards(1, 7)) is None, "one step has no spread"
+    assert deviation(window=2, patience=1)(rewards(1, 7)) is None, "one step has no spread"
 
 
 def test_a_jump_that_stays_is_one_for_all_of_its_patience() -> None:
     """The steps that are counted are not among those they are compared with."""
-    measure = jump(window=4, patience=3)
+    measure = deviation(window=4, patience=3)
     run = rewards(1, 3, 1, 3, 7, 7, 7)
     # compared with 1 3, 1 3 1 (mean 5/3, deviation √8/3) and 1 3 1 3
     found = [measure(run[:n]) for n in (5, 6, 7)]
@@ -100,7 +109,7 @@ def test_a_jump_that_stays_is_one_for_all_of_its_patience() -> None:
 
 
 def test_a_jump_from_rewards_that_never_differed() -> None:
-    measure = jump(window=4, patience=1)
+    measure = deviation(window=4, patience=1)
     assert measure(rewards(0, 0, 0, 0)) == 0
     assert measure(rewards(0, 0, 0, 1)) == math.inf
     assert rule("reward_jump").is_out(math.inf)
@@ -108,7 +117,7 @@ def test_a_jump_from_rewards_that_never_differed() -> None:
 
 def test_a_steady_climb_is_no_jump() -> None:
     """20 steps of a slope s: mean 10.5 s behind, deviation 5.766 s."""
-    measure = jump(window=20, patience=1)
+    measure = deviation(window=20, patience=1)
     assert measure(rewards(*(k / 100 for k in range(21)))) == pytest.approx(10.5 / 5.766, rel=1e-3)
 
 
@@ -118,9 +127,9 @@ def test_a_share_of_no_time() -> None:
 
 def test_only_what_an_alarm_may_look_at_is_kept() -> None:
     rows: list[Any] = [{"reward": k % 3, "entropy": 1 + k, "episodes": 16} for k in range(60)]
-    kept = needed(rows, CFG)
+    kept = relevant_rows(rows, CFG)
     assert len(kept) == START + CFG.reward_window + CFG.reward_jump.patience
-    for one in rules(CFG):
+    for one in alarm_rules(CFG):
         assert one.measure(kept) == one.measure(rows)
 
 
@@ -132,13 +141,13 @@ def test_the_first_entropies_are_what_a_share_is_of() -> None:
     assert one.measure(rows) is None
     rows.append({"reward": 0.5, "entropy": 0.05})
     assert one.measure(rows) == pytest.approx(0.05)
-    assert one.measure(needed(rows, CFG)) == pytest.approx(0.05)
+    assert one.measure(relevant_rows(rows, CFG)) == pytest.approx(0.05)
 
 
 def test_off_is_not_there() -> None:
     off = AlarmsConfig(mismatch=AlarmConfig(0.1, action="off"))
-    assert "mismatch" not in [one.name for one in rules(off)]
-    assert len(rules(off)) == len(rules(CFG)) - 1
+    assert "mismatch" not in [one.name for one in alarm_rules(off)]
+    assert len(alarm_rules(off)) == len(alarm_rules(CFG)) - 1
 
 
 def test_what_is_said() -> None:

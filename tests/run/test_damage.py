@@ -16,7 +16,7 @@ import pytest
 
 from rayrl.config import Config, from_dict
 from rayrl.errors import DataError, RayrlError
-from rayrl.report import collect
+from rayrl.report.collect import write_report
 from rayrl.report.table import Cell, Result
 from rayrl.rollout.records import Records
 from rayrl.run import folder
@@ -197,9 +197,9 @@ def test_a_resumed_run_ends_the_same_or_names_the_file(
 
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_a_report_is_the_same_or_names_the_file(kind: str, finished: Path, tmp_path: Path) -> None:
-    page = collect.write(finished).read_text()
+    page = write_report(finished).read_text()
     for name, copy in damaged(finished, tmp_path, DAMAGE[kind]):
-        if said := error_of(collect.write, copy):
+        if said := error_of(write_report, copy):
             assert name.rsplit("/", 1)[-1] in said, (name, said)
             continue
         got = (copy / "report.html").read_text()
@@ -215,7 +215,7 @@ def test_it_goes_back_to_the_checkpoint_before(
     with RunDir(copy, config_of(copy)) as kept:
         said = capsys.readouterr().err
         assert "step_000006/more/rank1 holds other bytes than were written" in said
-        assert "goes on from that of step 4" in said
+        assert "resumes from that of step 4" in said
         found = kept.latest_checkpoint()
         assert found is not None
         assert found.step == 4
@@ -234,7 +234,7 @@ def test_all_are_damaged(stopped: Path, tmp_path: Path) -> None:
     shutil.copytree(stopped, copy)
     for path in (copy / "checkpoints").glob("step_*"):
         (path / "weights").unlink()
-    with pytest.raises(DataError, match=r"step_000006/weights is missing.*start again from step 0"):
+    with pytest.raises(DataError, match=r"step_000006/weights is missing.*restart from step 0"):
         RunDir(copy, config_of(copy))
     shutil.rmtree(copy / "checkpoints")
     run(copy)
@@ -268,7 +268,7 @@ def test_a_stored_setting_is_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     file = tmp_path / "b" / "config.yaml"
     file.parent.mkdir()
     file.write_text("env:\n  name: ${oc.env:SECRET}\n")
-    with pytest.raises(DataError, match=r"config.yaml: '\$\{oc.env:SECRET\}' is not looked up"):
+    with pytest.raises(DataError, match=r"config.yaml: '\$\{oc.env:SECRET\}' is not resolved"):
         read_config(file.parent)
     file.write_text("env:\n  name: !!python/object/apply:os.mkdir [was-run]\n")
     with pytest.raises(DataError, match=r"config.yaml, line 2: not YAML"):

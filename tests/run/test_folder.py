@@ -272,7 +272,7 @@ def test_nothing_is_written_before_the_run_begins(folder: Path) -> None:
     more = config_of(train={"steps": 9})
     with RunDir(folder, more, begin=False) as run:
         assert run.resumed
-        with pytest.raises(RunFailed, match="is writing there"):
+        with pytest.raises(RunFailed, match="is writing to this folder"):
             RunDir(folder, more, begin=False)
     after = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
     assert after == before
@@ -298,7 +298,7 @@ def test_what_may_change(folder: Path, section: dict[str, Any]) -> None:
 
 def test_one_process_at_a_time(folder: Path) -> None:
     run = RunDir(folder, config_of())
-    with pytest.raises(RunFailed, match=f"process {os.getpid()} is writing there"):
+    with pytest.raises(RunFailed, match=f"process {os.getpid()} is writing to this folder"):
         RunDir(folder, config_of())
     run.close()
     RunDir(folder, config_of()).close()

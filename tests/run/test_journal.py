@@ -12,7 +12,7 @@ from rayrl.cluster.rollouts import CollectedGroups
 from rayrl.errors import DataError, RunFailed
 from rayrl.rollout.episode_io import read_episodes
 from rayrl.rollout.rollout import GroupPlan
-from rayrl.run.journal import Journal, Play
+from rayrl.run.journal import Journal, JournaledRollouts
 from rayrl.run.progress_bar import ProgressBar
 from rayrl.types import Episode, Failure, Group, Task, Turn, Usage, user
 
@@ -57,14 +57,14 @@ async def test_a_sealed_cell_remembers_what_broken_episodes_cost(tmp_path: Path)
     files = {cell: tmp_path / f"{cell}.jsonl" for cell in "ab"}
     first = {cell: Journal(file, plans(cell), SEATS) for cell, file in files.items()}
     with ProgressBar("x", 4) as bar:
-        done = await Play([*first.values()], bar).collect(Unlucky(), first["a"])  # type: ignore[arg-type]
+        done = await JournaledRollouts([*first.values()], bar).collect(Unlucky(), first["a"])  # type: ignore[arg-type]
     first["a"].seal(done.groups)  # and here it is killed
     assert first["a"].usage == Usage(4, 0, 200, 40)
     assert [e.retried_usage for e in read_episodes(files["a"])] == [COST, COST]
     again = {cell: Journal(file, plans(cell), SEATS) for cell, file in files.items()}
     assert again["a"].usage == first["a"].usage
     with ProgressBar("x", 4) as bar:
-        assert Play([*again.values()], bar).spent == 240
+        assert JournaledRollouts([*again.values()], bar).spent == 240
     again["a"].seal([*again["a"].known.values()])
     assert [e.retried_usage for e in read_episodes(files["a"])] == [COST, COST]  # not twice
 
@@ -73,7 +73,7 @@ async def test_a_spent_budget_begins_no_other_cell() -> None:
     a, b = (Journal(None, plans(cell), SEATS) for cell in "ab")
     rollouts = Unlucky()
     with ProgressBar("x", 4) as bar:
-        play = Play([a, b], bar, 240)
+        play = JournaledRollouts([a, b], bar, 240)
         await play.collect(rollouts, a)  # type: ignore[arg-type]  # its last episode spends it
         with pytest.raises(RunFailed, match="240 tokens for 2 of 4 episodes"):
             await play.collect(rollouts, b)  # type: ignore[arg-type]

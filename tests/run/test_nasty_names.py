@@ -25,7 +25,7 @@ from rayrl.config import from_dict
 from rayrl.learner.advantage import advantages
 from rayrl.learner.batch import make_batch
 from rayrl.report.console import episode_panel
-from rayrl.report.page import Book, Phase, render
+from rayrl.report.page import Phase, Report, render
 from rayrl.report.table import Result, columns, entry, markdown, rich_table
 from rayrl.rollout.check import check_env
 from rayrl.rollout.episode_io import LoggedTask, read_episodes, restore_task, write_episodes
@@ -156,7 +156,7 @@ def test_an_environment_goes_through_everything(
         text = shown(episode_panel(episode, "[/x]"))
         assert all(f"{name} value of {name}" in text for name in fields)
     phase = Phase("[/x]", "train", from_dict({}), [{"step": 0, **metrics}], group.episodes)
-    page = render(Book("{x}", "here", [phase], [result]))
+    page = render(Report("{x}", "here", [phase], [result]))
     assert page.count('id="') >= 0
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from rayrl.run.progress_bar import ProgressBar
 
-FIGURES = {
+METRICS = {
     "reward": "0.553 ±0.41",
     "win": "0.61",
     "format": "1.00",
@@ -29,7 +29,7 @@ def line(columns: int, monkeypatch: pytest.MonkeyPatch, title: str = "tictactoe-
     stream = io.StringIO()
     stream.isatty = lambda: True  # type: ignore[method-assign]
     with ProgressBar(title, 1000, stream=stream) as bar:
-        bar.update(60, FIGURES)
+        bar.update(60, METRICS)
     text = ESCAPE.sub("", stream.getvalue())
     return [part for part in re.split(r"[\r\n]", text) if part.strip()][-1]
 
@@ -47,11 +47,11 @@ def test_step_and_time_are_always_there(
         assert "reward 0.553 ±0.41" in shown
 
 
-def test_the_least_important_figures_go_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_narrow_terminal_omits_the_last_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = [line(columns, monkeypatch) for columns in (80, 110, 250)]
-    counts = [sum(f"{name} {value}" in one for name, value in FIGURES.items()) for one in shown]
+    counts = [sum(f"{name} {value}" in one for name, value in METRICS.items()) for one in shown]
     for one, count in zip(shown, counts, strict=True):  # whole, and the first ones
-        assert all(f"{n} {v}" in one for n, v in list(FIGURES.items())[:count])
+        assert all(f"{n} {v}" in one for n, v in list(METRICS.items())[:count])
         assert "…" not in one
     assert counts[0] >= 1
-    assert counts[2] == len(FIGURES)
+    assert counts[2] == len(METRICS)

@@ -21,7 +21,7 @@ from rayrl.chat.renderer import Chat
 from rayrl.cluster import cluster_address
 from rayrl.cluster.serving.inference_client import DEPLOYMENT
 from rayrl.cluster.serving.replica import deployment_settings, run_app, undeploy
-from rayrl.cluster.session import HttpAt, listen_on_loopback, open_session, prepare_process
+from rayrl.cluster.session import HttpAddress, listen_on_loopback, open_session, prepare_process
 from rayrl.config import Config, EngineConfig
 from rayrl.engine import open_engine
 from rayrl.errors import ConfigError
@@ -97,7 +97,7 @@ async def open_server(config: Config, name: str) -> AsyncIterator[str]:
     path = model_name(config.model.path)
     digest = _digest(wanted.api_key_env)
     local = not cluster_address(cluster.address)
-    at = HttpAt(wanted.host, _free_port(wanted.host, wanted.port) if local else wanted.port)
+    at = HttpAddress(wanted.host, _free_port(wanted.host, wanted.port) if local else wanted.port)
     with ExitStack() as stack:
         session = stack.enter_context(open_session(cluster, http=at))
         app = f"{session.name}-http"

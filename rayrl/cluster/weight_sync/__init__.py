@@ -1,1 +1,1 @@
-"""New weights from the learner to every replica, each push confirmed."""
+"""Push new weights from the learner to every replica and confirm that they arrived."""

@@ -1,10 +1,10 @@
-"""Whether replicas compute what the learner computes.
+"""Check that replicas compute the learner's model.
 
-A checksum says which bytes have arrived. An engine may still compute another model from them: it
+A checksum proves which bytes arrived. An engine may still compute another model from them: it
 packs, fuses and shards what it loads, and vLLM 0.32 on a CPU once took unpacked experts for packed
-ones. So each replica completes a few prompts on the path that plays, and the learner scores the ids
-it drew. Their mean |difference| estimates, and is at least in expectation, the divergence of the
-two distributions, whatever the replica drew.
+ones. So each replica completes a few prompts on the path that rollouts use, and the learner scores
+the sampled ids. The mean |difference| of their logprobs estimates the divergence of the two
+distributions, and is at least as large in expectation, whatever was sampled.
 """
 
 from __future__ import annotations
@@ -29,48 +29,48 @@ if TYPE_CHECKING:
 
 __all__ = ["Probe", "Scorer", "mean_difference", "probe_requests", "tolerance"]
 
-PROMPTS = (3, 11, 23, 38)  # ids each: below and above a KV block of vLLM's (16 or 32)
-TOKENS = 8  # drawn for each
-SAMPLING = Sampling(max_tokens=TOKENS)  # of the model's own distribution, whatever a run samples
-# Nats. In fp32 the engines differ from the learner by 1e-7 to 3e-4 on a CPU; where a GPU multiplies
-# in TF32, which has 10 bits of mantissa, thousandths are to be expected.
+PROMPTS = (3, 11, 23, 38)  # lengths in ids: below and above vLLM's KV blocks (16 or 32)
+TOKENS = 8  # sampled per prompt
+SAMPLING = Sampling(max_tokens=TOKENS)  # the model's own distribution, whatever a run samples
+# Nats. In fp32 the engines differ from the learner by 1e-7 to 3e-4 on a CPU; on a GPU in TF32, with
+# 10 bits of mantissa, expect a few thousandths.
 EXACT = 0.02
 # With 8 or 11 bits of mantissa on either side a logit of 16 is off by up to 0.06 from rounding
-# alone, and a probe's ids are unlikely ones, where that counts most: a random Qwen3-MoE in bf16 on
-# vLLM differs by 0.06 from fp32. Experts that were packed wrongly differed by 2.3.
+# alone, most of all at unlikely ids, which probes sample: a random Qwen3-MoE in bf16 on vLLM
+# differs by 0.06 from fp32. Wrongly packed experts differed by 2.3.
 ROUNDED = 0.3
-AGAIN = (
-    "Others or earlier versions were right. What was played since the last comparison cannot be "
-    "trusted. Run the same command again to go on from the last checkpoint with new replicas, with "
-    "cluster.check_pushes=1 to compare after every push."
+RESUME = (
+    "Other replicas or earlier versions were right. Episodes since the last comparison cannot be "
+    "trusted. Run the same command again to resume from the last checkpoint with new replicas, and "
+    "set cluster.check_pushes=1 to compare after every push."
 )
 
 
 class Scorer(Protocol):
-    """What a probe asks of the learner; `LearnerGroup` is one."""
+    """The learner as a probe uses it; `LearnerGroup` implements it."""
 
     async def describe(self) -> tuple[str, int]:
-        """The model's architecture, and the number of its ids."""
+        """Return the model's architecture and the size of its vocabulary."""
         ...
 
     async def logprobs(self, rows: Sequence[Trajectory]) -> Sequence[NDArray[np.float32]]:
-        """(T,) of each row at temperature 1, 0 where no loss is taken."""
+        """Return (T,) logprobs per row at temperature 1, 0 where the loss is masked."""
         ...
 
 
 def tolerance(config: Config) -> float:
-    """The largest mean |difference| of logprobs, in nats, that precision explains."""
+    """Largest mean |difference| of logprobs in nats that rounding explains."""
     engine = "float32" if config.engine.kind == "embedded" else config.engine.dtype
     return EXACT if engine == config.learner.dtype == "float32" else ROUNDED
 
 
 def probe_requests(vocabulary: int, version: int) -> list[Request]:
-    """The same for every replica and push.
+    """Build the probe's requests, the same for every replica and push.
 
     Args:
-        vocabulary: ids the model has. Only the middle half is used: control tokens, and those that
-            stand for images, are at the ends.
-        version: no older weights may answer.
+        vocabulary: number of the model's ids. Prompts use the middle half: control tokens, and
+            those of images, are at the ends.
+        version: minimum version of the weights.
     """
     rng = random.Random(0)
     ids = range(vocabulary // 4, max(3 * vocabulary // 4, vocabulary // 4 + 1))
@@ -89,11 +89,14 @@ def probe_requests(vocabulary: int, version: int) -> list[Request]:
 def mean_difference(
     answers: Sequence[Completion], scored: Sequence[NDArray[np.float32]]
 ) -> tuple[float, int]:
-    """Mean |difference| of the logprobs that answers came with from the learner's; of how many ids.
+    """Compare the engine's logprobs with the learner's.
 
     Args:
-        answers: to `probe_requests`.
-        scored: by `Scorer.logprobs`.
+        answers: completions of `probe_requests`.
+        scored: logprobs of the same rows by `Scorer.logprobs`.
+
+    Returns:
+        Mean |difference| in nats, and the number of ids compared.
     """
     gaps = [
         abs(float(theirs) - float(ours))
@@ -106,9 +109,9 @@ def mean_difference(
 
 
 class Probe:
-    """Compares replicas with the learner after a push, where that is due.
+    """Compare replicas with the learner after a push when a comparison is due.
 
-    It is due at a run's first push, at the next one after a replica was started anew, and every
+    It is due at a run's first push, at the first push to a new replica, and every
     `cluster.check_pushes` pushes.
     """
 
@@ -117,19 +120,19 @@ class Probe:
         self._learner = learner
         self._handle = handle
         self._pushes = 0
-        self._checked: set[str] = set()  # replicas that computed the learner's model once
+        self._checked: set[str] = set()  # replicas that have computed the learner's model
 
-    async def look(self, version: int, replicas: Collection[str]) -> None:
-        """Raise unless the replicas compute the learner's model; `version` was just pushed to them.
+    async def check(self, version: int, replicas: Collection[str]) -> None:
+        """Raise if a replica computes another model than the learner after the push of `version`.
 
         A replica that dies meanwhile, or is too busy to answer, is compared at the next push.
 
         Raises:
-            ConfigError: no replica computes it at a run's first push: the engine cannot be given
-                weights of this architecture.
-            RunFailed: a replica does not compute it.
-            InfraError: at a run's first push no replica has answered.
-            NumericsError: the learner computes no numbers.
+            ConfigError: at a run's first push all replicas do: the engine does not support weights
+                of this architecture.
+            RunFailed: a replica does.
+            InfraError: at a run's first push no replica answered.
+            NumericsError: the learner's logprobs are not finite.
         """
         every, count = self._config.cluster.check_pushes, self._pushes
         self._pushes += 1
@@ -150,23 +153,23 @@ class Probe:
         if not all(np.isfinite(row).all() for row in scored):
             raise NumericsError(
                 f"the learner's log-probabilities are not finite; version {version} of its weights "
-                "has diverged. Go on from an earlier checkpoint, with a lower learner.lr."
+                "has diverged. Resume from an earlier checkpoint with a lower learner.lr."
             )
         limit = tolerance(self._config)
         wrong: dict[str, tuple[float, int]] = {}
         for k, (replica, own) in enumerate(answers.items()):
             difference, ids = mean_difference(own, scored[k * len(own) : (k + 1) * len(own)])
-            if not difference <= limit:  # so that one that is no number is wrong
+            if not difference <= limit:  # also NaN
                 wrong[replica] = difference, ids
         if wrong:
             text = self._explain(version, architecture, wrong, len(answers))
             if not self._checked and len(wrong) == len(answers):
                 raise ConfigError(text + self._remedy(architecture))
-            raise RunFailed(text + AGAIN)
+            raise RunFailed(text + RESUME)
         self._checked.update(answers)
 
     async def _answers(self, requests: Sequence[Request]) -> Mapping[str, Sequence[Completion]]:
-        """By replica, of those that answer in time."""
+        """Return the completions by replica, of the replicas that answer in time."""
         limit_s = self._config.cluster.push_deadline_s
         try:
             async with asyncio.timeout(limit_s):
@@ -192,23 +195,23 @@ class Probe:
     def _explain(
         self, version: int, architecture: str, wrong: Mapping[str, tuple[float, int]], n: int
     ) -> str:
-        replica, (difference, ids) = max(wrong.items(), key=lambda one: one[1])
+        replica, (difference, ids) = max(wrong.items(), key=lambda item: item[1])
         return (
             f"engine.kind={self._config.engine.kind}: {len(wrong)} of {n} replicas compute another "
             f"model than the learner, although version {version} of the weights "
-            f"({architecture}) has arrived whole. The log-probabilities of {ids} ids that replica "
+            f"({architecture}) arrived intact. The log-probabilities of {ids} ids that replica "
             f"{replica} sampled differ from the learner's by {difference:.3g} nats on average, and "
             f"rounding explains at most {tolerance(self._config):g}. "
         )
 
     def _remedy(self, architecture: str) -> str:
-        """What to do about an engine that never computed the learner's model."""
+        """Advice for an engine that never computed the learner's model."""
         config = self._config
-        ways = ["engine=embedded" if config.engine.kind == "vllm" else "engine=vllm"]
+        options = ["engine=embedded" if config.engine.kind == "vllm" else "engine=vllm"]
         if config.cluster.sync == "adapters":
-            ways.insert(0, "cluster.sync=object_store, which pushes whole weights")
+            options.insert(0, "cluster.sync=object_store, which pushes whole weights")
         if tolerance(config) == ROUNDED:
-            ways.append(
+            options.append(
                 "engine.dtype=float32 and learner.dtype=float32, if the difference is small"
             )
-        return f"This engine cannot take weights of {architecture}; choose {', or '.join(ways)}."
+        return f"This engine does not support {architecture}; choose {', or '.join(options)}."

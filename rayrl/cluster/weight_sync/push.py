@@ -1,9 +1,9 @@
-"""Weight versions: who holds the newest, and how a push ends.
+"""Pushes of weight versions: retries, deadlines and confirmation, common to all transports.
 
-How bytes travel is `sync.py`'s; here is what is the same for all transports. Admission is by
-version: a replica loads the store's newest in its first health check, before Serve sends it
-anything, and one that holds less than a request's `min_version` fetches first. A push is confirmed
-by the checksum of what arrived, and where it is due by what replicas compute from it (`probe.py`).
+`transports.py` moves the bytes. A new replica loads the store's newest version in its first health
+check, before Serve routes requests to it; a replica older than a request's `min_version` fetches
+the newest version first. A push is confirmed by the checksum of what arrived and, when a comparison
+is due, by what replicas compute from it (`probe.py`).
 """
 
 from __future__ import annotations
@@ -26,25 +26,26 @@ from rayrl.errors import ConfigError, DataError, InfraError
 __all__ = ["WeightSync", "confirmations", "open_store"]
 
 RETRY_S = 0.25  # between broadcasts while a replica has not confirmed
-REMIND_S = 2.0  # between looks at whether the store still knows the newest version
+RESTORE_S = 2.0  # between checks that the store still holds the newest version
 
 
 def open_store(session: Session) -> Any:
-    """Start the store's actor, beside the driver; it lives as long as this program."""
+    """Start the store's actor on the driver's node; it ends with this program."""
     name = store_name(session.name)
-    with suppress(ValueError):  # of a run in this folder that was killed a moment ago
+    with suppress(ValueError):  # left by a run in this folder that was killed a moment ago
         ray.kill(ray.get_actor(name, namespace=NAMESPACE))
-    # one that died is started again, empty; `WeightSync` tells it what it knew
+    # Ray restarts it empty if it dies; `WeightSync` restores its contents
     actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(WeightStore)
-    place = beside_driver()
-    return actor.options(name=name, namespace=NAMESPACE, scheduling_strategy=place).remote()
+    return actor.options(
+        name=name, namespace=NAMESPACE, scheduling_strategy=beside_driver()
+    ).remote()
 
 
 def confirmations(results: Sequence[Any], published: Published) -> tuple[dict[str, str], list[str]]:
-    """Sort what the replicas answered.
+    """Split the replicas' answers into confirmations and problems.
 
     Returns:
-        Checksum by replica that holds exactly this version, and what is wrong with the others.
+        Checksum by replica for those that hold exactly this version, and a text per other replica.
     """
     confirmed: dict[str, str] = {}
     wrong: list[str] = []
@@ -63,8 +64,8 @@ def confirmations(results: Sequence[Any], published: Published) -> tuple[dict[st
     return confirmed, wrong
 
 
-def refuse(results: Sequence[Any]) -> None:
-    """Raise what a replica would answer to every attempt: that the weights are not its model's."""
+def raise_permanent_errors(results: Sequence[Any]) -> None:
+    """Raise permanent errors among the answers: weights that do not fit the replica's model."""
     for result in results:
         cause = getattr(result, "cause", result)
         if isinstance(cause, (ConfigError, DataError)):
@@ -72,15 +73,15 @@ def refuse(results: Sequence[Any]) -> None:
 
 
 class WeightSync:
-    """The driver's side: pushes, and turns on a shared accelerator.
+    """Push weights from the driver, and alternate replicas and learners on shared GPUs.
 
     Args:
-        transport: how weights travel.
-        store: the weights store's actor.
-        handle: of the replicas.
-        deadline_s: for a push.
-        turns: whether replicas and learners take turns on their GPUs (`cluster.colocate`).
-        probe: compares what replicas compute with the learner; None: the checksum is enough.
+        transport: moves the weights.
+        store: actor of the weights store.
+        handle: handle of the replicas' deployment.
+        deadline_s: deadline of a push.
+        colocate: replicas and learners take turns on their GPUs (`cluster.colocate`).
+        probe: compares what replicas and the learner compute; None: only checksums are compared.
     """
 
     def __init__(
@@ -90,48 +91,48 @@ class WeightSync:
         handle: DeploymentHandle,
         deadline_s: float,
         *,
-        turns: bool = False,
+        colocate: bool = False,
         probe: Probe | None = None,
     ) -> None:
         self._transport = transport
         self._store = store
         self._newest: Published | None = None
-        self._reminding: asyncio.Task[None] | None = None
+        self._restoring: asyncio.Task[None] | None = None
         self._handle = handle
         self._deadline_s = deadline_s
-        self._turns = turns
+        self._colocate = colocate
         self._probe = probe
 
     async def sleep_replicas(self) -> None:
-        """Let the learner have the GPU until the next push, where the two take turns."""
-        if self._turns:
+        """Free the GPUs for the learner until the next push, if the two share them."""
+        if self._colocate:
             await self._each("sleep")
 
     async def push(self, version: int) -> Mapping[str, str]:
-        """Bring the learner's weights to every live replica, as `version`.
+        """Push the learner's weights to every live replica as `version`.
 
-        A replica that dies meanwhile is replaced by one that starts with this version. One that
-        answers wrongly, or not, is asked again until the deadline.
+        A replica that dies meanwhile is replaced by one that starts with this version. The push is
+        retried until the deadline while a replica answers wrongly or not at all.
 
         Returns:
             Checksum by replica; at least one.
 
         Raises:
-            InfraError: not everybody confirmed version and checksum within the deadline. Where a
+            InfraError: some replica did not confirm version and checksum within the deadline. If a
                 rank or replica failed or hung, the message ends with its traceback.
             RunFailed: a learner or the store died, or a replica computes another model than the
                 learner.
-            ConfigError: they all do from the first push, or the weights are not their model's: the
-                engine cannot take this architecture.
-            DataError: the weights are not their model's, as the embedded engine says it.
+            ConfigError: all replicas do so at the first push, or the weights do not fit their
+                model: the engine does not support this architecture.
+            DataError: the weights do not fit the embedded engine's model.
         """
-        if self._turns:
+        if self._colocate:
             await self._each("wake", "weights")
         confirmed = await self._confirmed(version)
-        if self._turns:
+        if self._colocate:
             await self._each("wake", "kv")
         if self._probe is not None:
-            await self._probe.look(version, confirmed)
+            await self._probe.check(version, confirmed)
         return confirmed
 
     async def _confirmed(self, version: int) -> Mapping[str, str]:
@@ -143,16 +144,17 @@ class WeightSync:
                 async with asyncio.timeout(left):
                     published, results = await self._transport.deliver(version)
             except TimeoutError:
-                wrong = [f"a replica or a rank did not answer {await self._transport.stuck()}"]
+                stacks = await self._transport.hanging_ranks()
+                wrong = [f"a replica or a rank did not answer {stacks}"]
                 break
             except InfraError as error:
                 wrong = [str(error)]
                 await asyncio.sleep(RETRY_S)
                 continue
             self._newest = published
-            if self._reminding is None:
-                self._reminding = asyncio.create_task(self._remind())
-            refuse(results)
+            if self._restoring is None:
+                self._restoring = asyncio.create_task(self._restore_store())
+            raise_permanent_errors(results)
             confirmed, wrong = confirmations(results, published)
             if confirmed and not wrong:
                 return confirmed
@@ -163,19 +165,19 @@ class WeightSync:
             f"{self._deadline_s:g} s (cluster.push_deadline_s): {'; '.join(wrong)}"
         )
 
-    async def _remind(self) -> None:
-        """Tell the store what is newest, if it died and began anew."""
+    async def _restore_store(self) -> None:
+        """Publish the newest version again whenever the store was restarted."""
         while True:
-            await asyncio.sleep(REMIND_S)
+            await asyncio.sleep(RESTORE_S)
             with suppress(*ACTOR_DIED):
                 if await self._store.newest.remote() is None:
                     await self._store.publish.remote(self._newest)
 
     async def _each(self, method: str, *args: str) -> None:
-        """Call every replica; one that died is replaced by Serve, and a push waits for it.
+        """Call `method` on every replica; Serve replaces dead ones, and a push waits for that.
 
         Raises:
-            InfraError: one lives and could not do it.
+            InfraError: a live replica failed.
         """
         try:
             async with asyncio.timeout(self._deadline_s):
@@ -189,12 +191,12 @@ class WeightSync:
             if isinstance(error, BaseException) and not isinstance(error, ACTOR_DIED):
                 raise InfraError(f"a replica did not {method}: {error}") from error
 
-    def forget(self) -> None:
-        """The learner's processes are others now."""
-        self._transport.forget()
+    def reset(self) -> None:
+        """Drop the state of the learner's processes, which were restarted."""
+        self._transport.reset()
 
     def close(self) -> None:
-        """Stop what runs in the background."""
-        if self._reminding is not None:
-            self._reminding.cancel()
+        """Stop the background tasks."""
+        if self._restoring is not None:
+            self._restoring.cancel()
         self._transport.close()

@@ -1,11 +1,11 @@
-"""How weights reach the replicas: one interface, a transport for each topology.
+"""Transports of weights to the replicas: one interface, one transport per topology.
 
-- `ObjectStore`: rank 0 puts one flat buffer into the object store; each replica reads it there,
-  through shared memory on the same node. Works everywhere; a replica that starts later finds it.
-  With `cluster.sync=adapters` the buffer is the adapters alone.
-- `Stream`: rank 0 broadcasts packed buckets (`weights.broadcast`) straight to the engines' workers,
-  over NCCL between GPUs or gloo between CPUs, while the ranks gather ZeRO-3 shards a few at a time:
-  none gathers more than a bucket. A replica that starts later gets it through the object store.
+- `ObjectStore`: rank 0 puts one flat buffer into the object store and each replica reads it, on the
+  same node through shared memory. It works everywhere, also for replicas that start later. With
+  `cluster.sync=adapters` the buffer holds only the adapters.
+- `Broadcast`: rank 0 broadcasts packed buckets (`weights.broadcast`) to the engines' workers, over
+  NCCL between GPUs or gloo between CPUs, while the ranks gather ZeRO-3 shards, never more than one
+  bucket at a time. Replicas that start later get the weights through the object store.
 """
 
 from __future__ import annotations
@@ -26,55 +26,55 @@ from rayrl.config import Config
 from rayrl.errors import InfraError, RunFailed
 from rayrl.weights.flat import Manifest
 
-__all__ = ["ObjectStore", "Stream", "Transport", "ask_all", "open_transport"]
+__all__ = ["Broadcast", "ObjectStore", "Transport", "ask_all", "open_transport"]
 
-POLL_S = 1.0  # between looks for a replica that came too late for a stream
+POLL_S = 1.0  # between checks for replicas that missed a broadcast
 
 
 class Transport(Protocol):
-    """Brings one version to every replica that is there."""
+    """Deliver one version to every running replica."""
 
     async def deliver(self, version: int) -> tuple[Published, Sequence[Any]]:
-        """Try once; called again for the same version where not everybody has confirmed it.
+        """Make one attempt; called again for the same version until every replica confirms it.
 
         Returns:
-            What was published, and from each replica its id, version and checksum, or its error.
+            The published version, and per replica its id, version and checksum, or its error.
 
         Raises:
-            InfraError: this attempt failed; another may not.
-            RunFailed: nothing can be pushed any more.
+            InfraError: this attempt failed; another may succeed.
+            RunFailed: no further push can succeed.
         """
         ...
 
-    async def stuck(self) -> str:
-        """Where ranks hang that are past the deadline, as text with tracebacks; or nothing."""
+    async def hanging_ranks(self) -> str:
+        """Return the stacks of ranks past their deadline; empty if there are none."""
         ...
 
-    def forget(self) -> None:
-        """Other learner processes will send from now on."""
+    def reset(self) -> None:
+        """Drop the state of the learner's processes, which were restarted."""
         ...
 
     def close(self) -> None:
-        """Stop what runs in the background."""
+        """Stop the background tasks."""
         ...
 
 
 def open_transport(
     config: Config, learners: LearnerGroup, store: Any, handle: DeploymentHandle
 ) -> Transport:
-    """The transport of a configuration."""
+    """Open the transport that `config` selects."""
     kind = transport_of(config)
     if kind in ("object_store", "adapters"):
         return ObjectStore(learners.publish, store, handle)
-    return Stream(kind, learners, store, handle, config.cluster.push_deadline_s)
+    return Broadcast(kind, learners, store, handle, config.cluster.push_deadline_s)
 
 
 async def ask_all(handle: DeploymentHandle, method: str, *args: Any) -> Sequence[Any]:
-    """What each replica answers, or raised.
+    """Call `method` on every replica and return their answers, or the errors they raised.
 
     Raises:
-        InfraError: there is none at the moment. A Serve controller that was just restarted knows of
-            none for some seconds, although they live.
+        InfraError: no replica is known at the moment. A Serve controller that was just restarted
+            knows of none for some seconds, although they are alive.
     """
     try:
         answers: Sequence[Any] = await handle.broadcast(method, *args).results_async(
@@ -85,18 +85,18 @@ async def ask_all(handle: DeploymentHandle, method: str, *args: Any) -> Sequence
     return answers
 
 
-async def _tell(store: Any, published: Published) -> None:
+async def _publish_to(store: Any, published: Published) -> None:
     try:
         await store.publish.remote(published)
     except ACTOR_DIED as error:
         raise RunFailed(
-            f"the weights store, an actor that knows the newest version, died ({error}). Run "
-            "the same command again to go on from the last checkpoint."
+            f"the weights store, an actor that holds the newest version, died ({error}). Run "
+            "the same command again to resume from the last checkpoint."
         ) from error
 
 
 class ObjectStore:
-    """One buffer for all, in shared memory."""
+    """One buffer in the object store for all replicas."""
 
     def __init__(
         self,
@@ -113,14 +113,14 @@ class ObjectStore:
         """See `Transport`."""
         if self._published is None or self._published.version != version:
             self._published = await self._publish(version)
-            await _tell(self._store, self._published)
+            await _publish_to(self._store, self._published)
         return self._published, await ask_all(self._handle, "load", self._published)
 
-    async def stuck(self) -> str:
+    async def hanging_ranks(self) -> str:
         """See `Transport`."""
         return ""
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """See `Transport`."""
         self._published = None
 
@@ -128,8 +128,8 @@ class ObjectStore:
         """See `Transport`."""
 
 
-class Stream:
-    """Packed buckets over a channel that learner rank 0 and every engine worker are members of."""
+class Broadcast:
+    """Packed buckets to the members of a broadcast group: learner rank 0 and all engine workers."""
 
     def __init__(
         self,
@@ -143,34 +143,34 @@ class Stream:
         self._learners = learners
         self._store = store
         self._handle = handle
-        self._limit_s = deadline_s / 2  # of one attempt, so that there is time for another
-        self._members: dict[str, int] = {}  # replica -> workers, of the channel that is open
+        self._attempt_s = deadline_s / 2  # so that there is time for a second attempt
+        self._members: dict[str, int] = {}  # replica -> workers in the current broadcast group
         self._plan: tuple[Manifest, ...] = ()
         self._version = -1
-        self._turn = asyncio.Lock()
+        self._lock = asyncio.Lock()
         self._late: asyncio.Task[None] | None = None
 
     async def deliver(self, version: int) -> tuple[Published, Sequence[Any]]:
         """See `Transport`."""
-        async with self._turn:
+        async with self._lock:
             self._version = -1
-            there = dict(await self._ask("workers"))
-            if not there:
+            running = dict(await self._ask("workers"))
+            if not running:
                 raise InfraError("no replica is running")
-            if there != self._members:
-                await self._meet(there)
+            if running != self._members:
+                await self._open_group(running)
             try:
                 checksum, received = await asyncio.gather(
-                    self._learners.stream(version, self._limit_s, self._store),
+                    self._learners.broadcast(version, self._attempt_s, self._store),
                     ask_all(self._handle, "receive", version, self._plan),
                 )
-            except BaseException:  # who is left in it waits for the others; a new one is needed
+            except BaseException:  # its members wait for each other; a new group is needed
                 self._members = {}
                 raise
-            if any(isinstance(one, BaseException) for one in received):
+            if any(isinstance(answer, BaseException) for answer in received):
                 self._members = {}
             published = Published(version, (), Manifest((), 0), checksum)
-            await _tell(self._store, published)
+            await _publish_to(self._store, published)
             self._version = version
         if self._late is None or self._late.done():
             self._late = asyncio.create_task(self._serve_late())
@@ -183,31 +183,35 @@ class Stream:
                 raise InfraError(f"a replica's {method}: {result}") from result
         return list(results)
 
-    async def _meet(self, there: dict[str, int]) -> None:
-        """Open a channel with these replicas; ranks go by the replicas' names."""
-        first: dict[str, int] = {}
+    async def _open_group(self, workers: dict[str, int]) -> None:
+        """Open a broadcast group with these replicas; ranks are in the order of their names."""
+        first_rank: dict[str, int] = {}
         world = 1
-        for replica in sorted(there):
-            first[replica] = world
-            world += there[replica]
+        for replica in sorted(workers):
+            first_rank[replica] = world
+            world += workers[replica]
         self._members = {}
-        meeting, self._plan = await self._learners.host(self._backend, world, self._limit_s)
-        await asyncio.gather(self._learners.connect(meeting), self._ask("join", meeting, first))
-        self._members = there
+        rendezvous, self._plan = await self._learners.open_rendezvous(
+            self._backend, world, self._attempt_s
+        )
+        await asyncio.gather(
+            self._learners.connect(rendezvous), self._ask("join", rendezvous, first_rank)
+        )
+        self._members = workers
 
     async def _serve_late(self) -> None:
-        """Give the newest version to replicas that came after it was streamed."""
+        """Publish the newest version for replicas that started after its broadcast."""
         while True:
             await asyncio.sleep(POLL_S)
-            with suppress(InfraError, *ACTOR_DIED):  # the next push says what is wrong
+            with suppress(InfraError, *ACTOR_DIED):  # the next push reports it
                 if not await self._store.is_missed.remote():
                     continue
-                async with self._turn:
+                async with self._lock:
                     published = await self._learners.republish(self._version)
                     if published is not None:
-                        await _tell(self._store, published)
+                        await _publish_to(self._store, published)
 
-    async def stuck(self) -> str:
+    async def hanging_ranks(self) -> str:
         """See `Transport`."""
         self._members = {}
         with suppress(*ACTOR_DIED, TimeoutError):
@@ -215,7 +219,7 @@ class Stream:
                 return str(await self._store.stacks.remote())
         return ""
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """See `Transport`."""
         self._members = {}
 

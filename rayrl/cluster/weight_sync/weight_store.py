@@ -1,4 +1,4 @@
-"""The weights store: a small actor that knows the newest version. Imports little, to stay small."""
+"""The weights store, a small actor that holds the newest version; it imports little."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rayrl.weights.flat import Manifest
 
 __all__ = ["NAMESPACE", "Published", "WeightStore", "store_name"]
 
-NAMESPACE = "rayrl"  # of our named actors; a replica's own is Serve's or whatever the driver had
+NAMESPACE = "rayrl"  # of named actors; replicas run in Serve's namespace or the driver's
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,8 +17,8 @@ class Published:
     """One version of the weights.
 
     Attributes:
-        buffer: one reference to the flat buffer, in a tuple so that Ray passes it on unfetched;
-            none if it was streamed to the replicas that were there.
+        buffer: one reference to the flat buffer, in a tuple so that Ray does not fetch it; empty
+            if the weights were broadcast to the running replicas.
     """
 
     version: int
@@ -28,7 +28,7 @@ class Published:
 
 
 class WeightStore:
-    """Holds the newest version; the buffer of the one before is freed when it forgets it."""
+    """Hold the newest version; replacing the previous one frees its buffer."""
 
     def __init__(self) -> None:
         self._newest: Published | None = None
@@ -39,30 +39,30 @@ class WeightStore:
         """Make this the newest version."""
         self._newest = published
         self._missed = False
-        self._stacks = {}  # of a push that was late and came through all the same
+        self._stacks = {}  # of a push that succeeded after its deadline
 
     def miss(self) -> None:
-        """A replica needs the newest version, which was streamed before it came."""
+        """Note that a replica needs the newest version, which was broadcast before it started."""
         self._missed = True
 
     def is_missed(self) -> bool:
-        """Whether one does."""
+        """Tell whether a replica has missed the newest version."""
         return self._missed
 
-    def hang(self, who: str, stack: str) -> None:
-        """A rank is past its deadline, and where it is then."""
-        self._stacks[who] = stack
+    def report_hang(self, name: str, stack: str) -> None:
+        """Record the stack of rank `name`, which has exceeded its deadline."""
+        self._stacks[name] = stack
 
     def stacks(self) -> str:
-        """Where ranks hang that were past their deadline since this was asked last."""
-        found, self._stacks = self._stacks, {}
-        return "\n".join(f"{who} is at\n{stack}" for who, stack in sorted(found.items()))
+        """Return the stacks of the ranks reported as hanging since the last call."""
+        stacks, self._stacks = self._stacks, {}
+        return "\n".join(f"{name} is at\n{stack}" for name, stack in sorted(stacks.items()))
 
     def newest(self) -> Published | None:
-        """The newest version, or None before the first push."""
+        """Return the newest version; None before the first push."""
         return self._newest
 
 
 def store_name(run: str) -> str:
-    """The actor's name, by which replicas find it."""
+    """Name of the store's actor, by which replicas find it."""
     return f"{run}-weights"
