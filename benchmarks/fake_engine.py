@@ -65,7 +65,6 @@ class FakeEngine:
 async def counts_of(handle: Any) -> tuple[int, int]:
     """Answers and calls so far of the fake engine behind a Serve handle."""
     asked = Request("count", (1,), Sampling(temperature=0.0), (), 0)
-    async for answers in handle.options(method_name="generate", stream=True).remote([asked], ()):
-        answered, calls = answers[0][1].ids
-        return answered, calls
-    raise AssertionError("no answer")
+    _, (completion,) = await handle.probe.remote([asked])
+    answered, calls = completion.ids
+    return answered, calls

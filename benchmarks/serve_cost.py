@@ -5,8 +5,8 @@
 A stand-in engine answers each request after a random number of steps of `--step-ms`, as continuous
 batching does: some end at each step. One host keeps `--live` conversations going. Compared: the
 engine in the host's own process (nothing between), the batching client over Serve (what env workers
-use), and a call of the handle for each request. Printed as JSON: turns a second, and milliseconds
-added to a turn of a conversation.
+use), and a call of the handle for each request. Printed as JSON: turns per second, CPU milliseconds
+per turn of host and replica, and milliseconds added to a turn of a conversation.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from functools import partial
 from typing import Any
 
 import ray
+from accounts import Accounts  # beside this file
 
-from rayrl.cluster.serving.inference_client import DEPLOYMENT, BatchingClient, ServeCall
+from rayrl.cluster.serving.inference_client import DEPLOYMENT, BatchingClient, ServeReplicas
 from rayrl.cluster.serving.replica import deploy
 from rayrl.cluster.session import open_session
 from rayrl.config import Config, from_dict
@@ -79,37 +80,36 @@ class OneByOne:
         from ray import serve
 
         handle = serve.get_deployment_handle(DEPLOYMENT, app)
-        self._handle = handle.options(
-            method_name="generate", stream=True, session_id="0", _by_reference=by_reference
-        )
+        self._handle = handle.options(method_name="probe", _by_reference=by_reference)
 
     async def generate(self, request: Request) -> Completion:
-        answer: Completion
-        async for ((_, answer),) in self._handle.remote([request], ()):
-            return answer
-        raise RuntimeError
+        completion: Completion
+        _, (completion,) = await self._handle.remote([request])
+        return completion
 
 
-class Counting:
-    """Counts the calls and their sizes."""
+class Counting(ServeReplicas):
+    """Counts the batches and their sizes."""
 
-    def __init__(self, call: Any) -> None:
-        self._call = call
+    def __init__(self, app: str) -> None:
+        super().__init__(app)
         self.sizes: list[int] = []
 
-    def __call__(self, lane: int, requests: Sequence[Request], release: Sequence[str]) -> Any:
+    async def submit(
+        self, index: int, requests: Sequence[tuple[int, Request]], released: Sequence[str]
+    ) -> str:
         self.sizes.append(len(requests))
-        return self._call(lane, requests, release)
+        return await super().submit(index, requests, released)
 
 
 class Host:
     """Keeps conversations going and times it."""
 
     async def play(self, kind: str, app: str, live: int, turns: int, step_s: float) -> Any:
-        counting = Counting(ServeCall(app, 1))
+        counting = Counting(app)
         clients: dict[str, Any] = {
             "in process": partial(StandIn, step_s),
-            "batched": partial(BatchingClient, counting, lanes=1, deadline_s=60),
+            "batched": partial(BatchingClient, counting, count=1, deadline_s=60),
             "a call each": partial(OneByOne, app, False),
             "a call each, by reference": partial(OneByOne, app, True),
         }
@@ -149,10 +149,15 @@ def main() -> None:
             deploy(session, config, partial(StandIn, step_s), app="serve-cost", store=False)
         )
         host = ray.remote(num_cpus=0)(Host).remote()
-        found = {
-            kind: ray.get(host.play.remote(kind, "serve-cost", args.live, args.turns, step_s))
-            for kind in ("in process", "batched", "a call each", "a call each, by reference")
-        }
+        found = {}
+        for kind in ("in process", "batched", "a call each", "a call each, by reference"):
+            accounts = Accounts()
+            found[kind] = ray.get(
+                host.play.remote(kind, "serve-cost", args.live, args.turns, step_s)
+            )
+            turns = args.live * (args.turns + 1)  # the first, which is not timed, included
+            cpu_s = accounts.spent()["replica"]
+            found[kind]["replica_cpu_ms_per_turn"] = round(1000 * cpu_s / turns, 3)
     base = found["in process"]["seconds"]
     for kind, figures in found.items():
         figures["added_ms_per_turn"] = round(1000 * (figures["seconds"] - base) / args.turns, 1)

@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
 from typing import Any, Protocol
 
 import ray
@@ -18,8 +17,8 @@ from ray.serve.handle import DeploymentHandle
 
 from rayrl.cluster.gone import ACTOR_DIED
 from rayrl.cluster.serving.inference_client import DEPLOYMENT
-from rayrl.cluster.serving.router import LaneRouter
-from rayrl.cluster.serving.streams import Answer, Carried, Mailbox, Running
+from rayrl.cluster.serving.router import IndexRouter
+from rayrl.cluster.serving.streams import NoStream, Outcome, Result, ResultStream
 from rayrl.cluster.session import SERVE_LOGGING, Session, listen_on_loopback, prepare_process
 from rayrl.cluster.weight_sync.weight_store import NAMESPACE, Published, store_name
 from rayrl.config import ClusterConfig, Config
@@ -33,6 +32,7 @@ __all__ = ["Replica", "deploy", "deployment_settings", "run_app", "undeploy"]
 MAX_ONGOING = 100_000  # calls per replica; admission is the engine's, which queues
 HEALTH_PERIOD_S = 2.0
 POLL_S = 0.2
+OPEN_WITHIN_S = 60.0  # after its first batch, for a client to open the stream of results
 REACH_S = 10.0  # for a version that was asked for and is not here
 START_DEADLINE_S = 300.0  # for all replicas of an app, loading the model included
 START_ATTEMPTS = 3
@@ -64,57 +64,67 @@ class Replica:
         self._id = serve.get_replica_context().replica_id.unique_id
         self._loading = asyncio.Lock()
         self._loaded = (self._engine.version, "")
-        self._running: dict[str, Running] = {}  # what is generated, by session
-        self._boxes: dict[str, Mailbox] = {}  # by caller
+        self._streams: dict[str, ResultStream] = {}  # by client
 
-    async def generate(
+    async def submit(
         self,
-        requests: Sequence[Request],
-        release: Sequence[str] = (),
-        caller: str = "",
-        number: int = 0,
-    ) -> AsyncIterator[list[Answer] | Carried]:
-        """Answers in lists, as they finish.
+        client: str,
+        requests: Sequence[tuple[int, Request]],
+        released: Sequence[str],
+    ) -> str:
+        """Start generating for a batch; the results are read from `results`.
 
         Args:
-            requests: their answers are numbered from `number`.
-            release: conversations that are over.
-            caller: answers to all calls of one caller travel together (see `streams`); ""
-                has this call to itself.
-            number: differs for all requests of a caller.
+            client: whose requests these are.
+            requests: with the client's numbers of them.
+            released: conversations that are over, whose KV cache can go.
+
+        Returns:
+            The id of this replica, by which `results` and `cancel` are addressed.
         """
-        self._engine.release(release)
-        box = self._boxes.get(caller)
-        carried = box is not None
-        if box is None:
-            box = Mailbox(number)
-            if caller:
-                self._boxes[caller] = box
-        for k, request in enumerate(requests):
-            self._running[request.session] = task = box.expect(number + k, self._answer(request))
-            task.add_done_callback(partial(self._ended, request.session))
-        if carried:
-            yield Carried(box.carrier)
-            return
+        self._engine.release(released)
+        stream = self._streams.get(client)
+        if stream is None:
+            stream = self._streams[client] = ResultStream(self._generate)
+            asyncio.get_running_loop().call_later(OPEN_WITHIN_S, self._drop_unread, client, stream)
+        for number, request in requests:
+            stream.start(number, request)
+        return self._id
+
+    async def results(self, client: str, replica: str) -> AsyncIterator[list[Result]]:
+        """Stream the results of a client's requests, as they finish, until each has one.
+
+        Generation stops when the client goes away.
+
+        Args:
+            replica: id of the replica that the client means.
+
+        Raises:
+            NoStream: there are no requests of this client here, or their results are being read,
+                as over a connection whose loss has not been noticed.
+        """
+        stream = self._streams.get(client)
+        if replica != self._id or stream is None or stream.opened:
+            raise NoStream(f"replica {self._id} has no results of replica {replica} to stream")
+        stream.opened = True
         try:
-            async for answers in box.carry():
-                yield answers
-        finally:  # nothing is left, or the caller is gone
-            if self._boxes.get(caller) is box:
-                del self._boxes[caller]
-            box.close()
+            async for results in stream.read():
+                yield results
+        finally:
+            del self._streams[client]
+            stream.close()
 
-    def _ended(self, session: str, task: Running) -> None:
-        if self._running.get(session) is task:
-            del self._running[session]
+    def _drop_unread(self, client: str, stream: ResultStream) -> None:
+        if not stream.opened:  # the client died after it had submitted
+            del self._streams[client]
+            stream.close()
 
-    def cancel(self, sessions: Sequence[str]) -> None:
-        """End what is generated for these: nobody waits for it any more."""
-        for session in sessions:
-            if (task := self._running.get(session)) is not None:
-                task.cancel()
+    async def cancel(self, client: str, numbers: Sequence[int]) -> None:
+        """Stop generating for requests that nobody waits for any more."""
+        if (stream := self._streams.get(client)) is not None:
+            stream.cancel(numbers)
 
-    async def _answer(self, request: Request) -> Completion | Exception:
+    async def _generate(self, request: Request) -> Outcome:
         try:
             if self._engine.version < request.min_version:
                 await self._reach(request.min_version)
@@ -255,7 +265,7 @@ async def deploy(
         **deployment_settings(cluster),
         health_check_timeout_s=max(60.0, cluster.push_deadline_s),
         graceful_shutdown_timeout_s=1.0,
-        request_router_config=RequestRouterConfig(request_router_class=LaneRouter),
+        request_router_config=RequestRouterConfig(request_router_class=IndexRouter),
     )(Replica)
     target = deployment.bind(
         factory, store_name(session.name) if store else "", config.engine.threads
