@@ -31,7 +31,7 @@ FULL = 0.5  # of its time a part is busy: who comes waits as long as he is serve
 PARTS = ("live", "rollouts", "overlap")
 PUSHING = 0.1  # of a step
 PYTHON = ("cores", "env workers", "replicas' Python")  # where messages wait
-LEAST_S, MOST_S, SHARE, PAUSE_S = 0.001, 0.02, 0.01, 0.01  # as rayrl.cluster.lines
+LEAST_S, MOST_S, SHARE, PAUSE_S = 0.001, 0.02, 0.01, 0.01  # as rayrl.cluster.serving.streams
 
 
 @dataclass(frozen=True)
