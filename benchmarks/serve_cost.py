@@ -20,7 +20,6 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import ray
 from accounts import Accounts  # beside this file
 
 from rayrl.cluster.serving.inference_client import DEPLOYMENT, BatchingClient, ServeReplicas
@@ -142,6 +141,8 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=8)
     parser.add_argument("--step-ms", type=float, default=4.0)
     args = parser.parse_args()
+    import ray  # after rayrl.cluster, which sets what Ray reads when it is imported
+
     config: Config = from_dict({})
     step_s = args.step_ms / 1000
     with open_session(config.cluster) as session:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from typing import Any
 
 import pytest
+from ray.exceptions import ActorDiedError, OutOfMemoryError
+from ray.serve.exceptions import BackPressureError
 
 from rayrl.cluster.serving import inference_client, replica
-from rayrl.cluster.serving.inference_client import BatchingClient, ReplicaLost
+from rayrl.cluster.serving.inference_client import BatchingClient, ReplicaLost, ServeReplicas
 from rayrl.cluster.serving.replica import Replica
 from rayrl.cluster.serving.streams import BatchingDelay, NoStream, Result
 from rayrl.errors import InfraError
@@ -147,7 +150,7 @@ async def test_results_of_all_batches_come_on_one_stream() -> None:
     assert await asyncio.gather(*first, *second) == [completion(k) for k in range(4)]
     await settle()
     assert replicas.live["a"]._streams == {}, "a stream ends when every request has a result"
-    assert not client._unanswered
+    assert not client._dispatcher._unanswered
     engine.finish(4)
     assert await client.generate(request(4)) == completion(4)
     assert len(replicas.streams) == 2
@@ -175,8 +178,8 @@ async def test_results_may_come_before_the_confirmation_of_their_batch() -> None
     engine.finish(0)
     assert await first == completion(0)
     await settle()
-    assert not client._unanswered
-    assert not client._tasks
+    assert not client._dispatcher._unanswered
+    assert not client._dispatcher._tasks
 
 
 @pytest.mark.parametrize("confirmed", [True, False])
@@ -217,7 +220,7 @@ async def test_a_retry_has_the_deadline_of_its_request(monkeypatch: pytest.Monke
     with pytest.raises(InfraError, match=r"0\.05 s \(cluster.request_deadline_s\)"):
         await client.generate(request(0))
     await settle()
-    assert not client._unanswered
+    assert not client._dispatcher._unanswered
 
 
 @pytest.mark.parametrize("confirmed", [True, False])
@@ -237,7 +240,7 @@ async def test_cancellation_reaches_the_engine(confirmed: bool) -> None:
     engine.finish(1)
     assert await other == completion(1)
     await settle()
-    assert not client._unanswered
+    assert not client._dispatcher._unanswered
 
 
 async def test_a_deadline_cancels_at_the_engine_and_a_request_not_yet_sent_is_not_sent() -> None:
@@ -250,7 +253,41 @@ async def test_a_deadline_cancels_at_the_engine_and_a_request_not_yet_sent_is_no
         await client.generate(request(1))
     await settle()
     assert (engine.generated, engine.cancelled) == ([1], [1])
-    assert not client._unanswered
+    assert not client._dispatcher._unanswered
+
+
+class Handle:
+    """A Serve handle whose calls all raise."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+        self.stream = False
+
+    def options(self, *, stream: bool = False, **_: Any) -> Handle:
+        self.stream = stream
+        return self
+
+    def remote(self, *_: Any) -> Any:
+        return self._stream() if self.stream else self._call()
+
+    async def _call(self) -> None:
+        raise self.error
+
+    async def _stream(self) -> AsyncIterator[None]:
+        raise self.error
+        yield
+
+
+@pytest.mark.parametrize(
+    "error", [ActorDiedError(), OutOfMemoryError(""), BackPressureError(1, 1), NoStream("")]
+)
+async def test_a_replica_that_is_gone_or_full_is_tried_again(error: Exception) -> None:
+    replicas = ServeReplicas("app")
+    replicas.__dict__["_handle"] = Handle(error)
+    with pytest.raises(ReplicaLost):
+        await replicas.submit(0, [], [])
+    with pytest.raises(ReplicaLost):
+        await anext(replicas.results("a"))
 
 
 async def test_generation_stops_when_the_client_goes_away() -> None:

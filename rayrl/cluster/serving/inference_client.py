@@ -122,7 +122,8 @@ class _Unanswered:
 
     Attributes:
         index: of the replica that was selected.
-        completion: what the caller waits for; done if it gave up.
+        completion: what the caller waits for; done if the caller gave up.
+        since: when the caller began to wait, by the event loop's clock.
         replica: id of the replica that generates; "" until one has confirmed the batch.
     """
 
@@ -130,12 +131,13 @@ class _Unanswered:
     request: Request
     index: int
     completion: asyncio.Future[Completion]
+    since: float
     replica: str = ""
 
 
 @dataclass(slots=True)
 class _Batch:
-    """What the next call to a replica takes along."""
+    """What the next `submit` to a replica takes along."""
 
     requests: list[_Unanswered] = field(default_factory=list)
     released: list[str] = field(default_factory=list)
@@ -145,10 +147,11 @@ class BatchingClient:
     """A `Generator` over the replicas, for one event loop.
 
     Requests of a conversation go to the same replica as long as that is not much slower than others
-    (see `ReplicaSelector`). **The client alone retries a request**: one that a lost replica did not
-    answer is submitted again, and its seed makes the completion the same. Serve, the replica and
-    the engine report failures and do not retry; a failed request fails its episode, which is
-    retried by the rollout. A request that nobody waits for any more is cancelled at its replica.
+    (see `ReplicaSelector`). A request that a replica did not answer because it was lost is
+    submitted again, within the same deadline, and its seed makes the completion the same. **This
+    client alone retries a request.** The replica and the engine report a failure and do not retry,
+    Serve routes a call again only while no replica has taken it, and a request that fails here
+    fails its episode, whose retries the rollout owns.
 
     Args:
         replicas: carries the calls.
@@ -161,20 +164,12 @@ class BatchingClient:
 
     def __init__(self, replicas: Replicas, *, count: int, deadline_s: float) -> None:
         self.min_version = 0
-        self._replicas = replicas
         self._deadline_s = deadline_s
         self._selector = ReplicaSelector(count)
-        self._delay = BatchingDelay()
-        self._numbers = itertools.count()
-        self._unanswered: dict[int, _Unanswered] = {}
-        self._batches = [_Batch() for _ in range(count)]  # by index
-        self._cancelled: list[_Unanswered] = []
-        self._flush_scheduled = False
-        self._reading: set[str] = set()  # replicas whose results are being read
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._dispatcher = _Dispatcher(replicas, count)
 
     async def generate(self, request: Request) -> Completion:
-        """Return the completion of a request.
+        """Return the completion of a request; cancelling this cancels it at the replica.
 
         Raises:
             InfraError: no result within the deadline, or the engine failed.
@@ -182,28 +177,21 @@ class BatchingClient:
         """
         if request.min_version < self.min_version:
             request = replace(request, min_version=self.min_version)
-        loop = asyncio.get_running_loop()
         in_flight = self._selector.select(request)
         if in_flight.moved_from is not None:
-            self._batches[in_flight.moved_from].released.append(request.session)
-        unanswered = _Unanswered(
-            next(self._numbers), request, in_flight.replica, loop.create_future()
-        )
-        self._unanswered[unanswered.number] = unanswered
-        self._enqueue([unanswered])
+            self._dispatcher.release(in_flight.moved_from, request.session)
+        unanswered = self._dispatcher.add(in_flight.replica, request)
         try:
-            began = loop.time()
             async with asyncio.timeout(self._deadline_s):
                 completion = await unanswered.completion
-            self._delay.observe(loop.time() - began)
         except TimeoutError:
             self._selector.timed_out(in_flight)
-            self._cancel(unanswered)
+            self._dispatcher.cancel(unanswered)
             raise InfraError(
                 f"no replica answered within {self._deadline_s:g} s (cluster.request_deadline_s)"
             ) from None
         except asyncio.CancelledError:
-            self._cancel(unanswered)
+            self._dispatcher.cancel(unanswered)
             raise
         else:
             self._selector.completed(in_flight, len(completion.ids), completion.cached)
@@ -212,27 +200,64 @@ class BatchingClient:
             self._selector.discard(in_flight)
 
     def release(self, sessions: Sequence[str]) -> None:
-        """Release conversations that are over, with the next call to the replica that has them."""
+        """Release conversations that are over, with the next batch to the replica that has them."""
         for session in sessions:
             if (index := self._selector.release(session)) is not None:
-                self._batches[index].released.append(session)
+                self._dispatcher.release(index, session)
 
     async def close(self) -> None:
-        """Cancel what is in flight."""
+        """Stop waiting for what is in flight."""
+        await self._dispatcher.close()
+
+
+class _Dispatcher:
+    """Submits requests in batches, reads their results, and retries what a lost replica had.
+
+    Every request is in one table, `_unanswered`, from `add` until its first result; later results
+    of the same number are ignored. So each request is settled once, whatever is retried.
+    """
+
+    def __init__(self, replicas: Replicas, count: int) -> None:
+        self._replicas = replicas
+        self._delay = BatchingDelay()
+        self._numbers = itertools.count()
+        self._unanswered: dict[int, _Unanswered] = {}  # by number
+        self._batches = [_Batch() for _ in range(count)]  # by index
+        self._cancelled: list[_Unanswered] = []
+        self._flush_scheduled = False
+        self._reading: set[str] = set()  # ids of replicas whose results are being read
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def add(self, index: int, request: Request) -> _Unanswered:
+        """Put a request into the next batch to a replica."""
+        loop = asyncio.get_running_loop()
+        number = next(self._numbers)
+        unanswered = _Unanswered(number, request, index, loop.create_future(), loop.time())
+        self._unanswered[number] = unanswered
+        self._enqueue([unanswered])
+        return unanswered
+
+    def cancel(self, unanswered: _Unanswered) -> None:
+        """Have the replica stop generating; the caller has given up."""
+        self._cancelled.append(unanswered)
+        self._schedule_flush()
+
+    def release(self, index: int, session: str) -> None:
+        """Put a conversation that is over into the next batch to a replica."""
+        self._batches[index].released.append(session)
+
+    async def close(self) -> None:
+        """Cancel all calls."""
         for task in list(self._tasks):
             task.cancel()
             with suppress(asyncio.CancelledError):
                 await task
 
-    # out
+    # requests out
 
     def _enqueue(self, requests: Sequence[_Unanswered]) -> None:
         for unanswered in requests:
             self._batches[unanswered.index].requests.append(unanswered)
-        self._schedule_flush()
-
-    def _cancel(self, unanswered: _Unanswered) -> None:
-        self._cancelled.append(unanswered)
         self._schedule_flush()
 
     def _schedule_flush(self) -> None:
@@ -244,7 +269,7 @@ class BatchingClient:
         self._flush_scheduled = False
         self._flush_cancelled()
         for index, batch in enumerate(self._batches):
-            batch.requests = self._waited_for(batch.requests)
+            batch.requests = [one for one in batch.requests if not self._given_up(one)]
             if batch.requests:
                 self._batches[index] = _Batch()
                 self._start(self._submit(index, batch))
@@ -252,18 +277,17 @@ class BatchingClient:
     def _flush_cancelled(self) -> None:
         numbers: dict[str, list[int]] = {}  # by replica
         for unanswered in self._cancelled:
-            if unanswered.replica:  # else it is cancelled when a replica confirms it, or dropped
+            if unanswered.replica:  # else it is dropped before it is submitted, or see `_confirm`
                 numbers.setdefault(unanswered.replica, []).append(unanswered.number)
         self._cancelled.clear()
         for replica, cancelled in numbers.items():
             self._replicas.cancel(replica, cancelled)
 
-    def _waited_for(self, requests: Sequence[_Unanswered]) -> list[_Unanswered]:
-        """Drop requests that nobody waits for; returns the others."""
-        for unanswered in requests:
-            if unanswered.completion.done():
-                self._unanswered.pop(unanswered.number, None)
-        return [unanswered for unanswered in requests if not unanswered.completion.done()]
+    def _given_up(self, unanswered: _Unanswered) -> bool:
+        """Whether nobody waits for a request any more, which then leaves the table."""
+        if unanswered.completion.done():
+            self._unanswered.pop(unanswered.number, None)
+        return unanswered.completion.done()
 
     async def _submit(self, index: int, batch: _Batch) -> None:
         numbered = [(unanswered.number, unanswered.request) for unanswered in batch.requests]
@@ -280,22 +304,21 @@ class BatchingClient:
         for unanswered in requests:
             if unanswered.number in self._unanswered:  # results may come before the confirmation
                 unanswered.replica = replica
-                if unanswered.completion.done():
-                    self._cancel(unanswered)
+                if unanswered.completion.done():  # its caller gave up meanwhile
+                    self.cancel(unanswered)
         if replica not in self._reading:
             self._reading.add(replica)
             self._start(self._read(replica))
 
-    # back
+    # results back
 
     async def _read(self, replica: str) -> None:
-        """Read a replica's results until it has none of our requests."""
+        """Read a replica's results until it has none of this client's requests."""
         try:
             while self._submitted_to(replica):
                 async for results in self._replicas.results(replica):
                     for number, outcome in results:
-                        if (unanswered := self._unanswered.pop(number, None)) is not None:
-                            _settle(unanswered.completion, outcome)
+                        self._settle(number, outcome)
         except ReplicaLost:
             self._retry(self._submitted_to(replica))
         except Exception as error:
@@ -315,19 +338,19 @@ class BatchingClient:
         if not isinstance(error, InfraError):
             error = InfraError(f"generation failed: {error}")
         for unanswered in requests:
-            self._unanswered.pop(unanswered.number, None)
-            _settle(unanswered.completion, error)
+            self._settle(unanswered.number, error)
+
+    def _settle(self, number: int, outcome: Outcome) -> None:
+        unanswered = self._unanswered.pop(number, None)
+        if unanswered is None or unanswered.completion.done():  # its caller gave up
+            return
+        if isinstance(outcome, Exception):
+            unanswered.completion.set_exception(outcome)
+        else:
+            unanswered.completion.set_result(outcome)
+            self._delay.observe(asyncio.get_running_loop().time() - unanswered.since)
 
     def _start(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-def _settle(completion: asyncio.Future[Completion], outcome: Outcome) -> None:
-    if completion.done():  # its caller gave up
-        return
-    if isinstance(outcome, Exception):
-        completion.set_exception(outcome)
-    else:
-        completion.set_result(outcome)
