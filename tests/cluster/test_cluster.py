@@ -402,6 +402,67 @@ async def test_replicas_admit_weights_by_version(
             await weights.push(3)
 
 
+class Endless:
+    """An engine that never answers; files say what it generates and what was cancelled."""
+
+    version = 0
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    async def generate(self, request: Request) -> Completion:
+        (self.folder / f"generating-{request.seed}").touch()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            (self.folder / f"cancelled-{request.seed}").touch()
+        raise AssertionError
+
+    def release(self, sessions: Sequence[str]) -> None: ...
+
+    async def check(self) -> None: ...
+
+
+class Waiting:
+    """What an env worker does, as an actor: waits for a completion."""
+
+    async def wait(self, app: str, seed: int) -> None:
+        await client(ServeReplicas(app)).generate(request(f"s{seed}", seed))
+
+
+async def file_of(path: Path) -> None:
+    async with asyncio.timeout(60):
+        while not path.exists():  # noqa: ASYNC110, ASYNC240
+            await asyncio.sleep(0.02)
+
+
+async def test_what_nobody_waits_for_ends_at_the_engine(
+    session: Session, tiny: Path, tmp_path: Path
+) -> None:
+    import ray
+
+    app = "test-endless"
+    with ExitStack() as stack:
+        stack.callback(undeploy, app)
+        engine: Any = partial(Endless, tmp_path)
+        await deploy(session, config(tiny), engine, app=app, store=False)
+        here = client(ServeReplicas(app))
+        waiting = [asyncio.create_task(here.generate(request(f"s{k}", k))) for k in range(2)]
+        for k in range(2):
+            await file_of(tmp_path / f"generating-{k}")
+        waiting[0].cancel()
+        await file_of(tmp_path / "cancelled-0")
+
+        there = ray.remote(num_cpus=0)(Waiting).remote()
+        there.wait.remote(app, 2)
+        await file_of(tmp_path / "generating-2")
+        ray.kill(there)
+        await file_of(tmp_path / "cancelled-2")
+        assert not (tmp_path / "cancelled-1").exists(), "another client's"
+        waiting[1].cancel()
+        await here.close()
+
+
 async def test_replicas_without_a_place_are_given_up(
     session: Session, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
