@@ -1,12 +1,13 @@
-"""What a call of Ray Serve costs an env worker, and what batching leaves of it.
+"""What a call of Ray Serve costs an env worker, and how much of that batching saves.
 
     python benchmarks/serve_cost.py [--live 128] [--turns 8] [--step-ms 4]
 
-A stand-in engine answers each request after a random number of steps of `--step-ms`, as continuous
-batching does: some end at each step. One host keeps `--live` conversations going. Compared: the
-engine in the host's own process (nothing between), the batching client over Serve (what env workers
-use), and a call of the handle for each request. Printed as JSON: turns per second, CPU milliseconds
-per turn of host and replica, and milliseconds added to a turn of a conversation.
+A stand-in engine answers each request after a random number of steps of `--step-ms`, as with
+continuous batching: some requests finish at each step. One host keeps `--live` conversations going.
+Compared: the engine in the host's own process (nothing between), the batching client over Serve
+(what env workers use), and a call of the Serve handle per request. Printed as JSON: turns per
+second, CPU milliseconds per turn of host and replica, and milliseconds added to a turn of a
+conversation.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class StandIn:
 
 
 class OneByOne:
-    """One handle call for each request: what batching avoids."""
+    """One handle call per request: what batching avoids."""
 
     def __init__(self, app: str, by_reference: bool) -> None:
         from ray import serve

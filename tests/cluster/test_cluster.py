@@ -463,16 +463,16 @@ async def test_what_nobody_waits_for_ends_at_the_engine(
         await here.close()
 
 
-async def test_replicas_without_a_place_are_given_up(
+async def test_replicas_that_the_cluster_lacks_resources_for_are_refused(
     session: Session, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("rayrl.cluster.serving.replica.START_DEADLINE_S", 1.0)
     settings = config(tiny, cluster={"replica_cpus": 64})
     engine = partial(open_engine, tiny, settings.engine)
     with ExitStack() as stack:
-        stack.callback(undeploy, "test-no-place")
+        stack.callback(undeploy, "test-no-resources")
         with pytest.raises(InfraError) as stopped:
-            await deploy(session, settings, engine, app="test-no-place", store=False)
+            await deploy(session, settings, engine, app="test-no-resources", store=False)
     for part in ("cluster.replicas=1", "within 1 s", "replica_cpus=64", "GPUs (0 free)", "Lower"):
         assert part in str(stopped.value)
 
