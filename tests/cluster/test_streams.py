@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import pytest
 from ray.exceptions import ActorDiedError, OutOfMemoryError
 from ray.serve.exceptions import BackPressureError
 
-from rayrl.cluster.serving import inference_client, replica
+from rayrl.cluster.serving import inference_client, replica, streams
 from rayrl.cluster.serving.inference_client import BatchingClient, ReplicaLost, ServeReplicas
 from rayrl.cluster.serving.replica import Replica
 from rayrl.cluster.serving.streams import BatchingDelay, NoStream, Result
 from rayrl.errors import InfraError
 from rayrl.types import Completion, Request, Sampling
+
+
+@pytest.fixture(autouse=True)
+def streams_end_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "IDLE_S", 0.0)
 
 
 def request(seed: int, session: str = "") -> Request:
@@ -130,8 +135,15 @@ def start(client: BatchingClient, *seeds: int) -> list[asyncio.Task[Completion]]
     return [asyncio.create_task(client.generate(request(seed))) for seed in seeds]
 
 
-async def settle() -> None:
-    await asyncio.sleep(0.02)
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(30):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+
+
+def answered(client: BatchingClient) -> bool:
+    """Whether a client has nothing in flight, and reads no stream."""
+    return not (client._dispatcher._unanswered or client._dispatcher._tasks)
 
 
 async def test_results_of_all_batches_come_on_one_stream() -> None:
@@ -139,18 +151,18 @@ async def test_results_of_all_batches_come_on_one_stream() -> None:
     replicas = InProcess(a=engine)
     client = client_of(replicas)
     first = start(client, 0, 1)
-    await settle()
+    await until(lambda: len(replicas.streams) == 1)
     second = start(client, 2, 3)
-    await settle()
+    await until(lambda: len(engine.generated) == 4)
     engine.finish(3, 0)
-    await settle()
-    assert [task.done() for task in first + second] == [True, False, False, True]
+    await until(lambda: first[0].done() and second[1].done())
+    assert not first[1].done()
+    assert not second[0].done()
     assert replicas.streams == [[[(3, completion(3)), (0, completion(0))]]], "in one list"
     engine.finish(1, 2)
     assert await asyncio.gather(*first, *second) == [completion(k) for k in range(4)]
-    await settle()
+    await until(lambda: answered(client))
     assert replicas.live["a"]._streams == {}, "a stream ends when every request has a result"
-    assert not client._dispatcher._unanswered
     engine.finish(4)
     assert await client.generate(request(4)) == completion(4)
     assert len(replicas.streams) == 2
@@ -165,21 +177,34 @@ async def test_a_request_is_submitted_while_the_stream_delivers_the_last_result(
     assert engine.generated == list(range(50))
 
 
+async def test_a_conversation_has_one_stream_for_all_its_turns(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(streams, "IDLE_S", 60.0)
+    engine = Engine()
+    engine.finish(*range(5))
+    replicas = InProcess(a=engine)
+    client = client_of(replicas)
+    for seed in range(5):
+        assert await client.generate(request(seed)) == completion(seed)
+        await asyncio.sleep(0.01)
+    assert len(replicas.streams) == 1
+    await client.close()
+
+
 async def test_results_may_come_before_the_confirmation_of_their_batch() -> None:
     engine = Engine()
     replicas = InProcess(a=engine)
     client = client_of(replicas)
     (first,) = start(client, 0)
-    await settle()  # its stream is open
+    await until(lambda: len(replicas.streams) == 1)
     replicas.confirm.clear()
     engine.finish(1)
     assert await client.generate(request(1)) == completion(1)
     replicas.confirm.set()
     engine.finish(0)
     assert await first == completion(0)
-    await settle()
-    assert not client._dispatcher._unanswered
-    assert not client._dispatcher._tasks
+    await until(lambda: answered(client))
 
 
 @pytest.mark.parametrize("confirmed", [True, False])
@@ -193,23 +218,20 @@ async def test_what_a_lost_replica_did_not_answer_is_generated_by_another_once(
     if not confirmed:
         replicas.confirm.clear()
     tasks = start(client, *range(8))
-    await settle()
-    before = list(engines["b"].generated)
-    assert sorted(engines["a"].generated + before) == list(range(8))
-    answered, *unanswered = engines["a"].generated
+    await until(lambda: len(engines["a"].generated + engines["b"].generated) == 8)
+    again, before = list(engines["a"].generated), list(engines["b"].generated)
+    assert sorted(again + before) == list(range(8))
     if confirmed:
-        engines["a"].finish(answered)
-        await settle()
-        again = unanswered
-    else:
-        again = [answered, *unanswered]
+        await until(lambda: len(replicas.streams) == 2)
+        engines["a"].finish(seed := again.pop(0))
+        await until(tasks[seed].done)
     replicas.lose("a")
     replicas.confirm.set()
-    await settle()
-    assert engines["b"].generated == before + again
+    await until(lambda: len(engines["b"].generated) == 8 - confirmed)
     engines["b"].finish(*range(8))
     assert await asyncio.gather(*tasks) == [completion(k) for k in range(8)]
     assert engines["b"].generated == before + again
+    await until(lambda: answered(client))
 
 
 async def test_a_retry_has_the_deadline_of_its_request(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,8 +241,7 @@ async def test_a_retry_has_the_deadline_of_its_request(monkeypatch: pytest.Monke
     replicas.lose("a")
     with pytest.raises(InfraError, match=r"0\.05 s \(cluster.request_deadline_s\)"):
         await client.generate(request(0))
-    await settle()
-    assert not client._dispatcher._unanswered
+    await until(lambda: answered(client))
 
 
 @pytest.mark.parametrize("confirmed", [True, False])
@@ -231,16 +252,14 @@ async def test_cancellation_reaches_the_engine(confirmed: bool) -> None:
     if not confirmed:
         replicas.confirm.clear()
     cancelled, other = start(client, 0, 1)
-    await settle()
+    await until(lambda: len(replicas.streams if confirmed else engine.generated) > 0)
     cancelled.cancel()
-    await settle()
+    await asyncio.sleep(0.01)
     replicas.confirm.set()
-    await settle()
-    assert engine.cancelled == [0]
+    await until(lambda: engine.cancelled == [0])
     engine.finish(1)
     assert await other == completion(1)
-    await settle()
-    assert not client._dispatcher._unanswered
+    await until(lambda: answered(client))
 
 
 async def test_a_deadline_cancels_at_the_engine_and_a_request_not_yet_sent_is_not_sent() -> None:
@@ -251,9 +270,8 @@ async def test_a_deadline_cancels_at_the_engine_and_a_request_not_yet_sent_is_no
     unsent.cancel()
     with pytest.raises(InfraError, match="no replica answered within"):
         await client.generate(request(1))
-    await settle()
+    await until(lambda: answered(client))
     assert (engine.generated, engine.cancelled) == ([1], [1])
-    assert not client._dispatcher._unanswered
 
 
 class Handle:
@@ -296,10 +314,9 @@ async def test_generation_stops_when_the_client_goes_away() -> None:
     await here.submit("client", [(0, request(0))], [])
     await here.submit("other", [(0, request(1))], [])
     reading = asyncio.ensure_future(anext(here.results("client", "a")))
-    await settle()
+    await until(lambda: engine.generated == [0, 1])
     reading.cancel()
-    await settle()
-    assert engine.cancelled == [0]
+    await until(lambda: engine.cancelled == [0])
     assert set(here._streams) == {"other"}
 
 
@@ -312,8 +329,8 @@ async def test_a_client_that_dies_before_it_reads_leaves_nothing(
     await here.submit("dies", [(0, request(0))], [])
     await here.submit("reads", [(0, request(1))], [])
     reading = asyncio.ensure_future(anext(here.results("reads", "a")))
-    await settle()
-    assert engine.cancelled == [0]
+    await until(lambda: set(here._streams) == {"reads"})
+    await until(lambda: engine.cancelled == [0])
     engine.finish(1)
     assert await reading == [(0, completion(1))]
 
@@ -325,7 +342,7 @@ async def test_results_are_streamed_to_one_reader_of_the_replica_that_has_them()
         with pytest.raises(NoStream):
             await anext(here.results(client, name))
     reading = asyncio.ensure_future(anext(here.results("client", "a")))
-    await settle()
+    await until(lambda: here._streams["client"].opened)
     with pytest.raises(NoStream):
         await anext(here.results("client", "a"))
     reading.cancel()

@@ -11,7 +11,9 @@ replica:
 
 A message costs a Serve process 1 to 3 ms whatever it carries, so a stream per batch, on which
 results come one by one, would cost as much as a call per request. Both sides therefore hold a
-message back for a moment so that others can go with it (`BatchingDelay`).
+message back for a moment so that others can go with it (`BatchingDelay`). Measured side by side
+(`benchmarks/RESULTS.md`), this costs 0.93 times the CPU per turn of an earlier design, in which each
+batch was a streaming call and one of those calls carried the results of all.
 
 Env workers do the same with what they send to the driver and to the recorder: each of n workers
 waits n × `PAUSE_S` between two messages, so that the receiver gets at most 1 / `PAUSE_S` messages
@@ -40,6 +42,7 @@ PAUSE_S = 0.01  # per worker, between its messages to the driver or the recorder
 LEAST_S, MOST_S = 0.001, 0.02  # bounds of the batching delay
 SHARE = 0.01  # of a request's latency that each side may add to it
 NEWEST = 0.05  # weight of the newest latency in the mean
+IDLE_S = 1.0  # a stream without requests stays open: a single conversation needs one all the time
 
 
 class NoStream(InfraError):
@@ -102,11 +105,17 @@ class ResultStream:
                 task.cancel()
 
     async def read(self) -> AsyncIterator[list[Result]]:
-        """Yield results in lists until every request has one; requests may be added meanwhile."""
+        """Yield results in lists, until there has been no request without one for `IDLE_S`."""
         loop = asyncio.get_running_loop()
         not_before = 0.0
-        while self._running or self._finished:
-            await self._any_finished.wait()
+        while True:
+            try:
+                async with asyncio.timeout(None if self._running else IDLE_S):
+                    await self._any_finished.wait()
+            except TimeoutError:
+                if self._running:  # started while this waited
+                    continue
+                return
             # at least one turn of the event loop: what finished in the same engine step
             await asyncio.sleep(max(not_before - loop.time(), 0))
             self._any_finished.clear()
