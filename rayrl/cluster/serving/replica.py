@@ -61,7 +61,7 @@ class Replica:
         listen_on_loopback()
         self._engine = factory()
         self._store = ray.get_actor(store, namespace=NAMESPACE) if store else None
-        self._id = serve.get_replica_context().replica_id.unique_id
+        self._id: str = serve.get_replica_context().replica_id.unique_id
         self._loading = asyncio.Lock()
         self._loaded = (self._engine.version, "")
         self._streams: dict[str, ResultStream] = {}  # by client

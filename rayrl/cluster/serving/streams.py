@@ -12,8 +12,8 @@ replica:
 A message costs a Serve process 1 to 3 ms whatever it carries, so a stream per batch, on which
 results come one by one, would cost as much as a call per request. Both sides therefore hold a
 message back for a moment so that others can go with it (`BatchingDelay`). Measured side by side
-(`benchmarks/RESULTS.md`), this costs 0.93 times the CPU per turn of an earlier design, in which each
-batch was a streaming call and one of those calls carried the results of all.
+(`benchmarks/RESULTS.md`), this costs 0.93 times the CPU per turn of an earlier design, in which
+each batch was a streaming call and one of those calls carried the results of all.
 
 Env workers do the same with what they send to the driver and to the recorder: each of n workers
 waits n × `PAUSE_S` between two messages, so that the receiver gets at most 1 / `PAUSE_S` messages
