@@ -92,9 +92,9 @@ class Replica:
         return self._id
 
     async def results(self, client: str, replica: str) -> AsyncIterator[list[Result]]:
-        """Stream the results of a client's requests, as they finish, until each has one.
+        """Stream the results of a client's requests as they finish (`ResultStream.read`).
 
-        Generation stops when the client goes away.
+        If the client goes away, generation for it stops.
 
         Args:
             replica: id of the replica that the client means.
