@@ -76,12 +76,16 @@ class InProcess:
     Attributes:
         live: replicas that can be reached, in order of their index.
         streams: what each stream of results has carried.
+        batches: numbers of the requests in each batch.
         confirm: once cleared, batches are taken and not confirmed until it is set.
+        broken: how many of the next streams of results break at once.
     """
 
     def __init__(self, **engines: Engine) -> None:
         self.live = {name: make_replica(name, engine) for name, engine in engines.items()}
         self.streams: list[list[Sequence[Result]]] = []
+        self.batches: list[list[int]] = []
+        self.broken = 0
         self.confirm = asyncio.Event()
         self.confirm.set()
         self._lost = {name: asyncio.Event() for name in engines}
@@ -94,6 +98,7 @@ class InProcess:
     async def submit(
         self, index: int, requests: Sequence[tuple[int, Request]], released: Sequence[str]
     ) -> str:
+        self.batches.append([number for number, _ in requests])
         if not self.live:
             raise ReplicaLost
         name = list(self.live)[index % len(self.live)]
@@ -104,6 +109,9 @@ class InProcess:
         return submitted
 
     async def results(self, replica: str) -> AsyncIterator[Sequence[Result]]:
+        if self.broken:
+            self.broken -= 1
+            raise ReplicaLost
         if replica not in self.live:
             raise ReplicaLost
         carried: list[Sequence[Result]] = []
@@ -234,6 +242,24 @@ async def test_what_a_lost_replica_did_not_answer_is_generated_by_another_once(
     await until(lambda: answered(client))
 
 
+async def test_a_request_that_waits_for_its_retry_is_not_retried_by_another_loss(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(inference_client, "BACKOFF_S", 0.1)
+    engine = Engine()
+    replicas = InProcess(a=engine)
+    client = client_of(replicas)
+    replicas.broken = 2
+    tasks = start(client, 0)
+    await until(lambda: replicas.broken == 1)
+    tasks += start(client, 1)
+    await until(lambda: len(replicas.batches) == 4)
+    engine.finish(0, 1)
+    assert await asyncio.gather(*tasks) == [completion(0), completion(1)]
+    await until(lambda: answered(client))
+    assert replicas.batches == [[0], [1], [0], [1]]
+
+
 async def test_a_retry_has_the_deadline_of_its_request(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inference_client, "BACKOFF_S", 0.001)
     replicas = InProcess(a=Engine())
@@ -346,6 +372,25 @@ async def test_results_are_streamed_to_one_reader_of_the_replica_that_has_them()
     with pytest.raises(NoStream):
         await anext(here.results("client", "a"))
     reading.cancel()
+
+
+async def test_a_request_that_comes_to_an_idle_stream_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(streams, "IDLE_S", 0.1)
+    engine = Engine()
+    here = make_replica("a", engine)
+    await here.submit("client", [(0, request(0))], [])
+    results = here.results("client", "a")
+    engine.finish(0)
+    assert await anext(results) == [(0, completion(0))]
+    reading = asyncio.ensure_future(anext(results))
+    await asyncio.sleep(0.01)
+    await here.submit("client", [(1, request(1))], [])
+    await asyncio.sleep(0.15)
+    engine.finish(1)
+    assert await reading == [(1, completion(1))]
+    await results.aclose()
 
 
 async def test_a_number_that_is_submitted_again_is_generated_once() -> None:
