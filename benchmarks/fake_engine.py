@@ -63,9 +63,8 @@ class FakeEngine:
 
 
 async def counts_of(handle: Any) -> tuple[int, int]:
-    """Return the numbers of answers and calls of the fake engine behind a Serve handle."""
-    request = Request("count", (1,), Sampling(temperature=0.0), (), 0)
-    async for answers in handle.options(method_name="generate", stream=True).remote([request], ()):
-        answered, calls = answers[0][1].ids
-        return answered, calls
-    raise AssertionError("no answer")
+    """Answers and calls so far of the fake engine behind a Serve handle."""
+    asked = Request("count", (1,), Sampling(temperature=0.0), (), 0)
+    _, (completion,) = await handle.probe.remote([asked])
+    answered, calls = completion.ids
+    return answered, calls

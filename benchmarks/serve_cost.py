@@ -1,12 +1,13 @@
-"""Cost of Ray Serve calls to an env worker, with and without batching.
+"""What a call of Ray Serve costs an env worker, and how much of that batching saves.
 
     python benchmarks/serve_cost.py [--live 128] [--turns 8] [--step-ms 4]
 
-A stand-in engine answers each request after a random number of steps of `--step-ms`, so that some
-end at each step, as with continuous batching. One worker keeps `--live` conversations in progress.
-Compares the engine in the worker's own process, the batching client over Serve, which env workers
-use, and a handle call per request. Prints as JSON the turns per second and the milliseconds added
-per turn.
+A stand-in engine answers each request after a random number of steps of `--step-ms`, as with
+continuous batching: some requests finish at each step. One host keeps `--live` conversations going.
+Compared: the engine in the host's own process (nothing between), the batching client over Serve
+(what env workers use), and a call of the Serve handle per request. Printed as JSON: turns per
+second, CPU milliseconds per turn of host and replica, and milliseconds added to a turn of a
+conversation.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import ray
+from accounts import Accounts  # beside this file
 
-from rayrl.cluster.serving.inference_client import DEPLOYMENT, BatchingClient, ServeCall
+from rayrl.cluster.serving.inference_client import DEPLOYMENT, BatchingClient, ServeReplicas
 from rayrl.cluster.serving.replica import deploy
 from rayrl.cluster.session import open_session
 from rayrl.config import Config, from_dict
@@ -30,7 +31,7 @@ from rayrl.types import Completion, Request, Sampling, VersionSpan
 
 
 class StandIn:
-    """Engine whose requests end after 4 to 12 steps of `step_s` seconds."""
+    """An engine whose requests end 4 to 12 steps after they came; a step takes `step_s`."""
 
     version = 0
 
@@ -72,46 +73,45 @@ class StandIn:
         pass
 
 
-class Unbatched:
-    """Client with one handle call per request."""
+class OneByOne:
+    """One handle call per request: what batching avoids."""
 
     def __init__(self, app: str, by_reference: bool) -> None:
         from ray import serve
 
         handle = serve.get_deployment_handle(DEPLOYMENT, app)
-        self._handle = handle.options(
-            method_name="generate", stream=True, session_id="0", _by_reference=by_reference
-        )
+        self._handle = handle.options(method_name="probe", _by_reference=by_reference)
 
     async def generate(self, request: Request) -> Completion:
-        answer: Completion
-        async for ((_, answer),) in self._handle.remote([request], ()):
-            return answer
-        raise RuntimeError
+        completion: Completion
+        _, (completion,) = await self._handle.remote([request])
+        return completion
 
 
-class Counting:
-    """Record the sizes of the calls."""
+class Counting(ServeReplicas):
+    """Counts the batches and their sizes."""
 
-    def __init__(self, call: Any) -> None:
-        self._call = call
+    def __init__(self, app: str) -> None:
+        super().__init__(app)
         self.sizes: list[int] = []
 
-    def __call__(self, lane: int, requests: Sequence[Request], release: Sequence[str]) -> Any:
+    async def submit(
+        self, index: int, requests: Sequence[tuple[int, Request]], released: Sequence[str]
+    ) -> str:
         self.sizes.append(len(requests))
-        return self._call(lane, requests, release)
+        return await super().submit(index, requests, released)
 
 
-class Worker:
-    """Play conversations and measure their time."""
+class Host:
+    """Keeps conversations going and times it."""
 
     async def play(self, kind: str, app: str, live: int, turns: int, step_s: float) -> Any:
-        counting = Counting(ServeCall(app, 1))
+        counting = Counting(app)
         clients: dict[str, Any] = {
             "in process": partial(StandIn, step_s),
-            "batched": partial(BatchingClient, counting, lanes=1, deadline_s=60),
-            "one call per request": partial(Unbatched, app, False),
-            "one call per request, by reference": partial(Unbatched, app, True),
+            "batched": partial(BatchingClient, counting, count=1, deadline_s=60),
+            "a call each": partial(OneByOne, app, False),
+            "a call each, by reference": partial(OneByOne, app, True),
         }
         client = clients[kind]()
         prompt = tuple(range(200))
@@ -130,7 +130,7 @@ class Worker:
         return {
             "turns_per_s": round(n / wall),
             "seconds": round(wall, 2),
-            "worker_cpu_ms_per_turn": round(1000 * cpu / n, 3),
+            "host_cpu_ms_per_turn": round(1000 * cpu / n, 3),
             "calls": len(counting.sizes),
             "requests_per_call": round(n / max(1, len(counting.sizes)), 1),
         }
@@ -142,26 +142,28 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=8)
     parser.add_argument("--step-ms", type=float, default=4.0)
     args = parser.parse_args()
+    import ray  # after rayrl.cluster, which sets what Ray reads when it is imported
+
     config: Config = from_dict({})
     step_s = args.step_ms / 1000
     with open_session(config.cluster) as session:
         asyncio.run(
             deploy(session, config, partial(StandIn, step_s), app="serve-cost", store=False)
         )
-        worker = ray.remote(num_cpus=0)(Worker).remote()
-        results = {
-            kind: ray.get(worker.play.remote(kind, "serve-cost", args.live, args.turns, step_s))
-            for kind in (
-                "in process",
-                "batched",
-                "one call per request",
-                "one call per request, by reference",
+        host = ray.remote(num_cpus=0)(Host).remote()
+        found = {}
+        for kind in ("in process", "batched", "a call each", "a call each, by reference"):
+            accounts = Accounts()
+            found[kind] = ray.get(
+                host.play.remote(kind, "serve-cost", args.live, args.turns, step_s)
             )
-        }
-    base = results["in process"]["seconds"]
-    for kind, result in results.items():
-        result["added_ms_per_turn"] = round(1000 * (result["seconds"] - base) / args.turns, 1)
-        print(json.dumps({"client": kind, **result}))
+            turns = args.live * (args.turns + 1)  # the first, which is not timed, included
+            cpu_s = accounts.spent()["replica"]
+            found[kind]["replica_cpu_ms_per_turn"] = round(1000 * cpu_s / turns, 3)
+    base = found["in process"]["seconds"]
+    for kind, figures in found.items():
+        figures["added_ms_per_turn"] = round(1000 * (figures["seconds"] - base) / args.turns, 1)
+        print(json.dumps({"client": kind, **figures}))
 
 
 if __name__ == "__main__":

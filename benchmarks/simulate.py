@@ -30,7 +30,7 @@ FULL = 0.5  # utilization at which waiting takes as long as service, and grows f
 PARTS = ("live", "rollouts", "overlap")
 PUSHING = 0.1  # share of a step
 PYTHON = ("cores", "env workers", "replicas' Python")  # where messages wait
-LEAST_S, MOST_S, SHARE, PAUSE_S = 0.001, 0.02, 0.01, 0.01  # as in rayrl.cluster
+LEAST_S, MOST_S, SHARE, PAUSE_S = 0.001, 0.02, 0.01, 0.01  # as rayrl.cluster.serving.streams
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
-"""A run's figures where Ray's metrics are collected: its dashboard, and Prometheus.
+"""Export a run's metrics through Ray, to its dashboard and to Prometheus.
 
-Every node of a Ray cluster has an endpoint that Prometheus can scrape; there all names begin with
+Every node of a Ray cluster has an endpoint that Prometheus can scrape; all names there begin with
 `ray_`. docs/training.md lists them.
 """
 
@@ -28,21 +28,21 @@ REFRESH_S = 5.0
 
 
 class Telemetry:
-    """The newest figures of a run, as gauges; what is counted in steps, as counters.
+    """Publishes a run's metrics: the newest values as gauges, counts per step as counters.
 
-    To be used in a `with` block. Ray collects the numbers of this process every 10 s and forgets a
-    gauge that was not set for 20; steps may take longer, so a thread sets them again. Publishing
-    never fails: what Ray does not take is given up, with a line in the log.
+    A context manager. Ray collects the values of this process every 10 s and drops a gauge that has
+    not been set for 20 s; steps may take longer, so a thread sets all gauges again. Publishing
+    never fails: if Ray refuses a metric, publishing stops with a warning in the log.
 
     Args:
-        run: the run's name, a tag of all of them.
+        run: the run's name, a tag on every metric.
     """
 
     def __init__(self, run: str) -> None:
         self._run = run
-        self._known: dict[str, Any] = {}
+        self._metrics: dict[str, Any] = {}  # Ray's, by name
         self._gauges: list[tuple[Any, float, dict[str, str]]] = []  # as of the last step
-        self._over = threading.Event()
+        self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._refresh, name="telemetry", daemon=True)
 
     def __enter__(self) -> Telemetry:
@@ -50,33 +50,33 @@ class Telemetry:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._over.set()
+        self._stopped.set()
         self._thread.join()
 
     def publish(self, step: int, metrics: Mapping[str, float], alarms: Mapping[str, bool]) -> None:
-        """Publish a step.
+        """Publish the metrics of a step.
 
         Args:
-            metrics: as they are logged; what is not finite is left out.
-            alarms: name -> whether it is on.
+            metrics: as they are logged; values that are not finite are left out.
+            alarms: by name, whether the alarm is on.
         """
-        if self._over.is_set() or not ray.is_initialized():
+        if self._stopped.is_set() or not ray.is_initialized():
             return
         try:
             gauges = [self._gauge("rayrl_step", step)]
             for name, value in metrics.items():
                 if math.isfinite(value):
-                    to, tags = _place(name)
-                    if name in COUNTED or to == "rayrl_failures":
-                        self._count(to, value, tags)
+                    exported, tags = _exported_name(name)
+                    if name in COUNTED or exported == "rayrl_failures":
+                        self._count(exported, value, tags)
                     else:
-                        gauges.append(self._gauge(to, value, tags))
+                        gauges.append(self._gauge(exported, value, tags))
             for name, on in alarms.items():
                 gauges.append(self._gauge("rayrl_alarm", on, {"name": name}))
             self._gauges = gauges
-            self._set()
+            self._set_gauges()
         except Exception as error:
-            self._give_up(error)
+            self._stop(error)
 
     def _gauge(
         self, name: str, value: float, tags: Mapping[str, str] | None = None
@@ -87,35 +87,35 @@ class Telemetry:
     def _count(self, name: str, value: float, tags: Mapping[str, str]) -> None:
         tags = {"run": self._run, **tags}
         metric = self._metric(Counter, name, tags)
-        if value > 0:  # Ray's counters refuse to be raised by nothing
+        if value > 0:  # Ray's counters refuse an increment of 0
             metric.inc(value, tags=tags)
 
     def _metric(self, kind: type[Any], name: str, tags: Mapping[str, str]) -> Any:
-        if name not in self._known:
-            about = "See docs/training.md of rayrl."
-            self._known[name] = kind(name, about, tag_keys=tuple(tags))
-        return self._known[name]
+        if name not in self._metrics:
+            description = "See docs/training.md of rayrl."
+            self._metrics[name] = kind(name, description, tag_keys=tuple(tags))
+        return self._metrics[name]
 
-    def _set(self) -> None:
+    def _set_gauges(self) -> None:
         for gauge, value, tags in self._gauges:
             gauge.set(value, tags=tags)
 
     def _refresh(self) -> None:
-        while not self._over.wait(REFRESH_S):
+        while not self._stopped.wait(REFRESH_S):
             try:
-                self._set()
+                self._set_gauges()
             except Exception as error:
-                self._give_up(error)
+                self._stop(error)
 
-    def _give_up(self, error: Exception) -> None:
-        self._over.set()
-        logging.getLogger(__name__).warning("Ray's metrics do not take a run's: %s", error)
+    def _stop(self, error: Exception) -> None:
+        self._stopped.set()
+        logging.getLogger(__name__).warning("Ray refused the run's metrics: %s", error)
 
 
-def _place(name: str) -> tuple[str, dict[str, str]]:
-    """What a figure is called among Ray's metrics, and the tag it has there."""
+def _exported_name(name: str) -> tuple[str, dict[str, str]]:
+    """The name and the tag of a metric among Ray's."""
     group, _, rest = name.partition("/")
     if group in TAGGED and rest:
-        to, tag = TAGGED[group]
-        return to, {tag: rest}
+        exported, tag = TAGGED[group]
+        return exported, {tag: rest}
     return "rayrl_" + re.sub(r"[^a-zA-Z0-9]+", "_", name), {}

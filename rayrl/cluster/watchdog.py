@@ -1,8 +1,8 @@
-"""Whether a cluster is there; and a driver whose cluster is gone says so and ends.
+"""Check that a cluster answers, and end a driver, with a message, once its cluster is lost.
 
 Ray itself waits a minute for a head that does not answer, and then ends the process with a message
-of its own, which does not say that the run can be resumed. A head that keeps what it knows on a
-disk (`RAY_gcs_storage`) may come back within that time: the run goes on meanwhile, and after.
+that does not say how to resume the run. A head that stores its state on disk (`RAY_gcs_storage`)
+may come back within that minute: the run continues meanwhile, and afterwards.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 
 __all__ = ["check_head", "watch_cluster"]
 
-REACH_S = 15.0  # for the head of a cluster to answer; one that is just starting has as long
-RAYS_LIMIT = "RAY_gcs_rpc_server_reconnect_timeout_s"
-LOOK_EVERY_S = 1.0
-LOOKS = 3  # a raylet is given up when it refused so often
-SOONER_S = 10.0  # than Ray, so that it is we who say what happened
-LEAST_S = 5.0
+REACH_S = 15.0  # for the head of a cluster to answer, even one that is just starting
+RECONNECT_TIMEOUT = "RAY_gcs_rpc_server_reconnect_timeout_s"
+CHECK_EVERY_S = 1.0
+MAX_REFUSALS = 3  # in a row, after which the raylet counts as dead
+MARGIN_S = 10.0  # before Ray ends the process, so that the message is rayrl's
+MIN_PATIENCE_S = 5.0
 
 
 def check_head(address: str) -> None:
-    """Find out whether a head of Ray answers, for which Ray itself waits much longer.
+    """Check that the head of a Ray cluster answers; Ray itself would wait much longer.
 
     Args:
         address: as `cluster.address`; `ray://…` is left to Ray's client.
@@ -42,83 +42,83 @@ def check_head(address: str) -> None:
     """
     if "://" in address:
         return
-    found = services.canonicalize_bootstrap_address(address)
-    if found is None:  # "auto" where no cluster was started: Ray says so at once
+    head = services.canonicalize_bootstrap_address(address)
+    if head is None:  # "auto" where no cluster was started: Ray says so at once
         return
-    channel = create_gcs_channel(found)
+    channel = create_gcs_channel(head)
     try:
-        asked = NodeInfoGcsServiceStub(channel).CheckAlive.future(
+        call = NodeInfoGcsServiceStub(channel).CheckAlive.future(
             CheckAliveRequest(), timeout=REACH_S, wait_for_ready=True
         )
-        code = asked.code().name  # waits
+        code = call.code().name  # blocks until the call has ended
     finally:
         channel.close()
     if code in ("DEADLINE_EXCEEDED", "UNAVAILABLE"):
-        raise ConnectionError(f"nothing that is Ray answered within {REACH_S:g} s")
+        raise ConnectionError(f"no Ray head answered within {REACH_S:g} s")
     if code == "UNIMPLEMENTED":
-        raise ConnectionError("something answers that is not Ray")
+        raise ConnectionError("what answers there is not Ray")
 
 
 @contextmanager
 def watch_cluster(directory: str | None) -> Iterator[None]:
-    """While within, end this process (exit status 1) if its cluster is gone for good.
+    """End this process (exit status 1) if its cluster is lost while the context is open.
 
     Args:
         directory: the run's folder, for the message.
     """
-    over = threading.Event()
+    stopped = threading.Event()
     node = ray.get_runtime_context().get_node_id()
-    raylet = next(one["RayletSocketName"] for one in ray.nodes() if one["NodeID"] == node)
+    raylet = next(info["RayletSocketName"] for info in ray.nodes() if info["NodeID"] == node)
     address = ray.get_runtime_context().gcs_address
     thread = threading.Thread(
-        target=_watch, args=(address, raylet, directory, over), name="head", daemon=True
+        target=_watch, args=(address, raylet, directory, stopped), name="watchdog", daemon=True
     )
     thread.start()
     try:
         yield
     finally:
-        over.set()
+        stopped.set()
         thread.join()
 
 
 def patience_s() -> float:
-    """How long a head may be silent."""
-    limit = float(os.environ.get(RAYS_LIMIT, "60"))
-    return max(limit - SOONER_S, LEAST_S)
+    """Seconds that a head may be silent."""
+    timeout_s = float(os.environ.get(RECONNECT_TIMEOUT, "60"))
+    return max(timeout_s - MARGIN_S, MIN_PATIENCE_S)
 
 
-def _watch(address: str, raylet: str, directory: str | None, over: threading.Event) -> None:
+def _watch(address: str, raylet: str, directory: str | None, stopped: threading.Event) -> None:
     host, _, port = address.rpartition(":")
-    since: float | None = None  # the head is silent
-    refused = 0
-    while not over.wait(LOOK_EVERY_S):
-        refused = 0 if _answers(lambda: _local(raylet)) else refused + 1
-        if refused == LOOKS:
-            _end("the node of Ray that this program was on has died", directory)
+    silent_since: float | None = None  # of the head
+    refusals = 0
+    while not stopped.wait(CHECK_EVERY_S):
+        refusals = 0 if _answers(lambda: _connect_unix(raylet)) else refusals + 1
+        if refusals == MAX_REFUSALS:
+            _exit("the Ray node that this program ran on has died", directory)
         if _answers(lambda: socket.create_connection((host.strip("[]"), int(port)), 5)):
-            if since is not None:
-                print(f"The head of Ray at {address} answers again.", file=sys.stderr, flush=True)
-            since = None
-        elif since is None:
-            since = time.monotonic()
+            if silent_since is not None:
+                print(f"The Ray head at {address} answers again.", file=sys.stderr, flush=True)
+            silent_since = None
+        elif silent_since is None:
+            silent_since = time.monotonic()
             print(
-                f"The head of Ray at {address} does not answer; waiting {patience_s():g} s for it.",
+                f"The Ray head at {address} does not answer; waiting {patience_s():g} s for it.",
                 file=sys.stderr,
                 flush=True,
             )
-        elif time.monotonic() - since > patience_s():
-            _end(f"the head of Ray at {address} did not answer for {patience_s():g} s", directory)
+        elif time.monotonic() - silent_since > patience_s():
+            _exit(f"the Ray head at {address} did not answer for {patience_s():g} s", directory)
 
 
-def _local(path: str) -> socket.socket:
-    end = socket.socket(socket.AF_UNIX)
-    end.settimeout(5)
+def _connect_unix(path: str) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX)
+    connection.settimeout(5)
     try:
-        end.connect(path)
+        connection.connect(path)
     except OSError:
-        end.close()
+        connection.close()
         raise
-    return end
+    return connection
 
 
 def _answers(connect: Callable[[], socket.socket]) -> bool:
@@ -129,12 +129,12 @@ def _answers(connect: Callable[[], socket.socket]) -> bool:
     return True
 
 
-def _end(what: str, directory: str | None) -> None:
-    """Nothing can be closed any more: each call to the cluster would wait for it.
+def _exit(reason: str, directory: str | None) -> None:
+    """Exit without closing anything: each call to the cluster would wait for it.
 
-    What is on the disk is whole at any moment, as after `kill -9`.
+    Files on disk are consistent at any moment, as after `kill -9`.
     """
-    then = f", and run the same command again: it goes on from {directory}" if directory else ""
-    print(f"\nrayrl: {what}. Start the cluster again{then}.", file=sys.stderr, flush=True)
+    then = f", and run the same command again: it resumes from {directory}" if directory else ""
+    print(f"\nrayrl: {reason}. Start the cluster again{then}.", file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(1)

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rayrl.environment.group_reward import score_of
-from rayrl.errors import DataError, EnvError, did_you_mean
+from rayrl.errors import DataError, EnvError, describe_error, did_you_mean
 from rayrl.report.intervals import effective_n, mean_interval, wilson
 from rayrl.types import Episode, Task
 
@@ -235,7 +235,8 @@ def eval_statistics(episodes: Sequence[Episode], hook: Hook | None = None) -> di
         try:
             rows.append(dict((hook or scores_of)(episode)))
         except Exception as error:
-            raise EnvError(f"statistics of episode {episode.id}: {describe_error(error)}") from error
+            what = f"statistics of episode {episode.id}: {describe_error(error)}"
+            raise EnvError(what) from error
     tasks = [task_key(e.task) for e in valid]
     if not rows:
         return {}

@@ -21,7 +21,7 @@ from rayrl.cluster.rollouts import CollectedGroups, Rollouts
 from rayrl.cluster.workers.env_worker import trainable_seats
 from rayrl.environment.tasks import same_task, task_from_json, task_to_json
 from rayrl.errors import DataError, RunFailed
-from rayrl.rollout.episode_io import read_checked
+from rayrl.rollout.episode_io import episode_to_line, read_checked
 from rayrl.rollout.rollout import GroupPlan
 from rayrl.run.files import fsync, write_atomic
 from rayrl.run.progress_bar import ProgressBar

@@ -54,8 +54,8 @@ def test_a_head_that_remembers_is_waited_for_and_a_lost_cluster_ends_the_run(
             nodes.kill(0)
             nodes.kill(1)
             assert run.wait() == 1, run.said
-        assert "the node of Ray that this program was on has died" in run.said
-        assert f"run the same command again: it goes on from {folder}" in run.said
+        assert "the Ray node that this program ran on has died" in run.said
+        assert f"run the same command again: it resumes from {folder}" in run.said
     finally:
         nodes.close()
     train(tiny, folder)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from rayrl.cluster.serving.inference_client import BatchingClient, ServeCall
+from rayrl.cluster.serving.inference_client import BatchingClient, ServeReplicas
 from rayrl.cluster.serving.replica import deploy, undeploy
 from rayrl.cluster.session import open_session
 from rayrl.config import from_dict
@@ -101,7 +101,7 @@ async def test_requests_leave_a_slow_replica_and_come_back(tiny: Path, tmp_path:
         stack.callback(undeploy, APP)
         factory = partial(open_sometimes_slow, tiny, config.engine, tmp_path)
         await deploy(session, config, factory, app=APP, store=False)
-        players = Players(BatchingClient(ServeCall(APP, 2), lanes=2, deadline_s=600))
+        players = Players(BatchingClient(ServeReplicas(APP), count=2, deadline_s=600))
         await players.play("first")  # calls, and what each costs once
         await players.play("calm")
         # conversations that are bound to it when it becomes slow

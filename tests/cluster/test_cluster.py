@@ -16,9 +16,10 @@ import pytest
 from rayrl.cluster.learner_group import LearnerGroup, LearnerRank
 from rayrl.cluster.open import make_environment, open_rollouts, seat_players
 from rayrl.cluster.rollouts import sort_out
-from rayrl.cluster.serving.inference_client import Answer, BatchingClient, ReplicaGone, ServeCall
+from rayrl.cluster.serving.inference_client import BatchingClient, ReplicaLost, ServeReplicas
 from rayrl.cluster.serving.replica import deploy, undeploy
-from rayrl.cluster.serving.router import LaneRouter
+from rayrl.cluster.serving.router import IndexRouter
+from rayrl.cluster.serving.streams import Result
 from rayrl.cluster.session import Session, run_name
 from rayrl.cluster.weight_sync.push import WeightSync, confirmations, open_store
 from rayrl.cluster.weight_sync.transports import ObjectStore
@@ -57,56 +58,82 @@ def completion(*ids: int, version: int = 0) -> Completion:
 
 
 class Replicas:
-    """A `Call` that answers with the request's seed, in lists of two, and can die on the way."""
+    """`inference_client.Replicas` that answer with the request's seed, in lists of two.
 
-    def __init__(self, die_after: Sequence[int] = (), fail: Exception | None = None) -> None:
-        self.calls: list[tuple[int, list[Request], list[str]]] = []
+    Args:
+        die_after: results of each stream, after which its replica is lost.
+        fail: raised by `submit`.
+        fail_results: raised by `results`.
+
+    Attributes:
+        batches: index, requests and released conversations of each.
+    """
+
+    def __init__(
+        self,
+        die_after: Sequence[int] = (),
+        fail: Exception | None = None,
+        fail_results: Exception | None = None,
+    ) -> None:
+        self.batches: list[tuple[int, list[Request], list[str]]] = []
         self.die_after = list(die_after)
-        self.fail = fail
+        self.fail, self.fail_results = fail, fail_results
+        self.waiting: dict[str, list[tuple[int, Request]]] = {}
 
-    async def __call__(
-        self, lane: int, requests: Sequence[Request], release: Sequence[str]
-    ) -> AsyncIterator[Sequence[Answer]]:
-        self.calls.append((lane, list(requests), list(release)))
+    async def submit(
+        self, index: int, requests: Sequence[tuple[int, Request]], released: Sequence[str]
+    ) -> str:
+        self.batches.append((index, [request for _, request in requests], list(released)))
         if self.fail:
             raise self.fail
+        self.waiting[str(index)] = list(requests)
+        return str(index)
+
+    async def results(self, replica: str) -> AsyncIterator[Sequence[Result]]:
+        if self.fail_results:
+            raise self.fail_results
+        requests = self.waiting.pop(replica)
         dies = self.die_after.pop(0) if self.die_after else len(requests)
         for first in range(0, dies, 2):
             await asyncio.sleep(0)
             last = min(first + 2, dies)
-            yield [(index, completion(requests[index].seed)) for index in range(first, last)]
+            yield [(number, completion(r.seed)) for number, r in requests[first:last]]
         if dies < len(requests):
-            raise ReplicaGone
+            raise ReplicaLost
+
+    def cancel(self, replica: str, numbers: Sequence[int]) -> None: ...
 
 
-def client(call: Any, lanes: int = 1, deadline_s: float = 600) -> BatchingClient:
-    return BatchingClient(call, lanes=lanes, deadline_s=deadline_s)
+def client(replicas: Any, count: int = 1, deadline_s: float = 600) -> BatchingClient:
+    return BatchingClient(replicas, count=count, deadline_s=deadline_s)
 
 
-async def test_requests_of_one_tick_travel_in_one_call_a_lane() -> None:
+async def test_requests_of_one_tick_are_one_batch_per_replica() -> None:
     replicas = Replicas()
-    two_lanes = client(replicas, lanes=2)
-    done = await asyncio.gather(*(two_lanes.generate(request(f"s{k}", k)) for k in range(20)))
+    of_two = client(replicas, count=2)
+    done = await asyncio.gather(*(of_two.generate(request(f"s{k}", k)) for k in range(20)))
     assert [answer.ids for answer in done] == [(k,) for k in range(20)]
-    assert sorted(lane for lane, *_ in replicas.calls) == [0, 1]
-    of_lane = {r.session: lane for lane, requests, _ in replicas.calls for r in requests}
-    await asyncio.gather(*(two_lanes.generate(request(f"s{k}", k)) for k in range(20)))
-    for lane, requests, _ in replicas.calls[2:]:
-        assert all(of_lane[r.session] == lane for r in requests), "a conversation changed its lane"
+    assert sorted(index for index, *_ in replicas.batches) == [0, 1]
+    index_of = {r.session: index for index, requests, _ in replicas.batches for r in requests}
+    await asyncio.gather(*(of_two.generate(request(f"s{k}", k)) for k in range(20)))
+    for index, requests, _ in replicas.batches[2:]:
+        assert all(index_of[r.session] == index for r in requests), "a conversation has moved"
 
 
-async def test_what_a_dead_replica_did_not_answer_is_sent_again() -> None:
+async def test_what_a_dead_replica_did_not_answer_is_submitted_again() -> None:
     replicas = Replicas(die_after=[3, 0])
     one = client(replicas)
     done = await asyncio.gather(*(one.generate(request(f"s{k}", k)) for k in range(5)))
     assert [answer.ids for answer in done] == [(k,) for k in range(5)]
-    sent = [[r.seed for r in requests] for _, requests, _ in replicas.calls]
-    assert sent == [[0, 1, 2, 3, 4], [3, 4], [3, 4]]
+    submitted = [[r.seed for r in requests] for _, requests, _ in replicas.batches]
+    assert submitted == [[0, 1, 2, 3, 4], [3, 4], [3, 4]]
 
 
 async def test_no_request_hangs() -> None:
     with pytest.raises(InfraError, match="cannot pickle"):
         await client(Replicas(fail=TypeError("cannot pickle"))).generate(request())
+    with pytest.raises(InfraError, match="cannot unpickle"):
+        await client(Replicas(fail_results=TypeError("cannot unpickle"))).generate(request())
     with pytest.raises(StaleWeights):
         await client(Replicas(fail=StaleWeights("old"))).generate(request())
     with pytest.raises(InfraError, match=r"0\.05 s \(cluster.request_deadline_s\)"):
@@ -121,29 +148,32 @@ async def test_version_and_releases_go_along() -> None:
     one.release(["over", "never seen"])
     await one.generate(request(min_version=2))
     await one.generate(request(min_version=9))
-    assert [(r.min_version, release) for _, (r,), release in replicas.calls] == [
+    assert [(r.min_version, released) for _, (r,), released in replicas.batches] == [
         (4, []),
         (4, ["over"]),
         (9, []),
     ]
 
 
-async def test_lanes_are_spread_over_the_live_replicas() -> None:
-    router = object.__new__(LaneRouter)
+async def test_indexes_are_spread_over_the_live_replicas_and_ids_name_one() -> None:
+    router = object.__new__(IndexRouter)
 
-    async def first(lane: str, live: str) -> str:
+    async def first(session_id: str, live: str) -> str:
         replicas = [SimpleNamespace(replica_id=SimpleNamespace(unique_id=name)) for name in live]
         pending = SimpleNamespace(
-            metadata=SimpleNamespace(session_id=lane),
+            metadata=SimpleNamespace(session_id=session_id),
             routing_context=SimpleNamespace(should_backoff=False),
         )
         ranks = await router.choose_replicas(replicas, pending)
         assert sorted(r.replica_id.unique_id for (r,) in ranks) == sorted(live)
         return str(ranks[0][0].replica_id.unique_id)
 
-    assert [await first(lane, "ab") for lane in "0101"] == ["a", "b", "a", "b"]
-    assert [await first(lane, "ba") for lane in "01"] == ["a", "b"]
-    assert [await first(lane, "b") for lane in "01"] == ["b", "b"]
+    assert [await first(index, "ab") for index in "0101"] == ["a", "b", "a", "b"]
+    assert [await first(index, "ba") for index in "01"] == ["a", "b"]
+    assert [await first(index, "b") for index in "01"] == ["b", "b"]
+    assert [await first(name, "cab") for name in "abc"] == ["a", "b", "c"]
+    assert await first("x", "ab") == "a", "it has left; any other refuses the call"
+    assert await first("", "ab") == "a"
     assert await router.choose_replicas([], None) == []
 
 
@@ -337,7 +367,7 @@ async def test_replicas_admit_weights_by_version(
         stack.callback(undeploy, app)
         handle = await deploy(session, settings, engine, app=app, store=True)
         weights = WeightSync(ObjectStore(publish, store, handle), store, handle, deadline_s=600)
-        one = client(ServeCall(app, 2), lanes=2, deadline_s=600)
+        one = client(ServeReplicas(app), count=2, deadline_s=600)
         requests = [request(f"s{k}", k) for k in range(16)]
 
         async def answers() -> list[Completion]:
@@ -438,16 +468,77 @@ async def test_a_loss_from_outside_trains_as_the_one_it_imitates(
         learners.close()
 
 
-async def test_replicas_without_a_place_are_given_up(
+class Endless:
+    """An engine that never answers; files say what it generates and what was cancelled."""
+
+    version = 0
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    async def generate(self, request: Request) -> Completion:
+        (self.folder / f"generating-{request.seed}").touch()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            (self.folder / f"cancelled-{request.seed}").touch()
+        raise AssertionError
+
+    def release(self, sessions: Sequence[str]) -> None: ...
+
+    async def check(self) -> None: ...
+
+
+class Waiting:
+    """What an env worker does, as an actor: waits for a completion."""
+
+    async def wait(self, app: str, seed: int) -> None:
+        await client(ServeReplicas(app)).generate(request(f"s{seed}", seed))
+
+
+async def file_of(path: Path) -> None:
+    async with asyncio.timeout(60):
+        while not path.exists():  # noqa: ASYNC110, ASYNC240
+            await asyncio.sleep(0.02)
+
+
+async def test_what_nobody_waits_for_ends_at_the_engine(
+    session: Session, tiny: Path, tmp_path: Path
+) -> None:
+    import ray
+
+    app = "test-endless"
+    with ExitStack() as stack:
+        stack.callback(undeploy, app)
+        engine: Any = partial(Endless, tmp_path)
+        await deploy(session, config(tiny), engine, app=app, store=False)
+        here = client(ServeReplicas(app))
+        waiting = [asyncio.create_task(here.generate(request(f"s{k}", k))) for k in range(2)]
+        for k in range(2):
+            await file_of(tmp_path / f"generating-{k}")
+        waiting[0].cancel()
+        await file_of(tmp_path / "cancelled-0")
+
+        there = ray.remote(num_cpus=0)(Waiting).remote()
+        there.wait.remote(app, 2)
+        await file_of(tmp_path / "generating-2")
+        ray.kill(there)
+        await file_of(tmp_path / "cancelled-2")
+        assert not (tmp_path / "cancelled-1").exists(), "another client's"
+        waiting[1].cancel()
+        await here.close()
+
+
+async def test_replicas_that_the_cluster_lacks_resources_for_are_refused(
     session: Session, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("rayrl.cluster.serving.replica.START_DEADLINE_S", 1.0)
     settings = config(tiny, cluster={"replica_cpus": 64})
     engine = partial(open_engine, tiny, settings.engine)
     with ExitStack() as stack:
-        stack.callback(undeploy, "test-no-place")
+        stack.callback(undeploy, "test-no-resources")
         with pytest.raises(InfraError) as stopped:
-            await deploy(session, settings, engine, app="test-no-place", store=False)
+            await deploy(session, settings, engine, app="test-no-resources", store=False)
     for part in ("cluster.replicas=1", "within 1 s", "replica_cpus=64", "GPUs (0 free)", "Lower"):
         assert part in str(stopped.value)
 

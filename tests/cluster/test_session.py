@@ -90,7 +90,7 @@ def test_no_wait_is_longer_than_half_a_minute() -> None:
 def test_a_head_that_comes_back_is_waited_for_and_one_that_does_not_ends_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name, seconds in (("LOOK_EVERY_S", 0.01), ("SOONER_S", 60.0), ("LEAST_S", 0.3)):
+    for name, seconds in (("CHECK_EVERY_S", 0.01), ("MARGIN_S", 60.0), ("MIN_PATIENCE_S", 0.3)):
         monkeypatch.setattr(watchdog, name, seconds)
     answers = iter([True, False, True, False])  # and so on, after its first silence
 
@@ -99,14 +99,14 @@ def test_a_head_that_comes_back_is_waited_for_and_one_that_does_not_ends_the_run
         raise SystemExit(status)
 
     monkeypatch.setattr(watchdog, "_answers", lambda connect: connect())
-    monkeypatch.setattr(watchdog, "_local", lambda path: True)
+    monkeypatch.setattr(watchdog, "_connect_unix", lambda path: True)
     monkeypatch.setattr(watchdog.socket, "create_connection", lambda *_: next(answers, False))
     monkeypatch.setattr(watchdog.os, "_exit", end)
     over = threading.Event()
     with pytest.raises(SystemExit, match="1"):
         watchdog._watch("10.0.0.9:6379", "socket", "runs/a", over)
     said = capsys.readouterr().err
-    assert said.count("The head of Ray at 10.0.0.9:6379 does not answer; waiting 0.3 s") == 2
+    assert said.count("The Ray head at 10.0.0.9:6379 does not answer; waiting 0.3 s") == 2
     assert said.count("answers again") == 1
     assert "did not answer for 0.3 s. Start the cluster again, and run the same command" in said
 

@@ -1,157 +1,418 @@
-"""Many calls on one stream, without Serve between: a replica's side joined to a caller's."""
+"""Requests and results between a client and replicas, without Serve between them."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import pytest
+from ray.exceptions import ActorDiedError, OutOfMemoryError
+from ray.serve.exceptions import BackPressureError
 
-from rayrl.cluster.serving.streams import Answer, Carried, CarrierGone, Lines, Mailbox, Pace
+from rayrl.cluster.serving import inference_client, replica, streams
+from rayrl.cluster.serving.inference_client import BatchingClient, ReplicaLost, ServeReplicas
+from rayrl.cluster.serving.replica import Replica
+from rayrl.cluster.serving.streams import BatchingDelay, NoStream, Result
 from rayrl.errors import InfraError
-from rayrl.types import Completion
+from rayrl.types import Completion, Request, Sampling
 
 
-def completion(k: int) -> Completion:
-    return Completion((k,), (0.0,), (), "stop")
+@pytest.fixture(autouse=True)
+def streams_end_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "IDLE_S", 0.0)
 
 
-class Far:
-    """A replica: answers request k once `let[k]` is set; `calls` are the items of each call."""
+def request(seed: int, session: str = "") -> Request:
+    return Request(session or f"s{seed}", (1, 2, 3), Sampling(max_tokens=8), seed=seed)
+
+
+def completion(seed: int) -> Completion:
+    return Completion((seed,), (0.0,), (), "stop")
+
+
+class Engine:
+    """Answers a request once `finish(seed)` is called.
+
+    Attributes:
+        generated: seeds of all requests, in order.
+        cancelled: seeds of those that were cancelled.
+    """
+
+    version = 0
 
     def __init__(self) -> None:
-        self.box: Mailbox | None = None
-        self.let = {k: asyncio.Event() for k in range(10)}
-        self.calls: list[list[Any]] = []
+        self.generated: list[int] = []
+        self.cancelled: list[int] = []
+        self.released: list[str] = []
+        self._may_finish: dict[int, asyncio.Event] = {}
 
-    async def answer(self, k: int) -> Completion | Exception:
-        await self.let[k].wait()
-        return completion(k)
+    def finish(self, *seeds: int) -> None:
+        for seed in seeds:
+            self._may_finish.setdefault(seed, asyncio.Event()).set()
 
-    async def call(self, first: int, n: int) -> AsyncIterator[Sequence[Answer] | Carried]:
-        items: list[Any] = []
-        self.calls.append(items)
-        carried = self.box is not None
-        box = self.box = self.box or Mailbox(first)
-        for k in range(first, first + n):
-            box.expect(k, self.answer(k))
-        if carried:
-            items.append(Carried(box.carrier))
-            yield items[-1]
-            return
-        async for answers in box.carry():
-            items.append(answers)
-            yield answers
-        self.box = None
+    async def generate(self, request: Request) -> Completion:
+        self.generated.append(request.seed)
+        try:
+            await self._may_finish.setdefault(request.seed, asyncio.Event()).wait()
+        except asyncio.CancelledError:
+            self.cancelled.append(request.seed)
+            raise
+        return completion(request.seed)
+
+    def release(self, sessions: Sequence[str]) -> None:
+        self.released += sessions
 
 
-class Near:
-    """A caller: what each call of it was answered, by index."""
-
-    def __init__(self, far: Far) -> None:
-        self.far, self.lines = far, Lines()
-
-    def call(self, n: int) -> asyncio.Task[dict[int, Any]]:
-        first = self.lines.number(n)
-        return asyncio.create_task(self._read(first, n, self.far.call(first, n)))
-
-    async def _read(self, first: int, n: int, stream: Any) -> dict[int, Any]:
-        found: dict[int, Any] = {}
-        async with aclosing(stream):
-            async for answers in self.lines.answers(first, n, stream):
-                found |= dict(answers)
-        return found
+def make_replica(name: str, engine: Engine) -> Replica:
+    made = object.__new__(Replica)
+    made._engine, made._id, made._streams = engine, name, {}  # type: ignore[assignment]
+    return made
 
 
-async def settle() -> None:
+class InProcess:
+    """`Replicas` whose calls are function calls.
+
+    Attributes:
+        live: replicas that can be reached, in order of their index.
+        streams: what each stream of results has carried.
+        batches: numbers of the requests in each batch.
+        confirm: once cleared, batches are taken and not confirmed until it is set.
+        broken: how many of the next streams of results break at once.
+    """
+
+    def __init__(self, **engines: Engine) -> None:
+        self.live = {name: make_replica(name, engine) for name, engine in engines.items()}
+        self.streams: list[list[Sequence[Result]]] = []
+        self.batches: list[list[int]] = []
+        self.broken = 0
+        self.confirm = asyncio.Event()
+        self.confirm.set()
+        self._lost = {name: asyncio.Event() for name in engines}
+
+    def lose(self, name: str) -> None:
+        """As if the process had died."""
+        del self.live[name]
+        self._lost[name].set()
+
+    async def submit(
+        self, index: int, requests: Sequence[tuple[int, Request]], released: Sequence[str]
+    ) -> str:
+        self.batches.append([number for number, _ in requests])
+        if not self.live:
+            raise ReplicaLost
+        name = list(self.live)[index % len(self.live)]
+        submitted = await self.live[name].submit("client", requests, released)
+        await self.confirm.wait()
+        if name not in self.live:
+            raise ReplicaLost
+        return submitted
+
+    async def results(self, replica: str) -> AsyncIterator[Sequence[Result]]:
+        if self.broken:
+            self.broken -= 1
+            raise ReplicaLost
+        if replica not in self.live:
+            raise ReplicaLost
+        carried: list[Sequence[Result]] = []
+        self.streams.append(carried)
+        lost = asyncio.create_task(self._lost[replica].wait())
+        stream = self.live[replica].results("client", replica)
+        while True:
+            item = asyncio.ensure_future(anext(stream, None))
+            await asyncio.wait([item, lost], return_when=asyncio.FIRST_COMPLETED)
+            if not item.done():
+                item.cancel()
+                raise ReplicaLost
+            if (results := item.result()) is None:
+                lost.cancel()
+                return
+            carried.append(results)
+            yield results
+
+    def cancel(self, replica: str, numbers: Sequence[int]) -> None:
+        if replica in self.live:
+            self._cancelling = asyncio.ensure_future(self.live[replica].cancel("client", numbers))
+
+
+def client_of(replicas: InProcess, deadline_s: float = 60.0) -> BatchingClient:
+    return BatchingClient(replicas, count=len(replicas.live), deadline_s=deadline_s)
+
+
+def start(client: BatchingClient, *seeds: int) -> list[asyncio.Task[Completion]]:
+    return [asyncio.create_task(client.generate(request(seed))) for seed in seeds]
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(30):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+
+
+def answered(client: BatchingClient) -> bool:
+    """Whether a client has nothing in flight, and reads no stream."""
+    return not (client._dispatcher._unanswered or client._dispatcher._tasks)
+
+
+async def test_results_of_all_batches_come_on_one_stream() -> None:
+    engine = Engine()
+    replicas = InProcess(a=engine)
+    client = client_of(replicas)
+    first = start(client, 0, 1)
+    await until(lambda: len(replicas.streams) == 1)
+    second = start(client, 2, 3)
+    await until(lambda: len(engine.generated) == 4)
+    engine.finish(3, 0)
+    await until(lambda: first[0].done() and second[1].done())
+    assert not first[1].done()
+    assert not second[0].done()
+    assert replicas.streams == [[[(3, completion(3)), (0, completion(0))]]], "in one list"
+    engine.finish(1, 2)
+    assert await asyncio.gather(*first, *second) == [completion(k) for k in range(4)]
+    await until(lambda: answered(client))
+    assert replicas.live["a"]._streams == {}, "a stream ends when every request has a result"
+    engine.finish(4)
+    assert await client.generate(request(4)) == completion(4)
+    assert len(replicas.streams) == 2
+
+
+async def test_a_request_is_submitted_while_the_stream_delivers_the_last_result() -> None:
+    engine = Engine()
+    engine.finish(*range(50))
+    client = client_of(InProcess(a=engine))
+    for seed in range(50):
+        assert await client.generate(request(seed)) == completion(seed)
+    assert engine.generated == list(range(50))
+
+
+async def test_a_conversation_has_one_stream_for_all_its_turns(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(streams, "IDLE_S", 60.0)
+    engine = Engine()
+    engine.finish(*range(5))
+    replicas = InProcess(a=engine)
+    client = client_of(replicas)
+    for seed in range(5):
+        assert await client.generate(request(seed)) == completion(seed)
+        await asyncio.sleep(0.01)
+    assert len(replicas.streams) == 1
+    await client.close()
+
+
+async def test_results_may_come_before_the_confirmation_of_their_batch() -> None:
+    engine = Engine()
+    replicas = InProcess(a=engine)
+    client = client_of(replicas)
+    (first,) = start(client, 0)
+    await until(lambda: len(replicas.streams) == 1)
+    replicas.confirm.clear()
+    engine.finish(1)
+    assert await client.generate(request(1)) == completion(1)
+    replicas.confirm.set()
+    engine.finish(0)
+    assert await first == completion(0)
+    await until(lambda: answered(client))
+
+
+@pytest.mark.parametrize("confirmed", [True, False])
+async def test_what_a_lost_replica_did_not_answer_is_generated_by_another_once(
+    monkeypatch: pytest.MonkeyPatch, confirmed: bool
+) -> None:
+    monkeypatch.setattr(inference_client, "BACKOFF_S", 0.01)
+    engines = {name: Engine() for name in "ab"}
+    replicas = InProcess(**engines)
+    client = client_of(replicas)
+    if not confirmed:
+        replicas.confirm.clear()
+    tasks = start(client, *range(8))
+    await until(lambda: len(engines["a"].generated + engines["b"].generated) == 8)
+    again, before = list(engines["a"].generated), list(engines["b"].generated)
+    assert sorted(again + before) == list(range(8))
+    if confirmed:
+        await until(lambda: len(replicas.streams) == 2)
+        engines["a"].finish(seed := again.pop(0))
+        await until(tasks[seed].done)
+    replicas.lose("a")
+    replicas.confirm.set()
+    await until(lambda: len(engines["b"].generated) == 8 - confirmed)
+    engines["b"].finish(*range(8))
+    assert await asyncio.gather(*tasks) == [completion(k) for k in range(8)]
+    assert engines["b"].generated == before + again
+    await until(lambda: answered(client))
+
+
+async def test_a_request_that_waits_for_its_retry_is_not_retried_by_another_loss(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(inference_client, "BACKOFF_S", 0.1)
+    engine = Engine()
+    replicas = InProcess(a=engine)
+    client = client_of(replicas)
+    replicas.broken = 2
+    tasks = start(client, 0)
+    await until(lambda: replicas.broken == 1)
+    tasks += start(client, 1)
+    await until(lambda: len(replicas.batches) == 4)
+    engine.finish(0, 1)
+    assert await asyncio.gather(*tasks) == [completion(0), completion(1)]
+    await until(lambda: answered(client))
+    assert replicas.batches == [[0], [1], [0], [1]]
+
+
+async def test_a_retry_has_the_deadline_of_its_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference_client, "BACKOFF_S", 0.001)
+    replicas = InProcess(a=Engine())
+    client = client_of(replicas, deadline_s=0.05)
+    replicas.lose("a")
+    with pytest.raises(InfraError, match=r"0\.05 s \(cluster.request_deadline_s\)"):
+        await client.generate(request(0))
+    await until(lambda: answered(client))
+
+
+@pytest.mark.parametrize("confirmed", [True, False])
+async def test_cancellation_reaches_the_engine(confirmed: bool) -> None:
+    engine = Engine()
+    replicas = InProcess(a=engine)
+    client = client_of(replicas)
+    if not confirmed:
+        replicas.confirm.clear()
+    cancelled, other = start(client, 0, 1)
+    await until(lambda: len(replicas.streams if confirmed else engine.generated) > 0)
+    cancelled.cancel()
     await asyncio.sleep(0.01)
+    replicas.confirm.set()
+    await until(lambda: engine.cancelled == [0])
+    engine.finish(1)
+    assert await other == completion(1)
+    await until(lambda: answered(client))
 
 
-async def test_one_stream_carries_the_answers_of_all_calls() -> None:
-    far = Far()
-    near = Near(far)
-    first = near.call(2)  # requests 0 and 1
-    await settle()
-    second, third = near.call(1), near.call(2)  # 2; 3 and 4
-    await settle()
-    for k in (3, 0):
-        far.let[k].set()
-    await settle()
-    assert far.calls == [[[(3, completion(3)), (0, completion(0))]], [Carried(0)], [Carried(0)]]
-    far.let[1].set()  # the first call has all of its own now, and goes on carrying
-    await settle()
-    assert not first.done()
-    for k in (2, 4):
-        far.let[k].set()
-    assert await first == {0: completion(0), 1: completion(1)}
-    assert await second == {0: completion(2)}
-    assert await third == {0: completion(3), 1: completion(4)}
-    far.let[5].set()
-    assert await near.call(1) == {0: completion(5)}  # the next one carries itself
-    assert not near.lines._of
-    assert not near.lines._open
+async def test_a_deadline_cancels_at_the_engine_and_a_request_not_yet_sent_is_not_sent() -> None:
+    engine = Engine()
+    client = client_of(InProcess(a=engine), deadline_s=0.05)
+    (unsent,) = start(client, 0)
+    await asyncio.sleep(0)
+    unsent.cancel()
+    with pytest.raises(InfraError, match="no replica answered within"):
+        await client.generate(request(1))
+    await until(lambda: answered(client))
+    assert (engine.generated, engine.cancelled) == ([1], [1])
 
 
-async def test_who_rides_on_a_stream_that_breaks_is_told() -> None:
-    far = Far()
-    near = Near(far)
-    first = near.call(1)
-    await settle()
-    second = near.call(2)
-    await settle()
-    far.let[1].set()
-    await settle()
-    first.cancel()  # its stream is gone, with the answer to request 2
-    with pytest.raises(CarrierGone):
-        await second
-    assert not near.lines._of
+class Handle:
+    """A Serve handle whose calls all raise."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+        self.stream = False
+
+    def options(self, *, stream: bool = False, **_: Any) -> Handle:
+        self.stream = stream
+        return self
+
+    def remote(self, *_: Any) -> Any:
+        return self._stream() if self.stream else self._call()
+
+    async def _call(self) -> None:
+        raise self.error
+
+    async def _stream(self) -> AsyncIterator[None]:
+        raise self.error
+        yield
 
 
-async def test_a_carrier_that_ended_before_its_rider_looked() -> None:
-    lines = Lines()
-    late = asyncio.Event()
-
-    async def carrier() -> AsyncIterator[Any]:
-        yield [(0, completion(0)), (1, completion(1))]
-
-    async def rider() -> AsyncIterator[Any]:
-        await late.wait()
-        yield Carried(0)
-
-    async def read(first: int, stream: Any) -> dict[int, Any]:
-        return {k: a async for answers in lines.answers(first, 1, stream) for k, a in answers}
-
-    second = asyncio.create_task(read(1, rider()))
-    await settle()
-    assert await read(0, carrier()) == {0: completion(0)}
-    late.set()
-    assert await second == {0: completion(1)}
+@pytest.mark.parametrize(
+    "error", [ActorDiedError(), OutOfMemoryError(""), BackPressureError(1, 1), NoStream("")]
+)
+async def test_a_replica_that_is_gone_or_full_is_tried_again(error: Exception) -> None:
+    replicas = ServeReplicas("app")
+    replicas.__dict__["_handle"] = Handle(error)
+    with pytest.raises(ReplicaLost):
+        await replicas.submit(0, [], [])
+    with pytest.raises(ReplicaLost):
+        await anext(replicas.results("a"))
 
 
-async def test_a_cancelled_request_is_an_answer() -> None:
-    box = Mailbox(0)
-    running = [box.expect(k, Far().answer(k)) for k in range(2)]
-    running[1].cancel()  # before it began
-    carried = box.carry()
-    ((number, answer),) = await anext(carried)
-    assert number == 1
-    assert isinstance(answer, InfraError)
-    box.close()
-    await settle()
-    assert running[0].cancelled()
+async def test_generation_stops_when_the_client_goes_away() -> None:
+    engine = Engine()
+    here = make_replica("a", engine)
+    await here.submit("client", [(0, request(0))], [])
+    await here.submit("other", [(0, request(1))], [])
+    reading = asyncio.ensure_future(anext(here.results("client", "a")))
+    await until(lambda: engine.generated == [0, 1])
+    reading.cancel()
+    await until(lambda: engine.cancelled == [0])
+    assert set(here._streams) == {"other"}
 
 
-def test_waiting_for_company_is_a_share_of_what_answers_take() -> None:
-    pace = Pace(least_s=0.001, most_s=0.02)
-    assert pace.wait_s == 0.001
+async def test_a_client_that_dies_before_it_reads_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(replica, "OPEN_WITHIN_S", 0.01)
+    engine = Engine()
+    here = make_replica("a", engine)
+    await here.submit("dies", [(0, request(0))], [])
+    await here.submit("reads", [(0, request(1))], [])
+    reading = asyncio.ensure_future(anext(here.results("reads", "a")))
+    await until(lambda: set(here._streams) == {"reads"})
+    await until(lambda: engine.cancelled == [0])
+    engine.finish(1)
+    assert await reading == [(0, completion(1))]
+
+
+async def test_results_are_streamed_to_one_reader_of_the_replica_that_has_them() -> None:
+    here = make_replica("a", Engine())
+    await here.submit("client", [(0, request(0))], [])
+    for client, name in (("other", "a"), ("client", "b")):
+        with pytest.raises(NoStream):
+            await anext(here.results(client, name))
+    reading = asyncio.ensure_future(anext(here.results("client", "a")))
+    await until(lambda: here._streams["client"].opened)
+    with pytest.raises(NoStream):
+        await anext(here.results("client", "a"))
+    reading.cancel()
+
+
+async def test_a_request_that_comes_to_an_idle_stream_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(streams, "IDLE_S", 0.1)
+    engine = Engine()
+    here = make_replica("a", engine)
+    await here.submit("client", [(0, request(0))], [])
+    results = here.results("client", "a")
+    engine.finish(0)
+    assert await anext(results) == [(0, completion(0))]
+    reading = asyncio.ensure_future(anext(results))
+    await asyncio.sleep(0.01)
+    await here.submit("client", [(1, request(1))], [])
+    await asyncio.sleep(0.15)
+    engine.finish(1)
+    assert await reading == [(1, completion(1))]
+    await results.aclose()
+
+
+async def test_a_number_that_is_submitted_again_is_generated_once() -> None:
+    engine = Engine()
+    here = make_replica("a", engine)
+    for _ in range(2):
+        await here.submit("client", [(7, request(0))], ["over"])
+    engine.finish(0)
+    assert [r async for r in here.results("client", "a")] == [[(7, completion(0))]]
+    assert engine.generated == [0]
+    assert engine.released == ["over", "over"]
+
+
+def test_the_batching_delay_is_a_share_of_the_latency() -> None:
+    delay = BatchingDelay(least_s=0.001, most_s=0.02)
+    assert delay.seconds == 0.001
     for _ in range(200):
-        pace.took(0.5)
-    assert pace.wait_s == pytest.approx(0.005, rel=1e-3)  # a hundredth
+        delay.observe(0.5)
+    assert delay.seconds == pytest.approx(0.005, rel=1e-3)  # a hundredth
     for _ in range(200):
-        pace.took(10.0)
-    assert pace.wait_s == 0.02
+        delay.observe(10.0)
+    assert delay.seconds == 0.02
     for _ in range(200):
-        pace.took(0.0)
-    assert pace.wait_s == 0.001
+        delay.observe(0.0)
+    assert delay.seconds == 0.001

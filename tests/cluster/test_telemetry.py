@@ -1,4 +1,4 @@
-"""A run's figures among Ray's: what is exported, and that nothing of it can end a run."""
+"""A run's metrics among Ray's: what is exported, and that no error of it ends a run."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ def exported(port: int) -> dict[tuple[str, str], float]:
 
 
 @pytest.mark.slow
-def test_ray_exports_them_for_as_long_as_the_run_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_metrics_report_interval_ms", "1000")  # a gauge is forgotten after two
+def test_ray_exports_metrics_for_as_long_as_the_run_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_metrics_report_interval_ms", "1000")  # a gauge is dropped after two
     monkeypatch.setattr(telemetry, "REFRESH_S", 0.5)
     with open_session(ClusterConfig(object_store_gb=0.1)), Telemetry("first") as published:
         for step, metrics in enumerate(STEPS):
@@ -77,7 +77,7 @@ def test_ray_exports_them_for_as_long_as_the_run_lasts(monkeypatch: pytest.Monke
         wait_for(EXPECTED, node["MetricsExportPort"])
         time.sleep(4)
         wait_for(EXPECTED, node["MetricsExportPort"])
-        published.__exit__(None, None, None)  # then gauges go, and what was counted stays
+        published.__exit__(None, None, None)  # then gauges go, and counters stay
         counted = {key: value for key, value in EXPECTED.items() if key[0].endswith("_total")}
         wait_for(counted, node["MetricsExportPort"])
 
@@ -94,13 +94,13 @@ def wait_for(expected: dict[tuple[str, str], float], port: int) -> None:
     assert found == expected
 
 
-def test_without_ray_there_is_nothing_to_do() -> None:
+def test_without_ray_nothing_is_published() -> None:
     assert not ray.is_initialized()
     with Telemetry("first") as published:
         published.publish(0, STEPS[0], {})
 
 
-def test_what_ray_does_not_take_ends_no_run(
+def test_a_metric_that_ray_refuses_ends_no_run(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     tries = []
@@ -114,5 +114,5 @@ def test_what_ray_does_not_take_ends_no_run(
     with caplog.at_level(logging.WARNING), Telemetry("first") as published:
         published.publish(0, STEPS[0], {})
         published.publish(1, STEPS[1], {})
-    assert len(tries) == 1, "it is given up"
+    assert len(tries) == 1, "publishing stops"
     assert "no such name" in caplog.text

@@ -1,8 +1,8 @@
-"""The HTTP server on Serve: each replica is an engine with the whole app over it.
+"""The HTTP server on Ray Serve: each replica is an engine with the whole HTTP app over it.
 
-Serve's proxy listens, spreads requests over the replicas and passes on that a client hung up. A
-replica refuses what is too much itself (`serve.max_requests`) and not Serve's queue, so that the
-refusal is an error object of OpenAI's and `/health` answers meanwhile.
+Serve's proxy listens, spreads requests over the replicas and tells a replica when a client
+disconnects. Requests beyond `serve.max_requests` are refused by the replica and not by Serve's
+queue, so that the refusal is an OpenAI error object and `/health` still answers.
 """
 
 from __future__ import annotations
@@ -31,12 +31,20 @@ from rayrl.weights.model_dir import model_name
 
 __all__ = ["open_server"]
 
-LEAVE_S = 5.0  # for what is being answered when the server ends
+SHUTDOWN_S = 5.0  # for requests in flight when the server stops
 
 
 @dataclass(frozen=True)
 class Served:
-    """What a replica answers with."""
+    """What each replica serves.
+
+    Attributes:
+        path: of the model.
+        name: by which clients know the model.
+        digest: of the key that clients must send; "" for none.
+        max_requests: in flight per replica; more are refused.
+        app: name of the Serve app.
+    """
 
     path: str
     name: str
@@ -47,7 +55,7 @@ class Served:
 
 
 class HttpReplica:
-    """What Serve runs."""
+    """The deployment's class: an ASGI app over an engine."""
 
     def __init__(self, served: Served) -> None:
         prepare_process(served.engine.threads)
@@ -66,32 +74,32 @@ class HttpReplica:
     def __serve_build_asgi_app__(self) -> FastAPI:
         return make_app(self._service)
 
-    async def figures(self) -> Sequence[Metric]:
+    async def metrics(self) -> Sequence[Metric]:
         """This replica's metrics."""
         return self._service.metrics.families(replica=self._id)
 
     async def _scrape(self) -> bytes:
-        """Those of all replicas: a scrape reaches any of them."""
+        """The metrics of all replicas: Serve's proxy passes a scrape to any one of them."""
         handle = serve.get_deployment_handle(DEPLOYMENT, self._app)
-        parts = await handle.broadcast("figures").results_async(return_exceptions=True)
+        parts = await handle.broadcast("metrics").results_async(return_exceptions=True)
         return metrics_page(part for part in parts if not isinstance(part, BaseException))
 
     async def check_health(self) -> None:
-        """Healthy is: the engine works; else Serve replaces the replica."""
+        """Raise unless the engine works; Serve then replaces the replica."""
         await self._service.engine.check()
 
 
 @asynccontextmanager
 async def open_server(config: Config, name: str) -> AsyncIterator[str]:
-    """`config.cluster.replicas` replicas of `config.model` behind HTTP; gives the URL.
+    """Serve `config.model` over HTTP from `config.cluster.replicas` replicas; yields the URL.
 
     Args:
-        config: `serve` says where and for whom.
-        name: of the model.
+        config: `serve` has the address, the key and the limit.
+        name: by which clients know the model.
 
     Raises:
-        ConfigError: the address is taken, or the variable that should hold the key does not.
-        InfraError: a replica cannot start.
+        ConfigError: the address is taken, or the environment variable of the key is not set.
+        InfraError: a replica fails to start.
     """
     wanted, cluster = config.serve, config.cluster
     path = model_name(config.model.path)
@@ -105,9 +113,9 @@ async def open_server(config: Config, name: str) -> AsyncIterator[str]:
         deployment = serve.deployment(
             **deployment_settings(cluster),
             health_check_timeout_s=60.0,
-            graceful_shutdown_timeout_s=LEAVE_S,
+            graceful_shutdown_timeout_s=SHUTDOWN_S,
         )(serve.ingress()(HttpReplica))
-        if not session.local:  # the cluster outlives us
+        if not session.local:  # the cluster outlives this process
             stack.callback(undeploy, app)
         target = deployment.bind(served)
         await run_app(session, cluster, target, app=app, route_prefix="/")
@@ -127,21 +135,25 @@ def _digest(variable: str) -> str:
 
 
 def _free_port(host: str, port: int) -> int:
-    """The port, or any that is free for 0."""
+    """Return the port, or a free one if it is 0.
+
+    Raises:
+        ConfigError: nothing can listen there.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as one:
-        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            one.bind((host, port))
+            listener.bind((host, port))
         except OSError as error:
             raise ConfigError(
                 f"serve.host={host} serve.port={port}: cannot listen there ({error.strerror}). "
-                "Choose another, or serve.port=0 for any that is free."
+                "Choose another, or serve.port=0 for any free port."
             ) from error
-        return int(one.getsockname()[1])
+        return int(listener.getsockname()[1])
 
 
 def _reachable(host: str) -> str:
-    """The host as this machine's clients write it."""
+    """The host as clients on this machine write it."""
     named = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"[{named}]" if ":" in named else named

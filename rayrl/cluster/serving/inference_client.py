@@ -1,19 +1,20 @@
-"""How an env worker talks to the replicas: many requests per call, answers as they come.
+"""How an env worker gets completions from the replicas: batches out, a stream of results back.
 
-A Serve call costs 1 to 3 ms whatever it carries, so requests made at about the same time travel in
-one call, and the answers to all calls come back in lists as they finish (`streams.py`). No request
-waits for the slowest of its call. `benchmarks/serve_cost.py` measures it.
+Requests made at about the same time are submitted together, and the results of all requests to a
+replica come back on one stream (`streams.py`). No request waits for the slowest of its batch.
+`benchmarks/serve_cost.py` measures it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 from ray import serve
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
@@ -21,218 +22,335 @@ from ray.serve.handle import DeploymentHandle
 
 from rayrl.cluster.gone import ACTOR_DIED
 from rayrl.cluster.serving.replica_selector import ReplicaSelector
-from rayrl.cluster.serving.streams import Answer, CarrierGone, Lines, Pace
+from rayrl.cluster.serving.streams import BatchingDelay, NoStream, Outcome, Result
 from rayrl.errors import InfraError
 from rayrl.types import Completion, Request
 
-__all__ = ["DEPLOYMENT", "Answer", "BatchingClient", "Call", "ReplicaGone", "ServeCall"]
+__all__ = ["DEPLOYMENT", "BatchingClient", "ReplicaLost", "Replicas", "ServeReplicas"]
 
 DEPLOYMENT = "replica"  # the one deployment of an app
-BACKOFF_S = 0.2  # after a replica died, before its requests are sent to another
+BACKOFF_S = 0.2  # after a replica was lost, before its requests are submitted again
+LOST = (NoStream, *ACTOR_DIED, BackPressureError, DeploymentUnavailableError)
 
 
-class Call(Protocol):
-    """Sends a batch to the replica of a lane and yields the answers as they come.
+class ReplicaLost(Exception):
+    """A replica died, or none takes requests at the moment."""
 
-    An answer is numbered by its request's index in the batch.
+
+class Replicas(Protocol):
+    """The replicas as one client reaches them.
+
+    A batch is addressed by index (`router.IndexRouter`), so that it goes to some live replica; what
+    follows is addressed by the id of the replica that took it.
     """
 
-    def __call__(
-        self, lane: int, requests: Sequence[Request], release: Sequence[str]
-    ) -> AsyncIterator[Sequence[Answer]]:
-        """Raises ReplicaGone when the replica died before it answered everything."""
+    async def submit(
+        self, index: int, requests: Sequence[tuple[int, Request]], released: Sequence[str]
+    ) -> str:
+        """Submit numbered requests; returns the id of the replica that generates now.
+
+        Args:
+            released: conversations that are over.
+
+        Raises:
+            ReplicaLost: it died before it answered.
+        """
         ...
 
-    def cancel(self, lane: int, sessions: Sequence[str]) -> None:
-        """Tell the replica of a lane that nobody waits for these any more; may get lost."""
+    def results(self, replica: str) -> AsyncIterator[Sequence[Result]]:
+        """Yield results by number, in lists, until the replica has none of our requests.
+
+        Raises:
+            ReplicaLost: it died, or the connection did.
+        """
+        ...
+
+    def cancel(self, replica: str, numbers: Sequence[int]) -> None:
+        """Have the replica stop generating for these requests; may get lost."""
         ...
 
 
-class ReplicaGone(Exception):
-    """The replica died, or there is none at the moment: send again what it did not answer."""
+class ServeReplicas:
+    """`Replicas` of a Serve app.
 
-
-class ServeCall:
-    """`Call` to the replicas of a Serve app.
-
-    Sent by gRPC straight to the replica (`_by_reference=False`), which needs no object store entry
-    for every answer: a call of 16 requests costs 0.7 to 1.8 ms instead of 4 to 8.
+    Calls go by gRPC straight to the replica (`_by_reference=False`), which needs no entry in the
+    object store per result: a call with 16 requests costs 0.7 to 1.8 ms instead of 4 to 8.
     """
 
-    def __init__(self, app: str, lanes: int) -> None:
-        self._app, self._lanes = app, lanes
-        self._name = uuid.uuid4().hex
-        self._lines = Lines()
+    def __init__(self, app: str) -> None:
+        self._app = app
+        self._client = uuid.uuid4().hex
 
     @cached_property
     def _handle(self) -> DeploymentHandle:
-        # at the first call: a worker is made ready while the replicas still start
-        return serve.get_deployment_handle(DEPLOYMENT, self._app)
-
-    @cached_property
-    def _handles(self) -> list[DeploymentHandle]:
-        stream = self._handle.options(
-            method_name="generate",
-            stream=True,
+        # at the first call: an env worker starts while the replicas still do
+        return serve.get_deployment_handle(DEPLOYMENT, self._app).options(
             _by_reference=False,
             request_serialization="pickle",
             response_serialization="pickle",
         )
-        return [stream.options(session_id=str(lane)) for lane in range(self._lanes)]
 
-    async def __call__(
-        self, lane: int, requests: Sequence[Request], release: Sequence[str]
-    ) -> AsyncIterator[Sequence[Answer]]:
-        """See `Call`."""
-        first = self._lines.number(len(requests))
-        stream = self._handles[lane].remote(requests, release, self._name, first)
+    async def submit(
+        self, index: int, requests: Sequence[tuple[int, Request]], released: Sequence[str]
+    ) -> str:
+        """See `Replicas`."""
+        method = self._handle.options(method_name="submit", session_id=str(index))
         try:
-            async for answers in self._lines.answers(first, len(requests), stream):
-                yield answers
-        except (CarrierGone, *ACTOR_DIED, BackPressureError, DeploymentUnavailableError) as error:
-            raise ReplicaGone(str(error)) from error
+            replica: str = await method.remote(self._client, requests, released)
+        except LOST as error:
+            raise ReplicaLost(str(error)) from error
+        return replica
 
-    def cancel(self, lane: int, sessions: Sequence[str]) -> None:
-        """See `Call`."""
-        self._handle.options(method_name="cancel", session_id=str(lane)).remote(sessions)
+    async def results(self, replica: str) -> AsyncIterator[Sequence[Result]]:
+        """See `Replicas`."""
+        method = self._handle.options(method_name="results", session_id=replica, stream=True)
+        try:
+            async for results in method.remote(self._client, replica):
+                yield results
+        except LOST as error:
+            raise ReplicaLost(str(error)) from error
+
+    def cancel(self, replica: str, numbers: Sequence[int]) -> None:
+        """See `Replicas`."""
+        method = self._handle.options(method_name="cancel", session_id=replica)
+        method.remote(self._client, numbers)
+
+
+@dataclass(eq=False, slots=True)
+class _Unanswered:
+    """A request without a result.
+
+    Attributes:
+        index: of the replica that was selected.
+        completion: what the caller waits for; done if the caller gave up.
+        since: when the caller began to wait, by the event loop's clock.
+        replica: id of the replica that generates; "" until one has confirmed the batch.
+    """
+
+    number: int
+    request: Request
+    index: int
+    completion: asyncio.Future[Completion]
+    since: float
+    replica: str = ""
+
+
+@dataclass(slots=True)
+class _Batch:
+    """What the next `submit` to a replica takes along."""
+
+    requests: list[_Unanswered] = field(default_factory=list)
+    released: list[str] = field(default_factory=list)
 
 
 class BatchingClient:
     """A `Generator` over the replicas, for one event loop.
 
-    Requests of one conversation take the same lane as long as that is not much slower than others
-    (see `ReplicaSelector`). A request that a dead replica did not answer is sent again; its seed
-    makes the answer the same. One that nobody waits for any more is cancelled at its replica.
+    Requests of a conversation go to the same replica as long as that is not much slower than others
+    (see `ReplicaSelector`). A request that a replica did not answer because it was lost is
+    submitted again, within the same deadline, and its seed makes the completion the same. **This
+    client alone retries a request.** The replica and the engine report a failure and do not retry,
+    Serve routes a call again only while no replica has taken it, and a request that fails here
+    fails its episode, whose retries the rollout owns.
+
+    Args:
+        replicas: carries the calls.
+        count: how many replicas there are.
+        deadline_s: for one request, retries included.
 
     Attributes:
         min_version: put on every request that asks for less.
     """
 
-    def __init__(
-        self,
-        call: Call,
-        *,
-        lanes: int,
-        deadline_s: float,
-    ) -> None:
+    def __init__(self, replicas: Replicas, *, count: int, deadline_s: float) -> None:
         self.min_version = 0
-        self._call = call
         self._deadline_s = deadline_s
-        self._pace = Pace()
-        self._lanes = ReplicaSelector(lanes)
-        self._waiting: list[list[tuple[Request, asyncio.Future[Completion]]]] = [
-            [] for _ in range(lanes)
-        ]
-        self._release: list[list[str]] = [[] for _ in range(lanes)]
-        self._cancelled: list[list[str]] = [[] for _ in range(lanes)]
-        self._flushing = False
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._selector = ReplicaSelector(count)
+        self._dispatcher = _Dispatcher(replicas, count)
 
     async def generate(self, request: Request) -> Completion:
-        """Answer one request.
+        """Return the completion of a request; cancelling this cancels it at the replica.
 
         Raises:
-            InfraError: no answer within the deadline, or the engine failed.
+            InfraError: no result within the deadline, or the engine failed.
             StaleWeights: no replica holds `min_version`.
         """
         if request.min_version < self.min_version:
             request = replace(request, min_version=self.min_version)
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[Completion] = loop.create_future()
-        trip = self._lanes.send(request)
-        if trip.left is not None:
-            self._release[trip.left].append(request.session)
-        self._waiting[trip.lane].append((request, future))
-        self._flush_soon()
+        in_flight = self._selector.select(request)
+        if in_flight.moved_from is not None:
+            self._dispatcher.release(in_flight.moved_from, request.session)
+        unanswered = self._dispatcher.add(in_flight.replica, request)
         try:
-            began = loop.time()
             async with asyncio.timeout(self._deadline_s):
-                completion = await future
-            self._pace.took(loop.time() - began)
+                completion = await unanswered.completion
         except TimeoutError:
-            self._lanes.late(trip)
-            self._cancelled[trip.lane].append(request.session)
-            self._flush_soon()
+            self._selector.timed_out(in_flight)
+            self._dispatcher.cancel(unanswered)
             raise InfraError(
                 f"no replica answered within {self._deadline_s:g} s (cluster.request_deadline_s)"
             ) from None
         except asyncio.CancelledError:
-            self._cancelled[trip.lane].append(request.session)
-            self._flush_soon()
+            self._dispatcher.cancel(unanswered)
             raise
         else:
-            self._lanes.answered(trip, len(completion.ids), completion.cached)
+            self._selector.completed(in_flight, len(completion.ids), completion.cached)
             return completion
         finally:
-            self._lanes.gone(trip)
+            self._selector.discard(in_flight)
 
     def release(self, sessions: Sequence[str]) -> None:
-        """Forget conversations that are over; travels with the next call of their lane."""
+        """Release conversations that are over, with the next batch to the replica that has them."""
         for session in sessions:
-            if (lane := self._lanes.forget(session)) is not None:
-                self._release[lane].append(session)
-
-    def _flush_soon(self) -> None:
-        if not self._flushing:
-            self._flushing = True
-            asyncio.get_running_loop().call_later(self._pace.wait_s, self._flush)
-
-    def _flush(self) -> None:
-        self._flushing = False
-        for lane, cancelled in enumerate(self._cancelled):
-            if cancelled:
-                self._cancelled[lane] = []
-                self._call.cancel(lane, cancelled)
-        for lane, queue in enumerate(self._waiting):
-            waiting = [one for one in queue if not one[1].done()]  # given up before it was sent
-            if not waiting:
-                queue.clear()
-                continue
-            release, self._release[lane], self._waiting[lane] = self._release[lane], [], []
-            task = asyncio.get_running_loop().create_task(self._send(lane, waiting, release))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-
-    async def _send(
-        self,
-        lane: int,
-        batch: list[tuple[Request, asyncio.Future[Completion]]],
-        release: Sequence[str],
-    ) -> None:
-        """Deliver a batch, again and again until every request is answered or given up."""
-        while batch:
-            error: Exception = ReplicaGone("the call ended early")
-            try:
-                async for answers in self._call(lane, [request for request, _ in batch], release):
-                    for index, answer in answers:
-                        _settle(batch[index][1], answer)
-            except ReplicaGone as gone:
-                error = gone
-            except Exception as failed:  # whatever it is, no request may hang on it
-                for _, future in batch:
-                    _settle(future, _infra(failed))
-                return
-            batch = [(request, future) for request, future in batch if not future.done()]
-            release = ()
-            if batch and isinstance(error, ReplicaGone):
-                await asyncio.sleep(BACKOFF_S)
+            if (index := self._selector.release(session)) is not None:
+                self._dispatcher.release(index, session)
 
     async def close(self) -> None:
-        """Cancel what is in flight."""
+        """Stop waiting for what is in flight."""
+        await self._dispatcher.close()
+
+
+class _Dispatcher:
+    """Submits requests in batches, reads their results, and retries what a lost replica had.
+
+    Every request is in one table, `_unanswered`, from `add` until its first result; later results
+    of the same number are ignored. So each request is settled once, whatever is retried.
+    """
+
+    def __init__(self, replicas: Replicas, count: int) -> None:
+        self._replicas = replicas
+        self._delay = BatchingDelay()
+        self._numbers = itertools.count()
+        self._unanswered: dict[int, _Unanswered] = {}  # by number
+        self._batches = [_Batch() for _ in range(count)]  # by index
+        self._cancelled: list[_Unanswered] = []
+        self._flush_scheduled = False
+        self._reading: set[str] = set()  # ids of replicas whose results are being read
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def add(self, index: int, request: Request) -> _Unanswered:
+        """Put a request into the next batch to a replica."""
+        loop = asyncio.get_running_loop()
+        number = next(self._numbers)
+        unanswered = _Unanswered(number, request, index, loop.create_future(), loop.time())
+        self._unanswered[number] = unanswered
+        self._enqueue([unanswered])
+        return unanswered
+
+    def cancel(self, unanswered: _Unanswered) -> None:
+        """Have the replica stop generating; the caller has given up."""
+        self._cancelled.append(unanswered)
+        self._schedule_flush()
+
+    def release(self, index: int, session: str) -> None:
+        """Put a conversation that is over into the next batch to a replica."""
+        self._batches[index].released.append(session)
+
+    async def close(self) -> None:
+        """Cancel all calls."""
         for task in list(self._tasks):
             task.cancel()
             with suppress(asyncio.CancelledError):
                 await task
 
+    # requests out
 
-def _settle(future: asyncio.Future[Completion], answer: Completion | Exception) -> None:
-    if future.done():  # its episode gave up
-        return
-    if isinstance(answer, Exception):
-        future.set_exception(answer)
-    else:
-        future.set_result(answer)
+    def _enqueue(self, requests: Sequence[_Unanswered]) -> None:
+        for unanswered in requests:
+            self._batches[unanswered.index].requests.append(unanswered)
+        self._schedule_flush()
 
+    def _schedule_flush(self) -> None:
+        if not self._flush_scheduled:
+            self._flush_scheduled = True
+            asyncio.get_running_loop().call_later(self._delay.seconds, self._flush)
 
-def _infra(error: Exception) -> InfraError:
-    return error if isinstance(error, InfraError) else InfraError(f"generation failed: {error}")
+    def _flush(self) -> None:
+        self._flush_scheduled = False
+        self._flush_cancelled()
+        for index, batch in enumerate(self._batches):
+            batch.requests = [one for one in batch.requests if not self._given_up(one)]
+            if batch.requests:
+                self._batches[index] = _Batch()
+                self._start(self._submit(index, batch))
+
+    def _flush_cancelled(self) -> None:
+        numbers: dict[str, list[int]] = {}  # by replica
+        for unanswered in self._cancelled:
+            if unanswered.replica:  # else it is dropped before it is submitted, or see `_confirm`
+                numbers.setdefault(unanswered.replica, []).append(unanswered.number)
+        self._cancelled.clear()
+        for replica, cancelled in numbers.items():
+            self._replicas.cancel(replica, cancelled)
+
+    def _given_up(self, unanswered: _Unanswered) -> bool:
+        """Whether nobody waits for a request any more, which then leaves the table."""
+        if unanswered.completion.done():
+            self._unanswered.pop(unanswered.number, None)
+        return unanswered.completion.done()
+
+    async def _submit(self, index: int, batch: _Batch) -> None:
+        numbered = [(unanswered.number, unanswered.request) for unanswered in batch.requests]
+        try:
+            replica = await self._replicas.submit(index, numbered, batch.released)
+        except ReplicaLost:
+            self._retry(batch.requests)
+        except Exception as error:  # whatever it is, no request may hang on it
+            self._fail(batch.requests, error)
+        else:
+            self._confirm(replica, batch.requests)
+
+    def _confirm(self, replica: str, requests: Sequence[_Unanswered]) -> None:
+        for unanswered in requests:
+            if unanswered.number in self._unanswered:  # results may come before the confirmation
+                unanswered.replica = replica
+                if unanswered.completion.done():  # its caller gave up meanwhile
+                    self.cancel(unanswered)
+        if replica not in self._reading:
+            self._reading.add(replica)
+            self._start(self._read(replica))
+
+    # results back
+
+    async def _read(self, replica: str) -> None:
+        """Read a replica's results until it has none of this client's requests."""
+        try:
+            while self._submitted_to(replica):
+                async for results in self._replicas.results(replica):
+                    for number, outcome in results:
+                        self._settle(number, outcome)
+        except ReplicaLost:
+            self._retry(self._submitted_to(replica))
+        except Exception as error:
+            self._fail(self._submitted_to(replica), error)
+        finally:
+            self._reading.discard(replica)
+
+    def _submitted_to(self, replica: str) -> list[_Unanswered]:
+        return [one for one in self._unanswered.values() if one.replica == replica]
+
+    def _retry(self, requests: Sequence[_Unanswered]) -> None:
+        for unanswered in requests:
+            unanswered.replica = ""
+        asyncio.get_running_loop().call_later(BACKOFF_S, self._enqueue, requests)
+
+    def _fail(self, requests: Sequence[_Unanswered], error: Exception) -> None:
+        if not isinstance(error, InfraError):
+            error = InfraError(f"generation failed: {error}")
+        for unanswered in requests:
+            self._settle(unanswered.number, error)
+
+    def _settle(self, number: int, outcome: Outcome) -> None:
+        unanswered = self._unanswered.pop(number, None)
+        if unanswered is None or unanswered.completion.done():  # its caller gave up
+            return
+        if isinstance(outcome, Exception):
+            unanswered.completion.set_exception(outcome)
+        else:
+            unanswered.completion.set_result(outcome)
+            self._delay.observe(asyncio.get_running_loop().time() - unanswered.since)
+
+    def _start(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

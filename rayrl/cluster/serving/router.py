@@ -1,22 +1,23 @@
-"""Which replica answers: the one that keeps the conversation's KV."""
+"""How Serve routes the calls of `inference_client.ServeReplicas`."""
 
 from __future__ import annotations
 
-from typing import Any
-
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
-__all__ = ["LaneRouter"]
+__all__ = ["IndexRouter"]
 
 
-class LaneRouter(RequestRouter):  # type: ignore[misc]
-    """Sends lane k (a number in the handle's `session_id`) to replica k modulo the live replicas.
+class IndexRouter(RequestRouter):  # type: ignore[misc]
+    """Routes by the handle's `session_id`: the id of a replica, or an index.
 
-    An env worker puts a conversation into a lane (`replica_selector.py`) and sends all of a lane's
-    requests together, so that a batch goes to one replica and a turn finds its KV. Serve's
-    ConsistentHashRouter is sticky too, but with as many lanes as replicas its ring leaves some
-    replicas with two lanes and some with none. When a replica dies its lanes move to the
-    others, which can answer as well: requests carry their whole context.
+    Index k is replica k, modulo the number of live replicas. A client selects an index per
+    conversation (`replica_selector.py`), so that a turn finds its KV cache and a batch goes to one
+    replica. Serve's ConsistentHashRouter is sticky too, but with as many indexes as replicas its
+    ring leaves some replicas with two of them and some with none. When a replica dies its indexes
+    move to the others, which can answer as well: requests carry their whole context.
+
+    A call for the id of a replica that has left goes to another one, which refuses it
+    (`streams.NoStream`): waiting for the replica would be in vain.
     """
 
     async def choose_replicas(
@@ -24,11 +25,15 @@ class LaneRouter(RequestRouter):  # type: ignore[misc]
         candidate_replicas: list[RunningReplica],
         pending_request: PendingRequest | None = None,
     ) -> list[list[RunningReplica]]:
-        """Ranks: the lane's replica, then the others in order."""
+        """Ranks: the replica that is meant, then the others in order of their ids."""
         if pending_request is None or not candidate_replicas:
             return [candidate_replicas] if candidate_replicas else []
         pending_request.routing_context.should_backoff = True
         ordered = sorted(candidate_replicas, key=lambda replica: replica.replica_id.unique_id)
-        lane: Any = pending_request.metadata.session_id
-        first = int(lane) % len(ordered) if lane else 0
+        meant = pending_request.metadata.session_id
+        ids = [replica.replica_id.unique_id for replica in ordered]
+        if meant in ids:
+            first = ids.index(meant)
+        else:
+            first = int(meant) % len(ordered) if meant.isdecimal() else 0
         return [[replica] for replica in ordered[first:] + ordered[:first]]

@@ -1,252 +1,128 @@
-"""Many calls, one stream of answers: what makes a turn through Serve cheap.
+"""Results of many requests on one stream: what makes a request through Serve cheap.
 
-A message on a Serve stream costs about as much as a call, so a stream for each call, with answers
-that come one by one, costs as much as a call for each request. Here the answers to all calls of one
-caller travel on the stream of one of them, the carrier, in lists; a call that finds a carrier ends
-at once and says which it is. The carrier ends when nothing is left to answer.
+A client submits requests in batches and reads their results, as they finish, from one stream per
+replica:
 
-Both sides wait for company, `Pace` says how long: a small share of what an answer takes anyway.
+    client                                   replica
+    submit(batch 1)  ─────────────────────►  starts generating; returns its id
+    results()        ─────────────────────►  opens the stream
+    submit(batch 2)  ─────────────────────►  starts generating too
+                     ◄─────────────────────  results of both batches, in lists
 
-What workers send to one process, the driver or the recorder, waits the longer the more workers
-there are: `PAUSE_S` for each. So there are as many messages per second from many workers as from
-one.
+A message costs a Serve process 1 to 3 ms whatever it carries, so a stream per batch, on which
+results come one by one, would cost as much as a call per request. Both sides therefore hold a
+message back for a moment so that others can go with it (`BatchingDelay`). Measured side by side
+(`benchmarks/RESULTS.md`), this costs 0.93 times the CPU per turn of an earlier design, in which
+each batch was a streaming call and one of those calls carried the results of all.
+
+Env workers do the same with what they send to the driver and to the recorder: each of n workers
+waits n × `PAUSE_S` between two messages, so that the receiver gets at most 1 / `PAUSE_S` messages
+per second from all of them together.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from rayrl.errors import InfraError
-from rayrl.types import Completion
+from rayrl.types import Completion, Request
 
-__all__ = [
-    "PAUSE_S",
-    "Answer",
-    "Carried",
-    "CarrierGone",
-    "Inbox",
-    "Lines",
-    "Mailbox",
-    "Pace",
-    "Running",
-]
+__all__ = ["PAUSE_S", "BatchingDelay", "NoStream", "Outcome", "Result", "ResultStream"]
 
-Answer = tuple[int, Completion | Exception]
-"""Number of the request, and what came of it."""
+Outcome = Completion | Exception
+"""The completion of a request, or the error that ended it."""
 
-T = TypeVar("T")
-Running = asyncio.Task[Completion | Exception]
+Result = tuple[int, Outcome]
+"""The number of a request, and its outcome."""
 
-PAUSE_S = 0.01  # for each worker, between what one of them sends to the driver or the recorder
-LEAST_S, MOST_S = 0.001, 0.02
-SHARE = 0.01  # of the time of an answer: each side may make it that much later
-MEMORY = 0.05  # weight of the newest answer in the mean
+PAUSE_S = 0.01  # per worker, between its messages to the driver or the recorder
+LEAST_S, MOST_S = 0.001, 0.02  # bounds of the batching delay
+SHARE = 0.01  # of a request's latency that each side may add to it
+NEWEST = 0.05  # weight of the newest latency in the mean
+IDLE_S = 1.0  # a stream without requests stays open: a single conversation needs one all the time
 
 
-@dataclass(frozen=True, slots=True)
-class Carried:
-    """The only item of a call whose answers travel with another call's.
+class NoStream(InfraError):
+    """A replica has no requests of this client, or already sends their results to it."""
+
+
+class BatchingDelay:
+    """How long to hold a message back so that others can go with it.
 
     Attributes:
-        by: number of that call.
-    """
-
-    by: int
-
-
-class CarrierGone(Exception):
-    """The call that was to bring the answers ended without them."""
-
-
-class Pace:
-    """How long a message may wait for others to travel with.
-
-    Attributes:
-        wait_s: seconds; a hundredth of what answers took of late, within bounds.
+        seconds: a hundredth of the mean latency of late, between `least_s` and `most_s`.
     """
 
     def __init__(self, least_s: float = LEAST_S, most_s: float = MOST_S) -> None:
-        self.wait_s = least_s
+        self.seconds = least_s
         self._least_s, self._most_s, self._mean_s = least_s, most_s, 0.0
 
-    def took(self, seconds: float) -> None:
-        """An answer took that long."""
-        self._mean_s += MEMORY * (seconds - self._mean_s)
-        self.wait_s = min(max(SHARE * self._mean_s, self._least_s), self._most_s)
+    def observe(self, latency_s: float) -> None:
+        """Count the latency of a request that has finished."""
+        self._mean_s += NEWEST * (latency_s - self._mean_s)
+        self.seconds = min(max(SHARE * self._mean_s, self._least_s), self._most_s)
 
 
-class Mailbox:
-    """A replica's side: answers to one caller.
+class ResultStream:
+    """The requests of one client at one replica, and the stream of their results.
 
     Args:
-        carrier: number of the call that carries them.
+        generate: returns the completion of a request, or the error that ended it.
 
     Attributes:
-        carrier: likewise.
-        pace: of its messages.
+        opened: whether the client has begun to read.
     """
 
-    def __init__(self, carrier: int) -> None:
-        self.carrier = carrier
-        self.pace = Pace()
-        self._ready: list[Answer] = []
-        self._some = asyncio.Event()
-        self._tasks: set[Running] = set()
-        self._left = 0  # requests whose answers have not been carried off
+    def __init__(self, generate: Callable[[Request], Coroutine[Any, Any, Outcome]]) -> None:
+        self.opened = False
+        self._generate = generate
+        self._delay = BatchingDelay()
+        self._running: dict[int, asyncio.Task[Outcome]] = {}
+        self._finished: list[Result] = []
+        self._any_finished = asyncio.Event()
 
-    def expect(self, number: int, answer: Coroutine[Any, Any, Completion | Exception]) -> Running:
-        """Have a request answered; returns the task, which may be cancelled."""
-        self._left += 1
-        task = asyncio.create_task(answer)
-        self._tasks.add(task)
-        task.add_done_callback(partial(self._put, number, asyncio.get_running_loop().time()))
-        return task
+    def start(self, number: int, request: Request) -> None:
+        """Generate in a task of its own; does nothing for a number that is being generated."""
+        if number not in self._running:
+            self._running[number] = task = asyncio.create_task(self._generate(request))
+            started = asyncio.get_running_loop().time()
+            task.add_done_callback(partial(self._finish, number, started))
 
-    def _put(self, number: int, began: float, task: Running) -> None:
-        self._tasks.discard(task)
-        gone = task.cancelled()  # the rest of its call goes on
-        self._ready.append((number, InfraError("it was cancelled") if gone else task.result()))
-        self._some.set()
-        self.pace.took(asyncio.get_running_loop().time() - began)
+    def _finish(self, number: int, started: float, task: asyncio.Task[Outcome]) -> None:
+        del self._running[number]
+        outcome = InfraError("the request was cancelled") if task.cancelled() else task.result()
+        self._finished.append((number, outcome))
+        self._any_finished.set()
+        self._delay.observe(asyncio.get_running_loop().time() - started)
 
-    async def carry(self) -> AsyncIterator[list[Answer]]:
-        """Answers in lists, until nothing is left; more may be expected meanwhile."""
+    def cancel(self, numbers: Iterable[int]) -> None:
+        """Stop generating for these requests; each of them still gets a result, an error."""
+        for number in numbers:
+            if (task := self._running.get(number)) is not None:
+                task.cancel()
+
+    async def read(self) -> AsyncIterator[list[Result]]:
+        """Yield results in lists, until there has been no request without one for `IDLE_S`."""
         loop = asyncio.get_running_loop()
-        next_at = 0.0
-        while self._left:
-            await self._some.wait()
-            if (wait := next_at - loop.time()) > 0:
-                await asyncio.sleep(wait)
-            else:
-                await asyncio.sleep(0)  # what finished in the same engine step comes along
-            self._some.clear()
-            answers, self._ready = self._ready, []
-            self._left -= len(answers)
-            next_at = loop.time() + self.pace.wait_s
-            yield answers
+        not_before = 0.0
+        while True:
+            try:
+                async with asyncio.timeout(None if self._running else IDLE_S):
+                    await self._any_finished.wait()
+            except TimeoutError:
+                if self._running:  # started while this waited
+                    continue
+                return
+            # at least one turn of the event loop: what finished in the same engine step
+            await asyncio.sleep(max(not_before - loop.time(), 0))
+            self._any_finished.clear()
+            results, self._finished = self._finished, []
+            not_before = loop.time() + self._delay.seconds
+            yield results
 
     def close(self) -> None:
-        """Nobody listens any more."""
-        for task in self._tasks:
-            task.cancel()
-
-
-class Inbox:
-    """The caller's side of one call: answers that come on another's stream."""
-
-    def __init__(self) -> None:
-        self._queue: asyncio.Queue[list[Answer] | None] = asyncio.Queue()
-
-    def put(self, answers: list[Answer] | None) -> None:
-        """None: nothing comes any more."""
-        self._queue.put_nowait(answers)
-
-    async def get(self) -> list[Answer]:
-        """The next list.
-
-        Raises:
-            CarrierGone: there is none.
-        """
-        answers = await self._queue.get()
-        if answers is None:
-            raise CarrierGone
-        return answers
-
-
-@dataclass(slots=True)
-class _Line:
-    """A call: numbers of its requests, how many are unanswered, and who rides on its stream."""
-
-    numbers: range
-    left: int
-    inbox: Inbox
-    riders: set[Inbox]
-
-
-class Lines:
-    """The caller's side: numbers the requests of all calls, and hands answers to their call."""
-
-    def __init__(self) -> None:
-        self._next = 0
-        self._of: dict[int, _Line] = {}  # by number of an unanswered request
-        self._open: dict[int, _Line] = {}  # calls whose stream is open, by number
-
-    def number(self, requests: int) -> int:
-        """A number for a call, which is that of its first request."""
-        first, self._next = self._next, self._next + requests
-        return first
-
-    async def answers(
-        self, first: int, requests: int, stream: AsyncIterator[Sequence[Answer] | Carried]
-    ) -> AsyncIterator[list[Answer]]:
-        """The answers to a call, by index of the request in it.
-
-        Args:
-            first: of `number`.
-            requests: how many it has.
-            stream: its own.
-
-        Raises:
-            CarrierGone: a stream ended without all of them.
-            Exception: of its own stream.
-        """
-        line = _Line(range(first, first + requests), requests, Inbox(), set())
-        self._of |= dict.fromkeys(line.numbers, line)
-        self._open[first] = line
-        try:
-            by: int | None = None
-            try:
-                async for item in stream:
-                    if isinstance(item, Carried):
-                        by = item.by
-                    elif own := self._hand_out(line, item):
-                        yield own
-            finally:
-                del self._open[first]
-                for rider in line.riders:
-                    rider.put(None)
-            if by is not None:
-                async for answers in self._ride(line, by):
-                    yield answers
-        finally:
-            for number in line.numbers:
-                self._of.pop(number, None)
-        if line.left:
-            raise CarrierGone
-
-    async def _ride(self, line: _Line, by: int) -> AsyncIterator[list[Answer]]:
-        carrier = self._open.get(by)
-        if carrier is None:
-            line.inbox.put(None)
-        else:
-            carrier.riders.add(line.inbox)
-        try:
-            while line.left:
-                answers = await line.inbox.get()
-                line.left -= len(answers)
-                yield answers
-        finally:
-            if carrier is not None:
-                carrier.riders.discard(line.inbox)
-
-    def _hand_out(self, line: _Line, answers: Sequence[Answer]) -> list[Answer]:
-        """Put the answers of other calls into their inboxes; returns those of this one."""
-        own: list[Answer] = []
-        others: dict[int, tuple[_Line, list[Answer]]] = {}
-        for number, answer in answers:
-            of = self._of.pop(number, None)
-            if of is None:  # its call was given up
-                continue
-            index = number - of.numbers.start
-            if of is line:
-                own.append((index, answer))
-            else:
-                others.setdefault(of.numbers.start, (of, []))[1].append((index, answer))
-        for of, theirs in others.values():
-            of.inbox.put(theirs)
-        line.left -= len(own)
-        return own
+        """Stop generating: the client is gone."""
+        self.cancel(self._running)

@@ -15,7 +15,7 @@ from typing import Any
 import ray
 
 from rayrl.chat.renderer import Chat
-from rayrl.cluster.serving.inference_client import BatchingClient, ServeCall
+from rayrl.cluster.serving.inference_client import BatchingClient, ServeReplicas
 from rayrl.cluster.serving.streams import PAUSE_S
 from rayrl.cluster.session import prepare_process
 from rayrl.cluster.workers.turn_log import TurnSender
@@ -165,8 +165,8 @@ class EnvWorker:
                 )
             return ScriptedPlayer(known[name])
         client = BatchingClient(
-            ServeCall(job.apps[who], config.cluster.replicas),
-            lanes=config.cluster.replicas,
+            ServeReplicas(job.apps[who]),
+            count=config.cluster.replicas,
             deadline_s=config.cluster.request_deadline_s,
         )
         self._clients[who] = client
