@@ -1,10 +1,16 @@
 """rayrl: RL environments for language models, turned into trained models on Ray.
 
-What an environment needs is here; everything else is imported from its own module.
+Three groups of names: to write environments, to play them, to train and evaluate. Importing the
+package imports neither torch nor Ray.
 """
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
+# ruff: isort: off
+# --- write environments
 from rayrl.chat.text_protocol import format_line
 from rayrl.chat.tools import format_call
 from rayrl.environment.environment import Environment, env
@@ -21,10 +27,7 @@ from rayrl.errors import (
     RunFailed,
     StaleWeights,
 )
-from rayrl.rollout.agent import Agent, Player
 from rayrl.rollout.check import check_env
-from rayrl.rollout.players import HumanPlayer, PolicyPlayer, ScriptedPlayer
-from rayrl.rollout.rollout import GroupPlan, play_episode, play_group, play_groups
 from rayrl.types import (
     Completion,
     Episode,
@@ -46,50 +49,132 @@ from rayrl.types import (
     user,
 )
 
+# --- play them
+from rayrl.rollout.agent import Agent, Conversation, Options, Player
+from rayrl.rollout.episode_io import read_episodes, write_episodes
+from rayrl.rollout.players import HumanPlayer, PolicyPlayer, ScriptedPlayer
+from rayrl.rollout.rollout import GroupPlan, play_episode, play_group, play_groups
+
+# --- train and evaluate
+from rayrl.api import (
+    Evaluation,
+    Run,
+    SynthRun,
+    evaluate,
+    evaluate_async,
+    load_config,
+    open_training,
+    sft,
+    sft_async,
+    synth,
+    synth_async,
+    train,
+    train_async,
+)
+from rayrl.config import Config, EndpointConfig
+from rayrl.run.loggers import Jsonl, Logger, TensorBoard, Wandb
+# ruff: isort: on
+
+if TYPE_CHECKING:
+    from rayrl.learner.advantage import AdvantageInputs, advantages
+    from rayrl.learner.batch import make_batch
+    from rayrl.learner.loss import LossInputs, LossOutputs
+    from rayrl.rollout.endpoint import EndpointPlayer
+    from rayrl.run.training import StepControl, Training
+
+_LAZY = {  # what imports httpx, numpy, torch or Ray
+    "AdvantageInputs": "rayrl.learner.advantage",
+    "EndpointPlayer": "rayrl.rollout.endpoint",
+    "LossInputs": "rayrl.learner.loss",
+    "LossOutputs": "rayrl.learner.loss",
+    "StepControl": "rayrl.run.training",
+    "Training": "rayrl.run.training",
+    "advantages": "rayrl.learner.advantage",
+    "make_batch": "rayrl.learner.batch",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'rayrl' has no attribute {name!r}")
+    return getattr(importlib.import_module(_LAZY[name]), name)
+
+
 __all__ = [
+    "AdvantageInputs",
     "Agent",
     "Completion",
+    "Config",
     "ConfigError",
+    "Conversation",
     "DataError",
+    "EndpointConfig",
+    "EndpointPlayer",
     "EnvError",
     "Environment",
     "Episode",
+    "Evaluation",
     "Failure",
     "Group",
     "GroupPlan",
     "GroupReward",
     "HumanPlayer",
     "InfraError",
+    "Jsonl",
+    "Logger",
+    "LossInputs",
+    "LossOutputs",
     "Message",
     "NumericsError",
+    "Options",
     "Player",
     "PolicyPlayer",
     "RayrlError",
     "Reply",
     "Request",
+    "Run",
     "RunFailed",
     "Sampling",
     "Scores",
     "ScriptedPlayer",
     "StaleWeights",
+    "StepControl",
+    "SynthRun",
     "Task",
+    "TensorBoard",
     "ToolCall",
+    "Training",
     "Turn",
     "VersionSpan",
+    "Wandb",
+    "advantages",
     "assistant",
     "check_env",
     "derive_seed",
     "env",
+    "evaluate",
+    "evaluate_async",
     "format_call",
     "format_line",
     "from_gymnasium",
     "group_reward",
     "installed_envs",
+    "load_config",
     "load_env",
+    "make_batch",
+    "open_training",
     "play_episode",
     "play_group",
     "play_groups",
+    "read_episodes",
+    "sft",
+    "sft_async",
+    "synth",
+    "synth_async",
     "system",
     "tool",
+    "train",
+    "train_async",
     "user",
+    "write_episodes",
 ]

@@ -32,11 +32,12 @@ FLOORS = [
     "loop",
     "commands",
     "cli",
+    "api",
     "commands.job_start",  # what a job runs
     "commands.submit __main__",
 ]
 HEIGHT = {f"rayrl.{name}": height for height, line in enumerate(FLOORS) for name in line.split()}
-HEIGHT["rayrl"] = HEIGHT["rayrl.engine"]  # the public names: what environments need is below
+HEIGHT["rayrl"] = HEIGHT["rayrl.api"]  # the public names
 
 ONLY = {
     "ray": ("rayrl/cluster/",),

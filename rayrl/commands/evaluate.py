@@ -121,7 +121,22 @@ async def play_cells(config: Config, folder: RunDir | None = None) -> Result:
                     journal.seal([*played.groups, *played.dropped])
             if _checkable(config):
                 checks = await run_checks(environment, cells, rollouts)
-    return Result(name, measured, checks, _settings(config), prices(config))
+    about = {"tasks": note} if (note := _about_tasks(config, environment)) else {}
+    return Result(name, measured, checks, _settings(config) | about, prices(config))
+
+
+def _about_tasks(config: Config, environment: Environment) -> str:
+    """Which tasks these are; empty if a function makes them of seeds that training does not use."""
+    if environment.eval_source is not None:
+        return "the environment's eval_tasks"
+    if not isinstance(environment.source, Sequence):
+        return ""
+    source = make_environment(config).source
+    assert isinstance(source, Sequence)
+    n, held_out = len(source), len(environment.source)
+    if n == held_out:
+        return f"all {n}, which training sees as well (env.held_out={config.env.held_out:g})"
+    return f"{held_out} of {n}, held out from training (env.held_out={config.env.held_out:g})"
 
 
 def evaluation_plans(environment: Environment, config: Config, cell: str) -> list[GroupPlan]:

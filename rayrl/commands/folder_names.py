@@ -46,7 +46,7 @@ def _whose(config: Config) -> str:
 
 def _env_word(config: Config) -> str:
     """The environment's name as part of a folder's: of `path/to/addition.py:sums` addition-sums."""
-    return _word(re.sub(r"^.*/|\.py(?=:|$)", "", config.env.name))
+    return _word(re.sub(r"^.*/|^object:|\.py(?=:|$)", "", config.env.name))
 
 
 def _word(text: str) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from rayrl.config.schema import Config, Stage
+from rayrl.config.schema import Config, RunConfig, Stage
 from rayrl.config.setting import Setting
 from rayrl.errors import ConfigError, did_you_mean
 
@@ -394,10 +394,15 @@ def check_types(config: Config) -> None:
 def with_settings(config: Config, changes: Mapping[str, Any]) -> Config:
     """`config` with dotted settings changed: mappings are merged, lists and values replaced.
 
+    A run folder that is the default one follows the run's name.
+
     Raises:
         ConfigError: an unknown key, or a value of another type than the setting's.
     """
-    return from_dict(merged(to_dict(config), nest(changes)))
+    data = to_dict(config)
+    if config.run.dir == RunConfig(name=config.run.name).dir:
+        data["run"]["dir"] = ""
+    return from_dict(merged(data, nest(changes)))
 
 
 def stage_config(config: Config, stage: Stage) -> Config:

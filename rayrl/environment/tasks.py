@@ -162,7 +162,9 @@ def _loaded_classes() -> dict[str, type[Task]]:
     queue = deque([Task])
     while queue:
         kind = queue.popleft()
-        loaded[_name(kind)] = kind
+        # One without fields of its own may be the skeleton of a class that came by value
+        if _name(kind) not in loaded or "__dataclass_fields__" in vars(kind):
+            loaded[_name(kind)] = kind
         queue += kind.__subclasses__()
     return loaded
 

@@ -91,7 +91,7 @@ class Batch:
 
 def make_batch(
     groups: Sequence[Group],
-    advantages: Sequence[Mapping[tuple[int, str], Sequence[float]]],
+    advantages: Sequence[Mapping[tuple[int, str], Sequence[float]] | Sequence[float]],
     *,
     keep_zero: bool = False,
 ) -> Batch:
@@ -99,8 +99,9 @@ def make_batch(
 
     Args:
         groups: complete groups.
-        advantages: from `learner.advantage.advantages`: for each group, by (episode index, seat),
-            one number per turn of that seat.
+        advantages: for each group, as `learner.advantage.advantages` gives them, by (episode
+            index, seat) one number per turn of that seat; or one number per episode, for all its
+            trainable seats and turns.
         keep_zero: compute rows whose advantages are all zero too; needed when another term of the
             loss (KL to a reference) acts on them.
 
@@ -115,6 +116,8 @@ def make_batch(
             raise ValueError(
                 f"group {group.id!r}: episode {failed.id!r} has no reward; repair or drop the group"
             )
+        if not isinstance(by_seat, Mapping):
+            by_seat = _per_turn(group, by_seat)
         zero_variance_groups += not any(any(values) for values in by_seat.values())
         for episode in group.episodes:
             for seat in group.trainable:
@@ -132,6 +135,14 @@ def make_batch(
         "loss_tokens": totals.tokens,
     }
     return Batch(kept, totals, stats)
+
+
+def _per_turn(group: Group, values: Sequence[float]) -> dict[tuple[int, str], tuple[float, ...]]:
+    return {
+        (episode.index, seat): (value,) * len(episode.turns_of(seat))
+        for episode, value in zip(group.episodes, values, strict=True)
+        for seat in group.trainable
+    }
 
 
 def _rows(

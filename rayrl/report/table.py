@@ -233,6 +233,7 @@ def rich_table(results: Sequence[Result]) -> RenderableType:
         parts.append(_part(results, own))
     lines = [
         "Below each value: its 95% interval.",
+        *task_source_notes(results),
         *repeated_task_notes(results),
         *failure_notes(results),
         *usage_notes(results),
@@ -289,9 +290,16 @@ def notes(results: Sequence[Result]) -> list[str]:
         lines.append(
             f"- {group}: {settings or 'default settings'}; {sizes} episodes per row{lost}."
         )
+    lines += [f"- {line}" for line in task_source_notes(results)]
     lines += [f"- {line}" for line in (*repeated_task_notes(results), *usage_notes(results))]
     lines.append("- In brackets: 95% intervals (Wilson's for shares, Student's t for means).")
     return lines
+
+
+def task_source_notes(results: Sequence[Result]) -> list[str]:
+    """Which tasks were played, where they come from a sequence or are the environment's own."""
+    said = [str(result.settings.get("tasks", "")) for result in results]
+    return [f"Tasks: {note}." for note in dict.fromkeys(filter(None, said))]
 
 
 def repeated_task_notes(results: Sequence[Result]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +79,7 @@ class Training:
         found = folder.latest_checkpoint()
         self.start = self._pushed = found.step if found else 0
 
-    async def attempts(self) -> AsyncIterator[Attempt]:
+    async def attempts(self) -> AsyncGenerator[Attempt, None]:
         """See `Recovery.attempts`; the replicas have the weights of the attempt's first step.
 
         A learner that was lost learns again from the same batches what it had learned.

@@ -280,5 +280,5 @@ async def test_an_environment_that_a_child_cannot_load() -> None:
 
     lost.ref = "nowhere:lost"
     async with SubprocessEnv(lost, slots=1) as isolated:
-        with pytest.raises(ConfigError, match="cannot run in a process of its own"):
+        with pytest.raises(ConfigError, match="cannot run in its own process"):
             await play_episode(isolated, Task(), says(), id="e", deadline_s=60)

@@ -1,0 +1,422 @@
+"""Training, evaluation and data from Python: what the command line's verbs do, as functions.
+
+Each function has an async twin. The plain ones also work inside a running event loop (Jupyter):
+they run in a thread of their own and block the caller until they are done.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import functools
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+from rayrl.config import Config
+from rayrl.config.load import with_settings
+from rayrl.config.registry import bind
+from rayrl.environment.environment import Environment
+from rayrl.environment.registry import reference_of
+from rayrl.errors import ConfigError
+from rayrl.types import Episode
+
+if TYPE_CHECKING:
+    from rayrl.learner.advantage import Advantage
+    from rayrl.learner.loss import Loss
+    from rayrl.report.statistics import Statistic
+    from rayrl.report.table import Result
+    from rayrl.run.loggers import LogFunction, Logger
+    from rayrl.run.training import StepControl, Training
+
+__all__ = [
+    "Evaluation",
+    "Run",
+    "SynthRun",
+    "evaluate",
+    "evaluate_async",
+    "load_config",
+    "open_training",
+    "sft",
+    "sft_async",
+    "synth",
+    "synth_async",
+    "train",
+    "train_async",
+]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        path: its folder.
+        config: its settings.
+    """
+
+    path: Path
+    config: Config
+
+    @functools.cached_property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The metrics of every step, oldest first, each with its `step`; null is None."""
+        from rayrl.run.files import read_jsonl
+
+        file = self.path / "metrics.jsonl"
+        return read_jsonl(file) if file.is_file() else []
+
+    def best(self, metric: str = "reward", *, lowest: bool = False) -> dict[str, Any]:
+        """The metrics of the step where `metric` was highest, or lowest.
+
+        Raises:
+            ConfigError: no step has it.
+        """
+        rows = [row for row in self.metrics if row.get(metric) is not None]
+        if not rows:
+            known = sorted({name for row in self.metrics for name in row})
+            raise ConfigError(f"{metric!r} is no metric of {self.path}; it has {', '.join(known)}.")
+        return (min if lowest else max)(rows, key=lambda row: row[metric])
+
+    @property
+    def model_path(self) -> Path:
+        """The trained model: a Hugging Face directory."""
+        return self.path / "model"
+
+    def episodes(self, step: int | None = None) -> Iterator[Episode]:
+        """Episodes that were written (`run.episodes_every`): of one step, or all in order.
+
+        Raises:
+            DataError: those of this step were not written, or a file is damaged.
+        """
+        from rayrl.rollout.episode_io import read_episodes
+
+        folder = self.path / "episodes"
+        pattern = "*.jsonl" if step is None else f"step_{step:06d}.jsonl"
+        for file in sorted(folder.glob(pattern)) or [folder / pattern]:
+            yield from read_episodes(file)
+
+
+@dataclass(frozen=True)
+class SynthRun(Run):
+    """A finished `synth`.
+
+    Attributes:
+        file: episodes that were kept, as `sft` reads them.
+    """
+
+    file: Path
+
+    def episodes(self, step: int | None = None) -> Iterator[Episode]:
+        """Episodes that were kept."""
+        from rayrl.rollout.episode_io import read_episodes
+
+        yield from read_episodes(self.file)
+
+
+@dataclass(frozen=True)
+class Evaluation(Run):
+    """A finished evaluation; `print` shows its table.
+
+    Attributes:
+        result: statistics with intervals by cell, and what exhaustive checks counted.
+    """
+
+    result: Result
+
+    def __str__(self) -> str:
+        from rayrl.report.table import markdown
+
+        return markdown([self.result])
+
+    @property
+    def statistics(self) -> Mapping[str, Statistic]:
+        """Statistics of the only cell by name, each with its `value` and `interval`.
+
+        Raises:
+            ConfigError: there are several cells; see `result.cells`.
+        """
+        if len(self.result.cells) > 1:
+            raise ConfigError(f"cells: {', '.join(self.result.cells)}; see result.cells[NAME].")
+        (cell,) = self.result.cells.values()
+        return cell.statistics
+
+
+def load_config(*settings: str, config_dir: str | Path | None = None) -> Config:
+    """A configuration as the command line composes it: `load_config("experiment=tictactoe")`.
+
+    Args:
+        settings: `key=value`, in Hydra's grammar.
+        config_dir: folder with groups of your own.
+
+    Raises:
+        ConfigError: naming what is unknown or wrong, and the nearest that is right.
+    """
+    from rayrl.cli import compose
+
+    return compose(settings, Path(config_dir) if config_dir else None)
+
+
+async def train_async(
+    config: Config | None = None,
+    *,
+    env: Environment | str | None = None,
+    model: str | Path | None = None,
+    steps: int | None = None,
+    name: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    loss: Loss | str | None = None,
+    advantage: Advantage | str | None = None,
+    loggers: Sequence[str | Logger | LogFunction] = (),
+    on_step: Callable[[StepControl], object] | None = None,
+) -> Run:
+    """Train a model on an environment by reinforcement; resumes a run of the same name.
+
+    Args:
+        config: settings to begin with; the others here are set over it. None: the defaults.
+        env: an environment, or as `env.name`. One that is defined in a script or a notebook cell
+            travels to env workers by value.
+        model: `model.path`: a Hugging Face directory, or "embedded".
+        steps: `train.steps`.
+        name: `run.name`; by default ENV-train. The run's folder is runs/NAME.
+        settings: any others by dotted key, as `{"train.groups": 8, "learner.lr": 1e-4}`.
+        loss: a function `(LossInputs) -> LossOutputs`, or as `algo.loss`.
+        advantage: a function `(AdvantageInputs) -> (G, turns)`, or as `algo.advantage`.
+        loggers: besides `run.loggers`: names, `rayrl.Logger` objects, or functions
+            `(step, metrics)`.
+        on_step: called after every step; see `StepControl`.
+
+    Raises:
+        ConfigError: a setting is unknown, wrong or cannot work here.
+        RunFailed: the environment, the cluster or the numerics failed.
+    """
+    from rayrl import loop
+
+    more = {
+        "model.path": model,
+        "train.steps": steps,
+        "algo.loss": _reference("algo.loss", loss),
+        "algo.advantage": _reference("algo.advantage", advantage),
+    }
+    built = configure("train", config, env, name, {**(settings or {}), **_given(more)})
+    await loop.train(built, loggers=loggers, on_step=on_step)
+    return Run(Path(built.run.dir), built)
+
+
+async def sft_async(
+    config: Config | None = None,
+    *,
+    data: str | Path | None = None,
+    model: str | Path | None = None,
+    steps: int | None = None,
+    env: Environment | str | None = None,
+    name: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    loggers: Sequence[str | Logger | LogFunction] = (),
+) -> Run:
+    """Fine-tune a model on episodes, supervised; resumes a run of the same name.
+
+    Args:
+        data: `sft.data`: episodes in a JSONL file, as `synth` writes them.
+        steps: `sft.steps`.
+
+    The other arguments and what is raised: see `train`.
+    """
+    from rayrl.commands import sft as verb
+
+    more = _given({"sft.data": data, "model.path": model, "sft.steps": steps})
+    built = configure("sft", config, env, name, {**(settings or {}), **more})
+    await verb.sft(built, loggers=loggers)
+    return Run(Path(built.run.dir), built)
+
+
+async def evaluate_async(
+    config: Config | None = None,
+    *,
+    env: Environment | str | None = None,
+    model: str | Path | None = None,
+    player: str | None = None,
+    episodes: int | None = None,
+    name: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Evaluation:
+    """Play an environment without learning, on tasks that training does not see.
+
+    Args:
+        player: `eval.player`: "model", "endpoint" (a server, see `endpoint.url`), or a player of
+            the environment.
+        episodes: `eval.episodes`, per cell.
+
+    The other arguments and what is raised: see `train`.
+    """
+    from rayrl.commands import evaluate as verb
+
+    more = {"model.path": model, "eval.player": player, "eval.episodes": episodes}
+    built = configure("eval", config, env, name, {**(settings or {}), **_given(more)})
+    result = await verb.evaluate(built)
+    return Evaluation(Path(built.run.dir), built, result)
+
+
+async def synth_async(
+    config: Config | None = None,
+    *,
+    env: Environment | str | None = None,
+    player: str | None = None,
+    episodes: int | None = None,
+    keep: Mapping[str, float] | None = None,
+    name: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> SynthRun:
+    """Play a teacher and keep its good episodes, for `sft`.
+
+    Args:
+        player: `synth.player`: a player of the environment, "model" or "endpoint".
+        episodes: `synth.episodes`: how many to play.
+        keep: `synth.keep`: by name of a score, the least value an episode must have.
+
+    The other arguments and what is raised: see `train`.
+    """
+    from rayrl.commands import synth as verb
+
+    more = {"synth.player": player, "synth.episodes": episodes, "synth.keep": keep}
+    built = configure("synth", config, env, name, {**(settings or {}), **_given(more)})
+    made = await verb.synth(built)
+    return SynthRun(Path(built.run.dir), built, made.file)
+
+
+@asynccontextmanager
+async def open_training(
+    config: Config | None = None,
+    *,
+    env: Environment | str | None = None,
+    model: str | Path | None = None,
+    steps: int | None = None,
+    name: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    loggers: Sequence[str | Logger | LogFunction] = (),
+) -> AsyncIterator[Training]:
+    """A training run for a loop of one's own: env workers, replicas and a learner, all started.
+
+        async with rayrl.open_training(env=addition) as t:
+            for step in range(t.start, t.steps):
+                groups = await t.collect(step)
+                batch = rayrl.make_batch(groups, my_advantages(groups))
+                learned = await t.learner.step(batch, loss=my_loss)
+                await t.push(step + 1)
+                await t.end_step(step, batch, learned)
+            await t.finish()
+
+    The arguments and what is raised: see `train`.
+    """
+    from rayrl.config import validate
+    from rayrl.run import training as run_training
+    from rayrl.run.folder import RunDir
+    from rayrl.run.start_check import check_start
+
+    more = _given({"model.path": model, "train.steps": steps})
+    built = configure("train", config, env, name, {**(settings or {}), **more})
+    validate(built, "train")
+    check_start(built, "train")
+    with RunDir(built.run.dir, built, begin=False, loggers=loggers) as folder:
+        async with (
+            run_training.open_training(built, folder) as training,
+            aclosing(training.attempts()) as attempts,
+        ):
+            await anext(attempts)  # the replicas have the learner's weights, and play
+            yield training
+
+
+def configure(
+    verb: str,
+    config: Config | None,
+    env: Environment | str | None,
+    name: str | None,
+    settings: Mapping[str, Any],
+) -> Config:
+    """The checked configuration of a call."""
+    from rayrl.commands.folder_names import named
+
+    changes = dict(settings)
+    if isinstance(env, Environment):
+        changes["env.name"] = reference_of(env)
+        args, rewards = env.configured
+        changes |= {f"env.args.{key}": value for key, value in args.items()}
+        changes |= {f"env.rewards.{key}": value for key, value in rewards.items()}
+    elif env is not None:
+        changes["env.name"] = env
+    if name is not None:
+        changes["run.name"] = name
+    return named(with_settings(config or Config(), changes), changes, verb)
+
+
+def _given(changes: Mapping[str, Any]) -> dict[str, Any]:
+    plain = {
+        key: str(value) if isinstance(value, Path) else value for key, value in changes.items()
+    }
+    return {key: value for key, value in plain.items() if value is not None}
+
+
+def _reference(key: str, given: str | Callable[..., Any] | None) -> str | None:
+    return bind(key, given) if callable(given) else given
+
+
+def _blocking(function: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, T]:
+    """The function as one that blocks until it is done, also inside a running event loop."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **keywords: P.kwargs) -> T:
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            return asyncio.run(function(*args, **keywords))
+        return _in_thread(function(*args, **keywords))
+
+    call.__name__ = call.__qualname__ = function.__name__.removesuffix("_async")
+    return call
+
+
+def _in_thread(work: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine on an event loop of its own, while the caller's waits for it."""
+    loop = asyncio.new_event_loop()
+    outcome: Future[T] = Future()
+
+    def run() -> None:
+        asyncio.set_event_loop(loop)
+        try:
+            task.add_done_callback(lambda _: loop.stop())
+            loop.run_forever()
+            loop.run_until_complete(loop.shutdown_asyncgens())
+            loop.run_until_complete(loop.shutdown_default_executor())
+        finally:
+            asyncio.set_event_loop(None)
+            loop.close()
+        if task.cancelled():
+            outcome.set_exception(KeyboardInterrupt())
+        elif (error := task.exception()) is not None:
+            outcome.set_exception(error)
+        else:
+            outcome.set_result(task.result())
+
+    task = loop.create_task(work)
+    thread = threading.Thread(target=contextvars.copy_context().run, args=(run,))
+    thread.start()
+    try:
+        return outcome.result()
+    except KeyboardInterrupt:  # a cell was interrupted: end what it started, in order
+        if thread.is_alive():
+            loop.call_soon_threadsafe(task.cancel)
+            thread.join()
+        raise
+
+
+train = _blocking(train_async)
+sft = _blocking(sft_async)
+evaluate = _blocking(evaluate_async)
+synth = _blocking(synth_async)
