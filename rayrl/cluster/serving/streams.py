@@ -113,10 +113,10 @@ class ResultStream:
                 async with asyncio.timeout(None if self._running else IDLE_S):
                     await self._any_finished.wait()
             except TimeoutError:
-                if self._running:  # started while this waited
+                if self._running or self._finished:  # a request came while this waited
                     continue
                 return
-            # at least one turn of the event loop: what finished in the same engine step
+            # at least one iteration of the event loop: what finished in the same engine step
             await asyncio.sleep(max(not_before - loop.time(), 0))
             self._any_finished.clear()
             results, self._finished = self._finished, []
