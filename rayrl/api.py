@@ -12,7 +12,7 @@ import functools
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -384,35 +384,31 @@ def _blocking(function: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, T]:
 
 def _in_thread(work: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine on an event loop of its own, while the caller's waits for it."""
-    loop = asyncio.new_event_loop()
     outcome: Future[T] = Future()
+    started: Future[tuple[asyncio.AbstractEventLoop, asyncio.Task[T]]] = Future()
+
+    async def watched() -> T:
+        task = asyncio.ensure_future(work)
+        started.set_result((asyncio.get_running_loop(), task))
+        return await task
 
     def run() -> None:
-        asyncio.set_event_loop(loop)
         try:
-            task.add_done_callback(lambda _: loop.stop())
-            loop.run_forever()
-            loop.run_until_complete(loop.shutdown_asyncgens())
-            loop.run_until_complete(loop.shutdown_default_executor())
-        finally:
-            asyncio.set_event_loop(None)
-            loop.close()
-        if task.cancelled():
+            outcome.set_result(asyncio.run(watched()))
+        except asyncio.CancelledError:
             outcome.set_exception(KeyboardInterrupt())
-        elif (error := task.exception()) is not None:
+        except BaseException as error:
             outcome.set_exception(error)
-        else:
-            outcome.set_result(task.result())
 
-    task = loop.create_task(work)
     thread = threading.Thread(target=contextvars.copy_context().run, args=(run,))
     thread.start()
     try:
         return outcome.result()
-    except KeyboardInterrupt:  # a cell was interrupted: end what it started, in order
-        if thread.is_alive():
+    except KeyboardInterrupt:  # the cell was interrupted: end what it started, in order
+        loop, task = started.result()
+        with suppress(RuntimeError):  # it has ended meanwhile
             loop.call_soon_threadsafe(task.cancel)
-            thread.join()
+        thread.join()
         raise
 
 

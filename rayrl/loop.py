@@ -67,6 +67,6 @@ async def train(
                             learned = await training.learner.step(batch)
                         await training.push(step + 1)
                         await training.end_step(step, batch, learned, on_step)
-                        if training.stopped:
+                        if training.stopped_after is not None:
                             break
                     await training.finish()

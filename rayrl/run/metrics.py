@@ -191,15 +191,15 @@ def _scores(episodes: list[Episode]) -> dict[str, float]:
 def headline(metrics: Mapping[str, float]) -> dict[str, str]:
     """Format the main metrics for a progress bar; a dash means not measured."""
 
-    def number(name: str, digits: int) -> str:
-        return f"{metrics[name]:.{digits}f}" if name in metrics else "–"
+    def number(name: str, digits: int, unit: str = "") -> str:
+        return f"{metrics[name]:.{digits}f}{unit}" if name in metrics else "–"
 
     scores = [name for name in metrics if name.startswith("score/")][:4]
     rest = {
         "entropy": number("entropy", 3),
         "grad": number("grad_norm", 2),
-        "play": f"{metrics['time/collect']:.1f} s",
-        "learn": f"{metrics['time/update']:.1f} s",
+        "play": number("time/collect", 1, " s"),
+        "learn": number("time/update", 1, " s"),  # a loop of one's own may not measure it
     }
     shown = {"reward": f"{metrics['reward']:z.3f} ±{metrics['reward_std']:.2f}"}
     for name in scores:

@@ -57,7 +57,7 @@ class Training:
         start: the step to begin with: 0, or that of the checkpoint it resumes from.
         steps: the step to end before.
         clock: seconds of the current step by stage.
-        stopped: whether a callback has ended the run early.
+        stopped_after: steps after which a callback has ended the run early, or None.
     """
 
     def __init__(
@@ -70,7 +70,8 @@ class Training:
     ) -> None:
         self.config, self.folder, self.learner = config, folder, learner
         self.steps = config.train.steps
-        self.clock, self.stopped = Clock(), False
+        self.clock = Clock()
+        self.stopped_after: int | None = None
         self._collector, self._weights = collector, weights
         self._progress = ProgressBar(config.run.name, self.steps)
         self._monitor = Monitor(config, folder, self._progress.note)
@@ -140,7 +141,7 @@ class Training:
         control = StepControl(step, metrics, folder.path)
         if on_step is not None:
             on_step(control)
-        self.stopped = control.stop
+        self.stopped_after = step + 1 if control.stop else None
         last = step + 1 == self.steps or control.stop
         if step % config.run.episodes_every == 0 or last:
             folder.write_episodes(step, (*collected.groups, *collected.dropped))
@@ -167,7 +168,8 @@ class Training:
         """Write the model to RUN/model, a Hugging Face directory, and mark the run as finished."""
         with self.folder.whole(MODEL) as path:
             await self.learner.export(path)
-        self.folder.finish({"steps": self.steps, "model": MODEL})
+        early = {} if self.stopped_after is None else {"stopped_after": self.stopped_after}
+        self.folder.finish({"steps": self.steps, "model": MODEL, **early})
 
 
 @asynccontextmanager
