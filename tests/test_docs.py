@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
+import inspect
 import re
 import shlex
 import subprocess
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
+import rayrl
 from rayrl import Agent, Environment, ScriptedPlayer, check_env, load_env, play_group
+from rayrl.api import configure
 from rayrl.cluster.rollouts import CollectedGroups
 from rayrl.cluster.workers.scaling import Load
-from rayrl.config import from_dict, leaves
+from rayrl.config import from_dict, leaves, validate
 from rayrl.config.registry import load_module
 from rayrl.learner.advantage import advantages
 from rayrl.learner.batch import batch_of, make_batch
@@ -32,6 +38,7 @@ DOCS = (
     "docs/evaluation.md",
     "docs/models.md",
     "docs/serving.md",
+    "docs/python.md",
 )
 PYTHON = [text for kind, text in blocks(DOCS[0]) if kind == "python"]
 OWN_ALGORITHM = [text for kind, text in blocks(DOCS[1]) if kind == "python"]
@@ -65,6 +72,43 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for block in PYTHON:
         (folder / name_of(block)).write_text(block)
     return folder
+
+
+def test_the_python_page_calls_what_there_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its modules run, and its calls have settings that pass every check; tests/e2e run them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for kind, text in blocks("docs/python.md"):
+        if kind == "python":
+            Path(name_of(text)).write_text(text)
+    called = []
+
+    def stand_in(verb: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(**given: Any) -> Any:
+            inspect.signature(real).bind(**given)
+            known = {key: given[key] for key in ("env", "name") if key in given}
+            config = configure(verb, None, known["env"], known.get("name"), {})
+            validate(config, verb)
+            called.append((verb, config.run.name, config.env.name))
+            raise StopIteration
+
+        return call
+
+    for verb in ("train", "open_training"):
+        monkeypatch.setattr(rayrl, verb, stand_in("train", getattr(rayrl, verb)))
+    for module, function in (
+        ("letters", "train_it"),
+        ("watched", "train_it"),
+        ("own_loop", "loop"),
+    ):
+        made = getattr(importlib.import_module(module), function)
+        with pytest.raises((StopIteration, RuntimeError)):
+            asyncio.run(made()) if inspect.iscoroutinefunction(made) else made()
+    assert called == [
+        ("train", name, "letters:repeat") for name in ("letters", "watched", "own-loop")
+    ]
 
 
 def environments(module: ModuleType) -> list[Environment]:
