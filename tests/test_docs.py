@@ -8,6 +8,7 @@ import inspect
 import re
 import shlex
 import subprocess
+import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -98,17 +99,15 @@ def test_the_python_page_calls_what_there_is(
 
     for verb in ("train", "open_training"):
         monkeypatch.setattr(rayrl, verb, stand_in("train", getattr(rayrl, verb)))
-    for module, function in (
-        ("letters", "train_it"),
-        ("watched", "train_it"),
-        ("own_loop", "loop"),
-    ):
+    functions = {"letters": "train_it", "watched": "train_it", "own_loop": "loop"}
+    for module, function in functions.items():
         made = getattr(importlib.import_module(module), function)
         with pytest.raises((StopIteration, RuntimeError)):
             asyncio.run(made()) if inspect.iscoroutinefunction(made) else made()
-    assert called == [
-        ("train", name, "letters:repeat") for name in ("letters", "watched", "own-loop")
-    ]
+    for module in functions:
+        del sys.modules[module]
+    names = ("letters", "watched", "own-loop")
+    assert called == [("train", name, "letters:repeat") for name in names]
 
 
 def environments(module: ModuleType) -> list[Environment]:
