@@ -24,10 +24,10 @@ from rayrl.config import Config, Stage, stage_config, validate
 from rayrl.errors import RunFailed
 from rayrl.report.collect import write_report
 from rayrl.report.console import new_console
+from rayrl.report.memory import PeakMemory
 from rayrl.report.table import Result, markdown, rich_table
 from rayrl.run.files import with_checksum, write_atomic
 from rayrl.run.folder import RunDir, refuse_changes
-from rayrl.run.memory import PeakMemory
 from rayrl.run.stage import EPISODES, MODEL, is_finished, row_name, versions
 from rayrl.run.start_check import check_start
 

@@ -23,9 +23,9 @@ from rayrl.rollout.episode_io import read_episodes
 from rayrl.run.folder import RunDir
 from rayrl.run.loggers import LogFunction, Logger
 from rayrl.run.progress_bar import ProgressBar
-from rayrl.run.recovery import Recovery
 from rayrl.run.stage import MODEL, POLICY, already_finished, log_template_notes, positions
 from rayrl.run.start_check import check_start
+from rayrl.run.training import Recovery
 from rayrl.types import Episode, Turn, derive_seed
 from rayrl.weights.model_dir import model_dir
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from rayrl.cluster.rollouts import CollectedGroups
 from rayrl.cluster.weight_sync.push import WeightSync
 from rayrl.config import Config
 from rayrl.environment.environment import Environment
+from rayrl.errors import LearnerLost, RunFailed
 from rayrl.learner.batch import Batch
 from rayrl.rollout.rollout import GroupPlan
 from rayrl.run.collector import GroupCollector
@@ -22,11 +23,17 @@ from rayrl.run.group_log import GroupLog
 from rayrl.run.metrics import Clock, headline, step_metrics, warnings
 from rayrl.run.monitor import Monitor
 from rayrl.run.progress_bar import ProgressBar
-from rayrl.run.recovery import Attempt, Recovery
 from rayrl.run.stage import MODEL, check_tasks, check_trained, log_template_notes, seats_of
 from rayrl.types import derive_seed
 
-__all__ = ["StepControl", "Training", "open_training", "training_plans"]
+__all__ = [
+    "Attempt",
+    "Recovery",
+    "StepControl",
+    "Training",
+    "open_training",
+    "training_plans",
+]
 
 
 @dataclass
@@ -170,6 +177,87 @@ class Training:
             await self.learner.export(path)
         early = {} if self.stopped_after is None else {"stopped_after": self.stopped_after}
         self.folder.finish({"steps": self.steps, "model": MODEL, **early})
+
+
+class Attempt(AbstractContextManager["Attempt"]):
+    """One try at the remaining steps; used in a `with` block, it notes a learner that is lost.
+
+    Attributes:
+        start: the first step to make.
+        lost: how the learner was lost in the block, or None.
+    """
+
+    def __init__(self) -> None:
+        self.start = 0
+        self.lost: LearnerLost | None = None
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
+        self.lost = error if isinstance(error, LearnerLost) else None
+        return self.lost is not None
+
+
+class Recovery:
+    """Brings a learner to a run's newest checkpoint, at first and whenever it was lost.
+
+    Args:
+        limit: times it may be lost between two checkpoints (`learner.restarts`).
+    """
+
+    def __init__(
+        self, learner: LearnerGroup, folder: RunDir, progress: ProgressBar, limit: int
+    ) -> None:
+        self._learner, self._folder, self._progress, self._limit = learner, folder, progress, limit
+        self._left = limit
+
+    def checkpointed(self) -> None:
+        """Allow all restarts again: there is a new checkpoint."""
+        self._left = self._limit
+
+    async def attempts(self) -> AsyncIterator[Attempt]:
+        """One attempt at a run's steps, and another whenever the learner was lost in the last.
+
+            async for attempt in recovery.attempts():
+                with attempt:
+                    for step in range(attempt.start, steps):
+                        ...
+
+        Raises:
+            LearnerLost: too often.
+            RunFailed: after a loss, the newest checkpoint is damaged.
+        """
+        lost: LearnerLost | None = None
+        while True:
+            if lost is not None and not self._left:
+                raise lost
+            attempt = Attempt()
+            with attempt:
+                attempt.start = await self._load_newest(again=lost is not None)
+            if attempt.lost is None:
+                yield attempt
+            lost = attempt.lost
+            if lost is None:
+                return
+
+    async def _load_newest(self, *, again: bool) -> int:
+        """Bring the learner to the newest checkpoint; returns the step to go on with."""
+        made = self._folder.checkpoints()
+        found = self._folder.latest_checkpoint()
+        step = found.step if found else 0
+        if again:
+            if found and found.path != made[-1]:
+                raise RunFailed(
+                    f"{made[-1]} is damaged, and the learner was lost. The same command resumes "
+                    f"from the checkpoint of step {step}."
+                )
+            self._left -= 1
+            self._progress.note(f"a learner process died; restarting it from step {step}")
+            await self._learner.restart()
+            self._folder.rewind()
+        elif found:
+            self._progress.note(f"resumed at step {step}")
+        if found:
+            await self._learner.load(found.path)
+        return step
 
 
 @asynccontextmanager

@@ -20,7 +20,7 @@ from rayrl.errors import ConfigError, InfraError
 from rayrl.run import training
 from rayrl.run.folder import RunDir
 from rayrl.run.progress_bar import ProgressBar
-from rayrl.run.recovery import Recovery
+from rayrl.run.training import Recovery
 from tests.documents import ROOT, commands, settings
 
 SERVER = "endpoint.url=https://host/v1 endpoint.model=m endpoint.api_key_env=NO_SUCH_KEY"

@@ -2,7 +2,7 @@ import os
 import subprocess
 import sys
 
-from rayrl.run.memory import PeakMemory, memory_of_tree
+from rayrl.report.memory import PeakMemory, memory_of_tree
 
 MIB = 1 << 20
 CHILD = "import sys; b = bytearray(64 << 20); print('ready', flush=True); sys.stdin.read()"

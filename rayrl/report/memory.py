@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
-from pathlib import Path
+
+import psutil
 
 __all__ = ["PeakMemory", "memory_of_tree"]
 
@@ -14,8 +14,8 @@ class PeakMemory:
     """Sample memory while the `with` block runs.
 
     Memory is the proportional set size, which counts memory that processes share, such as the
-    object store, once. Where the kernel does not report it, the resident set size is used instead,
-    which counts shared memory in every process.
+    object store, once; on systems that do not report it the resident set size, which counts shared
+    memory in every process.
 
     Attributes:
         peak: largest sample so far in bytes.
@@ -45,23 +45,19 @@ class PeakMemory:
 
 
 def memory_of_tree(root: int) -> int:
-    """Memory of process `root` and its descendants in bytes; 0 without /proc."""
-    total, pending = 0, [root]
-    while pending:
-        process = pending.pop()
-        total += _memory(process)
-        for listing in Path(f"/proc/{process}/task").glob("*/children"):
-            with contextlib.suppress(OSError):  # the process has ended
-                pending += map(int, listing.read_text().split())
-    return total
+    """Memory of process `root` and its descendants in bytes; 0 if there is no such process."""
+    try:
+        process = psutil.Process(root)
+        return sum(map(_memory, [process, *process.children(recursive=True)]))
+    except psutil.NoSuchProcess:
+        return 0
 
 
-def _memory(process: int) -> int:
-    for file, key in (("smaps_rollup", "Pss:"), ("status", "VmRSS:")):
-        try:
-            for line in Path(f"/proc/{process}/{file}").read_text().splitlines():
-                if line.startswith(key):
-                    return int(line.split()[1]) * 1024
-        except OSError:
-            continue
-    return 0
+def _memory(process: psutil.Process) -> int:
+    try:
+        full = process.memory_full_info()
+        return int(getattr(full, "pss", full.rss))
+    except psutil.AccessDenied:  # of another user, as with sudo
+        return int(process.memory_info().rss)
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):  # it has ended
+        return 0
