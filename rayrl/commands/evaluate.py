@@ -23,25 +23,24 @@ from rayrl.report.console import new_console
 from rayrl.report.statistics import eval_statistics, task_key
 from rayrl.report.table import Cell, Result, rich_table
 from rayrl.rollout.agent import Agent, Player
-from rayrl.rollout.rollout import GroupPlan
 from rayrl.run.folder import RunDir
 from rayrl.run.journal import Journal, JournaledRollouts
 from rayrl.run.progress_bar import ProgressBar
 from rayrl.run.stage import (
     already_finished,
-    check_tasks,
+    eval_cells,
+    evaluation_plans,
     log_template_notes,
     row_name,
     seats_of,
     unplayed_note,
 )
 from rayrl.run.start_check import check_start
-from rayrl.types import Sampling, Usage, derive_seed
+from rayrl.types import Sampling, Usage
 
-__all__ = ["cell_of", "check_args", "evaluate", "evaluation_plans", "play_cells", "run"]
+__all__ = ["cell_of", "check_args", "evaluate", "play_cells", "run"]
 
 FILE = "eval.json"
-DEFAULT_CELL = "tasks"  # the one cell there is when `eval.cells` is empty
 
 
 def run(config: Config) -> None:
@@ -89,7 +88,7 @@ async def play_cells(config: Config, folder: RunDir | None = None) -> Result:
         RunFailed: the environment fails too often (`env.failure_budget`).
     """
     environment = make_environment(config).evaluation(config.env.held_out)
-    cells = dict(config.eval.cells) or {DEFAULT_CELL: {}}
+    cells = eval_cells(config)
     total = len(cells) * config.eval.episodes
     s = config.sampling
     sampling = Sampling(config.eval.temperature, s.top_p, s.top_k, s.max_tokens, tuple(s.stop))
@@ -137,17 +136,6 @@ def _about_tasks(config: Config, environment: Environment) -> str:
     if n == held_out:
         return f"all {n}, which training sees as well (env.held_out={config.env.held_out:g})"
     return f"{held_out} of {n}, held out from training (env.held_out={config.env.held_out:g})"
-
-
-def evaluation_plans(environment: Environment, config: Config, cell: str) -> list[GroupPlan]:
-    """One episode of each task of a cell."""
-    seed = derive_seed(config.run.seed, "eval", cell)
-    tasks = environment.tasks(seed, config.eval.episodes)
-    check_tasks(environment, tasks)
-    return [
-        GroupPlan(f"{cell}-{k}", task, 1, derive_seed(seed, "play", k))
-        for k, task in enumerate(tasks)
-    ]
 
 
 def cell_of(

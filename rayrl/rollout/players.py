@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import inspect
 import random
 import sys
@@ -52,6 +53,12 @@ class PolicyPlayer:
         self.trainable = trainable
         self.opens_thought = chat.opens_thought
         self._release = getattr(client, "release", None)
+
+    def at_temperature(self, temperature: float) -> PolicyPlayer:
+        """The same player, with the same generator, sampling at another temperature."""
+        other = copy.copy(self)
+        other.sampling = replace(self.sampling, temperature=temperature)
+        return other
 
     async def answer(
         self, conversation: Conversation, new: Sequence[Message], options: Options

@@ -26,6 +26,7 @@ from rayrl.errors import (
 from rayrl.rollout.agent import Agent, Player
 from rayrl.rollout.concurrency import ConcurrencyLimit, GroupCanceller
 from rayrl.rollout.deadline import DeadlinePassed, EpisodeCancelled, run_with_deadline
+from rayrl.rollout.players import PolicyPlayer
 from rayrl.rollout.resume import EpisodeResume, PartialEpisode, ReplayMismatch
 from rayrl.types import Episode, Failure, Group, Task, Turn, Usage, derive_seed, sum_usage
 
@@ -38,12 +39,17 @@ _NOT_STARTED = PartialEpisode((), 0)
 
 @dataclass(frozen=True, slots=True)
 class GroupPlan:
-    """A group to play: `size` episodes of `task` with randomness derived from `seed`."""
+    """A group to play: `size` episodes of `task` with randomness derived from `seed`.
+
+    Attributes:
+        temperature: at which models sample, instead of their own; for evaluations while training.
+    """
 
     id: str
     task: Task
     size: int
     seed: int
+    temperature: float | None = None
 
 
 async def play_episode(
@@ -236,6 +242,13 @@ async def _play_with_retries(
     cancelled = canceller.cancelled(plan.id) if canceller is not None else None
     failures = mismatches = 0
     retried_usage: Usage | None = None
+    if plan.temperature is not None:
+        players = {
+            seat: player.at_temperature(plan.temperature)
+            if isinstance(player, PolicyPlayer)
+            else player
+            for seat, player in players.items()
+        }
     while True:
         resume = EpisodeResume(turns, on_turn and functools.partial(on_turn, name, attempt))
         try:

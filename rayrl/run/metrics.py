@@ -34,6 +34,7 @@ __all__ = [
     "active_counts",
     "headline",
     "latest_steps",
+    "reward_metrics",
     "step_metrics",
     "timeline_row",
     "warnings",
@@ -95,7 +96,6 @@ def step_metrics(
     """
     episodes = [episode for group in played.groups for episode in group.episodes]
     trainable = played.groups[0].trainable
-    rewards = [episode.rewards[seat] for episode in episodes for seat in trainable]
     turns = [len(e.turns_of(seat)) for e in episodes for seat in trainable]
     lengths = [
         len(turn.completion_ids)
@@ -107,9 +107,7 @@ def step_metrics(
     groups = batch.stats["groups"]
     zero_variance = batch.stats["zero_variance_groups"]
     metrics = {
-        "reward": statistics.fmean(rewards),
-        "reward_std": statistics.pstdev(rewards),
-        **_scores(episodes),
+        **reward_metrics(played),
         "turns": statistics.fmean(turns),
         **({"reply_tokens": statistics.fmean(lengths)} if lengths else {}),
         "episodes": float(len(episodes)),
@@ -178,14 +176,26 @@ def _stopped_metrics(groups: Sequence[Group], kept: Sequence[Episode]) -> dict[s
 _RENAMED = {f"mismatch_{name}": f"mismatch/{name}" for name in ("mean", "max", "kl")}
 
 
-def _scores(episodes: list[Episode]) -> dict[str, float]:
+def reward_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """`reward`, `reward_std` and `score/NAME` of complete groups; empty without any.
+
+    Rewards are of the trainable seats, scores of all; with several seats `score/SEAT/NAME`.
+    """
+    if not groups:
+        return {}
+    episodes = [episode for group in groups for episode in group.episodes]
+    rewards = [episode.rewards[seat] for episode in episodes for seat in groups[0].trainable]
     values: dict[str, list[float]] = defaultdict(list)
     for episode in episodes:
         for seat, scores in episode.scores.items():
             prefix = f"score/{seat}/" if len(episode.scores) > 1 else "score/"
             for name, value in scores.items():
                 values[prefix + name].append(value)
-    return {name: statistics.fmean(scores) for name, scores in values.items()}
+    return {
+        "reward": statistics.fmean(rewards),
+        "reward_std": statistics.pstdev(rewards),
+        **{name: statistics.fmean(scores) for name, scores in values.items()},
+    }
 
 
 def headline(metrics: Mapping[str, float]) -> dict[str, str]:

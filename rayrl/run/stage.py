@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from rayrl.chat.renderer import Chat
 from rayrl.chat.template_notes import describe_template
@@ -15,9 +16,10 @@ from rayrl.config import Config
 from rayrl.environment.environment import Environment
 from rayrl.environment.tasks import task_fields, task_from_fields
 from rayrl.errors import ConfigError, EnvError, did_you_mean
+from rayrl.rollout.rollout import GroupPlan
 from rayrl.run.files import check_weights
 from rayrl.terminal import visible
-from rayrl.types import Task
+from rayrl.types import Task, derive_seed
 from rayrl.weights.model_dir import EMBEDDED
 
 __all__ = [
@@ -27,6 +29,8 @@ __all__ = [
     "already_finished",
     "check_tasks",
     "check_trained",
+    "eval_cells",
+    "evaluation_plans",
     "is_finished",
     "log_template_notes",
     "model_row",
@@ -190,3 +194,19 @@ def check_trained(environment: Environment, config: Config) -> None:
             f"env.seats={seats}: no seat of {environment.name!r} is the policy, so nothing would "
             f"be trained; set env.seats.{environment.seats[0]}=policy."
         )
+
+
+def eval_cells(config: Config) -> dict[str, dict[str, Any]]:
+    """What an evaluation plays: arguments of the environment by the cell's name."""
+    return dict(config.eval.cells) or {"tasks": {}}
+
+
+def evaluation_plans(environment: Environment, config: Config, cell: str) -> list[GroupPlan]:
+    """One episode of each task of a cell."""
+    seed = derive_seed(config.run.seed, "eval", cell)
+    tasks = environment.tasks(seed, config.eval.episodes)
+    check_tasks(environment, tasks)
+    return [
+        GroupPlan(f"{cell}-{k}", task, 1, derive_seed(seed, "play", k))
+        for k, task in enumerate(tasks)
+    ]

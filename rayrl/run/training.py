@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import AbstractContextManager, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rayrl.cluster.learner_group import LearnerGroup
 from rayrl.cluster.open import make_environment, open_cluster
-from rayrl.cluster.rollouts import CollectedGroups
+from rayrl.cluster.rollouts import CollectedGroups, Rollouts
 from rayrl.cluster.weight_sync.push import WeightSync
 from rayrl.config import Config
 from rayrl.environment.environment import Environment
@@ -20,10 +20,18 @@ from rayrl.rollout.rollout import GroupPlan
 from rayrl.run.collector import GroupCollector
 from rayrl.run.folder import RunDir
 from rayrl.run.group_log import GroupLog
-from rayrl.run.metrics import Clock, headline, step_metrics, warnings
+from rayrl.run.metrics import Clock, headline, reward_metrics, step_metrics, warnings
 from rayrl.run.monitor import Monitor
 from rayrl.run.progress_bar import ProgressBar
-from rayrl.run.stage import MODEL, check_tasks, check_trained, log_template_notes, seats_of
+from rayrl.run.stage import (
+    MODEL,
+    check_tasks,
+    check_trained,
+    eval_cells,
+    evaluation_plans,
+    log_template_notes,
+    seats_of,
+)
 from rayrl.types import derive_seed
 
 __all__ = [
@@ -43,15 +51,21 @@ class StepControl:
     Attributes:
         step: from 0; `metrics` are its.
         folder: of the run.
+        evaluations: metrics of those that were asked for so far, by step.
         stop: set it to end the run after this step, with a checkpoint and the model.
         checkpoint: set it to make a checkpoint now.
+        evaluate: set it to play `eval.cells` with the new weights now; what comes of it is logged
+            with the step as `eval/reward` and `eval/score/NAME`, with several cells
+            `eval/CELL/reward`.
     """
 
     step: int
     metrics: Mapping[str, float]
     folder: Path
+    evaluations: Mapping[int, Mapping[str, float]]
     stop: bool = False
     checkpoint: bool = False
+    evaluate: bool = False
 
 
 class Training:
@@ -71,6 +85,7 @@ class Training:
         self,
         config: Config,
         folder: RunDir,
+        rollouts: Rollouts,
         collector: GroupCollector,
         learner: LearnerGroup,
         weights: WeightSync,
@@ -79,7 +94,8 @@ class Training:
         self.steps = config.train.steps
         self.clock = Clock()
         self.stopped_after: int | None = None
-        self._collector, self._weights = collector, weights
+        self._rollouts, self._collector, self._weights = rollouts, collector, weights
+        self._evaluations: dict[int, dict[str, float]] = {}
         self._progress = ProgressBar(config.run.name, self.steps)
         self._monitor = Monitor(config, folder, self._progress.note)
         self._recovery = Recovery(learner, folder, self._progress, config.learner.restarts)
@@ -143,11 +159,13 @@ class Training:
         """
         config, folder, collected = self.config, self.folder, self._collected
         metrics = step_metrics(step, collected, batch, learned, self.clock)
-        folder.log(step, metrics)
-        self._monitor.observe(step, metrics, self.clock, collected)
-        control = StepControl(step, metrics, folder.path)
+        control = StepControl(step, metrics, folder.path, self._evaluations)
         if on_step is not None:
             on_step(control)
+        if control.evaluate:
+            metrics |= await self.evaluate(step)
+        folder.log(step, metrics)
+        self._monitor.observe(step, metrics, self.clock, collected)
         self.stopped_after = step + 1 if control.stop else None
         last = step + 1 == self.steps or control.stop
         if step % config.run.episodes_every == 0 or last:
@@ -158,6 +176,32 @@ class Training:
         self._progress.update(step + 1, headline(metrics))
         for warning in warnings(metrics):
             self._progress.note(f"step {step + 1}: {warning}")
+
+    async def evaluate(self, step: int) -> dict[str, float]:
+        """Play `eval.cells` with the weights that the replicas hold, at `eval.temperature`.
+
+        Args:
+            step: the one that has made these weights.
+
+        Returns:
+            `eval/reward` and `eval/score/NAME`, with several cells `eval/CELL/reward` and so on.
+
+        Raises:
+            RunFailed: the environment failed too often (`env.failure_budget`).
+        """
+        config = self.config
+        environment = make_environment(config).evaluation(config.env.held_out)
+        cells, found = eval_cells(config), dict[str, float]()
+        for cell, args in cells.items():
+            prefix = f"eval/{cell}" if len(cells) > 1 else "eval"
+            plans = [
+                replace(plan, id=f"eval-{step}-{plan.id}", temperature=config.eval.temperature)
+                for plan in evaluation_plans(environment.configure(args), config, cell)
+            ]
+            played = await self._rollouts.collect(plans, min_version=step + 1)
+            found |= {f"{prefix}/{name}": v for name, v in reward_metrics(played).items()}
+        self._evaluations[step] = found
+        return found
 
     async def checkpoint(self, step: int) -> None:
         """Save what a run needs to resume with `step`.
@@ -283,7 +327,7 @@ async def open_training(config: Config, folder: RunDir) -> AsyncIterator[Trainin
         plans = functools.partial(training_plans, environment, config)
         async with GroupCollector(rollouts, plans, config, log) as collector:
             collector.restore(start, state)
-            training = Training(config, folder, collector, learner, weights)
+            training = Training(config, folder, rollouts, collector, learner, weights)
             with training._progress, training._monitor:
                 yield training
 

@@ -17,7 +17,7 @@ from rayrl import Agent, Scores, Task, load_env
 from rayrl.cli import compose
 from rayrl.cluster.rollouts import CollectedGroups
 from rayrl.commands import evaluate
-from rayrl.commands.evaluate import cell_of, check_args, evaluation_plans, run_checks
+from rayrl.commands.evaluate import cell_of, check_args, run_checks
 from rayrl.config import Config, from_dict
 from rayrl.errors import ConfigError, DataError, RunFailed
 from rayrl.report.statistics import Share, Split
@@ -25,7 +25,7 @@ from rayrl.report.table import Result
 from rayrl.rollout.episode_io import read_episodes
 from rayrl.rollout.players import ScriptedPlayer
 from rayrl.run.folder import RunDir
-from rayrl.run.stage import row_name, seats_of
+from rayrl.run.stage import evaluation_plans, row_name, seats_of
 from rayrl.run.training import training_plans
 from rayrl.types import Episode, Failure, Group, Usage
 from tests.act import collect, says

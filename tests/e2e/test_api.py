@@ -72,7 +72,10 @@ async def test_a_run_from_a_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyP
     steps, loops = list[int](), set[int]()
 
     def on_step(control: rayrl.StepControl) -> None:
+        control.evaluate = control.step == 0
         control.stop = control.step == 1
+        if control.step == 1:
+            assert control.evaluations.keys() == {0}
         loops.add(id(asyncio.get_running_loop()))
 
     def log(step: int, metrics: Mapping[str, float]) -> None:
@@ -84,6 +87,7 @@ async def test_a_run_from_a_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "train.group_size": 4,
         "sampling.max_tokens": 8,
         "learner.kind": "reference",
+        "eval.episodes": 2,
     }
     run = rayrl.train(
         env=count,
@@ -96,6 +100,8 @@ async def test_a_run_from_a_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyP
         on_step=on_step,
     )
     assert steps == [0, 1] == [row["step"] for row in run.metrics]
+    assert 0 <= run.metrics[0]["eval/reward"] == run.metrics[0]["eval/score/n"] <= 1
+    assert "eval/reward" not in run.metrics[1]
     assert loops.isdisjoint({id(asyncio.get_running_loop())}), "the caller's own loop only waits"
     assert run.path == Path("runs/cell")
     assert (run.model_path / "model.safetensors").is_file()
