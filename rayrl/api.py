@@ -1,7 +1,7 @@
 """Training, evaluation and data from Python: what the command line's verbs do, as functions.
 
-Each function has an async twin. The plain ones also work inside a running event loop (Jupyter):
-they run in a thread of their own and block the caller until they are done.
+`train`, `sft`, `synth` and `evaluate` each have an async twin. The plain ones also work inside a
+running event loop (Jupyter): they run in their own thread and block the caller until they are done.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class SynthRun(Run):
     file: Path
 
     def episodes(self, step: int | None = None) -> Iterator[Episode]:
-        """Episodes that were kept."""
+        """Episodes that were kept; they have no steps."""
         from rayrl.rollout.episode_io import read_episodes
 
         yield from read_episodes(self.file)
@@ -180,18 +180,21 @@ async def train_async(
     """Train a model on an environment by reinforcement; resumes a run of the same name.
 
     Args:
-        config: settings to begin with; the others here are set over it. None: the defaults.
+        config: settings to begin with; the others here are set over it, `settings` last. None: the
+            defaults.
         env: an environment, or as `env.name`. One that is defined in a script or a notebook cell
             travels to env workers by value.
         model: `model.path`: a Hugging Face directory, or "embedded".
         steps: `train.steps`.
-        name: `run.name`; by default ENV-train. The run's folder is runs/NAME.
+        name: `run.name`; by default ENV-train. The run's folder is runs/NAME, unless `run.dir`
+            says otherwise.
         settings: any others by dotted key, as `{"train.groups": 8, "learner.lr": 1e-4}`.
         loss: a function `(LossInputs) -> LossOutputs`, or as `algo.loss`.
         advantage: a function `(AdvantageInputs) -> (G, turns)`, or as `algo.advantage`.
         loggers: besides `run.loggers`: names, `rayrl.Logger` objects, or functions
             `(step, metrics)`.
-        on_step: called after every step; see `StepControl`.
+        on_step: called after every step, before it is logged, and again for steps that are made
+            again because the learner was lost; see `StepControl`. May be a coroutine function.
 
     Raises:
         ConfigError: a setting is unknown, wrong or cannot work here.
@@ -324,7 +327,7 @@ async def open_training(
     built = configure("train", config, env, name, {**(settings or {}), **more})
     validate(built, "train")
     check_start(built, "train")
-    with RunDir(built.run.dir, built, begin=False, loggers=loggers) as folder:
+    with RunDir(built.run.dir, built, begin=False, loggers=loggers, verb="train") as folder:
         async with (
             run_training.open_training(built, folder) as training,
             aclosing(training.attempts()) as attempts,
@@ -343,14 +346,21 @@ def configure(
     """The checked configuration of a call."""
     from rayrl.commands.folder_names import named
 
-    changes = dict(settings)
+    if config is not None and not isinstance(config, Config):
+        raise ConfigError(
+            f"{config!r} is no Config, as rayrl.load_config gives one; pass an environment as env=."
+        )
+    changes: dict[str, Any] = {}
     if isinstance(env, Environment):
         changes["env.name"] = reference_of(env)
         args, rewards = env.configured
         changes |= {f"env.args.{key}": value for key, value in args.items()}
         changes |= {f"env.rewards.{key}": value for key, value in rewards.items()}
-    elif env is not None:
+    elif isinstance(env, str):
         changes["env.name"] = env
+    elif env is not None:
+        raise ConfigError(f"env={env!r}: decorate its coroutine with @rayrl.env.")
+    changes |= settings
     if name is not None:
         changes["run.name"] = name
     return named(with_settings(config or Config(), changes), changes, verb)

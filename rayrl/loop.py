@@ -51,14 +51,15 @@ async def train(
     algo, steps = config.algo, config.train.steps
     # terms that act where the advantage is zero; a loss from outside may have some
     every_row = algo.kl_coef > 0 or algo.entropy_coef > 0 or ":" in algo.loss
-    with RunDir(config.run.dir, config, begin=False, loggers=loggers) as folder:
-        if folder.finished is not None and folder.finished.get("steps", 0) >= steps:
+    with RunDir(config.run.dir, config, begin=False, loggers=loggers, verb="train") as folder:
+        done = folder.finished
+        if done is not None and (done.get("steps", 0) >= steps or done.get("stopped")):
             print(already_finished(folder.path))
             return
         async with open_training(config, folder) as training:
             async for attempt in training.attempts():  # another, whenever the learner was lost
                 with attempt:
-                    for step in range(attempt.start, steps):
+                    for step in range(attempt.start, training.stopped_after or steps):
                         groups = await training.collect(step)
                         with training.clock("batch"):
                             scored = advantages(groups, algo)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 import threading
 from collections.abc import Mapping, Sequence
@@ -105,6 +106,77 @@ def test_an_environment_that_cannot_travel_says_so() -> None:
         build(env=locked)
 
 
+def test_only_the_environment_that_is_found_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "zz_envs.py").write_text(MODULE)
+    envs = importlib.import_module("zz_envs")
+    assert build(env=envs.easy).env.name == "zz_envs:easy"
+    assert build(env=envs.easy.configure(rewards={"right": 3})).env.name == "zz_envs:easy"
+    assert build(env=envs.hard).env.name == "object:hard", "its coroutine is that of another"
+    assert load_env("object:hard").rewards == {"right": 5.0}
+
+    @envs.easy.player("mine")
+    def mine(messages: object, rng: object) -> str:
+        return "1"
+
+    assert build(env=envs.easy).env.name == "object:easy", "a player was added here"
+
+
+MODULE = """
+import rayrl
+
+@rayrl.env(tasks=[rayrl.Task()], rewards={"right": 1.0})
+async def easy(task, agent):
+    return {"right": 1.0}
+
+hard = rayrl.env(tasks=[rayrl.Task()], rewards={"right": 5.0}, name="hard")(easy.play)
+"""
+
+
+def test_what_is_no_environment_config_or_list_of_loggers_says_so() -> None:
+    async def bare(task: Task, agent: Agent) -> Scores:
+        return {}
+
+    with pytest.raises(ConfigError, match=r"env=.*bare.*decorate its coroutine"):
+        rayrl.train(env=bare)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"is no Config.*pass an environment as env="):
+        rayrl.train(make_env())  # type: ignore[arg-type]
+    for loggers in ("tensorboard", print):
+        with pytest.raises(ConfigError, match=r"loggers=.*give a list"):
+            make_loggers(Config(), loggers)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"Jsonl.*needs arguments"):
+        make_loggers(Config(), [rayrl.Jsonl])  # type: ignore[list-item]
+    assert len(make_loggers(Config(), ["tensorboard"])) == 1, "it is there once"
+
+
+def test_settings_win_over_what_configure_has_set() -> None:
+    env = make_env().configure({"sides": 3})
+    assert build(env=env).env.args == {"sides": 3}
+    assert build(env=env, settings={"env.args.sides": 4}).env.args == {"sides": 4}
+
+
+def test_a_folder_belongs_to_one_verb(tmp_path: Path) -> None:
+    config = from_dict({"run": {"dir": str(tmp_path)}, "env": {"name": "tictactoe"}})
+    with RunDir(tmp_path, config, verb="train") as folder:
+        folder.log(0, {"reward": 1.0})
+    with pytest.raises(ConfigError, match=r"holds a run of `rayrl train`; give this eval another"):
+        rayrl.evaluate(config, player="optimal")
+
+
+def test_a_cell_with_a_player_may_run_again() -> None:
+    env = make_env()
+    for _ in range(2):
+
+        @env.player("p")
+        def p(messages: object, rng: object) -> str:
+            return "1"
+
+    with pytest.raises(ConfigError, match="two players called 'p'"):
+        env.player("p")(make_env)  # type: ignore[arg-type]
+
+
 def test_functions_are_named_and_found() -> None:
     def mine(inputs: object) -> object:
         return inputs
@@ -153,6 +225,8 @@ def test_eval_tasks_are_for_evaluation_only() -> None:
     assert env.evaluation(0.5).source == theirs
     generated = of_tasks(ours, coins).evaluation(0.5).configure({"sides": 3})
     assert {task.side for task in generated.tasks(0, 9)} == {"0", "1", "2"}  # type: ignore[attr-defined]
+    before = of_tasks(ours, coins).configure({"sides": 3}).evaluation(0.5)
+    assert before.args == {"sides": 3}, "a keyword that only the evaluation's source has"
 
 
 # --- a run ----------------------------------------------------------------------------------------

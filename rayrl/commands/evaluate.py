@@ -62,7 +62,7 @@ async def evaluate(config: Config) -> Result:
     """
     validate(config, "eval")
     check_start(config, "eval")
-    with RunDir(config.run.dir, config, begin=False) as folder:
+    with RunDir(config.run.dir, config, begin=False, verb="eval") as folder:
         file = folder.path / FILE
         if folder.finished is not None and file.is_file():
             print(already_finished(folder.path))

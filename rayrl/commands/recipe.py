@@ -70,7 +70,7 @@ def run(config: Config) -> None:
     _refuse_changes(links)
     done = [link.stage.name for link in links if is_finished(link.config.run.dir)]
     check_start(config, "recipe", done)
-    with RunDir(config.run.dir, config, begin=False) as folder:
+    with RunDir(config.run.dir, config, begin=False, verb="recipe") as folder:
         if not all(is_finished(link.config.run.dir) for link in links):
             named = env_names(config)
             with PeakMemory() as memory, open_session(config.cluster, config.run.dir, envs=named):

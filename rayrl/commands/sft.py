@@ -50,7 +50,7 @@ async def sft(config: Config, *, loggers: Sequence[str | Logger | LogFunction] =
     """
     validate(config, "sft")
     check_start(config, "sft")
-    with RunDir(config.run.dir, config, begin=False, loggers=loggers) as folder:
+    with RunDir(config.run.dir, config, begin=False, loggers=loggers, verb="sft") as folder:
         if folder.finished is None:
             await _fine_tune(config, folder)
         else:

@@ -133,7 +133,7 @@ async def synth(config: Config) -> Synthesized:
     """
     validate(config, "synth")
     check_start(config, "synth")
-    with RunDir(config.run.dir, config, begin=False) as folder:
+    with RunDir(config.run.dir, config, begin=False, verb="synth") as folder:
         out = Path(config.synth.out) if config.synth.out else folder.path / EPISODES
         everything = folder.path / PLAYED
         if folder.finished is not None and out.is_file():

@@ -98,7 +98,10 @@ def bind(key: str, value: object, name: str = "") -> str:
     An object that is bound to the same name later, as by a notebook cell that is run again,
     replaces it.
     """
-    name = re.sub(r"\W+", "_", name or getattr(value, "__name__", type(value).__name__))
+    called: Any = value
+    while isinstance(called, functools.partial):
+        called = called.func
+    name = re.sub(r"\W+", "_", name or getattr(called, "__name__", type(called).__name__))
     _bound[key, name] = value
     return f"{OBJECT}:{name}"
 

@@ -147,6 +147,8 @@ class Environment:
         new = self._copy()
         hints = {} if isinstance(self.source, Sequence) else keyword_hints(self.source)
         for key, value in args.items():
+            if key not in self.args and key in self._eval_only():
+                continue
             if key not in self.args:
                 raise ConfigError(
                     f"env.args.{key}: environment {self.name!r} has no such setting."
@@ -171,6 +173,11 @@ class Environment:
         old_args, old_rewards = self._configured
         new._configured = ({**old_args, **args}, {**old_rewards, **rewards})
         return new
+
+    def _eval_only(self) -> dict[str, Any]:
+        """Keywords that only the source of evaluation tasks has."""
+        known = {} if self.eval_source is None else _defaults(self.name, self.eval_source)
+        return {key: value for key, value in known.items() if key not in self.args}
 
     def training(self, held_out: float) -> Environment:
         """The same environment without the tasks that evaluation plays.
@@ -444,10 +451,17 @@ def _reference(play: Play) -> str:
 
 
 def _register(env_name: str, kind: str, table: dict[str, Any], name: str, function: Any) -> Any:
-    if name in table and table[name] is not function:
+    old = table.get(name)
+    if old is not None and old is not function and not _is_rerun(old, function):
         raise ConfigError(f"environment {env_name!r} has two {kind}s called {name!r}")
     table[name] = function
     return function
+
+
+def _is_rerun(old: Any, new: Any) -> bool:
+    """Whether a notebook cell that defines a function was run again."""
+    names = [getattr(one, "__qualname__", "<") for one in (old, new)]
+    return names[0] == names[1] and "<lambda>" not in names[0] and old.__module__ == new.__module__
 
 
 def _weight(name: str, value: object) -> float:

@@ -86,7 +86,7 @@ def reference_of(env: Environment) -> str:
     Raises:
         ConfigError: it cannot travel.
     """
-    if env.ref and _is_importable(env.ref):
+    if env.ref and _is_found(env):
         return env.ref
     env.ref = ""
     try:
@@ -100,11 +100,22 @@ def reference_of(env: Environment) -> str:
     return bind("env.name", env, env.name)
 
 
-def _is_importable(ref: str) -> bool:
-    place, attribute = split_reference(ref)
+def _is_found(env: Environment) -> bool:
+    """Whether another process finds this very environment by its reference."""
+    place, attribute = split_reference(env.ref)
+    home = env.play.__module__.partition(".")[0]
+    if any(one.__module__.partition(".")[0] != home for one in env.players.values()):
+        return False  # a player was added elsewhere
     if not attribute or place.endswith(".py"):  # installed, or a file
         return True
-    return PathFinder.find_spec(place.partition(".")[0]) is not None
+    if PathFinder.find_spec(place.partition(".")[0]) is None:
+        return False
+    found = attribute_of(load_module("env.name", env.ref), attribute)
+    if not isinstance(found, Environment):
+        return False
+    _, rewards = env.configured
+    same = (found.play, found.source, found.eval_source) == (env.play, env.source, env.eval_source)
+    return same and {**found.rewards, **rewards} == {**env.rewards, **rewards}
 
 
 def _named(env: Environment, ref: str) -> Environment:

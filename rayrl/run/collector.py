@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from rayrl.cluster.rollouts import CollectedGroups, none_left, sort_out
 from rayrl.cluster.workers.scaling import Load
 from rayrl.config import Config
+from rayrl.errors import ConfigError
 from rayrl.rollout.rollout import GroupPlan
 from rayrl.run.group_log import Batched, GroupLog, Played
 from rayrl.run.rollout_buffer import GroupState, RolloutBuffer
@@ -146,6 +147,11 @@ class GroupCollector:
             self._changed.clear()
             await self._changed.wait()
         batch = self._buffer.close()
+        if not (batch.taken or batch.failed or batch.stale):
+            raise ConfigError(
+                f"step {step} has nothing to train on: collect every step once, and push(step) "
+                "before, which lets it begin."
+            )
         taken, failed = tuple(batch.taken), tuple(batch.failed)
         self.log.add(Batched(step, taken, failed, batch.restarted))
         groups = [group for _, group in sorted((batch.taken | batch.failed).items())]
@@ -180,7 +186,11 @@ class GroupCollector:
         ended = self._buffer.ended(GroupState.READY, GroupState.FAILED)
         self.log.begin(step, [*records, *(Played(index, group) for index, group in ended.items())])
         state = self._buffer.save()
-        state["failures"] -= sum(len(batch.record.dropped) for batch in self._logged.values())
+        for batch in self._logged.values():  # which the new log has
+            state["failures"] -= len(batch.record.dropped)
+            for index in map(str, batch.record.restarted):
+                if index in state["attempts"]:
+                    state["attempts"][index] -= 1
         return state
 
     def restore(self, step: int, state: Mapping[str, Any]) -> None:

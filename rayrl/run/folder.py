@@ -25,6 +25,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import shutil
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -96,6 +97,7 @@ class RunDir:
         config: settings of the run; stored, and compared with stored ones.
         begin: write at once. False: only `begin` writes, so that a failed start leaves nothing.
         loggers: in addition to `run.loggers`; see `make_loggers`.
+        verb: what makes the run; the folder of another verb's run is refused.
 
     Attributes:
         resumed: whether the folder already held a run.
@@ -114,6 +116,7 @@ class RunDir:
         *,
         begin: bool = True,
         loggers: Sequence[str | Logger | LogFunction] = (),
+        verb: str = "",
     ) -> None:
         self.path = Path(path)
         self._config = config
@@ -127,11 +130,12 @@ class RunDir:
         self._open_loggers: list[Logger] = []
         self._unlock: Callable[[], object] | None = None
         self._more = self._begun = False
-        self._next_step = 0
+        self._verb = verb
         self.resumed = _holds_run(self.path)
         try:
             if self.resumed:
                 self._lock()
+                _refuse_verb(self.path, verb)
                 self._more = refuse_changes(self.path, config, _REMEDY, more_steps=True)
                 for partial in self.path.glob(".partial-*"):  # an earlier process was killed
                     shutil.rmtree(partial)
@@ -156,9 +160,12 @@ class RunDir:
         self._lock()
         if self._more:
             (self.path / "result.json").unlink(missing_ok=True)
-        write_atomic(self.path / "config.yaml", _as_yaml(self._config).encode())
-        self._next_step = self._truncate_metrics()
+        write_atomic(self.path / "config.yaml", _as_yaml(self._config, self._verb).encode())
         self._begun = True
+        first_step = self._truncate_metrics()
+        for logger in self._loggers:
+            logger.open(self.path, self._config, first_step)
+            self._open_loggers.append(logger)
 
     # --- metrics, episodes, results ---------------------------------------------------------------
 
@@ -177,9 +184,6 @@ class RunDir:
             for name, value in row.items()
             if name != "step" and isinstance(value, int | float)
         }
-        for logger in self._loggers[len(self._open_loggers) :]:
-            logger.open(self.path, self._config, self._next_step)
-            self._open_loggers.append(logger)
         for logger in self._loggers:
             logger.log(step, numbers)
 
@@ -234,6 +238,10 @@ class RunDir:
         """Mark the run as finished and write its result."""
         self._more = False
         self.write_json("result.json", {**result, _FILES: file_checksums(self.path, "*.jsonl")})
+
+    def reopen(self) -> None:
+        """Take the run for unfinished from now on: it has more steps to make."""
+        self._more = True
 
     @property
     def finished(self) -> dict[str, Any] | None:
@@ -312,10 +320,12 @@ class RunDir:
 
     def close(self) -> None:
         """Close the loggers and unlock the folder."""
-        while self._open_loggers:
-            self._open_loggers.pop().close()
-        if self._unlock is not None:
-            self._unlock()
+        try:
+            while self._open_loggers:
+                self._open_loggers.pop().close()
+        finally:
+            if self._unlock is not None:
+                self._unlock()
 
     def __enter__(self) -> RunDir:
         return self
@@ -364,11 +374,13 @@ class RunDir:
 
 
 def _holds_run(folder: Path) -> bool:
-    """Tell whether `folder` holds settings and at least one other file of a run."""
+    """Tell whether `folder` holds settings and anything that a run made, besides its loggers."""
     if not (folder / "config.yaml").is_file():
         return False
-    files = (file for file in folder.rglob("*") if file.name not in ("config.yaml", ".lock"))
-    return any(file.is_file() and file.stat().st_size for file in files)
+    begun = ("config.yaml", ".lock", "tensorboard", "wandb")
+    made = (path for entry in folder.iterdir() if entry.name not in begun
+            for path in (entry, *entry.rglob("*")))  # fmt: skip
+    return any(path.is_file() and path.stat().st_size for path in made)
 
 
 def check_finished(run: Path) -> None:
@@ -406,8 +418,20 @@ def read_config(run: Path) -> Config:
         raise DataError(f"{file}: {error}") from error
 
 
-def _as_yaml(config: Config) -> str:
+def _refuse_verb(run: Path, verb: str) -> None:
+    """Raise ConfigError if another verb than this one has made the run."""
+    with (run / "config.yaml").open("rb") as file:
+        made_by = re.fullmatch(rb"# rayrl (\w+)\n", file.readline())
+    if verb and made_by and made_by[1].decode() != verb:
+        raise ConfigError(
+            f"{run} holds a run of `rayrl {made_by[1].decode()}`; give this {verb} another "
+            "run.name (or run.dir)."
+        )
+
+
+def _as_yaml(config: Config, verb: str) -> str:
     text = OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+    text = f"# rayrl {verb}\n{text}" if verb else text
     return f"{text}{_SUM}{checksum_of(text.encode())}\n"
 
 

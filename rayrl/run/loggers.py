@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +24,7 @@ class Logger(Protocol):
     """Receives the metrics of every step."""
 
     def open(self, folder: Path, config: Config, first_step: int) -> None:
-        """Called once, before the first metrics.
+        """Called once, when the run begins.
 
         Args:
             folder: the run's folder.
@@ -160,21 +161,29 @@ def make_loggers(config: Config, more: Sequence[str | Logger | LogFunction] = ()
     Raises:
         ConfigError: a name is unknown, or a value is neither a logger nor a function.
     """
-    names: list[str | Logger | LogFunction] = [*config.run.loggers]
-    if config.run.wandb_project and "wandb" not in names:
+    if isinstance(more, str) or not isinstance(more, Sequence):
+        raise ConfigError(f"loggers={more!r}: give a list, as [{more!r}].")
+    names = [*config.run.loggers, *(value for value in more if isinstance(value, str))]
+    others = [value for value in more if not isinstance(value, str)]
+    if config.run.wandb_project and not any(isinstance(value, Wandb) for value in others):
         names.append("wandb")
-    return [_logger(value) for value in (*names, *more)]
+    return [_logger(value) for value in (*dict.fromkeys(names), *others)]
 
 
 def _logger(value: str | Logger | LogFunction) -> Logger:
     logger: Any = LOGGERS.resolve(value) if isinstance(value, str) else value
     if isinstance(logger, type):
-        logger = logger()
+        try:
+            logger = logger()
+        except TypeError as error:
+            raise ConfigError(
+                f"loggers: {value!r} needs arguments ({error}); pass an object of it."
+            ) from error
     if isinstance(logger, Logger):
         return logger
-    if not callable(logger):
+    if not callable(logger) or inspect.iscoroutinefunction(logger):
         raise ConfigError(
-            f"loggers: {value!r} is neither a name, nor a rayrl.Logger, nor a function "
-            "(step, metrics)."
+            f"loggers: {value!r} is neither a name, nor a rayrl.Logger, nor a plain "
+            "function (step, metrics)."
         )
     return _Function(logger)

@@ -156,7 +156,10 @@ class RolloutBuffer:
 
     def save(self) -> dict[str, Any]:
         """Plain data for a checkpoint: everything but groups that have ended, which the log has."""
-        attempts = {index: entry.attempts for index, entry in self._entries.items()}
+        logged_later = Counter(self._restarted)  # with the batch that closes next
+        attempts = {
+            index: entry.attempts - logged_later[index] for index, entry in self._entries.items()
+        }
         return {
             "next": self._next,
             # those that are ready too: without a log they are played again

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass, replace
@@ -101,7 +102,7 @@ class Training:
         self._recovery = Recovery(learner, folder, self._progress, config.learner.restarts)
         self._collected = CollectedGroups(())
         found = folder.latest_checkpoint()
-        self.start = self._pushed = found.step if found else 0
+        self.start = self._pushed = self._ended = found.step if found else 0
 
     async def attempts(self) -> AsyncGenerator[Attempt, None]:
         """See `Recovery.attempts`; the replicas have the weights of the attempt's first step.
@@ -160,12 +161,13 @@ class Training:
         config, folder, collected = self.config, self.folder, self._collected
         metrics = step_metrics(step, collected, batch, learned, self.clock)
         control = StepControl(step, metrics, folder.path, self._evaluations)
-        if on_step is not None:
-            on_step(control)
+        if on_step is not None and inspect.isawaitable(answer := on_step(control)):
+            await answer
         if control.evaluate:
             metrics |= await self.evaluate(step)
         folder.log(step, metrics)
         self._monitor.observe(step, metrics, self.clock, collected)
+        self._ended = step + 1
         self.stopped_after = step + 1 if control.stop else None
         last = step + 1 == self.steps or control.stop
         if step % config.run.episodes_every == 0 or last:
@@ -189,6 +191,8 @@ class Training:
         Raises:
             RunFailed: the environment failed too often (`env.failure_budget`).
         """
+        if step in self._evaluations:  # of before the learner was lost; replicas may be ahead now
+            return self._evaluations[step]
         config = self.config
         environment = make_environment(config).evaluation(config.env.held_out)
         cells, found = eval_cells(config), dict[str, float]()
@@ -216,11 +220,15 @@ class Training:
         self._recovery.checkpointed()
 
     async def finish(self) -> None:
-        """Write the model to RUN/model, a Hugging Face directory, and mark the run as finished."""
+        """Write the model to RUN/model, a Hugging Face directory, and mark the run as finished.
+
+        A run that ended before its last step goes on when it is started again, unless a callback
+        stopped it.
+        """
         with self.folder.whole(MODEL) as path:
             await self.learner.export(path)
-        early = {} if self.stopped_after is None else {"stopped_after": self.stopped_after}
-        self.folder.finish({"steps": self.steps, "model": MODEL, **early})
+        stopped = self.stopped_after is not None
+        self.folder.finish({"steps": self._ended, "model": MODEL, "stopped": stopped})
 
 
 class Attempt(AbstractContextManager["Attempt"]):
@@ -322,6 +330,8 @@ async def open_training(config: Config, folder: RunDir) -> AsyncIterator[Trainin
     start, state = (found.step, found.state) if found else (0, {})
     if folder.went_back:
         log.go_back(start)
+    if start < config.train.steps:
+        folder.reopen()
     async with open_cluster(config, config.train.steps, log.turns) as (rollouts, learner, weights):
         folder.begin()
         plans = functools.partial(training_plans, environment, config)

@@ -71,7 +71,7 @@ async def test_a_run_from_a_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     steps, loops = list[int](), set[int]()
 
-    def on_step(control: rayrl.StepControl) -> None:
+    async def on_step(control: rayrl.StepControl) -> None:
         control.evaluate = control.step == 0
         control.stop = control.step == 1
         if control.step == 1:
@@ -104,6 +104,9 @@ async def test_a_run_from_a_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "eval/reward" not in run.metrics[1]
     assert loops.isdisjoint({id(asyncio.get_running_loop())}), "the caller's own loop only waits"
     assert run.path == Path("runs/cell")
+    again = rayrl.train(env=count, steps=9, name="cell", settings=settings, loss=truncated,
+                        advantage=centred)  # fmt: skip
+    assert len(again.metrics) == 2, "it was stopped, and that is its end"
     assert (run.model_path / "model.safetensors").is_file()
     played = {episode.task.letter for episode in run.episodes()}  # type: ignore[attr-defined]
     assert played <= set("abcd")
@@ -131,3 +134,6 @@ async def test_a_run_from_a_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert len(groups) == 2
     async with rayrl.open_training(env=count, steps=2, name="own", settings=settings) as training:
         assert training.start == 1, "it resumes from its checkpoint"
+        await training.finish()  # early
+    run = rayrl.train(env=count, steps=2, name="own", settings=settings)
+    assert [row["step"] for row in run.metrics] == [0, 1], "the rest"

@@ -12,7 +12,7 @@ import pytest
 
 from rayrl.cluster.workers.scaling import Load
 from rayrl.config import Config, from_dict
-from rayrl.errors import DataError, RunFailed
+from rayrl.errors import ConfigError, DataError, RunFailed
 from rayrl.rollout.rollout import GroupPlan
 from rayrl.run.collector import GroupCollector
 from rayrl.run.group_log import Batched, GroupLog, Played
@@ -340,6 +340,18 @@ def test_a_file_that_is_no_log_is_named(log: GroupLog, tmp_path: Path) -> None:
     (tmp_path / "step_000000.log").write_bytes(b"\0\0\0\5hello")
     with pytest.raises(DataError, match=r"step_000000.log, byte 0: .* remove the file"):
         log.read(0)
+
+
+async def test_a_step_that_was_not_begun_or_is_collected_twice_says_so(start: Start) -> None:
+    run = await start(lag=0)
+    run.workers.end("0-0", "0-1")
+    await run.batch(0)
+    for step in (0, 1):  # 1 has not begun: nobody has pushed
+        with pytest.raises(ConfigError, match=rf"step {step} has nothing to train on.*push"):
+            await run.batch(step)
+    await run.at(1)
+    run.workers.end("1-0", "1-1")
+    assert await run.batch(1) == ["1-0", "1-1"]
 
 
 async def test_nothing_is_learned_where_a_server_refused_everything(start: Start) -> None:

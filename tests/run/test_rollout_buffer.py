@@ -91,11 +91,14 @@ def test_saved_and_loaded_what_was_running_begins_again() -> None:
     end(buffer, 1, kind="env")
     end(buffer, 2)
     buffer.begin(0)  # 0 again, and 4 instead of 1
-    state = buffer.save()
-    assert state == {"next": 5, "unfinished": [0, 2, 3, 4], "attempts": {"0": 1}, "failures": 0}
+    state, ended = buffer.save(), buffer.ended(READY, FAILED)
+    assert state == {"next": 5, "unfinished": [0, 2, 3, 4], "attempts": {}, "failures": 0}, (
+        "the restart of 0 is logged with the next batch"
+    )
+    restarted = buffer.close().restarted
 
     loaded = RolloutBuffer(2, 1, steps=9)
-    loaded.load(state, 0, buffer.ended(READY, FAILED), [])
+    loaded.load(state, 0, ended, [Batched(0, (), (), restarted)])
     states = [loaded.state_of(index) for index in range(6)]
     assert states == [PENDING, FAILED, READY, PENDING, PENDING, None]
     assert loaded.begin(0) == [0, 3, 4]
