@@ -33,5 +33,5 @@ def test_a_node_is_lost_and_another_comes(
     ]
     assert weights(folder) == weights(calm_ranks), "as on one node, with none lost"
     assert episodes(folder) == episodes(calm_ranks)
-    assert "a learner process died; it starts again" in run.said
+    assert "a learner process died; restarting it from step" in run.said
     assert scraps(folder) == []
