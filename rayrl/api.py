@@ -144,7 +144,11 @@ class Evaluation(Run):
             ConfigError: there are several cells; see `result.cells`.
         """
         if len(self.result.cells) > 1:
-            raise ConfigError(f"cells: {', '.join(self.result.cells)}; see result.cells[NAME].")
+            names = [*self.result.cells]
+            raise ConfigError(
+                f"this evaluation has several cells ({', '.join(names)}); choose one, as "
+                f"result.cells[{names[0]!r}].statistics."
+            )
         (cell,) = self.result.cells.values()
         return cell.statistics
 

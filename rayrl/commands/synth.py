@@ -285,7 +285,7 @@ def _lengths(found: Statistics) -> list[RenderableType]:
         sizes.add_column(name, justify="left" if name == "kept" else "right")
     for name, lengths in (
         ("replies per episode", found.turns),
-        ("characters a reply", found.characters),
+        ("characters per reply", found.characters),
     ):
         sizes.add_row(name, f"{lengths.median:g}", f"{lengths.p95:g}", f"{lengths.most:g}")
     common = Table(title_justify="left", title=f"{found.distinct} different texts (numbers as #)")

@@ -50,9 +50,10 @@ class StepControl:
     """What an `on_step` callback sees of a step, and may ask for.
 
     Attributes:
-        step: from 0; `metrics` are its.
+        step: the step that has just been made, counted from 0.
+        metrics: of that step.
         folder: of the run.
-        evaluations: metrics of those that were asked for so far, by step.
+        evaluations: metrics of the evaluations so far, by step.
         stop: set it to end the run after this step, with a checkpoint and the model.
         checkpoint: set it to make a checkpoint now.
         evaluate: set it to play `eval.cells` with the new weights now; what comes of it is logged
