@@ -1,12 +1,14 @@
 """The embedded engine against transformers' `generate`, on the same multi-turn episodes.
 
     python benchmarks/engine_vs_generate.py --batch 64 256 --turns 8 --threads 1
+    python benchmarks/engine_vs_generate.py --device cuda --dtype bfloat16 --shape 135M
 
 Both play the same conversations side by side in one process: each turn adds about 30 prompt ids, of
 varying lengths that are the same for both, and samples 8. `generate` is used as a program without
 an engine would: on a left-padded batch of whole histories, with a cache within each call. A token
 is a new prompt id or a sampled id, whatever was computed. After a warm-up the sides alternate, and
-the fastest run of each counts.
+the fastest run of each counts. The floor of a decode step is the time to read the weights and the
+conversations' keys and values once, at the speed of a large copy measured in the same run.
 """
 
 from __future__ import annotations
@@ -27,22 +29,52 @@ SAMPLED = 8
 Added = list[list[tuple[int, ...]]]  # [turn][conversation] prompt ids
 
 
-def load(path: str | None) -> Any:
-    """Load the model at `path`, or make one of the embedded model's shape with random weights."""
-    if path:
-        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+SHAPES: dict[str, dict[str, Any]] = {
+    "embedded": {
+        "hidden_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "intermediate_size": 384,
+        "vocab_size": 400,
+        "max_position_embeddings": 1024,
+    },
+    "135M": {
+        "hidden_size": 576,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "intermediate_size": 1536,
+        "vocab_size": 49152,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+    },
+}
+
+
+def load(args: argparse.Namespace) -> Any:
+    """Load the model, or make one with random weights."""
+    if args.model:
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+        return model.to(args.device)
     torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=128,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            intermediate_size=384,
-            vocab_size=400,
-            max_position_embeddings=1024,
-        )
-    )
+    with torch.device(args.device):
+        return LlamaForCausalLM(LlamaConfig(**SHAPES[args.shape]))
+
+
+def copy_rate(device: str) -> float:
+    """Measure the bytes per second that a large copy reads and writes."""
+    size = 1 << (31 if device == "cuda" else 27)
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    seconds = []
+    for _ in range(5):
+        began = time.perf_counter()
+        target.copy_(source)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return 2 * size / min(seconds)
 
 
 def prompts(vocabulary: int, batch: int, turns: int, new: int) -> Added:
@@ -88,8 +120,8 @@ def play_generate(model: Any, added: Added) -> float:
         padded = [[0] * pad + context for pad, context in zip(short, contexts, strict=True)]
         mask = [[0] * pad + [1] * (longest - pad) for pad in short]
         out = model.generate(
-            torch.tensor(padded),
-            attention_mask=torch.tensor(mask),
+            torch.tensor(padded, device=model.device),
+            attention_mask=torch.tensor(mask, device=model.device),
             max_new_tokens=SAMPLED,
             min_new_tokens=SAMPLED,
             do_sample=True,
@@ -102,18 +134,27 @@ def play_generate(model: Any, added: Added) -> float:
     return time.perf_counter() - began
 
 
-async def compare(args: argparse.Namespace, batch: int) -> None:
+async def compare(args: argparse.Namespace, batch: int, rate: float) -> None:
     """Compare both at a batch size and print one line."""
-    model, other = load(args.model), load(args.model)
-    other.eval()
+    dtype = getattr(torch, args.dtype)
+    model, other = load(args), load(args)
+    other.eval().to(dtype)
+    weights = sum(p.numel() for p in model.parameters())
     vocabulary = model.config.vocab_size
     added = prompts(vocabulary, batch, args.turns, args.new)
     tokens = sum(len(ids) + SAMPLED for new in added for ids in new)
     torch.set_num_threads(args.threads)
     longest = max(sum(len(new[i]) + SAMPLED for new in added) for i in range(batch))
-    engine = EmbeddedEngine(model, max_live=batch, threads=args.threads, max_len=longest + 1)
+    engine = EmbeddedEngine(
+        model,
+        max_live=batch,
+        threads=args.threads,
+        max_len=longest + 1,
+        kv_cache_gb=args.kv_cache_gb,
+        dtype=dtype,
+    )
     ours, theirs = [], []
-    await play_engine(engine, added[:1], -1)
+    await play_engine(engine, added, -1)  # captures graphs for all sizes
     play_generate(other, added[:1])
     for run in range(args.runs):
         before = engine.stats()
@@ -122,11 +163,16 @@ async def compare(args: argparse.Namespace, batch: int) -> None:
         theirs.append(play_generate(other, added))
     await engine.close()
     spent = {name: after[name] - before[name] for name in after}
+    config = model.config
+    per_id = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    held = weights + per_id * tokens / 2  # conversations are half done on average
+    floor = held * dtype.itemsize / rate
     print(
         f"batch {batch:4d}  engine {tokens / min(ours):8.0f} tokens/s  "
         f"generate {tokens / min(theirs):8.0f} tokens/s  ratio {min(theirs) / min(ours):5.1f}  "
         f"| engine, last run: prefill {spent['computed_tokens'] / spent['prefill_seconds']:.0f} "
-        f"tokens/s, decode step {1e3 * spent['decode_seconds'] / spent['decode_steps']:.1f} ms, "
+        f"tokens/s, decode step {1e3 * spent['decode_seconds'] / spent['decode_steps']:.2f} ms "
+        f"(floor {1e3 * floor:.2f}), "
         f"{spent['reused_tokens'] / spent['prompt_tokens']:.0%} of prompt ids reused",
         flush=True,
     )
@@ -141,9 +187,16 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=30, help="mean prompt ids per turn")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--runs", type=int, default=2)
+    parser.add_argument("--shape", choices=list(SHAPES), default="embedded")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--kv-cache-gb", type=float, default=1.0)
     args = parser.parse_args()
+    rate = copy_rate(args.device)
+    card = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
+    print(f"{card}, {args.dtype}: a copy moves {rate / 1e9:.0f} GB/s", flush=True)
     for batch in args.batch:
-        asyncio.run(compare(args, batch))
+        asyncio.run(compare(args, batch, rate))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from ray.serve.handle import DeploymentHandle
 from rayrl.cluster.code_bundle import env_names
 from rayrl.cluster.learner_group import LearnerGroup
 from rayrl.cluster.rollouts import Rollouts
-from rayrl.cluster.serving.replica import deploy, undeploy
+from rayrl.cluster.serving.replica import deploy, replica_engine, undeploy
 from rayrl.cluster.session import Session, open_session
 from rayrl.cluster.weight_sync.probe import Probe
 from rayrl.cluster.weight_sync.push import WeightSync, open_store
@@ -180,7 +180,7 @@ async def deploy_models(
         sleeps = store and job.config.cluster.colocate
         lora = job.config.lora if store and transport_of(job.config) == "adapters" else None
         factory = partial(
-            open_engine, job.models[player], job.config.engine, sleeps=sleeps, lora=lora
+            open_engine, job.models[player], replica_engine(job.config), sleeps=sleeps, lora=lora
         )
         handles[player] = await deploy(session, job.config, factory, app=app, store=store)
     return handles

@@ -143,9 +143,16 @@ class EngineConfig:
         1.0, "GB of KV cache per replica; vLLM on a GPU uses engine.gpu_memory instead", above=0
     )
     threads: int = setting(1, "torch threads per replica", least=1)
+    device: str = setting(
+        "auto",
+        "embedded: what a replica computes on; auto: the GPU that Ray gives it "
+        "(cluster.replica_gpus), else the CPU",
+        choices=("auto", "cpu", "cuda"),
+    )
     dtype: str = setting(
         "auto",
-        "vLLM: number format of weights and activations; auto: the model's own",
+        "number format of weights and activations; auto: float32 (embedded), or the model's own "
+        "(vLLM); embedded: bfloat16 on a GPU alone",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     gpu_memory: float = setting(

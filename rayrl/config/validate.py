@@ -170,11 +170,13 @@ def _check_shared(config: Config) -> None:
 
 def _check_train(config: Config) -> None:
     sampling, train, algo = config.sampling, config.train, config.algo
-    if config.learner.dtype == "bfloat16" and config.engine.kind == "embedded":
+    embedded = config.engine.kind == "embedded" and config.engine.dtype != "bfloat16"
+    if config.learner.dtype == "bfloat16" and embedded:
         raise _wrong(
             "learner.dtype",
             "bfloat16",
-            "the embedded engine computes in fp32; choose engine=vllm, or learner.dtype=float32.",
+            "the embedded engine computes in fp32; choose learner.dtype=float32, engine=vllm, or, "
+            "on a GPU, engine.dtype=bfloat16.",
         )
     if sampling.temperature == 0:
         raise _wrong(

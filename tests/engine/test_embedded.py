@@ -14,7 +14,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
+from rayrl.config import EngineConfig
 from rayrl.engine.embedded.engine import EmbeddedEngine
+from rayrl.engine.embedded.gpu import GpuSlab, graph_size
+from rayrl.engine.embedded.model import FlatModel
 from rayrl.engine.embedded.sampler import SamplingBatch, sample, uniform
 from rayrl.engine.protocol import Engine
 from rayrl.errors import ConfigError, DataError, InfraError, NumericsError, StaleWeights
@@ -568,3 +571,62 @@ def test_uniform_is_in_range_and_evenly_distributed() -> None:
     assert np.abs(np.histogram(u, 10, (0, 1))[0] - 1000).max() < 150
     by_seed = u.reshape(200, 50)
     assert abs(np.corrcoef(by_seed[:, :-1].ravel(), by_seed[:, 1:].ravel())[0, 1]) < 0.05
+
+
+@pytest.fixture
+def gpu_slab(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attend as on a GPU, on the CPU: all but the graphs."""
+
+    def slab(model: FlatModel, slots: int, max_len: int) -> GpuSlab:
+        return GpuSlab(model.geometry, slots, max_len, model.device, model.model.dtype)
+
+    monkeypatch.setattr(FlatModel, "slab", slab)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.usefixtures("gpu_slab")
+async def test_the_attention_for_gpus_gives_a_plain_forwards_logprobs(shape: str) -> None:
+    model = llama(shape)
+    shared = ids_of(random.Random(3), 30)  # long enough to be copied from slot to slot
+    async with engine_of(model, max_live=5) as engine:
+        games = await asyncio.gather(*(conversation(engine, f"s{i}", i, 4) for i in range(9)))
+        for turn in range(3):
+            answers = [
+                engine.generate(request(f"c{i}", (*shared, i + 6, turn + 6), i)) for i in range(12)
+            ]
+            prompts = [(*shared, i + 6, turn + 6) for i in range(12)]
+            games.append(list(zip(prompts, await asyncio.gather(*answers), strict=True)))
+        stats = engine.stats()
+    assert stats["reused_tokens"] > 12 * 30
+    for played, temperature in [(game, 0.8) for game in games[:9]] + [(g, 1.0) for g in games[9:]]:
+        for prompt, answer in played:
+            expected = reference_logprobs(model, prompt, answer.ids, temperature)
+            assert close_to(answer.rollout_logprobs, expected, 1e-3)
+
+
+@pytest.mark.usefixtures("gpu_slab")
+async def test_bf16_weights_are_confirmed_though_fp32_was_pushed() -> None:
+    new = llama(seed=1)
+    flat, manifest = flatten(new.state_dict())
+    async with engine_of(llama(), dtype=torch.bfloat16) as engine:
+        assert await engine.load_weights(1, flat, manifest) == checksum(flat)
+        answer = await engine.generate(request("s", (7, 8, 9), max_tokens=20))
+    expected = reference_logprobs(new, (7, 8, 9), answer.ids, 1.0)
+    assert close_to(answer.rollout_logprobs, expected, 0.3)
+
+
+def test_graph_sizes_hold_what_they_are_for_and_are_few() -> None:
+    sizes = {graph_size(n, 500) for n in range(1, 501)}
+    assert all(n <= graph_size(n, 500) <= min(500, max(2 * n, n + 63)) for n in range(1, 501))
+    assert len(sizes) == 14  # 1 to 64 by powers of two, then 128, 192, ..., 448, 500
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [({"device": "cuda"}, "cluster.replica_gpus"), ({"dtype": "bfloat16"}, "computes in fp32")],
+)
+def test_a_cpu_refuses_what_a_gpu_could(settings: dict[str, str], named: str) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is there")
+    with pytest.raises(ConfigError, match=named):
+        EmbeddedEngine.load("unread", EngineConfig(**settings))

@@ -20,7 +20,12 @@ from ray import serve
 from rayrl.chat.renderer import Chat
 from rayrl.cluster import cluster_address
 from rayrl.cluster.serving.inference_client import DEPLOYMENT
-from rayrl.cluster.serving.replica import deployment_settings, run_app, undeploy
+from rayrl.cluster.serving.replica import (
+    deployment_settings,
+    replica_engine,
+    run_app,
+    undeploy,
+)
 from rayrl.cluster.session import HttpAddress, listen_on_loopback, open_session, prepare_process
 from rayrl.config import Config, EngineConfig
 from rayrl.engine import open_engine
@@ -109,7 +114,7 @@ async def open_server(config: Config, name: str) -> AsyncIterator[str]:
     with ExitStack() as stack:
         session = stack.enter_context(open_session(cluster, http=at))
         app = f"{session.name}-http"
-        served = Served(path, name, digest, wanted.max_requests, config.engine, app)
+        served = Served(path, name, digest, wanted.max_requests, replica_engine(config), app)
         deployment = serve.deployment(
             **deployment_settings(cluster),
             health_check_timeout_s=60.0,

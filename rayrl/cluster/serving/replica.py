@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, Protocol
 
 import ray
@@ -21,7 +22,7 @@ from rayrl.cluster.serving.router import IndexRouter
 from rayrl.cluster.serving.streams import NoStream, Outcome, Result, ResultStream
 from rayrl.cluster.session import SERVE_LOGGING, Session, listen_on_loopback, prepare_process
 from rayrl.cluster.weight_sync.weight_store import NAMESPACE, Published, store_name
-from rayrl.config import ClusterConfig, Config
+from rayrl.config import ClusterConfig, Config, EngineConfig
 from rayrl.engine.protocol import BroadcastEngine, Engine, Part
 from rayrl.errors import ConfigError, InfraError, RayrlError, StaleWeights
 from rayrl.types import Completion, Request
@@ -232,6 +233,13 @@ class Replica:
         """Raise unless the engine works; load the newest weights."""
         await self._engine.check()
         await self.catch_up(wait=True)
+
+
+def replica_engine(config: Config) -> EngineConfig:
+    """The engine's settings for replicas: without a GPU reserved for them, they use the CPU."""
+    if config.engine.device == "auto" and not config.cluster.replica_gpus:
+        return replace(config.engine, device="cpu")
+    return config.engine
 
 
 def deployment_settings(cluster: ClusterConfig) -> dict[str, Any]:

@@ -60,7 +60,9 @@ class Scorer(Protocol):
 
 def tolerance(config: Config) -> float:
     """Largest mean |difference| of logprobs in nats that rounding explains."""
-    engine = "float32" if config.engine.kind == "embedded" else config.engine.dtype
+    engine = config.engine.dtype
+    if config.engine.kind == "embedded" and engine == "auto":
+        engine = "float32"
     return EXACT if engine == config.learner.dtype == "float32" else ROUNDED
 
 

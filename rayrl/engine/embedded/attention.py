@@ -3,8 +3,8 @@
 A step runs the tokens of many conversations as one row of a batch, (1, T), so the linear layers see
 almost no padding; only the attention below knows which token belongs to which conversation.
 transformers passes it q, k and v after the rotary embedding; it writes k and v to the slab
-(`KVSlab`) and attends there. A step is a `Prefill` (several new tokens per conversation) or a
-`Decode` (one each).
+(`KVSlab`) and attends there. A step is a prefill (several new tokens per conversation) or a
+decode (one each). This is the CPU's way; the one for GPUs, in `gpu.py`, promises no bits.
 
 **Every token's result has the same bits in both, whatever else is in the step.** As measured on
 torch's CPU kernels (MKL, fp32), each of these conditions is necessary and together they suffice:
@@ -14,7 +14,7 @@ torch's CPU kernels (MKL, fp32), each of these conditions is necessary and toget
   rows are split across threads. Hence `_min_rows`, and the flat batch's padding in `model.py`. Some
   CPUs need more for wide rows (an Intel of model 167: width / 24), which `_fewest_rows` measures;
 - scores reduce over the head dimension in order, so zeros before and after a head change nothing,
-  and `Decode` may fold several heads into one product (below) where `Prefill` does not;
+  and `_Decode` may fold several heads into one product (below) where `_Prefill` does not;
 - softmax and values reduce over the context, padded with exact zeros to a multiple of 16; the
   product with the values is computed in blocks of 128 keys, because the library splits longer ones
   at a point that depends on their total length.
@@ -27,7 +27,6 @@ product with a block-diagonal query: more multiplications, by exact zeros, in a 
 from __future__ import annotations
 
 import mmap
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
@@ -37,9 +36,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rayrl.engine.embedded.prompts import FlatPrompts, Run
 from rayrl.errors import ConfigError
 
-__all__ = ["NAME", "Decode", "Geometry", "KVSlab", "Prefill", "Step", "attention"]
+__all__ = ["NAME", "Geometry", "KVSlab", "Slab", "Step", "attention"]
 
 NAME = "rayrl_slab"  # under which `attention` is registered with transformers
 MIN_ROWS = 4
@@ -82,9 +82,36 @@ class Geometry:
         """Products per token: key heads / fold."""
         return self.kv_heads // self.fold
 
-    def slot_bytes(self, max_len: int) -> int:
-        """Bytes of one conversation's fp32 keys and values."""
-        return self.layers * 2 * self.kv_heads * self.head_dim * 4 * max_len
+    def slot_bytes(self, max_len: int, itemsize: int = 4) -> int:
+        """Bytes of one conversation's keys and values of `itemsize` bytes each."""
+        return self.layers * 2 * self.kv_heads * self.head_dim * itemsize * max_len
+
+
+class Step(Protocol):
+    """The conversations of one forward pass."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Store k, v (T, kv_heads, D) and attend with scaled q (T, heads, D); same shape as q."""
+        ...
+
+
+class Slab(Protocol):
+    """Keys and values of `slots` conversations of up to `max_len` ids."""
+
+    slots: int
+    max_len: int
+
+    def copy_prefix(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` positions of one slot to another, in all layers."""
+        ...
+
+    def prefill(self, flat: FlatPrompts) -> Step:
+        """Prepare the computation of prompts."""
+        ...
+
+    def decode(self, slots: Ints, positions: Ints) -> Step:
+        """Prepare the computation of one token, at `positions`, for each of ascending `slots`."""
+        ...
 
 
 class KVSlab:
@@ -109,6 +136,14 @@ class KVSlab:
         for slab in (self.keys, self.values):
             slab[:, target, :, :length].copy_(slab[:, source, :, :length])
 
+    def prefill(self, flat: FlatPrompts) -> Step:
+        """See `Slab`."""
+        return _Prefill(self, flat)
+
+    def decode(self, slots: Ints, positions: Ints) -> Step:
+        """See `Slab`."""
+        return _Decode(self, slots, positions)
+
     def rows(self, slots: Ints, positions: Ints) -> Tensor:
         """Return the rows (n * folds,) of positions in a layer viewed as rows of fold * D."""
         folds = self.geometry.folds
@@ -120,14 +155,6 @@ class KVSlab:
         width = self.keys.shape[-1]
         for slab, new in ((self.keys, keys), (self.values, values)):
             slab[layer].view(-1, width).index_copy_(0, rows, new.reshape(-1, width))
-
-
-class Step(Protocol):
-    """The conversations of one forward pass."""
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store k, v (T, kv_heads, D) and attend with scaled q (T, heads, D); same shape as q."""
-        ...
 
 
 def _values(probs: Tensor, values: Tensor) -> Tensor:
@@ -165,11 +192,8 @@ def _min_rows(batches: int, width: int) -> int:
     return rows if batches >= threads else max(rows, 8) * threads
 
 
-class Decode:
-    """One new token, at `positions`, for each of `slots` in ascending order.
-
-    Blocks of nearby slots are attended to as views of the slab: nothing is gathered.
-    """
+class _Decode:
+    """Blocks of nearby slots are attended to as views of the slab: nothing is gathered."""
 
     def __init__(self, slab: KVSlab, slots: Ints, positions: Ints) -> None:
         self.slab = slab
@@ -241,16 +265,13 @@ class _Tiles:
     mask: Tensor  # (n * folds, tile * group, L)
 
 
-_Piece = tuple[int, int, int, int]  # slot, first token's position, its flat index, token count
-
-
-def _group_pieces(pieces: list[_Piece]) -> list[list[_Piece]]:
+def _group_pieces(pieces: list[Run]) -> list[list[Run]]:
     """Group pieces into products: adjacent slots, which need no copy, then the remaining ones."""
-    products: list[list[_Piece]] = []
-    scattered: list[_Piece] = []
-    run: list[_Piece] = []
+    products: list[list[Run]] = []
+    scattered: list[Run] = []
+    run: list[Run] = []
     for piece in [*sorted(pieces), None]:
-        if run and (piece is None or piece[0] != run[-1][0] + 1 or len(run) == TILES):
+        if run and (piece is None or piece.slot != run[-1].slot + 1 or len(run) == TILES):
             if len(run) >= NEIGHBOURS:
                 products.append(run)
             else:
@@ -258,40 +279,28 @@ def _group_pieces(pieces: list[_Piece]) -> list[list[_Piece]]:
             run = []
         if piece is not None:
             run.append(piece)
-    scattered.sort(key=lambda piece: piece[1] + piece[3])  # similar contexts need less padding
+    scattered.sort(
+        key=lambda piece: piece.position + piece.length
+    )  # similar contexts need less padding
     return products + [scattered[at : at + TILES] for at in range(0, len(scattered), TILES)]
 
 
-class Prefill:
-    """New tokens of several conversations, each computed once even if several share it.
+class _Prefill:
+    """New tokens of several conversations, each computed once even if several share it."""
 
-    Args:
-        runs: (slot, first position, first flat index, count) of the tokens to compute in each slot;
-            see `FlatPrompts.runs`.
-        source, slots, positions: (W,) each: token `source` of the flat batch is written to that
-            slot and position; a shared token appears once per conversation.
-    """
-
-    def __init__(
-        self,
-        slab: KVSlab,
-        runs: Sequence[_Piece],
-        source: Ints,
-        slots: Ints,
-        positions: Ints,
-    ) -> None:
+    def __init__(self, slab: KVSlab, flat: FlatPrompts) -> None:
         self.slab = slab
-        self._source = torch.from_numpy(source)
-        self._write_at = slab.rows(slots, positions)
+        self._source = torch.from_numpy(flat.source)
+        self._write_at = slab.rows(flat.target_slots, flat.target_positions)
         size = max(TILE // slab.geometry.group, MIN_ROWS)
         pieces = [
-            (slot, position + done, token + done, min(size, count - done))
-            for slot, position, token, count in runs
+            Run(slot, position + done, token + done, min(size, count - done))
+            for slot, position, token, count in flat.runs
             for done in range(0, count, size)
         ]
         self._products = [self._tiles(part) for part in _group_pieces(pieces)]
 
-    def _tiles(self, pieces: list[_Piece]) -> _Tiles:
+    def _tiles(self, pieces: list[Run]) -> _Tiles:
         g = self.slab.geometry
         slot, position, token, count = np.array(pieces, dtype=np.int64).T
         tile = max(int(count.max()), _min_rows(len(pieces) * g.folds, g.head_dim))

@@ -1,11 +1,12 @@
-"""The embedded engine: continuous batching of small Hugging Face causal LMs on the CPU.
+"""The embedded engine: continuous batching of small Hugging Face causal LMs.
 
 One thread runs steps. A step is a *prefill* of new prompt ids (preferred when requests can be
 admitted) or a *decode* of one id per running request. Requests join and leave between steps. Keys
 and values stay in a conversation's slot between its turns; conversations with a common prefix copy
-it from each other, and requests that arrive together compute it once. The same request, seed and
-weights give the same ids and logprobs, bit for bit, whatever else is in flight and whether keys and
-values were cached, copied or recomputed (see `attention.py`).
+it from each other, and requests that arrive together compute it once. On the CPU the same request,
+seed and weights give the same ids and logprobs, bit for bit, whatever else is in flight and whether
+keys and values were cached, copied or recomputed (see `attention.py`). On a GPU (`gpu.py`) logits
+differ in their last bits with the batch, and so, rarely, does a sampled id.
 
 **Why not transformers' own continuous batching.** Measured on one thread (transformers 5.19), it
 samples fewer tokens per second from 16 or 64 conversations than `generate` does, keeps no KV cache
@@ -34,7 +35,6 @@ import torch
 
 from rayrl.chat.tokenizer import load_tokenizer
 from rayrl.config import EngineConfig
-from rayrl.engine.embedded.attention import Decode, KVSlab, Prefill
 from rayrl.engine.embedded.decode_state import DecodeState
 from rayrl.engine.embedded.kv import SlotTable, slots_for
 from rayrl.engine.embedded.model import FlatModel
@@ -62,13 +62,14 @@ if TYPE_CHECKING:
 
 __all__ = ["EmbeddedEngine"]
 
-PREFILL_TOKENS = 1024  # distinct tokens per prefill step: more exceed the core's cache
+# distinct tokens per prefill step: on a CPU more exceed the core's cache
+PREFILL_TOKENS = {"cpu": 1024, "cuda": 16384}
 
 _log = logging.getLogger(__name__)
 
 
 class EmbeddedEngine:
-    """Generate with `model`, a transformers `*ForCausalLM` in fp32 on the CPU.
+    """Generate with `model`, a transformers `*ForCausalLM` in fp32 on the CPU or a GPU.
 
     The engine owns `model` and changes its weights in place. Implements `engine.protocol.Engine`.
 
@@ -81,6 +82,7 @@ class EmbeddedEngine:
         version: version of the weights in `model`.
         tokenizer: needed only for requests with stop strings.
         raw_logprobs: see `open_engine`.
+        dtype: number format to compute in; on the CPU, float32 alone.
 
     Raises:
         ConfigError: a value is out of range, or the engine cannot run this architecture.
@@ -97,12 +99,13 @@ class EmbeddedEngine:
         version: int = 0,
         tokenizer: Any = None,
         raw_logprobs: bool = False,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         if max_live < 1 or threads < 1:
             raise ConfigError(
                 f"engine.max_live={max_live}, engine.threads={threads}: both must be at least 1"
             )
-        self._model = FlatModel(model, max_len)
+        self._model = FlatModel(model, max_len, dtype)
         if not 0 <= max_len <= self._model.max_len:
             raise ConfigError(
                 f"engine.max_len={max_len}: the model has {self._model.max_len} positions; "
@@ -111,9 +114,10 @@ class EmbeddedEngine:
         self.version = version
         self.max_len = max_len or self._model.max_len
         self.max_live = max_live
-        geometry = self._model.geometry
-        slots = slots_for(geometry, self.max_len, kv_cache_gb, max_live)
-        self._slab = KVSlab(geometry, slots, self.max_len)
+        slot_bytes = self._model.geometry.slot_bytes(self.max_len, dtype.itemsize)
+        slots = slots_for(slot_bytes, self.max_len, kv_cache_gb, max_live)
+        self._slab = self._model.slab(slots, self.max_len)
+        self._prefill_tokens = PREFILL_TOKENS[self._model.device.type]
         self._table = SlotTable(self._slab)
         self._state = DecodeState(slots, self._slab.max_len)
         self._tokenizer = tokenizer
@@ -140,8 +144,13 @@ class EmbeddedEngine:
         version: int = 0,
         raw_logprobs: bool = False,
     ) -> EmbeddedEngine:
-        """Load a Hugging Face directory, with the settings of `config`."""
-        model = load_causal_lm(path, dtype=torch.float32)
+        """Load a Hugging Face directory, with the settings of `config`.
+
+        Raises:
+            ConfigError: as the constructor, or `engine.device` is not there.
+        """
+        device = _device(config)
+        model = load_causal_lm(path, dtype=torch.float32).to(device)
         try:
             tokenizer = load_tokenizer(Path(path))
         except (OSError, ValueError) as error:
@@ -157,6 +166,7 @@ class EmbeddedEngine:
             version=version,
             tokenizer=tokenizer,
             raw_logprobs=raw_logprobs,
+            dtype=torch.bfloat16 if config.dtype == "bfloat16" else torch.float32,
         )
 
     # Called from any event loop.
@@ -363,11 +373,12 @@ class EmbeddedEngine:
         self._stats.load_seconds += time.perf_counter() - began
 
     def _admit(self) -> list[EngineRequest]:
-        """Give slots to waiting requests, up to about `PREFILL_TOKENS` new tokens."""
+        """Give slots to waiting requests, up to about `_prefill_tokens` new tokens."""
         admitted: list[EngineRequest] = []
         tokens = 0
         seen: set[bytes] = set()
-        while self._waiting and tokens < PREFILL_TOKENS and len(self._running) < self.max_live:
+        limit = self._prefill_tokens
+        while self._waiting and tokens < limit and len(self._running) < self.max_live:
             candidate = self._waiting[0]
             request, prompt = candidate.request, candidate.prompt
             if candidate.cancelled:
@@ -397,21 +408,20 @@ class EmbeddedEngine:
         """Compute the prompts' uncached tokens, each shared prefix once, and sample."""
         flat = flatten_prompts([(r.slot, r.prompt, r.cached) for r in admitted])
         slots = np.array([r.slot for r in admitted])
-        step = Prefill(self._slab, flat.runs, flat.source, flat.target_slots, flat.target_positions)
+        step = self._slab.prefill(flat)
         logits = self._model.logits(step, flat.ids, flat.positions, flat.last)
         self._table.cached[slots] = self._state.prompt[slots]
         self._stats.prompt_tokens += int(self._state.prompt[slots].sum())
         self._stats.computed_tokens += len(flat.ids)
         order = np.argsort(slots)
-        self._sample(slots[order], logits[torch.from_numpy(order)])
+        self._sample(slots[order], logits[torch.from_numpy(order).to(logits.device)])
 
     def _decode(self) -> None:
         """Compute and sample one more id for every running request."""
         slots = np.flatnonzero(self._table.live)
         positions = self._table.cached[slots]
-        step = Decode(self._slab, slots, positions)
         ids = self._table.ids[slots, positions]
-        logits = self._model.logits(step, ids, positions, np.arange(len(slots)))
+        logits = self._model.decode(self._slab, slots, positions, ids)
         self._table.cached[slots] += 1
         self._sample(slots, logits)
 
@@ -496,3 +506,23 @@ class EmbeddedEngine:
         self._waiting.clear()
         self._table.finish(np.flatnonzero(self._table.live))
         self._table.clear()
+
+
+def _device(config: EngineConfig) -> torch.device:
+    """Return the device that `engine.device` selects; raises ConfigError if it is not there."""
+    gpu = torch.cuda.is_available()
+    if config.device == "cuda" and not gpu:
+        raise ConfigError(
+            "engine.device=cuda: torch sees no GPU in this process; reserve one for each replica "
+            "with cluster.replica_gpus, or set engine.device=cpu"
+        )
+    if config.device == "cpu" or not gpu:
+        if config.dtype not in ("auto", "float32"):
+            raise ConfigError(
+                f"engine.dtype={config.dtype}: on a CPU the embedded engine computes in fp32; set "
+                "float32, or choose engine=vllm"
+            )
+        return torch.device("cpu")
+    if config.dtype == "float16":
+        raise ConfigError("engine.dtype=float16: the embedded engine knows float32 and bfloat16")
+    return torch.device("cuda")

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from rayrl.engine.embedded.attention import Geometry, KVSlab
+from rayrl.engine.embedded.attention import Slab
 from rayrl.errors import ConfigError
 
 __all__ = ["SlotTable", "slots_for"]
@@ -16,13 +16,15 @@ SLOTS_PER_LIVE = 4  # limit on slots, per conversation that may be decoded at on
 MIN_SHARED = 8  # ids; shorter prefixes are not worth copying
 
 
-def slots_for(geometry: Geometry, max_len: int, kv_cache_gb: float, max_live: int) -> int:
+def slots_for(slot_bytes: int, max_len: int, kv_cache_gb: float, max_live: int) -> int:
     """Return the number of slots that fit the budget, at most `SLOTS_PER_LIVE * max_live`.
+
+    Args:
+        slot_bytes: keys and values of a conversation of `max_len` ids.
 
     Raises:
         ConfigError: not even one conversation fits.
     """
-    slot_bytes = geometry.slot_bytes(max_len)
     fit = int(kv_cache_gb * 1e9 // slot_bytes)
     if fit < 1:
         raise ConfigError(
@@ -41,7 +43,7 @@ class SlotTable:
         live: (slots,) bool; a live slot has a running generation and is not reassigned.
     """
 
-    def __init__(self, slab: KVSlab) -> None:
+    def __init__(self, slab: Slab) -> None:
         self.slab = slab
         self.ids: NDArray[np.int64] = np.zeros((slab.slots, slab.max_len), dtype=np.int64)
         self.cached: NDArray[np.int64] = np.zeros(slab.slots, dtype=np.int64)

@@ -10,7 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rayrl.engine.embedded.attention import NAME, Geometry, KVSlab, Prefill, Step, attention
+from rayrl.engine.embedded.attention import NAME, Geometry, KVSlab, Slab, Step, attention
+from rayrl.engine.embedded.gpu import DecodeGraphs, GpuSlab
+from rayrl.engine.embedded.prompts import flatten_prompts
 from rayrl.errors import ConfigError, DataError
 from rayrl.weights.flat import Manifest, checksum, flatten, unflatten
 
@@ -22,9 +24,10 @@ PROBE_TOLERANCE = 1e-3
 
 
 class FlatModel:
-    """Run `model` (a transformers `*ForCausalLM`, fp32, CPU) through `attention`.
+    """Run `model` (a transformers `*ForCausalLM` in fp32) through `attention`.
 
     Args:
+        dtype: number format to run in, once the model has been compared with transformers'.
         max_len: maximum ids per conversation; 0: as many as the model has positions.
 
     Raises:
@@ -32,7 +35,7 @@ class FlatModel:
             causal attention in every layer.
     """
 
-    def __init__(self, model: Any, max_len: int = 0) -> None:
+    def __init__(self, model: Any, max_len: int = 0, dtype: torch.dtype = torch.float32) -> None:
         from transformers import AttentionInterface
 
         AttentionInterface.register(NAME, attention)
@@ -40,38 +43,78 @@ class FlatModel:
         self.geometry = _geometry(model, self.config, max_len)
         self.model = model.eval().requires_grad_(False)
         self.vocab_size = int(model.get_input_embeddings().weight.shape[0])
+        self.device: torch.device = model.device
         self._probe()
+        self.model.to(dtype)
+        rope = getattr(self.config, "rope_parameters", None) or {}
+        # the others look at the positions on the host, which a graph cannot
+        fixed = rope.get("rope_type", "default") not in ("dynamic", "longrope")
+        self._captures = fixed and self.device.type == "cuda"
+        self._graphs: DecodeGraphs | None = None
 
     @property
     def max_len(self) -> int:
         """Number of positions of the model: the maximum ids per conversation."""
         return int(self.config.max_position_embeddings)
 
-    @torch.inference_mode()
-    def logits(
-        self,
-        step: Step,
-        ids: NDArray[np.int64],
-        positions: NDArray[np.int64],
-        at: NDArray[np.int64],
-    ) -> Tensor:
+    def slab(self, slots: int, max_len: int) -> Slab:
+        """Allocate keys and values of `slots` conversations of `max_len` ids."""
+        if self.device.type == "cpu":
+            if self.model.dtype != torch.float32:
+                raise ConfigError("engine.dtype: on a CPU the embedded engine computes in fp32")
+            return KVSlab(self.geometry, slots, max_len)
+        return GpuSlab(self.geometry, slots, max_len, self.device, self.model.dtype)
+
+    def decode(self, slab: Slab, slots: Ints, positions: Ints, ids: Ints) -> Tensor:
+        """Compute one id, at `positions`, for each of ascending `slots` (n,).
+
+        Returns:
+            Logits (n, vocabulary); on a GPU the next call overwrites them.
+        """
+        if not isinstance(slab, GpuSlab) or not self._captures:
+            step = slab.decode(slots, positions)
+            return self.logits(step, ids, positions, np.arange(len(slots)))
+        if self._graphs is None:
+            self._graphs = DecodeGraphs(slab, self._forward)
+        return self._graphs.logits(slots, positions, ids)
+
+    def logits(self, step: Step, ids: Ints, positions: Ints, at: Ints) -> Tensor:
         """Run the tokens `ids`, `positions` (T,).
 
         Returns:
             Logits (n, vocabulary) at the flat indices `at` (n,).
         """
-        min_rows = max(MIN_TOKENS, 8 * torch.get_num_threads())
-        padding = (0, max(min_rows - len(ids), 0))
-        out = self.model(
-            input_ids=torch.from_numpy(np.pad(ids, padding))[None],
-            position_ids=torch.from_numpy(np.pad(positions, padding))[None],
-            use_cache=False,
-            logits_to_keep=torch.from_numpy(np.pad(at, (0, max(min_rows - len(at), 0)))),
-            rayrl_step=step,
-            rayrl_tokens=len(ids),
+        tokens, wanted = len(ids), len(at)
+        if self.device.type == "cpu":
+            min_rows = max(MIN_TOKENS, 8 * torch.get_num_threads())
+            padding = (0, max(min_rows - tokens, 0))
+            ids, positions = np.pad(ids, padding), np.pad(positions, padding)
+            at = np.pad(at, (0, max(min_rows - wanted, 0)))
+        ids_, positions_, at_ = (
+            torch.from_numpy(array).to(self.device) for array in (ids, positions, at)
         )
-        logits: Tensor = out.logits[0, : len(at)]
-        return logits
+        return self._forward(step, ids_, positions_, at_, tokens)[:wanted]
+
+    @torch.inference_mode()
+    def _forward(
+        self,
+        step: Step,
+        ids: Tensor,
+        positions: Tensor,
+        at: Tensor | None = None,
+        tokens: int | None = None,
+    ) -> Tensor:
+        """Logits at `at`, or at all ids; from `tokens` on, ids are padding."""
+        out = self.model(
+            input_ids=ids[None],
+            position_ids=positions[None],
+            use_cache=False,
+            logits_to_keep=0 if at is None else at,
+            rayrl_step=step,
+            rayrl_tokens=len(ids) if tokens is None else tokens,
+        )
+        logits: Tensor = out.logits[0]
+        return logits.float()
 
     @torch.inference_mode()
     def load(self, flat: NDArray[np.uint8], manifest: Manifest) -> str:
@@ -93,16 +136,20 @@ class FlatModel:
             )
         for name, tensor in new.items():
             current[name].copy_(tensor)
-        loaded, _ = flatten((name, current[name].to(new[name].dtype)) for name in new)
+        held = {name: current[name].cpu() for name in new}
+        wider = [name for name in new if new[name].dtype.itemsize > held[name].dtype.itemsize]
+        for name in wider:  # rounded: what has gone is in the buffer alone
+            if torch.equal(held[name], new[name].to(held[name].dtype)):
+                held[name] = new[name]
+        loaded, _ = flatten((name, held[name].to(new[name].dtype)) for name in new)
         return checksum(loaded)
 
     def _probe(self) -> None:
         """Compare logits of two short conversations with those of transformers' own attention."""
         layers: set[int] = set()
         ids = np.arange(8, dtype=np.int64) % self.vocab_size
-        slab = KVSlab(self.geometry, 2, 16)
-        index = np.arange(8)
-        step = Prefill(slab, [(0, 0, 0, 4), (1, 0, 4, 4)], index, index // 4, index % 4)
+        prompts = flatten_prompts([(0, ids[:4], 0), (1, ids[4:], 0)])
+        step = self.slab(2, 16).prefill(prompts)
 
         class RecordingStep:
             def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -112,9 +159,10 @@ class FlatModel:
         try:
             self.model.set_attn_implementation("sdpa")
             with torch.inference_mode():
-                theirs = self.model(input_ids=torch.from_numpy(ids).view(2, 4), use_cache=False)
+                shared = torch.from_numpy(ids).to(self.device).view(2, 4)
+                theirs = self.model(input_ids=shared, use_cache=False)
             self.model.set_attn_implementation(NAME)
-            ours = self.logits(RecordingStep(), ids, index % 4, index)
+            ours = self.logits(RecordingStep(), prompts.ids, prompts.positions, prompts.source)
         except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
             raise _refusal(self.model, f"a probe failed: {error}") from error
         if len(layers) != self.geometry.layers:
@@ -135,8 +183,8 @@ def _refusal(model: Any, why: str) -> ConfigError:
 
 def _geometry(model: Any, config: Any, max_len: int) -> Geometry:
     """Read the attention's shapes from the config; raises ConfigError for unsupported models."""
-    if any(p.dtype != torch.float32 or p.device.type != "cpu" for p in model.parameters()):
-        raise _refusal(model, "it is not float32 on the CPU")
+    if any(p.dtype != torch.float32 or p.device != model.device for p in model.parameters()):
+        raise _refusal(model, "it is not float32 on one device")
     if "logits_to_keep" not in inspect.signature(model.forward).parameters:
         raise _refusal(model, "its forward has no logits_to_keep")
     kinds = {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["FlatPrompts", "flatten_prompts"]
+__all__ = ["FlatPrompts", "Run", "flatten_prompts"]
 
 Ints = NDArray[np.int64]
+
+
+class Run(NamedTuple):
+    """`length` tokens of a slot from `position` on, which are the flat batch's from `token` on."""
+
+    slot: int
+    position: int
+    token: int
+    length: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +31,7 @@ class FlatPrompts:
         ids: (T,) token ids.
         positions: (T,) positions in their conversation.
         last: (prompts,) flat index of each prompt's last id.
-        runs: (slot, first position, first flat index, count) of the consecutive tokens that no
-            earlier prompt has, for each prompt with such tokens.
+        runs: the tokens that no earlier prompt has, for each prompt with such tokens.
         source: (W,) flat index of the token for each slab entry.
         target_slots, target_positions: (W,) slot and position of each slab entry.
     """
@@ -30,7 +39,7 @@ class FlatPrompts:
     ids: Ints
     positions: Ints
     last: Ints
-    runs: list[tuple[int, int, int, int]]
+    runs: list[Run]
     source: Ints
     target_slots: Ints
     target_positions: Ints
@@ -45,7 +54,7 @@ def flatten_prompts(prompts: Sequence[tuple[int, Ints, int]]) -> FlatPrompts:
     ids: list[int] = []
     positions: list[int] = []
     last: list[int] = []
-    runs: list[tuple[int, int, int, int]] = []
+    runs: list[Run] = []
     source: list[int] = []
     for slot, prompt, cached in prompts:
         node = roots.setdefault(prompt[:cached].tobytes(), -1 - len(roots))
@@ -57,7 +66,7 @@ def flatten_prompts(prompts: Sequence[tuple[int, Ints, int]]) -> FlatPrompts:
                 positions.append(position)
             source.append(node)
         if len(ids) > first:
-            runs.append((slot, positions[first], first, len(ids) - first))
+            runs.append(Run(slot, positions[first], first, len(ids) - first))
         last.append(node)
     spans = [(slot, cached, len(prompt) - cached) for slot, prompt, cached in prompts]
     return FlatPrompts(

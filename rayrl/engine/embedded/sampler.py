@@ -8,6 +8,7 @@ number generators"), so neither the rest of the batch nor a request's time of ar
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,7 +59,7 @@ def sample(logits: Tensor, batch: SamplingBatch) -> tuple[NDArray[np.int64], NDA
     most probable ids whose total probability is at least top_p.
 
     Args:
-        logits: (n, vocabulary) fp32.
+        logits: (n, vocabulary) fp32, on any device.
 
     Returns:
         ids (n,), and natural-log probabilities (n,), 0 for greedy rows.
@@ -71,29 +72,32 @@ def sample(logits: Tensor, batch: SamplingBatch) -> tuple[NDArray[np.int64], NDA
         raise NumericsError("the model's logits are not finite; its weights have diverged")
     greedy = batch.temperature == 0
     if greedy.all():
-        return argmax.numpy(), np.zeros(len(logits), dtype=np.float32)
-    temperature = np.where(greedy, np.float32(1), batch.temperature)
-    logits = logits / torch.from_numpy(temperature)[:, None]
-    u = torch.from_numpy(uniform(batch.seeds, batch.positions))
+        return argmax.cpu().numpy(), np.zeros(len(logits), dtype=np.float32)
+    device = logits.device
+
+    def tensor(array: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(array).to(device)
+
+    logits = logits / tensor(np.where(greedy, np.float32(1), batch.temperature))[:, None]
+    u = tensor(uniform(batch.seeds, batch.positions))
     truncated = ~greedy & ((batch.top_k > 0) | (batch.top_p < 1))
     if not truncated.any():
         ids, logprobs = _draw(logits.log_softmax(-1), u)
     else:
-        ids = torch.empty(len(logits), dtype=torch.int64)
-        logprobs = torch.empty(len(logits))
-        full = torch.from_numpy(np.flatnonzero(~truncated))
-        part = torch.from_numpy(np.flatnonzero(truncated))
+        ids = torch.empty(len(logits), dtype=torch.int64, device=device)
+        logprobs = torch.empty(len(logits), device=device)
+        full, part = tensor(np.flatnonzero(~truncated)), tensor(np.flatnonzero(truncated))
         if len(full):
             ids[full], logprobs[full] = _draw(logits[full].log_softmax(-1), u[full])
-        top_k, top_p = torch.from_numpy(batch.top_k)[part], torch.from_numpy(batch.top_p)[part]
+        top_k, top_p = tensor(batch.top_k)[part], tensor(batch.top_p)[part]
         ordered, order = _truncate(logits[part], top_k, top_p)
         ranks, logprobs[part] = _draw(ordered, u[part])
         ids[part] = order.gather(1, ranks[:, None])[:, 0]
     if greedy.any():
-        is_greedy = torch.from_numpy(greedy)
+        is_greedy = tensor(greedy)
         ids = torch.where(is_greedy, argmax, ids)
         logprobs = logprobs.masked_fill(is_greedy, 0.0)
-    return ids.numpy(), logprobs.numpy()
+    return ids.cpu().numpy(), logprobs.cpu().numpy()
 
 
 def raw_logprobs(
@@ -110,13 +114,13 @@ def raw_logprobs(
         (n,) logprobs of the sampled ids, and the most probable ids of each row.
     """
     norm = logits.logsumexp(-1)  # (n,)
-    sampled = logits.gather(1, torch.from_numpy(ids)[:, None])[:, 0] - norm
+    sampled = logits.gather(1, torch.from_numpy(ids).to(logits.device)[:, None])[:, 0] - norm
     alternatives: list[Alternatives] = [()] * len(logits)
     for row in np.flatnonzero(top):
         best, best_ids = logits[row].topk(min(int(top[row]), logits.shape[1]))
         pairs = zip(best_ids.tolist(), (best - norm[row]).tolist(), strict=True)
         alternatives[row] = tuple(pairs)
-    return sampled.numpy(), alternatives
+    return sampled.cpu().numpy(), alternatives
 
 
 def _draw(logprobs: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,7 +133,7 @@ def _draw(logprobs: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
 def _truncate(logits: Tensor, top_k: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:
     """Return logprobs in descending order, -inf where truncated, and the ids in that order."""
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
-    rank = torch.arange(logits.shape[1])
+    rank = torch.arange(logits.shape[1], device=logits.device)
     limit = torch.where(top_k > 0, top_k, logits.shape[1])
     ordered = ordered.masked_fill(rank >= limit[:, None], -torch.inf)
     probs = ordered.double().softmax(-1)
