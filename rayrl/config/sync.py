@@ -68,8 +68,8 @@ def _check_colocated(config: Config) -> None:
     if config.engine.kind != "vllm":
         raise _wrong(
             "colocate=true",
-            f"engine.kind={config.engine.kind} is on no GPU; choose engine=vllm, or "
-            "cluster.colocate=false.",
+            f"engine.kind={config.engine.kind} does not sleep while the learner works; choose "
+            "engine=vllm, or share the GPU without taking turns: cluster=gpu.",
         )
     if config.train.max_lag:
         raise _wrong(
