@@ -1,5 +1,9 @@
 """Attention over a packed trie, as an attention function of transformers.
 
+There are two ways. On the CPU, and for little work, each row's keys are gathered into rectangles
+(`Bucket`). On a GPU FlexAttention computes all of it in one kernel: a token sees another exactly if
+it is in that one's subtree (`Packed.ends`), and whole blocks of keys are skipped.
+
 The model runs on flat ids (1, U). Only attention knows the rows: each row's owned queries attend
 to the keys on the row's whole path. Everything else (embeddings, norms, linear layers) computes
 every distinct token once and no padding. transformers builds no mask for an attention
@@ -9,18 +13,25 @@ implementation without a registered mask function, as intended here.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface
 
 from rayrl.errors import ConfigError
-from rayrl.learner.packing import Bucket, Packed
+from rayrl.learner.packing import Bucket, IntArray, Packed
 
-__all__ = ["IMPLEMENTATION", "BeyondWindow", "Plan", "plan"]
+__all__ = ["IMPLEMENTATION", "BeyondWindow", "Plan", "block_mask", "plan"]
 
 IMPLEMENTATION = "rayrl_trie"
+FLEX_DEVICES = ("cuda",)
+FLEX_WORK = 4096 * 512  # tokens * width from which a compiled kernel earns its compilation
+FLEX_BLOCK = 128
+FLEX_SIZES = 4  # sizes a kernel is compiled for, per doubling of the tokens
 SHORT = 512  # keys up to which two batched products beat torch's bf16 kernel on the CPU
 
 
@@ -42,18 +53,74 @@ class _BucketTensors:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Plan:
-    """The attention work of a `Packed`, as tensors; passed to the model as `plan=`."""
+    """The attention work of a `Packed`, as tensors; passed to the model as `plan=`.
+
+    Attributes:
+        longest: ids of the longest row.
+        tokens: ids that the model is to be given: those of the trie, padded.
+        mask: for FlexAttention; then there are no buckets.
+    """
 
     longest: int
+    tokens: int
     buckets: tuple[_BucketTensors, ...]
+    mask: BlockMask | None = None
 
 
-def plan(packed: Packed, device: torch.device | str, dtype: torch.dtype) -> Plan:
-    """The attention work of `packed` as tensors on `device`; `dtype` is that of the queries."""
-    return Plan(
-        int(packed.lengths.max()),
-        tuple(_to_tensors(bucket, torch.device(device), dtype) for bucket in packed.buckets),
+def plan(packed: Packed, device: torch.device | str, dtype: torch.dtype, width: int) -> Plan:
+    """The attention work of `packed` as tensors on `device`.
+
+    Args:
+        dtype: that of the queries.
+        width: the model's hidden size.
+    """
+    device, tokens = torch.device(device), len(packed.ids)
+    longest = int(packed.lengths.max())
+    if device.type not in FLEX_DEVICES or tokens * width < FLEX_WORK:
+        buckets = tuple(_to_tensors(bucket, device, dtype) for bucket in packed.buckets)
+        return Plan(longest, tokens, buckets)
+    step = max(FLEX_BLOCK, (1 << (tokens.bit_length() - 1)) // FLEX_SIZES)
+    padded = -(-tokens // step) * step
+    ends = np.concatenate([packed.ends, np.arange(tokens, padded) + 1])
+    return Plan(longest, padded, (), block_mask(ends, device))
+
+
+def block_mask(ends: IntArray, device: torch.device | str) -> BlockMask:
+    """FlexAttention's mask in which query j sees key i if i <= j < ends[i].
+
+    Args:
+        ends: (n,), n a multiple of `FLEX_BLOCK`, of a forest in preorder.
+    """
+    blocks = ends.reshape(-1, FLEX_BLOCK)
+    first = np.arange(len(blocks)) * FLEX_BLOCK  # query of each block
+    before = first[:, None] > first  # (query blocks, key blocks)
+    seen = before & (blocks.max(1) > first[:, None])
+    whole = before & (blocks.min(1) >= first[:, None] + FLEX_BLOCK)
+    end = torch.from_numpy(ends).to(device)
+
+    def visible(b: Any, h: Any, query: Any, key: Any) -> Any:
+        return (key <= query) & (query < end[key])
+
+    def listed(chosen: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """How many key blocks each query block has, and which, in front."""
+        found = chosen.sum(1), np.argsort(~chosen, axis=1, kind="stable")
+        count, order = (torch.from_numpy(a.astype(np.int32)[None, None]).to(device) for a in found)
+        return count, order
+
+    partial = listed((seen & ~whole) | np.eye(len(blocks), dtype=bool))
+    return BlockMask.from_kv_blocks(
+        *partial, *listed(whole), BLOCK_SIZE=FLEX_BLOCK, mask_mod=visible
     )
+
+
+@cache
+def _flex(device: str) -> Any:
+    """FlexAttention, compiled where it can be."""
+    if device == "cpu":
+        return flex_attention
+    # one kernel for each size, with and without gradients, of more models than one
+    torch._dynamo.config.recompile_limit = 256
+    return torch.compile(flex_attention, dynamic=False)
 
 
 def _to_tensors(bucket: Bucket, device: torch.device, dtype: torch.dtype) -> _BucketTensors:
@@ -109,6 +176,16 @@ def _attend(
             f"model.path: a row of {plan.longest} ids is longer than the sliding window "
             f"({sliding_window}), and than engine.max_len; raise that, or use shorter episodes"
         )
+    if plan.mask is not None:
+        out = _flex(query.device.type)(
+            query,
+            key,
+            value,
+            block_mask=plan.mask,
+            scale=scaling,
+            enable_gqa=key.shape[1] != query.shape[1],
+        )
+        return out.transpose(1, 2), None
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (U, H, D)
     flat_out = query.new_empty(query.shape[0], query.shape[1] * value.shape[2])
     pieces, owners = [], []

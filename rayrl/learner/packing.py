@@ -60,6 +60,8 @@ class Packed:
         target: (N,) id of each loss token.
         row: (N,) packed row of each loss token.
         position: (N,) position of each loss token in its row.
+        ends: (U,) where the subtree of each distinct token ends: as U is in the order of the sorted
+            rows, token i is on the path to token j exactly if i <= j < ends[i].
         buckets: the attention work; together they own every token once.
     """
 
@@ -74,6 +76,7 @@ class Packed:
     target: IntArray
     row: IntArray
     position: IntArray
+    ends: IntArray
     buckets: tuple[Bucket, ...]
 
 
@@ -146,8 +149,21 @@ def pack(rows: Sequence[NDArray[Any]], masks: Sequence[NDArray[np.bool_]]) -> Pa
         target=padded[row, position],
         row=row,
         position=position,
+        ends=_ends(lengths, starts, offsets),
         buckets=_buckets(path, lengths, starts, offsets),
     )
+
+
+def _ends(lengths: IntArray, starts: IntArray, offsets: IntArray) -> IntArray:
+    """(U,): a token's subtree ends with the last row that shares it."""
+    ends = np.empty(offsets[-1], np.int64)
+    # by depth, the first token of the rows below that is not in the subtree
+    after = np.full(int(lengths.max()), offsets[-1])
+    for row in range(len(lengths) - 1, -1, -1):
+        start = starts[row]
+        ends[offsets[row] : offsets[row + 1]] = after[start : lengths[row]]
+        after[start:] = offsets[row]
+    return ends
 
 
 def _padded_masks(masks: Sequence[NDArray[np.bool_]], width: int) -> NDArray[np.bool_]:

@@ -37,12 +37,15 @@ def logits_before(model: Any, packed: Packed) -> tuple[Tensor, Tensor]:
     if not shares_prefixes(model):
         return padded_logits(model, packed)
     device = model.device
+    config = getattr(model, "module", model).config.get_text_config()
+    work = plan(packed, device, model.dtype, getattr(config, "hidden_size", 0))
+    padding = (0, work.tokens - len(packed.ids))
     logits = model(
-        input_ids=torch.from_numpy(packed.ids).to(device)[None],
-        position_ids=torch.from_numpy(packed.positions).to(device)[None],
+        input_ids=torch.from_numpy(np.pad(packed.ids, padding)).to(device)[None],
+        position_ids=torch.from_numpy(np.pad(packed.positions, padding)).to(device)[None],
         logits_to_keep=torch.from_numpy(packed.sources).to(device),
         use_cache=False,
-        plan=plan(packed, device, model.dtype),
+        plan=work,
     ).logits[0]  # (S, V)
     return logits, torch.from_numpy(packed.slot).to(device)
 

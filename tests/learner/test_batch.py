@@ -166,6 +166,9 @@ def test_trie_holds_each_prefix_once_and_every_row(seed):
     for b, i in enumerate(packed.order):
         n = packed.lengths[b]
         path = packed.path[b, :n]
+        # on the path to its last token are the tokens in whose subtree that is
+        upto = np.arange(path[-1] + 1)
+        assert upto[packed.ends[upto] > path[-1]].tolist() == path.tolist()
         assert packed.ids[path].tolist() == rows[i].ids.tolist()
         assert packed.positions[path].tolist() == list(range(n))
         mine = packed.row == b

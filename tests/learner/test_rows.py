@@ -8,10 +8,13 @@ import torch
 from transformers import AutoModelForCausalLM, Lfm2Config, Lfm2ForCausalLM
 
 from rayrl.config import Config, LearnerConfig
-from rayrl.learner.attention import IMPLEMENTATION
+from rayrl.learner import attention
+from rayrl.learner.attention import FLEX_BLOCK, IMPLEMENTATION, block_mask
 from rayrl.learner.batch import batch_of
 from rayrl.learner.forward import load_model
+from rayrl.learner.packing import pack
 from rayrl.learner.reference import ReferenceLearner
+from rayrl.learner.rows import logits_before
 from tests.learner_rows import VOCABULARY, make_model, make_rows
 
 
@@ -61,3 +64,48 @@ def test_a_hybrid_has_the_logprobs_and_gradients_of_each_row_alone(hybrid: Path)
     metrics = learner.step(batch.rows, batch.totals)
     assert metrics["updates"] == 1
     assert metrics["grad_norm"] > 0
+
+
+@pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile")
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_the_kernel_for_gpus_gives_the_same_logits(
+    heads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model(make_model(tmp_path, num_key_value_heads=heads, hidden_size=64))
+    rows = [row for seed in range(3) for row in make_rows(seed)]
+    packed = pack([row.ids for row in rows], [row.loss_mask for row in rows])
+    assert len(packed.ids) % FLEX_BLOCK  # so that there is padding
+    found = []
+    with torch.no_grad():
+        for devices in ((), ("cpu",)):
+            monkeypatch.setattr(attention, "FLEX_DEVICES", devices)
+            monkeypatch.setattr(attention, "FLEX_WORK", 0)
+            found.append(logits_before(model, packed)[0])
+    assert float((found[0] - found[1]).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_its_mask_skips_the_blocks_that_nothing_sees(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    n = 8 * FLEX_BLOCK
+    parents = np.array([rng.integers(max(-1, i - 200), i) if rng.random() < 0.02 else i - 1
+                        for i in range(n)])  # fmt: skip
+    open_ends: list[int] = []
+    ends = np.full(n, n)
+    for i, parent in enumerate(parents):  # a forest in preorder: a parent is still open
+        while open_ends and open_ends[-1] != parent and open_ends[-1] > parent:
+            ends[open_ends.pop()] = i
+        open_ends.append(i)
+    query, key = np.arange(n)[:, None], np.arange(n)
+    visible = (key <= query) & (query < ends[key])
+    tiles = visible.reshape(8, FLEX_BLOCK, 8, FLEX_BLOCK)
+    seen, whole = tiles.any((1, 3)), tiles.all((1, 3))
+    mask = block_mask(ends, "cpu")
+    parts = (
+        (mask.kv_num_blocks, mask.kv_indices, seen & ~whole),
+        (mask.full_kv_num_blocks, mask.full_kv_indices, whole),
+    )
+    for count, order, wanted in parts:
+        for row in range(8):
+            listed = order[0, 0, row, : count[0, 0, row]].tolist()
+            assert listed == np.flatnonzero(wanted[row]).tolist()
