@@ -1,17 +1,18 @@
 """The learner on a GPU: attention over a trie, packed and padded; whole steps by ZeRO stage.
 
     python benchmarks/gpu_learner.py [--models 135M 1.5B] [--rows 128] [--repeats 3] [--only steps]
+    python benchmarks/gpu_learner.py --only attention --kinds games conversations long
     python benchmarks/gpu_learner.py --device cpu --models tiny --rows 16     for a trial
 
 Models have random weights and the shapes of SmolLM2-135M and Qwen2.5-1.5B. Rows are games
 (`learner_step.py`'s, about 150 ids) and conversations (a prompt of 384 ids, then four turns of 96
-sampled ids and 32 given ones; siblings share the prompt alone).
+sampled ids and 32 given ones; siblings share the prompt alone), or long (groups of 16 that share
+4,096 ids and sample 512 each).
 
-*Attention*: forward and backward of all rows, no optimizer, bf16. `trie` is the learner as it is;
-`trie flex` is the same trie in FlexAttention, where key i is visible to query j if i <= j < end[i],
-the end of i's subtree; `packed flex` is whole rows end to end in FlexAttention, without sharing;
-`padded` is right-padded rows in SDPA with logits everywhere. The logprobs of both tries are
-compared with those of fp32.
+*Attention*: forward and backward of all rows, no optimizer, bf16. `trie flex` and `trie gathered`
+are the learner's two ways; `packed flex` is whole rows end to end in FlexAttention, without sharing; `padded` is right-padded rows in SDPA with logits
+everywhere. The logprobs of both tries are compared with those of fp32. MFU counts the FLOPs of the
+linear layers for distinct tokens.
 
 *Steps*: `DeepSpeedLearner.step` on one rank, with gradients, clipping and AdamW. The floor counts
 linear layers only: 6 FLOPs per parameter and distinct token (for the head: per predicting token),
@@ -34,19 +35,18 @@ from typing import Any
 import numpy as np
 import torch
 from learner_step import finish, make_rows, padded_step
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from rayrl.config import AlgoConfig, Config
-from rayrl.learner.attention import IMPLEMENTATION
+from rayrl.learner import attention as trie_attention
+from rayrl.learner.attention import IMPLEMENTATION, Plan, block_mask
 from rayrl.learner.batch import Batch, Trajectory, batch_of, micro_batches
 from rayrl.learner.deepspeed import DeepSpeedLearner
 from rayrl.learner.forward import loss_of, token_logprobs
 from rayrl.learner.logits import chosen_logprobs
 from rayrl.learner.loss import Objective
-from rayrl.learner.packing import IntArray, Packed, pack
+from rayrl.learner.packing import IntArray, pack
 
-TOKENS = 8192  # distinct tokens per micro-batch
 MODELS: dict[str, Any] = {
     "tiny": lambda: LlamaConfig(
         hidden_size=64,
@@ -95,17 +95,19 @@ def conversations(n: int, group: int) -> list[Trajectory]:
     return rows
 
 
-def ends_of(packed: Packed) -> IntArray:
-    """(U,) end of the subtree of each distinct token."""
-    own = packed.lengths - packed.starts
-    offsets = np.concatenate(([0], np.cumsum(own)))
-    out = np.empty(len(packed.ids), np.int64)
-    following = np.full(int(packed.lengths.max()) + 1, len(packed.ids))  # by depth
-    for row in range(len(own) - 1, -1, -1):
-        start, length = packed.starts[row], packed.lengths[row]
-        out[offsets[row] : offsets[row + 1]] = following[start:length]
-        following[start:] = offsets[row]
-    return out
+def long_rows(n: int, group: int = 16) -> list[Trajectory]:
+    """Make `n` rows that share 4,096 ids with their group and sample 512."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for g in range(-(-n // group)):
+        prompt = rng.integers(0, 400, 4096)
+        for _ in range(min(group, n - g * group)):
+            ids = np.concatenate([prompt, rng.integers(0, 400, 512)]).astype(np.int32)
+            mask = np.arange(len(ids)) >= 4096
+            old = np.where(mask, -6.0, 0.0).astype(np.float32)
+            advantage = np.where(mask, rng.normal(), 0.0).astype(np.float32)
+            rows.append(Trajectory(ids, mask, old, advantage, group=g))
+    return rows
 
 
 def end_to_end(rows: list[Trajectory]) -> tuple[IntArray, IntArray, IntArray, IntArray, IntArray]:
@@ -118,78 +120,36 @@ def end_to_end(rows: list[Trajectory]) -> tuple[IntArray, IntArray, IntArray, In
     return ids, positions, np.repeat(offsets[1:], lengths), targets - 1, ids[targets]
 
 
-class Flex:
-    """FlexAttention as an attention function of transformers, over ids of one padded length."""
+def packed_logprobs(model: Any, rows: list[Trajectory], device: str, tokens: int) -> torch.Tensor:
+    """Logprobs of the rows' loss tokens, in the rows' order, from whole rows end to end."""
+    ids, positions, ends, sources, targets = end_to_end(rows)
+    extra = -len(ids) % tokens
 
-    def __init__(self, device: str) -> None:
-        self.device = device
-        compiled = device != "cpu"
-        self.attend = torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
-        self.mask_of = torch.compile(create_block_mask) if compiled else create_block_mask
-        AttentionInterface.register("flex_by_ends", self)
+    def tensor(array: IntArray) -> torch.Tensor:
+        return torch.from_numpy(array).to(device)
 
-    def __call__(
-        self,
-        module: torch.nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        scaling: float | None = None,
-        plan: Any = None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, None]:
-        out = self.attend(query, key, value, block_mask=plan, scale=scaling, enable_gqa=True)
-        return out.transpose(1, 2), None
-
-    def logits(
-        self, model: Any, ids: IntArray, positions: IntArray, ends: IntArray, sources: IntArray
-    ) -> torch.Tensor:
-        """(S, V) at `sources`."""
-        size = -(-len(ids) // TOKENS) * TOKENS
-        extra = size - len(ids)
-        end = np.concatenate([ends, np.arange(len(ids), size) + 1])
-
-        def tensor(array: IntArray) -> torch.Tensor:
-            return torch.from_numpy(array).to(self.device)
-
-        end_of = tensor(end)
-
-        def visible(b: Any, h: Any, query: Any, key: Any) -> Any:
-            return (key <= query) & (query < end_of[key])
-
-        mask = self.mask_of(visible, None, None, size, size, device=self.device)
-        out: torch.Tensor = model(
-            input_ids=tensor(np.pad(ids, (0, extra)))[None],
-            position_ids=tensor(np.pad(positions, (0, extra)))[None],
-            logits_to_keep=tensor(sources),
-            use_cache=False,
-            plan=mask,
-        ).logits[0]
-        return out
-
-    def trie(self, model: Any, rows: list[Trajectory]) -> torch.Tensor:
-        """Logprobs of the rows' loss tokens, in `pack`'s order."""
-        packed = pack([row.ids for row in rows], [row.loss_mask for row in rows])
-        logits = self.logits(model, packed.ids, packed.positions, ends_of(packed), packed.sources)
-        slot, target = (torch.from_numpy(a).to(self.device) for a in (packed.slot, packed.target))
-        return chosen_logprobs(logits, slot, target, 1.0)[0]
-
-    def packed(self, model: Any, rows: list[Trajectory]) -> torch.Tensor:
-        """Logprobs of the rows' loss tokens, in the rows' order."""
-        ids, positions, ends, sources, targets = end_to_end(rows)
-        logits = self.logits(model, ids, positions, ends, sources)
-        target = torch.from_numpy(targets).to(self.device)
-        return chosen_logprobs(logits, torch.arange(len(target), device=self.device), target, 1.0)[
-            0
-        ]
+    padded_ends = np.concatenate([ends, np.arange(len(ids), len(ids) + extra) + 1])
+    logits = model(
+        input_ids=tensor(np.pad(ids, (0, extra)))[None],
+        position_ids=tensor(np.pad(positions, (0, extra)))[None],
+        logits_to_keep=tensor(sources),
+        use_cache=False,
+        plan=Plan(0, len(padded_ends), (), block_mask(padded_ends, device)),
+    ).logits[0]
+    slots = torch.arange(len(targets), device=device)
+    return chosen_logprobs(logits, slots, tensor(targets), 1.0)[0]
 
 
-def runs(rows: list[Trajectory]) -> Iterator[list[Trajectory]]:
-    """Yield parts of at most `TOKENS` tokens without sharing, sorted to minimize padding."""
+def use_flex(flex: bool) -> None:
+    """Choose the trie's attention, whatever `flex_pays` would say."""
+    trie_attention.flex_pays = lambda packed, device, width: flex
+
+
+def runs(rows: list[Trajectory], tokens: int) -> Iterator[list[Trajectory]]:
+    """Yield parts of at most `tokens` tokens without sharing, sorted to minimize padding."""
     part: list[Trajectory] = []
     for row in sorted(rows, key=lambda row: len(row.ids)):
-        if sum(len(other.ids) for other in part) + len(row.ids) > TOKENS:
+        if sum(len(other.ids) for other in part) + len(row.ids) > tokens:
             yield part
             part = []
         part.append(row)
@@ -217,7 +177,7 @@ def best(work: Callable[[], None], device: str, repeats: int) -> tuple[float, fl
     return min(seconds[1:]), peak
 
 
-def attention(name: str, batch: Batch, flex: Flex, device: str, repeats: int) -> None:
+def attention(name: str, batch: Batch, device: str, repeats: int, rate: float, tokens: int) -> None:
     """Time the four variants and compare logprobs of the tries with fp32."""
     torch.manual_seed(0)
     with torch.device(device):
@@ -227,29 +187,35 @@ def attention(name: str, batch: Batch, flex: Flex, device: str, repeats: int) ->
     rows = list(batch.rows)
     objective = Objective.of(AlgoConfig(loss="cispo", tis_max=2.0))
     row_tokens = sum(len(row.ids) for row in rows)
+    packs = [
+        pack([row.ids for row in m], [row.loss_mask for row in m])
+        for m in micro_batches(rows, tokens)
+    ]
+    distinct, sources = sum(len(p.ids) for p in packs), sum(len(p.sources) for p in packs)
+    head = model.get_output_embeddings().weight.numel()
+    body = sum(p.numel() for p in model.parameters()) - head
+    flops = 6 * (body * distinct + head * sources)
+    print(f"  {row_tokens} row tokens, {distinct} distinct, {sources} that predict", flush=True)
 
-    def trie() -> None:
-        for micro in micro_batches(rows, TOKENS):
-            loss, _ = loss_of(model, micro, objective, batch.totals, 1.0, first=True)
-            loss.backward()
+    def trie(flex: bool) -> Callable[[], None]:
+        def step() -> None:
+            use_flex(flex and device != "cpu")
+            for micro in micro_batches(rows, tokens):
+                loss, _ = loss_of(model, micro, objective, batch.totals, 1.0, first=True)
+                loss.backward()
 
-    def trie_flex() -> None:
-        for micro in micro_batches(rows, TOKENS):
-            packed = pack([row.ids for row in micro], [row.loss_mask for row in micro])
-            ordered = [micro[i] for i in packed.order]  # as `flex.trie` returns them
-            loss = -(flex.trie(model, micro) * weights_of(ordered, device)).sum()
-            (loss / batch.totals.tokens).backward()
+        return step
 
     def packed_flex() -> None:
-        for part in runs(rows):
-            loss = -(flex.packed(model, part) * weights_of(part, device)).sum()
+        for part in runs(rows, tokens):
+            loss = -(packed_logprobs(model, part, device, tokens) * weights_of(part, device)).sum()
             (loss / batch.totals.tokens).backward()
 
     ways = {
-        "trie": (IMPLEMENTATION, trie),
-        "trie flex": ("flex_by_ends", trie_flex),
-        "packed flex": ("flex_by_ends", packed_flex),
-        "padded": ("sdpa", lambda: padded_step(model, rows, batch.totals, TOKENS) and None),
+        "trie flex": (IMPLEMENTATION, trie(True)),
+        "padded": ("sdpa", lambda: padded_step(model, rows, batch.totals, tokens) and None),
+        "trie gathered": (IMPLEMENTATION, trie(False)),
+        "packed flex": (IMPLEMENTATION, packed_flex),
     }
     took: dict[str, float] = {}
     for way, (implementation, work) in ways.items():
@@ -262,33 +228,33 @@ def attention(name: str, batch: Batch, flex: Flex, device: str, repeats: int) ->
             torch.cuda.empty_cache()
             continue
         print(
-            f"  {way}: {took[way]:.3f} s, {row_tokens / took[way]:,.0f} row tokens/s, "
-            f"{peak:.1f} GiB at the peak",
+            f"  {way}: {took[way]:.3f} s, {row_tokens / took[way]:,.0f} row tokens/s, MFU "
+            f"{flops / took[way] / rate:.0%}, {peak:.1f} GiB at the peak",
             flush=True,
         )
     model.zero_grad()
-    some = micro_batches(rows, TOKENS)[0]
+    some = micro_batches(rows, tokens)[0]
     packed = pack([row.ids for row in some], [row.loss_mask for row in some])
     with torch.no_grad():
         found = {}
         for dtype in (torch.bfloat16, torch.float32):
             model = model.to(dtype)
             model.set_attn_implementation(IMPLEMENTATION)
-            found[f"trie {dtype}"] = token_logprobs(model, packed, 1.0)[0]
-            model.set_attn_implementation("flex_by_ends")
-            found[f"trie flex {dtype}"] = flex.trie(model, some)
-    wanted = found[f"trie {torch.float32}"]
+            for way, flex in (("trie flex", device != "cpu"), ("trie gathered", False)):
+                use_flex(flex)
+                found[f"{way} {dtype}"] = token_logprobs(model, packed, 1.0)[0]
+    wanted = found[f"trie gathered {torch.float32}"]
     for key, values in found.items():
         difference = (values - wanted).abs()
         print(f"  {key}: {difference.mean():.1e} nats from fp32's, at most {difference.max():.1e}")
 
 
-def steps(name: str, batch: Batch, device: str, repeats: int, rate: float) -> None:
+def steps(name: str, batch: Batch, device: str, repeats: int, rate: float, tokens: int) -> None:
     """Whole steps of the learner, by dtype and ZeRO stage."""
     rows = list(batch.rows)
     packs = [
         pack([row.ids for row in m], [row.loss_mask for row in m])
-        for m in micro_batches(rows, TOKENS)
+        for m in micro_batches(rows, tokens)
     ]
     distinct, sources = sum(len(p.ids) for p in packs), sum(len(p.sources) for p in packs)
     row_tokens = sum(len(row.ids) for row in rows)
@@ -315,7 +281,9 @@ def steps(name: str, batch: Batch, device: str, repeats: int, rate: float) -> No
             # in its own process: DeepSpeed keeps the GPU memory of a learner
             with ProcessPoolExecutor(1, get_context("spawn")) as pool:
                 try:
-                    done = pool.submit(step_of, folder, batch, case, device, repeats).result()
+                    done = pool.submit(
+                        step_of, folder, batch, case, device, repeats, tokens
+                    ).result()
                 except Exception as error:  # measure the others
                     done = f"FAILED {type(error).__name__}: {str(error)[:200]}", 0.0
             dtype, stage, again = case
@@ -339,7 +307,12 @@ CASES: list[tuple[str, int, bool]] = [  # dtype, ZeRO stage, gradient checkpoint
 
 
 def step_of(
-    folder: str, batch: Batch, case: tuple[str, int, bool], device: str, repeats: int
+    folder: str,
+    batch: Batch,
+    case: tuple[str, int, bool],
+    device: str,
+    repeats: int,
+    tokens: int,
 ) -> tuple[str, float]:
     """Run steps of one learner; return a description and the seconds of a step."""
     config = Config()
@@ -348,7 +321,7 @@ def step_of(
         dtype=case[0],
         zero_stage=case[1],
         lr=1e-6,
-        micro_batch_tokens=TOKENS,
+        micro_batch_tokens=tokens,
         gradient_checkpointing=case[2],
         threads=4,
     )
@@ -391,25 +364,30 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--only", choices=["attention", "steps"])
+    parser.add_argument("--group", type=int, default=8, help="siblings in a conversation's group")
+    parser.add_argument("--tokens", type=int, default=8192, help="per micro-batch")
+    parser.add_argument("--kinds", nargs="+", default=["games", "conversations"])
     args = parser.parse_args()
     torch.set_num_threads(4)
     rate = product_rate(args.device)
     card = "CPU" if args.device == "cpu" else torch.cuda.get_device_name()
     print(f"{card}, torch {torch.__version__}: {rate / 1e12:.0f} TFLOP/s in a bf16 product")
     kinds = {
-        "games": batch_of(make_rows(8 * args.rows, 16)),
-        "conversations": batch_of(conversations(args.rows, 8)),
+        "games": lambda: batch_of(make_rows(8 * args.rows, 16)),
+        "conversations": lambda: batch_of(conversations(args.rows, args.group)),
+        "long": lambda: batch_of(long_rows(args.rows // 4)),
     }
     if args.only != "steps":
-        flex = Flex(args.device)
         for name in args.models:
-            for kind, batch in kinds.items():
+            for kind in args.kinds:
+                batch = kinds[kind]()
                 print(f"{name}, {kind}: {len(batch.rows)} rows, bf16, forward and backward")
-                attention(name, batch, flex, args.device, args.repeats)
+                attention(name, batch, args.device, args.repeats, rate, args.tokens)
                 gc.collect()
+                torch.cuda.empty_cache()
     if args.only != "attention":
         for name in args.models:
-            steps(name, kinds["conversations"], args.device, args.repeats, rate)
+            steps(name, kinds["conversations"](), args.device, args.repeats, rate, args.tokens)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Attention over a packed trie, as an attention function of transformers.
 
-There are two ways. On the CPU, and for little work, each row's keys are gathered into rectangles
-(`Bucket`). On a GPU FlexAttention computes all of it in one kernel: a token sees another exactly if
-it is in that one's subtree (`Packed.ends`), and whole blocks of keys are skipped.
+There are two ways. One gathers each row's keys into rectangles (`Bucket`). The other, for GPUs and
+long shared prefixes, which it need not copy for each row, is FlexAttention: a token sees another
+exactly if it is in that one's subtree (`Packed.ends`), and whole blocks of keys are skipped.
 
 The model runs on flat ids (1, U). Only attention knows the rows: each row's owned queries attend
 to the keys on the row's whole path. Everything else (embeddings, norms, linear layers) computes
@@ -25,11 +25,11 @@ from transformers import AttentionInterface
 from rayrl.errors import ConfigError
 from rayrl.learner.packing import Bucket, IntArray, Packed
 
-__all__ = ["IMPLEMENTATION", "BeyondWindow", "Plan", "block_mask", "plan"]
+__all__ = ["IMPLEMENTATION", "BeyondWindow", "Plan", "block_mask", "flex_pays", "plan"]
 
 IMPLEMENTATION = "rayrl_trie"
-FLEX_DEVICES = ("cuda",)
-FLEX_WORK = 4096 * 512  # tokens * width from which a compiled kernel earns its compilation
+FLEX_WORK = 4096 * 512  # tokens * width from which a kernel earns its compilation
+FLEX_KEYS = 4  # keys gathered per token from which it is faster; below, as fast, on an H100
 FLEX_BLOCK = 128
 FLEX_SIZES = 4  # sizes a kernel is compiled for, per doubling of the tokens
 SHORT = 512  # keys up to which two batched products beat torch's bf16 kernel on the CPU
@@ -76,13 +76,20 @@ def plan(packed: Packed, device: torch.device | str, dtype: torch.dtype, width: 
     """
     device, tokens = torch.device(device), len(packed.ids)
     longest = int(packed.lengths.max())
-    if device.type not in FLEX_DEVICES or tokens * width < FLEX_WORK:
+    if not flex_pays(packed, device.type, width):
         buckets = tuple(_to_tensors(bucket, device, dtype) for bucket in packed.buckets)
         return Plan(longest, tokens, buckets)
     step = max(FLEX_BLOCK, (1 << (tokens.bit_length() - 1)) // FLEX_SIZES)
     padded = -(-tokens // step) * step
     ends = np.concatenate([packed.ends, np.arange(tokens, padded) + 1])
     return Plan(longest, padded, (), block_mask(ends, device))
+
+
+def flex_pays(packed: Packed, device: str, width: int) -> bool:
+    """Whether FlexAttention is the faster way."""
+    tokens = len(packed.ids)
+    gathered = sum(bucket.keys.size for bucket in packed.buckets)
+    return device == "cuda" and tokens * width >= FLEX_WORK and gathered >= FLEX_KEYS * tokens
 
 
 def block_mask(ends: IntArray, device: torch.device | str) -> BlockMask:

@@ -77,9 +77,8 @@ def test_the_kernel_for_gpus_gives_the_same_logits(
     assert len(packed.ids) % FLEX_BLOCK  # so that there is padding
     found = []
     with torch.no_grad():
-        for devices in ((), ("cpu",)):
-            monkeypatch.setattr(attention, "FLEX_DEVICES", devices)
-            monkeypatch.setattr(attention, "FLEX_WORK", 0)
+        for flex in (False, True):
+            monkeypatch.setattr(attention, "flex_pays", lambda *_, flex=flex: flex)
             found.append(logits_before(model, packed)[0])
     assert float((found[0] - found[1]).abs().max()) < 1e-5
 
@@ -104,6 +103,9 @@ def test_its_mask_skips_the_blocks_that_nothing_sees(seed: int) -> None:
     parts = (
         (mask.kv_num_blocks, mask.kv_indices, seen & ~whole),
         (mask.full_kv_num_blocks, mask.full_kv_indices, whole),
+        # of the gradient, by key block
+        (mask.q_num_blocks, mask.q_indices, (seen & ~whole).T),
+        (mask.full_q_num_blocks, mask.full_q_indices, whole.T),
     )
     for count, order, wanted in parts:
         for row in range(8):
