@@ -10,9 +10,9 @@ sampled ids and 32 given ones; siblings share the prompt alone), or long (groups
 4,096 ids and sample 512 each).
 
 *Attention*: forward and backward of all rows, no optimizer, bf16. `trie flex` and `trie gathered`
-are the learner's two ways; `packed flex` is whole rows end to end in FlexAttention, without sharing; `padded` is right-padded rows in SDPA with logits
-everywhere. The logprobs of both tries are compared with those of fp32. MFU counts the FLOPs of the
-linear layers for distinct tokens.
+are the learner's two ways; `packed flex` is whole rows end to end in FlexAttention, without
+sharing; `padded` is right-padded rows in SDPA with logits everywhere. The logprobs of both tries
+are compared with those of fp32. MFU counts the FLOPs of the linear layers for distinct tokens.
 
 *Steps*: `DeepSpeedLearner.step` on one rank, with gradients, clipping and AdamW. The floor counts
 linear layers only: 6 FLOPs per parameter and distinct token (for the head: per predicting token),
