@@ -43,6 +43,9 @@ class CollectedGroups(Sequence[Group]):
         infra_failures: number of episodes that failed otherwise, after their retries.
         refused: number of episodes whose conversation a server refused; they are not retried.
         stale: number of episodes with a token from older weights than requested.
+        rejected: complete groups that taught nothing and were replaced (`train.refill`).
+        sample: the complete groups that were drawn first, as many as a step asks for, whether they
+            are trained on or were rejected: what was played, without the choice between them.
         stopped: groups that were cancelled as too old; their tasks are played again.
         waiting: number of complete groups that are ready for a later batch.
         live: number of groups that are being played.
@@ -57,6 +60,8 @@ class CollectedGroups(Sequence[Group]):
     infra_failures: int = 0
     refused: int = 0
     stale: int = 0
+    rejected: tuple[Group, ...] = ()
+    sample: tuple[Group, ...] = ()
     stopped: tuple[Group, ...] = ()
     waiting: int = 0
     live: int = 0

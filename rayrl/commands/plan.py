@@ -209,6 +209,11 @@ def _batch(config: Config) -> str:
     slots = config.cluster.replicas * config.engine.max_live
     rows = [
         f"  {train.groups} groups × {train.group_size} episodes = {episodes} episodes",
+        *(
+            [f"  up to {train.refill:g} times as many, to replace groups that teach nothing"]
+            if train.refill > 1
+            else []
+        ),
         f"  {live} live at once, {min(live, slots)} decoded at once",
         (
             f"  about {episodes / config.learner.world_size:g} episodes per rank, in micro-batches "

@@ -384,6 +384,12 @@ class TrainConfig:
         "episodes are played while the learner works",
         least=0,
     )
+    refill: float = setting(
+        1.0,
+        "groups that a step may play, in multiples of train.groups: those without spread in their "
+        "rewards, which teach nothing, are replaced; 1: none is",
+        least=1,
+    )
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ __all__ = [
     "centred",
     "gigpo",
     "grpo",
+    "has_spread",
     "leave_one_out",
     "rloo",
     "step_level",
@@ -103,6 +104,13 @@ def centred(rewards: Sequence[float]) -> list[float]:
         return [0.0] * len(rewards)
     mean = math.fsum(rewards) / len(rewards)
     return [reward - mean for reward in rewards]
+
+
+def has_spread(group: Group) -> bool:
+    """Whether the episodes' rewards differ, for any trainable seat: else all advantages are 0."""
+    return any(
+        not _flat([episode.rewards[seat] for episode in group.episodes]) for seat in group.trainable
+    )
 
 
 def leave_one_out(rewards: Sequence[float]) -> list[float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -13,6 +13,7 @@ from rayrl.cluster.rollouts import CollectedGroups, none_left, sort_out
 from rayrl.cluster.workers.scaling import Load
 from rayrl.config import Config
 from rayrl.errors import ConfigError
+from rayrl.learner.advantage import has_spread
 from rayrl.rollout.rollout import GroupPlan
 from rayrl.run.group_log import Batched, GroupLog, Played
 from rayrl.run.rollout_buffer import GroupState, RolloutBuffer
@@ -40,7 +41,7 @@ class _LoggedBatch:
     """A batch that had closed before the process, or the learner, was lost."""
 
     record: Batched
-    groups: Mapping[int, Group]  # taken and dropped
+    groups: Mapping[int, Group]  # taken, dropped and rejected
 
 
 class GroupCollector:
@@ -65,7 +66,13 @@ class GroupCollector:
         self._rollouts, self._config, self.log = rollouts, config, log
         self._plans = functools.lru_cache(maxsize=8)(plans)
         train = config.train
-        self._buffer = RolloutBuffer(train.groups, train.max_lag, train.steps)
+        self._buffer = RolloutBuffer(
+            train.groups,
+            train.max_lag,
+            train.steps,
+            int((train.refill - 1) * train.groups),
+            has_spread,
+        )
         self._version = -1  # of the replicas' weights
         self._running: dict[int, str] = {}  # plan ids
         self._logged: dict[int, _LoggedBatch] = {}  # by step; handed out instead of new ones
@@ -133,8 +140,8 @@ class GroupCollector:
         """
         oldest = step - self._config.train.max_lag
         if (logged := self._logged.pop(step, None)) is not None:
-            groups = [group for _, group in sorted(logged.groups.items())]
-            return replace(self._sorted(groups, oldest), load=self._rollouts.load())
+            found = self._sorted(logged.groups, logged.record.rejected, oldest)
+            return replace(found, load=self._rollouts.load())
         while True:
             for task in [task for task in self._tasks if task.done()]:
                 self._tasks.discard(task)
@@ -152,11 +159,11 @@ class GroupCollector:
                 f"step {step} has nothing to train on: collect every step once, and push(step) "
                 "before, which lets it begin."
             )
-        taken, failed = tuple(batch.taken), tuple(batch.failed)
-        self.log.add(Batched(step, taken, failed, batch.restarted))
-        groups = [group for _, group in sorted((batch.taken | batch.failed).items())]
+        indices = tuple(batch.taken), tuple(batch.failed), batch.restarted, tuple(batch.rejected)
+        self.log.add(Batched(step, *indices, batch.replaced))
+        groups = batch.taken | batch.failed | batch.rejected
         return replace(
-            self._sorted(groups, oldest),
+            self._sorted(groups, batch.rejected, oldest),
             stopped=batch.stale,
             waiting=self._buffer.count(GroupState.READY),
             live=len(self._running),
@@ -164,12 +171,21 @@ class GroupCollector:
             load=self._rollouts.load(),
         )
 
-    def _sorted(self, groups: Sequence[Group], oldest: int) -> CollectedGroups:
+    def _sorted(
+        self, by_index: Mapping[int, Group], rejected: Collection[int], oldest: int
+    ) -> CollectedGroups:
         env = self._config.env
+        groups = [group for index, group in sorted(by_index.items()) if index not in rejected]
         found = sort_out(groups, oldest, env.failure_budget, env.name)
         if groups and not found.groups:  # a server refused all of them
             raise none_left(groups, oldest)
-        return found
+        kept = {group.id for group in found.groups}
+        complete = [g for i, g in sorted(by_index.items()) if g.id in kept or i in rejected]
+        return replace(
+            found,
+            rejected=tuple(by_index[index] for index in rejected),
+            sample=tuple(complete[: self._config.train.groups]),
+        )
 
     # --- checkpoints -------------------------------------------------------------------------
 
@@ -183,11 +199,12 @@ class GroupCollector:
         for _, batch in sorted(self._logged.items()):
             records += [Played(index, group) for index, group in batch.groups.items()]
             records.append(batch.record)
-        ended = self._buffer.ended(GroupState.READY, GroupState.FAILED)
+        ended = self._buffer.ended()
         self.log.begin(step, [*records, *(Played(index, group) for index, group in ended.items())])
         state = self._buffer.save()
         for batch in self._logged.values():  # which the new log has
             state["failures"] -= len(batch.record.dropped)
+            state["replaced"] -= batch.record.replaced
             for index in map(str, batch.record.restarted):
                 if index in state["attempts"]:
                     state["attempts"][index] -= 1
@@ -204,7 +221,7 @@ class GroupCollector:
     def rewind(self, step: int) -> None:
         """Hand out the batches since the checkpoint of `step` again: the learner is back there."""
         logged = self._read_log(step)
-        ended = self._buffer.ended(GroupState.READY, GroupState.FAILED)
+        ended = self._buffer.ended()
         for index, group in ended.items():
             if index not in logged:  # it ended during a checkpoint that was never finished
                 self.log.add(Played(index, group))
@@ -216,7 +233,7 @@ class GroupCollector:
             if isinstance(record, Played):
                 ended[record.index] = record.group
                 continue
-            groups = {index: ended.pop(index) for index in (*record.taken, *record.dropped)}
+            groups = {index: ended.pop(index) for index in record.ended}
             self._logged[record.step] = _LoggedBatch(record, groups)
             for index in record.restarted:
                 ended.pop(index, None)

@@ -41,12 +41,21 @@ class Batched:
         taken: indices of the groups it trains on, in order.
         dropped: indices of groups that are never trained on.
         restarted: indices of groups that began anew since the last batch: they were too old.
+        rejected: indices of complete groups that taught nothing and are not trained on.
+        replaced: for how many groups that taught nothing others were played.
     """
 
     step: int
     taken: tuple[int, ...]
     dropped: tuple[int, ...] = ()
     restarted: tuple[int, ...] = ()
+    rejected: tuple[int, ...] = ()
+    replaced: int = 0
+
+    @property
+    def ended(self) -> tuple[int, ...]:
+        """Indices of all groups that left with the batch."""
+        return *self.taken, *self.dropped, *self.rejected
 
 
 class GroupLog:
@@ -122,10 +131,14 @@ class GroupLog:
 def _to_data(record: Played | Batched) -> tuple[Any, ...]:
     if isinstance(record, Played):
         return "played", record.index, group_to_bytes(record.group)
-    return "batched", record.step, record.taken, record.dropped, record.restarted
+    lists = record.taken, record.dropped, record.restarted, record.rejected
+    return "batched", record.step, *lists, record.replaced
 
 
 def _from_data(kind: str, number: int, *rest: Any) -> Played | Batched:
     if kind == "played":
         return Played(number, group_from_bytes(*rest))
-    return Batched(number, *map(tuple, rest))
+    taken, dropped, restarted, rejected, replaced = rest
+    return Batched(
+        number, tuple(taken), tuple(dropped), tuple(restarted), tuple(rejected), replaced
+    )

@@ -88,43 +88,49 @@ def step_metrics(
     """Compute the metrics of a step.
 
     `reward`, `reward_std`, `score/NAME` (several seats: `score/SEAT/NAME`) and `turns` are over the
-    episodes of complete groups. Metrics that were not measured at this step, such as the entropy
-    if no row was computed, have no entry.
+    episodes of complete groups. Where groups were rejected (`train.refill`), they are over those
+    that were drawn first, which that choice does not bias, and `trained/reward` is over the batch.
+    Metrics that were not measured at this step, such as the entropy if no row was computed, have no
+    entry.
 
     Args:
         learned: the learner's metrics.
     """
-    episodes = [episode for group in played.groups for episode in group.episodes]
+    trained = [episode for group in played.groups for episode in group.episodes]
+    rejected = [episode for group in played.rejected for episode in group.episodes]
+    episodes = trained + rejected
+    sample = played.sample or played.groups
+    drawn = [episode for group in sample for episode in group.episodes]
     trainable = played.groups[0].trainable
-    turns = [len(e.turns_of(seat)) for e in episodes for seat in trainable]
+    turns = [len(e.turns_of(seat)) for e in drawn for seat in trainable]
     lengths = [
-        len(turn.completion_ids)
-        for e in episodes
-        for seat in trainable
-        for turn in e.turns_of(seat)
+        len(turn.completion_ids) for e in drawn for seat in trainable for turn in e.turns_of(seat)
     ]
     learner = {_RENAMED.get(name, name): value for name, value in learned.items()}
-    groups = batch.stats["groups"]
-    zero_variance = batch.stats["zero_variance_groups"]
+    groups = batch.stats["groups"] + len(played.rejected)
+    zero_variance = batch.stats["zero_variance_groups"] + len(played.rejected)
+    chosen = {"trained/reward": reward_metrics(played)["reward"]} if rejected else {}
     metrics = {
-        **reward_metrics(played),
+        **reward_metrics(sample),
+        **chosen,
         "turns": statistics.fmean(turns),
         **({"reply_tokens": statistics.fmean(lengths)} if lengths else {}),
         "episodes": float(len(episodes)),
         "tokens": batch.stats["loss_tokens"],
         **({"groups/zero_variance_share": zero_variance / groups} if groups else {}),
         "groups/dropped": float(len(played.dropped)),
+        "groups/rejected": float(len(played.rejected)),
         "failures/env": float(played.env_failures),
         "failures/infra": float(played.infra_failures),
         "failures/refused": float(played.refused),
         "failures/stale": float(played.stale),
         "turns/replayed": float(sum(episode.replayed for episode in episodes)),
         "turns/replay_mismatches": float(sum(episode.replay_mismatches for episode in episodes)),
-        **_lag(step, episodes),
+        **_lag(step, trained),
         "queue/waiting": float(played.waiting),
         "queue/live": float(played.live),
         **_worker_metrics(played.load),
-        **_stopped_metrics(played.stopped, episodes),
+        **_stopped_metrics(played.stopped, drawn),
         **({} if played.idle_s is None else {"time/idle": played.idle_s}),
         **clock.metrics(),
     }

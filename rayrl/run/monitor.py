@@ -88,7 +88,7 @@ class Monitor:
         self._halting = [a for a in raised if a.rule.setting.action in ("pause", "stop")]
         _append(
             self._path / TIMELINE,
-            timeline_row(step, clock.spans, (*played.groups, *played.dropped)),
+            timeline_row(step, clock.spans, (*played.groups, *played.dropped, *played.rejected)),
         )
         self._telemetry.publish(step, metrics, self.alarms())
         return raised

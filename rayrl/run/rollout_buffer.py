@@ -7,12 +7,18 @@ token is older than max_lag versions when it is trained on: a group that has bec
 cancelled, counted, and its task is played again with new weights.
 
 With max_lag=0 this is: play the step's groups and wait for all of them.
+
+With `train.refill` a group without spread in its rewards is not ready but *rejected*, and the next
+task takes its place, at most so many times per batch. Groups are numbered in the order of the
+tasks, so which ones begin depends on how many were rejected and not on which ended first: with
+max_lag=0, a batch is what comes first in that order and has spread. A batch that the limit leaves
+short takes the oldest rejected ones too.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -27,21 +33,22 @@ __all__ = ["ClosedBatch", "GroupState", "RolloutBuffer"]
 class GroupState(Enum):
     """Where a group is; one that was trained on or reported as failed is no longer in the buffer.
 
-    Groups enter as PENDING or RUNNING. RUNNING goes to READY or FAILED when it ends, and back to
-    PENDING when it was cancelled as too old, as READY does when it has waited for too long.
+    Groups enter as PENDING or RUNNING. RUNNING goes to one of the last three when it ends, and back
+    to PENDING when it was cancelled as too old, as READY does when it has waited for too long.
     """
 
     PENDING = "pending"  # to begin, perhaps again
     RUNNING = "running"
     READY = "ready"  # complete; waits for a batch
     FAILED = "failed"  # never trained on; waits to be reported with the next batch
+    REJECTED = "rejected"  # complete, but teaches nothing; likewise
 
 
 @dataclass(slots=True)
 class _Entry:
     state: GroupState
     attempts: int = 0  # how often it began anew because its weights had become too old
-    group: Group | None = None  # READY and FAILED
+    group: Group | None = None  # once it has ended
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +58,16 @@ class ClosedBatch:
     Attributes:
         taken: groups to train on, in order.
         failed: groups that are never trained on.
+        rejected: complete groups that are not trained on either.
+        replaced: for how many groups without spread others were played.
         restarted: indices of groups that began anew because they were too old.
         stale: what had been played of those.
     """
 
     taken: dict[int, Group]
     failed: dict[int, Group]
+    rejected: dict[int, Group]
+    replaced: int
     restarted: tuple[int, ...]
     stale: tuple[Group, ...]
 
@@ -64,16 +75,28 @@ class ClosedBatch:
 class RolloutBuffer:
     """Decides when groups begin and which make up a batch. No I/O, no clock, no tasks.
 
-    Groups are known by their index in the run: group k of step s is s * groups + k.
+    Groups are known by their index in the run, which is that of their task. Where none was
+    replaced, group k of step s is s * groups + k.
 
     Args:
         groups: per batch.
         max_lag: weights versions that a token may be older than the learner's.
         steps: of the run.
+        refill: groups that may be replaced per batch.
+        teaches: whether a complete group is worth a place in a batch; asked only with `refill`.
     """
 
-    def __init__(self, groups: int, max_lag: int, steps: int) -> None:
+    def __init__(
+        self,
+        groups: int,
+        max_lag: int,
+        steps: int,
+        refill: int = 0,
+        teaches: Callable[[Group], bool] = lambda group: True,
+    ) -> None:
         self._groups, self._max_lag, self._steps = groups, max_lag, steps
+        self._refill, self._teaches = refill, teaches
+        self._replaced = 0  # of the batches that have closed
         self._entries: dict[int, _Entry] = {}
         self._next = 0  # the first index that never began
         self._failures = 0  # of the whole run; with a lag, others are played instead
@@ -96,7 +119,8 @@ class RolloutBuffer:
     def begin(self, version: int) -> list[int]:
         """Mark as running what may begin with the replicas at `version`; returns it, in order."""
         steps = min(version + self._max_lag + 1, self._steps)
-        end = steps * self._groups + (self._failures if self._max_lag else 0)
+        instead = self._replaced + self._replaced_now() + (self._failures if self._max_lag else 0)
+        end = steps * self._groups + instead
         begun = [index for index in self._in(GroupState.PENDING) if index < end]
         for index in range(self._next, end):
             self._entries[index] = _Entry(GroupState.PENDING)
@@ -114,8 +138,13 @@ class RolloutBuffer:
             self._restart(index, group)
         else:
             entry.group = group
-            entry.state = GroupState.FAILED if failures else GroupState.READY
             self._failures += bool(failures)
+            if failures:
+                entry.state = GroupState.FAILED
+            elif self._refill and not self._teaches(group):
+                entry.state = GroupState.REJECTED
+            else:
+                entry.state = GroupState.READY
         return entry.state
 
     def restart_stale(self, oldest: int) -> bool:
@@ -135,21 +164,26 @@ class RolloutBuffer:
         return ready >= self._groups or not running
 
     def close(self) -> ClosedBatch:
-        """Take the oldest groups that are ready, and report what failed or was restarted."""
+        """Take the oldest groups that are ready, and report what became of others."""
+        ready, rejected = self.ended(GroupState.READY), self.ended(GroupState.REJECTED)
+        chosen = sorted([*ready, *rejected][: self._groups])  # ready ones before rejected ones
         batch = ClosedBatch(
-            taken=dict(list(self.ended(GroupState.READY).items())[: self._groups]),
+            taken={index: (ready | rejected)[index] for index in chosen},
             failed=self.ended(GroupState.FAILED),
+            rejected={index: group for index, group in rejected.items() if index not in chosen},
+            replaced=self._replaced_now(),
             restarted=tuple(self._restarted),
             stale=tuple(self._stale),
         )
-        for index in (*batch.taken, *batch.failed):
+        self._replaced += batch.replaced
+        for index in (*batch.taken, *batch.failed, *batch.rejected):
             del self._entries[index]
         self._restarted, self._stale = [], []
         return batch
 
     def ended(self, *states: GroupState) -> dict[int, Group]:
-        """Groups in these states (READY, FAILED) by index, in order."""
-        found = ((index, self._entries[index].group) for index in self._in(*states))
+        """Groups that have ended, in these states or any, by index, in order."""
+        found = ((index, self._entries[index].group) for index in self._in(*states or GroupState))
         return {index: group for index, group in found if group is not None}
 
     # --- checkpoints ---------------------------------------------------------------------------
@@ -163,9 +197,10 @@ class RolloutBuffer:
         return {
             "next": self._next,
             # those that are ready too: without a log they are played again
-            "unfinished": self._in(GroupState.PENDING, GroupState.RUNNING, GroupState.READY),
+            "unfinished": self._in(*set(GroupState) - {GroupState.FAILED}),
             "attempts": {str(index): n for index, n in sorted(attempts.items()) if n},
             "failures": self._failures - self.count(GroupState.FAILED),
+            "replaced": self._replaced,
         }
 
     def load(
@@ -182,7 +217,7 @@ class RolloutBuffer:
             ended: groups that are in no batch yet.
             batches: that have closed.
         """
-        consumed = {index for batch in batches for index in (*batch.taken, *batch.dropped)}
+        consumed = {index for batch in batches for index in batch.ended}
         restarted = Counter(index for batch in batches for index in batch.restarted)
         self._next = state.get("next", step * self._groups)
         pending = set(state.get("unfinished", ())) | restarted.keys()
@@ -196,8 +231,13 @@ class RolloutBuffer:
             if index in ended or index not in consumed
         }
         self._failures = state.get("failures", 0) + sum(len(batch.dropped) for batch in batches)
+        self._replaced = state.get("replaced", 0) + sum(batch.replaced for batch in batches)
         for index, group in ended.items():
             self.end(index, group)
+
+    def _replaced_now(self) -> int:
+        """Groups that were replaced since the last batch."""
+        return min(self.count(GroupState.REJECTED), self._refill)
 
     def _in(self, *states: GroupState) -> list[int]:
         return sorted(index for index, entry in self._entries.items() if entry.state in states)

@@ -172,7 +172,8 @@ class Training:
         self.stopped_after = step + 1 if control.stop else None
         last = step + 1 == self.steps or control.stop
         if step % config.run.episodes_every == 0 or last:
-            folder.write_episodes(step, (*collected.groups, *collected.dropped))
+            others = (*collected.dropped, *collected.rejected)
+            folder.write_episodes(step, (*collected.groups, *others))
         due = (step + 1) % config.run.checkpoint_every == 0 or last or self._monitor.will_halt
         if due or control.checkpoint:
             await self.checkpoint(step + 1)

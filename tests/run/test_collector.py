@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from rayrl.cluster.workers.scaling import Load
 from rayrl.config import Config, from_dict
 from rayrl.errors import ConfigError, DataError, RunFailed
 from rayrl.rollout.rollout import GroupPlan
+from rayrl.run import collector
 from rayrl.run.collector import GroupCollector
 from rayrl.run.group_log import Batched, GroupLog, Played
 from rayrl.run.rollout_buffer import GroupState, _Entry
@@ -22,11 +24,17 @@ from rayrl.types import Episode, Failure, Group, Task, Turn, VersionSpan
 N = 2  # groups a step
 
 
-def config(lag: int, steps: int = 4) -> Config:
+def config(lag: int, steps: int = 4, refill: float = 1) -> Config:
     return from_dict(
         {
             "env": {"name": "x", "failure_budget": 1.0},
-            "train": {"groups": N, "group_size": 1, "steps": steps, "max_lag": lag},
+            "train": {
+                "groups": N,
+                "group_size": 1,
+                "steps": steps,
+                "max_lag": lag,
+                "refill": refill,
+            },
         }
     )
 
@@ -90,9 +98,10 @@ class Workers:
 class Run:
     """A collector with its workers."""
 
-    def __init__(self, folder: Path, lag: int, steps: int = 4) -> None:
+    def __init__(self, folder: Path, lag: int, steps: int = 4, refill: float = 1) -> None:
         self.workers = Workers()
-        self.collector = GroupCollector(self.workers, plans, config(lag, steps), GroupLog(folder))
+        settings = config(lag, steps, refill)
+        self.collector = GroupCollector(self.workers, plans, settings, GroupLog(folder))
 
     async def start(self, step: int = 0, state: dict[str, Any] | None = None) -> Run:
         self.collector.restore(step, state or {})
@@ -127,8 +136,10 @@ async def start(tmp_path: Path) -> AsyncIterator[Start]:
     """Opens runs in one folder, as a process that is killed and started again does."""
     runs = []
 
-    async def start(lag: int, steps: int = 4, step: int = 0, state: Any = None) -> Run:
-        runs.append(Run(tmp_path, lag, steps))
+    async def start(
+        lag: int, steps: int = 4, step: int = 0, state: Any = None, refill: float = 1
+    ) -> Run:
+        runs.append(Run(tmp_path, lag, steps, refill))
         return await runs[-1].start(step, state)
 
     yield start
@@ -259,6 +270,39 @@ async def test_killed_it_goes_on_with_the_same_batches_and_plays_only_the_rest(
     assert again.live == ["1-0", "3-0"]
     again.workers.end("1-0", "3-0")
     assert await again.batch(3) == ["1-0", "3-0"]
+
+
+async def test_killed_it_remembers_which_groups_taught_nothing(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teach = {"0-1", "1-1", "2-1", "3-0", "3-1"}
+    monkeypatch.setattr(collector, "has_spread", lambda group: group.id in teach)
+    run = await start(0, refill=3)
+    run.workers.end("0-1", "0-0")
+    await run.at(0)
+    assert run.live == ["1-0"], "instead of 0-0"
+    run.workers.end("1-0")
+    await run.at(0)
+    run.workers.end("1-1")
+    found = await run.collector.collect(0)
+    assert [one.id for one in found.groups] == ["0-1", "1-1"]
+    assert [one.id for one in found.rejected] == ["0-0", "1-0"]
+    assert [one.id for one in found.sample] == ["0-0", "0-1"], "drawn first"
+    await run.at(1)
+    assert run.live == ["2-0", "2-1"]
+    run.workers.end("2-0")
+    await run.at(1)
+
+    again = await start(0, refill=3)  # it was killed here, before the first checkpoint
+    assert await again.collector.collect(0) == replace(found, load=again.workers.load())
+    await again.at(1)
+    assert again.live == ["2-1", "3-0"], "2-0 is there, and was replaced"
+    again.workers.end("2-1", "3-0")
+    assert await again.batch(1) == ["2-1", "3-0"]
+    state = again.collector.begin_checkpoint(2)
+
+    last = await start(0, step=2, state=state, refill=3)
+    assert last.live == ["3-1", "4-0"]
 
 
 async def test_a_learner_that_went_back_gets_the_same_batches(start: Start) -> None:

@@ -12,7 +12,7 @@ from rayrl.run.group_log import Batched
 from rayrl.run.rollout_buffer import GroupState, RolloutBuffer
 from rayrl.types import Episode, Failure, Group, Task, Turn, VersionSpan
 
-PENDING, RUNNING, READY, FAILED = GroupState
+PENDING, RUNNING, READY, FAILED, REJECTED = GroupState
 
 
 def group(index: int, version: int = 0, kind: str = "") -> Group:
@@ -92,9 +92,13 @@ def test_saved_and_loaded_what_was_running_begins_again() -> None:
     end(buffer, 2)
     buffer.begin(0)  # 0 again, and 4 instead of 1
     state, ended = buffer.save(), buffer.ended(READY, FAILED)
-    assert state == {"next": 5, "unfinished": [0, 2, 3, 4], "attempts": {}, "failures": 0}, (
-        "the restart of 0 is logged with the next batch"
-    )
+    assert state == {
+        "next": 5,
+        "unfinished": [0, 2, 3, 4],
+        "attempts": {},  # the restart of 0 is logged with the next batch
+        "failures": 0,
+        "replaced": 0,
+    }
     restarted = buffer.close().restarted
 
     loaded = RolloutBuffer(2, 1, steps=9)
@@ -123,19 +127,87 @@ def test_a_group_that_was_ready_and_then_too_old_is_not_lost_by_a_restart() -> N
     assert loaded.begin(2) == [1, 3]
 
 
-@given(st.data(), st.integers(1, 3), st.integers(0, 3))
-def test_every_task_is_trained_on_once_or_reported(
-    data: st.DataObject, groups: int, max_lag: int
+def test_groups_that_teach_nothing_are_replaced_until_the_limit() -> None:
+    buffer = RolloutBuffer(2, 0, steps=9, refill=2, teaches=lambda group: group.id in "1 5 8 9")
+    assert buffer.begin(0) == [0, 1]
+    assert buffer.end(0, group(0)) is REJECTED
+    assert buffer.begin(0) == [2]
+    end(buffer, 2)
+    assert buffer.begin(0) == [3]
+    end(buffer, 1, 3)
+    assert buffer.begin(0) == [], "two have been replaced"
+    assert buffer.is_due()
+    batch = buffer.close()
+    assert (list(batch.taken), list(batch.rejected), batch.replaced) == ([0, 1], [2, 3], 2), (
+        "what the limit leaves short takes the oldest that was rejected"
+    )
+    assert buffer.begin(1) == [4, 5], "the next step goes on where this one has stopped"
+    end(buffer, 4)
+    assert buffer.begin(1) == [6], "as many as before"
+
+
+@given(st.data(), st.integers(1, 3), st.integers(0, 4))
+def test_without_lag_a_batch_is_what_comes_first_and_teaches_in_whatever_order_it_ends(
+    data: st.DataObject, groups: int, refill: int
 ) -> None:
-    """Any order of endings, failures and deaths of the process."""
+    steps = 3
+    useful = data.draw(st.sets(st.integers(0, steps * (groups + refill)), max_size=12))
+
+    def teaches(group: Group) -> bool:
+        return int(group.id) in useful
+
+    buffer = RolloutBuffer(groups, 0, steps, refill, teaches)
+    logged: list[Batched] = []
+    checkpoint, at = buffer.save(), 0
+    first = 0
+    for step in range(steps):
+        # by hand: one task after the other
+        drawn = [first + k for k in range(groups)]
+        replaced = 0
+        while replaced < min(refill, sum(k not in useful for k in drawn)):
+            replaced += 1
+            drawn.append(first + groups + replaced - 1)
+        first += len(drawn)
+        chosen = sorted(drawn, key=lambda k: k not in useful and bool(refill))[:groups]
+        running = set(buffer.begin(step))
+        while not buffer.is_due():
+            index = data.draw(st.sampled_from(sorted(running)))
+            buffer.end(index, group(index))
+            running |= set(buffer.begin(step))
+            running.remove(index)
+            if data.draw(st.booleans(), label="killed"):
+                ended = buffer.ended()
+                buffer = RolloutBuffer(groups, 0, steps, refill, teaches)
+                buffer.load(checkpoint, at, ended, logged)
+                assert set(buffer.begin(step)) == running
+        batch = buffer.close()
+        assert list(batch.taken) == sorted(chosen)
+        assert sorted([*batch.taken, *batch.rejected]) == drawn
+        rejected = tuple(batch.rejected)
+        logged.append(Batched(step, tuple(batch.taken), rejected=rejected, replaced=batch.replaced))
+        if data.draw(st.booleans(), label="checkpoint"):
+            checkpoint, at, logged = buffer.save(), step + 1, []
+
+
+@given(st.data(), st.integers(1, 3), st.integers(0, 3), st.integers(0, 3))
+def test_every_task_is_trained_on_once_or_reported(
+    data: st.DataObject, groups: int, max_lag: int, refill: int
+) -> None:
+    """Any order of endings, failures, rejections and deaths of the process."""
     steps = 5
-    buffer = RolloutBuffer(groups, max_lag, steps)
+    useful = data.draw(st.sets(st.integers(0, 20)))
+
+    def new_buffer() -> RolloutBuffer:
+        teaches = lambda group: int(group.id) in useful  # noqa: E731
+        return RolloutBuffer(groups, max_lag, steps, refill, teaches)
+
+    buffer = new_buffer()
     left: Counter[int] = Counter()
     running: dict[int, int] = {}
     for step in range(steps):
         if data.draw(st.booleans(), label="killed"):
-            ended, state = buffer.ended(READY, FAILED), buffer.save()
-            buffer = RolloutBuffer(groups, max_lag, steps)
+            ended, state = buffer.ended(), buffer.save()
+            buffer = new_buffer()
             buffer.load(state, step, ended, [])
             running = {}
         running |= dict.fromkeys(buffer.begin(step), step)
@@ -150,7 +222,7 @@ def test_every_task_is_trained_on_once_or_reported(
                 index = data.draw(st.sampled_from(sorted(running)))
                 kind = data.draw(st.sampled_from(["", "", "env"]))
                 buffer.end(index, group(index, running.pop(index), kind))
-                if max_lag:
+                if max_lag or refill:
                     running |= dict.fromkeys(buffer.begin(step), step)
         batch = buffer.close()
         assert len(batch.taken) <= groups
@@ -159,7 +231,7 @@ def test_every_task_is_trained_on_once_or_reported(
         for one in batch.taken.values():
             for turn in one.episodes[0].turns:
                 assert turn.versions[0].version >= step - max_lag
-        left.update([*batch.taken, *batch.failed])
+        left.update([*batch.taken, *batch.failed, *batch.rejected])
     assert set(left.values()) <= {1}, "no group twice"
-    if max_lag == 0:
+    if max_lag == refill == 0:
         assert sorted(left) == list(range(groups * steps))
