@@ -14,7 +14,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from rayrl.config import EngineConfig
+from rayrl.cluster.serving.replica import replica_engine
+from rayrl.config import ClusterConfig, Config, EngineConfig
 from rayrl.engine.embedded.engine import EmbeddedEngine
 from rayrl.engine.embedded.gpu import GpuSlab, graph_size
 from rayrl.engine.embedded.model import FlatModel
@@ -630,3 +631,14 @@ def test_a_cpu_refuses_what_a_gpu_could(settings: dict[str, str], named: str) ->
         pytest.skip("a GPU is there")
     with pytest.raises(ConfigError, match=named):
         EmbeddedEngine.load("unread", EngineConfig(**settings))
+
+
+@pytest.mark.parametrize(
+    ("gpus", "device", "wanted"),
+    [(0.0, "auto", "cpu"), (0.5, "auto", "auto"), (0.5, "cpu", "cpu"), (0.0, "cuda", "cuda")],
+)
+def test_a_replica_leaves_a_gpu_alone_that_it_has_not_reserved(
+    gpus: float, device: str, wanted: str
+) -> None:
+    config = Config(cluster=ClusterConfig(replica_gpus=gpus), engine=EngineConfig(device=device))
+    assert replica_engine(config).device == wanted
