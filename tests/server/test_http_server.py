@@ -201,7 +201,8 @@ def test_errors(server: Server) -> None:
 
 async def test_a_disconnect_frees_the_engine(server: Server) -> None:
     """Generation for disconnected clients stops early, and the replicas keep working."""
-    asked: dict[str, Any] = {"model": "base", "prompt": "Your", "max_tokens": 1000, "n": 8}
+    # so much that it goes on for long after the metrics have been read, on a busy machine too
+    asked: dict[str, Any] = {"model": "base", "prompt": "Your", "max_tokens": 1000, "n": 64}
     ended = 'rayrl_requests_total{route="/v1/completions",status='
 
     async def become(what: Callable[[dict[str, float]], bool]) -> dict[str, float]:
@@ -225,7 +226,7 @@ async def test_a_disconnect_frees_the_engine(server: Server) -> None:
             now = await become(lambda now, over=over: all_ended(now) == over)
             new = {name: value - before.get(name, 0) for name, value in now.items()}
             if new.get(f'{ended}"499"}}') == 1:
-                assert new["rayrl_completion_tokens_total{}"] < 8 * 1000
+                assert new["rayrl_completion_tokens_total{}"] < 64 * 1000
                 assert now["rayrl_in_flight{}"] == 0
                 return
         pytest.fail(f"nobody hung up: {now}")
