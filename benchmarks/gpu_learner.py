@@ -2,6 +2,8 @@
 
     python benchmarks/gpu_learner.py [--models 135M 1.5B] [--rows 128] [--repeats 3] [--only steps]
     python benchmarks/gpu_learner.py --only attention --kinds games conversations long
+    python benchmarks/gpu_learner.py --only attention --kinds conversations --groups 8 16
+    python benchmarks/gpu_learner.py --models 135M --profile    what one step spends its time on
     python benchmarks/gpu_learner.py --device cpu --models tiny --rows 16     for a trial
 
 Models have random weights and the shapes of SmolLM2-135M and Qwen2.5-1.5B. Rows are games
@@ -17,6 +19,8 @@ are compared with those of fp32. MFU counts the FLOPs of the linear layers for d
 *Steps*: `DeepSpeedLearner.step` on one rank, with gradients, clipping and AdamW. The floor counts
 linear layers only: 6 FLOPs per parameter and distinct token (for the head: per predicting token),
 divided by the rate of a large product measured in the same run.
+
+A section (a model with rows of a kind, or its steps) measures nothing new after `--seconds`.
 """
 
 from __future__ import annotations
@@ -134,7 +138,7 @@ def packed_logprobs(model: Any, rows: list[Trajectory], device: str, tokens: int
         position_ids=tensor(np.pad(positions, (0, extra)))[None],
         logits_to_keep=tensor(sources),
         use_cache=False,
-        plan=Plan(0, len(padded_ends), (), block_mask(padded_ends, device)),
+        plan=Plan(0, len(padded_ends), (), {None: block_mask(padded_ends, device)}),
     ).logits[0]
     slots = torch.arange(len(targets), device=device)
     return chosen_logprobs(logits, slots, tensor(targets), 1.0)[0]
@@ -162,8 +166,10 @@ def weights_of(rows: list[Trajectory], device: str) -> torch.Tensor:
     return torch.from_numpy(flat).to(device)
 
 
-def best(work: Callable[[], None], device: str, repeats: int) -> tuple[float, float]:
-    """Return seconds of the fastest repeat after a warm-up, and peak GiB."""
+def best(
+    work: Callable[[], None], device: str, repeats: int, deadline: float = float("inf")
+) -> tuple[float, float]:
+    """Return seconds of the fastest repeat after a warm-up, one or more, and peak GiB."""
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
     seconds = []
@@ -173,12 +179,17 @@ def best(work: Callable[[], None], device: str, repeats: int) -> tuple[float, fl
         work()
         finish(device)
         seconds.append(time.perf_counter() - began)
+        if len(seconds) > 1 and time.monotonic() > deadline:
+            break
     peak = torch.cuda.max_memory_allocated() / 2**30 if device != "cpu" else 0.0
     return min(seconds[1:]), peak
 
 
-def attention(name: str, batch: Batch, device: str, repeats: int, rate: float, tokens: int) -> None:
+def attention(
+    name: str, batch: Batch, device: str, repeats: int, rate: float, tokens: int, seconds: float
+) -> None:
     """Time the four variants and compare logprobs of the tries with fp32."""
+    deadline = time.monotonic() + seconds
     torch.manual_seed(0)
     with torch.device(device):
         model: Any = AutoModelForCausalLM.from_config(
@@ -219,10 +230,13 @@ def attention(name: str, batch: Batch, device: str, repeats: int, rate: float, t
     }
     took: dict[str, float] = {}
     for way, (implementation, work) in ways.items():
+        if time.monotonic() > deadline:
+            print(f"  {way}: not measured, the section's time is spent", flush=True)
+            continue
         model.set_attn_implementation(implementation)
         model.zero_grad()
         try:
-            took[way], peak = best(work, device, repeats)
+            took[way], peak = best(work, device, repeats, deadline)
         except Exception as error:  # measure the others
             print(f"  {way}: FAILED {type(error).__name__}: {str(error)[:300]}", flush=True)
             torch.cuda.empty_cache()
@@ -249,8 +263,11 @@ def attention(name: str, batch: Batch, device: str, repeats: int, rate: float, t
         print(f"  {key}: {difference.mean():.1e} nats from fp32's, at most {difference.max():.1e}")
 
 
-def steps(name: str, batch: Batch, device: str, repeats: int, rate: float, tokens: int) -> None:
+def steps(
+    name: str, batch: Batch, device: str, repeats: int, rate: float, tokens: int, limit: float
+) -> None:
     """Whole steps of the learner, by dtype and ZeRO stage."""
+    deadline = time.monotonic() + limit
     rows = list(batch.rows)
     packs = [
         pack([row.ids for row in m], [row.loss_mask for row in m])
@@ -278,11 +295,21 @@ def steps(name: str, batch: Batch, device: str, repeats: int, rate: float, token
         for case in CASES:
             if name == "1.5B" and case == ("float32", 0, False):
                 continue  # weights, gradients and moments alone are 25 GB
+            if time.monotonic() > deadline:
+                print(f"  {case}: not measured, the section's time is spent", flush=True)
+                continue
             # in its own process: DeepSpeed keeps the GPU memory of a learner
             with ProcessPoolExecutor(1, get_context("spawn")) as pool:
                 try:
                     done = pool.submit(
-                        step_of, folder, batch, case, device, repeats, tokens
+                        step_of,
+                        folder,
+                        batch,
+                        case,
+                        device,
+                        repeats,
+                        tokens,
+                        deadline - time.monotonic(),
                     ).result()
                 except Exception as error:  # measure the others
                     done = f"FAILED {type(error).__name__}: {str(error)[:200]}", 0.0
@@ -306,15 +333,46 @@ CASES: list[tuple[str, int, bool]] = [  # dtype, ZeRO stage, gradient checkpoint
 ]
 
 
-def step_of(
-    folder: str,
-    batch: Batch,
-    case: tuple[str, int, bool],
-    device: str,
-    repeats: int,
-    tokens: int,
-) -> tuple[str, float]:
-    """Run steps of one learner; return a description and the seconds of a step."""
+def profile(name: str, batch: Batch, device: str, tokens: int) -> None:
+    """Print what a step in bf16 with ZeRO 1 spends its time on."""
+    with tempfile.TemporaryDirectory() as folder:
+        with torch.device(device):
+            model: Any = AutoModelForCausalLM.from_config(MODELS[name](), dtype=torch.bfloat16)
+        model.save_pretrained(folder)
+        del model
+        learner = learner_of(folder, CASES[0], device, tokens)
+        for _ in range(2):
+            learner.step(batch.rows, batch.totals)
+        finish(device)
+        began = time.perf_counter()
+        learner.step(batch.rows, batch.totals)
+        finish(device)
+        plain = time.perf_counter() - began
+        with torch.profiler.profile() as found:  # of all there is: the CPU, and a GPU
+            learner.step(batch.rows, batch.totals)
+            finish(device)
+    events = found.key_averages()
+    kernels = [one for one in events if one.device_type.name != "CPU"]
+    of_cpu = sum(one.self_cpu_time_total for one in events) / 1e3
+    of_gpu = sum(one.self_device_time_total for one in kernels) / 1e3
+    launched = sum(one.count for one in kernels)
+    print(
+        f"{name}: {plain * 1e3:.1f} ms per step without the profiler; with it {of_cpu:.1f} ms on "
+        f"the CPU and {of_gpu:.1f} ms in {launched} kernels on the GPU"
+    )
+
+    def spent(event: Any) -> float:
+        time_us: float = event.self_device_time_total if kernels else event.self_cpu_time_total
+        return time_us / 1e3
+
+    for event in sorted(kernels or events, key=spent, reverse=True)[:25]:
+        print(f"  {spent(event):9.2f} ms {event.count:6d} x {event.key[:100]}")
+
+
+def learner_of(
+    folder: str, case: tuple[str, int, bool], device: str, tokens: int
+) -> DeepSpeedLearner:
+    """Make a learner of one of `CASES`."""
     config = Config()
     learner_config = replace(
         config.learner,
@@ -326,10 +384,26 @@ def step_of(
         threads=4,
     )
     config = replace(config, learner=learner_config)
-    learner = DeepSpeedLearner(config, folder, total_steps=10, device=device)
+    return DeepSpeedLearner(config, folder, total_steps=10, device=device)
+
+
+def step_of(
+    folder: str,
+    batch: Batch,
+    case: tuple[str, int, bool],
+    device: str,
+    repeats: int,
+    tokens: int,
+    limit: float,
+) -> tuple[str, float]:
+    """Run steps of one learner; return a description and the seconds of a step."""
+    learner = learner_of(folder, case, device, tokens)
     metrics: dict[str, float] = {}
     seconds, peak = best(
-        lambda: metrics.update(learner.step(batch.rows, batch.totals)), device, repeats
+        lambda: metrics.update(learner.step(batch.rows, batch.totals)),
+        device,
+        repeats,
+        time.monotonic() + limit,
     )
     flat, _ = learner.flat_weights()
     began = time.perf_counter()
@@ -364,30 +438,44 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--only", choices=["attention", "steps"])
-    parser.add_argument("--group", type=int, default=8, help="siblings in a conversation's group")
+    parser.add_argument(
+        "--groups", nargs="+", type=int, default=[8], help="siblings in a conversation's group"
+    )
+    parser.add_argument("--seconds", type=float, default=120, help="for a section")
+    parser.add_argument("--profile", action="store_true", help="of one step, and nothing else")
     parser.add_argument("--tokens", type=int, default=8192, help="per micro-batch")
-    parser.add_argument("--kinds", nargs="+", default=["games", "conversations"])
+    parser.add_argument(
+        "--kinds",
+        nargs="+",
+        default=["games", "conversations"],
+        choices=["games", "conversations", "long"],
+    )
     args = parser.parse_args()
     torch.set_num_threads(4)
     rate = product_rate(args.device)
     card = "CPU" if args.device == "cpu" else torch.cuda.get_device_name()
     print(f"{card}, torch {torch.__version__}: {rate / 1e12:.0f} TFLOP/s in a bf16 product")
-    kinds = {
-        "games": lambda: batch_of(make_rows(8 * args.rows, 16)),
-        "conversations": lambda: batch_of(conversations(args.rows, args.group)),
-        "long": lambda: batch_of(long_rows(args.rows // 4)),
+    talks = [batch_of(conversations(args.rows, group)) for group in args.groups]
+    kinds: dict[str, Callable[[], list[Batch]]] = {
+        "games": lambda: [batch_of(make_rows(8 * args.rows, 16))],
+        "conversations": lambda: talks,
+        "long": lambda: [batch_of(long_rows(args.rows // 4))],
     }
+    if args.profile:
+        for name in args.models:
+            profile(name, talks[0], args.device, args.tokens)
+        return
     if args.only != "steps":
         for name in args.models:
-            for kind in args.kinds:
-                batch = kinds[kind]()
-                print(f"{name}, {kind}: {len(batch.rows)} rows, bf16, forward and backward")
-                attention(name, batch, args.device, args.repeats, rate, args.tokens)
+            for kind, batch in [(one, b) for one in args.kinds for b in kinds[one]()]:
+                groups = len({row.group for row in batch.rows})
+                print(f"{name}, {kind}: {len(batch.rows)} rows in {groups} groups, bf16")
+                attention(name, batch, args.device, args.repeats, rate, args.tokens, args.seconds)
                 gc.collect()
                 torch.cuda.empty_cache()
     if args.only != "attention":
         for name in args.models:
-            steps(name, kinds["conversations"](), args.device, args.repeats, rate, args.tokens)
+            steps(name, talks[0], args.device, args.repeats, rate, args.tokens, args.seconds)
 
 
 if __name__ == "__main__":

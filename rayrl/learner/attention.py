@@ -12,7 +12,8 @@ implementation without a registered mask function, as intended here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -25,13 +26,18 @@ from transformers import AttentionInterface
 from rayrl.errors import ConfigError
 from rayrl.learner.packing import Bucket, IntArray, Packed
 
-__all__ = ["IMPLEMENTATION", "BeyondWindow", "Plan", "block_mask", "flex_pays", "plan"]
+__all__ = ["FLEX", "IMPLEMENTATION", "BeyondWindow", "Plan", "block_mask", "flex_pays", "plan"]
 
 IMPLEMENTATION = "rayrl_trie"
+FLEX = {"cuda"}  # kinds of device whose kernels can be compiled
 FLEX_WORK = 4096 * 512  # tokens * width from which a kernel earns its compilation
 FLEX_KEYS = 4  # keys gathered per token from which it is faster; below, as fast, on an H100
 FLEX_BLOCK = 128
 FLEX_SIZES = 4  # sizes a kernel is compiled for, per doubling of the tokens
+FLEX_HEAD = 16  # least width of a head that there are kernels for
+# Kernels: for each size, with and without gradients, of more models than one. Beyond torch's own
+# limit of 8 it would compute all scores, without a kernel.
+FLEX_KERNELS = 256
 SHORT = 512  # keys up to which two batched products beat torch's bf16 kernel on the CPU
 
 
@@ -58,45 +64,64 @@ class Plan:
     Attributes:
         longest: ids of the longest row.
         tokens: ids that the model is to be given: those of the trie, padded.
-        mask: for FlexAttention; then there are no buckets.
+        masks: for FlexAttention, by sliding window (None: without); then there are no buckets.
     """
 
     longest: int
     tokens: int
     buckets: tuple[_BucketTensors, ...]
-    mask: BlockMask | None = None
+    masks: Mapping[int | None, BlockMask] = field(default_factory=dict)
 
 
-def plan(packed: Packed, device: torch.device | str, dtype: torch.dtype, width: int) -> Plan:
+def plan(
+    packed: Packed,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    width: int,
+    window: int | None = None,
+) -> Plan:
     """The attention work of `packed` as tensors on `device`.
 
     Args:
         dtype: that of the queries.
         width: the model's hidden size.
+        window: the sliding window of some of its layers. FlexAttention alone knows one.
     """
     device, tokens = torch.device(device), len(packed.ids)
     longest = int(packed.lengths.max())
-    if not flex_pays(packed, device.type, width):
+    outgrown = window is not None and window < longest
+    if not (flex_pays(packed, device.type, width) or (outgrown and device.type in FLEX)):
         buckets = tuple(_to_tensors(bucket, device, dtype) for bucket in packed.buckets)
         return Plan(longest, tokens, buckets)
     step = max(FLEX_BLOCK, (1 << (tokens.bit_length() - 1)) // FLEX_SIZES)
     padded = -(-tokens // step) * step
     ends = np.concatenate([packed.ends, np.arange(tokens, padded) + 1])
-    return Plan(longest, padded, (), block_mask(ends, device))
+    masks: dict[int | None, BlockMask] = {None: block_mask(ends, device)}
+    if window is not None and outgrown:
+        positions = np.pad(packed.positions, (0, padded - tokens))
+        masks[window] = block_mask(ends, device, positions, window)
+    return Plan(longest, padded, (), masks)
 
 
 def flex_pays(packed: Packed, device: str, width: int) -> bool:
     """Whether FlexAttention is the faster way."""
     tokens = len(packed.ids)
     gathered = sum(bucket.keys.size for bucket in packed.buckets)
-    return device == "cuda" and tokens * width >= FLEX_WORK and gathered >= FLEX_KEYS * tokens
+    return device in FLEX and tokens * width >= FLEX_WORK and gathered >= FLEX_KEYS * tokens
 
 
-def block_mask(ends: IntArray, device: torch.device | str) -> BlockMask:
+def block_mask(
+    ends: IntArray,
+    device: torch.device | str,
+    positions: IntArray | None = None,
+    window: int | None = None,
+) -> BlockMask:
     """FlexAttention's mask in which query j sees key i if i <= j < ends[i].
 
     Args:
         ends: (n,), n a multiple of `FLEX_BLOCK`, of a forest in preorder.
+        positions: (n,) depths, for a window.
+        window: the query sees that many keys of its path, itself included.
     """
     blocks = ends.reshape(-1, FLEX_BLOCK)
     first = np.arange(len(blocks)) * FLEX_BLOCK  # query of each block
@@ -105,8 +130,21 @@ def block_mask(ends: IntArray, device: torch.device | str) -> BlockMask:
     whole = before & (blocks.min(1) >= first[:, None] + FLEX_BLOCK)
     end = torch.from_numpy(ends).to(device)
 
-    def visible(b: Any, h: Any, query: Any, key: Any) -> Any:
+    def on_path(b: Any, h: Any, query: Any, key: Any) -> Any:
         return (key <= query) & (query < end[key])
+
+    visible = on_path
+    if positions is not None and window is not None:
+        least, most = (f(positions.reshape(-1, FLEX_BLOCK), axis=1) for f in (np.min, np.max))
+        seen &= least[:, None] - most < window
+        whole &= most[:, None] - least < window
+        depth = torch.from_numpy(positions).to(device)
+
+        def near(b: Any, h: Any, query: Any, key: Any) -> Any:
+            seen = (key <= query) & (query < end[key])
+            return seen & (depth[query] - depth[key] < window)
+
+        visible = near
 
     def listed(chosen: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """How many key blocks each query block has, and which, in front."""
@@ -120,13 +158,34 @@ def block_mask(ends: IntArray, device: torch.device | str) -> BlockMask:
     )
 
 
+def _flex(
+    query: torch.Tensor,  # (1, H, U, D)
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: BlockMask,
+    scaling: float | None,
+) -> torch.Tensor:
+    """FlexAttention, compiled but on the CPU; (1, U, H, D)."""
+    attend = flex_attention
+    if query.device.type != "cpu":
+        attend = _compiled()
+        # A thread has its own settings, and checkpointed layers are computed again in another.
+        if torch._dynamo.config.recompile_limit < FLEX_KERNELS:
+            torch._dynamo.config.recompile_limit = FLEX_KERNELS
+    scaling, width = scaling or query.shape[3] ** -0.5, value.shape[3]
+    # zeros in a head change neither its scores nor what is kept of it
+    query, key, value = (
+        F.pad(x, (0, FLEX_HEAD - x.shape[3])) if x.shape[3] < FLEX_HEAD else x
+        for x in (query, key, value)
+    )
+    grouped = key.shape[1] != query.shape[1]
+    out: Any = attend(query, key, value, block_mask=mask, scale=scaling, enable_gqa=grouped)
+    kept: torch.Tensor = out[..., :width].transpose(1, 2)
+    return kept
+
+
 @cache
-def _flex(device: str) -> Any:
-    """FlexAttention, compiled where it can be."""
-    if device == "cpu":
-        return flex_attention
-    # one kernel for each size, with and without gradients, of more models than one
-    torch._dynamo.config.recompile_limit = 256
+def _compiled() -> Any:
     return torch.compile(flex_attention, dynamic=False)
 
 
@@ -178,21 +237,16 @@ def _attend(
             f"model.path: {type(module).__name__} uses soft-capping or attention sinks, which the "
             "learner's attention does not know; choose another model"
         )
+    window = None
     if sliding_window is not None and sliding_window < plan.longest:
+        window = sliding_window
+    if window is not None and window not in plan.masks:
         raise BeyondWindow(
             f"model.path: a row of {plan.longest} ids is longer than the sliding window "
             f"({sliding_window}), and than engine.max_len; raise that, or use shorter episodes"
         )
-    if plan.mask is not None:
-        out = _flex(query.device.type)(
-            query,
-            key,
-            value,
-            block_mask=plan.mask,
-            scale=scaling,
-            enable_gqa=key.shape[1] != query.shape[1],
-        )
-        return out.transpose(1, 2), None
+    if plan.masks:
+        return _flex(query, key, value, plan.masks[window], scaling), None
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (U, H, D)
     flat_out = query.new_empty(query.shape[0], query.shape[1] * value.shape[2])
     pieces, owners = [], []

@@ -86,8 +86,10 @@ class _Chosen(torch.autograd.Function):
         weight = torch.zeros_like(normalizer)
         if ctx.entropy_gradient:
             weight.index_add_(0, slot, of_entropy)
-        order = slot.argsort(stable=True)
-        ends = slot.bincount(minlength=len(logits)).cumsum(0).tolist()
+        on_cpu = logits.device.type == "cpu"
+        if on_cpu:
+            order = slot.argsort(stable=True)
+            ends = slot.bincount(minlength=len(logits)).cumsum(0).tolist()
         gradient = torch.empty_like(logits)
         for rows in _blocks(logits):
             x = _scaled(logits[rows], ctx.temperature)
@@ -97,13 +99,26 @@ class _Chosen(torch.autograd.Function):
                 d = d.exp_().mul_(scale.add_(per_row[rows, None]))
             else:
                 d = d.exp_().mul_(per_row[rows, None])
-            first = ends[rows.start - 1] if rows.start else 0
-            mine = order[first : ends[rows.stop - 1]]
-            place = (slot[mine] - rows.start) * width + target[mine]
-            # summed apart and then added, as autograd would: the same bits, token for token
-            d += torch.zeros_like(d).view(-1).index_add_(0, place, of_chosen[mine]).view_as(d)
+            if on_cpu:
+                first = ends[rows.start - 1] if rows.start else 0
+                mine = order[first : ends[rows.stop - 1]]
+                place = (slot[mine] - rows.start) * width + target[mine]
+                # summed apart and then added, as autograd would: the same bits, token for token
+                d += torch.zeros_like(d).view(-1).index_add_(0, place, of_chosen[mine]).view_as(d)
+            else:
+                _add_in_place(d, slot - rows.start, target, of_chosen)
             gradient[rows] = d.div_(ctx.temperature) if ctx.temperature != 1 else d
         return gradient, None, None, None, None
+
+
+def _add_in_place(d: Tensor, row: Tensor, target: Tensor, of_chosen: Tensor) -> None:
+    """Add (N,) gradients at `row` and `target` to the block `d`, where they are inside of it.
+
+    All N are added, as zeros if outside: a GPU would have to stop to say which are not.
+    """
+    inside = (row >= 0) & (row < len(d))
+    place = (row * d.shape[1] + target) % d.numel()
+    d.view(-1).index_add_(0, place, of_chosen.where(inside, 0))
 
 
 def _blocks(logits: Tensor) -> Iterator[slice]:

@@ -2,10 +2,10 @@
 
 A trie of rows is exact because attention can be told which tokens a token sees. A convolution or a
 recurrence along the sequence cannot: it would mix the end of one row into the beginning of the
-next. Nor does the trie's attention know windows, chunks or biases by distance. Such models (LFM2,
-Mamba and hybrids of both, Llama 4, Mistral beyond its window) compute each row by itself, with
-their own attention, padded on the right, where nothing that counts can see the padding. Prefixes
-are not shared then. `probe.py` finds out which model is which.
+next. Nor does the trie's attention know chunks or biases by distance, or windows unless on a GPU.
+Such models (LFM2, Mamba and hybrids of both, Llama 4, Mistral beyond its window on a CPU) compute
+each row by itself, with their own attention, padded on the right, where nothing that counts can see
+the padding. Prefixes are not shared then. `probe.py` finds out which model is which.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def logits_before(model: Any, packed: Packed) -> tuple[Tensor, Tensor]:
         return padded_logits(model, packed)
     device = model.device
     config = getattr(model, "module", model).config.get_text_config()
-    work = plan(packed, device, model.dtype, getattr(config, "hidden_size", 0))
+    width, window = (getattr(config, name, None) for name in ("hidden_size", "sliding_window"))
+    work = plan(packed, device, model.dtype, width or 0, window)
     padding = (0, work.tokens - len(packed.ids))
     logits = model(
         input_ids=torch.from_numpy(np.pad(packed.ids, padding)).to(device)[None],

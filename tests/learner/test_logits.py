@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rayrl.learner import logits as module
-from rayrl.learner.logits import chosen_logprobs
+from rayrl.learner.logits import _add_in_place, chosen_logprobs
 
 SLOT = torch.tensor([4, 0, 4, 2, 6, 4])  # repeated, in no order; rows 1, 3 and 5 predict nothing
 TARGET = torch.tensor([0, 10, 3, 3, 7, 0])
@@ -69,3 +69,14 @@ def test_against_float64(
     torch.testing.assert_close(logits.grad.double(), exact.grad, rtol=rounding, atol=1e-5)
     assert torch.equal(logits.detach(), before)  # nothing was worked on in place
     assert not logits.grad[[1, 3, 5]].any()
+
+
+@pytest.mark.parametrize("rows", [slice(0, 3), slice(3, 6), slice(6, 7)])
+def test_the_way_of_gpus_adds_each_gradient_in_its_block(rows: slice) -> None:
+    added = torch.zeros(7, 11)
+    for slot, target, weight in zip(SLOT, TARGET, WEIGHTS, strict=True):
+        added[slot, target] += weight
+    assert added[4, 0] == 2.0  # 0.5 and 1.5 meet
+    block = torch.full((rows.stop - rows.start, 11), 0.25)
+    _add_in_place(block, SLOT - rows.start, TARGET, WEIGHTS)
+    assert torch.equal(block, added[rows] + 0.25)

@@ -1,11 +1,13 @@
 """Models that mix tokens by more than attention compute whole rows, and the same numbers."""
 
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Lfm2Config, Lfm2ForCausalLM
+from torch.nn.attention import flex_attention
+from transformers import AutoConfig, AutoModelForCausalLM, Lfm2Config, Lfm2ForCausalLM
 
 from rayrl.config import Config, LearnerConfig
 from rayrl.learner import attention
@@ -14,7 +16,7 @@ from rayrl.learner.batch import batch_of
 from rayrl.learner.forward import load_model
 from rayrl.learner.packing import pack
 from rayrl.learner.reference import ReferenceLearner
-from rayrl.learner.rows import logits_before
+from rayrl.learner.rows import logits_before, shares_prefixes
 from tests.learner_rows import VOCABULARY, make_model, make_rows
 
 
@@ -66,21 +68,110 @@ def test_a_hybrid_has_the_logprobs_and_gradients_of_each_row_alone(hybrid: Path)
     assert metrics["grad_norm"] > 0
 
 
-@pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile")
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlexAttention on the CPU, with gradients, which torch has but does not let be asked for."""
+    warnings.filterwarnings("ignore", message=".*flex_attention called without torch.compile")
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)
+    monkeypatch.setattr(attention, "FLEX", {"cpu"})
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize(("dtype", "apart"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
 @pytest.mark.parametrize("heads", [1, 2, 4])
-def test_the_kernel_for_gpus_gives_the_same_logits(
-    heads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("width", [8, 16], ids=["narrow heads", "heads"])
+def test_the_kernel_for_gpus_gives_the_same_logprobs_and_gradients(
+    heads: int,
+    width: int,
+    dtype: torch.dtype,
+    apart: float,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model = load_model(make_model(tmp_path, num_key_value_heads=heads, hidden_size=64))
+    folder = make_model(tmp_path, num_key_value_heads=heads, hidden_size=4 * width)
+    model = load_model(folder).to(dtype)
     rows = [row for seed in range(3) for row in make_rows(seed)]
     packed = pack([row.ids for row in rows], [row.loss_mask for row in rows])
     assert len(packed.ids) % FLEX_BLOCK  # so that there is padding
+    weights = torch.from_numpy(np.random.default_rng(0).normal(size=len(packed.target))).to(dtype)
     found = []
-    with torch.no_grad():
-        for flex in (False, True):
-            monkeypatch.setattr(attention, "flex_pays", lambda *_, flex=flex: flex)
-            found.append(logits_before(model, packed)[0])
-    assert float((found[0] - found[1]).abs().max()) < 1e-5
+    for flex in (False, True):
+        monkeypatch.setattr(attention, "flex_pays", lambda *_, flex=flex: flex)
+        logits, slot = logits_before(model, packed)
+        logprobs = logits.log_softmax(-1)[slot, torch.from_numpy(packed.target)]
+        gradients = torch.autograd.grad(logprobs @ weights, list(model.parameters()))
+        found.append((logprobs, *gradients))
+    for gathered, kernel in zip(*found, strict=True):
+        largest = gathered.detach().abs().max()
+        assert (gathered - kernel).detach().abs().max() <= apart * largest
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("kind", ["mistral", "gemma3_text", "cohere2"])
+def test_rows_beyond_a_window_share_prefixes_with_the_kernel(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = AutoConfig.for_model(
+        kind,
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+        sliding_window=12,
+        layer_types=["sliding_attention", "full_attention"],
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    rows = [row for seed in range(3) for row in make_rows(seed)]
+    packed = pack([row.ids for row in rows], [row.loss_mask for row in rows])
+    assert packed.lengths.max() > 16
+    found = []
+    for devices in ({"cpu"}, set()):
+        monkeypatch.setattr(attention, "FLEX", devices)
+        model = load_model(tmp_path)
+        assert shares_prefixes(model) == bool(devices)
+        with torch.no_grad():
+            logits, slot = logits_before(model, packed)
+        found.append(logits.log_softmax(-1)[slot])
+    assert float((found[0] - found[1]).abs().max()) < 2e-5
+
+
+@pytest.mark.parametrize("window", [100, 300])
+@pytest.mark.parametrize("seed", range(3))
+def test_its_windows_hide_only_what_is_too_far(seed: int, window: int) -> None:
+    rng = np.random.default_rng(seed)
+    prompt = rng.integers(0, 9, 150)
+    rows = [np.append(prompt, rng.integers(0, 9, n)) for n in rng.integers(50, 400, 4)]
+    packed = pack(rows, [np.arange(len(row)) > 0 for row in rows])
+    n = len(packed.ids) // FLEX_BLOCK * FLEX_BLOCK
+    ends, depth = np.minimum(packed.ends[:n], n), packed.positions[:n]
+    query, key = np.arange(n)[:, None], np.arange(n)
+    visible = (key <= query) & (query < ends[key]) & (depth[:, None] - depth < window)
+    mask = block_mask(ends, "cpu", depth, window)
+    every = torch.arange(n)
+    computed = mask.mask_mod(0, 0, every[:, None], every).numpy()
+    size = n // FLEX_BLOCK
+    tiles = np.zeros((2, size, size), bool)  # those computed with the mask, and without
+    for tile, count, order in zip(
+        tiles,
+        (mask.kv_num_blocks, mask.full_kv_num_blocks),
+        (mask.kv_indices, mask.full_kv_indices),
+        strict=True,
+    ):
+        for row in range(size):
+            tile[row, order[0, 0, row, : count[0, 0, row]]] = True
+    partial, whole = np.kron(tiles, np.ones((FLEX_BLOCK, FLEX_BLOCK), bool))
+    assert not (partial & whole).any()
+    assert not (partial | whole).all()
+    assert np.array_equal((partial & computed) | whole, visible)
 
 
 @pytest.mark.parametrize("seed", range(5))
