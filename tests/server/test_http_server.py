@@ -31,6 +31,7 @@ ENGINES = {
     "embedded": ["cluster.replicas=2"],
     "vllm": ["engine=vllm", "engine.dtype=float32", "engine.max_live=16"],
 }
+MAX_LEN = 16_384  # so many ids take minutes, and 8 such answers fit the KV cache
 HELLO: list[Any] = [{"role": "user", "content": "Your turn."}]
 BEGUN = '<tool_call>\n{"name": "look", "arguments":'
 TOOL: Any = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
@@ -50,6 +51,7 @@ def endless_model(folder: Path) -> Path:
         model.model.embed_tokens.weight[end, 0] = -10.0
         model.model.norm.weight.fill_(1.0)
         model.lm_head.weight.copy_(model.model.embed_tokens.weight)
+    model.config.max_position_embeddings = MAX_LEN
     model.save_pretrained(folder)
     chat.tokenizer.save_pretrained(folder)
     return folder
@@ -72,7 +74,7 @@ class Server:
 
     def metrics(self) -> dict[str, float]:
         """Samples by name and labels, summed over the replicas."""
-        page = httpx.get(self.url.replace("/v1", "/metrics")).raise_for_status().text
+        page = httpx.get(self.url.replace("/v1", "/metrics"), timeout=600).raise_for_status().text
         found: dict[str, float] = {}
         for line in page.splitlines():
             if not line.startswith("#"):
@@ -185,7 +187,7 @@ def test_errors(server: Server) -> None:
     with server.client as client:
         ask = client.chat.completions.create
         with pytest.raises(openai.BadRequestError) as refused:
-            ask(model="base", messages=[{"role": "user", "content": "x " * 3000}])
+            ask(model="base", messages=[{"role": "user", "content": "x " * MAX_LEN}])
         assert (refused.value.code, refused.value.param) == ("context_length_exceeded", "messages")
         with pytest.raises(openai.BadRequestError) as refused:
             ask(model="base", messages=HELLO, temperature=7)
@@ -196,40 +198,33 @@ def test_errors(server: Server) -> None:
             client.completions.create(model="base", prompt=[10**6])
         with pytest.raises(openai.AuthenticationError):
             client.with_options(api_key="pumpkin").models.list()
-    assert httpx.get(server.url.replace("/v1", "/health")).json() == {"status": "ok"}
+    assert httpx.get(server.url.replace("/v1", "/health"), timeout=600).json() == {"status": "ok"}
 
 
 async def test_a_disconnect_frees_the_engine(server: Server) -> None:
     """Generation for disconnected clients stops early, and the replicas keep working."""
-    # so much that it goes on for long after the metrics have been read, on a busy machine too
-    asked: dict[str, Any] = {"model": "base", "prompt": "Your", "max_tokens": 1000, "n": 64}
+    # longer than any wait below: whoever leaves does so in the middle
+    asked: dict[str, Any] = {"model": "base", "prompt": "Your", "max_tokens": MAX_LEN - 100, "n": 8}
     ended = 'rayrl_requests_total{route="/v1/completions",status='
 
     async def become(what: Callable[[dict[str, float]], bool]) -> dict[str, float]:
         """Wait for the metrics to satisfy a condition; return them."""
-        for _ in range(300):
-            if what(now := await asyncio.to_thread(server.metrics)):
-                return now
+        while not what(now := await asyncio.to_thread(server.metrics)):  # noqa: ASYNC110
             await asyncio.sleep(0.1)
-        pytest.fail(f"it did not become so: {now}")
+        return now
 
     def all_ended(now: dict[str, float]) -> float:
         return sum(now[name] for name in now if name.startswith(ended))
 
     async def hang_up(leave: Callable[[AsyncOpenAI], Awaitable[None]]) -> None:
-        """Until it counts as that: an answer may be there before they have gone."""
-        for _ in range(5):
-            before = await asyncio.to_thread(server.metrics)
-            async with server.later as client:
-                await leave(client)
-            over = all_ended(before) + 1
-            now = await become(lambda now, over=over: all_ended(now) == over)
-            new = {name: value - before.get(name, 0) for name, value in now.items()}
-            if new.get(f'{ended}"499"}}') == 1:
-                assert new["rayrl_completion_tokens_total{}"] < 64 * 1000
-                assert now["rayrl_in_flight{}"] == 0
-                return
-        pytest.fail(f"nobody hung up: {now}")
+        before = await asyncio.to_thread(server.metrics)
+        async with server.later as client:
+            await leave(client)
+        now = await become(lambda now: all_ended(now) == all_ended(before) + 1)
+        new = {name: value - before.get(name, 0) for name, value in now.items()}
+        assert new.get(f'{ended}"499"}}') == 1, new
+        assert new["rayrl_completion_tokens_total{}"] < 8 * asked["max_tokens"]
+        assert now["rayrl_in_flight{}"] == 0
 
     async def in_a_stream(client: AsyncOpenAI) -> None:
         stream = await client.completions.create(**asked, stream=True)
@@ -238,7 +233,7 @@ async def test_a_disconnect_frees_the_engine(server: Server) -> None:
 
     async def waiting(client: AsyncOpenAI) -> None:
         answer = asyncio.create_task(client.completions.create(**asked))
-        await become(lambda now: answer.done() or now["rayrl_in_flight{}"] == 1)
+        await become(lambda now: now["rayrl_in_flight{}"] == 1)
         answer.cancel()
         await asyncio.gather(answer, return_exceptions=True)
 
