@@ -137,7 +137,7 @@ class Going:
     def wait(self, seconds: float = 900) -> int:
         """Its exit status."""
         status = self.process.wait(seconds)
-        self._reader.join(30)
+        self._reader.join(600)
         return status
 
     def __enter__(self) -> Going:
@@ -146,6 +146,6 @@ class Going:
     def __exit__(self, *error: object) -> None:
         self.process.kill()
         self.process.wait()
-        self._reader.join(30)
+        self._reader.join(600)
         assert self.process.stdout is not None
         self.process.stdout.close()

@@ -406,7 +406,7 @@ def completed(line: str, script: str) -> set[str]:
         'printf "%s\\n" "${COMPREPLY[@]}"'
     )
     done = subprocess.run(
-        ["bash", "-c", f"{script}\n{ask}"], capture_output=True, text=True, check=True, timeout=20
+        ["bash", "-c", f"{script}\n{ask}"], capture_output=True, text=True, check=True, timeout=600
     )
     assert not done.stderr
     return {*done.stdout.split()}
@@ -434,7 +434,7 @@ def test_scripts_of_all_shells(shell: str, capsys: pytest.CaptureFixture[str]) -
     program = shutil.which(shell)
     if program:
         check = [program, "--no-execute"] if shell == "fish" else [program, "-n"]
-        subprocess.run(check, input=out, text=True, check=True, timeout=20)
+        subprocess.run(check, input=out, text=True, check=True, timeout=600)
 
 
 def test_no_such_shell(capsys: pytest.CaptureFixture[str]) -> None:

@@ -62,9 +62,7 @@ async def test_an_idle_loop_runs_nothing() -> None:
     thread = threading.Thread(target=asyncio.run, args=(idle(),))
     thread.start()
     await asyncio.to_thread(ready.wait)
-    for _ in range(200):
-        if not (running := running_in(found["loop"], found["thread"])).stack:
-            break
+    while (running := running_in(found["loop"], found["thread"])).stack:  # noqa: ASYNC110
         await asyncio.sleep(0.01)
     over.set()
     await asyncio.to_thread(thread.join)

@@ -497,7 +497,7 @@ class Waiting:
 
 
 async def file_of(path: Path) -> None:
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(600):
         while not path.exists():  # noqa: ASYNC110, ASYNC240
             await asyncio.sleep(0.02)
 

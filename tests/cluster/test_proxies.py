@@ -72,7 +72,7 @@ def test_grpc_reaches_the_addresses_of_this_node() -> None:
     server.start()
     for host in ("localhost", "127.0.0.1", ray.util.get_node_ip_address()):
         with grpc.insecure_channel(f"{host}:{port}") as channel:
-            assert channel.unary_unary("/any/call")(b"here", timeout=60) == b"here"
+            assert channel.unary_unary("/any/call")(b"here", timeout=600) == b"here"
     server.stop(None).wait()
 
 
@@ -93,7 +93,7 @@ def test_grpc_to_a_name_outside_still_takes_the_proxy(
         monkeypatch.setenv("grpc_proxy", f"http://127.0.0.1:{proxy.getsockname()[1]}")
         with grpc.insecure_channel("outside.example:443") as channel:
             call = channel.unary_unary("/any/call").future(b"there", wait_for_ready=True)
-            thread.join(60)
+            thread.join(600)
             call.cancel()
     assert asked[0].startswith(b"CONNECT outside.example:443")
 

@@ -227,13 +227,13 @@ def test_a_local_run_behind_a_proxy_is_for_this_machine_only_and_ends_in_order(
             assert folders == {session.private_folder()}
             before = len(said.read_text())
             os.killpg(run.pid, signal.SIGTERM)  # as `timeout` does
-            assert run.wait(60) == 143
+            assert run.wait(600) == 143
             text = said.read_text()[before:]
             last = f"rayrl: stopped by SIGTERM; the same command resumes from {folder}"
             assert text.splitlines()[-1] == last
             assert "SIGTERM received" not in text
             assert "Traceback" not in text
-            _, alive = psutil.wait_procs(processes, timeout=60)
+            _, alive = psutil.wait_procs(processes, timeout=600)
             assert not alive
         finally:
             run.kill()

@@ -144,7 +144,7 @@ def start(client: BatchingClient, *seeds: int) -> list[asyncio.Task[Completion]]
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(600):
         while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.001)
 
@@ -377,7 +377,7 @@ async def test_results_are_streamed_to_one_reader_of_the_replica_that_has_them()
 async def test_a_request_that_comes_to_an_idle_stream_is_waited_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(streams, "IDLE_S", 0.1)
+    monkeypatch.setattr(streams, "IDLE_S", 1.0)
     engine = Engine()
     here = make_replica("a", engine)
     await here.submit("client", [(0, request(0))], [])
@@ -387,7 +387,7 @@ async def test_a_request_that_comes_to_an_idle_stream_is_waited_for(
     reading = asyncio.ensure_future(anext(results))
     await asyncio.sleep(0.01)
     await here.submit("client", [(1, request(1))], [])
-    await asyncio.sleep(0.15)
+    await asyncio.sleep(1.2)
     engine.finish(1)
     assert await reading == [(1, completion(1))]
     await results.aclose()

@@ -55,7 +55,7 @@ EXPECTED = {
 
 def exported(port: int) -> dict[tuple[str, str], float]:
     """Name and own tag -> value, of the run's metrics at a node's endpoint."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as answer:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=600) as answer:
         text = answer.read().decode()
     found = {}
     for name, tags, value in re.findall(r"^(ray_rayrl_\w+)\{(.*)\} (\S+)$", text, re.M):

@@ -44,7 +44,7 @@ async def asking(chat: Chat) -> AsyncIterator[httpx.AsyncClient]:
     service = Service(Scripted(chat, "x", max_len=MAX_LEN), chat, "m")
     transport = httpx.ASGITransport(app=make_app(service))
     async with (
-        asyncio.timeout(100),
+        asyncio.timeout(600),
         httpx.AsyncClient(transport=transport, base_url="http://m/v1/") as client,
     ):
         client.service = service  # type: ignore[attr-defined]
