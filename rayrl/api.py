@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 from rayrl.config import Config
 from rayrl.config.load import with_settings
 from rayrl.config.registry import bind
-from rayrl.environment.environment import Environment
+from rayrl.environment.environment import Environment, PlayerFunction
 from rayrl.environment.registry import reference_of
 from rayrl.errors import ConfigError
 from rayrl.types import Episode
@@ -176,6 +176,7 @@ async def train_async(
     steps: int | None = None,
     name: str | None = None,
     settings: Mapping[str, Any] | None = None,
+    seats: Mapping[str, str | PlayerFunction] | None = None,
     loss: Loss | str | None = None,
     advantage: Advantage | str | None = None,
     loggers: Sequence[str | Logger | LogFunction] = (),
@@ -193,6 +194,8 @@ async def train_async(
         name: `run.name`; by default ENV-train. The run's folder is runs/NAME, unless `run.dir`
             says otherwise.
         settings: any others by dotted key, as `{"train.groups": 8, "learner.lr": 1e-4}`.
+        seats: who plays each, as `env.seats`, or a function `(messages, rng) -> str`, which travels
+            to env workers by value.
         loss: a function `(LossInputs) -> LossOutputs`, or as `algo.loss`.
         advantage: a function `(AdvantageInputs) -> (G, turns)`, or as `algo.advantage`.
         loggers: besides `run.loggers`: names, `rayrl.Logger` objects, or functions
@@ -212,6 +215,7 @@ async def train_async(
         "algo.loss": _reference("algo.loss", loss),
         "algo.advantage": _reference("algo.advantage", advantage),
     }
+    more |= _players(seats)
     built = configure("train", config, env, name, {**(settings or {}), **_given(more)})
     await loop.train(built, loggers=loggers, on_step=on_step)
     return Run(Path(built.run.dir), built)
@@ -249,23 +253,25 @@ async def evaluate_async(
     *,
     env: Environment | str | None = None,
     model: str | Path | None = None,
-    player: str | None = None,
+    player: str | PlayerFunction | None = None,
     episodes: int | None = None,
     name: str | None = None,
     settings: Mapping[str, Any] | None = None,
+    seats: Mapping[str, str | PlayerFunction] | None = None,
 ) -> Evaluation:
     """Play an environment without learning, on tasks that training does not see.
 
     Args:
-        player: `eval.player`: "model", "endpoint" (a server, see `endpoint.url`), or a player of
-            the environment.
+        player: `eval.player`: "model", "endpoint" (a server, see `endpoint.url`), a player of the
+            environment, or a function as one of `seats`.
         episodes: `eval.episodes`, per cell.
 
     The other arguments and what is raised: see `train`.
     """
     from rayrl.commands import evaluate as verb
 
-    more = {"model.path": model, "eval.player": player, "eval.episodes": episodes}
+    more = {"model.path": model, "eval.episodes": episodes} | _players(seats)
+    more["eval.player"] = _reference("eval.player", player)
     built = configure("eval", config, env, name, {**(settings or {}), **_given(more)})
     result = await verb.evaluate(built)
     return Evaluation(Path(built.run.dir), built, result)
@@ -275,16 +281,18 @@ async def synth_async(
     config: Config | None = None,
     *,
     env: Environment | str | None = None,
-    player: str | None = None,
+    player: str | PlayerFunction | None = None,
     episodes: int | None = None,
     keep: Mapping[str, float] | None = None,
     name: str | None = None,
     settings: Mapping[str, Any] | None = None,
+    seats: Mapping[str, str | PlayerFunction] | None = None,
 ) -> SynthRun:
     """Play a teacher and keep its good episodes, for `sft`.
 
     Args:
-        player: `synth.player`: a player of the environment, "model" or "endpoint".
+        player: `synth.player`: a player of the environment, "model", "endpoint", or a function as
+            one of `seats`.
         episodes: `synth.episodes`: how many to play.
         keep: `synth.keep`: by name of a score, the least value an episode must have.
 
@@ -292,7 +300,8 @@ async def synth_async(
     """
     from rayrl.commands import synth as verb
 
-    more = {"synth.player": player, "synth.episodes": episodes, "synth.keep": keep}
+    more = {"synth.episodes": episodes, "synth.keep": keep} | _players(seats)
+    more["synth.player"] = _reference("synth.player", player)
     built = configure("synth", config, env, name, {**(settings or {}), **_given(more)})
     made = await verb.synth(built)
     return SynthRun(Path(built.run.dir), built, made.file)
@@ -307,6 +316,7 @@ async def open_training(
     steps: int | None = None,
     name: str | None = None,
     settings: Mapping[str, Any] | None = None,
+    seats: Mapping[str, str | PlayerFunction] | None = None,
     loggers: Sequence[str | Logger | LogFunction] = (),
 ) -> AsyncIterator[Training]:
     """A training run for a loop of one's own: env workers, replicas and a learner, all started.
@@ -327,7 +337,7 @@ async def open_training(
     from rayrl.run.folder import RunDir
     from rayrl.run.start_check import check_start
 
-    more = _given({"model.path": model, "train.steps": steps})
+    more = _given({"model.path": model, "train.steps": steps} | _players(seats))
     built = configure("train", config, env, name, {**(settings or {}), **more})
     validate(built, "train")
     check_start(built, "train")
@@ -375,6 +385,11 @@ def _given(changes: Mapping[str, Any]) -> dict[str, Any]:
         key: str(value) if isinstance(value, Path) else value for key, value in changes.items()
     }
     return {key: value for key, value in plain.items() if value is not None}
+
+
+def _players(seats: Mapping[str, str | PlayerFunction] | None) -> dict[str, Any]:
+    keys = {f"env.seats.{seat}": who for seat, who in (seats or {}).items()}
+    return {key: _reference(key, who) for key, who in keys.items()}
 
 
 def _reference(key: str, given: str | Callable[..., Any] | None) -> str | None:

@@ -189,6 +189,28 @@ def test_functions_are_named_and_found() -> None:
         load_function("algo.advantage", "object:mine")
 
 
+def test_players_are_passed_as_objects() -> None:
+    lock = threading.Lock()
+
+    def mine(messages: object, rng: object) -> str:
+        return "1"
+
+    def locked(messages: object, rng: object) -> str:
+        with lock:
+            return "1"
+
+    with pytest.raises(ConfigError, match=r"env\.seats\.agnt: .*no such seat.*'agent'"):
+        rayrl.train(env="tictactoe", seats={"agnt": mine})
+    with pytest.raises(ConfigError, match="no seat of 'tictactoe' is the policy"):
+        rayrl.train(env="tictactoe", seats={"agent": mine})
+    with pytest.raises(ConfigError, match=r"env\.seats\.agent=3: must be policy"):
+        rayrl.evaluate(env="tictactoe", seats={"agent": 3})  # type: ignore[dict-item]
+    with pytest.raises(ConfigError, match=r"eval\.player: .*locked cannot be sent to other.*lock"):
+        rayrl.evaluate(env="tictactoe", player=locked)
+    with pytest.raises(ConfigError, match=r"env\.seats\.o: .*locked cannot be sent to other"):
+        rayrl.train(env="tictactoe_versus", seats={"o": locked})
+
+
 # --- tasks of training and of evaluation ----------------------------------------------------------
 
 

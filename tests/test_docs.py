@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import inspect
+import random
 import re
 import shlex
 import subprocess
@@ -104,7 +105,9 @@ def test_the_python_page_calls_what_there_is(
         made = getattr(importlib.import_module(module), function)
         with pytest.raises((StopIteration, RuntimeError)):
             asyncio.run(made()) if inspect.iscoroutinefunction(made) else made()
-    for module in functions:
+    rivals = importlib.import_module("rivals")
+    assert rivals.echo([rayrl.user("Say c")], random.Random(0)) in "cccccc"
+    for module in (*functions, "rivals"):
         del sys.modules[module]
     names = ("letters", "watched", "own-loop")
     assert called == [("train", name, "letters:repeat") for name in names]

@@ -11,7 +11,8 @@ from typing import Any
 
 from ray import cloudpickle
 
-from rayrl.config.registry import load_function
+from rayrl.config.registry import function_name, load_function
+from rayrl.errors import ConfigError, describe_error
 
 __all__ = ["dumps", "loads"]
 
@@ -33,7 +34,7 @@ def dumps(key: str, function: str | Callable[..., Any]) -> str | bytes:
             a name of the package.
 
     Raises:
-        ConfigError: the reference names nothing.
+        ConfigError: the reference names nothing, or the function uses what cannot be sent.
     """
     if isinstance(function, str):
         if ":" not in function:
@@ -44,13 +45,24 @@ def dumps(key: str, function: str | Callable[..., Any]) -> str | bytes:
         called = called.func
     module = sys.modules.get(getattr(called, "__module__", ""))
     if module is None or not _is_users(module.__name__, getattr(module, "__file__", None)):
-        return bytes(cloudpickle.dumps(function))
+        return _pickled(key, function)
     package = sys.modules.get(module.__name__.partition(".")[0], module)
     cloudpickle.register_pickle_by_value(package)
     try:
-        return bytes(cloudpickle.dumps(function))
+        return _pickled(key, function)
     finally:
         cloudpickle.unregister_pickle_by_value(package)
+
+
+def _pickled(key: str, function: Any) -> bytes:
+    try:
+        return bytes(cloudpickle.dumps(function))
+    except Exception as error:
+        raise ConfigError(
+            f"{key}: {function_name(function)} cannot be sent to other processes: "
+            f"{describe_error(error)}. Create what cannot be sent (a lock, a file, a connection) "
+            "inside the function, or move it to a file and name it: path/to/file.py:function."
+        ) from error
 
 
 def loads(sent: str | bytes) -> Any:

@@ -26,7 +26,7 @@ from importlib.metadata import Distribution, distribution, distributions, versio
 from pathlib import Path
 
 from rayrl.config import Config, stage_config
-from rayrl.config.registry import CODE_FILE, OBJECT, split_reference
+from rayrl.config.registry import CODE_FILE, OBJECT, from_outside, split_reference
 from rayrl.config.yaml_files import conf_dir
 from rayrl.environment.registry import ENV_GROUP
 from rayrl.errors import ConfigError
@@ -39,6 +39,7 @@ __all__ = [
     "env_names",
     "forwarded_variables",
     "function_references",
+    "played_code",
     "write_bundle",
 ]
 
@@ -58,11 +59,24 @@ def env_names(config: Config) -> list[str]:
 
 
 def function_references(config: Config) -> dict[str, str]:
-    """Map each loss and advantage from outside the package that `config` names to its key."""
+    """Map each loss, advantage and player from outside that `config` names to its key."""
     named: dict[str, str] = {}
     for c in _with_stages(config):
-        named |= {c.algo.loss: "algo.loss", c.algo.advantage: "algo.advantage"}
-    return {reference: key for reference, key in named.items() if ":" in reference}
+        named |= {c.algo.loss: "algo.loss", c.algo.advantage: "algo.advantage"} | _players(c)
+    return {reference: key for reference, key in named.items() if from_outside(reference)}
+
+
+def played_code(config: Config) -> list[str]:
+    """List what env workers load: environments, and players from outside them."""
+    players = {who: None for c in _with_stages(config) for who in _players(c) if from_outside(who)}
+    return [*env_names(config), *players]
+
+
+def _players(config: Config) -> dict[str, str]:
+    named = {f"env.seats.{seat}": who for seat, who in config.env.seats.items()}
+    named |= {"eval.player": config.eval.player, "synth.player": config.synth.player}
+    named |= {"play.player": config.play.player}
+    return {who: key for key, who in named.items()}
 
 
 def _with_stages(config: Config) -> list[Config]:

@@ -12,7 +12,8 @@ from typing import Any
 import ray
 from ray.serve.handle import DeploymentHandle
 
-from rayrl.cluster.code_bundle import env_names
+from rayrl.cluster import by_value
+from rayrl.cluster.code_bundle import played_code
 from rayrl.cluster.learner_group import LearnerGroup
 from rayrl.cluster.rollouts import Rollouts
 from rayrl.cluster.serving.replica import deploy, replica_engine, undeploy
@@ -23,6 +24,7 @@ from rayrl.cluster.weight_sync.topology import transport_of
 from rayrl.cluster.weight_sync.transports import open_transport
 from rayrl.cluster.workers.env_worker import POLICY, WorkerJob
 from rayrl.config import Config
+from rayrl.config.registry import is_object
 from rayrl.engine import open_engine
 from rayrl.environment.environment import Environment
 from rayrl.environment.registry import load_env
@@ -68,6 +70,7 @@ async def open_rollouts(
     *,
     seats: Mapping[str, str] | None = None,
     sampling: Sampling | None = None,
+    setting: str = "eval.player",
 ) -> AsyncIterator[Rollouts]:
     """Open env workers of `config.env` and replicas of the models that play, without learners.
 
@@ -76,11 +79,12 @@ async def open_rollouts(
         seats: players by seat instead of `config.env.seats`, e.g. `{"agent": "player:teacher"}`; if
             no seat is a model's, no engine starts.
         sampling: used instead of `config.sampling`.
+        setting: names the player of those of `seats` that `config.env.seats` does not name.
     """
     await check_endpoint(config, config.env.seats if seats is None else seats)
     with ExitStack() as stack:
         session = stack.enter_context(_session(config))
-        job = _job(config, session, seats, sampling)
+        job = _job(config, session, seats, sampling, setting)
         rollouts = Rollouts(job)
         stack.callback(rollouts.close)
         await _run_all(rollouts.ready(), deploy_models(job, session, stack, pushed=False))
@@ -138,7 +142,7 @@ async def open_cluster(
 
 
 def _session(config: Config) -> AbstractContextManager[Session]:
-    return open_session(config.cluster, config.run.dir, envs=env_names(config))
+    return open_session(config.cluster, config.run.dir, envs=played_code(config))
 
 
 async def check_endpoint(config: Config, seats: Mapping[str, str]) -> None:
@@ -156,6 +160,7 @@ def _job(
     session: Session,
     seats: Mapping[str, str] | None,
     sampling: Sampling | None,
+    setting: str = "",
 ) -> WorkerJob:
     """Build the env workers' job, with a Serve app per model."""
     environment = make_environment(config)
@@ -165,7 +170,12 @@ def _job(
     if sampling is None:
         s = config.sampling
         sampling = Sampling(s.temperature, s.top_p, s.top_k, s.max_tokens, tuple(s.stop))
-    return WorkerJob(environment.spec, players, sampling, config, models, apps)
+    passed = {}
+    for seat, who in players.items():
+        if is_object(who):
+            key = f"env.seats.{seat}" if config.env.seats.get(seat) == who else setting
+            passed[seat] = by_value.dumps(key, who)
+    return WorkerJob(environment.spec, players, sampling, config, models, apps, passed)
 
 
 async def deploy_models(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping
 from contextlib import ExitStack, asynccontextmanager
 
-from rayrl.cluster.code_bundle import env_names
+from rayrl.cluster.code_bundle import played_code
 from rayrl.cluster.open import check_endpoint, deploy_models, is_model, make_environment, model_of
 from rayrl.cluster.rollouts import Rollouts
 from rayrl.cluster.session import open_session
@@ -32,7 +32,7 @@ async def open_players(
     with ExitStack() as stack:
         job = WorkerJob(spec, dict(seats), sampling, config)
         if models:
-            session = stack.enter_context(open_session(config.cluster, envs=env_names(config)))
+            session = stack.enter_context(open_session(config.cluster, envs=played_code(config)))
             apps = {who: f"{session.name}-{number}" for number, who in enumerate(models)}
             job = WorkerJob(spec, dict(seats), sampling, config, models, apps)
             await deploy_models(job, session, stack, pushed=False)

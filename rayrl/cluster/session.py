@@ -110,8 +110,9 @@ def open_session(
             process runs in (RAY_ADDRESS, as `ray job submit` sets it), or start a local one.
         directory: the run's folder, if the program has one.
         http: address for Serve; None: a Serve started here does not listen.
-        envs: environments (as `env.name`) to be played. A driver that joins a cluster without being
-            one of its jobs sends their code and rayrl's to the nodes.
+        envs: environments (as `env.name`), and players from outside them, that are to play. A
+            driver that joins a cluster without being one of its jobs sends their code and rayrl's
+            to the nodes.
 
     Raises:
         InfraError: the cluster cannot be reached.

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rayrl import loop
-from rayrl.cluster.code_bundle import env_names
+from rayrl.cluster.code_bundle import played_code
 from rayrl.cluster.session import open_session
 from rayrl.commands import evaluate, sft, synth
 from rayrl.config import Config, Stage, stage_config, validate
@@ -72,7 +72,7 @@ def run(config: Config) -> None:
     check_start(config, "recipe", done)
     with RunDir(config.run.dir, config, begin=False, verb="recipe") as folder:
         if not all(is_finished(link.config.run.dir) for link in links):
-            named = env_names(config)
+            named = played_code(config)
             with PeakMemory() as memory, open_session(config.cluster, config.run.dir, envs=named):
                 folder.begin()
                 for number, link in enumerate(links, 1):

@@ -170,7 +170,7 @@ async def _play(config: Config, file: Path, begun: Callable[[], None]) -> list[E
     with ProgressBar(f"{config.run.name}: {config.synth.player}", len(plans)) as bar:
         play = JournaledRollouts([journal], bar, config.endpoint.max_tokens_total)
         play.check_budget()
-        async with open_rollouts(config, seats=seats) as rollouts:
+        async with open_rollouts(config, seats=seats, setting="synth.player") as rollouts:
             begun()
             played = await play.collect(rollouts, journal)
     groups = [*played.groups, *played.dropped]

@@ -24,13 +24,16 @@ from rayrl.types import derive_seed
 
 __all__ = [
     "CODE_FILE",
+    "NOT_PLACES",
     "OBJECT",
     "Registry",
     "absolute",
     "attribute_of",
     "bind",
     "bound",
+    "from_outside",
     "function_name",
+    "is_object",
     "load_function",
     "load_module",
     "split_reference",
@@ -39,6 +42,7 @@ __all__ = [
 CODE_FILE = "rayrl-code.json"  # beside rayrl/ in a copy that was sent to a cluster: `code_bundle`
 
 OBJECT = "object"
+NOT_PLACES = ("player", "model")  # what else stands before a colon, in `env.seats`
 _bound: dict[tuple[str, str], Any] = {}  # by setting and name
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -49,11 +53,12 @@ class Registry(Generic[F]):
 
     Args:
         key: the setting that names one, for errors.
+        functions: those there are from the start, by name.
     """
 
-    def __init__(self, key: str) -> None:
+    def __init__(self, key: str, functions: Mapping[str, F] | None = None) -> None:
         self.key = key
-        self._functions: dict[str, F] = {}
+        self._functions: dict[str, F] = dict(functions or {})
 
     def register(self, name: str) -> Callable[[F], F]:
         """Decorator: add a function under `name`."""
@@ -81,15 +86,29 @@ class Registry(Generic[F]):
             if not callable(value):
                 raise ConfigError(f"{self.key}={value!r} is neither a name nor a function")
             return value
-        if ":" in value:
+        if value in self._functions:
+            return self._functions[value]
+        if from_outside(value):
             function: F = load_function(self.key, value)
             return function
-        if value not in self._functions:
-            raise ConfigError(
-                f"{self.key}={value!r} is not one of {', '.join(self)}, and names no function as "
-                f"module:function or path/to/file.py:function.{did_you_mean(value, self)}"
-            )
-        return self._functions[value]
+        raise ConfigError(
+            f"{self.key}={value!r} is not one of {', '.join(self) or 'none'}, and names no "
+            f"function as module:function or path/to/file.py:function.{did_you_mean(value, self)}"
+        )
+
+
+def from_outside(value: str) -> bool:
+    """Whether a setting's value names a function from outside the package or the environment.
+
+    Who plays a seat may also be `player:NAME`, of the environment, or `model:PATH`.
+    """
+    place, colon, _ = value.partition(":")
+    return bool(colon) and place not in NOT_PLACES
+
+
+def is_object(value: str) -> bool:
+    """Whether a setting's value names an object of this program."""
+    return value.startswith(f"{OBJECT}:")
 
 
 def bind(key: str, value: object, name: str = "") -> str:

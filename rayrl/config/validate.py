@@ -11,7 +11,7 @@ from typing import Any
 from rayrl.config.load import check_types, settings, stage_config
 from rayrl.config.schema import Config, Stage
 from rayrl.config.sync import check_sync
-from rayrl.errors import ConfigError
+from rayrl.errors import ConfigError, did_you_mean
 
 __all__ = ["validate"]
 
@@ -105,13 +105,20 @@ def _check_shared(config: Config) -> None:
     if not config.model.path:
         raise _wrong("model.path", "", "name a Hugging Face directory, or model.path=embedded.")
     for seat, who in env.seats.items():
-        kind = who.split(":", 1)[0]
-        if who not in ("policy", "endpoint") and not (
-            kind in ("player", "model") and who != kind and who != kind + ":"
-        ):
+        before, _, name = who.partition(":")
+        if who not in ("policy", "endpoint") and not (before and name):
+            near = did_you_mean(who, ("policy", "endpoint", f"player:{who}")) if who else ""
             raise _wrong(
-                f"env.seats.{seat}", who, "must be policy, endpoint, player:NAME or model:PATH."
+                f"env.seats.{seat}",
+                who,
+                "must be policy, endpoint, player:NAME, model:PATH, module:function or "
+                f"path/to/file.py:function.{near}",
             )
+    for verb in ("eval", "synth", "play"):
+        who = getattr(config, verb).player
+        if who.startswith("model:"):
+            path = who.removeprefix("model:")
+            raise _wrong(f"{verb}.player", who, f"set {verb}.player=model model.path={path}.")
     if algo.loss_args and ":" not in algo.loss:
         raise _wrong(
             "algo.loss_args",

@@ -15,15 +15,32 @@ from typing import Any, TextIO
 from rayrl.chat.renderer import Chat
 from rayrl.chat.text_protocol import describe_lines, parse_lines
 from rayrl.chat.tools import format_call, new_tools, tool_name
+from rayrl.config.registry import Registry
 from rayrl.engine.protocol import Generator
-from rayrl.environment.environment import PlayerFunction
+from rayrl.environment.environment import Environment, PlayerFunction
 from rayrl.environment.randomness import EpisodeRandom
 from rayrl.errors import EnvError, InfraError, describe_error, safe_repr
 from rayrl.rollout.agent import Conversation, Options
 from rayrl.terminal import visible
 from rayrl.types import Message, Request, Sampling, Turn
 
-__all__ = ["HumanPlayer", "PolicyPlayer", "ScriptedPlayer"]
+__all__ = ["HumanPlayer", "PolicyPlayer", "ScriptedPlayer", "player_function"]
+
+PLAYER = "player:"  # before the name of the environment's own in `env.seats`
+
+
+def player_function(environment: Environment, key: str, who: str) -> PlayerFunction:
+    """The scripted player that `who`, the value of setting `key`, names.
+
+    Args:
+        who: `NAME` or `player:NAME` of the environment, or a function from outside.
+
+    Raises:
+        ConfigError: there is none; names the nearest of the environment's.
+    """
+    start = PLAYER if who.startswith(PLAYER) else ""
+    known = {start + name: function for name, function in environment.players.items()}
+    return Registry(key, known).resolve(who)
 
 
 class PolicyPlayer:

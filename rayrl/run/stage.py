@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import sys
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
@@ -95,9 +96,11 @@ def model_row(path: str) -> str:
 
 
 def row_name(config: Config, player: str) -> str:
-    """What a table calls `player` ("model", "endpoint" or a player of the environment)."""
+    """What a table calls `player`, a value of `eval.player`; a file goes by its own name."""
     if player == "model":
         return model_row(config.model.path)
+    if ":" in player:
+        return re.sub(r"^.*/|^(object|player):|\.py(?=:)", "", player)
     return config.endpoint.model if player == "endpoint" else player
 
 
@@ -105,7 +108,8 @@ def seats_of(environment: Environment, config: Config, player: str) -> dict[str,
     """Who plays each seat: `player` wherever `env.seats` says policy, or nothing.
 
     Args:
-        player: "model" (of `model.path`), "endpoint" or a player of the environment.
+        player: "model" (of `model.path`), "endpoint", a player of the environment or a function
+            from outside it.
 
     Raises:
         ConfigError: `env.seats` names a seat that the environment does not have.
@@ -117,7 +121,8 @@ def seats_of(environment: Environment, config: Config, player: str) -> dict[str,
             raise ConfigError(
                 f"env.seats.{seat}: {environment.name!r} has no such seat.{near} It has: {known}."
             )
-    who = {"model": POLICY, "endpoint": "endpoint"}.get(player, f"player:{player}")
+    named = player if ":" in player else f"player:{player}"
+    who = {"model": POLICY, "endpoint": "endpoint"}.get(player, named)
     given = {seat: config.env.seats.get(seat, POLICY) for seat in environment.seats}
     return {seat: who if by == POLICY else by for seat, by in given.items()}
 

@@ -12,13 +12,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from rayrl.cluster import cluster_address
+from rayrl.cluster import by_value, cluster_address
 from rayrl.cluster.weight_sync.topology import transport_of
 from rayrl.config import Config, EndpointConfig, stage_config
-from rayrl.config.registry import load_function
+from rayrl.config.registry import NOT_PLACES, from_outside, is_object, load_function
+from rayrl.environment.environment import Environment
 from rayrl.environment.registry import load_env
-from rayrl.environment.signature import suggestion
-from rayrl.errors import ConfigError
+from rayrl.errors import ConfigError, did_you_mean
+from rayrl.rollout.players import player_function
 from rayrl.run.stage import POLICY, check_trained, is_finished, seats_of, template_notes
 from rayrl.weights.model_dir import model_dir
 
@@ -147,15 +148,30 @@ def _players(config: Config, verb: str) -> list[str]:
     for args in config.eval.cells.values() if verb == "eval" else ():
         environment.evaluation(config.env.held_out).configure(args)
     default = {"synth": config.synth.player, "eval": config.eval.player, "play": config.play.player}
-    seats = seats_of(environment, config, default.get(verb, "model"))
+    player = default.get(verb, "model")
+    seats = seats_of(environment, config, player)
     if verb == "play":
         seats.pop(config.play.seat, None)  # the user's
-    for seat, player in seats.items():
-        name = player.removeprefix("player:")
-        if name != player and name not in environment.players:
-            near = suggestion(name, list(environment.players))
-            raise ConfigError(f"{environment.name!r} has no player {name!r} for {seat}.{near}")
+    for seat, who in seats.items():
+        if who in (POLICY, "endpoint") or who.startswith("model:"):
+            continue
+        if config.env.seats.get(seat, POLICY) == POLICY:
+            _check_player(environment, f"{verb}.player", player)
+        else:
+            _check_player(environment, f"env.seats.{seat}", who)
     return list(seats.values())
+
+
+def _check_player(environment: Environment, key: str, who: str) -> None:
+    """Raise ConfigError if there is no such scripted player, or it cannot be sent to workers."""
+    if is_object(who):
+        by_value.dumps(key, who)
+        return
+    try:
+        player_function(environment, key, who)
+    except ConfigError as error:
+        near = did_you_mean(who.partition(":")[0], NOT_PLACES) if from_outside(who) else ""
+        raise ConfigError(f"{error}{near}") from error
 
 
 def _too_much(config: Config, machine: Machine, verb: str, models: int) -> Iterator[str]:

@@ -6,6 +6,7 @@ import functools
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -79,3 +80,14 @@ def test_what_the_package_has_goes_by_name() -> None:
     assert by_value.loads(by_value.dumps("algo.loss", cispo)) is cispo
     with pytest.raises(ConfigError, match=r"algo\.loss='os:nothing': os has no function"):
         by_value.dumps("algo.loss", "os:nothing")
+
+
+def test_what_cannot_be_sent_says_so() -> None:
+    lock = threading.Lock()
+
+    def held(value: int) -> int:
+        with lock:
+            return value
+
+    with pytest.raises(ConfigError, match=r"algo\.loss: .*held cannot be sent .*lock.*file\.py:fu"):
+        by_value.dumps("algo.loss", held)

@@ -615,7 +615,7 @@ async def test_a_budget_stops_a_run_with_env_task_and_traceback(
 async def test_wrong_players_are_named_before_anything_is_played(
     session: Session, tiny: Path
 ) -> None:
-    with pytest.raises(ConfigError, match="Did you mean 'parrot'"):
+    with pytest.raises(ConfigError, match="Did you mean 'player:parrot'"):
         async with open_rollouts(config(tiny), seats={"agent": "player:parot"}):
             pass
 

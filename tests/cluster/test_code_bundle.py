@@ -16,6 +16,7 @@ from rayrl.cluster.code_bundle import (
     env_names,
     forwarded_variables,
     function_references,
+    played_code,
     write_bundle,
 )
 from rayrl.config import from_dict
@@ -201,6 +202,23 @@ def test_environments_of_all_stages() -> None:
         }
     )
     assert env_names(config) == ["a", "b.py"]
+
+
+def test_players_from_outside_travel(
+    sent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "zz_rivals.py").write_text("def best(messages, rng): ...")
+    monkeypatch.chdir(tmp_path)
+    seats = {"x": "policy", "o": "zz_rivals.py:best", "p": "player:a", "q": "model:b"}
+    recipe = [{"name": "one", "verb": "eval", "set": {"eval.player": "object:mine"}}]
+    config = from_dict({"env": {"name": "a", "seats": seats}, "recipe": recipe})
+    assert function_references(config) == {
+        "zz_rivals.py:best": "env.seats.o",
+        "object:mine": "eval.player",
+    }
+    assert played_code(config) == ["a", "zz_rivals.py:best", "object:mine"]
+    write_bundle(sent, played_code(config))
+    assert len(list((sent / "env_files").rglob("zz_rivals.py"))) == 1
 
 
 def test_variables_of_a_run_and_not_of_a_machine() -> None:

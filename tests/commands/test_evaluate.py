@@ -77,6 +77,7 @@ def test_the_player_takes_the_seats_of_the_policy() -> None:
     cfg = from_dict({"env": {"name": env.name, "seats": {"o": "player:optimal"}}})
     assert seats_of(env, cfg, "model") == {"x": "policy", "o": "player:optimal"}
     assert seats_of(env, cfg, "teacher") == {"x": "player:teacher", "o": "player:optimal"}
+    assert seats_of(env, cfg, "own.py:best") == {"x": "own.py:best", "o": "player:optimal"}
     assert seats_of(env, cfg, "endpoint")["x"] == "endpoint"
 
 
@@ -88,6 +89,8 @@ def test_the_player_takes_the_seats_of_the_policy() -> None:
         ("/models/llama", "model", "llama"),
         ("embedded", "teacher", "teacher"),
         ("embedded", "endpoint", "gpt"),
+        ("embedded", "/mine/rivals.py:best", "rivals:best"),
+        ("embedded", "object:best", "best"),
     ],
 )
 def test_rows_are_called_after_who_plays(path: str, player: str, row: str) -> None:

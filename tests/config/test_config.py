@@ -207,7 +207,10 @@ def test_a_replica_that_does_not_answer_is_found_out_before_the_episode_is_late(
         ("train", {"learner__warmup_steps": 101}, r"warmup_steps=101: .*train\.steps=100"),
         ("train", {"learner__kind": "reference", "learner__world_size": 2}, "one plain process"),
         ("train", {"learner__kind": "reference", "learner__zero_stage": 1}, "one plain process"),
-        ("train", {"env__seats": {"x": "plyer:a"}}, r"env\.seats\.x=plyer:a: must be policy"),
+        ("train", {"env__seats": {"x": "polcy"}}, r"env\.seats\.x=polcy: .* Did you mean 'policy'"),
+        ("train", {"env__seats": {"x": "optimal"}}, r"x=optimal: .* mean 'player:optimal'"),
+        ("train", {"env__seats": {"x": "mine.py:"}}, r"env\.seats\.x=mine\.py:: must be policy"),
+        ("eval", {"eval__player": "model:a"}, r"eval\.player=model:a: set .*=model model\.path=a"),
         ("train", {"engine__max_len": 40, "sampling__max_tokens": 40}, "no room for a prompt"),
         ("train", {"env__name": ""}, "no environment is chosen"),
         (

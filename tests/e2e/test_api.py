@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 import rayrl
-from rayrl import Agent, Group, LossInputs, LossOutputs, Scores, Task
+from rayrl import Agent, Group, LossInputs, LossOutputs, Message, Scores, Task
 from rayrl.learner.advantage import AdvantageInputs
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -137,3 +138,81 @@ async def test_a_run_from_a_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyP
         await training.finish()  # early
     run = rayrl.train(env=count, steps=2, name="own", settings=settings)
     assert [row["step"] for row in run.metrics] == [0, 1], "the rest"
+
+
+RIVALS = """
+import functools
+
+@functools.cache  # stays with its module, so that what travels is the module's name
+def shouted(text):
+    return text.upper()
+
+def shouts(messages, rng):
+    return shouted(messages[-1].content)
+
+async def draws(messages, rng):
+    return f"{messages[-1].content} {rng.random()}"
+"""
+
+
+async def test_players_from_outside_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By module, by file and by value; a run that broke resumes to what an unbroken one gives."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "zz_rivals.py").write_text(RIVALS)
+    ending = "!"
+
+    @rayrl.env(tasks=[Letter(letter=c) for c in "abcd"], rewards={"n": 1.0})
+    async def passed_on(
+        task: Letter, agent: Agent, first: Agent, second: Agent, third: Agent
+    ) -> Mapping[str, Scores]:
+        said = await third(await second(await first(f"say {task.letter}")))
+        reply = await agent(said)
+        score = {"n": sum(map(str.isalpha, reply)) / max(len(reply), 6)}
+        return dict.fromkeys(("agent", "first", "second", "third"), score)
+
+    def ends(messages: Sequence[Message], rng: random.Random) -> str:
+        return messages[-1].content + ending
+
+    class Broken(Exception):
+        pass
+
+    def breaks(control: rayrl.StepControl) -> None:
+        if control.step == 1:
+            raise Broken
+
+    seats = {"first": "zz_rivals:draws", "second": "zz_rivals.py:shouts", "third": ends}
+
+    def train(folder: str, on_step: Callable[[rayrl.StepControl], None] | None = None) -> rayrl.Run:
+        settings = {
+            "run.dir": folder,  # not `name`, on which the seeds depend
+            "train.groups": 2,
+            "train.group_size": 4,
+            "sampling.max_tokens": 8,
+            "learner.kind": "reference",
+            "run.checkpoint_every": 1,
+            "run.episodes_every": 1,
+        }
+        return rayrl.train(env=passed_on, steps=2, seats=seats, settings=settings, on_step=on_step)
+
+    whole = train("whole")
+    with pytest.raises(Broken):
+        train("broken", breaks)
+    resumed = train("broken")
+    assert [row["step"] for row in resumed.metrics] == [0, 1]
+    assert all(row["grad_norm"] > 0 for row in resumed.metrics)
+    one, other = (run.model_path / "model.safetensors" for run in (whole, resumed))
+    assert one.read_bytes() == other.read_bytes()
+    heard = [episode.turns_of("agent")[0].prompt[-1].content for episode in resumed.episodes()]
+    assert len(heard) == 16
+    assert all(re.fullmatch(r"SAY [ABCD] 0\.\d+(E-\d+)?!", text) for text in heard)
+    assert resumed.config.env.seats["third"] == "object:ends"
+
+    settings = {"env.held_out": 0.5}
+    found = rayrl.evaluate(env=passed_on, player=ends, seats=seats, episodes=2, settings=settings)
+    assert "| ends |" in str(found)
+    assert {episode.turns_of("agent")[0].text[-2:] for episode in found.episodes()} == {"!!"}
+    made = rayrl.synth(env=passed_on, player=ends, seats=seats, episodes=2)
+    assert {episode.turns_of("agent")[0].text[-2:] for episode in made.episodes()} == {"!!"}

@@ -15,18 +15,18 @@ from typing import Any
 import ray
 
 from rayrl.chat.renderer import Chat
+from rayrl.cluster import by_value
 from rayrl.cluster.actors import prepare_process
 from rayrl.cluster.serving.inference_client import BatchingClient, ServeReplicas
 from rayrl.cluster.serving.streams import PAUSE_S
 from rayrl.cluster.workers.turn_log import TurnSender
 from rayrl.config import Config
-from rayrl.environment.environment import Environment, EnvSpec
+from rayrl.environment.environment import Environment, EnvSpec, PlayerFunction
 from rayrl.environment.registry import environment_of
-from rayrl.errors import ConfigError, did_you_mean
 from rayrl.rollout.agent import Player
 from rayrl.rollout.concurrency import ConcurrencyLimit, GroupCanceller
 from rayrl.rollout.endpoint import EndpointPlayer, split_limits
-from rayrl.rollout.players import PolicyPlayer, ScriptedPlayer
+from rayrl.rollout.players import PolicyPlayer, ScriptedPlayer, player_function
 from rayrl.rollout.resume import PartialEpisode
 from rayrl.rollout.rollout import GroupPlan, play_groups, run_environment
 from rayrl.rollout.subprocess_env import SubprocessEnv
@@ -55,11 +55,13 @@ class WorkerJob:
 
     Attributes:
         env: how to make the environment.
-        seats: who plays each seat: policy, endpoint, player:NAME or model:PATH.
+        seats: who plays each seat: policy, endpoint, player:NAME, model:PATH, or a function from
+            outside the environment.
         sampling: how models sample.
         config: limits, retries and deadlines.
         models: directory of each model (its tokenizer), by its name in `seats`.
         apps: name of each model's Serve app, by the same name.
+        passed: players that the program has passed as objects, by seat, from `by_value.dumps`.
     """
 
     env: EnvSpec
@@ -68,6 +70,7 @@ class WorkerJob:
     config: Config
     models: Mapping[str, str] = field(default_factory=dict)
     apps: Mapping[str, str] = field(default_factory=dict)
+    passed: Mapping[str, str | bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,22 +151,15 @@ class EnvWorker:
     @cached_property
     def players(self) -> Mapping[str, Player]:
         """The player of each seat."""
-        return {seat: self._player(who) for seat, who in self._job.seats.items()}
+        return {seat: self._player(seat, who) for seat, who in self._job.seats.items()}
 
-    def _player(self, who: str) -> Player:
+    def _player(self, seat: str, who: str) -> Player:
         job, config = self._job, self._job.config
-        kind, _, name = who.partition(":")
-        if kind == "endpoint":
+        if who == "endpoint":
             endpoint = split_limits(config.endpoint, config.cluster.most_env_workers)
             return EndpointPlayer(endpoint, sampling=job.sampling)
-        if kind == "player":
-            known = self.environment.players
-            if name not in known:
-                near = did_you_mean(name, known) or f" It has: {', '.join(known) or 'none'}."
-                raise ConfigError(
-                    f"player:{name}: {self.environment.name!r} has no such player.{near}"
-                )
-            return ScriptedPlayer(known[name])
+        if who not in job.models:
+            return ScriptedPlayer(self._function(seat, who))
         client = BatchingClient(
             ServeReplicas(job.apps[who]),
             count=config.cluster.replicas,
@@ -172,6 +168,12 @@ class EnvWorker:
         self._clients[who] = client
         chat = Chat.load(job.models[who])
         return PolicyPlayer(chat, client, job.sampling, trainable=who == POLICY)
+
+    def _function(self, seat: str, who: str) -> PlayerFunction:
+        if seat in self._job.passed:
+            function: PlayerFunction = by_value.loads(self._job.passed[seat])
+            return function
+        return player_function(self.environment, f"env.seats.{seat}", who)
 
     @cached_property
     def _limit(self) -> ConcurrencyLimit:
