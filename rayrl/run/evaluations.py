@@ -119,6 +119,7 @@ class Evaluations:
     def __init__(self, config: Config, folder: RunDir, notify: Callable[[str], None]) -> None:
         self._config, self._folder, self._notify = config, folder, notify
         self._done: dict[int, VersionValues] = {}
+        self._metrics: dict[int, dict[str, float]] = {}
         for file in sorted((folder.path / FOLDER).glob("version_*.json")):
             if (data := folder.read_json(f"{FOLDER}/{file.name}")) is not None:
                 found = VersionValues.from_dict(data)
@@ -130,6 +131,7 @@ class Evaluations:
             if int(file.stem.removeprefix("version_")) > version:
                 file.unlink()
         self._done = {at: one for at, one in self._done.items() if at <= version}
+        self._metrics.clear()
 
     def until(self, version: int) -> list[VersionValues]:
         """Those of versions up to this one, oldest first."""
@@ -141,8 +143,11 @@ class Evaluations:
 
     def metrics(self, version: int) -> dict[str, float]:
         """Metrics of one evaluation, with its gain over the first; see `eval_metrics`."""
-        first, now = self.until(version)[0], self._done[version]
-        return eval_metrics(now, first if first is not now else None, self._config.eval.samples)
+        if version not in self._metrics:
+            first, now = self.until(version)[0], self._done[version]
+            then = first if first is not now else None
+            self._metrics[version] = eval_metrics(now, then, self._config.eval.samples)
+        return self._metrics[version]
 
     async def play(self, rollouts: RolloutBackend, version: int) -> bool:
         """Play what is missing of the evaluation of `version`, which the replicas hold.
