@@ -90,6 +90,11 @@ class Run:
         """The trained model: a Hugging Face directory."""
         return self.path / "model"
 
+    @property
+    def best_model_path(self) -> Path:
+        """The best model by `run.keep_best`: a Hugging Face directory."""
+        return self.path / "model_best"
+
     def episodes(self, step: int | None = None) -> Iterator[Episode]:
         """Episodes that were written (`run.episodes_every`): of one step, or all in order.
 

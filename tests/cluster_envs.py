@@ -63,6 +63,27 @@ async def talk(task: Number, agent: Any) -> Scores:
     return {"vowels": sum(letter in "aeiou" for letter in said) / max(1, len(said))}
 
 
+def judged_numbers(seed: int, u: float) -> Number:
+    """Numbers 8 to 15, which training does not see."""
+    return Number(seed=seed, k=8 + int(u * 8))
+
+
+_judged = itertools.count()
+
+
+@rayrl.env(tasks=numbers, eval_tasks=judged_numbers, rewards={"vowels": 1.0, "any": 0.0})
+async def judged(task: Number, agent: Any) -> Scores:
+    """The share of vowels in one reply, and whether there is any.
+
+    In a process that JUDGED_OPEN gives a number, so many episodes of evaluations are let through.
+    """
+    if task.k >= 8 and next(_judged) >= int(os.environ.get("JUDGED_OPEN", "1000000")):
+        await asyncio.Event().wait()
+    said = await agent(f"the number is {task.k}")
+    vowels = sum(letter in "aeiou" for letter in said) / max(1, len(said))
+    return {"vowels": vowels, "any": float(vowels > 0)}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Mortal(Task):
     k: int

@@ -18,9 +18,10 @@ from rayrl.cluster.parts import players_here
 from rayrl.cluster.rollouts import CollectedGroups, Rollouts
 from rayrl.config import Config, validate
 from rayrl.environment.environment import Environment
+from rayrl.environment.tasks import task_key
 from rayrl.errors import EnvError, RayrlError, describe_error
 from rayrl.report.console import new_console
-from rayrl.report.statistics import eval_statistics, task_key
+from rayrl.report.statistics import eval_statistics
 from rayrl.report.table import Cell, Result, rich_table
 from rayrl.rollout.agent import Agent, Player
 from rayrl.run.folder import RunDir

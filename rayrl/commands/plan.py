@@ -232,6 +232,12 @@ def _batch(config: Config) -> str:
             "versions behind"
         ),
     ]
+    if (found := config.eval).every:
+        each = found.episodes * max(len(found.cells), 1)
+        start = ", before the first" if found.at_start else ""
+        rows.append(
+            f"  evaluations of {each} episodes every {found.every} steps{start} and after the last"
+        )
     return "\n".join(rows)
 
 

@@ -21,9 +21,10 @@ from rich.text import Text
 from rayrl.cluster.open import make_environment, open_rollouts
 from rayrl.config import Config, validate
 from rayrl.environment.environment import Environment
+from rayrl.environment.scoring import scores_of
 from rayrl.errors import ConfigError, RunFailed, did_you_mean
 from rayrl.report.console import episode_panel, new_console
-from rayrl.report.statistics import eval_statistics, scores_of
+from rayrl.report.statistics import eval_statistics
 from rayrl.rollout.episode_io import read_episodes, write_episodes
 from rayrl.rollout.rollout import GroupPlan
 from rayrl.run.folder import RunDir

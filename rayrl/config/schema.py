@@ -70,6 +70,11 @@ class RunConfig:
         "where metrics go besides RUN/metrics.jsonl: tensorboard, wandb, or a function of step and "
         "metrics as module:function or path/to/file.py:function",
     )
+    keep_best: str = setting(
+        "",
+        "metric of the evaluations (eval.every), as eval/win, whose best model is kept in "
+        "RUN/model_best; better is what the lower bound of the paired difference says; empty: none",
+    )
     wandb_project: str = setting(
         "", "Weights & Biases project to log to as well; empty: do not log there"
     )
@@ -390,6 +395,11 @@ class TrainConfig:
         "rewards, which teach nothing, are replaced; 1: none is",
         least=1,
     )
+    stop_when: str = setting(
+        "",
+        "end early, with the model, once the evaluations (eval.every) say so, as "
+        "'eval/win >= 0.97 for 2': twice in a row; empty: never",
+    )
 
 
 @dataclass(frozen=True)
@@ -526,6 +536,13 @@ class EvalConfig:
         "path/to/file.py:function",
     )
     episodes: int = setting(400, "episodes per cell", least=1)
+    samples: int = setting(
+        1, "episodes of each task, which eval.episodes must be a multiple of; for pass@k", least=1
+    )
+    every: int = setting(
+        0, "train: steps between evaluations, and one after the last; 0: none", least=0
+    )
+    at_start: bool = setting(True, "train: if eval.every > 0, evaluate before the first step too")
     temperature: float = setting(0.0, "sampling temperature; 0: greedy", least=0)
     cells: dict[str, dict[str, Any]] = setting(
         {}, "rows of the table: cell name -> env.args of that cell"

@@ -10,6 +10,7 @@ from typing import Any
 
 from rayrl.config.load import check_types, settings, stage_config
 from rayrl.config.schema import Config, Stage
+from rayrl.config.stop_rule import parse_stop_rule
 from rayrl.config.sync import check_sync
 from rayrl.errors import ConfigError, did_you_mean
 
@@ -47,8 +48,11 @@ def _check(config: Config, verb: str, *, chained: bool = False) -> None:
     """
     _check_ranges(config)
     _check_shared(config)
+    if verb == "eval" or (verb == "train" and config.eval.every):
+        _check_samples(config, config.eval.player if verb == "eval" else "model")
     if verb == "train":
         _check_train(config)
+        _check_evaluations(config)
         check_sync(config)
     if verb == "sft":
         _check_sft(config, chained)
@@ -224,6 +228,39 @@ def _check_train(config: Config) -> None:
             config.learner.warmup_steps,
             f"the warm-up would not end within train.steps={train.steps}; shorten it.",
         )
+
+
+def _check_samples(config: Config, player: str) -> None:
+    found = config.eval
+    if found.episodes % found.samples:
+        raise _wrong(
+            "eval.samples",
+            found.samples,
+            f"eval.episodes={found.episodes} is no multiple of it; set eval.episodes="
+            f"{max(found.episodes // found.samples, 1) * found.samples}.",
+        )
+    if found.samples > 1 and found.temperature == 0 and player == "model":
+        raise _wrong(
+            "eval.samples",
+            found.samples,
+            "a model that decodes greedily says the same in all of them; set eval.temperature=1.0, "
+            "or eval.samples=1.",
+        )
+
+
+def _check_evaluations(config: Config) -> None:
+    """What follows from the evaluations of a training run: the best model, an early end."""
+    best, rule = config.run.keep_best, config.train.stop_when
+    for key, value in (("run.keep_best", best), ("train.stop_when", rule)):
+        if value and not config.eval.every:
+            raise _wrong(key, value, "without evaluations nothing is known of it; set eval.every.")
+    if best and not best.startswith("eval/"):
+        near = did_you_mean(best, [f"eval/{best.rpartition('/')[2]}"])
+        raise _wrong(
+            "run.keep_best", best, f"must be a metric of the evaluations, as eval/reward.{near}"
+        )
+    if rule:
+        parse_stop_rule(rule)
 
 
 def _check_sft(config: Config, chained: bool) -> None:

@@ -1,4 +1,4 @@
-"""Compute an environment's group rewards for a finished group."""
+"""Scores of finished episodes: read, and completed by an environment's group rewards."""
 
 from __future__ import annotations
 
@@ -11,7 +11,19 @@ from rayrl.environment.randomness import EpisodeRandom
 from rayrl.errors import EnvError, describe_error, error_message, format_traceback, safe_repr
 from rayrl.types import Episode, Failure
 
-__all__ = ["with_group_rewards"]
+__all__ = ["scores_of", "with_group_rewards"]
+
+
+def scores_of(episode: Episode) -> dict[str, float]:
+    """Flatten an episode's scores: `win` with one seat, `x.win` with several."""
+    if len(episode.scores) == 1:
+        (scores,) = episode.scores.values()
+        return dict(scores)
+    return {
+        f"{seat}.{name}": value
+        for seat, scores in episode.scores.items()
+        for name, value in scores.items()
+    }
 
 
 def with_group_rewards(env: Environment, episodes: Sequence[Episode]) -> list[Episode]:

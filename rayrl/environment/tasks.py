@@ -25,6 +25,7 @@ __all__ = [
     "task_fields",
     "task_from_fields",
     "task_from_json",
+    "task_key",
     "task_to_json",
 ]
 
@@ -123,6 +124,11 @@ def roundtrip_problem(task: Task) -> str:
 def same_task(first: Task, second: Task) -> bool:
     """Whether two tasks have equal fields; unlike with `==`, NaN equals NaN."""
     return not any(_differences(first, second))
+
+
+def task_key(task: Task) -> str:
+    """Return a key that is equal for equal tasks, whether generated or read from a file."""
+    return json.dumps(task.to_dict(), default=repr)
 
 
 @functools.cache

@@ -95,6 +95,14 @@ class Chart:
 
 CHARTS = (
     Chart("reward", "Reward", "mean over the batch", size="wide"),
+    Chart("eval/version", "Evaluated version", "of the weights", main=False),
+    Chart("eval/failed", "Failed episodes", "of an evaluation", main=False),
+    *(
+        Chart(f"eval/*/{bound}", "{}", "95% bound of an evaluation", main=False)
+        for bound in ("low", "high", "gain_low", "gain_high")
+    ),
+    Chart("eval/*/gain", "{}", "paired difference from the first evaluation"),
+    Chart("eval/*", "Evaluation: {}", "mean over evaluation tasks"),
     Chart("score/*", "{}", "score, mean over the batch", unit=True),
     Chart("loss", "Loss", "minimized by the optimizer"),
     Chart("entropy", "Entropy", "of the policy, nats per token"),

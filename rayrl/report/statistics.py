@@ -14,16 +14,17 @@ several times; statistics of a single episode or task have no interval.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from rayrl.environment.group_reward import score_of
+from rayrl.environment.scoring import scores_of
+from rayrl.environment.tasks import task_key
 from rayrl.errors import DataError, EnvError, describe_error, did_you_mean
-from rayrl.report.intervals import effective_n, mean_interval, wilson
-from rayrl.types import Episode, Task
+from rayrl.run.intervals import effective_n, score_interval, wilson
+from rayrl.types import Episode
 
 __all__ = [
     "Mean",
@@ -32,9 +33,7 @@ __all__ = [
     "Statistic",
     "eval_statistics",
     "percent",
-    "scores_of",
     "statistic_from_dict",
-    "task_key",
 ]
 
 Value = bool | float | int | str
@@ -195,23 +194,6 @@ def statistic_from_dict(data: Mapping[str, Any]) -> Statistic:
     raise DataError(f"not a statistic: kind {kind!r} is none of share, split, mean")
 
 
-def scores_of(episode: Episode) -> dict[str, float]:
-    """Flatten an episode's scores: `win` with one seat, `x.win` with several."""
-    if len(episode.scores) == 1:
-        (scores,) = episode.scores.values()
-        return dict(scores)
-    return {
-        f"{seat}.{name}": value
-        for seat, scores in episode.scores.items()
-        for name, value in scores.items()
-    }
-
-
-def task_key(task: Task) -> str:
-    """Return a key that is equal for equal tasks, whether generated or read from a file."""
-    return json.dumps(task.to_dict(), default=repr)
-
-
 def eval_statistics(episodes: Sequence[Episode], hook: Hook | None = None) -> dict[str, Statistic]:
     """Aggregate the episodes that ended with a score.
 
@@ -284,12 +266,9 @@ def _aggregate(name: str, values: Sequence[Value], tasks: Sequence[str]) -> Stat
 
 def _mean(numbers: Sequence[float], tasks: Sequence[str], in_percent: bool) -> Mean:
     """Mean of numbers; if all are 0 or 1 they are an event, and it gets the interval of a share."""
-    mean, low, high = mean_interval(numbers, tasks)
-    if set(numbers) <= {0.0, 1.0}:
-        effective = effective_n(numbers, tasks)
-        bounds = Share(int(sum(numbers)), len(numbers), effective).interval
-        low, high = bounds or (-math.inf, math.inf)
-    elif in_percent and math.isfinite(low) and min(numbers) >= 0 and max(numbers) <= 1:
+    mean, low, high = score_interval(numbers, tasks)
+    events = set(numbers) <= {0.0, 1.0}
+    if not events and in_percent and math.isfinite(low) and min(numbers) >= 0 and max(numbers) <= 1:
         low, high = max(0.0, low), min(1.0, high)
     return Mean(mean, low, high, len(numbers), in_percent)
 

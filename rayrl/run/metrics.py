@@ -36,6 +36,7 @@ __all__ = [
     "latest_steps",
     "reward_metrics",
     "step_metrics",
+    "summary",
     "timeline_row",
     "warnings",
 ]
@@ -218,11 +219,38 @@ def headline(metrics: Mapping[str, float]) -> dict[str, str]:
         "learn": number("time/update", 1, " s"),  # a loop of one's own may not measure it
     }
     shown = {"reward": f"{metrics['reward']:z.3f} ±{metrics['reward_std']:.2f}"}
+    shown |= {name: number(name, 3) for name in _evaluated_rewards(metrics)[:2]}
     for name in scores:
         short = name.removeprefix("score/")
         taken = short in shown or short in rest or not short
         shown[name if taken else short] = f"{metrics[name]:z.2f}"
     return shown | rest
+
+
+def summary(metrics: Mapping[str, float]) -> str:
+    """An evaluation in a line: rewards of its cells with intervals, and what they have gained."""
+    parts = []
+    for name in _evaluated_rewards(metrics):
+        part = f"{name} {metrics[name]:z.3f}{_interval(metrics, name, 'low', 'high')}"
+        if f"{name}/gain" in metrics:
+            between = _interval(metrics, name, "gain_low", "gain_high")
+            part += f", gain {metrics[f'{name}/gain']:+z.3f}{between}"
+        parts.append(part)
+    if failed := metrics["eval/failed"]:
+        parts.append(f"{failed:.0f} episodes failed")
+    return f"evaluation of version {metrics['eval/version']:.0f}: {'; '.join(parts)}"
+
+
+def _evaluated_rewards(metrics: Mapping[str, float]) -> list[str]:
+    """`eval/reward`, or that of every cell."""
+    return [n for n in metrics if n.startswith("eval/") and n.endswith("/reward")]
+
+
+def _interval(metrics: Mapping[str, float], name: str, low: str, high: str) -> str:
+    """` (0.1 to 0.3)`; empty without an interval."""
+    bounds = [metrics.get(f"{name}/{bound}") for bound in (low, high)]
+    shown = [f"{bound:z.3f}" for bound in bounds if bound is not None]
+    return f" ({' to '.join(shown)})" if len(shown) == 2 else ""
 
 
 def warnings(metrics: Mapping[str, float]) -> Iterator[str]:

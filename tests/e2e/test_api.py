@@ -101,7 +101,7 @@ async def test_a_run_from_a_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyP
         on_step=on_step,
     )
     assert steps == [0, 1] == [row["step"] for row in run.metrics]
-    assert 0 <= run.metrics[0]["eval/reward"] == run.metrics[0]["eval/score/n"] <= 1
+    assert 0 <= run.metrics[0]["eval/reward"] == run.metrics[0]["eval/n"] <= 1
     assert "eval/reward" not in run.metrics[1]
     assert loops.isdisjoint({id(asyncio.get_running_loop())}), "the caller's own loop only waits"
     assert run.path == Path("runs/cell")

@@ -4,6 +4,8 @@ from dataclasses import dataclass, replace
 
 import pytest
 
+from rayrl.environment.scoring import scores_of
+from rayrl.environment.tasks import task_key
 from rayrl.errors import DataError, EnvError
 from rayrl.report.statistics import (
     Mean,
@@ -11,9 +13,7 @@ from rayrl.report.statistics import (
     Split,
     eval_statistics,
     percent,
-    scores_of,
     statistic_from_dict,
-    task_key,
 )
 from rayrl.rollout.episode_io import LoggedTask
 from rayrl.types import Episode, Failure, Task

@@ -18,7 +18,7 @@ import math
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
 
-__all__ = ["Z95", "effective_n", "mean_interval", "student_t", "wilson"]
+__all__ = ["Z95", "effective_n", "mean_interval", "score_interval", "student_t", "wilson"]
 
 Z95 = 1.959963984540054  # two-sided 95% point of the standard normal
 
@@ -71,6 +71,21 @@ def mean_interval(
         return (mean, -math.inf, math.inf)
     half = student_t(m - 1) * _standard_error(values, mean, clusters)
     return (mean, mean - half, mean + half)
+
+
+def score_interval(
+    values: Sequence[float], clusters: Sequence[Hashable]
+) -> tuple[float, float, float]:
+    """`mean_interval`; values that are all 0 or 1 are an event, which gets the bounds of a share.
+
+    Raises:
+        ValueError: if `values` is empty.
+    """
+    mean, low, high = mean_interval(values, clusters)
+    if set(values) <= {0.0, 1.0}:
+        n = effective_n(values, clusters)
+        low, high = wilson(mean * n, n) if n > 1 else (-math.inf, math.inf)
+    return (mean, low, high)
 
 
 def effective_n(values: Sequence[float], clusters: Sequence[Hashable]) -> float:
