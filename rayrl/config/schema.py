@@ -85,9 +85,13 @@ class EnvConfig:
     """Which environment, with what settings, and what happens when its code fails."""
 
     name: str = setting(
-        "", "environment: an installed name, path/to/file.py[:attribute] or module:attribute"
+        "",
+        "environment: an installed name, path/to/file.py[:attribute], module:attribute, or data "
+        "whose rows are tasks, as path/to/rows.jsonl",
     )
-    args: dict[str, Any] = setting({}, "keyword arguments of the environment's task source")
+    args: dict[str, Any] = setting(
+        {}, "keyword arguments of the environment's task source; of data: what its columns mean"
+    )
     rewards: dict[str, float] = setting({}, "reward weights that replace the environment's own")
     held_out: float = setting(
         0.1,

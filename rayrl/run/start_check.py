@@ -17,8 +17,9 @@ from rayrl.cluster.weight_sync.topology import transport_of
 from rayrl.config import Config, EndpointConfig, stage_config
 from rayrl.config.registry import load_function
 from rayrl.environment.registry import load_env
+from rayrl.environment.rows import Rows
 from rayrl.environment.signature import suggestion
-from rayrl.errors import ConfigError
+from rayrl.errors import ConfigError, DataError
 from rayrl.run.stage import POLICY, check_trained, is_finished, seats_of, template_notes
 from rayrl.weights.model_dir import model_dir
 
@@ -120,7 +121,7 @@ def stage_problems(config: Config, machine: Machine, verb: str) -> list[str]:
     problems, players = [], [POLICY]
     try:
         players = _players(config, verb)
-    except ConfigError as error:
+    except (ConfigError, DataError) as error:
         problems.append(str(error))
     models = {player for player in players if player == POLICY or player.startswith("model:")}
     return [
@@ -136,6 +137,7 @@ def _players(config: Config, verb: str) -> list[str]:
 
     Raises:
         ConfigError: the environment, its settings or a player do not exist, or no seat is trained.
+        DataError: the rows of a data file cannot be used.
     """
     if verb == "serve":
         return [POLICY]
@@ -146,6 +148,10 @@ def _players(config: Config, verb: str) -> list[str]:
         check_trained(environment, config)
     for args in config.eval.cells.values() if verb == "eval" else ():
         environment.evaluation(config.env.held_out).configure(args)
+    if isinstance(environment.source, Rows):
+        evaluated = verb == "eval"
+        part = environment.evaluation if evaluated else environment.training
+        part(config.env.held_out).tasks(seed=0, n=1)
     default = {"synth": config.synth.player, "eval": config.eval.player, "play": config.play.player}
     seats = seats_of(environment, config, default.get(verb, "model"))
     if verb == "play":
