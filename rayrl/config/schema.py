@@ -457,9 +457,13 @@ class AlarmsConfig:
 
 @dataclass(frozen=True)
 class SftConfig:
-    """Supervised fine-tuning on episodes."""
+    """Supervised fine-tuning on episodes or chats."""
 
-    data: str = setting("", "JSONL of episodes, as synth writes it")
+    data: str = setting(
+        "",
+        "JSONL of episodes, as synth writes it, or data whose column messages has chats: .jsonl, "
+        ".json, .parquet or a saved data set",
+    )
     steps: int = setting(100, "training steps", least=0)
     batch_size: int = setting(32, "conversations per step", least=1)
     loss_on: str = setting(

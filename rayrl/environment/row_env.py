@@ -5,25 +5,25 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import json
 import random
 import re
 import string
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from rayrl.config.registry import absolute
+from rayrl.environment.chat_data import chat_messages, short
 from rayrl.environment.data_files import DataRow
 from rayrl.environment.environment import Environment, Play
 from rayrl.environment.row_rewards import REWARDS, AnswerOptions, AnswerReward, answer_text
 from rayrl.environment.rows import Row, Rows, missing_column, rows
 from rayrl.environment.signature import keyword_hints
 from rayrl.errors import ConfigError, DataError, EnvError
-from rayrl.types import Message, Role, Scores, Task, system, user
+from rayrl.types import Message, Scores, Task, system, user
 
-__all__ = ["RowEnvironment", "RowSettings", "Template", "chat_messages"]
+__all__ = ["RowEnvironment", "RowSettings", "Template"]
 
 
 class RowEnvironment(Environment):
@@ -190,7 +190,7 @@ class RowSettings:
                 try:
                     reward.answers(self._answer(task, name), self._options)
                 except ValueError as error:
-                    answer = "" if self._shared_schema(name) else _short(task.columns[self.answer])
+                    answer = "" if self._shared_schema(name) else short(task.columns[self.answer])
                     raise DataError(
                         f"{task.place}: {answer} is no answer for env.args.reward={name}: {error}"
                     ) from None
@@ -313,29 +313,3 @@ def _value(row: Row, column: str, key: str) -> Any:
     if value is None:
         raise DataError(f"{row.place}: column {column!r} is empty (null), and {key} names it")
     return value
-
-
-def chat_messages(value: Any, where: str) -> list[Message]:
-    """Messages in the form of a chat API: objects with role and content.
-
-    Raises:
-        DataError: something else.
-    """
-    if not isinstance(value, list) or not value:
-        raise DataError(f"{where} must be a list of messages, got {_short(value)}")
-    found = []
-    for number, message in enumerate(value, 1):
-        at = f"{where}: message {number}"
-        if not isinstance(message, dict) or message.get("role") not in get_args(Role):
-            raise DataError(
-                f"{at} must have a role ({', '.join(get_args(Role))}), got {_short(message)}"
-            )
-        if not isinstance(message.get("content"), str):
-            raise DataError(f"{at} must have text as its content, got {_short(message)}")
-        found.append(Message(message["role"], message["content"]))
-    return found
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:57]}…"

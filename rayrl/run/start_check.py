@@ -201,7 +201,7 @@ def _too_much(config: Config, machine: Machine, verb: str, models: int) -> Itera
 
 def _missing(config: Config, verb: str, players: Sequence[str]) -> Iterator[str]:
     data, key, url = config.sft.data, config.endpoint.api_key_env, config.endpoint.url
-    if verb == "sft" and data and not Path(data).is_file():
+    if verb == "sft" and data and not Path(data).exists():
         yield f"sft.data={data}: there is no such file; rayrl synth writes one."
     # local servers rarely need a key; a variable other than the default must be set
     optional = key == EndpointConfig().api_key_env and urlsplit(url).hostname in LOOPBACK
