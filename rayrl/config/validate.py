@@ -224,8 +224,8 @@ def _check_sft(config: Config, chained: bool) -> None:
         raise _wrong(
             "sft.data",
             "",
-            "name the JSONL that `rayrl synth` wrote, as sft.data=runs/x/episodes.jsonl, or data with "
-            "a column of messages, as sft.data=chats.jsonl.",
+            "name the JSONL that `rayrl synth` wrote, as sft.data=runs/x/episodes.jsonl, or data "
+            "with a column of messages, as sft.data=chats.jsonl.",
         )
     if 0 < config.sft.steps < config.learner.warmup_steps:
         raise _wrong(
