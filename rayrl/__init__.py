@@ -17,6 +17,7 @@ from rayrl.environment.environment import Environment, env
 from rayrl.environment.group_reward import GroupReward, group_reward
 from rayrl.environment.gymnasium import from_gymnasium
 from rayrl.environment.registry import installed_envs, load_env
+from rayrl.environment.rows import Row, rows
 from rayrl.errors import (
     ConfigError,
     DataError,
@@ -132,6 +133,7 @@ __all__ = [
     "RayrlError",
     "Reply",
     "Request",
+    "Row",
     "Run",
     "RunFailed",
     "Sampling",
@@ -167,6 +169,7 @@ __all__ = [
     "play_group",
     "play_groups",
     "read_episodes",
+    "rows",
     "sft",
     "sft_async",
     "synth",

@@ -237,10 +237,11 @@ async def sft_async(
     settings: Mapping[str, Any] | None = None,
     loggers: Sequence[str | Logger | LogFunction] = (),
 ) -> Run:
-    """Fine-tune a model on episodes, supervised; resumes a run of the same name.
+    """Fine-tune a model on episodes or chats, supervised; resumes a run of the same name.
 
     Args:
-        data: `sft.data`: episodes in a JSONL file, as `synth` writes them.
+        data: `sft.data`: episodes in a JSONL file, as `synth` writes them, or data with a column
+            of messages; that needs no `env`.
         steps: `sft.steps`.
 
     The other arguments and what is raised: see `train`.

@@ -8,6 +8,7 @@ import inspect
 import random
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -19,7 +20,7 @@ from typing import Any
 import pytest
 
 import rayrl
-from rayrl import Agent, Environment, ScriptedPlayer, check_env, load_env, play_group
+from rayrl import Agent, Environment, ScriptedPlayer, check_env, cli, load_env, play_group
 from rayrl.api import configure
 from rayrl.cluster.rollouts import CollectedGroups
 from rayrl.cluster.workers.scaling import Load
@@ -41,6 +42,7 @@ DOCS = (
     "docs/models.md",
     "docs/serving.md",
     "docs/python.md",
+    "docs/data.md",
 )
 PYTHON = [text for kind, text in blocks(DOCS[0]) if kind == "python"]
 OWN_ALGORITHM = [text for kind, text in blocks(DOCS[1]) if kind == "python"]
@@ -111,6 +113,38 @@ def test_the_python_page_calls_what_there_is(
         del sys.modules[module]
     names = ("letters", "watched", "own-loop")
     assert called == [("train", name, "letters:repeat") for name in names]
+
+
+def test_the_data_page_does_what_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its modules run, its checks pass, and its rewards and players judge the rows it names."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "examples", "examples")
+    for kind, text in blocks("docs/data.md"):
+        if kind == "python":
+            Path(name_of(text)).write_text(text)
+            load_module("env.name", name_of(text))
+    assert check_env(load_env("two_tries.py")) == []
+    checks = [words for words, line in settings(commands(blocks("docs/data.md"))) if "env" in words]
+    assert len(checks) == 2
+    for words in checks:
+        assert cli.main(words) == 0
+        assert "player gold: reward 1.00 (1.00 to 1.00)" in capsys.readouterr().out
+    (train,) = [line for line in commands(blocks("docs/data.md")) if "own_rewards" in line]
+    config = cli.configuration(cli.parse(shlex.split(train)[1:]))
+    env = load_env(config.env.name).configure(config.env.args, config.env.rewards)
+    (task,) = env.tasks(0, 1)
+    gold = {"agent": ScriptedPlayer(env.players["gold"])}
+    group = asyncio.run(play_group(env, task, gold, id="docs", size=1))
+    assert group.episodes[0].rewards == {"agent": 1.2}
+
+
+def test_the_example_data_is_what_its_program_makes(tmp_path: Path) -> None:
+    made = tmp_path / "sums.jsonl"
+    program = [sys.executable, ROOT / "examples" / "make_sums.py", made]
+    subprocess.run(program, check=True, timeout=600)
+    assert made.read_bytes() == (ROOT / "examples" / "sums.jsonl").read_bytes()
 
 
 def environments(module: ModuleType) -> list[Environment]:

@@ -3,7 +3,7 @@
     rayrl/ conf/                the driver's code, the embedded base model included
     rayrl_tictactoe/ ...        environments: those of the clone and installed ones
     NAME-VERSION.dist-info/     makes them available by name
-    env_files/                  environments that are single files, by a hash of their path
+    env_files/                  environments and data that are single files, by a hash of their path
     config-dir/                 the folder of --config-dir
     start.py                    entry point of a submitted job (`job_start.py`)
     rayrl-code.json             versions of the sender, and where files came from
@@ -28,6 +28,7 @@ from pathlib import Path
 from rayrl.config import Config, stage_config
 from rayrl.config.registry import CODE_FILE, OBJECT, from_outside, split_reference
 from rayrl.config.yaml_files import conf_dir
+from rayrl.environment.data_files import SUFFIXES, is_data_file
 from rayrl.environment.registry import ENV_GROUP
 from rayrl.errors import ConfigError
 from rayrl.types import derive_seed
@@ -54,8 +55,18 @@ _LOCAL_NAMES = ("RAYRL_VENV",)
 
 
 def env_names(config: Config) -> list[str]:
-    """List the environments of a configuration and of its recipe's stages."""
-    return list(dict.fromkeys(c.env.name for c in _with_stages(config) if c.env.name))
+    """List the environments of a configuration and of its recipe's stages.
+
+    Of data, also the data for evaluation and the functions that reward replies.
+    """
+    names: list[str] = []
+    for c in _with_stages(config):
+        names.append(c.env.name)
+        if is_data_file(c.env.name) or Path(c.env.name).is_dir():
+            rewards = c.env.args.get("reward", [])
+            listed = [rewards] if isinstance(rewards, str) else rewards
+            names += [c.env.args.get("eval_rows", ""), *(name for name in listed if ":" in name)]
+    return list(dict.fromkeys(filter(None, names)))
 
 
 def function_references(config: Config) -> dict[str, str]:
@@ -101,7 +112,7 @@ def write_bundle(
     """Write the bundle into an empty folder.
 
     Args:
-        envs: environments as `env.name`; those installed by name are always included.
+        envs: see `env_names`; those installed by name are always included.
         functions: see `function_references`.
 
     Raises:
@@ -124,7 +135,11 @@ def write_bundle(
         module, attribute = split_reference(name)
         if module == OBJECT:  # sent by value
             continue
-        if module.endswith(".py"):
+        if name.endswith(SUFFIXES):
+            if Path(name).is_absolute():  # only the driver reads it, from storage that nodes share
+                continue
+            module = name
+        if module.endswith((".py", *SUFFIXES)):
             path = Path(module).expanduser().resolve()
             if path.is_file():
                 path_of[module] = str(path)

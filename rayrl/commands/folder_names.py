@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from rayrl.config import Config, RunConfig
+from rayrl.environment.data_files import SUFFIXES
 
 __all__ = ["WRITING", "named"]
 
@@ -45,8 +46,11 @@ def _whose(config: Config) -> str:
 
 
 def _env_word(config: Config) -> str:
-    """The environment's name as part of a folder's: of `path/to/addition.py:sums` addition-sums."""
-    return _word(re.sub(r"^.*/|^object:|\.py(?=:|$)", "", config.env.name))
+    """The environment's name as part of a folder's: of `path/to/addition.py:sums` addition-sums,
+    of `path/to/rows.jsonl` rows. Without an environment it is that of `sft.data`."""
+    endings = "|".join(("py", *(suffix[1:] for suffix in SUFFIXES)))
+    name = (config.env.name or config.sft.data).rstrip("/")
+    return _word(re.sub(rf"^.*/|^object:|\.({endings})(?=:|$)", "", name))
 
 
 def _word(text: str) -> str:

@@ -1,4 +1,4 @@
-"""`rayrl sft`: supervised fine-tuning on episodes, with the learner that reinforcement uses.
+"""`rayrl sft`: fine-tuning on episodes or chats, with the learner that reinforcement uses.
 
 A conversation gets exactly the ids that playing it would give (`Chat.render`), and the loss is
 taken on the model's replies, their end of turn included. Batch s of a run is a function of the seed
@@ -14,9 +14,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rayrl.chat.renderer import Chat
+from rayrl.chat.tools import format_call
 from rayrl.cluster.learner_group import LearnerGroup
 from rayrl.cluster.open import open_learners
 from rayrl.config import Config, validate
+from rayrl.environment.chat_data import chat_messages
+from rayrl.environment.data_files import DataRow, read_data
+from rayrl.environment.rows import missing_column
 from rayrl.errors import ConfigError, DataError, did_you_mean
 from rayrl.learner.batch import Trajectory, batch_of, supervised_row
 from rayrl.rollout.episode_io import read_episodes
@@ -26,10 +30,19 @@ from rayrl.run.progress_bar import ProgressBar
 from rayrl.run.stage import MODEL, POLICY, already_finished, log_template_notes, positions
 from rayrl.run.start_check import check_start
 from rayrl.run.training import Recovery
-from rayrl.types import Episode, Turn, derive_seed
+from rayrl.types import Episode, Message, Turn, derive_seed
 from rayrl.weights.model_dir import model_dir
 
-__all__ = ["batch_indices", "conversations", "load_rows", "rows_of", "run", "sft"]
+__all__ = [
+    "batch_indices",
+    "chat_turns",
+    "conversations",
+    "has_chats",
+    "load_rows",
+    "rows_of",
+    "run",
+    "sft",
+]
 
 
 def run(config: Config) -> None:
@@ -141,33 +154,95 @@ def load_rows(config: Config, chat: Chat, longest: int = 0) -> list[Trajectory]:
         longest: most ids of a conversation; 0 is no limit.
 
     Raises:
-        DataError: no usable episode, or a conversation too long for the model; names file and line.
+        DataError: no usable episode or chat, or one too long for the model; names file and line.
     """
     data = config.sft.data
     if not data:
         raise ConfigError(
             "sft.data is empty: name the JSONL that `rayrl synth` wrote, as "
-            "sft.data=runs/x/episodes.jsonl."
+            "sft.data=runs/x/episodes.jsonl, or data with a column of messages, as "
+            "sft.data=chats.jsonl."
         )
+    on_all = config.sft.loss_on == "all"
     rows: list[Trajectory] = []
-    for episode in read_episodes(data):
-        if episode.failure is not None:
-            continue
-        seats = _learned_seats(config, episode, data)
-        found = rows_of(episode, seats, chat, loss_on_all=config.sft.loss_on == "all")
-        found = [row for row in found if row.n_loss]
-        for row in found:
-            if 0 < longest < len(row.ids):
-                what = f"{config.model.path} has positions for {longest}; use another model"
-                if config.engine.max_len:
-                    what = f"a conversation can have {longest}; raise engine.max_len"
-                raise DataError(
-                    f"{data}: {row.id} has {len(row.ids)} ids, but {what}, or remove the episode."
-                )
-        rows += found
+    for row in _chat_rows(data, chat, on_all) if has_chats(data) else _played(config, chat, on_all):
+        if 0 < longest < len(row.ids):
+            what = f"{config.model.path} has positions for {longest}; use another model"
+            if config.engine.max_len:
+                what = f"a conversation can have {longest}; raise engine.max_len"
+            raise DataError(
+                f"{data}: {row.id} has {len(row.ids)} ids, but {what}, or remove it from the data."
+            )
+        if row.n_loss:
+            rows.append(row)
     if not rows:
         raise DataError(f"{data}: there is no reply to learn from; see what `rayrl synth` kept.")
     return rows
+
+
+def _played(config: Config, chat: Chat, on_all: bool) -> Iterator[Trajectory]:
+    """The rows of a file of episodes."""
+    data = config.sft.data
+    for episode in read_episodes(data):
+        if episode.failure is None:
+            seats = _learned_seats(config, episode, data)
+            yield from rows_of(episode, seats, chat, loss_on_all=on_all)
+
+
+def has_chats(data: str) -> bool:
+    """Whether data is chats rather than episodes, which are JSONL of another form.
+
+    Raises:
+        DataError: the first row cannot be read.
+    """
+    if not data.endswith(".jsonl"):
+        return True
+    try:
+        return "messages" in next(read_data(data)).columns
+    except (StopIteration, DataError):  # reading it as episodes says what is wrong
+        return False
+
+
+def _chat_rows(data: str, chat: Chat, on_all: bool) -> Iterator[Trajectory]:
+    """The rows of data with chats in a column `messages`, and perhaps their tools in `tools`."""
+    for row in read_data(data):
+        if "messages" not in row.columns:
+            missing = missing_column(row.place, "messages", row.columns)
+            raise DataError(f"{missing} Learning from chats needs it.")
+        ids, is_reply = chat.render(chat_turns(row))
+        yield supervised_row(ids, (True,) * len(ids) if on_all else is_reply, row.place)
+
+
+def chat_turns(row: DataRow) -> list[Turn]:
+    """A chat as turns, each with what was said before a reply.
+
+    Raises:
+        DataError: it is no chat, or does not end with a reply; names file and line.
+    """
+    where = f"{row.place}: column 'messages'"
+    tools = row.columns.get("tools") or []
+    if not isinstance(tools, list) or not all(_is_tool(one) for one in tools):
+        raise DataError(f"{row.place}: column 'tools' must be a list of JSON schemas of functions")
+    turns: list[Turn] = []
+    new: list[Message] = []
+    for number, message in enumerate(chat_messages(row.columns["messages"], where), 1):
+        if message.role != "assistant":
+            new.append(message)
+        elif not new:
+            raise DataError(f"{where}: message {number} is a reply to nothing")
+        else:
+            calls = [format_call(call.name, call.arguments) for call in message.tool_calls]
+            text = "\n".join(filter(None, [message.content, *calls]))
+            turns.append(Turn("agent", tuple(new), text, "stop", tools=tuple(tools)))
+            new = []
+    if new:
+        raise DataError(f"{where} must end with a reply of the assistant, to learn from")
+    return turns
+
+
+def _is_tool(value: object) -> bool:
+    function = value.get("function") if isinstance(value, dict) else None
+    return isinstance(function, dict) and isinstance(function.get("name"), str)
 
 
 def _learned_seats(config: Config, episode: Episode, data: str) -> list[str]:

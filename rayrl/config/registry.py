@@ -36,6 +36,7 @@ __all__ = [
     "is_object",
     "load_function",
     "load_module",
+    "local_copy",
     "split_reference",
 ]
 
@@ -210,6 +211,11 @@ def _sent() -> Mapping[str, Mapping[str, str]]:
 def absolute(place: str) -> Path:
     """Where a file is, or was on the machine that sent it: the same for every process of a run."""
     return Path(_sent()["written"].get(place) or Path(place).expanduser().resolve())
+
+
+def local_copy(place: str) -> Path:
+    """What this machine reads of a file, which may have been sent here with the code."""
+    return _copy(absolute(place))
 
 
 def _copy(path: Path) -> Path:

@@ -90,9 +90,13 @@ class EnvConfig:
     """Which environment, with what settings, and what happens when its code fails."""
 
     name: str = setting(
-        "", "environment: an installed name, path/to/file.py[:attribute] or module:attribute"
+        "",
+        "environment: an installed name, path/to/file.py[:attribute], module:attribute, or data "
+        "whose rows are tasks, as path/to/rows.jsonl",
     )
-    args: dict[str, Any] = setting({}, "keyword arguments of the environment's task source")
+    args: dict[str, Any] = setting(
+        {}, "keyword arguments of the environment's task source; of data: what its columns mean"
+    )
     rewards: dict[str, float] = setting({}, "reward weights that replace the environment's own")
     held_out: float = setting(
         0.1,
@@ -469,9 +473,13 @@ class AlarmsConfig:
 
 @dataclass(frozen=True)
 class SftConfig:
-    """Supervised fine-tuning on episodes."""
+    """Supervised fine-tuning on episodes or chats."""
 
-    data: str = setting("", "JSONL of episodes, as synth writes it")
+    data: str = setting(
+        "",
+        "JSONL of episodes, as synth writes it, or data whose column messages has chats: .jsonl, "
+        ".json, .parquet or a saved data set",
+    )
     steps: int = setting(100, "training steps", least=0)
     batch_size: int = setting(32, "conversations per step", least=1)
     loss_on: str = setting(

@@ -47,7 +47,7 @@ def _check(config: Config, verb: str, *, chained: bool = False) -> None:
         chained: the stage follows others of a recipe, which give it its data and its model.
     """
     _check_ranges(config)
-    _check_shared(config)
+    _check_shared(config, verb)
     if verb == "eval" or (verb == "train" and config.eval.every):
         _check_samples(config, config.eval.player if verb == "eval" else "model")
     if verb == "train":
@@ -98,11 +98,11 @@ def _check_ranges(config: Config) -> None:
                 raise _wrong(name, one, why)
 
 
-def _check_shared(config: Config) -> None:
+def _check_shared(config: Config, verb: str) -> None:
     run, env, algo, learner = config.run, config.env, config.algo, config.learner
     if not run.name or "/" in run.name:
         raise _wrong("run.name", run.name, "must be a word without slashes: it names a folder.")
-    if not env.name:
+    if not env.name and verb != "sft":  # chats need none
         raise _wrong(
             "env.name", "", "no environment is chosen; try env=tictactoe or env.name=NAME."
         )
@@ -268,7 +268,8 @@ def _check_sft(config: Config, chained: bool) -> None:
         raise _wrong(
             "sft.data",
             "",
-            "name the JSONL that `rayrl synth` wrote, as sft.data=runs/x/episodes.jsonl.",
+            "name the JSONL that `rayrl synth` wrote, as sft.data=runs/x/episodes.jsonl, or data "
+            "with a column of messages, as sft.data=chats.jsonl.",
         )
     if 0 < config.sft.steps < config.learner.warmup_steps:
         raise _wrong(

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from rayrl.environment.group_reward import MAX_SCORE, GroupReward, score_of
+from rayrl.environment.rows import Rows, check_overlap
 from rayrl.environment.signature import fit, keyword_hints, suggestion
 from rayrl.errors import ConfigError, EnvError, describe_error, safe_repr
-from rayrl.types import Episode, Message, Scores, Task, derive_seed
+from rayrl.types import Episode, Scores, Task, derive_seed
 
 __all__ = [
     "EnvSpec",
@@ -31,8 +32,9 @@ __all__ = [
 
 Play = Callable[..., Awaitable[Scores]]
 """`async def play(task, agent)`, with an additional parameter per additional seat."""
-PlayerFunction = Callable[[Sequence[Message], random.Random], str | Awaitable[str]]
-"""Answers a conversation, drawing from the given random generator; may be async."""
+PlayerFunction = Callable[..., str | Awaitable[str]]
+"""`def player(messages, rng)`: answers a conversation, drawing from the random generator; may be
+async, and may take the `task`, as one that knows the right answer does."""
 CheckFunction = Callable[..., Awaitable[dict[str, float]]]
 """`async def check(new_agent, args)`: statistics by name (see `Environment.check`)."""
 StatisticsFunction = Callable[[Episode], Mapping[str, bool | float | str]]
@@ -145,7 +147,7 @@ class Environment:
         """
         args, rewards = dict(args or {}), dict(rewards or {})
         new = self._copy()
-        hints = {} if isinstance(self.source, Sequence) else keyword_hints(self.source)
+        hints = self._hints()
         for key, value in args.items():
             if key not in self.args and key in self._eval_only():
                 continue
@@ -174,6 +176,10 @@ class Environment:
         new._configured = ({**old_args, **args}, {**old_rewards, **rewards})
         return new
 
+    def _hints(self) -> dict[str, Any]:
+        """Type hints of the settings in `args`."""
+        return {} if isinstance(self.source, Sequence) else keyword_hints(self.source)
+
     def _eval_only(self) -> dict[str, Any]:
         """Keywords that only the source of evaluation tasks has."""
         known = {} if self.eval_source is None else _defaults(self.name, self.eval_source)
@@ -184,10 +190,15 @@ class Environment:
 
         Args:
             held_out: see `evaluation`.
+
+        Raises:
+            DataError: rows of a data file cannot be read, or evaluation has some of them too.
         """
         new = self._copy()
         if self.eval_source is None and isinstance(self.source, Sequence):
             new.source, _ = _split(self.source, held_out)
+        elif isinstance(self.source, Rows) and isinstance(self.eval_source, Rows):
+            check_overlap(self.source, self.eval_source)
         return new
 
     def evaluation(self, held_out: float) -> Environment:
@@ -200,10 +211,15 @@ class Environment:
         Args:
             held_out: share of a sequence of tasks, at least one where there are two; always the
                 same ones. With 0, training and evaluation have the same tasks.
+
+        Raises:
+            DataError: see `training`.
         """
         new = self._copy()
         if self.eval_source is not None:
             new.source = self.eval_source
+            if isinstance(self.source, Rows) and isinstance(self.eval_source, Rows):
+                check_overlap(self.source, self.eval_source)
             new.args = _defaults(self.name, self.eval_source)
             given, _ = self._configured
             new.args |= {key: value for key, value in given.items() if key in new.args}
@@ -218,7 +234,7 @@ class Environment:
         return new
 
     def _copy(self) -> Environment:
-        new = object.__new__(Environment)
+        new = object.__new__(type(self))
         new.__dict__.update(self.__dict__)  # players and checks stay shared
         new.args, new.rewards = dict(self.args), dict(self.rewards)
         new.group_rewards = dict(self.group_rewards)
@@ -230,7 +246,7 @@ class Environment:
         Task k gets u = (k + jitter) / n with jitter in [0, 1) drawn from `derive_seed(seed, start +
         k)`, and the seed `derive_seed(seed, "task", start + k)`. A batch at step s passes
         `start=s * n`, so that no two batches get the same seeds. Tasks of a sequence keep their
-        own seeds and are repeated.
+        own seeds and are repeated. Rows of a data file are drawn in epochs instead, see `Rows`.
 
         Raises:
             ConfigError: a setting has no value, or the source rejects one.
@@ -242,8 +258,10 @@ class Environment:
         jitter = random.Random(derive_seed(seed, start + k)).random()
         u = min((k + jitter) / n, _BELOW_ONE)  # the division may round up to 1
         task_seed = derive_seed(seed, "task", start + k)
-        if isinstance(self.source, Sequence):
-            task: object = self.source[int(u * len(self.source))]
+        if isinstance(self.source, Rows):
+            task: object = self.source.drawn(seed, start + k)
+        elif isinstance(self.source, Sequence):
+            task = self.source[int(u * len(self.source))]
         else:
             missing = [key for key, value in self.args.items() if value is inspect.Parameter.empty]
             if missing:
@@ -418,6 +436,11 @@ def _split(tasks: Sequence[Task], held_out: float) -> tuple[Sequence[Task], Sequ
     n = min(max(round(held_out * len(tasks)), 1), len(tasks) - 1)
     order = sorted(range(len(tasks)), key=lambda place: derive_seed("held out", place))
     ours = set(order[:n])
+    if isinstance(tasks, Rows):
+        training = tasks.select([place for place in range(len(tasks)) if place not in ours])
+        evaluation = tasks.select(sorted(ours))
+        check_overlap(training, evaluation)
+        return training, evaluation
     return (
         [task for place, task in enumerate(tasks) if place not in ours],
         [task for place, task in enumerate(tasks) if place in ours],
@@ -426,7 +449,7 @@ def _split(tasks: Sequence[Task], held_out: float) -> tuple[Sequence[Task], Sequ
 
 def _defaults(name: str, source: TaskSource) -> dict[str, Any]:
     if isinstance(source, Sequence):
-        if not source:
+        if not isinstance(source, Rows) and not source:  # rows are read when they are needed
             raise ConfigError(f"environment {name!r} has no tasks: `tasks` is empty")
         return {}
     parameters = inspect.signature(source).parameters

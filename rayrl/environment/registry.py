@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.machinery import PathFinder
 from importlib.metadata import entry_points
+from pathlib import Path
 from types import ModuleType
 
 import cloudpickle
@@ -17,7 +18,9 @@ from rayrl.config.registry import (
     load_module,
     split_reference,
 )
+from rayrl.environment.data_files import is_data_file
 from rayrl.environment.environment import Environment, EnvSpec
+from rayrl.environment.row_env import RowEnvironment
 from rayrl.environment.signature import suggestion
 from rayrl.errors import ConfigError, describe_error
 
@@ -35,14 +38,17 @@ def load_env(name: str) -> Environment:
     """Load an environment.
 
     Args:
-        name: an installed environment, `path/to/file.py[:attribute]` or `module:attribute`. Without
-            an attribute the file must define exactly one environment.
+        name: an installed environment, `path/to/file.py[:attribute]`, `module:attribute`, or a data
+            file whose rows are the tasks (`row_env.py`). Without an attribute a Python file must
+            define exactly one environment.
 
     Raises:
         ConfigError: it does not exist (names the nearest known name) or cannot be loaded.
     """
     if not name:
         raise ConfigError("env.name is empty: name an environment, a file or module:attribute")
+    if is_data_file(name):
+        return RowEnvironment(name)
     place, attribute = split_reference(name)
     if place == OBJECT:
         return _checked(bound("env.name", name), name)
@@ -61,10 +67,13 @@ def load_env(name: str) -> Environment:
             env = _checked(value, point.value)
             env.ref = name
             return env
+    if Path(name).is_dir():
+        return RowEnvironment(f"{name}/")
     raise ConfigError(
         f"env.name={name!r}: no such environment is installed."
         + suggestion(name, installed_envs())
-        + " Give a file as path/to/file.py, an importable environment as module:attribute."
+        + " Give a file as path/to/file.py, an importable environment as module:attribute, rows of "
+        "data as path/to/rows.jsonl."
     )
 
 

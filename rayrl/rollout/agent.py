@@ -13,7 +13,18 @@ from rayrl.chat.tools import ParsedCall, Toolkit, add_to_first_message, parse_ca
 from rayrl.environment.randomness import EPISODE
 from rayrl.errors import EnvError, safe_repr
 from rayrl.rollout.resume import EpisodeResume
-from rayrl.types import Message, Reply, Role, ToolCall, Turn, assistant, derive_seed, tool, user
+from rayrl.types import (
+    Message,
+    Reply,
+    Role,
+    Task,
+    ToolCall,
+    Turn,
+    assistant,
+    derive_seed,
+    tool,
+    user,
+)
 
 __all__ = ["Agent", "Conversation", "Options", "Player"]
 
@@ -28,6 +39,8 @@ class Conversation:
     Attributes:
         session: name of the conversation, unique in a run.
         seat: the seat that answers.
+        task: what the episode started from, for scripts that know its answer; models never see it.
+            None outside of an episode.
         messages: all messages so far, replies included.
         ids: the conversation's token ids, for players that have tokens.
         finished: whether the last completion ended with the end-of-turn id.
@@ -36,11 +49,12 @@ class Conversation:
             towards deadlines.
     """
 
-    __slots__ = ("finished", "ids", "messages", "seat", "session", "throttled_s", "tools")
+    __slots__ = ("finished", "ids", "messages", "seat", "session", "task", "throttled_s", "tools")
 
-    def __init__(self, session: str, seat: str) -> None:
+    def __init__(self, session: str, seat: str, task: Task | None = None) -> None:
         self.session = session
         self.seat = seat
+        self.task = task
         self.messages: list[Message] = []
         self.ids: list[int] = []
         self.finished = True
@@ -49,7 +63,7 @@ class Conversation:
 
     def copy(self, session: str) -> Conversation:
         """Copy the conversation under another session name."""
-        new = Conversation(session, self.seat)
+        new = Conversation(session, self.seat, self.task)
         new.messages, new.ids = list(self.messages), list(self.ids)
         new.finished, new.tools = self.finished, set(self.tools)
         return new
@@ -122,6 +136,7 @@ class Agent:
         seed: of the episode; turn k is answered with `derive_seed(seed, seat, k)`.
         resume: the episode's turns: those recorded earlier, which are replayed before the player
             is called, and those made in this attempt. Shared by the seats of an episode.
+        task: of the episode.
 
     Attributes:
         called: number of calls by the environment.
@@ -141,8 +156,10 @@ class Agent:
         episode: str = "episode",
         seed: int = 0,
         resume: EpisodeResume | None = None,
+        task: Task | None = None,
     ) -> None:
         self.player = player
+        self.task = task
         self.seat = seat
         self.episode = episode
         self.seed = seed
@@ -160,7 +177,7 @@ class Agent:
         self._call_ids = 0
         self._path = f"{episode}/{seat}"  # prefix of its session names
         self._thinking: bool = getattr(player, "opens_thought", False)
-        self._conversation = Conversation(f"{self._path}/0", seat)
+        self._conversation = Conversation(f"{self._path}/0", seat, task)
         self._conversations = [self._conversation]
 
     @property
@@ -354,12 +371,14 @@ class Agent:
     def restart(self) -> None:
         """Start an empty conversation with the model; the episode continues."""
         self._branches += 1
-        self._conversation = Conversation(f"{self._path}/{self._branches}", self.seat)
+        self._conversation = Conversation(f"{self._path}/{self._branches}", self.seat, self.task)
         self._conversations.append(self._conversation)
 
     def fork(self) -> Agent:
         """Create an independent agent with a copy of the conversation, for branching checks."""
-        new = type(self)(self.player, seat=self.seat, episode=self.episode, seed=self.seed)
+        new = type(self)(
+            self.player, seat=self.seat, episode=self.episode, seed=self.seed, task=self.task
+        )
         new.turns = self.turns
         self._branches += 1
         # the name contains the parent's, so forks of forks have distinct names too

@@ -155,13 +155,15 @@ class ScriptedPlayer:
     """A player that calls a function of the conversation, such as an environment's teacher.
 
     Args:
-        function: takes all messages and a random generator; may be async.
+        function: takes all messages and a random generator, and the task if it has a parameter of
+            that name; may be async.
     """
 
     trainable = False
 
     def __init__(self, function: PlayerFunction) -> None:
         self.function = function
+        self._takes_task = "task" in inspect.signature(function).parameters
 
     async def answer(
         self, conversation: Conversation, new: Sequence[Message], options: Options
@@ -169,9 +171,10 @@ class ScriptedPlayer:
         """Call the function; its exceptions become EnvError."""
         messages = [*conversation.messages, *new]
         name = getattr(self.function, "__name__", "scripted player")
+        more = {"task": conversation.task} if self._takes_task else {}
         try:
             with EpisodeRandom(options.seed, "player"):
-                text = self.function(messages, random.Random(options.seed))
+                text = self.function(messages, random.Random(options.seed), **more)
                 if inspect.isawaitable(text):
                     text = await text
         except Exception as error:

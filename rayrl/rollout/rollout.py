@@ -95,7 +95,7 @@ async def play_episode(
         if seat not in players:
             raise ConfigError(f"environment {env.name!r}: no player for seat {seat!r}")
     agents = [
-        Agent(players[seat], seat=seat, episode=label, seed=seed, resume=resume)
+        Agent(players[seat], seat=seat, episode=label, seed=seed, resume=resume, task=task)
         for seat in env.seats
     ]
     clock_time, began = time.time(), time.perf_counter()

@@ -18,7 +18,8 @@ from rayrl.config import Config, EndpointConfig, stage_config
 from rayrl.config.registry import NOT_PLACES, from_outside, is_object, load_function
 from rayrl.environment.environment import Environment
 from rayrl.environment.registry import load_env
-from rayrl.errors import ConfigError, did_you_mean
+from rayrl.environment.rows import Rows
+from rayrl.errors import ConfigError, DataError, did_you_mean
 from rayrl.rollout.players import player_function
 from rayrl.run.stage import POLICY, check_trained, is_finished, seats_of, template_notes
 from rayrl.weights.model_dir import model_dir
@@ -121,7 +122,7 @@ def stage_problems(config: Config, machine: Machine, verb: str) -> list[str]:
     problems, players = [], [POLICY]
     try:
         players = _players(config, verb)
-    except ConfigError as error:
+    except (ConfigError, DataError) as error:
         problems.append(str(error))
     models = {player for player in players if player == POLICY or player.startswith("model:")}
     return [
@@ -137,6 +138,7 @@ def _players(config: Config, verb: str) -> list[str]:
 
     Raises:
         ConfigError: the environment, its settings or a player do not exist, or no seat is trained.
+        DataError: the rows of a data file cannot be used.
     """
     if verb == "serve":
         return [POLICY]
@@ -147,6 +149,10 @@ def _players(config: Config, verb: str) -> list[str]:
         check_trained(environment, config)
     for args in config.eval.cells.values() if verb == "eval" else ():
         environment.evaluation(config.env.held_out).configure(args)
+    if isinstance(environment.source, Rows):
+        evaluated = verb == "eval"
+        part = environment.evaluation if evaluated else environment.training
+        part(config.env.held_out).tasks(seed=0, n=1)
     default = {"synth": config.synth.player, "eval": config.eval.player, "play": config.play.player}
     player = default.get(verb, "model")
     seats = seats_of(environment, config, player)
@@ -211,7 +217,7 @@ def _too_much(config: Config, machine: Machine, verb: str, models: int) -> Itera
 
 def _missing(config: Config, verb: str, players: Sequence[str]) -> Iterator[str]:
     data, key, url = config.sft.data, config.endpoint.api_key_env, config.endpoint.url
-    if verb == "sft" and data and not Path(data).is_file():
+    if verb == "sft" and data and not Path(data).exists():
         yield f"sft.data={data}: there is no such file; rayrl synth writes one."
     # local servers rarely need a key; a variable other than the default must be set
     optional = key == EndpointConfig().api_key_env and urlsplit(url).hostname in LOOPBACK

@@ -191,6 +191,30 @@ def test_a_file_that_is_nowhere(
     write_bundle(sent, ["/shared/nim.py"])  # the nodes may have it
 
 
+def test_data_and_its_rewards_travel(
+    sent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("train.jsonl", "test.csv", "own.py"):
+        (tmp_path / name).write_text("")
+    args = {"eval_rows": "test.csv", "reward": ["number", "own.py:brief"]}
+    names = env_names(from_dict({"env": {"name": "train.jsonl", "args": args}}))
+    assert names == ["train.jsonl", "test.csv", "own.py:brief"]
+    write_bundle(sent, names)
+    copies = {path.name for path in (sent / "env_files").rglob("*.*")}
+    assert copies == {"train.jsonl", "test.csv", "own.py"}
+    written = json.loads((sent / "rayrl-code.json").read_text())["written"]
+    assert written["train.jsonl"] == str(tmp_path / "train.jsonl")
+    with pytest.raises(ConfigError, match=r"there is no file .*trai\.jsonl"):
+        write_bundle(sent, ["trai.jsonl"])
+
+
+def test_large_data_is_read_from_storage_that_nodes_share(sent: Path, tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text("")
+    write_bundle(sent, [str(tmp_path / "train.jsonl")])
+    assert not list(sent.rglob("train.jsonl"))
+
+
 def test_environments_of_all_stages() -> None:
     config = from_dict(
         {

@@ -239,6 +239,92 @@ def test_rows_survive_the_file(tmp_path: Path) -> None:
     assert row.ids.tolist() == direct.ids.tolist()
 
 
+# --- chats ---------------------------------------------------------------------------------------
+
+ASKED = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1 + 2?"}]
+SAID = {"role": "assistant", "content": "3"}
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+
+
+def write_chats(file: Path, *rows: Any) -> Path:
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return file
+
+
+def test_a_chat_becomes_what_the_same_episode_becomes(tmp_path: Path) -> None:
+    more = [{"role": "user", "content": [{"type": "text", "text": "And 2 + 2?"}]}, SAID]
+    file = write_chats(tmp_path / "d.jsonl", {"messages": [*ASKED, SAID, *more], "id": 7})
+    turns = (
+        Turn("agent", (system("Be brief."), user("1 + 2?")), "3", "stop"),
+        Turn("agent", (user("And 2 + 2?"),), "3", "stop"),
+    )
+    (wanted,) = rows_of(Episode("e", "g", Task(), 0, turns), ["agent"], chat())
+    (row,) = load_rows(config(file), chat())
+    assert row.ids.tolist() == wanted.ids.tolist()
+    assert row.loss_mask.tolist() == wanted.loss_mask.tolist()
+    assert row.id == f"{file}:1"
+    (everything,) = load_rows(config(file, sft={"data": str(file), "loss_on": "all"}), chat())
+    assert everything.n_loss == len(row.ids) - 1
+
+
+def test_a_chat_with_tools(tmp_path: Path) -> None:
+    called = {"name": "add", "arguments": '{"a": 1, "b": 2}'}
+    call = {"id": "c1", "type": "function", "function": called}
+    talk = [
+        *ASKED,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "3", "tool_call_id": "c1"},
+        SAID,
+    ]
+    file = write_chats(tmp_path / "d.jsonl", {"messages": talk, "tools": [TOOL]})
+    talker = Chat(build_tokenizer(HERMES))
+    (row,) = load_rows(config(file), talker)
+    text = talker.tokenizer.decode(row.ids[row.loss_mask])
+    assert format_call("add", {"a": 1, "b": 2}) in text
+    assert "<tool_response>" in talker.tokenizer.decode(row.ids)
+
+
+@pytest.mark.parametrize(
+    ("row", "complaint"),
+    [
+        (
+            {"message": []},
+            r"d\.jsonl:2: there is no column 'messages', only message\. Did you mean",
+        ),
+        ({"messages": "hi"}, r"d\.jsonl:2: column 'messages' must be a list of messages, got \"hi"),
+        ({"messages": []}, r"d\.jsonl:2: column 'messages' must be a list of messages"),
+        ({"messages": ASKED}, r"d\.jsonl:2: column 'messages' must end with a reply"),
+        ({"messages": [SAID]}, r"d\.jsonl:2: .*message 1 is a reply to nothing"),
+        ({"messages": [*ASKED, SAID, SAID]}, r"message 4 is a reply to nothing"),
+        ({"messages": [{"role": "bot", "content": ""}]}, r"message 1 must have a role \(system,"),
+        ({"messages": [{"role": "user"}]}, r"message 1 must have text as its content"),
+        (
+            {"messages": [*ASKED, {"role": "assistant", "tool_calls": [{"id": "1"}]}]},
+            r"message 3: tool call 1 must have a function with a name",
+        ),
+        (
+            {"messages": [{**SAID, "tool_calls": [{"name": "a", "arguments": "{"}]}]},
+            r"tool call 1: its arguments are not JSON",
+        ),
+        (
+            {"messages": [{**SAID, "tool_calls": [{"name": "a", "arguments": [1]}]}]},
+            r"tool call 1: its arguments must be an object",
+        ),
+        ({"messages": [*ASKED, SAID], "tools": [add.__name__]}, r"d\.jsonl:2: column 'tools' must"),
+    ],
+)
+def test_bad_chats_name_file_and_line(tmp_path: Path, row: Any, complaint: str) -> None:
+    file = write_chats(tmp_path / "d.jsonl", {"messages": [*ASKED, SAID]}, row)
+    with pytest.raises(DataError, match=complaint):
+        load_rows(config(file), chat())
+
+
+def test_a_chat_too_long_for_the_model_is_named(tmp_path: Path) -> None:
+    file = write_chats(tmp_path / "d.jsonl", {"messages": [*ASKED, SAID]})
+    with pytest.raises(DataError, match=r"d\.jsonl:1 has \d+ ids.*positions for 5"):
+        load_rows(config(file), chat(), longest=5)
+
+
 # --- the loop ------------------------------------------------------------------------------------
 
 
