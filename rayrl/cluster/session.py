@@ -25,6 +25,7 @@ from ray import serve
 from ray._common.network_utils import build_address, get_localhost_ip, is_localhost
 from ray._common.tls_utils import add_port_to_grpc_server
 from ray._private import ray_constants, services
+from ray._private.node import Node
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray._private.utils import detect_fate_sharing_support
 from ray.exceptions import AuthenticationError
@@ -215,16 +216,21 @@ def _connect(cluster: ClusterConfig, envs: Sequence[str]) -> bool:
 
 @contextmanager
 def _private_ray() -> Iterator[None]:
-    """Make a Ray started in the block private to this machine and program.
+    """Make a Ray started in the block private to this machine and program, and small.
 
     Its processes listen on loopback instead of on all interfaces, where some serve metrics to
     anyone. Each is in a process group of its own, so that a signal to the driver's group
     (`timeout`, a supervisor) reaches only the driver, which ends them in order. Where Ray needs the
     shared group to end them with the driver, they stay in it.
+
+    It has no autoscaler, as there are no nodes to add, and no process for a dashboard that nobody
+    looks at: `ray.init` would wait a second for the latter, and each imports Ray.
     """
     grouped = partial(services.ConsolePopen, process_group=0)
     with ExitStack() as stack:
         stack.enter_context(patch.object(ray_constants, "ENABLE_RAY_CLUSTER", False))
+        stack.enter_context(patch.object(Node, "start_monitor", lambda node: None))
+        stack.enter_context(patch.object(Node, "start_api_server", lambda node, **kwargs: None))
         if detect_fate_sharing_support():
             stack.enter_context(patch.object(services, "ConsolePopen", grouped))
         yield
