@@ -15,7 +15,7 @@ import psutil
 
 from tests.apart import free_port
 
-__all__ = ["KINDS", "NODES", "PLACES", "PLAYERS", "Nodes"]
+__all__ = ["NODES", "PLACES", "PLAYERS", "Nodes", "kill_node", "start_node", "titles"]
 
 STARTS = 6  # on a busy machine `ray start` may miss a deadline that Ray has fixed
 KINDS = ("EnvWorker", "ServeReplica", "LearnerRank", "Recorder", "WeightStore", "ServeController")
@@ -39,17 +39,16 @@ class Nodes:
     Args:
         folder: for what they say.
         store: where the head keeps what it knows, so that it can be killed and started again while
-            the others wait for it (RocksDB, built into Ray); None keeps it in memory.
+            the others wait for it (RocksDB, built into Ray).
     """
 
-    def __init__(self, folder: Path, store: Path | None = None) -> None:
+    def __init__(self, folder: Path, store: Path) -> None:
         self.address = f"127.0.0.1:{free_port()}"
         self.env = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 32}
         self.env["RAY_worker_niceness"] = "0"
-        if store is not None:
-            self.env |= {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(store)}
+        self.env |= {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(store)}
         self.started: list[subprocess.Popen[bytes]] = []
-        self._log = (folder / "nodes.log").open("wb")
+        self._log = folder / "nodes.log"
 
     def add(self, resources: dict[str, int]) -> int:
         """Another node; returns its number."""
@@ -73,19 +72,7 @@ class Nodes:
             line += [f"--address={self.address}", f"--temp-dir={self.temp(len(self.started))}"]
             if sys.platform == "linux":  # 127.0.0.0/8 is this machine
                 line += [f"--node-ip-address=127.0.0.{len(self.started) + 1}"]
-        for _ in range(STARTS):
-            node = subprocess.Popen(line, env=self.env, stdout=self._log, stderr=self._log)
-            while node.poll() is None:
-                if self._children(node, "raylet"):
-                    time.sleep(2)
-                    if node.poll() is None:
-                        return node
-                time.sleep(0.1)
-        raise AssertionError(self.said())
-
-    def said(self) -> str:
-        """What `ray start` said, on all nodes."""
-        return Path(self._log.name).read_text()
+        return start_node(line, self.env, self._log)
 
     def temp(self, number: int) -> Path:
         """The node's own folder; a driver that names it is on that node."""
@@ -93,34 +80,56 @@ class Nodes:
 
     def find(self, number: int, title: str) -> list[psutil.Process]:
         """The processes of a node that Ray calls so."""
-        return self._children(self.started[number], f"ray::{title}")
+        return _children(self.started[number].pid, f"ray::{title}")
 
     def titles(self, number: int) -> set[str]:
         """What Ray calls our processes on a node."""
-        return {kind for kind in KINDS if self._children(self.started[number], f"ray::{kind}")}
+        return titles(self.started[number].pid)
 
     def kill(self, number: int) -> None:
         """A node and all that runs on it, at once."""
-        node = self.started[number]
-        with suppress(psutil.NoSuchProcess):
-            for process in [psutil.Process(node.pid), *self._children(node)]:
-                with suppress(psutil.NoSuchProcess):
-                    process.kill()
-        node.wait(600)
+        kill_node(self.started[number].pid)
+        self.started[number].wait(600)
 
     def close(self) -> None:
         for number in reversed(range(len(self.started))):
             self.kill(number)
             shutil.rmtree(self.temp(number), ignore_errors=True)
-        self._log.close()
 
-    @staticmethod
-    def _children(node: subprocess.Popen[bytes], title: str = "") -> list[psutil.Process]:
-        found = []
-        with suppress(psutil.NoSuchProcess):
-            for process in psutil.Process(node.pid).children(recursive=True):
-                with suppress(psutil.NoSuchProcess):
-                    line = process.cmdline() or [""]
-                    if " ".join(line).startswith(title) or Path(line[0]).name == title:
-                        found.append(process)
-        return found
+
+def start_node(line: list[str], env: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
+    """Start a node by `ray start --block`; returns when it has a raylet that stays."""
+    with log.open("ab") as out:
+        for _ in range(STARTS):
+            node = subprocess.Popen(line, env=env, stdout=out, stderr=out)
+            while node.poll() is None:
+                if _children(node.pid, "raylet"):
+                    time.sleep(2)
+                    if node.poll() is None:
+                        return node
+                time.sleep(0.1)
+    raise AssertionError(log.read_text())
+
+
+def titles(node: int) -> set[str]:
+    """What Ray calls our processes on a node, whose `ray start` has the pid `node`."""
+    return {kind for kind in KINDS if _children(node, f"ray::{kind}")}
+
+
+def kill_node(node: int) -> None:
+    """Kill a node and all that runs on it, at once."""
+    with suppress(psutil.NoSuchProcess):
+        for process in [psutil.Process(node), *_children(node)]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
+def _children(node: int, title: str = "") -> list[psutil.Process]:
+    found = []
+    with suppress(psutil.NoSuchProcess):
+        for process in psutil.Process(node).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                line = process.cmdline() or [""]
+                if " ".join(line).startswith(title) or Path(line[0]).name == title:
+                    found.append(process)
+    return found

@@ -15,7 +15,6 @@ import pytest
 
 from rayrl.cluster.session import private_folder
 from rayrl.weights.shared_memory import memory_dir
-from tests.nodes import Nodes
 
 PR_SET_CHILD_SUBREAPER = 36
 PATIENCE_S = 300.0  # Ray's own processes end a while after their driver, or their head, was killed
@@ -71,11 +70,3 @@ def _files() -> set[Path]:
     folders = [tempfile.gettempdir(), *filter(None, [memory_dir()])]
     found = {path for folder in folders for path in Path(folder).glob("rayrl*")}
     return found - {Path(private_folder()).parent}
-
-
-@pytest.fixture
-def nodes(tmp_path: Path) -> Iterator[Nodes]:
-    """Nodes that end with the test."""
-    some = Nodes(tmp_path)
-    yield some
-    some.close()
