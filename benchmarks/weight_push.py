@@ -23,8 +23,9 @@ from typing import Any
 
 import numpy as np
 
+from rayrl.cluster.actors import prepare_process
 from rayrl.cluster.serving.replica import deploy, undeploy
-from rayrl.cluster.session import open_session, prepare_process
+from rayrl.cluster.session import open_session
 from rayrl.cluster.weight_sync.push import WeightSync, open_store
 from rayrl.cluster.weight_sync.transports import ObjectStore
 from rayrl.cluster.weight_sync.weight_store import Published

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import re
+import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -199,3 +200,12 @@ def test_environments_use_the_public_names_only() -> None:
                 names = [node.module or ""]
             wrong += [f"{file.name}: {name}" for name in names if name.startswith("rayrl.")]
     assert not wrong
+
+
+def test_actors_that_do_not_serve_start_without_serve() -> None:
+    """It takes half a second, in every process of theirs."""
+    words = ["learner_group", "workers.turn_log", "weight_sync.weight_store"]
+    line = f"import sys, {', '.join(f'rayrl.cluster.{word}' for word in words)}"
+    line += "; print('ray.serve' in sys.modules, 'torch' in sys.modules)"
+    said = subprocess.run([sys.executable, "-c", line], capture_output=True, check=True, text=True)
+    assert said.stdout.split() == ["False", "False"]

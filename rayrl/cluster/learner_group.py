@@ -19,8 +19,8 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rayrl.cluster import by_value
+from rayrl.cluster.actors import prepare_process
 from rayrl.cluster.gone import ACTOR_DIED
-from rayrl.cluster.session import prepare_process
 from rayrl.cluster.weight_sync.topology import transport_of
 from rayrl.cluster.weight_sync.weight_store import Published
 from rayrl.config import Config

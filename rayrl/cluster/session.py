@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import logging
 import os
@@ -31,7 +30,6 @@ from ray._private.utils import detect_fate_sharing_support
 from ray.exceptions import AuthenticationError
 from ray.serve.context import _get_global_client
 from ray.serve.schema import LoggingConfig
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rayrl.cluster import cluster_address
 from rayrl.cluster.code_bundle import forwarded_variables, write_bundle
@@ -44,15 +42,12 @@ __all__ = [
     "SERVE_LOGGING",
     "HttpAddress",
     "Session",
-    "beside_driver",
     "listen_on_loopback",
     "open_session",
-    "prepare_process",
     "run_name",
 ]
 
 START_ATTEMPTS = 2
-GC_THRESHOLD = 50_000  # new objects before a garbage collection
 SERVE_LOGGING = LoggingConfig(log_level="WARNING", enable_access_log=False)
 
 
@@ -85,32 +80,6 @@ def run_name(directory: str | None = None) -> str:
     """
     key = str(Path(directory).resolve()) if directory else uuid.uuid4().hex
     return f"rayrl-{hashlib.blake2b(key.encode(), digest_size=5).hexdigest()}"
-
-
-def beside_driver() -> NodeAffinitySchedulingStrategy:
-    """Schedule the driver's small actors on its node, so that losing other nodes spares them."""
-    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-
-
-def prepare_process(threads: int) -> None:
-    """Prepare an actor's process for `threads` compute threads before it imports torch.
-
-    Idle OpenMP threads sleep instead of spinning, because processes share the cores of a small
-    machine. This is not a `runtime_env`, for which Ray would restart every process.
-
-    Garbage is collected less often: it took a quarter of the time of importing torch and
-    transformers, and with thousands of live episodes a tenth of the time of turns
-    (benchmarks/many_live.py).
-    """
-    gc.set_threshold(GC_THRESHOLD, 10, 10)
-    os.environ.update(
-        OMP_NUM_THREADS=str(threads),
-        MKL_NUM_THREADS=str(threads),
-        OMP_WAIT_POLICY="PASSIVE",
-        TOKENIZERS_PARALLELISM="false",
-        HF_HUB_DISABLE_PROGRESS_BARS="1",
-        TRANSFORMERS_VERBOSITY="error",
-    )
 
 
 def listen_on_loopback() -> None:

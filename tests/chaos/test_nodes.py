@@ -51,11 +51,9 @@ def copy(tmp_path: Path) -> Path:
     for name in ("rayrl", "conf", "envs", "jobs"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", folder)
-    session = folder / "rayrl" / "cluster" / "session.py"
-    text = session.read_text().replace(
-        "import hashlib\n", "import hashlib\nimport json\nimport sys\n"
-    )
-    session.write_text(
+    actors = folder / "rayrl" / "cluster" / "actors.py"
+    text = actors.read_text().replace("import gc\n", "import gc\nimport json\nimport sys\n")
+    actors.write_text(
         text.replace("    os.environ.update(\n", "    _tell()\n    os.environ.update(\n") + SEEN
     )
     package = folder / "envs" / "talk" / "rayrl_talk"

@@ -19,6 +19,7 @@ from ray import serve
 
 from rayrl.chat.renderer import Chat
 from rayrl.cluster import cluster_address
+from rayrl.cluster.actors import prepare_process
 from rayrl.cluster.serving.inference_client import DEPLOYMENT
 from rayrl.cluster.serving.replica import (
     deployment_settings,
@@ -26,7 +27,7 @@ from rayrl.cluster.serving.replica import (
     run_app,
     undeploy,
 )
-from rayrl.cluster.session import HttpAddress, listen_on_loopback, open_session, prepare_process
+from rayrl.cluster.session import HttpAddress, listen_on_loopback, open_session
 from rayrl.config import Config, EngineConfig
 from rayrl.engine import open_engine
 from rayrl.errors import ConfigError

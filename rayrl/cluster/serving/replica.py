@@ -16,11 +16,12 @@ from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
+from rayrl.cluster.actors import prepare_process
 from rayrl.cluster.gone import ACTOR_DIED
 from rayrl.cluster.serving.inference_client import DEPLOYMENT
 from rayrl.cluster.serving.router import IndexRouter
 from rayrl.cluster.serving.streams import NoStream, Outcome, Result, ResultStream
-from rayrl.cluster.session import SERVE_LOGGING, Session, listen_on_loopback, prepare_process
+from rayrl.cluster.session import SERVE_LOGGING, Session, listen_on_loopback
 from rayrl.cluster.weight_sync.weight_store import NAMESPACE, Published, store_name
 from rayrl.config import ClusterConfig, Config, EngineConfig
 from rayrl.engine.protocol import BroadcastEngine, Engine, Part

@@ -16,8 +16,9 @@ from typing import Any
 import ray
 from ray.serve.handle import DeploymentHandle
 
+from rayrl.cluster.actors import beside_driver
 from rayrl.cluster.gone import ACTOR_DIED
-from rayrl.cluster.session import Session, beside_driver
+from rayrl.cluster.session import Session
 from rayrl.cluster.weight_sync.probe import Probe
 from rayrl.cluster.weight_sync.transports import Transport, ask_all
 from rayrl.cluster.weight_sync.weight_store import NAMESPACE, Published, WeightStore, store_name

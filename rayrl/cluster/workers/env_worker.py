@@ -15,9 +15,9 @@ from typing import Any
 import ray
 
 from rayrl.chat.renderer import Chat
+from rayrl.cluster.actors import prepare_process
 from rayrl.cluster.serving.inference_client import BatchingClient, ServeReplicas
 from rayrl.cluster.serving.streams import PAUSE_S
-from rayrl.cluster.session import prepare_process
 from rayrl.cluster.workers.turn_log import TurnSender
 from rayrl.config import Config
 from rayrl.environment.environment import Environment, EnvSpec

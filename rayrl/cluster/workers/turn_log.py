@@ -16,9 +16,9 @@ from typing import Any
 
 import ray
 
+from rayrl.cluster.actors import beside_driver
 from rayrl.cluster.gone import ACTOR_DIED
 from rayrl.cluster.serving.streams import PAUSE_S
-from rayrl.cluster.session import beside_driver
 from rayrl.cluster.workers.scheduler import is_broken
 from rayrl.rollout.encoding import turn_to_bytes
 from rayrl.rollout.records import Records
