@@ -101,6 +101,7 @@ class VllmEngine:
             from vllm import AsyncEngineArgs
             from vllm.platforms import current_platform
             from vllm.v1.engine.async_llm import AsyncLLM
+            from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
             from rayrl.weights.loading import check_weights
         except ImportError as error:
@@ -139,6 +140,9 @@ class VllmEngine:
             # Chunked prefill crashes vLLM 0.32 on the CPU when a request has a seed: it rewinds the
             # request's generator, which torch's CPU generators do not support.
             args |= {"enforce_eager": True, "block_size": BLOCK, "enable_chunked_prefill": False}
+            # The model runs in the process that schedules, as on one GPU. vLLM would start another
+            # (8 s of computation, 450 MiB) to bind its threads to cores, which is off here.
+            args["distributed_executor_backend"] = UniProcExecutor
         else:
             args |= {"gpu_memory_utilization": config.gpu_memory, "enable_sleep_mode": sleeps}
         try:
