@@ -67,6 +67,7 @@ async def train(
                         with training.clock("update"):
                             learned = await training.learner.step(batch)
                         await training.push(step + 1)
+                        # log; evaluate and save where due
                         await training.end_step(step, batch, learned, on_step)
                         if training.stopped_after is not None:
                             break

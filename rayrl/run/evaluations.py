@@ -20,6 +20,8 @@ from typing import Any, Protocol
 from rayrl.cluster.open import make_environment
 from rayrl.cluster.rollouts import CollectedGroups
 from rayrl.config import Config
+from rayrl.config.stop_rule import parse_stop_rule
+from rayrl.environment.environment import Environment
 from rayrl.environment.scoring import scores_of
 from rayrl.environment.tasks import task_key
 from rayrl.errors import ConfigError, did_you_mean
@@ -35,6 +37,7 @@ __all__ = [
     "Evaluations",
     "VersionValues",
     "best_evaluation",
+    "check_metrics",
     "eval_metrics",
     "gain",
     "mixes_versions",
@@ -42,6 +45,7 @@ __all__ = [
 ]
 
 FOLDER = "evaluations"
+SUFFIXES = ("low", "high", "gain", "gain_low", "gain_high")  # of a metric's own metrics
 RESERVED = ("reward", "version", "failed")  # a score called so is logged as score/NAME
 
 
@@ -199,15 +203,42 @@ class Evaluations:
         Args:
             key: the setting that names it.
         """
-        known = self._done[version]
-        names = [name for name, *_ in known.metrics()]
-        measured = names if key == "run.keep_best" else [*self.metrics(version)]
-        if metric not in measured:
-            near = did_you_mean(metric, names)
-            raise ConfigError(
-                f"{key}: {metric!r} is no metric of the evaluations.{near} They have: "
-                f"{', '.join(names)}."
-            )
+        names = [name for name, *_ in self._done[version].metrics()]
+        if metric not in (names if key == "run.keep_best" else self.metrics(version)):
+            raise _unknown_metric(key, metric, names)
+
+
+def check_metrics(config: Config, environment: Environment) -> None:
+    """Raise ConfigError if `run.keep_best` or `train.stop_when` names what cannot be measured.
+
+    Called before anything is written. A score that the environment declares but does not return is
+    found by `Evaluations.check_metric`.
+    """
+    declared = [*environment.rewards, *environment.group_rewards, "tool_calls", "tool_errors"]
+    if len(environment.seats) > 1:
+        declared = [f"{seat}.{name}" for seat in environment.seats for name in declared]
+    declared = ["reward", *(f"score/{n}" if n in RESERVED else n for n in declared)]
+    cells = [*eval_cells(config)]
+    prefixes = [f"eval/{cell}" for cell in cells] if len(cells) > 1 else ["eval"]
+    names = list(dict.fromkeys(f"{prefix}/{name}" for prefix in prefixes for name in declared))
+    if (best := config.run.keep_best) and best not in names:
+        raise _unknown_metric("run.keep_best", best, names)
+    if not config.train.stop_when:
+        return
+    metric = parse_stop_rule(config.train.stop_when).metric
+    known = [*names, *(f"{name}/{suffix}" for name in names for suffix in SUFFIXES)]
+    known += [f"{name}/pass@{k}" for name in names for k in _powers(config.eval.samples)]
+    if metric not in (*known, "eval/failed"):
+        raise _unknown_metric("train.stop_when", metric, known, shown=names)
+
+
+def _unknown_metric(
+    key: str, metric: str, known: Sequence[str], shown: Sequence[str] = ()
+) -> ConfigError:
+    return ConfigError(
+        f"{key}: {metric!r} is no metric of the evaluations.{did_you_mean(metric, known)} They "
+        f"have: {', '.join(shown or known)}."
+    )
 
 
 def mixes_versions(group: Group, version: int) -> bool:

@@ -20,7 +20,7 @@ from rayrl.errors import LearnerLost, RunFailed
 from rayrl.learner.batch import Batch
 from rayrl.rollout.rollout import GroupPlan
 from rayrl.run.collector import GroupCollector
-from rayrl.run.evaluations import Evaluations, best_evaluation
+from rayrl.run.evaluations import Evaluations, best_evaluation, check_metrics
 from rayrl.run.folder import RunDir
 from rayrl.run.group_log import GroupLog
 from rayrl.run.metrics import Clock, headline, step_metrics, summary, warnings
@@ -375,6 +375,7 @@ async def open_training(config: Config, folder: RunDir) -> AsyncIterator[Trainin
     """
     environment = make_environment(config).training(config.env.held_out)
     check_trained(environment, config)
+    check_metrics(config, environment)
     log_template_notes(config, seats_of(environment, config, "model").values())
     log = GroupLog(folder.path / "groups")
     found = folder.latest_checkpoint()

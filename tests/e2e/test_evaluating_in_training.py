@@ -91,14 +91,3 @@ def test_it_ends_when_an_evaluation_says_so(tiny: Path, tmp_path: Path) -> None:
     assert [row["step"] for row in rows if "eval/any" in row] == [1, 3]
     result = json.loads((folder / "result.json").read_text())
     assert (result["steps"], result["stopped"]) == (4, True)
-
-
-def test_a_metric_that_is_not_measured_is_said_before_the_first_step(
-    tiny: Path, tmp_path: Path
-) -> None:
-    settings = [*SETTINGS, "run.keep_best=eval/vowel"]
-    with Going(command(tiny, tmp_path / "run", *settings)) as run:
-        assert run.wait() == 1, run.said
-    assert "run.keep_best: 'eval/vowel' is no metric of the evaluations. Did you mean" in run.said
-    assert "eval/reward, eval/vowels, eval/any" in run.said
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()

@@ -8,6 +8,7 @@ import pytest
 
 from rayrl.cluster.rollouts import CollectedGroups
 from rayrl.config import Config, from_dict, validate
+from rayrl.environment.registry import load_env
 from rayrl.errors import ConfigError, InfraError
 from rayrl.rollout.rollout import GroupPlan
 from rayrl.run.evaluations import (
@@ -15,6 +16,7 @@ from rayrl.run.evaluations import (
     Evaluations,
     VersionValues,
     best_evaluation,
+    check_metrics,
     eval_metrics,
     gain,
     pass_at_k,
@@ -262,3 +264,25 @@ async def test_a_metric_of_a_setting_must_be_measured(tmp_path: Path) -> None:
 def test_settings_that_do_not_fit(data: dict[str, dict[str, object]], why: str) -> None:
     with pytest.raises(ConfigError, match=why):
         validate(from_dict({"env": {"name": "copyword"}, **data}), "train")
+
+
+@pytest.mark.parametrize(
+    ("keep_best", "stop_when", "why"),
+    [
+        ("eval/win", "eval/win/pass@2 > 0.9", ""),
+        ("eval/reward", "eval/reward/gain_low > 0", ""),
+        ("eval/wins", "", r"run\.keep_best: 'eval/wins' .* Did you mean 'eval/win'\?.*eval/reward"),
+        ("eval/win/gain", "", r"run\.keep_best: 'eval/win/gain'"),
+        ("", "eval/win/pass@3 > 0.9", r"train\.stop_when: 'eval/win/pass@3' .*'eval/win/pass@"),
+    ],
+)
+def test_a_metric_that_cannot_be_is_said_before_anything_is_written(
+    keep_best: str, stop_when: str, why: str
+) -> None:
+    data = {"run": {"keep_best": keep_best}, "train": {"stop_when": stop_when}}
+    config = from_dict({"env": {"name": "tictactoe"}, "eval": {"samples": 4, "every": 1}, **data})
+    if not why:
+        check_metrics(config, load_env("tictactoe"))
+        return
+    with pytest.raises(ConfigError, match=why):
+        check_metrics(config, load_env("tictactoe"))
