@@ -77,7 +77,11 @@ def killing(after: int) -> Callable[..., object]:
 
     @asynccontextmanager
     async def open_here(
-        cfg: Config, *, seats: Mapping[str, str], sampling: Sampling | None = None
+        cfg: Config,
+        *,
+        seats: Mapping[str, str],
+        sampling: Sampling | None = None,
+        setting: str = "",
     ) -> AsyncIterator[Here]:
         here = Here(cfg, seats, after)
         try:

@@ -74,20 +74,21 @@ def function_references(config: Config) -> dict[str, str]:
     named: dict[str, str] = {}
     for c in _with_stages(config):
         named |= {c.algo.loss: "algo.loss", c.algo.advantage: "algo.advantage"} | _players(c)
-    return {reference: key for reference, key in named.items() if from_outside(reference)}
+    return {reference: key for reference, key in named.items() if ":" in reference}
 
 
 def played_code(config: Config) -> list[str]:
     """List what env workers load: environments, and players from outside them."""
-    players = {who: None for c in _with_stages(config) for who in _players(c) if from_outside(who)}
+    players = {who: None for c in _with_stages(config) for who in _players(c)}
     return [*env_names(config), *players]
 
 
 def _players(config: Config) -> dict[str, str]:
+    """Map each player from outside the environment to the key that names it."""
     named = {f"env.seats.{seat}": who for seat, who in config.env.seats.items()}
     named |= {"eval.player": config.eval.player, "synth.player": config.synth.player}
     named |= {"play.player": config.play.player}
-    return {who: key for key, who in named.items()}
+    return {who: key for key, who in named.items() if from_outside(who)}
 
 
 def _with_stages(config: Config) -> list[Config]:

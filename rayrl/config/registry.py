@@ -89,21 +89,25 @@ class Registry(Generic[F]):
             return value
         if value in self._functions:
             return self._functions[value]
-        if from_outside(value):
+        if ":" in value:
             function: F = load_function(self.key, value)
             return function
-        raise ConfigError(
+        raise self.unknown(value)
+
+    def unknown(self, value: str) -> ConfigError:
+        """The error for a name that is not registered, with the nearest that is."""
+        return ConfigError(
             f"{self.key}={value!r} is not one of {', '.join(self) or 'none'}, and names no "
             f"function as module:function or path/to/file.py:function.{did_you_mean(value, self)}"
         )
 
 
-def from_outside(value: str) -> bool:
-    """Whether a setting's value names a function from outside the package or the environment.
+def from_outside(who: str) -> bool:
+    """Whether who plays a seat is a function from outside the environment.
 
-    Who plays a seat may also be `player:NAME`, of the environment, or `model:PATH`.
+    It may also be `player:NAME`, of the environment, or `model:PATH`.
     """
-    place, colon, _ = value.partition(":")
+    place, colon, _ = who.partition(":")
     return bool(colon) and place not in NOT_PLACES
 
 

@@ -40,7 +40,10 @@ def player_function(environment: Environment, key: str, who: str) -> PlayerFunct
     """
     start = PLAYER if who.startswith(PLAYER) else ""
     known = {start + name: function for name, function in environment.players.items()}
-    return Registry(key, known).resolve(who)
+    players = Registry(key, known)
+    if start and who not in known:
+        raise players.unknown(who)
+    return players.resolve(who)
 
 
 class PolicyPlayer:

@@ -116,7 +116,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             return CollectedGroups(tuple(groups[plan.id] for plan in plans))
 
     @asynccontextmanager
-    async def open_here(cfg, *, seats):  # type: ignore[no-untyped-def]
+    async def open_here(cfg, *, seats, setting):  # type: ignore[no-untyped-def]
         opened.append(1)
         yield Here(cfg, seats)
 
