@@ -99,6 +99,7 @@ def test_the_main_job_trains_adapters_on_it(tmp_path: Path) -> None:
         "train.groups=2",
         "train.group_size=4",
         "train.steps=2",
+        "cluster.replicas=1",
         "cluster.sync=adapters",
         "lora.rank=4",
         "lora.alpha=64",
