@@ -23,7 +23,7 @@ from rayrl.environment.group_reward import score_of
 from rayrl.environment.scoring import scores_of
 from rayrl.environment.tasks import task_key
 from rayrl.errors import DataError, EnvError, describe_error, did_you_mean
-from rayrl.run.intervals import effective_n, score_interval, wilson
+from rayrl.run.evaluation.intervals import effective_n, score_interval, wilson
 from rayrl.types import Episode
 
 __all__ = [

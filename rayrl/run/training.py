@@ -20,7 +20,7 @@ from rayrl.errors import LearnerLost, RunFailed
 from rayrl.learner.batch import Batch
 from rayrl.rollout.rollout import GroupPlan
 from rayrl.run.collector import GroupCollector
-from rayrl.run.evaluations import Evaluations, best_evaluation, check_metrics
+from rayrl.run.evaluation.evaluations import Evaluations, best_evaluation, check_metrics
 from rayrl.run.folder import RunDir
 from rayrl.run.group_log import GroupLog
 from rayrl.run.metrics import Clock, headline, step_metrics, summary, warnings

@@ -11,7 +11,7 @@ from rayrl.config import Config, from_dict, validate
 from rayrl.environment.registry import load_env
 from rayrl.errors import ConfigError, InfraError
 from rayrl.rollout.rollout import GroupPlan
-from rayrl.run.evaluations import (
+from rayrl.run.evaluation.evaluations import (
     CellValues,
     Evaluations,
     VersionValues,

@@ -26,8 +26,8 @@ from rayrl.environment.scoring import scores_of
 from rayrl.environment.tasks import task_key
 from rayrl.errors import ConfigError, did_you_mean
 from rayrl.rollout.rollout import GroupPlan
+from rayrl.run.evaluation.intervals import mean_interval, score_interval
 from rayrl.run.folder import RunDir
-from rayrl.run.intervals import mean_interval, score_interval
 from rayrl.run.journal import Journal
 from rayrl.run.stage import eval_cells, evaluation_plans, seats_of
 from rayrl.types import Episode, Group

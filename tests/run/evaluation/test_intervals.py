@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from rayrl.run.intervals import effective_n, mean_interval, student_t, wilson
+from rayrl.run.evaluation.intervals import effective_n, mean_interval, student_t, wilson
 
 DRAWS = 2000
 

@@ -1,0 +1,1 @@
+"""Evaluations while a run trains, and the confidence intervals of what they measure."""
