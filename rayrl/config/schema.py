@@ -402,7 +402,8 @@ class TrainConfig:
     stop_when: str = setting(
         "",
         "end early, with the model, once the evaluations (eval.every) say so, as "
-        "'eval/win >= 0.97 for 2': twice in a row; empty: never",
+        "'eval/win >= 0.97 for 2': twice in a row; or 'eval/win not improved for 3': three since "
+        "the best one, as run.keep_best judges it; empty: never",
     )
 
 
@@ -487,6 +488,7 @@ class SftConfig:
         "take the loss on the model's replies only, or on all that was said",
         choices=("replies", "all"),
     )
+    stop_when: str = setting("", "end early, as train.stop_when; empty: never")
 
 
 @dataclass(frozen=True)
@@ -548,9 +550,9 @@ class EvalConfig:
         1, "episodes of each task, which eval.episodes must be a multiple of; for pass@k", least=1
     )
     every: int = setting(
-        0, "train: steps between evaluations, and one after the last; 0: none", least=0
+        0, "train, sft: steps between evaluations, and one after the last; 0: none", least=0
     )
-    at_start: bool = setting(True, "train: if eval.every > 0, evaluate before the first step too")
+    at_start: bool = setting(True, "if eval.every > 0, evaluate before the first step too")
     temperature: float = setting(0.0, "sampling temperature; 0: greedy", least=0)
     cells: dict[str, dict[str, Any]] = setting(
         {}, "rows of the table: cell name -> env.args of that cell"
