@@ -105,6 +105,12 @@ class EnvConfig:
         least=0,
         most=1,
     )
+    duplicates: str = setting(
+        "refuse",
+        "what becomes of a row of data that is both in training and in evaluation: the run does "
+        "not start, or training goes without it",
+        choices=("refuse", "drop"),
+    )
     seats: dict[str, str] = setting(
         {},
         "who plays each seat: policy, endpoint, player:NAME, model:PATH, module:function or "

@@ -61,9 +61,9 @@ class RowEnvironment(Environment):
         new._set_up()
         return super(RowEnvironment, new).configure(None, rewards)
 
-    def evaluation(self, held_out: float) -> Environment:
+    def evaluation(self, held_out: float, duplicates: str = "refuse") -> Environment:
         """See `Environment.evaluation`; the data file itself can no longer be chosen."""
-        new = super().evaluation(held_out)
+        new = super().evaluation(held_out, duplicates)
         new.args = {key: value for key, value in self.args.items() if key != "eval_rows"}
         return new
 

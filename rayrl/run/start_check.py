@@ -149,11 +149,11 @@ def _players(config: Config, verb: str) -> list[str]:
     if verb in LEARNING:
         check_trained(environment, config)
     for args in config.eval.cells.values() if verb in ("eval", "sft") else ():
-        environment.evaluation(config.env.held_out).configure(args)
+        environment.evaluation(config.env.held_out, config.env.duplicates).configure(args)
     if isinstance(environment.source, Rows):
         evaluated = verb in ("eval", "sft")
         part = environment.evaluation if evaluated else environment.training
-        part(config.env.held_out).tasks(seed=0, n=1)
+        part(config.env.held_out, config.env.duplicates).tasks(seed=0, n=1)
     default = {"synth": config.synth.player, "eval": config.eval.player, "play": config.play.player}
     player = default.get(verb, "model")
     seats = seats_of(environment, config, player)

@@ -29,6 +29,7 @@ from rayrl.run.stage import (
     MODEL,
     check_tasks,
     check_trained,
+    log_dropped,
     log_template_notes,
     seats_of,
 )
@@ -330,7 +331,8 @@ async def open_training(config: Config, folder: RunDir) -> AsyncIterator[Trainin
     Raises:
         ConfigError: no seat is the policy's.
     """
-    environment = make_environment(config).training(config.env.held_out)
+    environment = make_environment(config).training(config.env.held_out, config.env.duplicates)
+    log_dropped(environment)
     check_trained(environment, config)
     check_metrics(config, environment, "train")
     log_template_notes(config, seats_of(environment, config, "model").values())

@@ -167,8 +167,8 @@ class Evaluations:
         Raises:
             RunFailed: the environment failed too often (`env.failure_budget`).
         """
-        config = self._config
-        environment = make_environment(config).evaluation(config.env.held_out)
+        config, env = self._config, self._config.env
+        environment = make_environment(config).evaluation(env.held_out, env.duplicates)
         plans = {
             cell: [
                 replace(plan, id=f"eval-{version}-{plan.id}", temperature=config.eval.temperature)
