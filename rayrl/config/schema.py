@@ -92,7 +92,7 @@ class EnvConfig:
     name: str = setting(
         "",
         "environment: an installed name, path/to/file.py[:attribute], module:attribute, or data "
-        "whose rows are tasks, as path/to/rows.jsonl",
+        "whose rows are tasks, as path/to/rows.jsonl or hf:OWNER/NAME of the Hugging Face hub",
     )
     args: dict[str, Any] = setting(
         {}, "keyword arguments of the environment's task source; of data: what its columns mean"

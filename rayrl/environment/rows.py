@@ -133,8 +133,8 @@ def rows(path: str | Path, task: type[Task] = Row) -> Rows[Any]:
             return {"right": float(reply.strip() == task["answer"])}
 
     Args:
-        path: a .jsonl, .json, .csv or .parquet file, or a folder that `Dataset.save_to_disk` wrote.
-            It is read when the first task is needed.
+        path: a .jsonl, .json, .csv or .parquet file, a folder that `Dataset.save_to_disk` wrote, or
+            `hf:OWNER/NAME` of the Hugging Face hub. It is read when the first task is needed.
         task: a class of tasks whose fields have the names of columns; other columns are left out,
             and values must fit the fields' type hints.
 

@@ -16,6 +16,7 @@ from rayrl.cluster import by_value, cluster_address
 from rayrl.cluster.weight_sync.topology import transport_of
 from rayrl.config import Config, EndpointConfig, stage_config
 from rayrl.config.registry import NOT_PLACES, from_outside, is_object, load_function
+from rayrl.environment.data_files import HUB
 from rayrl.environment.environment import Environment
 from rayrl.environment.registry import load_env
 from rayrl.environment.rows import Rows
@@ -219,7 +220,7 @@ def _too_much(config: Config, machine: Machine, verb: str, models: int) -> Itera
 
 def _missing(config: Config, verb: str, players: Sequence[str]) -> Iterator[str]:
     data, key, url = config.sft.data, config.endpoint.api_key_env, config.endpoint.url
-    if verb == "sft" and data and not Path(data).exists():
+    if verb == "sft" and data and not data.startswith(HUB) and not Path(data).exists():
         yield f"sft.data={data}: there is no such file; rayrl synth writes one."
     # local servers rarely need a key; a variable other than the default must be set
     optional = key == EndpointConfig().api_key_env and urlsplit(url).hostname in LOOPBACK
