@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rayrl.environment.group_reward import MAX_SCORE, GroupReward, score_of
-from rayrl.environment.rows import Rows, check_overlap
+from rayrl.environment.rows import Rows, disjoint
 from rayrl.environment.signature import fit, keyword_hints, suggestion
 from rayrl.errors import ConfigError, EnvError, describe_error, safe_repr
 from rayrl.types import Episode, Scores, Task, derive_seed
@@ -185,23 +185,25 @@ class Environment:
         known = {} if self.eval_source is None else _defaults(self.name, self.eval_source)
         return {key: value for key, value in known.items() if key not in self.args}
 
-    def training(self, held_out: float) -> Environment:
+    def training(self, held_out: float, duplicates: str = "refuse") -> Environment:
         """The same environment without the tasks that evaluation plays.
 
         Args:
             held_out: see `evaluation`.
+            duplicates: what becomes of rows of a data file that evaluation has too: "refuse" or
+                "drop".
 
         Raises:
             DataError: rows of a data file cannot be read, or evaluation has some of them too.
         """
         new = self._copy()
         if self.eval_source is None and isinstance(self.source, Sequence):
-            new.source, _ = _split(self.source, held_out)
+            new.source, _ = _split(self.source, held_out, duplicates)
         elif isinstance(self.source, Rows) and isinstance(self.eval_source, Rows):
-            check_overlap(self.source, self.eval_source)
+            new.source = disjoint(self.source, self.eval_source, duplicates)
         return new
 
-    def evaluation(self, held_out: float) -> Environment:
+    def evaluation(self, held_out: float, duplicates: str = "refuse") -> Environment:
         """The same environment with the tasks that training does not see.
 
         These are its `eval_tasks`; else, of a sequence of tasks, the share that is held out; else
@@ -211,6 +213,7 @@ class Environment:
         Args:
             held_out: share of a sequence of tasks, at least one where there are two; always the
                 same ones. With 0, training and evaluation have the same tasks.
+            duplicates: see `training`; evaluation keeps them.
 
         Raises:
             DataError: see `training`.
@@ -219,12 +222,12 @@ class Environment:
         if self.eval_source is not None:
             new.source = self.eval_source
             if isinstance(self.source, Rows) and isinstance(self.eval_source, Rows):
-                check_overlap(self.source, self.eval_source)
+                disjoint(self.source, self.eval_source, duplicates)
             new.args = _defaults(self.name, self.eval_source)
             given, _ = self._configured
             new.args |= {key: value for key, value in given.items() if key in new.args}
         elif isinstance(self.source, Sequence):
-            _, new.source = _split(self.source, held_out)
+            _, new.source = _split(self.source, held_out, duplicates)
         return new
 
     def with_play(self, play: Play, slots: int | None = None) -> Environment:
@@ -426,7 +429,9 @@ def _seats(name: str, play: Play) -> tuple[str, ...]:
     return tuple(p.name for p in parameters[1:])
 
 
-def _split(tasks: Sequence[Task], held_out: float) -> tuple[Sequence[Task], Sequence[Task]]:
+def _split(
+    tasks: Sequence[Task], held_out: float, duplicates: str
+) -> tuple[Sequence[Task], Sequence[Task]]:
     """Tasks for training and for evaluation, each in the order of the sequence.
 
     Which are held out depends on their place only, so that every run of an environment agrees.
@@ -439,8 +444,7 @@ def _split(tasks: Sequence[Task], held_out: float) -> tuple[Sequence[Task], Sequ
     if isinstance(tasks, Rows):
         training = tasks.select([place for place in range(len(tasks)) if place not in ours])
         evaluation = tasks.select(sorted(ours))
-        check_overlap(training, evaluation)
-        return training, evaluation
+        return disjoint(training, evaluation, duplicates), evaluation
     return (
         [task for place, task in enumerate(tasks) if place not in ours],
         [task for place, task in enumerate(tasks) if place in ours],
