@@ -48,14 +48,20 @@ class Tasks:
     def plan(self, index: int) -> GroupPlan:
         return GroupPlan("{}-{}".format(*divmod(index, N)), Task(seed=index), 1, index)
 
-    def observe(self, groups: Mapping[int, Group]) -> None:
-        assert [group.task.seed for group in groups.values()] == list(groups)
-        self.observed.append(list(groups))
+    def is_uniform(self, index: int) -> bool:
+        return index % 4 != 3
+
+    def draws(self) -> dict[int, float]:
+        return {}
+
+    def observe(self, groups: Mapping[int, Group]) -> dict[str, float]:
+        self.observed.append(sorted(groups))
+        return {"pools/seen": float(len(self.observed))}
 
     def save(self) -> dict[str, Any]:
         return {"observed": self.observed.copy()}
 
-    def load(self, state: Mapping[str, Any]) -> None:
+    def load(self, state: Mapping[str, Any], draws: Mapping[int, float]) -> None:
         self.observed = list(state.get("observed", ()))
 
 
@@ -318,7 +324,7 @@ async def test_killed_it_remembers_which_groups_taught_nothing(
     assert await again.collector.collect(0) == replace(found, load=again.workers.load())
     await again.at(1)
     assert again.live == ["2-1", "3-0"], "2-0 is there, and was replaced"
-    assert again.tasks.observed == run.tasks.observed == [[1, 3, 0, 2]], "what ended in the batch"
+    assert again.tasks.observed == run.tasks.observed == [[0, 1, 2, 3]], "what ended in the batch"
     again.workers.end("2-1", "3-0")
     assert await again.batch(1) == ["2-1", "3-0"]
     state = again.collector.begin_checkpoint(2)
@@ -335,7 +341,7 @@ async def test_a_learner_that_went_back_gets_the_same_batches(start: Start) -> N
         await run.at(step + 1)
     run.workers.end("2-0", "2-1")
     await run.batch(2)
-    run.collector.rewind(0)  # it died at step 2, before the first checkpoint
+    run.collector.rewind(0, {})  # it died at step 2, before the first checkpoint
     for step in range(3):
         assert await run.batch(step) == [f"{step}-0", f"{step}-1"]
         await run.at(step + 1)
@@ -352,7 +358,7 @@ async def test_a_checkpoint_on_the_way_back_keeps_what_is_still_to_be_learned_ag
         run.workers.end(f"{step}-0", f"{step}-1")
         await run.batch(step)
         await run.at(step + 1)
-    run.collector.rewind(0)
+    run.collector.rewind(0, {})
     await run.batch(0)
     state = run.collector.begin_checkpoint(1)
     again = await start(0, step=1, state=state)
@@ -370,7 +376,7 @@ async def test_what_ended_during_a_checkpoint_that_failed_is_not_lost(start: Sta
     await run.at(1)
     run.collector.begin_checkpoint(1)
     run.workers.end("1-0")
-    run.collector.rewind(0)  # the learner died before it had saved
+    run.collector.rewind(0, {})  # the learner died before it had saved
     assert await run.batch(0) == ["0-0", "0-1"]
     run.workers.end("1-1")
     assert await run.batch(1) == ["1-0", "1-1"]
