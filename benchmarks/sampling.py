@@ -40,12 +40,7 @@ IN_A_ROW = 2  # evaluations that must have the score
 def steps_of(folder: Path, phases: Sequence[str]) -> list[Mapping[str, Any]]:
     """The metrics of every step of the phases that were run, one after the other."""
     files = [folder / phase / "metrics.jsonl" for phase in phases]
-    return [
-        json.loads(line)
-        for file in files
-        if file.exists()
-        for line in file.read_text().splitlines()
-    ]
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
 
 def episodes_until(steps: Sequence[Mapping[str, Any]], metric: str, score: float) -> float:

@@ -216,8 +216,7 @@ def _batch(config: Config) -> str:
         ),
         *(
             [
-                f"  {train.uniform_share:.0%} of the tasks drawn uniformly, the others where groups "
-                "recently differed in their rewards"
+                f"  {train.uniform_share:.0%} of the tasks uniformly, others where rewards differ most"
             ]
             if train.task_sampling == "difficulty"
             else []

@@ -214,8 +214,8 @@ def _check_train(config: Config) -> None:
         raise _wrong(
             "train.uniform_share",
             train.uniform_share,
-            f"of train.groups={train.groups} leaves some steps without a uniform draw, and those say "
-            f"how the policy plays; use {math.ceil(100 / train.groups) / 100:g} or more.",
+            f"of train.groups={train.groups} leaves steps without a uniform draw, which would "
+            f"have no reward to report; use {math.ceil(100 / train.groups) / 100:g} or more.",
         )
     rows = train.groups * train.group_size
     if algo.minibatches > rows:

@@ -235,7 +235,11 @@ class GroupCollector:
                 self.log.add(Played(index, group))
 
     def _read_log(self, step: int) -> tuple[dict[int, Group], dict[int, float]]:
-        """Read batches that closed since the checkpoint; returns groups that are in none, and draws."""
+        """Read batches that closed since the checkpoint.
+
+        Returns:
+            Groups that are in none, and all draws.
+        """
         ended: dict[int, Group] = {}
         draws: dict[int, float] = {}
         for record in self.log.read(step):

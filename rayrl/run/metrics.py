@@ -91,8 +91,8 @@ def step_metrics(
     `reward`, `reward_std`, `score/NAME` (several seats: `score/SEAT/NAME`) and `turns` are over the
     episodes of complete groups. Where groups were chosen (`train.refill`, `train.task_sampling`),
     they are over `CollectedGroups.sample`, which the choice does not bias, and `trained/reward` is
-    over the batch. Metrics that were not measured at this step, such as the entropy if no row was computed, have no
-    entry.
+    over the batch. Metrics that were not measured at this step, such as the entropy if no row was
+    computed, have no entry.
 
     Args:
         learned: the learner's metrics.

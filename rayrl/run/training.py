@@ -285,7 +285,7 @@ class Attempt(AbstractContextManager["Attempt"]):
 
     Attributes:
         start: the first step to make.
-        state: what the checkpoint of that step holds besides the learner's; see `RunDir.checkpoint`.
+        state: what the checkpoint of that step holds besides the learner's.
         lost: how the learner was lost in the block, or None.
     """
 

@@ -105,7 +105,7 @@ class Pools:
         return [spread / total for spread in expected] if total else [1 / self.n] * self.n
 
     def u_at(self, x: float) -> float:
-        """The u below which the share x of the draws by difficulty lies: x uniform, u by `shares`."""
+        """The u below which the share x of the draws by difficulty lies."""
         if not self._sums:
             self._sums = [*itertools.accumulate(self.shares())]
         at = x * self._sums[-1]

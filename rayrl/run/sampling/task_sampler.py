@@ -31,9 +31,9 @@ class TaskSampler(Protocol):
         ...
 
     def draws(self) -> dict[int, float]:
-        """By index, what does not follow from the index of a planned group that was not observed yet.
+        """What does not follow from the index of a group that was planned and not observed, by index.
 
-        It is logged before the group begins, so that it plays the same task again after a restart.
+        Logged before the group begins, which therefore plays the same task again after a restart.
         """
         ...
 
