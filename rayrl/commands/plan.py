@@ -215,9 +215,7 @@ def _batch(config: Config) -> str:
             else []
         ),
         *(
-            [
-                f"  {train.uniform_share:.0%} of the tasks uniformly, others where rewards differ most"
-            ]
+            [f"  {train.uniform_share:.0%} of the tasks uniformly, the others by difficulty"]
             if train.task_sampling == "difficulty"
             else []
         ),

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from rayrl.cluster.rollouts import CollectedGroups
 from rayrl.cluster.workers.scaling import Load
 from rayrl.config import Config, from_dict
 from rayrl.errors import ConfigError, DataError, RunFailed
@@ -433,3 +439,152 @@ async def test_nothing_is_learned_where_a_server_refused_everything(start: Start
     run.workers.end("0-0", "0-1", kind="refused")
     with pytest.raises(RunFailed, match=r"none of 2 groups is complete.\n.*because"):
         await run.batch(0)
+
+
+# --- what is drawn by what was played -------------------------------------------------------------
+
+
+class Learns(Tasks):
+    """Draws depend on all that was observed; a task's seed says by which it was drawn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drawn: dict[int, float] = {}
+
+    def plan(self, index: int) -> GroupPlan:
+        known = sum((k + 1) * seed for k, seed in enumerate(chain(*self.observed)))
+        draw = self.drawn.setdefault(index, index + 100 * (known % 997))
+        return replace(super().plan(index), task=Task(seed=int(draw)))
+
+    def draws(self) -> dict[int, float]:
+        return dict(self.drawn)
+
+    def observe(self, groups: Mapping[int, Group]) -> dict[str, float]:
+        drawn = {index: self.drawn.pop(index) for index in groups}
+        assert drawn == {index: group.task.seed for index, group in groups.items()}
+        self.observed.append(sorted(group.task.seed for group in groups.values()))
+        return {"seen": float(len(self.observed))}
+
+    def save(self) -> dict[str, Any]:
+        drawn = {str(index): draw for index, draw in self.drawn.items()}
+        return {"observed": self.observed.copy(), "drawn": drawn}
+
+    def load(self, state: Mapping[str, Any], draws: Mapping[int, float]) -> None:
+        super().load(state, draws)
+        self.drawn = {int(index): draw for index, draw in state.get("drawn", {}).items()}
+        self.drawn |= draws
+
+
+class Story:
+    """A run in which everything happens that may: `happen` says what is next.
+
+    Attributes:
+        batches: what each step was given, the last time it was.
+        tasks: what each group played; a group that begins again plays the same.
+    """
+
+    def __init__(self, folder: Path, lag: int, refill: float, choose: Callable[..., Any]) -> None:
+        self.folder, self.lag, self.refill, self.choose = folder, lag, refill, choose
+        self.batches: dict[int, CollectedGroups] = {}
+        self.tasks: dict[str, Task] = {}
+        self.step, self.checkpoint, self.state = 0, 0, dict[str, Any]()
+
+    async def start(self) -> None:
+        """A new process goes on from the last checkpoint."""
+        self.run = Run(self.folder, self.lag, refill=self.refill)
+        self.run.collector._sampler = self.sampler = Learns()
+        self.run.collector.restore(self.checkpoint, self.state)
+        await self.go_back()
+
+    async def go_back(self) -> None:
+        self.step = self.checkpoint
+        self.run.collector.rewind(self.step, self.state)
+        await self.run.at(self.step)
+
+    async def kill(self) -> None:
+        await self.run.collector.__aexit__()
+        await self.start()
+
+    async def play(self) -> None:
+        await self.start()
+        while self.step < 4:
+            collecting = asyncio.create_task(self.run.collector.collect(self.step))
+            await asyncio.sleep(0)
+            while not collecting.done() and self.choose("event", ["end"] * 6 + ["kill"]) == "end":
+                await self.end_one()
+            if not collecting.done():
+                collecting.cancel()
+                await asyncio.gather(collecting, return_exceptions=True)
+                await self.kill()
+                continue
+            await self.take(collecting.result())
+        await self.run.collector.__aexit__()
+
+    async def end_one(self) -> None:
+        """A group that is played ends."""
+        name = self.choose("group", self.run.live)
+        task = self.run.workers.live[name][0].task
+        assert self.tasks.setdefault(name.partition("~")[0], task) == task
+        self.run.workers.end(name, kind=self.choose("kind", ["", "", "", "env"]))
+        await self.run.at(self.step)
+
+    async def take(self, batch: CollectedGroups) -> None:
+        """The step learns from a batch, and perhaps there is a checkpoint, a loss or a death."""
+        if self.step in self.batches:
+            before = self.batches[self.step]
+            assert batch.groups == before.groups
+            assert batch.sampling == before.sampling == {"seen": self.step + 1.0}
+        self.batches[self.step] = batch
+        self.step += 1
+        await self.run.at(self.step)
+        event = self.choose("event", ["", "", "checkpoint", "broken checkpoint", "lost", "kill"])
+        if "checkpoint" in event:
+            state = json.loads(json.dumps(self.run.collector.begin_checkpoint(self.step)))
+            while self.run.live and self.choose("meanwhile", [True, False]):
+                await self.end_one()
+            if event == "checkpoint":
+                self.checkpoint, self.state = self.step, state
+                self.run.collector.log.delete_others(self.step)
+            event = self.choose("then", ["", "lost", "kill"] if event == "checkpoint" else ["lost"])
+        if event == "lost":
+            await self.go_back()
+        elif event == "kill":
+            await self.kill()
+
+
+@pytest.mark.parametrize("lag", [0, 1, 2])
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), refill=st.sampled_from([1.0, 2.0]), useful=st.sets(st.integers(0, 12)))
+def test_whatever_happens_a_group_keeps_its_task_and_every_batch_is_observed_once(
+    lag: int, data: st.DataObject, refill: float, useful: set[int]
+) -> None:
+    def choose(label: str, among: Sequence[Any]) -> Any:
+        return data.draw(st.sampled_from(among), label=label)
+
+    def simply(label: str, among: Sequence[Any]) -> Any:
+        return among[0]
+
+    def teaches(group: Group) -> bool:
+        step, _, k = group.id.partition("~")[0].partition("-")
+        return int(step) * N + int(k) in useful
+
+    def played(choose: Callable[..., Any]) -> Story:
+        with tempfile.TemporaryDirectory() as folder:
+            story = Story(Path(folder), lag, refill, choose)
+            asyncio.run(story.play())
+        return story
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collector, "has_spread", teaches)
+        story = played(choose)
+        batches = [
+            sorted(g.task.seed for gs in (b.groups, b.dropped, b.rejected) for g in gs)
+            for _, b in sorted(story.batches.items())
+        ]
+        assert story.sampler.observed == batches
+        failed = any(batch.dropped for batch in story.batches.values())
+        if lag == 0 and not failed:
+            undisturbed = played(simply)
+            assert [b.groups for b in undisturbed.batches.values()] == [
+                b.groups for _, b in sorted(story.batches.items())
+            ]

@@ -20,6 +20,7 @@ from typing import Any
 from rayrl.config import Config
 from rayrl.environment.environment import Environment, stratified
 from rayrl.environment.rows import Rows
+from rayrl.learner.advantage import has_spread
 from rayrl.rollout.rollout import GroupPlan
 from rayrl.run.stage import check_tasks
 from rayrl.types import Group, derive_seed
@@ -33,6 +34,8 @@ BANDS = ("hard", "medium", "easy")  # thirds of the range of rewards
 
 def reward_spread(group: Group) -> float:
     """Standard deviation of the episodes' rewards, the mean over trainable seats."""
+    if not has_spread(group):
+        return 0.0
     return statistics.fmean(
         statistics.pstdev(episode.rewards[seat] for episode in group.episodes)
         for seat in group.trainable
@@ -77,13 +80,15 @@ class Pools:
         """The pool that a task belongs to."""
         return min(int(u * self.n), self.n - 1)
 
-    def observe(self, pool: int, group: Group) -> None:
-        """Take note of a complete group."""
+    def observe(self, pool: int, group: Group) -> float:
+        """Take note of a complete group; returns its spread."""
         rewards = [e.rewards[seat] for e in group.episodes for seat in group.trainable]
         self._low, self._high = min(self._low, *rewards), max(self._high, *rewards)
         recent = self._seen.setdefault(pool, _Recent())
-        recent.add(reward_spread(group), statistics.fmean(rewards))
+        spread = reward_spread(group)
+        recent.add(spread, statistics.fmean(rewards))
         self._sums = []
+        return spread
 
     def expected_spreads(self) -> list[float]:
         """(n,) the spread to expect of a group: the less a pool is known, the nearer to the mean.
@@ -174,8 +179,7 @@ class DifficultySampler:
         for index, group in sorted(groups.items()):
             pool = self._pools.pool_of(self._drawn.pop(index))
             if group.complete:
-                self._pools.observe(pool, group)
-                spreads[self.is_uniform(index)].append(reward_spread(group))
+                spreads[self.is_uniform(index)].append(self._pools.observe(pool, group))
         return self._metrics(spreads[True], spreads[False])
 
     def save(self) -> dict[str, Any]:

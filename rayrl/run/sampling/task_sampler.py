@@ -31,7 +31,7 @@ class TaskSampler(Protocol):
         ...
 
     def draws(self) -> dict[int, float]:
-        """What does not follow from the index of a group that was planned and not observed, by index.
+        """What of groups that were planned, not observed, does not follow from their index; by it.
 
         Logged before the group begins, which therefore plays the same task again after a restart.
         """
