@@ -97,8 +97,9 @@ def main() -> None:
     found = [compare(arguments, seed, settings) for seed in arguments.seeds]
     for variant in arguments.variants:
         ratios = [one[variant] / one.get("uniform", math.nan) for one in found]
-        mean = math.exp(statistics.fmean(map(math.log, ratios)))
-        print(row(f"**{variant}**", ["", f"{mean:.2f} (geometric mean)", "", ""]))
+        known = all(0 < ratio < math.inf for ratio in ratios)  # else a run did not reach the score
+        mean = f"{statistics.geometric_mean(ratios):.2f} (geometric mean)" if known else "–"
+        print(row(f"**{variant}**", ["", mean, "", ""]))
 
 
 if __name__ == "__main__":

@@ -106,6 +106,7 @@ def test_the_spread_of_a_group_is_the_mean_over_its_trained_seats() -> None:
     assert reward_spread(group(1.0, 1.0 + 1e-7)) == 0.0, "such rewards give no advantage"
 
 
+@settings(deadline=None, max_examples=50)
 @given(
     st.lists(st.tuples(st.integers(0, 4), st.lists(st.floats(-2, 2), min_size=2, max_size=4))),
     st.floats(0, 1, exclude_max=True),
@@ -152,14 +153,15 @@ def sources(tmp_path: Path) -> dict[str, TaskSource]:
 def test_with_only_uniform_draws_they_are_those_of_the_uniform_sampler(
     sources: dict[str, TaskSource], kind: str
 ) -> None:
-    env, settings = environment(sources[kind]), config(groups=3, share=1.0)
-    uniform, sampler = UniformSampler(env, settings), DifficultySampler(env, settings)
+    env, made = environment(sources[kind]), config(groups=3, share=1.0)
+    uniform, sampler = UniformSampler(env, made), DifficultySampler(env, made)
     for step in range(6):
         indices = range(3 * step, 3 * step + 3)
         assert [sampler.plan(k) for k in indices] == [uniform.plan(k) for k in indices]
         sampler.observe({k: group(*DIFFERENT) if k % 2 else group(*SAME) for k in indices})
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.integers(1, 40), st.floats(0.01, 1), st.integers(0, 200))
 def test_uniform_draws_are_spaced_evenly(groups: int, share: float, start: int) -> None:
     sampler = DifficultySampler(environment(), config(groups, share))
@@ -236,12 +238,12 @@ def test_metrics_by_hand() -> None:
     )
 
 
-@settings(max_examples=50)
+@settings(deadline=None, max_examples=50)
 @given(st.data())
 def test_saved_and_loaded_at_any_moment_it_goes_on_with_the_same_tasks(data: st.DataObject) -> None:
     """Groups begin and are observed in any order, as with a lag; now and then it is killed."""
-    settings = config(groups=3, share=0.34)
-    kept, killed = (DifficultySampler(environment(), settings) for _ in range(2))
+    made = config(groups=3, share=0.34)
+    kept, killed = (DifficultySampler(environment(), made) for _ in range(2))
     checkpoint, begun, since = killed.save(), dict[int, float](), list[dict[int, Group]]()
     waiting: dict[int, Task] = {}
     for index in range(data.draw(st.integers(1, 24))):
@@ -260,7 +262,7 @@ def test_saved_and_loaded_at_any_moment_it_goes_on_with_the_same_tasks(data: st.
         if data.draw(st.booleans(), label="checkpoint"):
             checkpoint, begun, since = json.loads(json.dumps(killed.save())), {}, []
         if data.draw(st.booleans(), label="killed"):
-            killed = DifficultySampler(environment(), settings)
+            killed = DifficultySampler(environment(), made)
             killed.load(checkpoint, begun)
             for groups in since:
                 killed.observe(groups)
