@@ -217,6 +217,11 @@ def _batch(config: Config) -> str:
             if train.refill > 1
             else []
         ),
+        *(
+            [f"  {train.uniform_share:.0%} of the tasks uniformly, the others by difficulty"]
+            if train.task_sampling == "difficulty"
+            else []
+        ),
         f"  {live} live at once, {min(live, slots)} decoded at once",
         (
             f"  about {episodes / config.learner.world_size:g} episodes per rank, in micro-batches "

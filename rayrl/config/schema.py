@@ -405,6 +405,25 @@ class TrainConfig:
         "rewards, which teach nothing, are replaced; 1: none is",
         least=1,
     )
+    task_sampling: str = setting(
+        "uniform",
+        "how tasks are drawn; difficulty: more of those whose groups recently differed in their "
+        "rewards",
+        choices=("uniform", "difficulty"),
+    )
+    uniform_share: float = setting(
+        0.25,
+        "task_sampling=difficulty: share of the groups that are drawn uniformly all the same; they "
+        "notice what has changed, and the metrics reward and score/* are over them",
+        above=0,
+        most=1,
+    )
+    pools: int = setting(
+        16,
+        "task_sampling=difficulty: strata of a task function whose groups are looked at together; "
+        "of a sequence of tasks each is looked at by itself",
+        least=2,
+    )
     stop_when: str = setting(
         "",
         "end early, with the model, once the evaluations (eval.every) say so, as "

@@ -5,6 +5,7 @@ Nothing is ever rewritten: what was asked for is what runs, or the run does not 
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields, replace
 from typing import Any
 
@@ -215,6 +216,13 @@ def _check_train(config: Config) -> None:
             "train.group_size",
             train.group_size,
             f"{algo.advantage} compares episodes of one task; use 2 or more (8 to 32 is usual).",
+        )
+    if train.task_sampling == "difficulty" and train.uniform_share * train.groups < 1:
+        raise _wrong(
+            "train.uniform_share",
+            train.uniform_share,
+            f"of train.groups={train.groups} leaves steps without a uniform draw, which would "
+            f"have no reward to report; use {math.ceil(100 / train.groups) / 100:g} or more.",
         )
     rows = train.groups * train.group_size
     if algo.minibatches > rows:

@@ -28,6 +28,7 @@ __all__ = [
     "PlayerFunction",
     "TaskSource",
     "env",
+    "stratified",
 ]
 
 Play = Callable[..., Awaitable[Scores]]
@@ -255,16 +256,24 @@ class Environment:
             ConfigError: a setting has no value, or the source rejects one.
             EnvError: the source raised anything else, or returned something other than a Task.
         """
-        return [self._task(seed, k, n, start) for k in range(n)]
-
-    def _task(self, seed: int, k: int, n: int, start: int) -> Task:
-        jitter = random.Random(derive_seed(seed, start + k)).random()
-        u = min((k + jitter) / n, _BELOW_ONE)  # the division may round up to 1
-        task_seed = derive_seed(seed, "task", start + k)
         if isinstance(self.source, Rows):
-            task: object = self.source.drawn(seed, start + k)
-        elif isinstance(self.source, Sequence):
-            task = self.source[int(u * len(self.source))]
+            return [self.source.drawn(seed, start + k) for k in range(n)]
+        return [
+            self.task(derive_seed(seed, "task", start + k), stratified(seed, start + k, k, n))
+            for k in range(n)
+        ]
+
+    def task(self, seed: int, u: float) -> Task:
+        """The task of the source at `u` in [0, 1), of a sequence the one at that share of it.
+
+        Args:
+            seed: of the task; those of a sequence have their own.
+
+        Raises:
+            ConfigError, EnvError: as `tasks`.
+        """
+        if isinstance(self.source, Sequence):
+            task: object = self.source[int(u * len(self.source))]
         else:
             missing = [key for key, value in self.args.items() if value is inspect.Parameter.empty]
             if missing:
@@ -272,13 +281,13 @@ class Environment:
                     f"environment {self.name!r} needs env.args.{missing[0]}, which has no default"
                 )
             try:
-                task = self.source(seed=task_seed, u=u, **self.args)
+                task = self.source(seed=seed, u=u, **self.args)
             except ConfigError:  # the source rejects a setting
                 raise
             except (Exception, SystemExit) as error:
                 raise EnvError(
                     f"the task source of {self.name!r} raised {describe_error(error)} "
-                    f"(seed={task_seed}, u={u}, args={safe_repr(self.args)})"
+                    f"(seed={seed}, u={u}, args={safe_repr(self.args)})"
                 ) from error
         if not isinstance(task, Task):
             raise EnvError(
@@ -379,6 +388,12 @@ class Environment:
         """
         self.ending_function = function
         return function
+
+
+def stratified(seed: int, index: int, k: int, n: int) -> float:
+    """A number in [k / n, (k + 1) / n), drawn from `derive_seed(seed, index)`."""
+    jitter = random.Random(derive_seed(seed, index)).random()
+    return min((k + jitter) / n, _BELOW_ONE)  # the division may round up to 1
 
 
 def env(

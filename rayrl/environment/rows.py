@@ -109,8 +109,12 @@ class Rows(Sequence[T_co], Generic[T_co]):
 
     def drawn(self, seed: int, index: int) -> T_co:
         """The task at place `index` of a run's draws."""
+        return self._tasks[self.place(seed, index)]
+
+    def place(self, seed: int, index: int) -> int:
+        """Where in the file's order that task is."""
         epoch, within = divmod(index, len(self))
-        return self._tasks[_order(len(self), seed, epoch)[within]]
+        return _order(len(self), seed, epoch)[within]
 
 
 @functools.lru_cache(maxsize=4)

@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rayrl.cluster.learner_group import LearnerGroup
 from rayrl.cluster.open import make_environment, open_cluster
@@ -15,6 +16,7 @@ from rayrl.cluster.weight_sync.push import WeightSync
 from rayrl.config import Config
 from rayrl.errors import LearnerLost, RunFailed
 from rayrl.learner.batch import Batch
+from rayrl.run.checkpoints import Checkpoint
 from rayrl.run.collector import GroupCollector
 from rayrl.run.evaluation.evaluator import Evaluator, check_metrics
 from rayrl.run.folder import RunDir
@@ -22,6 +24,7 @@ from rayrl.run.group_log import GroupLog
 from rayrl.run.metrics import Clock, headline, step_metrics, warnings
 from rayrl.run.monitor import Monitor
 from rayrl.run.progress_bar import ProgressBar
+from rayrl.run.sampling.difficulty import DifficultySampler
 from rayrl.run.sampling.task_sampler import UniformSampler
 from rayrl.run.stage import (
     MODEL,
@@ -109,7 +112,7 @@ class Training:
         async for attempt in self._recovery.attempts():
             with attempt:
                 self._weights.reset()
-                self._collector.rewind(attempt.start)
+                self._collector.rewind(attempt.start, attempt.state)
                 self._monitor.rewind()
                 if attempt.start == self._pushed:
                     await self._weights.push(attempt.start)
@@ -240,11 +243,13 @@ class Attempt(AbstractContextManager["Attempt"]):
 
     Attributes:
         start: the first step to make.
+        state: what the checkpoint of that step holds besides the learner's.
         lost: how the learner was lost in the block, or None.
     """
 
     def __init__(self) -> None:
         self.start = 0
+        self.state: Mapping[str, Any] = {}
         self.lost: LearnerLost | None = None
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
@@ -287,15 +292,17 @@ class Recovery:
                 raise lost
             attempt = Attempt()
             with attempt:
-                attempt.start = await self._load_newest(again=lost is not None)
+                found = await self._load_newest(again=lost is not None)
+                if found:
+                    attempt.start, attempt.state = found.step, found.state
             if attempt.lost is None:
                 yield attempt
             lost = attempt.lost
             if lost is None:
                 return
 
-    async def _load_newest(self, *, again: bool) -> int:
-        """Bring the learner to the newest checkpoint; returns the step to go on with."""
+    async def _load_newest(self, *, again: bool) -> Checkpoint | None:
+        """Bring the learner to the newest checkpoint and return it; None: there is none."""
         made = self._folder.checkpoints()
         found = self._folder.latest_checkpoint()
         step = found.step if found else 0
@@ -313,7 +320,7 @@ class Recovery:
             self._progress.note(f"resumed at step {step}")
         if found:
             await self._learner.load(found.path)
-        return step
+        return found
 
 
 @asynccontextmanager
@@ -340,7 +347,8 @@ async def open_training(config: Config, folder: RunDir) -> AsyncIterator[Trainin
         folder.reopen()
     async with open_cluster(config, config.train.steps, log.turns) as (rollouts, learner, weights):
         folder.begin()
-        sampler = UniformSampler(environment, config)
+        by_difficulty = config.train.task_sampling == "difficulty"
+        sampler = (DifficultySampler if by_difficulty else UniformSampler)(environment, config)
         async with GroupCollector(rollouts, sampler, config, log) as collector:
             collector.restore(start, state)
             training = Training(config, folder, rollouts, collector, learner, weights)
