@@ -154,6 +154,7 @@ def _become(request: Mapping[str, Any]) -> None:
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed()  # Python's own generator does so by itself
     sys.argv = [one for one in request["arguments"] if not one.startswith(SETUP_ARGUMENTS)]
+    sys.path.insert(0, str(Path(sys.argv[0]).parent))
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
@@ -162,8 +163,6 @@ if __name__ == "__main__":
     # Ray reads these once, when it is imported. A worker can be given its job later, and ends when
     # this process has ended, which ends with the raylet.
     os.environ |= {"RAY_JOB_ID": NO_JOB, "RAY_RAYLET_PID": str(os.getpid())}
-    own_path = sys.path[1:]
     sys.path[:] = json.loads(sys.argv[2])
     wanted = _Server(sys.argv[1], sys.argv[3:]).next_worker()
-    sys.path[:] = [str(Path(wanted["arguments"][0]).parent), *own_path]
     _become(wanted)

@@ -1,0 +1,178 @@
+"""A local Ray's workers are forked from one process; what they get is what they would have had."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from rayrl.cluster import fork_worker
+from rayrl.cluster.actors import import_variables
+from rayrl.cluster.fork_server import VARIABLE, ForkServer
+from rayrl.cluster.open import worker_imports
+from rayrl.config.load import from_dict
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere workers are not forked")
+
+# stands for Ray's default_worker.py
+WORKER = """
+import json, os, random, sys
+import numpy
+found = dict(
+    pid=os.getpid(),
+    argv=sys.argv[1:],
+    name=__name__,
+    path=sys.path[:1],
+    folder=os.getcwd(),
+    variable=os.environ.get("MINE"),
+    theirs=os.environ.get("OMP_NUM_THREADS"),
+    group=os.getpgrp(),
+    threads=len(os.listdir("/proc/self/task")),
+    fractions="fractions" in sys.modules,
+    random=[random.random(), float(numpy.random.random())],
+)
+print(json.dumps(found), flush=True)
+sys.stdin.read()
+"""
+
+
+class Raylet:
+    """Starts workers as Ray's does; its own process only has to be there."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "default_worker.py").write_text(WORKER)
+        (folder / "setup_worker.py").write_text("print('as Ray does', flush=True)")
+        self.process = subprocess.Popen(["sleep", "infinity"])
+        self.started: list[subprocess.Popen[str]] = []
+
+    def start(self, server: Path, *arguments: str) -> str:
+        """Start a worker; returns the first line that it prints."""
+        setup = ["--language=PYTHON", "--serialized-runtime-env-context={}"]
+        command = [str(self.folder / "default_worker.py"), *setup, *arguments]
+        variables = {VARIABLE: str(server), "RAY_RAYLET_PID": str(self.process.pid), "MINE": "yes"}
+        env = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+        started = subprocess.Popen(
+            [sys.executable, fork_worker.__file__, *command],
+            env=env | variables,
+            cwd=self.folder,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            process_group=0,
+        )
+        self.started.append(started)
+        assert started.stdout is not None
+        return started.stdout.readline()
+
+    def stop(self) -> None:
+        for one in [self.process, *self.started]:
+            one.kill()
+            one.communicate()
+
+
+@pytest.fixture
+def raylet(tmp_path: Path) -> Iterator[Raylet]:
+    made = Raylet(tmp_path)
+    yield made
+    made.stop()
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[ForkServer]:
+    made = ForkServer(tmp_path / "s", ["numpy", "fractions"], import_variables(threads=1))
+    while not made.path.exists():
+        assert made._process.poll() is None
+    yield made
+    made.stop()
+    assert not made.path.exists()
+
+
+def test_a_forked_worker_has_what_the_raylet_gave_it(raylet: Raylet, server: ForkServer) -> None:
+    found = [json.loads(raylet.start(server.path, f"--n={n}")) for n in range(2)]
+    for n, (worker, client) in enumerate(zip(found, raylet.started, strict=True)):
+        assert worker["argv"] == [f"--n={n}"]
+        assert worker["name"] == "__main__"
+        assert worker["path"] == [worker["folder"]] == [str(raylet.folder)]
+        assert (worker["variable"], worker["theirs"]) == ("yes", None)
+        assert worker["group"] == client.pid  # which Ray ends as a whole
+        assert worker["pid"] != client.pid
+        assert worker["fractions"]
+        assert worker["threads"] == 1
+    first, second = (worker["random"] for worker in found)
+    assert first[0] != second[0]
+    assert first[1] != second[1]
+    assert os.stat(server.path).st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize("who", ["driver", "raylet"])
+def test_the_server_ends_with_driver_and_raylet(
+    raylet: Raylet, server: ForkServer, who: str
+) -> None:
+    raylet.start(server.path)
+    if who == "raylet":
+        raylet.process.send_signal(signal.SIGKILL)
+        raylet.process.wait()
+    else:
+        assert server._process.stdin is not None
+        server._process.stdin.close()
+    assert server._process.wait(600) == 0
+    assert not server.path.exists()
+
+
+def test_ended_workers_leave_no_zombies(raylet: Raylet, server: ForkServer) -> None:
+    worker = psutil.Process(json.loads(raylet.start(server.path))["pid"])
+    worker.kill()
+    psutil.wait_procs([worker], timeout=600)
+    assert psutil.Process(server._process.pid).children() == []
+
+
+@pytest.mark.parametrize(
+    ("argument", "forked"),
+    [
+        ("--x=1", True),
+        ('--serialized-runtime-env-context={"env_vars": {}, "command_prefix": []}', True),
+        (f'--serialized-runtime-env-context={{"py_executable": "{sys.executable}"}}', True),
+        ('--serialized-runtime-env-context={"py_executable": "/other/python"}', False),
+        ('--serialized-runtime-env-context={"env_vars": {"LD_PRELOAD": "x.so"}}', False),
+        ('--serialized-runtime-env-context={"command_prefix": ["podman", "run"]}', False),
+    ],
+)
+def test_only_a_worker_without_a_runtime_env_is_forked(argument: str, forked: bool) -> None:
+    assert fork_worker.is_plain(["default_worker.py", argument]) is forked
+
+
+def test_without_the_server_ray_starts_its_worker(raylet: Raylet, tmp_path: Path) -> None:
+    assert raylet.start(tmp_path / "nobody") == "as Ray does\n"
+
+
+@pytest.mark.slow  # imports everything
+@pytest.mark.parametrize("kind", ["deepspeed", "reference"])
+def test_what_is_imported_starts_no_thread(kind: str) -> None:
+    """Only the thread that forks is in the forked process: a lock of another would stay locked.
+
+    jemalloc's (of pyarrow) is made for that: it is begun anew.
+    """
+    modules = worker_imports(from_dict({"learner": {"kind": kind}}), engine=True, learner=True)
+    code = (
+        "import importlib, os, pathlib, sys\n"
+        "for name in sys.argv[1:]: importlib.import_module(name)\n"
+        "import torch\n"
+        "names = [one.read_text() for one in pathlib.Path('/proc/self/task').glob('*/comm')]\n"
+        "print(sum('jemalloc' not in name for name in names), torch.cuda.is_initialized())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *modules],
+        env={**os.environ, **import_variables(threads=1)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines()[-1] == "1 False"
