@@ -147,18 +147,14 @@ async def open_cluster(
 
 
 def worker_imports(config: Config, *, engine: bool = False, learner: bool = False) -> list[str]:
-    """Modules to fork the workers of a local Ray with (`fork_server.py`).
+    """Modules to fork the workers of a local Ray with (`cluster.fork_workers`, `fork_server.py`).
 
-    On a machine with a GPU torch is not among them: whether it can be forked there was not tried.
+    Serve is not among them: importing it seeds the generator of Ray's ids, and workers that share
+    it give two objects one id. Nor is torch on a machine with a GPU, where that was not tried.
     """
-    modules = [
-        "ray._private.workers.default_worker",
-        "ray.serve._private.controller",
-        "ray.serve._private.replica",
-        "rayrl.cluster.workers.turn_log",
-        "rayrl.cluster.workers.env_worker",
-        "rayrl.cluster.learner_group",
-    ]
+    if not config.cluster.fork_workers:
+        return []
+    modules = ["ray._private.workers.default_worker", "rayrl.cluster.learner_group"]
     if Path("/dev/nvidiactl").exists():
         return modules
     if engine:

@@ -155,18 +155,24 @@ def test_without_the_server_ray_starts_its_worker(raylet: Raylet, tmp_path: Path
 
 @pytest.mark.slow  # imports everything
 @pytest.mark.parametrize("kind", ["deepspeed", "reference"])
-def test_what_is_imported_starts_no_thread(kind: str) -> None:
+def test_what_is_imported_can_be_forked(kind: str) -> None:
     """Only the thread that forks is in the forked process: a lock of another would stay locked.
 
     jemalloc's (of pyarrow) is made for that: it is begun anew.
     """
-    modules = worker_imports(from_dict({"learner": {"kind": kind}}), engine=True, learner=True)
+    settings = {"learner": {"kind": kind}, "cluster": {"fork_workers": True}}
+    modules = worker_imports(from_dict(settings), engine=True, learner=True)
     code = (
         "import importlib, os, pathlib, sys\n"
         "for name in sys.argv[1:]: importlib.import_module(name)\n"
-        "import torch\n"
+        "import ray, torch\n"
         "names = [one.read_text() for one in pathlib.Path('/proc/self/task').glob('*/comm')]\n"
-        "print(sum('jemalloc' not in name for name in names), torch.cuda.is_initialized())"
+        "print(sum('jemalloc' not in name for name in names), torch.cuda.is_initialized(), flush=True)\n"
+        "for _ in range(2):\n"
+        "    if os.fork() == 0:\n"
+        "        print(ray.ObjectID.from_random().hex(), flush=True)\n"
+        "        os._exit(0)\n"
+        "    os.wait()"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, *modules],
@@ -175,4 +181,6 @@ def test_what_is_imported_starts_no_thread(kind: str) -> None:
         text=True,
         check=True,
     )
-    assert done.stdout.splitlines()[-1] == "1 False"
+    *_, said, first, second = done.stdout.splitlines()
+    assert said == "1 False"
+    assert first != second  # or Ray would take two objects for one
