@@ -41,9 +41,9 @@ from rayrl.config import AlgoConfig, from_dict
 from rayrl.engine.protocol import Engine
 from rayrl.learner.advantage import advantages
 from rayrl.learner.batch import make_batch
-from rayrl.rollout.encoding import turn_to_bytes
 from rayrl.rollout.episode_io import episode_to_json
 from rayrl.rollout.players import PolicyPlayer
+from rayrl.rollout.records import turn_to_bytes
 from rayrl.rollout.resume import TurnLog
 from rayrl.rollout.rollout import GroupPlan, play_groups
 from rayrl.run.group_log import GroupLog, Played

@@ -1,4 +1,4 @@
-"""What actors need where they begin.
+"""What actors need where they begin, and how Ray says that one is gone.
 
 It does not import Serve, which takes half a second: the learner's ranks and the small actors beside
 the driver have no use for it.
@@ -10,11 +10,14 @@ import gc
 import os
 
 import ray
+from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, WorkerCrashedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-__all__ = ["beside_driver", "prepare_process"]
+__all__ = ["ACTOR_DIED", "beside_driver", "prepare_process"]
 
 GC_THRESHOLD = 50_000  # new objects before a garbage collection
+ACTOR_DIED = (RayActorError, OutOfMemoryError, NodeDiedError, WorkerCrashedError)
+"""Died, or killed by Ray because its node had no memory left (which is an error of its own)."""
 
 
 def beside_driver() -> NodeAffinitySchedulingStrategy:

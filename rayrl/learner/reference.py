@@ -12,7 +12,7 @@ from rayrl.config import Config
 from rayrl.learner.base import Learner
 from rayrl.learner.forward import Tally, scheduled_lr
 from rayrl.learner.loss import Loss
-from rayrl.learner.state import read_state
+from rayrl.weights.loading import read_state
 
 __all__ = ["ReferenceLearner"]
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from ray.exceptions import RayActorError
 
-from rayrl.cluster.workers import scaling, supervisor, worker_process
+from rayrl.cluster.workers import scaling, supervisor
 from rayrl.cluster.workers.env_worker import Running, WorkerReport
 from rayrl.cluster.workers.supervisor import START_ATTEMPTS, Supervisor
 from rayrl.config import from_dict
@@ -114,7 +114,7 @@ class Pool:
 def killed(monkeypatch: pytest.MonkeyPatch) -> list[Actor]:
     """The actors that were killed."""
     found: list[Actor] = []
-    monkeypatch.setattr(worker_process, "kill_actor", found.append)
+    monkeypatch.setattr(supervisor, "kill_actor", found.append)
     return found
 
 
@@ -211,8 +211,8 @@ async def test_a_worker_that_does_not_answer_is_reported_and_then_replaced(
     monkeypatch: pytest.MonkeyPatch, killed: list[Actor]
 ) -> None:
     monkeypatch.setattr(supervisor, "GRACE_S", 0.2)
-    monkeypatch.setattr(worker_process, "BLOCKED_S", 0.05)
-    monkeypatch.setattr(worker_process, "PING_EVERY_S", 0.0)
+    monkeypatch.setattr(supervisor, "BLOCKED_S", 0.05)
+    monkeypatch.setattr(supervisor, "PING_EVERY_S", 0.0)
     pool = Pool(env={"deadline_s": 0.1})
     await pool.supervisor.ready()
     assert await pool.settled() == [("fixed", 0, 4)]

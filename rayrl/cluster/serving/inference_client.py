@@ -20,7 +20,7 @@ from ray import serve
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from rayrl.cluster.gone import ACTOR_DIED
+from rayrl.cluster.actors import ACTOR_DIED
 from rayrl.cluster.serving.replica_selector import ReplicaSelector
 from rayrl.cluster.serving.streams import BatchingDelay, NoStream, Outcome, Result
 from rayrl.errors import InfraError

@@ -24,8 +24,8 @@ from rayrl.config import Config
 from rayrl.environment.environment import Environment, EnvSpec, PlayerFunction
 from rayrl.environment.registry import environment_of
 from rayrl.rollout.agent import Player
-from rayrl.rollout.concurrency import ConcurrencyLimit, GroupCanceller
 from rayrl.rollout.endpoint import EndpointPlayer, split_limits
+from rayrl.rollout.limits import ConcurrencyLimit, GroupCanceller
 from rayrl.rollout.players import PolicyPlayer, ScriptedPlayer, player_function
 from rayrl.rollout.resume import PartialEpisode
 from rayrl.rollout.rollout import GroupPlan, play_groups, run_environment

@@ -18,9 +18,8 @@ import ray
 from rayrl.cluster.workers.env_worker import Running, WorkerJob, WorkerReport, trainable_seats
 from rayrl.cluster.workers.scaling import Load
 from rayrl.cluster.workers.scheduler import PendingGroup, RolloutRequest, Scheduler
-from rayrl.cluster.workers.supervisor import GRACE_S, Supervisor
+from rayrl.cluster.workers.supervisor import BLOCKED_S, GRACE_S, Supervisor
 from rayrl.cluster.workers.turn_log import RecordedTurns
-from rayrl.cluster.workers.worker_process import BLOCKED_S
 from rayrl.config import EnvConfig
 from rayrl.errors import safe_repr
 from rayrl.rollout.rollout import GroupPlan
