@@ -18,9 +18,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
+from rayrl.cluster.actors import kill_actor
 from rayrl.cluster.workers.env_worker import WorkerJob, start_worker
 from rayrl.cluster.workers.scaling import Load
-from rayrl.cluster.workers.supervisor import kill_actor
 from rayrl.cluster.workers.turn_log import start_recorder
 from rayrl.cluster.workers.worker_pool import WorkerPool
 from rayrl.errors import RunFailed, safe_repr

@@ -7,7 +7,7 @@ import logging
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -16,12 +16,12 @@ import ray
 
 from rayrl.chat.renderer import Chat
 from rayrl.cluster import by_value
-from rayrl.cluster.actors import prepare_process
+from rayrl.cluster.actors import on_failure, prepare_process
 from rayrl.cluster.serving.inference_client import BatchingClient, ServeReplicas
 from rayrl.cluster.serving.streams import PAUSE_S
 from rayrl.cluster.workers.turn_log import TurnSender
 from rayrl.config import Config
-from rayrl.environment.environment import Environment, EnvSpec, PlayerFunction
+from rayrl.environment.environment import Environment, EnvSpec
 from rayrl.environment.registry import environment_of
 from rayrl.rollout.agent import Player
 from rayrl.rollout.endpoint import EndpointPlayer, split_limits
@@ -159,7 +159,9 @@ class EnvWorker:
             endpoint = split_limits(config.endpoint, config.cluster.most_env_workers)
             return EndpointPlayer(endpoint, sampling=job.sampling)
         if who not in job.models:
-            return ScriptedPlayer(self._function(seat, who))
+            if seat in job.passed:
+                return ScriptedPlayer(by_value.loads(job.passed[seat]))
+            return ScriptedPlayer(player_function(self.environment, f"env.seats.{seat}", who))
         client = BatchingClient(
             ServeReplicas(job.apps[who]),
             count=config.cluster.replicas,
@@ -168,12 +170,6 @@ class EnvWorker:
         self._clients[who] = client
         chat = Chat.load(job.models[who])
         return PolicyPlayer(chat, client, job.sampling, trainable=who == POLICY)
-
-    def _function(self, seat: str, who: str) -> PlayerFunction:
-        if seat in self._job.passed:
-            function: PlayerFunction = by_value.loads(self._job.passed[seat])
-            return function
-        return player_function(self.environment, f"env.seats.{seat}", who)
 
     @cached_property
     def _limit(self) -> ConcurrencyLimit:
@@ -229,7 +225,8 @@ class EnvWorker:
         self._unbegun |= {plan.id: plan for plan in plans}
         task = asyncio.create_task(self._play([plan.id for plan in plans], recorded or {}))
         self._playing.add(task)
-        task.add_done_callback(self._played)
+        task.add_done_callback(self._playing.discard)
+        task.add_done_callback(on_failure(self._reports.fail))
 
     async def report(self) -> WorkerReport:
         """Wait until something has ended, and return what has since the last report.
@@ -249,7 +246,7 @@ class EnvWorker:
         env = self._job.config.env
         async for group in play_groups(
             self.environment,
-            self._begun(ids),
+            (plan for name in ids if (plan := self._unbegun.pop(name, None)) is not None),
             self.players,
             concurrency=self._limit,
             retries=env.retries,
@@ -261,16 +258,6 @@ class EnvWorker:
         ):
             self._turns.drop_ended(group)
             self._reports.add_group(group)
-
-    def _begun(self, ids: Sequence[str]) -> Iterator[GroupPlan]:
-        for name in ids:
-            if (plan := self._unbegun.pop(name, None)) is not None:
-                yield plan
-
-    def _played(self, task: asyncio.Task[None]) -> None:
-        self._playing.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            self._reports.fail(error)
 
 
 class _Reports:

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import ray
 from ray.exceptions import RayTaskError
 
-from rayrl.cluster.actors import ACTOR_DIED
+from rayrl.cluster.actors import ACTOR_DIED, kill_actor, on_failure
 from rayrl.cluster.workers.env_worker import Running, WorkerReport
 from rayrl.cluster.workers.scaling import Growth
 from rayrl.config import ClusterConfig, Config
@@ -35,7 +35,6 @@ __all__ = [
     "WorkerEvents",
     "WorkerGone",
     "WorkerProcess",
-    "kill_actor",
 ]
 
 PING_EVERY_S = 1.0
@@ -44,6 +43,9 @@ GRACE_S = 5.0  # without an answer, beyond env.deadline_s, after which a worker 
 START_DEADLINE_S = 300.0
 START_ATTEMPTS = 3
 LATE_S = 300.0  # after which a warning says that an elastic worker has not started
+
+
+_log = logging.getLogger(__name__)
 
 
 class WorkerGone(Exception):
@@ -172,15 +174,6 @@ async def _result(ref: Any) -> Any:
         raise WorkerGone(f"its worker process died: {error}") from error
 
 
-def kill_actor(actor: Any) -> None:
-    """End an actor, if it is there."""
-    with suppress(Exception):  # it may be dead already
-        ray.kill(actor)
-
-
-_log = logging.getLogger(__name__)
-
-
 class WorkerEvents(Protocol):
     """What a supervisor calls, on the event loop."""
 
@@ -288,11 +281,7 @@ class Supervisor:
 
     def _spawn(self, slot: int, coroutine: Coroutine[Any, Any, None]) -> None:
         task = self._tasks[slot] = asyncio.create_task(coroutine)
-        task.add_done_callback(self._on_done)
-
-    def _on_done(self, task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and (error := task.exception()) is not None:
-            self._events.on_error(error)
+        task.add_done_callback(on_failure(self._events.on_error))
 
     async def _run_fixed(self, slot: int) -> None:
         while True:

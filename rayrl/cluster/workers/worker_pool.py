@@ -15,6 +15,7 @@ from typing import Any
 
 import ray
 
+from rayrl.cluster.actors import on_failure
 from rayrl.cluster.workers.env_worker import Running, WorkerJob, WorkerReport, trainable_seats
 from rayrl.cluster.workers.scaling import Load
 from rayrl.cluster.workers.scheduler import PendingGroup, RolloutRequest, Scheduler
@@ -188,12 +189,8 @@ class WorkerPool:
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(coroutine)
         self._tasks.add(task)
-        task.add_done_callback(self._on_done)
-
-    def _on_done(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            self.on_error(error)
+        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(on_failure(self.on_error))
 
     def _assign(self) -> None:
         for slot, groups in self._scheduler.assign().items():
