@@ -216,7 +216,7 @@ def summary(folder: Path) -> dict[str, Any]:
         "failures": {
             name: sum(row[f"failures/{name}"] for row in rows) for name in ("env", "infra", "stale")
         },
-        "stopped": sum(row["stopped/groups"] for row in rows),
+        "stale groups": sum(row["stale/groups"] for row in rows),
         "turns_replayed": sum(row["turns/replayed"] for row in rows),
         "turns_replay_mismatches": sum(row["turns/replay_mismatches"] for row in rows),
         "answers": len(answers(folder)),

@@ -29,7 +29,7 @@ from rayrl.run.stage import MODEL
 # Student's t, two-sided 95%, by degrees of freedom
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 PHASES = ("rl1", "rl2", "eval_rl2")
-STATISTICS = ("win", "draw", "loss", "drawn", "losing", "lag", "stopped", "seconds")
+STATISTICS = ("win", "draw", "loss", "drawn", "losing", "lag", "stale groups", "seconds")
 
 
 def part(settings: Sequence[str], stages: Sequence[str], folder: Path, model: str = "") -> Config:
@@ -57,7 +57,7 @@ def statistics_of(folder: Path) -> dict[str, float]:
         "drawn": 100 * values["optimal"]["draw"]["value"],
         "losing": result.checks["unbeatable"]["losing"],
         "lag": statistics.mean(step["lag/mean"] for step in steps),
-        "stopped": sum(step["stopped/groups"] for step in steps),
+        "stale groups": sum(step["stale/groups"] for step in steps),
         "seconds": sum(step["time/total"] for step in steps),
     }
 

@@ -46,7 +46,7 @@ class CollectedGroups(Sequence[Group]):
         rejected: complete groups that taught nothing and were replaced (`train.refill`).
         sample: the complete groups that were drawn first, as many as a step asks for, whether they
             are trained on or were rejected: what was played, without the choice between them.
-        stopped: groups that were cancelled as too old; their tasks are played again.
+        stale_groups: groups that became too old; their tasks are played again.
         waiting: number of complete groups that are ready for a later batch.
         live: number of groups that are being played.
         idle_s: seconds since the last batch in which nothing was played; None with max_lag=0, where
@@ -62,7 +62,7 @@ class CollectedGroups(Sequence[Group]):
     stale: int = 0
     rejected: tuple[Group, ...] = ()
     sample: tuple[Group, ...] = ()
-    stopped: tuple[Group, ...] = ()
+    stale_groups: tuple[Group, ...] = ()
     waiting: int = 0
     live: int = 0
     idle_s: float | None = None

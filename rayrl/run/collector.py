@@ -164,7 +164,7 @@ class GroupCollector:
         groups = batch.taken | batch.failed | batch.rejected
         return replace(
             self._sorted(groups, batch.rejected, oldest),
-            stopped=batch.stale,
+            stale_groups=batch.stale,
             waiting=self._buffer.count(GroupState.READY),
             live=len(self._running),
             idle_s=self._idle.read() if self._config.train.max_lag else None,
