@@ -12,7 +12,6 @@ include the effect of other load on the machine.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from rayrl.commands import recipe
 from rayrl.commands.evaluate import FILE
 from rayrl.config import Config
 from rayrl.report.table import Result
+from rayrl.run.files import read_jsonl
 from rayrl.run.stage import MODEL
 
 # Student's t, two-sided 95%, by degrees of freedom
@@ -47,11 +47,7 @@ def statistics_of(folder: Path) -> dict[str, float]:
         name: result.cells[name].statistics["win/draw/loss"] for name in ("random", "optimal")
     }
     values = {name: share.to_dict()["shares"] for name, share in shares.items()}
-    steps = [
-        json.loads(line)
-        for phase in PHASES[:2]
-        for line in (folder / phase / "metrics.jsonl").read_text().splitlines()
-    ]
+    steps = [row for phase in PHASES[:2] for row in read_jsonl(folder / phase / "metrics.jsonl")]
     return {
         **{name: 100 * values["random"][name]["value"] for name in ("win", "draw", "loss")},
         "drawn": 100 * values["optimal"]["draw"]["value"],

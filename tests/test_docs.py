@@ -23,7 +23,7 @@ import rayrl
 from rayrl import Agent, Environment, ScriptedPlayer, check_env, cli, load_env, play_group
 from rayrl.api import configure
 from rayrl.cluster.rollouts import CollectedGroups
-from rayrl.cluster.workers.scaling import Load
+from rayrl.cluster.workers.worker_pool import Load
 from rayrl.config import from_dict, leaves, validate
 from rayrl.config.registry import load_module
 from rayrl.learner.advantage import advantages

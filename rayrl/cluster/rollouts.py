@@ -20,9 +20,8 @@ from typing import Any, overload
 
 from rayrl.cluster.actors import kill_actor
 from rayrl.cluster.workers.env_worker import WorkerJob, start_worker
-from rayrl.cluster.workers.scaling import Load
 from rayrl.cluster.workers.turn_log import start_recorder
-from rayrl.cluster.workers.worker_pool import WorkerPool
+from rayrl.cluster.workers.worker_pool import Load, WorkerPool
 from rayrl.errors import RunFailed, safe_repr
 from rayrl.rollout.rollout import GroupPlan
 from rayrl.types import Episode, Failure, Group

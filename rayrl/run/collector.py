@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from rayrl.cluster.rollouts import CollectedGroups, none_left, sort_out
-from rayrl.cluster.workers.scaling import Load
+from rayrl.cluster.workers.worker_pool import Load
 from rayrl.config import Config
 from rayrl.errors import ConfigError
 from rayrl.learner.advantage import has_spread

@@ -25,7 +25,7 @@ from rayrl.types import Episode, Group
 
 if TYPE_CHECKING:
     from rayrl.cluster.rollouts import CollectedGroups
-    from rayrl.cluster.workers.scaling import Load
+    from rayrl.cluster.workers.worker_pool import Load
     from rayrl.learner.batch import Batch
 
 __all__ = [

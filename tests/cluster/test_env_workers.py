@@ -15,7 +15,7 @@ import pytest
 from rayrl.cluster.open import make_environment, open_rollouts
 from rayrl.cluster.rollouts import Rollouts
 from rayrl.cluster.session import Session
-from rayrl.cluster.workers.scaling import GROW_AFTER_S, Growth
+from rayrl.cluster.workers.supervisor import GROW_AFTER_S, Growth
 from rayrl.config import Config, from_dict
 from rayrl.rollout.rollout import GroupPlan
 from rayrl.types import Episode, Group
@@ -44,7 +44,7 @@ def test_more_are_requested_once_groups_have_waited_for_a_while() -> None:
 @pytest.fixture
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """What takes seconds takes less."""
-    monkeypatch.setattr("rayrl.cluster.workers.scaling.GROW_AFTER_S", 0.2)
+    monkeypatch.setattr("rayrl.cluster.workers.supervisor.GROW_AFTER_S", 0.2)
     monkeypatch.setattr("rayrl.cluster.workers.worker_pool.SCALE_EVERY_S", 0.1)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from rayrl.cluster.workers.scaling import Load
+from rayrl.cluster.workers.worker_pool import Load
 from rayrl.config import Config, from_dict
 from rayrl.errors import ConfigError, DataError, RunFailed
 from rayrl.rollout.rollout import GroupPlan

@@ -2,7 +2,7 @@
 
 `cluster.env_workers` of them are fixed: one that dies or hangs is replaced in its slot, and the run
 stops if it cannot be. Others, up to `cluster.env_workers_max`, are elastic: they are started when
-groups wait for capacity (`scaling.py`) and stopped when they are idle; one that dies or cannot
+groups wait for capacity (`Growth`) and stopped when they are idle; one that dies or cannot
 start is not replaced. What workers play is not known here: a slot is a number.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import suppress
@@ -22,7 +23,6 @@ from ray.exceptions import RayTaskError
 
 from rayrl.cluster.actors import ACTOR_DIED, kill_actor, on_failure
 from rayrl.cluster.workers.env_worker import Running, WorkerReport
-from rayrl.cluster.workers.scaling import Growth
 from rayrl.config import ClusterConfig, Config
 from rayrl.errors import InfraError, RayrlError, RunFailed
 from rayrl.rollout.resume import PartialEpisode
@@ -31,6 +31,8 @@ from rayrl.rollout.rollout import GroupPlan
 __all__ = [
     "BLOCKED_S",
     "GRACE_S",
+    "GROW_AFTER_S",
+    "Growth",
     "Supervisor",
     "WorkerEvents",
     "WorkerGone",
@@ -42,6 +44,7 @@ BLOCKED_S = 5.0  # without an answer to a ping, after which the worker is report
 GRACE_S = 5.0  # without an answer, beyond env.deadline_s, after which a worker counts as hung
 START_DEADLINE_S = 300.0
 START_ATTEMPTS = 3
+GROW_AFTER_S = 5.0  # with episodes waiting for capacity, before more workers are requested
 LATE_S = 300.0  # after which a warning says that an elastic worker has not started
 
 
@@ -194,6 +197,41 @@ class WorkerEvents(Protocol):
 
     def on_error(self, error: BaseException) -> None:
         """Nothing can be played any more: a bug, or a fixed worker that cannot be replaced."""
+
+
+class Growth:
+    """Decides how many more workers to request.
+
+    Once episodes have waited for capacity for `GROW_AFTER_S` without a pause: as many workers as
+    they need, less those that were requested before and have not started.
+
+    Args:
+        most: the most workers in all, requested ones included.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._since: float | None = None  # when episodes began to wait
+
+    def more(self, now: float, *, waiting: int, capacity: int, workers: int, asked: int) -> int:
+        """Return how many more workers to request.
+
+        Args:
+            now: seconds, of a monotonic clock.
+            waiting: episodes for which no worker has capacity.
+            capacity: of one worker, in episodes.
+            workers: number that can play.
+            asked: number that were requested and have not started.
+        """
+        if not waiting:
+            self._since = None
+            return 0
+        if self._since is None:
+            self._since = now
+        if now - self._since < GROW_AFTER_S:
+            return 0
+        wanted = math.ceil(waiting / capacity) - asked
+        return max(0, min(wanted, self._most - workers - asked))
 
 
 class Supervisor:
