@@ -21,7 +21,7 @@ from rayrl.cluster.session import Session, open_session
 from rayrl.cluster.weight_sync.probe import Probe
 from rayrl.cluster.weight_sync.push import WeightSync, open_store
 from rayrl.cluster.weight_sync.transports import open_transport
-from rayrl.cluster.workers.env_worker import POLICY, EnvWorker, WorkerJob
+from rayrl.cluster.workers.env_worker import POLICY, WorkerJob
 from rayrl.config import Config
 from rayrl.config.registry import is_object
 from rayrl.config.sync import transport_of
@@ -29,7 +29,6 @@ from rayrl.engine import open_engine
 from rayrl.environment.environment import Environment
 from rayrl.environment.registry import load_env
 from rayrl.errors import ConfigError, did_you_mean
-from rayrl.rollout.agent import Player
 from rayrl.rollout.endpoint import check_reachable
 from rayrl.types import Sampling
 from rayrl.weights.model_dir import model_name
@@ -42,9 +41,7 @@ __all__ = [
     "model_of",
     "open_cluster",
     "open_learners",
-    "open_players",
     "open_rollouts",
-    "players_here",
     "seat_players",
 ]
 
@@ -217,34 +214,3 @@ def is_model(player: str) -> bool:
 def model_of(player: str, config: Config) -> str:
     """Return the name, valid on every node, of the model that plays a seat."""
     return model_name(config.model.path if player == POLICY else player.removeprefix("model:"))
-
-
-@asynccontextmanager
-async def open_players(
-    config: Config, seats: Mapping[str, str], sampling: Sampling
-) -> AsyncIterator[Mapping[str, Player]]:
-    """Players in this process for some seats of `config.env`; the models behind them on replicas.
-
-    Args:
-        seats: who plays them; without a model among these, Ray is not started at all.
-    """
-    await check_endpoint(config, seats)
-    spec = make_environment(config).spec
-    models = {who: model_of(who, config) for who in seats.values() if is_model(who)}
-    with ExitStack() as stack:
-        job = WorkerJob(spec, dict(seats), sampling, config)
-        if models:
-            session = stack.enter_context(open_session(config.cluster, envs=played_code(config)))
-            apps = {who: f"{session.name}-{number}" for number, who in enumerate(models)}
-            job = WorkerJob(spec, dict(seats), sampling, config, models, apps)
-            await deploy_models(job, session, stack, pushed=False)
-        yield EnvWorker(job).players
-
-
-def players_here(rollouts: Rollouts) -> Mapping[str, Player]:
-    """Who plays each seat, as the workers have them; models answer from the same replicas.
-
-    For exhaustive checks, whose tree grows by the answers. To be called inside an event loop, which
-    the players then belong to.
-    """
-    return EnvWorker(rollouts.job).players

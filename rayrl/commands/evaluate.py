@@ -13,7 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rayrl.cluster.open import make_environment, open_rollouts, players_here
+from rayrl.cluster.open import make_environment, open_rollouts
+from rayrl.cluster.parts import players_here
 from rayrl.cluster.rollouts import CollectedGroups, Rollouts
 from rayrl.config import Config, validate
 from rayrl.environment.environment import Environment

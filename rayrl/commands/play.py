@@ -16,7 +16,8 @@ from typing import TextIO, cast
 from rich.console import Console
 from rich.text import Text
 
-from rayrl.cluster.open import make_environment, open_players
+from rayrl.cluster.open import make_environment
+from rayrl.cluster.parts import open_players
 from rayrl.config import Config, validate
 from rayrl.environment.environment import Environment
 from rayrl.errors import ConfigError, did_you_mean

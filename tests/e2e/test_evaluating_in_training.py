@@ -36,7 +36,7 @@ def evaluated(folder: Path, version: int) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k not in chance} for row in rows]
 
 
-def test_killed_in_the_middle_of_an_evaluation_it_ends_as_if_uninterrupted(
+def test_killed_in_the_middle_of_an_evaluation_it_ends_as_if_unbroken(
     tiny: Path, tmp_path: Path
 ) -> None:
     calm, killed = tmp_path / "calm", tmp_path / "killed"

@@ -21,7 +21,7 @@ from rayrl.cluster.serving.inference_client import BatchingClient, ServeReplicas
 from rayrl.cluster.serving.streams import PAUSE_S
 from rayrl.cluster.workers.turn_log import TurnSender
 from rayrl.config import Config
-from rayrl.environment.environment import Environment, EnvSpec
+from rayrl.environment.environment import Environment, EnvSpec, PlayerFunction
 from rayrl.environment.registry import environment_of
 from rayrl.rollout.agent import Player
 from rayrl.rollout.endpoint import EndpointPlayer, split_limits
@@ -159,9 +159,7 @@ class EnvWorker:
             endpoint = split_limits(config.endpoint, config.cluster.most_env_workers)
             return EndpointPlayer(endpoint, sampling=job.sampling)
         if who not in job.models:
-            if seat in job.passed:
-                return ScriptedPlayer(by_value.loads(job.passed[seat]))
-            return ScriptedPlayer(player_function(self.environment, f"env.seats.{seat}", who))
+            return ScriptedPlayer(self._function(seat, who))
         client = BatchingClient(
             ServeReplicas(job.apps[who]),
             count=config.cluster.replicas,
@@ -170,6 +168,12 @@ class EnvWorker:
         self._clients[who] = client
         chat = Chat.load(job.models[who])
         return PolicyPlayer(chat, client, job.sampling, trainable=who == POLICY)
+
+    def _function(self, seat: str, who: str) -> PlayerFunction:
+        if seat in self._job.passed:
+            function: PlayerFunction = by_value.loads(self._job.passed[seat])
+            return function
+        return player_function(self.environment, f"env.seats.{seat}", who)
 
     @cached_property
     def _limit(self) -> ConcurrencyLimit:
