@@ -32,8 +32,7 @@ def run(config: Config) -> None:
     )
     for key, value in environment.args.items():
         print(f"  env.args.{key}: {textwrap.shorten(repr(value), 80)}")
-    others = [name for name in installed_envs() if name != environment.name]
-    print(f"  installed besides: {', '.join(others) or 'none'}")
+    print(f"  installed besides: {', '.join(_others(environment.name)) or 'none'}")
     problems = check_env(environment)
     if not problems:
         for name, args in config.eval.cells.items():
@@ -47,6 +46,10 @@ def run(config: Config) -> None:
         listed = "\n".join(f"  - {problem}" for problem in problems)
         raise EnvError(f"{environment.name} is not ready to train on:\n{listed}")
     print("ready to train on")
+
+
+def _others(name: str) -> list[str]:
+    return [other for other in installed_envs() if other != name]
 
 
 async def _row(environment: Environment, name: str, seed: int) -> tuple[str, list[str]]:
