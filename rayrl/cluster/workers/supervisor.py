@@ -47,7 +47,6 @@ START_ATTEMPTS = 3
 GROW_AFTER_S = 5.0  # with episodes waiting for capacity, before more workers are requested
 LATE_S = 300.0  # after which a warning says that an elastic worker has not started
 
-
 _log = logging.getLogger(__name__)
 
 
