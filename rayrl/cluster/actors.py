@@ -17,7 +17,14 @@ import ray
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, WorkerCrashedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-__all__ = ["ACTOR_DIED", "beside_driver", "kill_actor", "on_failure", "prepare_process"]
+__all__ = [
+    "ACTOR_DIED",
+    "beside_driver",
+    "import_variables",
+    "kill_actor",
+    "on_failure",
+    "prepare_process",
+]
 
 GC_THRESHOLD = 50_000  # new objects before a garbage collection
 ACTOR_DIED = (RayActorError, OutOfMemoryError, NodeDiedError, WorkerCrashedError)
@@ -40,14 +47,19 @@ def prepare_process(threads: int) -> None:
     (benchmarks/many_live.py).
     """
     gc.set_threshold(GC_THRESHOLD, 10, 10)
-    os.environ.update(
-        OMP_NUM_THREADS=str(threads),
-        MKL_NUM_THREADS=str(threads),
-        OMP_WAIT_POLICY="PASSIVE",
-        TOKENIZERS_PARALLELISM="false",
-        HF_HUB_DISABLE_PROGRESS_BARS="1",
-        TRANSFORMERS_VERBOSITY="error",
-    )
+    os.environ.update(import_variables(threads))
+
+
+def import_variables(threads: int) -> dict[str, str]:
+    """Environment variables that torch and transformers read when they are imported."""
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+    }
 
 
 def kill_actor(actor: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Mapping
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -43,6 +43,7 @@ __all__ = [
     "open_learners",
     "open_rollouts",
     "seat_players",
+    "worker_imports",
 ]
 
 
@@ -81,9 +82,11 @@ async def open_rollouts(
         sampling: used instead of `config.sampling`.
         setting: names the player of those of `seats` that `config.env.seats` does not name.
     """
-    await check_endpoint(config, config.env.seats if seats is None else seats)
+    players = config.env.seats if seats is None else seats
+    await check_endpoint(config, players)
+    engine = any(map(is_model, seat_players(make_environment(config), players).values()))
     with ExitStack() as stack:
-        session = stack.enter_context(_session(config))
+        session = stack.enter_context(_session(config, worker_imports(config, engine=engine)))
         job = _job(config, session, seats, sampling, setting)
         rollouts = Rollouts(job)
         stack.callback(rollouts.close)
@@ -95,7 +98,7 @@ async def open_rollouts(
 async def open_learners(config: Config, total_steps: int) -> AsyncIterator[LearnerGroup]:
     """Open learners on `config.model`, without rollouts."""
     with ExitStack() as stack:
-        stack.enter_context(_session(config))
+        stack.enter_context(_session(config, worker_imports(config, learner=True)))
         learners = LearnerGroup(config)
         stack.callback(learners.close)
         await learners.start(model_name(config.model.path), total_steps)
@@ -113,7 +116,9 @@ async def open_cluster(
     """
     await check_endpoint(config, config.env.seats)
     with ExitStack() as stack:
-        session = stack.enter_context(_session(config))
+        session = stack.enter_context(
+            _session(config, worker_imports(config, engine=True, learner=True))
+        )
         job = _job(config, session, None, None)
         learners = LearnerGroup(config)
         stack.callback(learners.close)
@@ -141,8 +146,33 @@ async def open_cluster(
         yield rollouts, learners, weights
 
 
-def _session(config: Config) -> AbstractContextManager[Session]:
-    return open_session(config.cluster, config.run.dir, envs=played_code(config))
+def worker_imports(config: Config, *, engine: bool = False, learner: bool = False) -> list[str]:
+    """Modules to fork the workers of a local Ray with (`fork_server.py`).
+
+    On a machine with a GPU torch is not among them: whether it can be forked there was not tried.
+    """
+    modules = [
+        "ray._private.workers.default_worker",
+        "ray.serve._private.controller",
+        "ray.serve._private.replica",
+        "rayrl.cluster.workers.turn_log",
+        "rayrl.cluster.workers.env_worker",
+        "rayrl.cluster.learner_group",
+    ]
+    if Path("/dev/nvidiactl").exists():
+        return modules
+    if engine:
+        embedded = config.engine.kind == "embedded"
+        modules += ["rayrl.engine.embedded.engine"] if embedded else ["torch", "transformers"]
+    if learner:
+        modules.append("rayrl.learner.deepspeed")
+        if config.learner.kind == "deepspeed":
+            modules.append("deepspeed")
+    return modules
+
+
+def _session(config: Config, imports: Sequence[str]) -> AbstractContextManager[Session]:
+    return open_session(config.cluster, config.run.dir, played_code(config), imports=imports)
 
 
 async def check_endpoint(config: Config, seats: Mapping[str, str]) -> None:

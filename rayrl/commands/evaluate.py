@@ -88,7 +88,7 @@ async def play_cells(config: Config, folder: RunDir | None = None) -> Result:
     Raises:
         RunFailed: the environment fails too often (`env.failure_budget`).
     """
-    environment = make_environment(config).evaluation(config.env.held_out)
+    environment = make_environment(config).evaluation(config.env.held_out, config.env.duplicates)
     cells = eval_cells(config)
     total = len(cells) * config.eval.episodes
     s = config.sampling

@@ -34,6 +34,7 @@ from rayrl.run.stage import (
     EPISODES,
     already_finished,
     check_tasks,
+    log_dropped,
     log_template_notes,
     seats_of,
     unplayed_note,
@@ -157,7 +158,8 @@ async def _play(config: Config, file: Path, begun: Callable[[], None]) -> list[E
         file: where each is written as it ends; those it has already are not played again.
         begun: called when all that plays has started.
     """
-    environment = make_environment(config).training(config.env.held_out)
+    environment = make_environment(config).training(config.env.held_out, config.env.duplicates)
+    log_dropped(environment)
     seats = seats_of(environment, config, config.synth.player)
     log_template_notes(config, seats.values())
     seed = derive_seed(config.run.seed, "synth")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,8 +14,9 @@ from rayrl.config import Config
 from rayrl.errors import ConfigError
 from rayrl.learner.advantage import has_spread
 from rayrl.rollout.rollout import GroupPlan
-from rayrl.run.group_log import Batched, GroupLog, Played
+from rayrl.run.group_log import Batched, Begun, GroupLog, Played
 from rayrl.run.rollout_buffer import GroupState, RolloutBuffer
+from rayrl.run.sampling.task_sampler import TaskSampler
 from rayrl.types import Group
 
 __all__ = ["GroupCollector"]
@@ -49,7 +49,7 @@ class GroupCollector:
 
     Args:
         rollouts: plays groups.
-        plans: the plans of a step; `train.groups` of them.
+        sampler: says what each group plays.
         config: `train`, and the failure budget.
 
     Attributes:
@@ -59,12 +59,12 @@ class GroupCollector:
     def __init__(
         self,
         rollouts: RolloutBackend,
-        plans: Callable[[int], Sequence[GroupPlan]],
+        sampler: TaskSampler,
         config: Config,
         log: GroupLog,
     ) -> None:
         self._rollouts, self._config, self.log = rollouts, config, log
-        self._plans = functools.lru_cache(maxsize=8)(plans)
+        self._sampler = sampler
         train = config.train
         self._buffer = RolloutBuffer(
             train.groups,
@@ -104,13 +104,15 @@ class GroupCollector:
         if self._logged:
             return
         if begun := {index: self._plan(index) for index in self._buffer.begin(self._version)}:
+            drawn = self._sampler.draws()
+            if draws := {index: drawn[index] for index in begun if index in drawn}:
+                self.log.add(Begun(draws))
             self._running |= {index: plan.id for index, plan in begun.items()}
             self._idle.stop()
             self._tasks.add(asyncio.create_task(self._play(begun)))
 
     def _plan(self, index: int) -> GroupPlan:
-        step, k = divmod(index, self._config.train.groups)
-        plan, attempts = self._plans(step)[k], self._buffer.attempts(index)
+        plan, attempts = self._sampler.plan(index), self._buffer.attempts(index)
         return replace(plan, id=f"{plan.id}~{attempts}") if attempts else plan
 
     async def _play(self, begun: Mapping[int, GroupPlan]) -> None:
@@ -180,11 +182,13 @@ class GroupCollector:
         if groups and not found.groups:  # a server refused all of them
             raise none_left(groups, oldest)
         kept = {group.id for group in found.groups}
-        complete = [g for i, g in sorted(by_index.items()) if g.id in kept or i in rejected]
+        complete = [(i, g) for i, g in sorted(by_index.items()) if g.id in kept or i in rejected]
+        first = complete[: self._config.train.groups]
         return replace(
             found,
             rejected=tuple(by_index[index] for index in rejected),
-            sample=tuple(complete[: self._config.train.groups]),
+            sampling=self._sampler.observe(by_index),
+            sample=tuple(group for index, group in first if self._sampler.is_uniform(index)),
         )
 
     # --- checkpoints -------------------------------------------------------------------------
@@ -208,28 +212,40 @@ class GroupCollector:
             for index in map(str, batch.record.restarted):
                 if index in state["attempts"]:
                     state["attempts"][index] -= 1
-        return state
+        return state | {"sampler": self._sampler.save()}
 
     def restore(self, step: int, state: Mapping[str, Any]) -> None:
         """Continue from the checkpoint of `step`, before anything has begun."""
-        ended = self._read_log(step)
+        ended, draws = self._read_log(step)
+        self._sampler.load(state.get("sampler", {}), draws)
         batches = [batch.record for batch in self._logged.values()]
         self._buffer.load(state, step, ended, batches)
         in_batches = [g for batch in self._logged.values() for g in batch.groups.values()]
         self._rollouts.discard_turns([group.id for group in (*ended.values(), *in_batches)])
 
-    def rewind(self, step: int) -> None:
+    def rewind(self, step: int, state: Mapping[str, Any]) -> None:
         """Hand out the batches since the checkpoint of `step` again: the learner is back there."""
-        logged = self._read_log(step)
-        ended = self._buffer.ended()
+        logged, draws = self._read_log(step)
+        drawn, ended = self._sampler.draws(), self._buffer.ended()
+        if missing := {index: drawn[index] for index in drawn if index not in draws}:
+            self.log.add(Begun(missing))
+        self._sampler.load(state.get("sampler", {}), draws | drawn)
         for index, group in ended.items():
             if index not in logged:  # it ended during a checkpoint that was never finished
                 self.log.add(Played(index, group))
 
-    def _read_log(self, step: int) -> dict[int, Group]:
-        """Read batches that closed since the checkpoint; returns groups that are in none."""
+    def _read_log(self, step: int) -> tuple[dict[int, Group], dict[int, float]]:
+        """Read batches that closed since the checkpoint.
+
+        Returns:
+            Groups that are in none, and all draws.
+        """
         ended: dict[int, Group] = {}
+        draws: dict[int, float] = {}
         for record in self.log.read(step):
+            if isinstance(record, Begun):
+                draws |= record.draws
+                continue
             if isinstance(record, Played):
                 ended[record.index] = record.group
                 continue
@@ -237,7 +253,7 @@ class GroupCollector:
             self._logged[record.step] = _LoggedBatch(record, groups)
             for index in record.restarted:
                 ended.pop(index, None)
-        return ended
+        return ended, draws
 
 
 class IdleClock:

@@ -20,11 +20,8 @@ from typing import Any, Protocol
 from rayrl.cluster.open import make_environment
 from rayrl.cluster.rollouts import CollectedGroups
 from rayrl.config import Config
-from rayrl.config.stop_rule import parse_stop_rule
-from rayrl.environment.environment import Environment
 from rayrl.environment.scoring import scores_of
 from rayrl.environment.tasks import task_key
-from rayrl.errors import ConfigError, did_you_mean
 from rayrl.rollout.rollout import GroupPlan
 from rayrl.run.evaluation.intervals import mean_interval, score_interval
 from rayrl.run.folder import RunDir
@@ -33,19 +30,21 @@ from rayrl.run.stage import eval_cells, evaluation_plans, seats_of
 from rayrl.types import Episode, Group
 
 __all__ = [
+    "RESERVED",
     "CellValues",
     "Evaluations",
+    "RolloutBackend",
     "VersionValues",
     "best_evaluation",
-    "check_metrics",
     "eval_metrics",
     "gain",
     "mixes_versions",
     "pass_at_k",
+    "powers",
+    "since_best",
 ]
 
 FOLDER = "evaluations"
-SUFFIXES = ("low", "high", "gain", "gain_low", "gain_high")  # of a metric's own metrics
 RESERVED = ("reward", "version", "failed")  # a score called so is logged as score/NAME
 
 
@@ -106,7 +105,9 @@ class RolloutBackend(Protocol):
         min_version: int,
         on_group: Callable[[Group], None],
         known: Mapping[str, Group],
-    ) -> CollectedGroups: ...
+    ) -> CollectedGroups:
+        """See `cluster.Rollouts`."""
+        ...
 
 
 class Evaluations:
@@ -145,6 +146,10 @@ class Evaluations:
         """Whether that version was evaluated."""
         return version in self._done
 
+    def names(self, version: int) -> list[str]:
+        """What the evaluation of a version measured of each episode: metrics that can be paired."""
+        return [name for name, *_ in self._done[version].metrics()]
+
     def metrics(self, version: int) -> dict[str, float]:
         """Metrics of one evaluation, with its gain over the first; see `eval_metrics`."""
         if version not in self._metrics:
@@ -162,8 +167,8 @@ class Evaluations:
         Raises:
             RunFailed: the environment failed too often (`env.failure_budget`).
         """
-        config = self._config
-        environment = make_environment(config).evaluation(config.env.held_out)
+        config, env = self._config, self._config.env
+        environment = make_environment(config).evaluation(env.held_out, env.duplicates)
         plans = {
             cell: [
                 replace(plan, id=f"eval-{version}-{plan.id}", temperature=config.eval.temperature)
@@ -196,49 +201,6 @@ class Evaluations:
         self._folder.write_json(f"{FOLDER}/{file.stem}.json", asdict(found))
         self._done[version] = found
         return True
-
-    def check_metric(self, key: str, metric: str, version: int) -> None:
-        """Raise ConfigError if the evaluation of `version` has no such metric.
-
-        Args:
-            key: the setting that names it.
-        """
-        names = [name for name, *_ in self._done[version].metrics()]
-        if metric not in (names if key == "run.keep_best" else self.metrics(version)):
-            raise _unknown_metric(key, metric, names)
-
-
-def check_metrics(config: Config, environment: Environment) -> None:
-    """Raise ConfigError if `run.keep_best` or `train.stop_when` names what cannot be measured.
-
-    Called before anything is written. A score that the environment declares but does not return is
-    found by `Evaluations.check_metric`.
-    """
-    declared = [*environment.rewards, *environment.group_rewards, "tool_calls", "tool_errors"]
-    if len(environment.seats) > 1:
-        declared = [f"{seat}.{name}" for seat in environment.seats for name in declared]
-    declared = ["reward", *(f"score/{n}" if n in RESERVED else n for n in declared)]
-    cells = [*eval_cells(config)]
-    prefixes = [f"eval/{cell}" for cell in cells] if len(cells) > 1 else ["eval"]
-    names = list(dict.fromkeys(f"{prefix}/{name}" for prefix in prefixes for name in declared))
-    if (best := config.run.keep_best) and best not in names:
-        raise _unknown_metric("run.keep_best", best, names)
-    if not config.train.stop_when:
-        return
-    metric = parse_stop_rule(config.train.stop_when).metric
-    known = [*names, *(f"{name}/{suffix}" for name in names for suffix in SUFFIXES)]
-    known += [f"{name}/pass@{k}" for name in names for k in _powers(config.eval.samples)]
-    if metric not in (*known, "eval/failed"):
-        raise _unknown_metric("train.stop_when", metric, known, shown=names)
-
-
-def _unknown_metric(
-    key: str, metric: str, known: Sequence[str], shown: Sequence[str] = ()
-) -> ConfigError:
-    return ConfigError(
-        f"{key}: {metric!r} is no metric of the evaluations.{did_you_mean(metric, known)} They "
-        f"have: {', '.join(shown or known)}."
-    )
 
 
 def mixes_versions(group: Group, version: int) -> bool:
@@ -305,7 +267,7 @@ def eval_metrics(
         if set(numbers) <= {0.0, 1.0}:
             metrics |= {
                 f"{metric}/pass@{k}": share
-                for k in _powers(samples)
+                for k in powers(samples)
                 if (share := _mean_pass_at_k(having, k)) is not None
             }
         if first is not None and (found := gain(now, first, metric)) is not None:
@@ -331,6 +293,12 @@ def gain(now: VersionValues, then: VersionValues, metric: str) -> tuple[float, f
         if new is not None and old is not None
     ]
     return mean_interval(*map(list, zip(*pairs, strict=True))) if pairs else None
+
+
+def since_best(evaluations: Sequence[VersionValues], metric: str) -> int:
+    """How many evaluations, of those given oldest first, came after the best one."""
+    best = best_evaluation(evaluations, metric)
+    return sum(one.version > best.version for one in evaluations)
 
 
 def best_evaluation(evaluations: Sequence[VersionValues], metric: str) -> VersionValues:
@@ -370,7 +338,7 @@ def _mean_pass_at_k(samples: Sequence[tuple[int, float]], k: int) -> float | Non
     return statistics.fmean(found) if found else None
 
 
-def _powers(most: int) -> list[int]:
-    """2, 4, … up to `most`, and `most`; pass@1 is the mean."""
+def powers(most: int) -> list[int]:
+    """The k of pass@k: 2, 4, … up to `most`, and `most`; pass@1 is the mean."""
     found = [2**i for i in range(1, most.bit_length())]
     return found if not found or found[-1] == most else [*found, most]
