@@ -73,8 +73,7 @@ def counting(folder: Path) -> dict[str, str]:
 
 def answers(folder: Path) -> list[dict[str, Any]]:
     """Read all answers, lost ones included."""
-    lines = folder.with_suffix(".answers").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+    return read_jsonl(folder.with_suffix(".answers"))
 
 
 def repeated_answers(folder: Path, kills: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
@@ -201,11 +200,7 @@ def run_with_kills(args: argparse.Namespace, folder: Path) -> list[dict[str, Any
 def summary(folder: Path) -> dict[str, Any]:
     """Summarize a finished run."""
     model = folder / "rl2" / "model" / "model.safetensors"
-    rows = [
-        json.loads(line)
-        for stage in ("rl1", "rl2")
-        for line in (folder / stage / "metrics.jsonl").read_text().splitlines()
-    ]
+    rows = [row for stage in ("rl1", "rl2") for row in read_jsonl(folder / stage / "metrics.jsonl")]
     return {
         "updates": len(rows),
         "weights": hashlib.blake2b(model.read_bytes(), digest_size=8).hexdigest(),
@@ -216,7 +211,7 @@ def summary(folder: Path) -> dict[str, Any]:
         "failures": {
             name: sum(row[f"failures/{name}"] for row in rows) for name in ("env", "infra", "stale")
         },
-        "stopped": sum(row["stopped/groups"] for row in rows),
+        "stale groups": sum(row["stale/groups"] for row in rows),
         "turns_replayed": sum(row["turns/replayed"] for row in rows),
         "turns_replay_mismatches": sum(row["turns/replay_mismatches"] for row in rows),
         "answers": len(answers(folder)),

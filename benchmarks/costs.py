@@ -41,9 +41,9 @@ from rayrl.config import AlgoConfig, from_dict
 from rayrl.engine.protocol import Engine
 from rayrl.learner.advantage import advantages
 from rayrl.learner.batch import make_batch
-from rayrl.rollout.encoding import turn_to_bytes
 from rayrl.rollout.episode_io import episode_to_json
 from rayrl.rollout.players import PolicyPlayer
+from rayrl.rollout.records import turn_to_bytes
 from rayrl.rollout.resume import TurnLog
 from rayrl.rollout.rollout import GroupPlan, play_groups
 from rayrl.run.group_log import GroupLog, Played
@@ -121,7 +121,7 @@ def fitted(rows: Sequence[tuple[Sequence[float], float]], names: Sequence[str]) 
     Minimizes the squared *relative* error over all rows but the last, with costs of at least 0.
 
     Returns:
-        Cost by name, and the relative error of the last row as "held out".
+        Cost by name, and the relative error of the last row as "held-out error".
     """
     *used, (last, measured) = rows
     x = np.array([np.array(row) / y for row, y in used])
@@ -133,7 +133,7 @@ def fitted(rows: Sequence[tuple[Sequence[float], float]], names: Sequence[str]) 
         if (some >= 0).all() and off < best:
             best, costs = off, some
     found = {name: float(f"{cost:.3g}") for name, cost in zip(names, costs, strict=True)}
-    return found | {"held out": round(float(np.dot(costs, last) / measured - 1), 3)}
+    return found | {"held-out error": round(float(np.dot(costs, last) / measured - 1), 3)}
 
 
 def driver_work(folder: Path, size: int = 8) -> dict[str, Any]:

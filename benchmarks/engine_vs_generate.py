@@ -20,36 +20,14 @@ import time
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from shapes import SHAPES, config_of
+from transformers import AutoModelForCausalLM
 
 from rayrl.engine.embedded.engine import EmbeddedEngine
 from rayrl.types import Request, Sampling
 
 SAMPLED = 8
 Added = list[list[tuple[int, ...]]]  # [turn][conversation] prompt ids
-
-
-SHAPES: dict[str, dict[str, Any]] = {
-    "embedded": {
-        "hidden_size": 128,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "intermediate_size": 384,
-        "vocab_size": 400,
-        "max_position_embeddings": 1024,
-    },
-    "135M": {
-        "hidden_size": 576,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "intermediate_size": 1536,
-        "vocab_size": 49152,
-        "max_position_embeddings": 8192,
-        "tie_word_embeddings": True,
-    },
-}
 
 
 def load(args: argparse.Namespace) -> Any:
@@ -59,7 +37,7 @@ def load(args: argparse.Namespace) -> Any:
         return model.to(args.device)
     torch.manual_seed(0)
     with torch.device(args.device):
-        return LlamaForCausalLM(LlamaConfig(**SHAPES[args.shape]))
+        return AutoModelForCausalLM.from_config(config_of(args.shape))
 
 
 def copy_rate(device: str) -> float:

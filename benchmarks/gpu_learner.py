@@ -39,7 +39,8 @@ from typing import Any
 import numpy as np
 import torch
 from learner_step import finish, make_rows, padded_step
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from shapes import SHAPES, config_of
+from transformers import AutoModelForCausalLM
 
 from rayrl.config import AlgoConfig, Config
 from rayrl.learner import attention as trie_attention
@@ -50,38 +51,6 @@ from rayrl.learner.forward import loss_of, token_logprobs
 from rayrl.learner.logits import chosen_logprobs
 from rayrl.learner.loss import Objective
 from rayrl.learner.packing import IntArray, pack
-
-MODELS: dict[str, Any] = {
-    "tiny": lambda: LlamaConfig(
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=128,
-        vocab_size=512,
-        max_position_embeddings=2048,
-    ),
-    "135M": lambda: LlamaConfig(
-        hidden_size=576,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        intermediate_size=1536,
-        vocab_size=49152,
-        max_position_embeddings=8192,
-        tie_word_embeddings=True,
-    ),
-    "1.5B": lambda: Qwen2Config(
-        hidden_size=1536,
-        num_hidden_layers=28,
-        num_attention_heads=12,
-        num_key_value_heads=2,
-        intermediate_size=8960,
-        vocab_size=151936,
-        max_position_embeddings=32768,
-        tie_word_embeddings=True,
-    ),
-}
 
 
 def conversations(n: int, group: int) -> list[Trajectory]:
@@ -193,7 +162,7 @@ def attention(
     torch.manual_seed(0)
     with torch.device(device):
         model: Any = AutoModelForCausalLM.from_config(
-            MODELS[name](), dtype=torch.bfloat16, attn_implementation=IMPLEMENTATION
+            config_of(name), dtype=torch.bfloat16, attn_implementation=IMPLEMENTATION
         )
     rows = list(batch.rows)
     objective = Objective.of(AlgoConfig(loss="cispo", tis_max=2.0))
@@ -278,7 +247,7 @@ def steps(
     shared = Path("/dev/shm") if Path("/dev/shm").is_dir() else None
     with tempfile.TemporaryDirectory(dir=shared) as folder:
         with torch.device(device):
-            model: Any = AutoModelForCausalLM.from_config(MODELS[name](), dtype=torch.bfloat16)
+            model: Any = AutoModelForCausalLM.from_config(config_of(name), dtype=torch.bfloat16)
         head = model.get_output_embeddings().weight.numel()
         body = sum(p.numel() for p in model.parameters()) - head  # tied: the embedding is the head
         model.save_pretrained(folder)
@@ -337,7 +306,7 @@ def profile(name: str, batch: Batch, device: str, tokens: int) -> None:
     """Print what a step in bf16 with ZeRO 1 spends its time on."""
     with tempfile.TemporaryDirectory() as folder:
         with torch.device(device):
-            model: Any = AutoModelForCausalLM.from_config(MODELS[name](), dtype=torch.bfloat16)
+            model: Any = AutoModelForCausalLM.from_config(config_of(name), dtype=torch.bfloat16)
         model.save_pretrained(folder)
         del model
         learner = learner_of(folder, CASES[0], device, tokens)
@@ -433,7 +402,7 @@ def product_rate(device: str) -> float:
 def main() -> None:
     """Print the two tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--models", nargs="+", default=["135M", "1.5B"], choices=list(MODELS))
+    parser.add_argument("--models", nargs="+", default=["135M", "1.5B"], choices=list(SHAPES))
     parser.add_argument("--rows", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--device", default="cuda")

@@ -26,6 +26,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rayrl.run.files import read_jsonl
+
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE / "peers"))
 import talk
@@ -69,8 +71,7 @@ def ours(options: argparse.Namespace, mode: str, dtype: str) -> Side:
             f"run.dir={folder}/run",
         ]
         subprocess.run([sys.executable, "-m", "rayrl", "train", *settings], check=True)
-        lines = Path(f"{folder}/run/metrics.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines][1:]
+        rows = read_jsonl(Path(f"{folder}/run/metrics.jsonl"))[1:]
     return Side(
         f"rayrl {dtype}",
         statistics.median(row["time/total"] for row in rows),

@@ -12,7 +12,6 @@ include the effect of other load on the machine.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 from collections.abc import Sequence
@@ -24,12 +23,13 @@ from rayrl.commands import recipe
 from rayrl.commands.evaluate import FILE
 from rayrl.config import Config
 from rayrl.report.table import Result
+from rayrl.run.files import read_jsonl
 from rayrl.run.stage import MODEL
 
 # Student's t, two-sided 95%, by degrees of freedom
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 PHASES = ("rl1", "rl2", "eval_rl2")
-STATISTICS = ("win", "draw", "loss", "drawn", "losing", "lag", "stopped", "seconds")
+STATISTICS = ("win", "draw", "loss", "drawn", "losing", "lag", "stale groups", "seconds")
 
 
 def part(settings: Sequence[str], stages: Sequence[str], folder: Path, model: str = "") -> Config:
@@ -47,17 +47,13 @@ def statistics_of(folder: Path) -> dict[str, float]:
         name: result.cells[name].statistics["win/draw/loss"] for name in ("random", "optimal")
     }
     values = {name: share.to_dict()["shares"] for name, share in shares.items()}
-    steps = [
-        json.loads(line)
-        for phase in PHASES[:2]
-        for line in (folder / phase / "metrics.jsonl").read_text().splitlines()
-    ]
+    steps = [row for phase in PHASES[:2] for row in read_jsonl(folder / phase / "metrics.jsonl")]
     return {
         **{name: 100 * values["random"][name]["value"] for name in ("win", "draw", "loss")},
         "drawn": 100 * values["optimal"]["draw"]["value"],
         "losing": result.checks["unbeatable"]["losing"],
         "lag": statistics.mean(step["lag/mean"] for step in steps),
-        "stopped": sum(step["stopped/groups"] for step in steps),
+        "stale groups": sum(step["stale/groups"] for step in steps),
         "seconds": sum(step["time/total"] for step in steps),
     }
 

@@ -17,6 +17,7 @@ import time
 import numpy as np
 import torch
 import torch.nn.functional as F
+from shapes import SHAPES
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from rayrl.config import AlgoConfig
@@ -25,16 +26,6 @@ from rayrl.learner.batch import Totals, Trajectory, batch_of, micro_batches
 from rayrl.learner.forward import loss_of
 from rayrl.learner.loss import Objective
 from rayrl.learner.packing import pack
-
-SHAPE = {
-    "hidden_size": 128,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "intermediate_size": 384,
-    "vocab_size": 400,
-    "max_position_embeddings": 1024,
-}
 
 
 def make_rows(n: int, group: int, seed: int = 0) -> list[Trajectory]:
@@ -115,19 +106,20 @@ def finish(device: str) -> None:
 
 
 def main() -> None:
+    base = SHAPES["embedded"]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--group", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--hidden", type=int, default=SHAPE["hidden_size"])
-    parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"])
+    parser.add_argument("--hidden", type=int, default=base["hidden_size"])
+    parser.add_argument("--layers", type=int, default=base["num_hidden_layers"])
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    shape = SHAPE | {
+    shape = base | {
         "hidden_size": args.hidden,
         "num_hidden_layers": args.layers,
         "intermediate_size": 3 * args.hidden,

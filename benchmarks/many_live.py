@@ -31,7 +31,7 @@ from fake_engine import FakeEngine, counts_of
 import rayrl
 from rayrl import Agent, Sampling, Scores, Task
 from rayrl.chat.renderer import Chat
-from rayrl.cluster.session import GC_THRESHOLD
+from rayrl.cluster.actors import GC_THRESHOLD
 from rayrl.engine.protocol import Engine
 from rayrl.rollout.players import PolicyPlayer
 from rayrl.rollout.rollout import GroupPlan, play_groups

@@ -10,12 +10,13 @@ folder; any `key=value` overrides them. The first step is a warm-up and is left 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+
+from rayrl.run.files import read_jsonl
 
 PREFIX = "time/"
 WARM_UP = 1
@@ -23,7 +24,7 @@ WARM_UP = 1
 
 def read(run: Path) -> list[dict[str, float]]:
     """Read the rows of a run's metrics."""
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return read_jsonl(run / "metrics.jsonl")
 
 
 def table(rows: Sequence[Mapping[str, float]]) -> str:

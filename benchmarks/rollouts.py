@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=1000)
     parser.add_argument("--concurrency", type=int, nargs="+", default=[64, 256])
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--ray", action="store_true", help="also through hosts and Serve")
+    parser.add_argument("--ray", action="store_true", help="also through env workers and Serve")
     parser.add_argument("--peer", default="", help="a Python that has verifiers<0.4")
     options = parser.parse_args()
     n, repeat = options.episodes, options.repeat

@@ -15,7 +15,6 @@ up to that evaluation, and their ratio to those of `uniform` with the same seed.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -25,6 +24,7 @@ from typing import Any
 from lags import part, row  # in this folder
 
 from rayrl.commands import recipe
+from rayrl.run.files import read_jsonl
 from rayrl.run.stage import MODEL
 
 STAGES = ("synth", "sft", "rl1", "rl2")
@@ -40,7 +40,7 @@ IN_A_ROW = 2  # evaluations that must have the score
 def steps_of(folder: Path, phases: Sequence[str]) -> list[Mapping[str, Any]]:
     """The metrics of every step of the phases that were run, one after the other."""
     files = [folder / phase / "metrics.jsonl" for phase in phases]
-    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    return [step for file in files for step in read_jsonl(file)]
 
 
 def episodes_until(steps: Sequence[Mapping[str, Any]], metric: str, score: float) -> float:

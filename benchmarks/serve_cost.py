@@ -3,10 +3,10 @@
     python benchmarks/serve_cost.py [--live 128] [--turns 8] [--step-ms 4]
 
 A stand-in engine answers each request after a random number of steps of `--step-ms`, as with
-continuous batching: some requests finish at each step. One host keeps `--live` conversations going.
-Compared: the engine in the host's own process (nothing between), the batching client over Serve
-(what env workers use), and a call of the Serve handle per request. Printed as JSON: turns per
-second, CPU milliseconds per turn of host and replica, and milliseconds added to a turn of a
+continuous batching: some requests finish at each step. One worker keeps `--live` conversations
+going. Compared: the engine in the worker's own process (nothing between), the batching client over
+Serve (what env workers use), and a call of the Serve handle per request. Printed as JSON: turns per
+second, CPU milliseconds per turn of worker and replica, and milliseconds added to a turn of a
 conversation.
 """
 
@@ -102,7 +102,7 @@ class Counting(ServeReplicas):
         return await super().submit(index, requests, released)
 
 
-class Host:
+class Worker:
     """Keeps conversations going and times it."""
 
     async def play(self, kind: str, app: str, live: int, turns: int, step_s: float) -> Any:
@@ -130,7 +130,7 @@ class Host:
         return {
             "turns_per_s": round(n / wall),
             "seconds": round(wall, 2),
-            "host_cpu_ms_per_turn": round(1000 * cpu / n, 3),
+            "worker_cpu_ms_per_turn": round(1000 * cpu / n, 3),
             "calls": len(counting.sizes),
             "requests_per_call": round(n / max(1, len(counting.sizes)), 1),
         }
@@ -150,12 +150,12 @@ def main() -> None:
         asyncio.run(
             deploy(session, config, partial(StandIn, step_s), app="serve-cost", store=False)
         )
-        host = ray.remote(num_cpus=0)(Host).remote()
+        worker = ray.remote(num_cpus=0)(Worker).remote()
         found = {}
         for kind in ("in process", "batched", "a call each", "a call each, by reference"):
             accounts = Accounts()
             found[kind] = ray.get(
-                host.play.remote(kind, "serve-cost", args.live, args.turns, step_s)
+                worker.play.remote(kind, "serve-cost", args.live, args.turns, step_s)
             )
             turns = args.live * (args.turns + 1)  # the first, which is not timed, included
             cpu_s = accounts.spent()["replica"]

@@ -84,7 +84,7 @@ class Workload:
 
     Attributes:
         turns: per episode; ids: sampled per turn; prompt: prompt ids added per turn.
-        env_s: CPU seconds per turn of the environment's own code, on its host.
+        env_s: CPU seconds per turn of the environment's own code, on its env worker.
         tool_s: seconds per turn that something outside takes, without this cluster's CPU.
         engine_ids_s: ids per second of a full replica; step_s: of one id of one conversation.
         spread: standard deviation of a turn's time relative to its mean.
@@ -193,7 +193,7 @@ def stations_of(
     calls = messages(rate / pairs, pace(answer_s) + late_s, max(live / pairs, 1.0), spread_s)
     context = (work.turns - 1) / 2 * (work.ids + work.prompt) + work.prompt  # on average
     wire = costs["wire"]["id"] * context
-    host, replica, batch = costs["hop env worker"], costs["hop replica"], costs["driver"]["batch"]
+    worker, replica, batch = costs["hop env worker"], costs["hop replica"], costs["driver"]["batch"]
     groups = rate / work.turns / work.size
     driver = batch["turn"] + batch["id"] * work.ids + batch["episode"] / work.turns
     driver += costs["driver message"] / (1 + PAUSE_S * groups) / work.size / work.turns
@@ -201,15 +201,15 @@ def stations_of(
     kept = work.ids + work.prompt
     bytes_a_turn = 2 * (600 + 12 * work.ids + 3 * kept)  # to the recorder, and in the group
     engine = work.ids / work.engine_ids_s if work.engine_ids_s else 0.0
-    at_host = host["request"] + host["message"] * calls + work.env_s + wire
+    at_worker = worker["request"] + worker["message"] * calls + work.env_s + wire
     at_replica = replica["request"] + replica["message"] * calls + wire
     slowdown = 1 + late_s / PAUSE_S  # periodic work, mostly sending, is delayed too
-    steady = host["second"] / slowdown, replica["second"] / slowdown
+    steady = worker["second"] / slowdown, replica["second"] / slowdown
     if not place.cores:  # periodic work takes its share of a core
-        at_host /= 1 - steady[0]
+        at_worker /= 1 - steady[0]
         at_replica /= 1 - steady[1]
     stations = [
-        Station("env workers", at_host, workers),
+        Station("env workers", at_worker, workers),
         Station("replicas' Python", at_replica, replicas),
         Station("engines", engine, replicas),
         Station("recorder", recorded + 12e-6 * costs["put per MB"]["MB"] * work.ids),
@@ -261,7 +261,7 @@ def _served(
         rate = (rate + new) / 2
     loops = [s for s in stations if s.name in PYTHON and s.name in queue]
     queued_s = sum(queue[s.name] / new - s.demand_s for s in loops)
-    return new, max(queued_s, 0.0) / 4  # a turn passes the host's loop twice and the replica's
+    return new, max(queued_s, 0.0) / 4  # a turn passes the worker's loop twice and the replica's
 
 
 def push_of(costs: Mapping[str, Any], work: Workload, place: Cluster) -> float:
@@ -328,7 +328,7 @@ WORKLOADS = [
         Cluster(1, workers=4, replicas=4),
     ),
     # ASSUMED: the same nodes and model; 50 turns of 200 ids, tools that take 2 s and answer 400
-    # ids, so that contexts grow to 30,000; engines at 3,000 ids/s for it; 5 ms of the host's CPU.
+    # ids, so that contexts grow to 30,000; engines at 3,000 ids/s for it; 5 ms of the worker's CPU.
     (
         Workload(
             "2.6B parameters, 50 turns with tools",

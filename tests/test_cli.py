@@ -500,7 +500,7 @@ def test_plan_shows_what_each_stage_reserves(capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.parametrize(("most", "said"), [(0, "2 × 0 cpu"), (5, "2 (to 5 while groups wait) × ")])
-def test_plan_says_how_many_hosts_there_may_be(
+def test_plan_says_how_many_env_workers_there_may_be(
     most: int, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main(["plan", "env=tictactoe", "cluster.env_workers=2", f"cluster.env_workers_max={most}"])

@@ -23,7 +23,7 @@ import rayrl
 from rayrl import Agent, Environment, ScriptedPlayer, check_env, cli, load_env, play_group
 from rayrl.api import configure
 from rayrl.cluster.rollouts import CollectedGroups
-from rayrl.cluster.workers.scaling import Load
+from rayrl.cluster.workers.worker_pool import Load
 from rayrl.config import from_dict, leaves, validate
 from rayrl.config.registry import load_module
 from rayrl.learner.advantage import advantages
@@ -281,7 +281,7 @@ def test_every_metric_of_a_step_is_explained_and_the_algorithm_of_ones_own_runs(
     for stage in re.findall(r'clock\("(\w+)"\)', text):
         with clock(stage):
             pass
-    played = CollectedGroups((group,), stopped=(group,), idle_s=0.0, load=Load(1, 0, 0))
+    played = CollectedGroups((group,), stale_groups=(group,), idle_s=0.0, load=Load(1, 0, 0))
     metrics = step_metrics(0, played, batch, learned, clock)
     text = (ROOT / "docs/training.md").read_text("utf-8")
     rows = set(re.findall(r"`([\w/]+)`", "".join(re.findall(r"^\| `.*?\|", text, re.M))))

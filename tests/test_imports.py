@@ -202,6 +202,35 @@ def test_environments_use_the_public_names_only() -> None:
     assert not wrong
 
 
+def names_in(tree: ast.Module) -> set[str]:
+    """Whatever a module defines, assigns or imports, at its top or further down."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            found |= {alias.asname or alias.name for alias in node.names}
+    return found
+
+
+def test_scripts_import_what_there_is() -> None:
+    """Benchmarks and jobs, which nobody runs after every change."""
+    wrong = []
+    names = {name_of(file): names_in(ast.parse(file.read_text("utf-8"))) for file in modules()}
+    for file in (f for folder in ("benchmarks", "jobs") for f in (ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] == "rayrl":
+                module = str(node.module)
+                wrong += [
+                    f"{file.name}:{node.lineno}: {module} has no {name}"
+                    for name in (alias.name for alias in node.names)
+                    if name not in names.get(module, ()) and f"{module}.{name}" not in names
+                ]
+    assert not wrong
+
+
 def test_actors_that_do_not_serve_start_without_serve() -> None:
     """It takes half a second, in every process of theirs."""
     words = ["learner_group", "workers.turn_log", "weight_sync.weight_store"]

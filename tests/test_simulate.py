@@ -77,9 +77,9 @@ def test_messages_travel_together(model: Any) -> None:
 
 
 def test_a_busy_loop_is_late_and_therefore_cheaper(model: Any) -> None:
-    """A call costs host and replica 5 ms, the requests in it nothing: 2 cores carry 400 calls/s.
+    """A call costs worker and replica 5 ms, the requests in it nothing: 2 cores carry 400 calls/s.
 
-    1,000 episodes with answers of 1 s could make nearly 1,000 turns a second. One host's messages
+    1,000 episodes with answers of 1 s could make nearly 1,000 turns a second. One worker's messages
     wait 10 ms, so that 1 / (1 + 1000 * 0.01) of 1,000 requests, 91, are calls: no need to be late.
     With answers at once they wait 1 ms: at a rate x, x / (1 + x / 1000) < 400 is full at x = 667,
     were messages not late.
@@ -102,7 +102,7 @@ def work(model: Any, **more: Any) -> Any:
 
 def test_a_step(model: Any) -> None:
     place = model.Cluster(1, workers=10, replicas=10)
-    # ten turns of 1 s and the pace of both ways, 20 ms; host, replica and driver: 1.6 ms; then 3 s
+    # ten turns of 1 s and the pace of both ways, 20 ms; worker, replica, driver: 1.6 ms; then 3 s
     one = model.outcome(NOTHING, work(model), place)
     assert one.play_s == pytest.approx(10 * (1.02 + 0.0016), rel=2e-3)
     assert one.step_s == pytest.approx(one.play_s + 3, rel=1e-6)

@@ -18,15 +18,17 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, get_args
 
-from rayrl.chat.template import fold, gap_before_eos, without_punctuation
 from rayrl.chat.tokenizer import (
     TextTokenizer,
     byte_level_alphabet,
     control_ids,
     copy_backend,
+    fold,
+    gap_before_eos,
     load_tokenizer,
     max_token_chars,
     tokenizer_name,
+    without_punctuation,
 )
 from rayrl.chat.tools import (
     CALL_MARKS,

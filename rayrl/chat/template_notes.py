@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from rayrl.chat.renderer import Chat
-from rayrl.chat.template import gap_before_eos, render
+from rayrl.chat.tokenizer import gap_before_eos, render
 from rayrl.types import assistant, system, user
 
 __all__ = ["describe_template"]

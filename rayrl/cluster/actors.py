@@ -1,4 +1,4 @@
-"""What actors need where they begin.
+"""Where actors and tasks begin and end: what a process needs, and how Ray says that it is gone.
 
 It does not import Serve, which takes half a second: the learner's ranks and the small actors beside
 the driver have no use for it.
@@ -6,15 +6,29 @@ the driver have no use for it.
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import os
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
 
 import ray
+from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, WorkerCrashedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-__all__ = ["beside_driver", "import_variables", "prepare_process"]
+__all__ = [
+    "ACTOR_DIED",
+    "beside_driver",
+    "import_variables",
+    "kill_actor",
+    "on_failure",
+    "prepare_process",
+]
 
 GC_THRESHOLD = 50_000  # new objects before a garbage collection
+ACTOR_DIED = (RayActorError, OutOfMemoryError, NodeDiedError, WorkerCrashedError)
+"""Died, or killed by Ray because its node had no memory left (which is an error of its own)."""
 
 
 def beside_driver() -> NodeAffinitySchedulingStrategy:
@@ -46,3 +60,19 @@ def import_variables(threads: int) -> dict[str, str]:
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TRANSFORMERS_VERBOSITY": "error",
     }
+
+
+def kill_actor(actor: Any) -> None:
+    """End an actor, if it is there."""
+    with suppress(Exception):  # it may be dead already
+        ray.kill(actor)
+
+
+def on_failure(call: Callable[[BaseException], None]) -> Callable[[asyncio.Task[Any]], None]:
+    """A done callback of tasks that passes on what they raised; being cancelled is no failure."""
+
+    def done(task: asyncio.Task[Any]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            call(error)
+
+    return done

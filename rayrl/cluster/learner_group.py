@@ -19,11 +19,10 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rayrl.cluster import by_value
-from rayrl.cluster.actors import prepare_process
-from rayrl.cluster.gone import ACTOR_DIED
-from rayrl.cluster.weight_sync.topology import transport_of
+from rayrl.cluster.actors import ACTOR_DIED, prepare_process
 from rayrl.cluster.weight_sync.weight_store import Published
 from rayrl.config import Config
+from rayrl.config.sync import transport_of
 from rayrl.errors import InfraError, LearnerLost, RayrlError, RunFailed
 from rayrl.learner.batch import Batch, Trajectory, shard
 from rayrl.weights.broadcast import BroadcastGroup, Plan, Rendezvous, open_rendezvous, send

@@ -20,11 +20,11 @@ from rayrl.cluster.serving.replica import deploy, replica_engine, undeploy
 from rayrl.cluster.session import Session, open_session
 from rayrl.cluster.weight_sync.probe import Probe
 from rayrl.cluster.weight_sync.push import WeightSync, open_store
-from rayrl.cluster.weight_sync.topology import transport_of
 from rayrl.cluster.weight_sync.transports import open_transport
 from rayrl.cluster.workers.env_worker import POLICY, WorkerJob
 from rayrl.config import Config
 from rayrl.config.registry import is_object
+from rayrl.config.sync import transport_of
 from rayrl.engine import open_engine
 from rayrl.environment.environment import Environment
 from rayrl.environment.registry import load_env

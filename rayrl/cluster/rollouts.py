@@ -18,11 +18,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
+from rayrl.cluster.actors import kill_actor
 from rayrl.cluster.workers.env_worker import WorkerJob, start_worker
-from rayrl.cluster.workers.scaling import Load
 from rayrl.cluster.workers.turn_log import start_recorder
-from rayrl.cluster.workers.worker_pool import WorkerPool
-from rayrl.cluster.workers.worker_process import kill_actor
+from rayrl.cluster.workers.worker_pool import Load, WorkerPool
 from rayrl.errors import RunFailed, safe_repr
 from rayrl.rollout.rollout import GroupPlan
 from rayrl.types import Episode, Failure, Group
@@ -48,7 +47,7 @@ class CollectedGroups(Sequence[Group]):
             are trained on or were rejected, without those that were drawn by difficulty: how the
             policy plays, whatever was chosen to learn from; None: `groups`.
         sampling: metrics of what tasks were drawn, see `TaskSampler.observe`.
-        stopped: groups that were cancelled as too old; their tasks are played again.
+        stale_groups: groups that became too old; their tasks are played again.
         waiting: number of complete groups that are ready for a later batch.
         live: number of groups that are being played.
         idle_s: seconds since the last batch in which nothing was played; None with max_lag=0, where
@@ -65,7 +64,7 @@ class CollectedGroups(Sequence[Group]):
     rejected: tuple[Group, ...] = ()
     sample: tuple[Group, ...] | None = None
     sampling: Mapping[str, float] = field(default_factory=dict)
-    stopped: tuple[Group, ...] = ()
+    stale_groups: tuple[Group, ...] = ()
     waiting: int = 0
     live: int = 0
     idle_s: float | None = None

@@ -68,7 +68,10 @@ class Telemetry:
                 if math.isfinite(value):
                     exported, tags = _exported_name(name)
                     if name in COUNTED or exported == "rayrl_failures":
-                        self._count(exported, value, tags)
+                        tags = {"run": self._run, **tags}
+                        counter = self._metric(Counter, exported, tags)
+                        if value > 0:  # Ray's counters refuse an increment of 0
+                            counter.inc(value, tags=tags)
                     else:
                         gauges.append(self._gauge(exported, value, tags))
             for name, on in alarms.items():
@@ -83,12 +86,6 @@ class Telemetry:
     ) -> tuple[Any, float, dict[str, str]]:
         tags = {"run": self._run, **(tags or {})}
         return self._metric(Gauge, name, tags), float(value), tags
-
-    def _count(self, name: str, value: float, tags: Mapping[str, str]) -> None:
-        tags = {"run": self._run, **tags}
-        metric = self._metric(Counter, name, tags)
-        if value > 0:  # Ray's counters refuse an increment of 0
-            metric.inc(value, tags=tags)
 
     def _metric(self, kind: type[Any], name: str, tags: Mapping[str, str]) -> Any:
         if name not in self._metrics:

@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import Any
 
 from rayrl.cluster import cluster_address
-from rayrl.cluster.weight_sync.topology import transport_of
 from rayrl.config import (
     ClusterConfig,
     Config,
@@ -18,6 +17,7 @@ from rayrl.config import (
     stage_config,
     validate,
 )
+from rayrl.config.sync import transport_of
 from rayrl.errors import ConfigError, RunFailed
 from rayrl.run.stage import template_notes
 from rayrl.run.start_check import (

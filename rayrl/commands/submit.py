@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import rayrl.cluster  # noqa: F401  # finds the token, if there is one
@@ -96,10 +97,14 @@ def command(given: argparse.Namespace, folder: Path) -> list[str]:
         if arguments.verb in WRITING:
             _check_folder(config.run.dir)
     code_bundle.write_bundle(folder, named, arguments.config_dir, functions)
-    runtime = {"env_vars": {**code_bundle.forwarded_variables(os.environ), **_values(given.env)}}
+    runtime: dict[str, Any] = {
+        "env_vars": {**code_bundle.forwarded_variables(os.environ), **_values(given.env)}
+    }
+    if given.pip:
+        runtime["pip"] = list(given.pip)
     line = [*RAY, "job", "submit", "--address", os.environ.get("RAY_ADDRESS") or ADDRESS]
     line += ["--working-dir", str(folder)]
-    line += ["--runtime-env-json", json.dumps({**runtime, **_pip(given.pip)})]
+    line += ["--runtime-env-json", json.dumps(runtime)]
     line += ["--no-wait"] if given.no_wait else []
     return [*line, "--", "python", code_bundle.START, *_plain(words)]
 
@@ -140,10 +145,6 @@ def _values(pairs: Sequence[str]) -> dict[str, str]:
             raise ConfigError(f"--env {name}: that variable is not set here.")
         found[name] = value if equals else os.environ[name]
     return found
-
-
-def _pip(requirements: Sequence[str]) -> dict[str, list[str]]:
-    return {"pip": list(requirements)} if requirements else {}
 
 
 def _plain(words: Sequence[str]) -> list[str]:

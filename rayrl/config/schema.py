@@ -364,8 +364,8 @@ class ClusterConfig:
     )
     fork_workers: bool = setting(
         False,
-        "fork a local Ray's workers from one process that has imported what they need, which starts "
-        "a run in less time and memory (Linux); new, and not yet the default",
+        "fork a local Ray's workers from one process that has imported torch: a run starts in less "
+        "time and memory (Linux); new, and not yet the default",
     )
     object_store_gb: float = setting(
         0.5,

@@ -1,11 +1,11 @@
-"""Whether learners and replicas can share weights, and GPUs, in the way that was asked for."""
+"""How weights reach the replicas, and whether learners and replicas can share them, and GPUs."""
 
 from __future__ import annotations
 
 from rayrl.config.schema import Config
 from rayrl.errors import ConfigError
 
-__all__ = ["check_sync"]
+__all__ = ["check_sync", "transport_of"]
 
 
 def check_sync(config: Config) -> None:
@@ -97,3 +97,17 @@ def _check_colocated(config: Config) -> None:
 
 def _wrong(what: str, why: str) -> ConfigError:
     return ConfigError(f"cluster.{what}: {why}")
+
+
+def transport_of(config: Config) -> str:
+    """Resolve `cluster.sync` to object_store, nccl, gloo or adapters.
+
+    auto is nccl if learners and vLLM replicas have whole GPUs of their own on more than one node
+    (`cluster.placement` spreads them), otherwise object_store.
+    """
+    cluster = config.cluster
+    if cluster.sync != "auto":
+        return cluster.sync
+    separate = cluster.placement in ("SPREAD", "STRICT_SPREAD") and not cluster.colocate
+    gpus = cluster.learner_gpus >= 1 and cluster.replica_gpus >= 1
+    return "nccl" if config.engine.kind == "vllm" and separate and gpus else "object_store"

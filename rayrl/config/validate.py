@@ -70,7 +70,7 @@ def _check(config: Config, verb: str, *, chained: bool = False) -> None:
                 key,
                 config.cluster.most_env_workers,
                 f"{asking} shares endpoint.concurrency={config.endpoint.concurrency} among the "
-                f"hosts, and each needs 1; lower {key} or raise it.",
+                f"env workers, and each needs 1; lower {key} or raise it.",
             )
     if verb == "recipe" and not config.recipe:
         raise ConfigError(

@@ -36,6 +36,7 @@ from rayrl.learner.forward import (
     scheduled_lr,
     with_logprobs,
 )
+from rayrl.learner.logits import shares_prefixes
 from rayrl.learner.lora import (
     ADAPTER,
     LazyWeight,
@@ -47,7 +48,6 @@ from rayrl.learner.lora import (
 from rayrl.learner.loss import SFT, Loss, Objective, resolve_loss
 from rayrl.learner.probe import longest_row
 from rayrl.learner.readback import misfit, probe_rows
-from rayrl.learner.rows import shares_prefixes
 from rayrl.types import derive_seed
 from rayrl.weights.flat import Manifest, layout, put, unflatten
 from rayrl.weights.loading import stored_names

@@ -117,7 +117,11 @@ def make_batch(
                 f"group {group.id!r}: episode {failed.id!r} has no reward; repair or drop the group"
             )
         if not isinstance(by_seat, Mapping):
-            by_seat = _per_turn(group, by_seat)
+            by_seat = {
+                (episode.index, seat): (value,) * len(episode.turns_of(seat))
+                for episode, value in zip(group.episodes, by_seat, strict=True)
+                for seat in group.trainable
+            }
         zero_variance_groups += not any(any(values) for values in by_seat.values())
         for episode in group.episodes:
             for seat in group.trainable:
@@ -135,14 +139,6 @@ def make_batch(
         "loss_tokens": totals.tokens,
     }
     return Batch(kept, totals, stats)
-
-
-def _per_turn(group: Group, values: Sequence[float]) -> dict[tuple[int, str], tuple[float, ...]]:
-    return {
-        (episode.index, seat): (value,) * len(episode.turns_of(seat))
-        for episode, value in zip(group.episodes, values, strict=True)
-        for seat in group.trainable
-    }
 
 
 def _rows(

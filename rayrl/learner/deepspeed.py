@@ -34,7 +34,7 @@ from rayrl.learner.base import Learner
 from rayrl.learner.forward import Tally, scheduled_lr
 from rayrl.learner.lora import adapts_fused_weights
 from rayrl.learner.loss import Loss
-from rayrl.learner.state import read_state
+from rayrl.weights.loading import read_state
 
 __all__ = ["DeepSpeedLearner"]
 

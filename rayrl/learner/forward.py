@@ -22,11 +22,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from rayrl.config import LearnerConfig
 from rayrl.errors import ConfigError
 from rayrl.learner.batch import Totals, Trajectory, micro_batches
-from rayrl.learner.logits import chosen_logprobs
+from rayrl.learner.logits import chosen_logprobs, logits_before, shares_prefixes
 from rayrl.learner.loss import LossInputs, Objective, objective_loss
 from rayrl.learner.packing import Packed, pack
 from rayrl.learner.probe import choose_attention, longest_row
-from rayrl.learner.rows import logits_before, shares_prefixes
 from rayrl.weights.loading import load_causal_lm
 from rayrl.weights.model_dir import model_dir
 

@@ -150,7 +150,8 @@ def lazy_weights(model: Any, *, adapters: bool = False) -> Iterator[LazyWeight]:
         if layer := layers.get(id(tensor)):
             yield _merged(_plain_name(name), layer, tensor)
         else:
-            yield _plain(name if adapters else _plain_name(name), tensor)
+            name = name if adapters else _plain_name(name)
+            yield LazyWeight(name, (tensor,), _shape(tensor), tensor.dtype, tensor.detach)
 
 
 def adapts_fused_weights(model: Any) -> bool:
@@ -196,10 +197,6 @@ def _delta(layer: Any) -> Tensor:
 
 def _plain_name(name: str) -> str:
     return _LAYERS.sub(".", name.removeprefix(_WRAPPED))
-
-
-def _plain(name: str, tensor: Tensor) -> LazyWeight:
-    return LazyWeight(name, (tensor,), _shape(tensor), tensor.dtype, tensor.detach)
 
 
 def _merged(name: str, layer: Any, weight: Tensor) -> LazyWeight:

@@ -1,8 +1,8 @@
 """Check a model before training: are a row's logits deterministic and independent of other rows?
 
 The checks compute a few short rows and do not go by the model's name: whether two passes are equal,
-whether a row's logits depend on the rows beside it, and whether the trie (`rows.py`) gives what the
-model's own attention gives each row alone. They include rows longer than the windows and chunks
+whether a row's logits depend on the rows beside it, and whether the trie (`logits.py`) gives what
+the model's own attention gives each row alone. They include rows longer than the windows and chunks
 that the config names, and the last positions that the run can reach.
 """
 
@@ -20,8 +20,8 @@ from torch import Tensor
 
 from rayrl.errors import ConfigError
 from rayrl.learner.attention import IMPLEMENTATION, BeyondWindow
+from rayrl.learner.logits import logits_before
 from rayrl.learner.packing import Packed, pack
-from rayrl.learner.rows import logits_before
 
 __all__ = ["choose_attention", "longest_row"]
 

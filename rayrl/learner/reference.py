@@ -12,7 +12,7 @@ from rayrl.config import Config
 from rayrl.learner.base import Learner
 from rayrl.learner.forward import Tally, scheduled_lr
 from rayrl.learner.loss import Loss
-from rayrl.learner.state import read_state
+from rayrl.weights.loading import read_state
 
 __all__ = ["ReferenceLearner"]
 
@@ -64,16 +64,12 @@ class ReferenceLearner(Learner):
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
-            self._round()
+            if self._masters is not self._parameters:
+                with torch.no_grad():  # into the model's weights, rounded
+                    for master, parameter in zip(self._masters, self._parameters, strict=True):
+                        parameter.copy_(master)
         self.optimizer.zero_grad(set_to_none=True)
         return norm if finite else math.nan
-
-    def _round(self) -> None:
-        """Copy the fp32 masters into the model's weights, rounded."""
-        if self._masters is not self._parameters:
-            with torch.no_grad():
-                for master, parameter in zip(self._masters, self._parameters, strict=True):
-                    parameter.copy_(master)
 
     def _reduce(self, vector: Tensor, op: str) -> Tensor:
         return vector

@@ -20,7 +20,7 @@ from rich.text import Text
 
 from rayrl.errors import DataError
 from rayrl.report.statistics import Statistic, statistic_from_dict
-from rayrl.run.files import parse, verify_checksum, with_checksum
+from rayrl.run.files import parse, verify_checksum, with_checksum, write_atomic
 from rayrl.types import Usage, sum_usage
 
 __all__ = [
@@ -183,11 +183,8 @@ class Result:
 
     def save(self, path: Path) -> None:
         """Write `eval.json` atomically."""
-        part = path.with_name(path.name + ".part")
-        part.write_text(
-            json.dumps(with_checksum(self.to_dict()), indent=1, ensure_ascii=False) + "\n"
-        )
-        part.replace(path)
+        data = json.dumps(with_checksum(self.to_dict()), indent=1, ensure_ascii=False) + "\n"
+        write_atomic(path, data.encode())
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rayrl.chat.tools import tool_name
-from rayrl.rollout.encoding import turn_from_bytes
+from rayrl.rollout.records import turn_from_bytes
 from rayrl.types import Failure, Message, Turn, Usage, sum_usage
 
 __all__ = ["EpisodeResume", "PartialEpisode", "ReplayMismatch", "TurnLog", "TurnRecord"]

@@ -24,8 +24,13 @@ from rayrl.errors import (
     safe_repr,
 )
 from rayrl.rollout.agent import Agent, Player
-from rayrl.rollout.concurrency import ConcurrencyLimit, GroupCanceller
-from rayrl.rollout.deadline import DeadlinePassed, EpisodeCancelled, run_with_deadline
+from rayrl.rollout.limits import (
+    ConcurrencyLimit,
+    DeadlinePassed,
+    EpisodeCancelled,
+    GroupCanceller,
+    run_with_deadline,
+)
 from rayrl.rollout.players import PolicyPlayer
 from rayrl.rollout.resume import EpisodeResume, PartialEpisode, ReplayMismatch
 from rayrl.types import Episode, Failure, Group, Task, Turn, Usage, derive_seed, sum_usage

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from rayrl.cluster.rollouts import CollectedGroups, none_left, sort_out
-from rayrl.cluster.workers.scaling import Load
+from rayrl.cluster.workers.worker_pool import Load
 from rayrl.config import Config
 from rayrl.errors import ConfigError
 from rayrl.learner.advantage import has_spread
@@ -166,7 +166,7 @@ class GroupCollector:
         groups = batch.taken | batch.failed | batch.rejected
         return replace(
             self._sorted(groups, batch.rejected, oldest),
-            stopped=batch.stale,
+            stale_groups=batch.stale,
             waiting=self._buffer.count(GroupState.READY),
             live=len(self._running),
             idle_s=self._idle.read() if self._config.train.max_lag else None,

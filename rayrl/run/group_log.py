@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rayrl.errors import DataError
-from rayrl.rollout.encoding import group_from_bytes, group_to_bytes
-from rayrl.rollout.records import Records
+from rayrl.rollout.records import Records, group_from_bytes, group_to_bytes
 from rayrl.run.files import explain_full_disk
 from rayrl.types import Group
 

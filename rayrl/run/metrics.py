@@ -25,7 +25,7 @@ from rayrl.types import Episode, Group
 
 if TYPE_CHECKING:
     from rayrl.cluster.rollouts import CollectedGroups
-    from rayrl.cluster.workers.scaling import Load
+    from rayrl.cluster.workers.worker_pool import Load
     from rayrl.learner.batch import Batch
 
 __all__ = [
@@ -133,7 +133,7 @@ def step_metrics(
         "queue/waiting": float(played.waiting),
         "queue/live": float(played.live),
         **_worker_metrics(played.load),
-        **_stopped_metrics(played.stopped, trained),
+        **_stale_metrics(played.stale_groups, trained),
         **({} if played.idle_s is None else {"time/idle": played.idle_s}),
         **clock.metrics(),
     }
@@ -163,22 +163,22 @@ def _worker_metrics(load: Load | None) -> dict[str, float]:
     }
 
 
-def _stopped_metrics(groups: Sequence[Group], kept: Sequence[Episode]) -> dict[str, float]:
-    """Metrics of groups stopped as stale; their difference from the `kept` ones is a bias.
+def _stale_metrics(groups: Sequence[Group], kept: Sequence[Episode]) -> dict[str, float]:
+    """Metrics of groups that became stale; their difference from the `kept` ones is a bias.
 
-    Turns count up to the stop; rewards are those of episodes that had ended by then.
+    Turns count up to the cancellation; rewards are those of episodes that had ended by then.
     """
     episodes = [episode for group in groups for episode in group.episodes]
     if not episodes:
-        return {"stopped/groups": 0.0}
+        return {"stale/groups": 0.0}
     rewards = [reward for e in episodes for reward in e.rewards.values()]
     metrics = {
-        "stopped/groups": float(len(groups)),
-        "stopped/turns": statistics.fmean(len(e.turns) for e in episodes),
-        "stopped/kept_turns": statistics.fmean(len(e.turns) for e in kept),
+        "stale/groups": float(len(groups)),
+        "stale/turns": statistics.fmean(len(e.turns) for e in episodes),
+        "stale/kept_turns": statistics.fmean(len(e.turns) for e in kept),
     }
     if rewards:
-        metrics["stopped/reward"] = statistics.fmean(rewards)
+        metrics["stale/reward"] = statistics.fmean(rewards)
     return metrics
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from rayrl.cluster import by_value, cluster_address
-from rayrl.cluster.weight_sync.topology import transport_of
 from rayrl.config import Config, EndpointConfig, stage_config
 from rayrl.config.registry import NOT_PLACES, from_outside, is_object, load_function
+from rayrl.config.sync import transport_of
 from rayrl.environment.data_files import HUB
 from rayrl.environment.environment import Environment
 from rayrl.environment.registry import load_env

@@ -31,15 +31,17 @@ from rayrl.server.fields import (
 )
 from rayrl.server.generation import Job, generate, plan, stream
 from rayrl.server.http import (
+    CONTENT_TYPE,
     ClientDisconnected,
     EventStream,
+    Metrics,
     MetricsMiddleware,
     error_response,
+    metrics_page,
     read_body,
     run_until_disconnect,
 )
 from rayrl.server.messages import Prompt, check_prompt_length, read_chat
-from rayrl.server.metrics import CONTENT_TYPE, Metrics, metrics_page
 
 __all__ = ["Service", "key_digest", "make_app"]
 

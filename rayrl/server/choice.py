@@ -1,19 +1,162 @@
-"""Convert the ids of one choice to the text, tool calls and logprobs sent to the client."""
+"""Convert the ids of one choice to the text, tool calls and logprobs sent to the client.
+
+Ids become whole characters (`Detokenizer`), which end before a stop string (`StopCutter`) and split
+into text and calls (`CallReader`). Each of these takes pieces in order (`push`) and returns what is
+certain so far; `end` returns the rest. The total output does not depend on how the input is split,
+so a streamed answer equals an answer in one piece.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
 from rayrl.chat.renderer import Chat
-from rayrl.chat.tools import ParsedCall
-from rayrl.server.text import CallReader, Detokenizer, StopCutter
+from rayrl.chat.tools import CALL_MARKS, THOUGHT_MARKS, ParsedCall, read_call
 from rayrl.types import Alternatives, Delta
 
-__all__ = ["Choice", "ChoiceDelta", "Token", "tool_call"]
+__all__ = ["CallReader", "Choice", "ChoiceDelta", "Detokenizer", "StopCutter", "Token", "tool_call"]
+
+CALL_BEGIN, CALL_END = CALL_MARKS
+_CLOSING = {CALL_BEGIN: CALL_END, THOUGHT_MARKS[0]: THOUGHT_MARKS[1]}  # by opening mark
+_UNKNOWN = "\ufffd"  # decoders write it for bytes that are not a character (yet)
+_MAX_PENDING = 32  # ids without a whole character, before they count as invalid
+
+
+class Detokenizer:
+    """Decodes ids to text; an id that ends inside a character is held until it is complete."""
+
+    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
+        self._decode = decode
+        self._ids: list[int] = []  # the last ids that produced text, as context, then pending ones
+        self._context = 0  # number of context ids
+
+    def push(self, token: int) -> str:
+        """Return the text that is certain with this id; may be empty."""
+        self._ids.append(token)
+        pending = len(self._ids) - self._context
+        before, now = self._texts()
+        if len(now) <= len(before) or (now.endswith(_UNKNOWN) and pending < _MAX_PENDING):
+            return ""
+        self._ids, self._context = self._ids[self._context :], pending
+        return now[len(before) :]
+
+    def end(self) -> str:
+        """Return the rest: bytes that never became a character."""
+        before, now = self._texts()
+        self._context = len(self._ids)
+        return now[len(before) :]
+
+    def _texts(self) -> tuple[str, str]:
+        return self._decode(self._ids[: self._context]), self._decode(self._ids)
+
+
+class StopCutter:
+    """Cuts text at the first stop string. `hit` is whether one occurred."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._pending = ""
+        self.hit = False
+
+    def push(self, text: str) -> str:
+        """Return the text that cannot be part of a stop string."""
+        if self.hit:
+            return ""
+        text = self._pending + text
+        hits = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
+        if hits:
+            self.hit, self._pending = True, ""
+            return text[: min(hits)[1]]  # the one that was completed first
+        pending = max((_partial_match(text, stop) for stop in self._stops), default=0)
+        self._pending = text[len(text) - pending :]
+        return text[: len(text) - pending]
+
+    def end(self) -> str:
+        """Return pending text that only looked like the start of a stop string."""
+        pending, self._pending = self._pending, ""
+        return pending
+
+
+class CallReader:
+    """Splits an answer into text and tool calls; thoughts and malformed calls are text.
+
+    White space around calls is dropped.
+
+    Args:
+        thinking: whether the answer begins inside a thought that the prompt has opened.
+    """
+
+    def __init__(self, *, thinking: bool = False) -> None:
+        self._pending = ""
+        self._closing = THOUGHT_MARKS[1] if thinking else ""  # mark that ends the current block
+        self._space: list[str] = []  # white space that a call or the end may follow
+        self.calls = 0
+
+    def push(self, text: str) -> list[str | ParsedCall]:
+        """Return the text and calls that are certain, in order."""
+        self._pending += text
+        return self._read(final=False)
+
+    def end(self) -> list[str | ParsedCall]:
+        """Return the rest; a truncated call is parsed if possible."""
+        parts = self._read(final=True)
+        if any(self._space) and not self.calls:
+            parts.append("".join(self._space))
+            self._space = []
+        return parts
+
+    def _read(self, *, final: bool) -> list[str | ParsedCall]:
+        """Consume what is certain of the pending text; all of it if it is final."""
+        parts: list[str | ParsedCall] = []
+        text, at = self._pending, 0
+        while at < len(text):
+            if self._closing == CALL_END:
+                if not final and text.find(CALL_END, at) < 0:
+                    break
+                call, end, closed = read_call(text, at, in_part=not final)
+                if not final and not closed:  # the mark is inside a string of its arguments
+                    break
+                if call.error:
+                    parts += self._text(CALL_BEGIN + text[at:end])
+                else:
+                    self.calls += 1
+                    parts.append(call)
+                at, self._closing = end, ""
+                continue
+            marks = [self._closing] if self._closing else list(_CLOSING)
+            mark = re.compile("|".join(marks)).search(text, at)
+            if mark is None:
+                pending = 0 if final else max(_partial_match(text, m) for m in marks)
+                certain = len(text) - pending
+                parts += self._text(text[at:certain])
+                at = certain
+                break
+            parts += self._text(text[at : mark.start() if mark[0] == CALL_BEGIN else mark.end()])
+            at, self._closing = mark.end(), _CLOSING.get(mark[0], "")
+        self._pending = text[at:]
+        return parts
+
+    def _text(self, text: str) -> list[str]:
+        stripped = text.rstrip()
+        if not stripped:
+            self._space.append(text)
+            return []
+        part = "".join([*self._space, stripped])
+        self._space = [text[len(stripped) :]]
+        return [part]
+
+
+def _partial_match(text: str, mark: str) -> int:
+    """Return how many characters at the end of `text` may be the beginning of `mark`."""
+    for length in range(min(len(text), len(mark) - 1), 0, -1):
+        if text.endswith(mark[:length]):
+            return length
+    return 0
 
 
 @dataclass(frozen=True, slots=True)

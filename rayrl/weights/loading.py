@@ -1,16 +1,19 @@
-"""Load models from Hugging Face directories; no other module reads weight files.
+"""Load models and learners' states from files; no other module reads weight files.
 
 transformers initializes weights that a checkpoint lacks at random, drops those it does not know,
 and only warns. Here a checkpoint that does not match its architecture is refused. Weights that
 transformers itself converts (experts saved one by one), ties or ignores by name are accepted.
+
+A learner's state is read as tensors and plain data only: no file of a checkpoint can run code.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import pickle
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,10 +31,10 @@ from transformers.modeling_utils import load_state_dict
 from transformers.utils import is_accelerate_available
 from transformers.utils.logging import disable_progress_bar
 
-from rayrl.errors import ConfigError
+from rayrl.errors import ConfigError, DataError
 from rayrl.weights.model_dir import explain_load_error
 
-__all__ = ["check_weights", "load_causal_lm", "stored_names"]
+__all__ = ["check_weights", "load_causal_lm", "read_state", "stored_names"]
 
 NAMED = 3  # weights of each kind listed in an error
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # or these names with .index.json
@@ -227,3 +230,29 @@ def _read_tensor(files: Iterable[Path], name: str) -> Tensor | None:
 
 def _abbreviate(names: list[str]) -> str:
     return ", ".join(names[:NAMED]) + (", …" if len(names) > NAMED else "")
+
+
+def read_state(
+    file: str | Path, map_location: Any = "cpu", known: Sequence[type[Any]] = ()
+) -> dict[str, Any]:
+    """Load what `torch.save` wrote.
+
+    Args:
+        file: of a checkpoint.
+        map_location: as `torch.load`'s.
+        known: classes it may hold besides tensors and plain data.
+
+    Raises:
+        DataError: it is damaged, or names something else to be imported.
+    """
+    try:
+        with torch.serialization.safe_globals(list(known)):
+            state: dict[str, Any] = torch.load(file, map_location, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        foreign = re.search(r"GLOBAL (\S+)", str(error))
+        why = f"it wants to import {foreign[1]}" if foreign else repr(error)[:200]
+        raise DataError(
+            f"{file}: not a state that a learner saved ({why}). Remove the checkpoint it belongs "
+            "to, and the run goes on from the one before."
+        ) from error
+    return state

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from rayrl.cluster.session import private_folder
-from rayrl.weights.shared_memory import memory_dir
+from rayrl.weights.flat import memory_dir
 
 PR_SET_CHILD_SUBREAPER = 36
 PATIENCE_S = 300.0  # Ray's own processes end a while after their driver, or their head, was killed

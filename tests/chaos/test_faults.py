@@ -59,7 +59,9 @@ def assert_same(folder: Path, calm: Path) -> None:
     assert scraps(folder) == []
 
 
-def test_whatever_is_killed_it_ends_as_if_unbroken(tiny: Path, calm: Path, tmp_path: Path) -> None:
+def test_whatever_is_killed_it_ends_as_if_uninterrupted(
+    tiny: Path, calm: Path, tmp_path: Path
+) -> None:
     """The learner again and again, which ends the run; resumed, a replica in a push, a worker, and
     a replica that plays. Every token was made with the weights that its episode claims."""
     folder = tmp_path / "run"
@@ -85,7 +87,7 @@ def test_whatever_is_killed_it_ends_as_if_unbroken(tiny: Path, calm: Path, tmp_p
     assert_same(folder, calm)
 
 
-def test_with_two_ranks_and_streamed_weights_it_ends_as_if_unbroken(
+def test_with_two_ranks_and_streamed_weights_it_ends_as_if_uninterrupted(
     tiny: Path, calm_ranks: Path, tmp_path: Path
 ) -> None:
     """A replica is killed in a push; then a rank that has its gradients, for which another waits.

@@ -14,7 +14,7 @@ from rayrl.chat.tools import ParsedCall, Tool, format_call, parse_calls, without
 from rayrl.rollout.agent import Agent
 from rayrl.rollout.endpoint import _read
 from rayrl.rollout.players import ScriptedPlayer
-from rayrl.server.text import CallReader
+from rayrl.server.choice import CallReader
 
 few = settings(deadline=None, max_examples=60, derandomize=True)
 MARKS = ["<tool_call>", "</tool_call>", "<think>", "</think>", "```", "```json\n", '"', "\\", "}}"]

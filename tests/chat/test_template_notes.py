@@ -10,8 +10,8 @@ import pytest
 
 from rayrl import loop
 from rayrl.chat.renderer import Chat
-from rayrl.chat.template import fold, render
 from rayrl.chat.template_notes import describe_template
+from rayrl.chat.tokenizer import fold, render
 from rayrl.cli import main
 from rayrl.config import from_dict
 from rayrl.errors import RunFailed

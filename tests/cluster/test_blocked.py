@@ -12,11 +12,11 @@ import pytest
 
 import rayrl
 from rayrl import Agent, GroupPlan, Scores, Task
-from rayrl.cluster.workers import worker_process
+from rayrl.cluster.workers import supervisor
 from rayrl.cluster.workers.env_worker import Running, WorkerJob, running_in
 from rayrl.cluster.workers.scheduler import RolloutRequest
+from rayrl.cluster.workers.supervisor import WorkerProcess
 from rayrl.cluster.workers.worker_pool import BLOCKED_WARNINGS, WorkerPool, blocked_warning
-from rayrl.cluster.workers.worker_process import WorkerProcess
 from rayrl.config import from_dict
 from rayrl.environment.environment import EnvSpec
 from rayrl.rollout.rollout import play_episode
@@ -93,7 +93,7 @@ class Actor:
 async def test_a_blocked_worker_is_reported_long_before_it_counts_as_hung(
     monkeypatch: pytest.MonkeyPatch, says: Any
 ) -> None:
-    monkeypatch.setattr(worker_process, "BLOCKED_S", 0.01)
+    monkeypatch.setattr(supervisor, "BLOCKED_S", 0.01)
     reported: asyncio.Queue[Running | None] = asyncio.Queue()
     watch = asyncio.create_task(WorkerProcess(Actor(says), 3600.0, reported.put_nowait)._watch())
     assert await reported.get() == (says if isinstance(says, Running) else None)

@@ -544,7 +544,7 @@ async def test_replicas_that_the_cluster_lacks_resources_for_are_refused(
 
 
 @pytest.mark.parametrize("fault", ["hang", "exit"])
-async def test_a_task_that_takes_its_host_down_is_the_environments_failure(
+async def test_a_task_that_takes_its_env_worker_down_is_the_environments_failure(
     session: Session, tiny: Path, fault: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = config(
@@ -574,7 +574,7 @@ async def test_a_task_that_takes_its_host_down_is_the_environments_failure(
             assert part in said
 
 
-async def test_episodes_of_a_dead_host_go_on_where_they_were(
+async def test_episodes_of_a_dead_env_worker_are_resumed(
     session: Session, tiny: Path, tmp_path: Path
 ) -> None:
     found = []
@@ -649,7 +649,7 @@ async def test_what_is_known_is_not_played_and_winding_down_begins_nothing_new(
             pass
 
 
-async def test_results_do_not_depend_on_hosts_or_replicas(session: Session, tiny: Path) -> None:
+async def test_results_do_not_depend_on_workers_or_replicas(session: Session, tiny: Path) -> None:
     found = []
     for workers, replicas in ((1, 1), (2, 2)):
         settings = config(tiny, cluster={"env_workers": workers, "replicas": replicas})

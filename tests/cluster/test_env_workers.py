@@ -15,7 +15,7 @@ import pytest
 from rayrl.cluster.open import make_environment, open_rollouts
 from rayrl.cluster.rollouts import Rollouts
 from rayrl.cluster.session import Session
-from rayrl.cluster.workers.scaling import GROW_AFTER_S, Growth
+from rayrl.cluster.workers.supervisor import GROW_AFTER_S, Growth
 from rayrl.config import Config, from_dict
 from rayrl.rollout.rollout import GroupPlan
 from rayrl.types import Episode, Group
@@ -23,7 +23,7 @@ from rayrl.types import Episode, Group
 HERE = Path(__file__).parents[1]
 
 
-def test_hosts_are_asked_for_once_work_has_waited_for_a_while() -> None:
+def test_more_are_requested_once_groups_have_waited_for_a_while() -> None:
     growth = Growth(most=5)
 
     def more(at: float, waiting: int, workers: int = 1, asked: int = 0) -> int:
@@ -44,7 +44,7 @@ def test_hosts_are_asked_for_once_work_has_waited_for_a_while() -> None:
 @pytest.fixture
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """What takes seconds takes less."""
-    monkeypatch.setattr("rayrl.cluster.workers.scaling.GROW_AFTER_S", 0.2)
+    monkeypatch.setattr("rayrl.cluster.workers.supervisor.GROW_AFTER_S", 0.2)
     monkeypatch.setattr("rayrl.cluster.workers.worker_pool.SCALE_EVERY_S", 0.1)
 
 
@@ -91,7 +91,7 @@ def played(groups: tuple[Group, ...]) -> list[Episode]:
 
 
 @pytest.mark.usefixtures("soon")
-async def test_hosts_come_with_the_work_and_go_without(
+async def test_they_start_when_groups_wait_and_stop_when_idle(
     session: Session, tiny: Path, tmp_path: Path
 ) -> None:
     gate = tmp_path / "open"
@@ -116,7 +116,7 @@ async def test_hosts_come_with_the_work_and_go_without(
 
 
 @pytest.mark.usefixtures("soon")
-async def test_a_host_that_is_lost_again_leaves_its_episodes_to_the_others(
+async def test_one_that_is_lost_again_leaves_its_episodes_to_the_others(
     session: Session, tiny: Path, tmp_path: Path
 ) -> None:
     gate = tmp_path / "open"
@@ -141,7 +141,7 @@ async def test_a_host_that_is_lost_again_leaves_its_episodes_to_the_others(
 
 
 @pytest.mark.usefixtures("soon")
-async def test_a_host_without_a_place_harms_nothing_and_is_said_once(
+async def test_one_that_cannot_be_scheduled_harms_nothing_and_is_said_once(
     session: Session,
     tiny: Path,
     tmp_path: Path,

@@ -64,8 +64,8 @@ def asked(config: Config, verb: str) -> Iterator[dict[str, float]]:
     """What each process of a stage reserves."""
     c = config.cluster
     if verb != "sft":
-        host = {"CPU": c.env_worker_cpus, **c.env_worker_resources}
-        yield from [host] * c.most_env_workers
+        worker = {"CPU": c.env_worker_cpus, **c.env_worker_resources}
+        yield from [worker] * c.most_env_workers
         replica = {"CPU": c.replica_cpus, "GPU": c.replica_gpus, **c.replica_resources}
         yield from [replica] * c.replicas
     if verb in LEARNING:

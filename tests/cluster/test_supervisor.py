@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from ray.exceptions import RayActorError
 
-from rayrl.cluster.workers import scaling, supervisor, worker_process
+from rayrl.cluster.workers import supervisor
 from rayrl.cluster.workers.env_worker import Running, WorkerReport
 from rayrl.cluster.workers.supervisor import START_ATTEMPTS, Supervisor
 from rayrl.config import from_dict
@@ -114,7 +114,7 @@ class Pool:
 def killed(monkeypatch: pytest.MonkeyPatch) -> list[Actor]:
     """The actors that were killed."""
     found: list[Actor] = []
-    monkeypatch.setattr(worker_process, "kill_actor", found.append)
+    monkeypatch.setattr(supervisor, "kill_actor", found.append)
     return found
 
 
@@ -164,7 +164,7 @@ async def test_elastic_workers_start_when_episodes_wait_and_stop_when_idle(
     now = pool.supervisor.worker(0).busy_at  # type: ignore[union-attr]
     pool.supervisor.scale(now, waiting=5, busy={0})
     assert pool.supervisor.count() == (1, 0), "episodes have waited for no time yet"
-    now += scaling.GROW_AFTER_S
+    now += supervisor.GROW_AFTER_S
     pool.supervisor.scale(now, waiting=5, busy={0})
     assert pool.supervisor.count() == (1, 2), "two more have capacity for 5 episodes"
     assert await pool.settled() == [("elastic", 1, 4), ("elastic", 2, 4)]
@@ -184,7 +184,7 @@ async def test_an_elastic_worker_that_dies_is_not_replaced() -> None:
     pool = Pool(env_workers_max=2)
     await pool.supervisor.ready()
     pool.supervisor.scale(0.0, waiting=1, busy={0})
-    pool.supervisor.scale(scaling.GROW_AFTER_S, waiting=1, busy={0})
+    pool.supervisor.scale(supervisor.GROW_AFTER_S, waiting=1, busy={0})
     await pool.settled()
     pool.actors[1].die()
     assert await pool.settled() == [("lost", 1), ("removed", 1)]
@@ -200,7 +200,7 @@ async def test_elastic_workers_that_cannot_start_are_given_up(
     await pool.settled()
     pool.fails = ConfigError("no such player")
     for k in range(START_ATTEMPTS + 2):
-        pool.supervisor.scale(k * scaling.GROW_AFTER_S, waiting=1, busy={0})
+        pool.supervisor.scale(k * supervisor.GROW_AFTER_S, waiting=1, busy={0})
         await pool.settled()
     assert len(pool.actors) == 1 + START_ATTEMPTS
     assert caplog.text.count("play goes on without it: no such player") == START_ATTEMPTS
@@ -211,8 +211,8 @@ async def test_a_worker_that_does_not_answer_is_reported_and_then_replaced(
     monkeypatch: pytest.MonkeyPatch, killed: list[Actor]
 ) -> None:
     monkeypatch.setattr(supervisor, "GRACE_S", 0.2)
-    monkeypatch.setattr(worker_process, "BLOCKED_S", 0.05)
-    monkeypatch.setattr(worker_process, "PING_EVERY_S", 0.0)
+    monkeypatch.setattr(supervisor, "BLOCKED_S", 0.05)
+    monkeypatch.setattr(supervisor, "PING_EVERY_S", 0.0)
     pool = Pool(env={"deadline_s": 0.1})
     await pool.supervisor.ready()
     assert await pool.settled() == [("fixed", 0, 4)]

@@ -13,9 +13,9 @@ from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 from rayrl.cluster import learner_group
 from rayrl.cluster.learner_group import _gather, _report_hang
 from rayrl.cluster.weight_sync.push import WeightSync
-from rayrl.cluster.weight_sync.topology import transport_of
 from rayrl.cluster.weight_sync.weight_store import Published, WeightStore
 from rayrl.config import Config, from_dict, validate
+from rayrl.config.sync import transport_of
 from rayrl.errors import ConfigError, DataError, InfraError, LearnerLost
 from rayrl.weights.flat import Manifest
 

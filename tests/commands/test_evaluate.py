@@ -178,7 +178,7 @@ async def test_checks_get_fresh_agents_that_are_closed_afterwards(
 
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> list[Here]:
-    """Hosts in this process; keeps them."""
+    """Env workers in this process; keeps them."""
     opened: list[Here] = []
 
     @asynccontextmanager

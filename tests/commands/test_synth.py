@@ -92,7 +92,7 @@ def config(folder: Path, **of_synth: object) -> Config:
 
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Play in this process, as hosts would; counts how often."""
+    """Play in this process, as env workers would; counts how often."""
     from contextlib import asynccontextmanager
 
     from rayrl.cluster.rollouts import CollectedGroups

@@ -22,7 +22,7 @@ def test_it_learns_and_says_so(tiny: Path, calm: Path) -> None:
     assert not (calm.parent / ".ray").exists(), "later `ray start`s would ask for its token"
 
 
-def test_stopped_by_an_alarm_then_paused_on_other_processes_it_ends_as_if_unbroken(
+def test_stopped_by_an_alarm_then_paused_on_other_processes_it_ends_as_if_uninterrupted(
     tiny: Path, calm: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"

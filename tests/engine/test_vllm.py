@@ -19,9 +19,8 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 from rayrl.engine import Engine, open_engine
 from rayrl.errors import ConfigError, InfraError, StaleWeights
 from rayrl.types import Completion, Request, Sampling, VersionSpan
-from rayrl.weights.flat import Manifest, checksum, flatten
+from rayrl.weights.flat import Manifest, checksum, flatten, memory_dir
 from rayrl.weights.model_dir import EMBEDDED, model_dir
-from rayrl.weights.shared_memory import memory_dir
 from tests.act import build_tokenizer
 from tests.vllm_here import CONFIG, MARKS, load
 

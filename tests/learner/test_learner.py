@@ -4,7 +4,6 @@ import json
 import math
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -23,6 +22,7 @@ from rayrl.learner.loss import LOSSES, LossOutputs, Objective
 from rayrl.learner.packing import pack
 from rayrl.learner.reference import ReferenceLearner
 from rayrl.weights.flat import unflatten
+from tests.apart import free_port
 from tests.learner_rows import UPDATES, make_model, make_rows
 from tests.runs import ROOT
 
@@ -379,9 +379,7 @@ def test_deepspeed_equals_plain_torch(model_dir, stage):
 def test_two_ranks_equal_one(model_dir, tmp_path):
     want, metrics = reference_weights(model_dir)
     (tmp_path / "model").symlink_to(model_dir)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "tests.learner_rank"]
     ranks = [

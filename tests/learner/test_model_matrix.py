@@ -23,9 +23,9 @@ from rayrl.engine.embedded.engine import EmbeddedEngine
 from rayrl.errors import ConfigError
 from rayrl.learner.batch import Trajectory
 from rayrl.learner.forward import load_model, token_logprobs
+from rayrl.learner.logits import shares_prefixes
 from rayrl.learner.packing import pack
 from rayrl.learner.reference import ReferenceLearner
-from rayrl.learner.rows import shares_prefixes
 from rayrl.types import Request, Sampling
 from tests.learner_rows import VOCABULARY, make_rows
 

@@ -14,9 +14,9 @@ from rayrl.learner import attention
 from rayrl.learner.attention import FLEX_BLOCK, IMPLEMENTATION, block_mask
 from rayrl.learner.batch import batch_of
 from rayrl.learner.forward import load_model
+from rayrl.learner.logits import logits_before, shares_prefixes
 from rayrl.learner.packing import pack
 from rayrl.learner.reference import ReferenceLearner
-from rayrl.learner.rows import logits_before, shares_prefixes
 from tests.learner_rows import VOCABULARY, make_model, make_rows
 
 

@@ -14,8 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rayrl.errors import DataError
-from rayrl.rollout.encoding import group_from_bytes, group_to_bytes, turn_from_bytes, turn_to_bytes
-from rayrl.rollout.records import Records, pack, unpack
+from rayrl.rollout.records import (
+    Records,
+    group_from_bytes,
+    group_to_bytes,
+    pack,
+    turn_from_bytes,
+    turn_to_bytes,
+    unpack,
+)
 from rayrl.run.group_log import GroupLog, Played
 from rayrl.types import (
     Episode,

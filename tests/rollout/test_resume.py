@@ -562,7 +562,7 @@ def test_turn_log_drops_outdated_attempts() -> None:
     assert log.partial_episodes() == {"g/0": PartialEpisode((one,), 2)}
 
 
-async def test_a_host_tells_pickled_turns_and_nothing_of_a_group_that_has_ended() -> None:
+async def test_an_env_worker_sends_pickled_turns_and_nothing_of_a_group_that_has_ended() -> None:
     one = Turn("agent", (user("?"),), "one", "stop", completion_ids=(3,), rollout_logprobs=(-0.5,))
     recorder = Recorder()
     told: list[list[str]] = []
@@ -592,7 +592,7 @@ async def test_a_host_tells_pickled_turns_and_nothing_of_a_group_that_has_ended(
     assert recorder.partial_episodes(["g", "k"]) == {"k/0": PartialEpisode((one,), 1)}
 
 
-HOST = """
+PLAYING = """
     import asyncio, os, pickle, signal, sys
     import rayrl
     from rayrl.chat.renderer import Chat
@@ -639,18 +639,18 @@ HOST = """
 
 @pytest.mark.slow
 def test_episodes_outlive_processes_that_are_killed(tmp_path: Path) -> None:
-    code, journal, result = (tmp_path / name for name in ("host.py", "journal", "result"))
-    code.write_text(textwrap.dedent(HOST))
+    code, journal, result = (tmp_path / name for name in ("playing.py", "journal", "result"))
+    code.write_text(textwrap.dedent(PLAYING))
 
-    def host(die_after: int) -> int:
+    def play(die_after: int) -> int:
         words = [sys.executable, str(code), str(journal), str(result), str(die_after)]
         threads = {**os.environ, "OMP_NUM_THREADS": "1"}
         return subprocess.run(words, env=threads, check=False).returncode
 
     rayrl.load_env("tictactoe_versus")  # its task class, for pickle
-    assert host(4) == -signal.SIGKILL
-    assert host(9) == -signal.SIGKILL  # four turns were resumed, five are new
-    assert host(0) == 0
+    assert play(4) == -signal.SIGKILL
+    assert play(9) == -signal.SIGKILL  # four turns were resumed, five are new
+    assert play(0) == 0
     again, whole = pickle.loads(result.read_bytes())
     assert again == whole  # ids, logprobs and scores of the model that ships with rayrl
     assert whole.complete

@@ -100,7 +100,7 @@ async def test_environment_errors_become_failures(act: str, said: str) -> None:
 
 
 async def test_code_that_swallows_its_cancellation(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rayrl.rollout.deadline._GRACE_S", 0.01)
+    monkeypatch.setattr("rayrl.rollout.limits._GRACE_S", 0.01)
     task = Job(act="swallow")
     stuck = asyncio.create_task(play_episode(misbehaves, task, says(), id="e", deadline_s=0.05))
     episode = await asyncio.wait_for(stuck, 600)

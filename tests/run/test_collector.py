@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rayrl.cluster.rollouts import CollectedGroups
-from rayrl.cluster.workers.scaling import Load
+from rayrl.cluster.workers.worker_pool import Load
 from rayrl.config import Config, from_dict
 from rayrl.errors import ConfigError, DataError, RunFailed
 from rayrl.rollout.rollout import GroupPlan
@@ -236,7 +236,7 @@ async def test_what_is_too_old_is_stopped_and_its_task_is_played_again(start: St
     run.workers.end("0-0~1", "3-1")
     played = await run.collector.collect(2)
     assert [one.id for one in played.groups] == ["0-0~1", "3-1"]
-    assert [one.id for one in played.stopped] == ["0-0", "1-0"]
+    assert [one.id for one in played.stale_groups] == ["0-0", "1-0"]
     assert played.groups[0].task == plans(0)[0].task
     run.workers.end("1-0~1", "3-0")
     await run.at(3)

@@ -76,7 +76,7 @@ def train(folder: Path, start: int, stop: int, value: float, steps: int = 4) -> 
                     (path / "weights").write_text(f"{step}")
 
 
-def test_resumed_metrics_equal_unbroken_ones(tmp_path: Path) -> None:
+def test_resumed_metrics_equal_uninterrupted_ones(tmp_path: Path) -> None:
     train(tmp_path / "unbroken", 0, 4, 10.0)
     train(tmp_path / "broken", 0, 3, 10.0)  # steps 0 to 2; the checkpoint is of step 2
     with RunDir(tmp_path / "broken", config_of()) as run:

@@ -53,7 +53,7 @@ class Unlucky:
         """It plays to the end what is begun."""
 
 
-async def test_a_sealed_cell_remembers_what_broken_episodes_cost(tmp_path: Path) -> None:
+async def test_a_finished_cell_remembers_what_failed_episodes_cost(tmp_path: Path) -> None:
     files = {cell: tmp_path / f"{cell}.jsonl" for cell in "ab"}
     first = {cell: Journal(file, plans(cell), SEATS) for cell, file in files.items()}
     with ProgressBar("x", 4) as bar:

@@ -22,7 +22,7 @@ from rayrl.engine.embedded.engine import EmbeddedEngine
 from rayrl.engine.protocol import Engine
 from rayrl.errors import InfraError
 from rayrl.server.app import Service, key_digest, make_app
-from rayrl.server.text import CallReader, Detokenizer, StopCutter
+from rayrl.server.choice import CallReader, Detokenizer, StopCutter
 from rayrl.types import Completion, Delta, Request, Sampling, system, tool, user
 from rayrl.weights.model_dir import EMBEDDED, model_dir
 from tests.act import HERMES, build_tokenizer

@@ -16,8 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rayrl.chat.renderer import Chat
-from rayrl.chat.template import fold
-from rayrl.chat.tokenizer import byte_level_alphabet, max_token_chars
+from rayrl.chat.tokenizer import byte_level_alphabet, fold, max_token_chars
 from rayrl.chat.tools import as_user_messages
 from rayrl.server import app as apps
 from rayrl.server.app import Service, make_app

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import socket
 import subprocess
 import sys
 import threading
@@ -19,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from rayrl.errors import DataError, InfraError
 from rayrl.weights.broadcast import BroadcastGroup, Rendezvous, open_rendezvous, receive, send
 from rayrl.weights.flat import Manifest, buckets, unflatten
+from tests.apart import free_port
 from tests.bucket_member import LIMIT
 from tests.runs import ROOT
 
@@ -124,9 +124,7 @@ def test_two_zero3_ranks_stream_to_two_receivers_and_no_rank_holds_the_model(
     shape = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 2}
     settings = LlamaConfig(vocab_size=512, num_hidden_layers=6, **shape)  # 1.8 MB in fp32
     LlamaForCausalLM(settings).save_pretrained(tmp_path / "model")
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     commands = [
         ["learner", "0", str(port), str(tmp_path)],
         ["learner", "1", str(port), str(tmp_path)],

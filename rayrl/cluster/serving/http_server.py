@@ -33,7 +33,7 @@ from rayrl.config import Config, EngineConfig
 from rayrl.engine import open_engine
 from rayrl.errors import ConfigError
 from rayrl.server.app import Service, key_digest, make_app
-from rayrl.server.metrics import metrics_page
+from rayrl.server.http import metrics_page
 from rayrl.weights.model_dir import model_name
 
 __all__ = ["open_server"]

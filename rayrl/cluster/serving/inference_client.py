@@ -20,7 +20,7 @@ from ray import serve
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from rayrl.cluster.gone import ACTOR_DIED
+from rayrl.cluster.actors import ACTOR_DIED
 from rayrl.cluster.serving.replica_selector import ReplicaSelector
 from rayrl.cluster.serving.streams import BatchingDelay, NoStream, Outcome, Result
 from rayrl.errors import InfraError
@@ -267,21 +267,18 @@ class _Dispatcher:
 
     def _flush(self) -> None:
         self._flush_scheduled = False
-        self._flush_cancelled()
-        for index, batch in enumerate(self._batches):
-            batch.requests = [one for one in batch.requests if not self._given_up(one)]
-            if batch.requests:
-                self._batches[index] = _Batch()
-                self._start(self._submit(index, batch))
-
-    def _flush_cancelled(self) -> None:
-        numbers: dict[str, list[int]] = {}  # by replica
+        numbers: dict[str, list[int]] = {}  # to cancel, by replica
         for unanswered in self._cancelled:
             if unanswered.replica:  # else it is dropped before it is submitted, or see `_confirm`
                 numbers.setdefault(unanswered.replica, []).append(unanswered.number)
         self._cancelled.clear()
         for replica, cancelled in numbers.items():
             self._replicas.cancel(replica, cancelled)
+        for index, batch in enumerate(self._batches):
+            batch.requests = [one for one in batch.requests if not self._given_up(one)]
+            if batch.requests:
+                self._batches[index] = _Batch()
+                self._start(self._submit(index, batch))
 
     def _given_up(self, unanswered: _Unanswered) -> bool:
         """Whether nobody waits for a request any more, which then leaves the table."""

@@ -16,8 +16,7 @@ from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
-from rayrl.cluster.actors import prepare_process
-from rayrl.cluster.gone import ACTOR_DIED
+from rayrl.cluster.actors import ACTOR_DIED, prepare_process
 from rayrl.cluster.serving.inference_client import DEPLOYMENT
 from rayrl.cluster.serving.router import IndexRouter
 from rayrl.cluster.serving.streams import NoStream, Outcome, Result, ResultStream

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from ray.serve.handle import DeploymentHandle
 
-from rayrl.cluster.gone import ACTOR_DIED
+from rayrl.cluster.actors import ACTOR_DIED
 from rayrl.cluster.weight_sync.transports import ask_all
 from rayrl.config import Config
 from rayrl.errors import ConfigError, InfraError, NumericsError, RunFailed

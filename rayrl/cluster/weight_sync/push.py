@@ -16,8 +16,7 @@ from typing import Any
 import ray
 from ray.serve.handle import DeploymentHandle
 
-from rayrl.cluster.actors import beside_driver
-from rayrl.cluster.gone import ACTOR_DIED
+from rayrl.cluster.actors import ACTOR_DIED, beside_driver
 from rayrl.cluster.session import Session
 from rayrl.cluster.weight_sync.probe import Probe
 from rayrl.cluster.weight_sync.transports import Transport, ask_all

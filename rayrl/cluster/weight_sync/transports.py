@@ -18,11 +18,11 @@ from typing import Any, Protocol
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from rayrl.cluster.gone import ACTOR_DIED
+from rayrl.cluster.actors import ACTOR_DIED
 from rayrl.cluster.learner_group import LearnerGroup
-from rayrl.cluster.weight_sync.topology import transport_of
 from rayrl.cluster.weight_sync.weight_store import Published
 from rayrl.config import Config
+from rayrl.config.sync import transport_of
 from rayrl.errors import InfraError, RunFailed
 from rayrl.weights.flat import Manifest
 

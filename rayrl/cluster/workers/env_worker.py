@@ -7,7 +7,7 @@ import logging
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -16,7 +16,7 @@ import ray
 
 from rayrl.chat.renderer import Chat
 from rayrl.cluster import by_value
-from rayrl.cluster.actors import prepare_process
+from rayrl.cluster.actors import on_failure, prepare_process
 from rayrl.cluster.serving.inference_client import BatchingClient, ServeReplicas
 from rayrl.cluster.serving.streams import PAUSE_S
 from rayrl.cluster.workers.turn_log import TurnSender
@@ -24,8 +24,8 @@ from rayrl.config import Config
 from rayrl.environment.environment import Environment, EnvSpec, PlayerFunction
 from rayrl.environment.registry import environment_of
 from rayrl.rollout.agent import Player
-from rayrl.rollout.concurrency import ConcurrencyLimit, GroupCanceller
 from rayrl.rollout.endpoint import EndpointPlayer, split_limits
+from rayrl.rollout.limits import ConcurrencyLimit, GroupCanceller
 from rayrl.rollout.players import PolicyPlayer, ScriptedPlayer, player_function
 from rayrl.rollout.resume import PartialEpisode
 from rayrl.rollout.rollout import GroupPlan, play_groups, run_environment
@@ -229,7 +229,8 @@ class EnvWorker:
         self._unbegun |= {plan.id: plan for plan in plans}
         task = asyncio.create_task(self._play([plan.id for plan in plans], recorded or {}))
         self._playing.add(task)
-        task.add_done_callback(self._played)
+        task.add_done_callback(self._playing.discard)
+        task.add_done_callback(on_failure(self._reports.fail))
 
     async def report(self) -> WorkerReport:
         """Wait until something has ended, and return what has since the last report.
@@ -249,7 +250,7 @@ class EnvWorker:
         env = self._job.config.env
         async for group in play_groups(
             self.environment,
-            self._begun(ids),
+            (plan for name in ids if (plan := self._unbegun.pop(name, None)) is not None),
             self.players,
             concurrency=self._limit,
             retries=env.retries,
@@ -261,16 +262,6 @@ class EnvWorker:
         ):
             self._turns.drop_ended(group)
             self._reports.add_group(group)
-
-    def _begun(self, ids: Sequence[str]) -> Iterator[GroupPlan]:
-        for name in ids:
-            if (plan := self._unbegun.pop(name, None)) is not None:
-                yield plan
-
-    def _played(self, task: asyncio.Task[None]) -> None:
-        self._playing.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            self._reports.fail(error)
 
 
 class _Reports:

@@ -2,7 +2,7 @@
 
 `cluster.env_workers` of them are fixed: one that dies or hangs is replaced in its slot, and the run
 stops if it cannot be. Others, up to `cluster.env_workers_max`, are elastic: they are started when
-groups wait for capacity (`scaling.py`) and stopped when they are idle; one that dies or cannot
+groups wait for capacity (`Growth`) and stopped when they are idle; one that dies or cannot
 start is not replaced. What workers play is not known here: a slot is a number.
 """
 
@@ -11,26 +11,169 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Callable, Collection, Coroutine
+import math
+import time
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, Protocol
 
 import ray
+from ray.exceptions import RayTaskError
 
+from rayrl.cluster.actors import ACTOR_DIED, kill_actor, on_failure
 from rayrl.cluster.workers.env_worker import Running, WorkerReport
-from rayrl.cluster.workers.scaling import Growth
-from rayrl.cluster.workers.worker_process import WorkerGone, WorkerProcess
 from rayrl.config import ClusterConfig, Config
 from rayrl.errors import InfraError, RayrlError, RunFailed
+from rayrl.rollout.resume import PartialEpisode
+from rayrl.rollout.rollout import GroupPlan
 
-__all__ = ["GRACE_S", "Supervisor", "WorkerEvents"]
+__all__ = [
+    "BLOCKED_S",
+    "GRACE_S",
+    "GROW_AFTER_S",
+    "Growth",
+    "Supervisor",
+    "WorkerEvents",
+    "WorkerGone",
+    "WorkerProcess",
+]
 
+PING_EVERY_S = 1.0
+BLOCKED_S = 5.0  # without an answer to a ping, after which the worker is reported as blocked
 GRACE_S = 5.0  # without an answer, beyond env.deadline_s, after which a worker counts as hung
 START_DEADLINE_S = 300.0
 START_ATTEMPTS = 3
+GROW_AFTER_S = 5.0  # with episodes waiting for capacity, before more workers are requested
 LATE_S = 300.0  # after which a warning says that an elastic worker has not started
 
 _log = logging.getLogger(__name__)
+
+
+class WorkerGone(Exception):
+    """A worker died, or its event loop is blocked."""
+
+
+class WorkerProcess:
+    """One actor of `EnvWorker`; whoever replaces a dead worker makes another one.
+
+    Args:
+        actor: of `EnvWorker`.
+        patience_s: seconds without an answer to a ping, after which the worker counts as hung.
+        on_blocked: called when a ping has had no answer for `BLOCKED_S`, with what the worker's
+            event loop runs instead; None if the worker does not answer that either.
+
+    Attributes:
+        capacity: episodes that may be live on the worker; 0 until it can play.
+        busy_at: when it last had something to play, by `time.monotonic`.
+    """
+
+    def __init__(
+        self, actor: Any, patience_s: float, on_blocked: Callable[[Running | None], None]
+    ) -> None:
+        self._actor, self._patience_s, self._on_blocked = actor, patience_s, on_blocked
+        self.capacity = 0
+        self.busy_at = time.monotonic()
+
+    async def start(self) -> None:
+        """Wait until the worker can play: it is scheduled, and has its imports and players.
+
+        Raises:
+            WorkerGone: it died.
+            RayrlError: what it raised itself.
+        """
+        self.capacity = await _result(self._actor.ping.remote())
+
+    async def begin(
+        self,
+        plans: Sequence[GroupPlan],
+        version: int,
+        recorded: Mapping[str, PartialEpisode],
+        workers: int,
+    ) -> None:
+        """Have the worker play groups, see `EnvWorker.begin`; `reports` raises if it is gone."""
+        with suppress(WorkerGone):
+            await _result(self._actor.begin.remote(plans, version, recorded, workers))
+
+    async def give_back(self) -> list[str]:
+        """Have the worker give up the groups it has not begun; returns their ids."""
+        with suppress(WorkerGone):
+            ids: list[str] = await _result(self._actor.give_back.remote())
+            return ids
+        return []
+
+    def cancel(self, plans: Any, oldest: int) -> None:
+        """Cancel plans that began with weights older than `oldest`.
+
+        Args:
+            plans: reference to their ids, which are put into the object store once for all workers.
+        """
+        self._actor.cancel.remote(plans, oldest)
+
+    def kill(self) -> None:
+        """End the process, if there is one."""
+        kill_actor(self._actor)
+
+    async def reports(self) -> AsyncIterator[WorkerReport]:
+        """Yield what happens on the worker.
+
+        Raises:
+            WorkerGone: the worker died or hung; nothing else ends the iteration.
+            RayrlError: an error of the program itself.
+        """
+        watch = asyncio.create_task(self._watch())
+        try:
+            while True:
+                report = asyncio.ensure_future(_result(self._actor.report.remote()))
+                try:
+                    await asyncio.wait({report, watch}, return_when=asyncio.FIRST_COMPLETED)
+                    if not report.done():
+                        raise WorkerGone(watch.result())
+                finally:
+                    report.cancel()
+                self.busy_at = time.monotonic()
+                yield report.result()
+        finally:
+            watch.cancel()
+
+    async def _watch(self) -> str:
+        """Ping the worker until it is gone; returns the reason."""
+        while True:
+            blocked = asyncio.create_task(self._report_blocked())
+            try:
+                async with asyncio.timeout(self._patience_s):
+                    await self._actor.ping.remote()
+            except TimeoutError:
+                return (
+                    "its code blocked the event loop of its worker for more than "
+                    f"{self._patience_s:g} s"
+                )
+            except ACTOR_DIED as error:
+                return f"its worker process died: {error}"
+            finally:
+                blocked.cancel()
+            await asyncio.sleep(PING_EVERY_S)
+
+    async def _report_blocked(self) -> None:
+        """Call `on_blocked` after `BLOCKED_S`, unless this is cancelled before."""
+        await asyncio.sleep(BLOCKED_S)
+        running = None
+        with suppress(TimeoutError, *ACTOR_DIED):  # it may hold the interpreter as well, or be dead
+            async with asyncio.timeout(BLOCKED_S):
+                running = await self._actor.running.remote()
+        self._on_blocked(running)
+
+
+async def _result(ref: Any) -> Any:
+    """The result of a worker's method, with Ray's errors as rayrl's."""
+    try:
+        return await ref
+    except RayTaskError as error:
+        if isinstance(error.cause, RayrlError):
+            raise error.cause from None
+        raise RunFailed(f"an env worker failed: {error}") from error
+    except ACTOR_DIED as error:
+        raise WorkerGone(f"its worker process died: {error}") from error
 
 
 class WorkerEvents(Protocol):
@@ -53,6 +196,41 @@ class WorkerEvents(Protocol):
 
     def on_error(self, error: BaseException) -> None:
         """Nothing can be played any more: a bug, or a fixed worker that cannot be replaced."""
+
+
+class Growth:
+    """Decides how many more workers to request.
+
+    Once episodes have waited for capacity for `GROW_AFTER_S` without a pause: as many workers as
+    they need, less those that were requested before and have not started.
+
+    Args:
+        most: the most workers in all, requested ones included.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._since: float | None = None  # when episodes began to wait
+
+    def more(self, now: float, *, waiting: int, capacity: int, workers: int, asked: int) -> int:
+        """Return how many more workers to request.
+
+        Args:
+            now: seconds, of a monotonic clock.
+            waiting: episodes for which no worker has capacity.
+            capacity: of one worker, in episodes.
+            workers: number that can play.
+            asked: number that were requested and have not started.
+        """
+        if not waiting:
+            self._since = None
+            return 0
+        if self._since is None:
+            self._since = now
+        if now - self._since < GROW_AFTER_S:
+            return 0
+        wanted = math.ceil(waiting / capacity) - asked
+        return max(0, min(wanted, self._most - workers - asked))
 
 
 class Supervisor:
@@ -140,11 +318,7 @@ class Supervisor:
 
     def _spawn(self, slot: int, coroutine: Coroutine[Any, Any, None]) -> None:
         task = self._tasks[slot] = asyncio.create_task(coroutine)
-        task.add_done_callback(self._on_done)
-
-    def _on_done(self, task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and (error := task.exception()) is not None:
-            self._events.on_error(error)
+        task.add_done_callback(on_failure(self._events.on_error))
 
     async def _run_fixed(self, slot: int) -> None:
         while True:

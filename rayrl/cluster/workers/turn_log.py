@@ -16,12 +16,10 @@ from typing import Any
 
 import ray
 
-from rayrl.cluster.actors import beside_driver
-from rayrl.cluster.gone import ACTOR_DIED
+from rayrl.cluster.actors import ACTOR_DIED, beside_driver
 from rayrl.cluster.serving.streams import PAUSE_S
 from rayrl.cluster.workers.scheduler import is_broken
-from rayrl.rollout.encoding import turn_to_bytes
-from rayrl.rollout.records import Records
+from rayrl.rollout.records import Records, turn_to_bytes
 from rayrl.rollout.resume import PartialEpisode, TurnLog, TurnRecord
 from rayrl.types import Group, Turn
 

@@ -11,27 +11,42 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 
+from rayrl.cluster.actors import on_failure
 from rayrl.cluster.workers.env_worker import Running, WorkerJob, WorkerReport, trainable_seats
-from rayrl.cluster.workers.scaling import Load
 from rayrl.cluster.workers.scheduler import PendingGroup, RolloutRequest, Scheduler
-from rayrl.cluster.workers.supervisor import GRACE_S, Supervisor
+from rayrl.cluster.workers.supervisor import BLOCKED_S, GRACE_S, Supervisor
 from rayrl.cluster.workers.turn_log import RecordedTurns
-from rayrl.cluster.workers.worker_process import BLOCKED_S
 from rayrl.config import EnvConfig
 from rayrl.errors import safe_repr
 from rayrl.rollout.rollout import GroupPlan
 from rayrl.types import Group
 
-__all__ = ["WorkerPool"]
+__all__ = ["Load", "WorkerPool"]
 
 SCALE_EVERY_S = 1.0
 BLOCKED_WARNINGS = 8  # the most per pool; where all tasks block, that is enough
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What the workers have to do.
+
+    Attributes:
+        workers: number of workers that can play.
+        asked: number of workers that were requested and have not started yet.
+        waiting: the most groups that waited for capacity at once since the last `Load`.
+    """
+
+    workers: int
+    asked: int
+    waiting: int
 
 
 class WorkerPool:
@@ -189,12 +204,8 @@ class WorkerPool:
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(coroutine)
         self._tasks.add(task)
-        task.add_done_callback(self._on_done)
-
-    def _on_done(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            self.on_error(error)
+        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(on_failure(self.on_error))
 
     def _assign(self) -> None:
         for slot, groups in self._scheduler.assign().items():

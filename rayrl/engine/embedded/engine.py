@@ -35,8 +35,6 @@ import torch
 
 from rayrl.chat.tokenizer import load_tokenizer
 from rayrl.config import EngineConfig
-from rayrl.engine.embedded.decode_state import DecodeState
-from rayrl.engine.embedded.kv import SlotTable, slots_for
 from rayrl.engine.embedded.model import FlatModel
 from rayrl.engine.embedded.prompts import flatten_prompts
 from rayrl.engine.embedded.requests import (
@@ -44,11 +42,12 @@ from rayrl.engine.embedded.requests import (
     DeltaStream,
     EngineRequest,
     Release,
+    Stats,
     WeightUpdate,
     deliver,
 )
 from rayrl.engine.embedded.sampler import raw_logprobs, sample
-from rayrl.engine.embedded.stats import Stats
+from rayrl.engine.embedded.slots import DecodeState, SlotTable, slots_for
 from rayrl.errors import ConfigError, InfraError, RayrlError, StaleWeights
 from rayrl.types import Completion, Delta, Finish, Request, VersionSpan
 from rayrl.weights.loading import load_causal_lm

@@ -1,4 +1,4 @@
-"""Messages between event loops and the engine's step thread."""
+"""Messages between event loops and the engine's step thread, and its counters."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rayrl.types import Alternatives, Completion, Delta, Request
     from rayrl.weights.flat import Manifest
 
-__all__ = ["Answer", "DeltaStream", "EngineRequest", "Release", "WeightUpdate", "deliver"]
+__all__ = ["Answer", "DeltaStream", "EngineRequest", "Release", "Stats", "WeightUpdate", "deliver"]
 
 Answer = tuple["asyncio.Future[Any] | DeltaStream", Any]
 """A future or delta stream, and the result (a stream's next delta) or exception for it."""
@@ -107,3 +107,18 @@ def _resolve(answers: Sequence[Answer]) -> None:
             reader.set_exception(result)
         else:
             reader.set_result(result)
+
+
+@dataclass(slots=True)
+class Stats:
+    """Totals since the engine started; seconds are those of the step thread."""
+
+    prompt_tokens: int = 0
+    computed_tokens: int = 0
+    sampled_tokens: int = 0
+    completions: int = 0
+    prefill_steps: int = 0
+    decode_steps: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    load_seconds: float = 0.0

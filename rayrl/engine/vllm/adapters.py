@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rayrl.config import LoraConfig
-from rayrl.engine.vllm.wire import to_wire
+from rayrl.engine.vllm.convert import to_wire
 from rayrl.errors import InfraError
-from rayrl.weights.flat import unflatten
-from rayrl.weights.shared_memory import memory_dir
+from rayrl.weights.flat import memory_dir, unflatten
 
 if TYPE_CHECKING:
     import numpy as np

@@ -32,12 +32,11 @@ from typing import TYPE_CHECKING, Any
 from rayrl.config import EngineConfig, LoraConfig
 from rayrl.engine.protocol import Part
 from rayrl.engine.vllm.adapters import Adapters, engine_args
-from rayrl.engine.vllm.outputs import to_delta, translate_errors, version_spans
-from rayrl.engine.vllm.wire import MISMATCH, to_wire
+from rayrl.engine.vllm.convert import MISMATCH, to_delta, to_wire, translate_errors, version_spans
 from rayrl.errors import ConfigError, InfraError, StaleWeights
 from rayrl.types import Completion, Delta, Request
+from rayrl.weights.flat import SharedBuffer
 from rayrl.weights.model_dir import explain_load_error
-from rayrl.weights.shared_memory import SharedBuffer
 
 if TYPE_CHECKING:
     import numpy as np

@@ -24,7 +24,7 @@ from vllm.model_executor.model_loader.reload import (
 )
 
 from rayrl.engine.vllm.adapters import FILE, file_names
-from rayrl.engine.vllm.wire import MISMATCH, from_wire
+from rayrl.engine.vllm.convert import MISMATCH, from_wire
 from rayrl.weights.broadcast import BroadcastGroup, Rendezvous, receive
 from rayrl.weights.flat import checksum, flatten, unflatten
 

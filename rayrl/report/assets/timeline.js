@@ -5,7 +5,7 @@
   const tip = document.getElementById("tip");
   const LEARNER = { update: "--t0", batch: "--t4" };
   const LEFT = 82, RIGHT = 12, AXIS = 26;
-  const TRACKS = [
+  const LINES = [
     { key: "learner", label: "learner", height: 30 },
     { key: "push", label: "push", height: 18 },
     { key: "requests", label: "replicas", about: "requests", height: 64 },
@@ -41,7 +41,7 @@
     const margin = 0.2 * (end - played) || 1;
     const low = played - margin, high = end + margin;
     const width = Math.max(320, holder.clientWidth - 40);
-    const height = TRACKS.reduce((sum, track) => sum + track.height + GAP, 0) + AXIS;
+    const height = LINES.reduce((sum, line) => sum + line.height + GAP, 0) + AXIS;
     const svg = make(holder, "svg", { viewBox: `0 0 ${width} ${height}`, height, role: "img" });
     make(svg, "title", {}, `Timeline of step ${row.step}`);
     const x = (time) => LEFT + (width - LEFT - RIGHT) * (time - low) / (high - low);
@@ -72,28 +72,28 @@
 
     let top = 0;
     const columns = Array.from({ length: Math.ceil(width - LEFT - RIGHT) }, (_, i) => LEFT + i);
-    for (const track of TRACKS) {
-      make(svg, "text", { class: "track", x: 0, y: top + (track.about ? 14 : track.height / 2 + 4) }, track.label);
-      if (!track.about) {
+    for (const line of LINES) {
+      make(svg, "text", { class: "name", x: 0, y: top + (line.about ? 14 : line.height / 2 + 4) }, line.label);
+      if (!line.about) {
         for (const one of rows) {
           for (const stage of one.stages) {
-            if (stage[0] === "idle" || (stage[0] === "push") !== (track.key === "push")) continue;
-            block(top, track.height, stage, one === row, one.step, stage[0] === "push" ? "--t3" : LEARNER[stage[0]] || "--t1");
+            if (stage[0] === "idle" || (stage[0] === "push") !== (line.key === "push")) continue;
+            block(top, line.height, stage, one === row, one.step, stage[0] === "push" ? "--t3" : LEARNER[stage[0]] || "--t1");
           }
         }
       } else {
-        const own = columns.map((px) => at(row[track.key], back(px + 0.5)));
-        const all = columns.map((px) => rows.reduce((sum, one) => sum + at(one[track.key], back(px + 0.5)), 0));
-        const peak = Math.max(...all, 1e-9), base = top + track.height;
-        const y = (value) => base - track.height * value / peak;
+        const own = columns.map((px) => at(row[line.key], back(px + 0.5)));
+        const all = columns.map((px) => rows.reduce((sum, one) => sum + at(one[line.key], back(px + 0.5)), 0));
+        const peak = Math.max(...all, 1e-9), base = top + line.height;
+        const y = (value) => base - line.height * value / peak;
         const area = (values, style) => make(svg, "path", { class: style, d: `M${LEFT} ${base}` + values.map((v, i) => `L${columns[i]} ${y(v).toFixed(1)}`).join("") + `L${columns[columns.length - 1]} ${base}Z` });
         area(all, "area other");
         area(own, "area");
         make(svg, "line", { class: "grid", x1: LEFT, x2: width - RIGHT, y1: base, y2: base });
-        make(svg, "text", { x: 0, y: top + 29 }, track.about);
+        make(svg, "text", { x: 0, y: top + 29 }, line.about);
         make(svg, "text", { x: 0, y: top + 43 }, `peak ${+peak.toPrecision(3)}`);
       }
-      top += track.height + GAP;
+      top += line.height + GAP;
     }
 
     const hair = make(svg, "line", { class: "hair", y1: 0, y2: height - AXIS, opacity: 0 });

@@ -1,4 +1,4 @@
-"""Translate vLLM's outputs, weight versions and errors into rayrl's types."""
+"""Translate vLLM's outputs, weight versions and errors to rayrl's types, and manifests to lists."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ from typing import Any
 
 from rayrl.errors import ConfigError, InfraError
 from rayrl.types import Alternatives, Delta, Finish, VersionSpan
+from rayrl.weights.flat import Entry, Manifest
 
-__all__ = ["to_delta", "translate_errors", "version_spans"]
+__all__ = ["MISMATCH", "from_wire", "to_delta", "to_wire", "translate_errors", "version_spans"]
+
+MISMATCH = "these weights do not match"
+"""Marks the worker's error for another model's weights; only an error's text reaches the engine."""
 
 
 @contextmanager
@@ -70,4 +74,25 @@ def version_spans(
     return tuple(
         VersionSpan(int(name) if name.isdigit() else first_version, start, end)
         for name, start, end in spans
+    )
+
+
+def to_wire(plan: Sequence[Manifest]) -> list[list[Any]]:
+    """Convert manifests to lists."""
+    return [
+        [manifest.nbytes, [[e.name, e.dtype, list(e.shape), e.offset] for e in manifest.entries]]
+        for manifest in plan
+    ]
+
+
+def from_wire(plan: list[list[Any]]) -> tuple[Manifest, ...]:
+    """Convert the lists of `to_wire` back to manifests."""
+    return tuple(
+        Manifest(
+            tuple(
+                Entry(name, dtype, tuple(shape), offset) for name, dtype, shape, offset in entries
+            ),
+            nbytes,
+        )
+        for nbytes, entries in plan
     )
