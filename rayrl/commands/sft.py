@@ -18,6 +18,7 @@ from rayrl.chat.tools import format_call
 from rayrl.cluster.learner_group import LearnerGroup
 from rayrl.cluster.open import open_learners
 from rayrl.config import Config, validate
+from rayrl.config.mix import components
 from rayrl.environment.chat_data import chat_messages
 from rayrl.environment.data_files import DataRow, read_data
 from rayrl.environment.rows import missing_column
@@ -248,12 +249,14 @@ def _is_tool(value: object) -> bool:
 def _learned_seats(config: Config, episode: Episode, data: str) -> list[str]:
     """Seats whose replies are learned: those `env.seats` gives to the policy, else all."""
     played = list(dict.fromkeys(turn.seat for turn in episode.turns))
-    for seat in config.env.seats:
+    known = components(config)
+    seats = known.get(episode.env, known.get("", config)).env.seats
+    for seat in seats:
         if episode.scores and seat not in episode.scores:
             raise ConfigError(
                 f"env.seats.{seat}: {data} has no such seat.{did_you_mean(seat, episode.scores)}"
             )
-    return [seat for seat in played if config.env.seats.get(seat, POLICY) == POLICY]
+    return [seat for seat in played if seats.get(seat, POLICY) == POLICY]
 
 
 def rows_of(

@@ -83,7 +83,8 @@ def environment_of(spec: EnvSpec) -> Environment:
     Raises:
         ConfigError: see `load_env`.
     """
-    return (spec.value or load_env(spec.ref)).configure(spec.args, spec.rewards)
+    env = spec.value or load_env(spec.ref)
+    return env.configure(spec.args, spec.rewards).labelled(spec.label)
 
 
 def reference_of(env: Environment) -> str:

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 from rayrl.cluster import by_value, cluster_address
 from rayrl.cluster.weight_sync.topology import transport_of
 from rayrl.config import Config, EndpointConfig, stage_config
+from rayrl.config.mix import components, named_keys
 from rayrl.config.registry import NOT_PLACES, from_outside, is_object, load_function
 from rayrl.environment.environment import Environment
 from rayrl.environment.registry import load_env
@@ -144,7 +145,17 @@ def _players(config: Config, verb: str) -> list[str]:
         return [POLICY]
     if verb == "sft":
         return []
+    played: list[str] = []
+    for name, own in components(config).items():
+        if verb != "play" or name == config.play.component:
+            with named_keys(name):
+                played += _players_of(own, verb, name)
+    return played
+
+
+def _players_of(config: Config, verb: str, component: str) -> list[str]:
     environment = load_env(config.env.name).configure(config.env.args, config.env.rewards)
+    environment = environment.labelled(component)
     if verb == "train":
         check_trained(environment, config)
     for args in config.eval.cells.values() if verb == "eval" else ():

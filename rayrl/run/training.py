@@ -14,6 +14,7 @@ from rayrl.cluster.open import make_environment, open_cluster
 from rayrl.cluster.rollouts import CollectedGroups, Rollouts
 from rayrl.cluster.weight_sync.push import WeightSync
 from rayrl.config import Config
+from rayrl.config.mix import components, named_keys
 from rayrl.config.stop_rule import parse_stop_rule
 from rayrl.environment.environment import Environment
 from rayrl.errors import LearnerLost, RunFailed
@@ -373,10 +374,14 @@ async def open_training(config: Config, folder: RunDir) -> AsyncIterator[Trainin
     Raises:
         ConfigError: no seat is the policy's.
     """
-    environment = make_environment(config).training(config.env.held_out)
-    check_trained(environment, config)
-    check_metrics(config, environment)
-    log_template_notes(config, seats_of(environment, config, "model").values())
+    environments, seats = {}, []
+    for name, own in components(config).items():
+        environments[name] = make_environment(own, name).training(own.env.held_out)
+        with named_keys(name):
+            check_trained(environments[name], own)
+            seats += seats_of(environments[name], own, "model").values()
+    check_metrics(config, environments)
+    log_template_notes(config, seats)
     log = GroupLog(folder.path / "groups")
     found = folder.latest_checkpoint()
     start, state = (found.step, found.state) if found else (0, {})

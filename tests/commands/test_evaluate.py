@@ -165,7 +165,7 @@ async def test_checks_get_fresh_agents_that_are_closed_afterwards(
         return {"hellos": float(sum(text == "hello" for text in said))}
 
     player = ScriptedPlayer(lambda messages, rng: "hello")
-    monkeypatch.setattr(evaluate, "players_here", lambda rollouts: {"agent": player})
+    monkeypatch.setattr(evaluate, "players_here", lambda rollouts, component: {"agent": player})
     found = await run_checks(env, {}, rollouts=None)  # type: ignore[arg-type]
     assert found == {"says hello": {"hellos": 2.0}}
     assert [agent.episode for agent in made] == ["check-says hello-0", "check-says hello-1"]
@@ -181,13 +181,13 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[Here]:
     opened: list[Here] = []
 
     @asynccontextmanager
-    async def open_here(cfg, *, seats, sampling):  # type: ignore[no-untyped-def]
+    async def open_here(cfg, *, seats, temperature):  # type: ignore[no-untyped-def]
         async with killing(0)(cfg, seats=seats) as here:  # type: ignore[attr-defined]
             opened.append(here)
             yield here
 
     monkeypatch.setattr(evaluate, "open_rollouts", open_here)
-    monkeypatch.setattr(evaluate, "players_here", lambda rollouts: rollouts.players)
+    monkeypatch.setattr(evaluate, "players_here", lambda rollouts, component: rollouts.players[component])
     return opened
 
 

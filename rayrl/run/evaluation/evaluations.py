@@ -20,6 +20,7 @@ from typing import Any, Protocol
 from rayrl.cluster.open import make_environment
 from rayrl.cluster.rollouts import CollectedGroups
 from rayrl.config import Config
+from rayrl.config.mix import components
 from rayrl.config.stop_rule import parse_stop_rule
 from rayrl.environment.environment import Environment
 from rayrl.environment.scoring import scores_of
@@ -163,17 +164,20 @@ class Evaluations:
             RunFailed: the environment failed too often (`env.failure_budget`).
         """
         config = self._config
-        environment = make_environment(config).evaluation(config.env.held_out)
-        plans = {
-            cell: [
-                replace(plan, id=f"eval-{version}-{plan.id}", temperature=config.eval.temperature)
-                for plan in evaluation_plans(environment.configure(args), config, cell)
-            ]
-            for cell, args in eval_cells(config).items()
-        }
+        plans: dict[str, list[GroupPlan]] = {}
+        seats: dict[str, dict[str, str]] = {}
+        for name, own in components(config).items():
+            environment = make_environment(own, name).evaluation(own.env.held_out)
+            seats[name] = seats_of(environment, own, "model")
+            for cell, args in eval_cells(own, name).items():
+                of_cell = evaluation_plans(environment.configure(args), own, cell, name)
+                plans[cell] = [
+                    replace(one, id=f"eval-{version}-{one.id}", temperature=own.eval.temperature)
+                    for one in of_cell
+                ]
         every_plan = [plan for of_cell in plans.values() for plan in of_cell]
         file = self._folder.path / FOLDER / f"version_{version:06d}.jsonl"
-        journal = Journal(file, every_plan, seats_of(environment, config, "model"))
+        journal = Journal(file, every_plan, seats)
         if journal.known:
             n = len(journal.known)
             self._notify(f"{n} of {len(every_plan)} episodes of the evaluation were played before")
@@ -208,19 +212,27 @@ class Evaluations:
             raise _unknown_metric(key, metric, names)
 
 
-def check_metrics(config: Config, environment: Environment) -> None:
+def check_metrics(config: Config, environments: Mapping[str, Environment]) -> None:
     """Raise ConfigError if `run.keep_best` or `train.stop_when` names what cannot be measured.
 
     Called before anything is written. A score that the environment declares but does not return is
     found by `Evaluations.check_metric`.
+
+    Args:
+        environments: by component of the mixture.
     """
-    declared = [*environment.rewards, *environment.group_rewards, "tool_calls", "tool_errors"]
-    if len(environment.seats) > 1:
-        declared = [f"{seat}.{name}" for seat in environment.seats for name in declared]
-    declared = ["reward", *(f"score/{n}" if n in RESERVED else n for n in declared)]
-    cells = [*eval_cells(config)]
-    prefixes = [f"eval/{cell}" for cell in cells] if len(cells) > 1 else ["eval"]
-    names = list(dict.fromkeys(f"{prefix}/{name}" for prefix in prefixes for name in declared))
+    cells = {
+        cell: _declared(environments[component])
+        for component, own in components(config).items()
+        for cell in eval_cells(own, component)
+    }
+    names = list(
+        dict.fromkeys(
+            f"eval/{cell}/{name}" if len(cells) > 1 else f"eval/{name}"
+            for cell, declared in cells.items()
+            for name in declared
+        )
+    )
     if (best := config.run.keep_best) and best not in names:
         raise _unknown_metric("run.keep_best", best, names)
     if not config.train.stop_when:
@@ -230,6 +242,14 @@ def check_metrics(config: Config, environment: Environment) -> None:
     known += [f"{name}/pass@{k}" for name in names for k in _powers(config.eval.samples)]
     if metric not in (*known, "eval/failed"):
         raise _unknown_metric("train.stop_when", metric, known, shown=names)
+
+
+def _declared(environment: Environment) -> list[str]:
+    """Names of what an evaluation of the environment measures."""
+    declared = [*environment.rewards, *environment.group_rewards, "tool_calls", "tool_errors"]
+    if len(environment.seats) > 1:
+        declared = [f"{seat}.{name}" for seat in environment.seats for name in declared]
+    return ["reward", *(f"score/{n}" if n in RESERVED else n for n in declared)]
 
 
 def _unknown_metric(

@@ -282,7 +282,7 @@ def test_a_metric_that_cannot_be_is_said_before_anything_is_written(
     data = {"run": {"keep_best": keep_best}, "train": {"stop_when": stop_when}}
     config = from_dict({"env": {"name": "tictactoe"}, "eval": {"samples": 4, "every": 1}, **data})
     if not why:
-        check_metrics(config, load_env("tictactoe"))
+        check_metrics(config, {"": load_env("tictactoe")})
         return
     with pytest.raises(ConfigError, match=why):
-        check_metrics(config, load_env("tictactoe"))
+        check_metrics(config, {"": load_env("tictactoe")})
