@@ -18,6 +18,7 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from rayrl.engine.protocol import Engine
 from rayrl.rollout.rollout import GroupPlan
 from rayrl.run.collector import GroupCollector
 from rayrl.run.group_log import GroupLog
+from rayrl.types import Group
 from rayrl.weights.model_dir import model_dir
 
 WHERE = f"{Path(__file__).resolve().parent / 'many_live.py'}:{talk.name}"
@@ -57,12 +59,23 @@ def config(args: argparse.Namespace, lag: int) -> Config:
     )
 
 
-def plans(args: argparse.Namespace, step: int) -> list[GroupPlan]:
-    first = step * args.groups
-    return [
-        GroupPlan(f"{step}-{k}", Task(seed=first + k), args.group_size, first + k)
-        for k in range(args.groups)
-    ]
+class Tasks:
+    """One after the other, each with its index as seed."""
+
+    def __init__(self, group_size: int) -> None:
+        self.group_size = group_size
+
+    def plan(self, index: int) -> GroupPlan:
+        return GroupPlan(str(index), Task(seed=index), self.group_size, index)
+
+    def observe(self, groups: Mapping[int, Group]) -> None:
+        pass
+
+    def save(self) -> dict[str, Any]:
+        return {}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        pass
 
 
 async def run(args: argparse.Namespace, rollouts: Rollouts, lag: int, learn: float) -> Any:
@@ -70,7 +83,7 @@ async def run(args: argparse.Namespace, rollouts: Rollouts, lag: int, learn: flo
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         log = GroupLog(Path(folder))
-        made = GroupCollector(rollouts, partial(plans, args), config(args, lag), log)
+        made = GroupCollector(rollouts, Tasks(args.group_size), config(args, lag), log)
         async with made as collector:
             collector.restore(0, {})
             collector.advance(0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from rayrl.learner.advantage import has_spread
 from rayrl.rollout.rollout import GroupPlan
 from rayrl.run.group_log import Batched, GroupLog, Played
 from rayrl.run.rollout_buffer import GroupState, RolloutBuffer
+from rayrl.run.sampling.task_sampler import TaskSampler
 from rayrl.types import Group
 
 __all__ = ["GroupCollector"]
@@ -49,7 +49,7 @@ class GroupCollector:
 
     Args:
         rollouts: plays groups.
-        plans: the plans of a step; `train.groups` of them.
+        sampler: says what each group plays.
         config: `train`, and the failure budget.
 
     Attributes:
@@ -59,12 +59,13 @@ class GroupCollector:
     def __init__(
         self,
         rollouts: RolloutBackend,
-        plans: Callable[[int], Sequence[GroupPlan]],
+        sampler: TaskSampler,
         config: Config,
         log: GroupLog,
     ) -> None:
         self._rollouts, self._config, self.log = rollouts, config, log
-        self._plans = functools.lru_cache(maxsize=8)(plans)
+        self._sampler = sampler
+        self._observed = 0  # batches that the sampler knows
         train = config.train
         self._buffer = RolloutBuffer(
             train.groups,
@@ -109,8 +110,7 @@ class GroupCollector:
             self._tasks.add(asyncio.create_task(self._play(begun)))
 
     def _plan(self, index: int) -> GroupPlan:
-        step, k = divmod(index, self._config.train.groups)
-        plan, attempts = self._plans(step)[k], self._buffer.attempts(index)
+        plan, attempts = self._sampler.plan(index), self._buffer.attempts(index)
         return replace(plan, id=f"{plan.id}~{attempts}") if attempts else plan
 
     async def _play(self, begun: Mapping[int, GroupPlan]) -> None:
@@ -140,6 +140,7 @@ class GroupCollector:
         """
         oldest = step - self._config.train.max_lag
         if (logged := self._logged.pop(step, None)) is not None:
+            self._observe(step, logged.groups)
             found = self._sorted(logged.groups, logged.record.rejected, oldest)
             return replace(found, load=self._rollouts.load())
         while True:
@@ -162,6 +163,7 @@ class GroupCollector:
         indices = tuple(batch.taken), tuple(batch.failed), batch.restarted, tuple(batch.rejected)
         self.log.add(Batched(step, *indices, batch.replaced))
         groups = batch.taken | batch.failed | batch.rejected
+        self._observe(step, groups)
         return replace(
             self._sorted(groups, batch.rejected, oldest),
             stopped=batch.stale,
@@ -170,6 +172,11 @@ class GroupCollector:
             idle_s=self._idle.read() if self._config.train.max_lag else None,
             load=self._rollouts.load(),
         )
+
+    def _observe(self, step: int, groups: Mapping[int, Group]) -> None:
+        if step >= self._observed:  # else a learner that went back is handed it out again
+            self._sampler.observe(groups)
+            self._observed = step + 1
 
     def _sorted(
         self, by_index: Mapping[int, Group], rejected: Collection[int], oldest: int
@@ -207,10 +214,12 @@ class GroupCollector:
             for index in map(str, batch.record.restarted):
                 if index in state["attempts"]:
                     state["attempts"][index] -= 1
-        return state
+        return state | {"observed": self._observed, "sampler": self._sampler.save()}
 
     def restore(self, step: int, state: Mapping[str, Any]) -> None:
         """Continue from the checkpoint of `step`, before anything has begun."""
+        self._observed = state.get("observed", step)
+        self._sampler.load(state.get("sampler", {}))
         ended = self._read_log(step)
         batches = [batch.record for batch in self._logged.values()]
         self._buffer.load(state, step, ended, batches)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import AbstractContextManager, asynccontextmanager
@@ -16,10 +15,8 @@ from rayrl.cluster.weight_sync.push import WeightSync
 from rayrl.config import Config
 from rayrl.config.mix import components, named_keys
 from rayrl.config.stop_rule import parse_stop_rule
-from rayrl.environment.environment import Environment
 from rayrl.errors import LearnerLost, RunFailed
 from rayrl.learner.batch import Batch
-from rayrl.rollout.rollout import GroupPlan
 from rayrl.run.collector import GroupCollector
 from rayrl.run.evaluation.evaluations import Evaluations, best_evaluation, check_metrics
 from rayrl.run.folder import RunDir
@@ -27,15 +24,14 @@ from rayrl.run.group_log import GroupLog
 from rayrl.run.metrics import Clock, headline, step_metrics, summary, warnings
 from rayrl.run.monitor import Monitor
 from rayrl.run.progress_bar import ProgressBar
+from rayrl.run.sampling.task_sampler import UniformSampler
 from rayrl.run.stage import (
     MODEL,
     MODEL_BEST,
-    check_tasks,
     check_trained,
     log_template_notes,
     seats_of,
 )
-from rayrl.types import derive_seed
 
 __all__ = [
     "Attempt",
@@ -43,7 +39,6 @@ __all__ = [
     "StepControl",
     "Training",
     "open_training",
-    "training_plans",
 ]
 
 
@@ -391,21 +386,9 @@ async def open_training(config: Config, folder: RunDir) -> AsyncIterator[Trainin
         folder.reopen()
     async with open_cluster(config, config.train.steps, log.turns) as (rollouts, learner, weights):
         folder.begin()
-        plans = functools.partial(training_plans, environment, config)
-        async with GroupCollector(rollouts, plans, config, log) as collector:
+        sampler = UniformSampler(environment, config)
+        async with GroupCollector(rollouts, sampler, config, log) as collector:
             collector.restore(start, state)
             training = Training(config, folder, rollouts, collector, learner, weights)
             with training._progress, training._monitor:
                 yield training
-
-
-def training_plans(environment: Environment, config: Config, step: int) -> list[GroupPlan]:
-    """What is played at a step: one group for each stratum of the task source."""
-    seed = derive_seed(config.run.seed, config.run.name, "train")
-    n = config.train.groups
-    tasks = environment.tasks(seed, n, start=step * n)
-    check_tasks(environment, tasks)
-    return [
-        GroupPlan(f"{step}-{k}", task, config.train.group_size, derive_seed(seed, step, k))
-        for k, task in enumerate(tasks)
-    ]

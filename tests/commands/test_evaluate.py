@@ -25,8 +25,8 @@ from rayrl.report.table import Result
 from rayrl.rollout.episode_io import read_episodes
 from rayrl.rollout.players import ScriptedPlayer
 from rayrl.run.folder import RunDir
+from rayrl.run.sampling.task_sampler import UniformSampler
 from rayrl.run.stage import evaluation_plans, row_name, seats_of
-from rayrl.run.training import training_plans
 from rayrl.types import Episode, Failure, Group, Usage
 from tests.act import collect, says
 from tests.documents import ROOT
@@ -60,7 +60,8 @@ def test_every_model_meets_the_same_tasks_and_no_training_task() -> None:
     assert plans == evaluation_plans(env, other, "random")
     assert len(plans) == 30
     assert len({plan.id for plan in plans}) == 30
-    trained = {plan.task.seed for step in range(20) for plan in training_plans(env, cfg, step)}
+    sampler = UniformSampler(env, cfg)
+    trained = {sampler.plan(index).task.seed for index in range(20 * cfg.train.groups)}
     assert trained.isdisjoint(plan.task.seed for plan in plans)
     optimal = evaluation_plans(env, cfg, "optimal")
     assert {p.task.seed for p in plans}.isdisjoint(p.task.seed for p in optimal)

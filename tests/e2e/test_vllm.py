@@ -18,7 +18,7 @@ from rayrl.cluster.open import make_environment, open_cluster
 from rayrl.config import Config, from_dict
 from rayrl.learner.advantage import advantages
 from rayrl.learner.batch import make_batch
-from rayrl.run.training import training_plans
+from rayrl.run.sampling.task_sampler import UniformSampler
 from rayrl.types import Episode
 from rayrl.weights.model_dir import EMBEDDED, model_dir
 from tests.runs import ROOT
@@ -62,14 +62,15 @@ async def played(config: Config, folder: Path) -> list[tuple[int, list[Episode],
     """Two steps of training: (version, episodes, the weights they were played with)."""
     out = []
     environment = make_environment(config)
+    sampler = UniformSampler(environment, config)
     async with open_cluster(config, 2) as (rollouts, learner, weights):
         for step in range(2):
             confirmed = await weights.push(step)
             assert len(confirmed) == 2, "both replicas confirm"
             assert len(set(confirmed.values())) == 1, "and hold the same"
-            groups = (
-                await rollouts.collect(training_plans(environment, config, step), step)
-            ).groups
+            n = config.train.groups
+            plans = [sampler.plan(index) for index in range(step * n, (step + 1) * n)]
+            groups = (await rollouts.collect(plans, step)).groups
             await learner.export(folder / str(step))
             out.append((step, [e for g in groups for e in g.episodes], folder / str(step)))
             await weights.sleep_replicas()

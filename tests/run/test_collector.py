@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -39,8 +39,28 @@ def config(lag: int, steps: int = 4, refill: float = 1) -> Config:
     )
 
 
+class Tasks:
+    """One after the other; an index is a task's seed. It notes what it observes."""
+
+    def __init__(self) -> None:
+        self.observed: list[list[int]] = []
+
+    def plan(self, index: int) -> GroupPlan:
+        return GroupPlan("{}-{}".format(*divmod(index, N)), Task(seed=index), 1, index)
+
+    def observe(self, groups: Mapping[int, Group]) -> None:
+        assert [group.task.seed for group in groups.values()] == list(groups)
+        self.observed.append(list(groups))
+
+    def save(self) -> dict[str, Any]:
+        return {"observed": self.observed.copy()}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        self.observed = list(state.get("observed", ()))
+
+
 def plans(step: int) -> list[GroupPlan]:
-    return [GroupPlan(f"{step}-{k}", Task(seed=step * N + k), 1, step * N + k) for k in range(N)]
+    return [Tasks().plan(step * N + k) for k in range(N)]
 
 
 def group(plan: GroupPlan, version: int, kind: str = "") -> Group:
@@ -101,7 +121,8 @@ class Run:
     def __init__(self, folder: Path, lag: int, steps: int = 4, refill: float = 1) -> None:
         self.workers = Workers()
         settings = config(lag, steps, refill)
-        self.collector = GroupCollector(self.workers, plans, settings, GroupLog(folder))
+        self.tasks = Tasks()
+        self.collector = GroupCollector(self.workers, self.tasks, settings, GroupLog(folder))
 
     async def start(self, step: int = 0, state: dict[str, Any] | None = None) -> Run:
         self.collector.restore(step, state or {})
@@ -297,6 +318,7 @@ async def test_killed_it_remembers_which_groups_taught_nothing(
     assert await again.collector.collect(0) == replace(found, load=again.workers.load())
     await again.at(1)
     assert again.live == ["2-1", "3-0"], "2-0 is there, and was replaced"
+    assert again.tasks.observed == run.tasks.observed == [[1, 3, 0, 2]], "what ended in the batch"
     again.workers.end("2-1", "3-0")
     assert await again.batch(1) == ["2-1", "3-0"]
     state = again.collector.begin_checkpoint(2)
@@ -319,6 +341,7 @@ async def test_a_learner_that_went_back_gets_the_same_batches(start: Start) -> N
         await run.at(step + 1)
     assert run.live == ["3-0", "3-1"]
     assert len(run.workers.begun) == 8, "nothing was played twice"
+    assert run.tasks.observed == [[0, 1], [2, 3], [4, 5]], "nor observed twice"
 
 
 async def test_a_checkpoint_on_the_way_back_keeps_what_is_still_to_be_learned_again(
@@ -337,6 +360,7 @@ async def test_a_checkpoint_on_the_way_back_keeps_what_is_still_to_be_learned_ag
     assert await again.batch(2) == ["2-0", "2-1"]
     await again.at(3)
     assert again.workers.begun == ["3-0", "3-1"]
+    assert again.tasks.observed == [[0, 1], [2, 3], [4, 5]], "each once, by the one or the other"
 
 
 async def test_what_ended_during_a_checkpoint_that_failed_is_not_lost(start: Start) -> None:
