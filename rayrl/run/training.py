@@ -15,6 +15,7 @@ from rayrl.cluster.weight_sync.push import WeightSync
 from rayrl.config import Config
 from rayrl.config.mix import components, named_keys
 from rayrl.config.stop_rule import parse_stop_rule
+from rayrl.environment.environment import Environment
 from rayrl.errors import LearnerLost, RunFailed
 from rayrl.learner.batch import Batch
 from rayrl.run.collector import GroupCollector
@@ -24,7 +25,7 @@ from rayrl.run.group_log import GroupLog
 from rayrl.run.metrics import Clock, headline, step_metrics, summary, warnings
 from rayrl.run.monitor import Monitor
 from rayrl.run.progress_bar import ProgressBar
-from rayrl.run.sampling.task_sampler import UniformSampler
+from rayrl.run.sampling.mixture import run_sampler
 from rayrl.run.stage import (
     MODEL,
     MODEL_BEST,
@@ -161,7 +162,7 @@ class Training:
             on_step: called with what it may ask for before the next step.
         """
         config, folder, collected = self.config, self.folder, self._collected
-        metrics = step_metrics(step, collected, batch, learned, self.clock)
+        metrics = step_metrics(step, collected, batch, learned, self.clock, tuple(config.env.mix))
         control = StepControl(
             step,
             metrics,
@@ -369,7 +370,8 @@ async def open_training(config: Config, folder: RunDir) -> AsyncIterator[Trainin
     Raises:
         ConfigError: no seat is the policy's.
     """
-    environments, seats = {}, []
+    environments: dict[str, Environment] = {}
+    seats: list[str] = []
     for name, own in components(config).items():
         environments[name] = make_environment(own, name).training(own.env.held_out)
         with named_keys(name):
@@ -386,7 +388,7 @@ async def open_training(config: Config, folder: RunDir) -> AsyncIterator[Trainin
         folder.reopen()
     async with open_cluster(config, config.train.steps, log.turns) as (rollouts, learner, weights):
         folder.begin()
-        sampler = UniformSampler(environment, config)
+        sampler = run_sampler(environments, config)
         async with GroupCollector(rollouts, sampler, config, log) as collector:
             collector.restore(start, state)
             training = Training(config, folder, rollouts, collector, learner, weights)

@@ -188,7 +188,9 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[Here]:
             yield here
 
     monkeypatch.setattr(evaluate, "open_rollouts", open_here)
-    monkeypatch.setattr(evaluate, "players_here", lambda rollouts, component: rollouts.players[component])
+    monkeypatch.setattr(
+        evaluate, "players_here", lambda rollouts, component: rollouts.players[component]
+    )
     return opened
 
 
