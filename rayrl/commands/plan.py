@@ -18,8 +18,10 @@ from rayrl.config import (
     stage_config,
     validate,
 )
+from rayrl.config.mix import components
 from rayrl.errors import ConfigError, RunFailed
-from rayrl.run.stage import template_notes
+from rayrl.run.sampling.mixture import component_shares
+from rayrl.run.stage import eval_cells, template_notes
 from rayrl.run.start_check import (
     LEARNING,
     Machine,
@@ -209,6 +211,7 @@ def _batch(config: Config) -> str:
     slots = config.cluster.replicas * config.engine.max_live
     rows = [
         f"  {train.groups} groups × {train.group_size} episodes = {episodes} episodes",
+        *_mixture(config),
         *(
             [f"  up to {train.refill:g} times as many, to replace groups that teach nothing"]
             if train.refill > 1
@@ -223,9 +226,10 @@ def _batch(config: Config) -> str:
             f"  {algo.epochs} × {algo.minibatches} optimizer steps (passes × minibatches) of about "
             f"{episodes / algo.minibatches:g} episodes"
         ),
-        (
-            f"  replies of at most {config.sampling.max_tokens} tokens at temperature "
-            f"{config.sampling.temperature:g}"
+        *(
+            f"  replies of at most {own.sampling.max_tokens} tokens at temperature "
+            f"{own.sampling.temperature:g}{f' in {name}' if name else ''}"
+            for name, own in components(config).items()
         ),
         (
             f"  {train.steps} steps = {train.steps * episodes} episodes, at most {train.max_lag} "
@@ -233,7 +237,8 @@ def _batch(config: Config) -> str:
         ),
     ]
     if (found := config.eval).every:
-        each = found.episodes * max(len(found.cells), 1)
+        played = components(config).items()
+        each = found.episodes * sum(len(eval_cells(own, name)) for name, own in played)
         start = ", before the first" if found.at_start else ""
         rows.append(
             f"  evaluations of {each} episodes every {found.every} steps{start} and after the last"
@@ -241,13 +246,23 @@ def _batch(config: Config) -> str:
     return "\n".join(rows)
 
 
+def _mixture(config: Config) -> Iterator[str]:
+    """What each environment of a mixture has of a step."""
+    unit = "groups" if config.env.mix_by == "episodes" else "groups at first, then by tokens"
+    shares = component_shares(config) if config.env.mix else {}
+    for name, share in shares.items():
+        about = f"{float(share * config.train.groups):.3g} {unit}"
+        yield f"    {name} ({config.env.mix[name]['name']}): {float(share):.1%}, {about}"
+
+
 def _templates(config: Config) -> Iterator[str]:
     """What the models' chat templates do of their own."""
     models = []
     for _, _, stage in stages_of(config):
         models.append(stage.model.path)
-        seats = stage.env.seats.values()
-        models += [who.removeprefix("model:") for who in seats if who.startswith("model:")]
+        for own in components(stage).values():
+            seats = own.env.seats.values()
+            models += [who.removeprefix("model:") for who in seats if who.startswith("model:")]
     with contextlib.suppress(ConfigError):  # `problems` says it
         notes = template_notes(models)
         if notes:

@@ -102,9 +102,9 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     opened = []
 
     class Here:
-        def __init__(self, cfg: Config, seats: dict[str, str]) -> None:
+        def __init__(self, cfg: Config, seats: dict[str, dict[str, str]]) -> None:
             self.env = load_env(cfg.env.name).configure(cfg.env.args, cfg.env.rewards)
-            names = {seat: who.removeprefix("player:") for seat, who in seats.items()}
+            names = {seat: who.removeprefix("player:") for seat, who in seats[""].items()}
             self.players = {s: ScriptedPlayer(self.env.players[n]) for s, n in names.items()}
 
         async def collect(self, plans, on_group, known):  # type: ignore[no-untyped-def]
