@@ -168,7 +168,8 @@ def test_each_environment_has_a_stream_of_tasks_of_its_own() -> None:
         strata = [(2, 3), (3, 5), (5, 7), (7, 8)]  # of u in quarters, in lengths
         assert all(low <= n <= high for n, (low, high) in zip(step, strata, strict=True))
     assert len({task.seed for task in words}) == 8
-    other = from_dict({"env": {"mix": {**data, "games": {"name": "tools"}}}, "train": {"groups": 6}})
+    data["games"] = {"name": "tools"}
+    other = from_dict({"env": {"mix": data}, "train": {"groups": 6}})
     again = run_sampler({"words": envs["words"], "games": load_env("tools")}, other)
     drawn = [again.plan(index) for index in range(12)]
     assert [plan.task for plan in drawn if plan.component == "words"] == words
