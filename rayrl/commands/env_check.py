@@ -39,7 +39,7 @@ def _check(config: Config, environment: Environment) -> None:
     )
     for key, value in environment.args.items():
         print(f"  env.args.{key}: {textwrap.shorten(repr(value), 80)}")
-    print(f"  installed besides: {', '.join(_others(environment.name)) or 'none'}")
+    print(f"  installed besides: {', '.join(_others(config.env.name)) or 'none'}")
     problems = check_env(environment)
     if not problems:
         for name, args in config.eval.cells.items():

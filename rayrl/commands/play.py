@@ -4,7 +4,7 @@ rayrl play model.path=runs/tictactoe/rl2/model                     watch it play
 rayrl play play.seat=agent                                         be the agent yourself
 rayrl play env=tictactoe_versus play.seat=o model.path=…           play against it
 rayrl play env.seats.agent=player:teacher                          watch a scripted player
-rayrl play env=skills play.component=words                         an environment of a mixture
+rayrl play experiment=mixture play.component=words                 an environment of a mixture
 """
 
 from __future__ import annotations

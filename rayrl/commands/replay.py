@@ -81,6 +81,8 @@ def run(config: Config) -> None:
     for env in envs.values():
         own = [episode for episode in wanted if episode.env == env.name]
         found += asyncio.run(replay(env, own, config.env.deadline_s, config.env.isolated))
+    place = {episode.id: k for k, episode in enumerate(wanted)}
+    found.sort(key=lambda one: place[one.stored.id])
     if settings.episode:
         found = [one for one in found if one.stored.id == settings.episode]
     console = new_console()

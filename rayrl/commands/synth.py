@@ -256,10 +256,15 @@ def kept(
             raise ConfigError(
                 f"synth.keep.{name}={value:g}: the environment gives no such score.{near}"
             )
-    asked: dict[str, dict[str, float]] = {}
+    if not mixed:
+        return [episode for episode, scores in good if _good_enough(scores, least)]
+    have: dict[str, set[str]] = {}  # scores by environment
     for episode, scores in good:
-        if episode.env not in asked:
-            asked[episode.env] = {n: v for n, v in least.items() if not mixed or _called(n, scores)}
+        have.setdefault(episode.env, set()).update(scores)
+    asked = {
+        env: {name: value for name, value in least.items() if _called(name, scores)}
+        for env, scores in have.items()
+    }
     return [episode for episode, scores in good if _good_enough(scores, asked[episode.env])]
 
 

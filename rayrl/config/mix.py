@@ -129,8 +129,8 @@ def check_mix(config: Config) -> None:
         return
     if env.name:
         raise ConfigError(
-            f"env.name={env.name}: env.mix names the environments of this run; leave env.name "
-            "empty (on the command line: env=mix), or env.mix."
+            f"env.name={env.name}: env.mix names the environments of this run; leave out "
+            "env=…, env.name or the experiment that sets it, or else env.mix."
         )
     for key, value in (
         ("args", env.args),
