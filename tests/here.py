@@ -68,7 +68,7 @@ class Here:
                 if len(self.played) == self.kill_after:
                     os.kill(os.getpid(), signal.SIGKILL)
         done = [groups[plan.id] for plan in plans if plan.id in groups]
-        return sort_out(done, 0, self.cfg.env.failure_budget)
+        return sort_out(done, 0, self.cfg.env.failure_budget, self.cfg.env.mix)
 
     def wind_down(self) -> None:
         """As `Rollouts.wind_down`."""

@@ -13,7 +13,7 @@ A retry has one owner per level:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -82,13 +82,16 @@ class CollectedGroups(Sequence[Group]):
         return self.groups[index]
 
 
-def sort_out(groups: Sequence[Group], min_version: int, budget: float) -> CollectedGroups:
+def sort_out(
+    groups: Sequence[Group], min_version: int, budget: float, components: Iterable[str] = ()
+) -> CollectedGroups:
     """Separate the groups that can be trained on; stop a run whose environment fails too often.
 
     Args:
         groups: in the order of their plans.
         min_version: a token from older weights makes an episode stale.
         budget: share of the episodes, 0 to 1, whose environment may fail.
+        components: of a mixture.
 
     Raises:
         RunFailed: the budget is exceeded, one of a mixture's environments failed in each of its
@@ -106,8 +109,8 @@ def sort_out(groups: Sequence[Group], min_version: int, budget: float) -> Collec
             f"environment {names} failed in {len(by_env)} of {len(episodes)} episodes, more than "
             f"env.failure_budget={budget:g} allows.\n{_details(*by_env[0])}"
         )
-    for env, n in lost.items():
-        if n == played[env] and budget < 1:
+    for env in components:
+        if 0 < (n := lost[env]) == played[env] and budget < 1:
             first = next(pair for pair in by_env if pair[0].env == env)
             raise RunFailed(
                 f"environment {env!r} of the mixture failed in all of its {n} episodes.\n"
@@ -223,7 +226,8 @@ class Rollouts:
 
         await self.play([p for p in plans if p.id not in done], min_version, keep, keep)
         groups = [done[plan.id] for plan in plans if plan.id in done]
-        return sort_out(groups, min_version, self.job.config.env.failure_budget)
+        env = self.job.config.env
+        return sort_out(groups, min_version, env.failure_budget, env.mix)
 
     async def play(
         self,

@@ -182,7 +182,8 @@ class GroupCollector:
         self, by_index: Mapping[int, Group], rejected: Collection[int], oldest: int
     ) -> CollectedGroups:
         groups = [group for index, group in sorted(by_index.items()) if index not in rejected]
-        found = sort_out(groups, oldest, self._config.env.failure_budget)
+        env = self._config.env
+        found = sort_out(groups, oldest, env.failure_budget, env.mix)
         if groups and not found.groups:  # a server refused all of them
             raise none_left(groups, oldest)
         kept = {group.id for group in found.groups}

@@ -661,3 +661,19 @@ async def test_results_do_not_depend_on_hosts_or_replicas(session: Session, tiny
     assert found[0].groups[0].trainable == ("agent",)
     replies = {turn.text for g in found[0].groups for e in g.episodes for turn in e.turns}
     assert len(replies) > 8
+
+
+def test_an_environment_of_a_mixture_that_always_fails_stops_the_run() -> None:
+    """Four episodes in a hundred are within the budget, but they are all that games has."""
+
+    def of(env: str, n: int, failure: Failure | None) -> Group:
+        episodes = [Episode(f"{env}/{k}", env, Task(), k, (), failure=failure) for k in range(n)]
+        return Group(env, Task(), tuple(episodes))
+
+    broke = Failure("env", "it broke")
+    groups = [of("words", 96, None), of("games", 4, broke)]
+    with pytest.raises(RunFailed, match=r"'games' of the mixture failed in all of its 4 episodes"):
+        sort_out(groups, 0, 0.05, ("words", "games"))
+    assert sort_out(groups, 0, 0.05).env_failures == 4
+    spared = [*groups, of("games", 1, None)]
+    assert sort_out(spared, 0, 0.05, ("words", "games")).env_failures == 4
