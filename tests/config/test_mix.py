@@ -54,7 +54,7 @@ def test_without_a_mixture_there_is_one_without_a_name() -> None:
 @pytest.mark.parametrize(
     ("dotted", "why"),
     [
-        ({"env.name": "tools"}, r"env\.name=tools: env\.mix names .*leave env\.name empty"),
+        ({"env.name": "tools"}, r"env\.name=tools: env\.mix names .*leave out env="),
         ({"env.args.k": 1}, r"env\.args=\{'k': 1\}: .*set env\.mix\.words\.args"),
         ({"env.seats.agent": "policy"}, r"set env\.mix\.words\.seats"),
         ({"eval.cells.one.k": 1}, r"set env\.mix\.words\.cells"),
