@@ -68,13 +68,19 @@ class Tasks:
     def plan(self, index: int) -> GroupPlan:
         return GroupPlan(str(index), Task(seed=index), self.group_size, index)
 
-    def observe(self, groups: Mapping[int, Group]) -> None:
-        pass
+    def is_uniform(self, index: int) -> bool:
+        return True
+
+    def draws(self) -> dict[int, float]:
+        return {}
+
+    def observe(self, groups: Mapping[int, Group]) -> dict[str, float]:
+        return {}
 
     def save(self) -> dict[str, Any]:
         return {}
 
-    def load(self, state: Mapping[str, Any]) -> None:
+    def load(self, state: Mapping[str, Any], draws: Mapping[int, float]) -> None:
         pass
 
 

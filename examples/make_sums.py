@@ -1,8 +1,12 @@
-"""Write `sums.jsonl`: 300 word problems of one or two steps, each with a solution and its answer.
+"""Write word problems of one or two steps, each with a solution and its answer.
 
     python examples/make_sums.py examples/sums.jsonl
+    python examples/make_sums.py sums
 
-They are made up here, in the form of GSM8K: a solution ends with `####` and the answer.
+The first writes 300 of them. The second writes a folder to learn from, of other problems:
+train.jsonl (4,000), test.jsonl (300), and chats.jsonl: train.jsonl with its solutions as the
+replies of chats. They are made up here, in the form of GSM8K: a solution ends
+with `####` and the answer.
 """
 
 from __future__ import annotations
@@ -10,8 +14,9 @@ from __future__ import annotations
 import json
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 NAMES = ("Mia", "Tom", "Ana", "Leo", "Zoe", "Sam", "Eva", "Ben")
 THINGS = ("apples", "books", "coins", "cards", "pens", "shells")
@@ -39,7 +44,7 @@ def problem(rng: random.Random) -> tuple[str, str, int]:
     return question, f"{b * 2} / 2 = {b}, {b} + {a}", b + a
 
 
-def rows(n: int, seed: int) -> Iterator[dict[str, str | int]]:
+def rows(n: int, seed: int) -> Iterator[dict[str, Any]]:
     """`n` problems with different questions."""
     rng = random.Random(seed)
     seen = set[str]()
@@ -51,6 +56,24 @@ def rows(n: int, seed: int) -> Iterator[dict[str, str | int]]:
             yield {"question": question, "solution": solution, "answer": answer}
 
 
+def chat(row: dict[str, Any]) -> dict[str, Any]:
+    """A problem and its solution as a conversation."""
+    said = (("user", row["question"]), ("assistant", row["solution"]))
+    return {"messages": [{"role": role, "content": content} for role, content in said]}
+
+
+def write(file: Path, data: Iterable[dict[str, Any]]) -> None:
+    """One line for each."""
+    file.write_text("\n".join(map(json.dumps, data)) + "\n")
+
+
 if __name__ == "__main__":
-    lines = [json.dumps(row) for row in rows(300, seed=0)]
-    Path(sys.argv[1]).write_text("\n".join(lines) + "\n")
+    target = Path(sys.argv[1])
+    if target.suffix == ".jsonl":
+        write(target, rows(300, seed=0))
+    else:
+        target.mkdir(exist_ok=True)
+        made = [*rows(4300, seed=1)]
+        write(target / "test.jsonl", made[:300])
+        write(target / "train.jsonl", made[300:])
+        write(target / "chats.jsonl", map(chat, made[300:]))

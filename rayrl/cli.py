@@ -383,9 +383,14 @@ def _setting(text: str) -> tuple[str, Any]:
     try:
         override = OverridesParser.create().parse_override(text)
     except HydraException as error:
+        key, _, value = text.partition("=")
+        bare = value.strip("\"'")
+        if not bare or {"'", '"'} <= {*bare}:
+            bare = "a: b"
+        inner, outer = "\"'" if "'" in bare else "'\""
         raise ConfigError(
-            f"{text}: cannot be read. Write key=value, and a value with spaces or any of "
-            f",:[]{{}}() in quotes, as '{text.split('=')[0]}=\"a: b\"'."
+            f"{text}: cannot be read. Write key=value; text with any of ,:=<>[]{{}}() has a second "
+            f"pair of quotes: {outer}{key}={inner}{bare}{inner}{outer}."
         ) from error
     if override.is_sweep_override():
         raise ConfigError(f"{text}: several values; a list is written in brackets, as [1,2].")

@@ -63,25 +63,23 @@ async def talk(task: Number, agent: Any) -> Scores:
     return {"vowels": sum(letter in "aeiou" for letter in said) / max(1, len(said))}
 
 
-def judged_numbers(seed: int, u: float) -> Number:
-    """Numbers 8 to 15, which training does not see."""
-    return Number(seed=seed, k=8 + int(u * 8))
+_judged = {"EVAL_OPEN": itertools.count(), "TRAIN_OPEN": itertools.count()}
 
 
-_judged = itertools.count()
+async def vowels(reply: str, row: rayrl.Row) -> float:
+    """The share of vowels; a reward of rows whose k says whether they are for evaluation: from 8.
 
-
-@rayrl.env(tasks=numbers, eval_tasks=judged_numbers, rewards={"vowels": 1.0, "any": 0.0})
-async def judged(task: Number, agent: Any) -> Scores:
-    """The share of vowels in one reply, and whether there is any.
-
-    In a process that JUDGED_OPEN gives a number, so many episodes of evaluations are let through.
+    In a process that has one of these variables, so many replies are let through: EVAL_OPEN of
+    evaluations, TRAIN_OPEN of training.
     """
-    if task.k >= 8 and next(_judged) >= int(os.environ.get("JUDGED_OPEN", "1000000")):
+    part = "EVAL_OPEN" if row["k"] >= 8 else "TRAIN_OPEN"
+    if next(_judged[part]) >= int(os.environ.get(part, "1000000")):
         await asyncio.Event().wait()
-    said = await agent(f"the number is {task.k}")
-    vowels = sum(letter in "aeiou" for letter in said) / max(1, len(said))
-    return {"vowels": vowels, "any": float(vowels > 0)}
+    return sum(letter in "aeiou" for letter in reply) / max(1, len(reply))
+
+
+def has_vowel(reply: str, row: rayrl.Row) -> float:
+    return float(any(letter in "aeiou" for letter in reply))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -59,6 +59,7 @@ OTHERS = (
     "export",
     "scripts/setup",
     "python benchmarks/",
+    "python examples/",
     "tensorboard",
 )
 
@@ -217,7 +218,9 @@ def test_every_other_command_is_known() -> None:
     for line in set(COMMANDS) - {line for _, line in SETTINGS}:
         assert line.startswith(OTHERS), line
         for word in shlex.split(line):
-            assert not word.startswith("benchmarks/") or (ROOT / word).is_file(), line
+            assert not word.startswith(("benchmarks/", "examples/")) or (ROOT / word).is_file(), (
+                line
+            )
 
 
 @pytest.mark.parametrize("file", DOCS)

@@ -12,7 +12,7 @@ import os
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-__all__ = ["beside_driver", "prepare_process"]
+__all__ = ["beside_driver", "import_variables", "prepare_process"]
 
 GC_THRESHOLD = 50_000  # new objects before a garbage collection
 
@@ -33,11 +33,16 @@ def prepare_process(threads: int) -> None:
     (benchmarks/many_live.py).
     """
     gc.set_threshold(GC_THRESHOLD, 10, 10)
-    os.environ.update(
-        OMP_NUM_THREADS=str(threads),
-        MKL_NUM_THREADS=str(threads),
-        OMP_WAIT_POLICY="PASSIVE",
-        TOKENIZERS_PARALLELISM="false",
-        HF_HUB_DISABLE_PROGRESS_BARS="1",
-        TRANSFORMERS_VERBOSITY="error",
-    )
+    os.environ.update(import_variables(threads))
+
+
+def import_variables(threads: int) -> dict[str, str]:
+    """Environment variables that torch and transformers read when they are imported."""
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+    }

@@ -29,7 +29,7 @@ from rayrl.config import Config, stage_config
 from rayrl.config.mix import components
 from rayrl.config.registry import CODE_FILE, OBJECT, from_outside, split_reference
 from rayrl.config.yaml_files import conf_dir
-from rayrl.environment.data_files import SUFFIXES, is_data_file
+from rayrl.environment.data_files import HUB, SUFFIXES, is_data_file
 from rayrl.environment.registry import ENV_GROUP
 from rayrl.errors import ConfigError
 from rayrl.types import derive_seed
@@ -137,7 +137,7 @@ def write_bundle(
     path_of, copy_of = {}, {}  # absolute path by name, path in the bundle by absolute path
     for name, key in [*((name, "env.name") for name in envs), *(functions or {}).items()]:
         module, attribute = split_reference(name)
-        if module == OBJECT:  # sent by value
+        if module == OBJECT or name.startswith(HUB):  # sent by value, or read by the driver
             continue
         if name.endswith(SUFFIXES):
             if Path(name).is_absolute():  # only the driver reads it, from storage that nodes share

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Mapping
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -44,6 +44,7 @@ __all__ = [
     "open_learners",
     "open_rollouts",
     "seat_players",
+    "worker_imports",
 ]
 
 
@@ -89,10 +90,11 @@ async def open_rollouts(
         temperature: used instead of `sampling.temperature`.
         setting: names the player of those of `seats` that `config` does not name.
     """
+    envs = _played(config, seats, temperature, setting)
+    await check_endpoint(config, *(one.seats for one in envs.values()))
+    engine = any(is_model(who) for one in envs.values() for who in one.seats.values())
     with ExitStack() as stack:
-        envs = _played(config, seats, temperature, setting)
-        await check_endpoint(config, *(one.seats for one in envs.values()))
-        session = stack.enter_context(_session(config))
+        session = stack.enter_context(_session(config, worker_imports(config, engine=engine)))
         job = _job(config, session, envs)
         rollouts = Rollouts(job)
         stack.callback(rollouts.close)
@@ -104,7 +106,7 @@ async def open_rollouts(
 async def open_learners(config: Config, total_steps: int) -> AsyncIterator[LearnerGroup]:
     """Open learners on `config.model`, without rollouts."""
     with ExitStack() as stack:
-        stack.enter_context(_session(config))
+        stack.enter_context(_session(config, worker_imports(config, learner=True)))
         learners = LearnerGroup(config)
         stack.callback(learners.close)
         await learners.start(model_name(config.model.path), total_steps)
@@ -120,10 +122,11 @@ async def open_cluster(
     Args:
         turns: file of the turn log of live episodes, see `Rollouts`.
     """
+    envs = _played(config)
+    await check_endpoint(config, *(one.seats for one in envs.values()))
     with ExitStack() as stack:
-        envs = _played(config)
-        await check_endpoint(config, *(one.seats for one in envs.values()))
-        session = stack.enter_context(_session(config))
+        imports = worker_imports(config, engine=True, learner=True)
+        session = stack.enter_context(_session(config, imports))
         job = _job(config, session, envs)
         learners = LearnerGroup(config)
         stack.callback(learners.close)
@@ -151,8 +154,33 @@ async def open_cluster(
         yield rollouts, learners, weights
 
 
-def _session(config: Config) -> AbstractContextManager[Session]:
-    return open_session(config.cluster, config.run.dir, envs=played_code(config))
+def worker_imports(config: Config, *, engine: bool = False, learner: bool = False) -> list[str]:
+    """Modules to fork the workers of a local Ray with (`fork_server.py`).
+
+    On a machine with a GPU torch is not among them: whether it can be forked there was not tried.
+    """
+    modules = [
+        "ray._private.workers.default_worker",
+        "ray.serve._private.controller",
+        "ray.serve._private.replica",
+        "rayrl.cluster.workers.turn_log",
+        "rayrl.cluster.workers.env_worker",
+        "rayrl.cluster.learner_group",
+    ]
+    if Path("/dev/nvidiactl").exists():
+        return modules
+    if engine:
+        embedded = config.engine.kind == "embedded"
+        modules += ["rayrl.engine.embedded.engine"] if embedded else ["torch", "transformers"]
+    if learner:
+        modules.append("rayrl.learner.deepspeed")
+        if config.learner.kind == "deepspeed":
+            modules.append("deepspeed")
+    return modules
+
+
+def _session(config: Config, imports: Sequence[str]) -> AbstractContextManager[Session]:
+    return open_session(config.cluster, config.run.dir, played_code(config), imports=imports)
 
 
 async def check_endpoint(config: Config, *seats: Mapping[str, str]) -> None:

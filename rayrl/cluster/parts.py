@@ -6,7 +6,14 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import ExitStack, asynccontextmanager
 
 from rayrl.cluster.code_bundle import played_code
-from rayrl.cluster.open import check_endpoint, deploy_models, is_model, make_environment, model_of
+from rayrl.cluster.open import (
+    check_endpoint,
+    deploy_models,
+    is_model,
+    make_environment,
+    model_of,
+    worker_imports,
+)
 from rayrl.cluster.rollouts import Rollouts
 from rayrl.cluster.session import open_session
 from rayrl.cluster.workers.env_worker import EnvWorker, PlayedEnv, WorkerJob
@@ -32,7 +39,14 @@ async def open_players(
     with ExitStack() as stack:
         job = WorkerJob(envs, config)
         if models:
-            session = stack.enter_context(open_session(config.cluster, envs=played_code(config)))
+            session = stack.enter_context(
+                open_session(
+                    config.cluster,
+                    None,
+                    played_code(config),
+                    imports=worker_imports(config, engine=True),
+                )
+            )
             apps = {who: f"{session.name}-{number}" for number, who in enumerate(models)}
             job = WorkerJob(envs, config, models, apps)
             await deploy_models(job, session, stack, pushed=False)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, overload
@@ -46,7 +46,9 @@ class CollectedGroups(Sequence[Group]):
         stale: number of episodes with a token from older weights than requested.
         rejected: complete groups that taught nothing and were replaced (`train.refill`).
         sample: the complete groups that were drawn first, as many as a step asks for, whether they
-            are trained on or were rejected: what was played, without the choice between them.
+            are trained on or were rejected, without those that were drawn by difficulty: how the
+            policy plays, whatever was chosen to learn from; None: `groups`.
+        sampling: metrics of what tasks were drawn, see `TaskSampler.observe`.
         stopped: groups that were cancelled as too old; their tasks are played again.
         waiting: number of complete groups that are ready for a later batch.
         live: number of groups that are being played.
@@ -62,7 +64,8 @@ class CollectedGroups(Sequence[Group]):
     refused: int = 0
     stale: int = 0
     rejected: tuple[Group, ...] = ()
-    sample: tuple[Group, ...] = ()
+    sample: tuple[Group, ...] | None = None
+    sampling: Mapping[str, float] = field(default_factory=dict)
     stopped: tuple[Group, ...] = ()
     waiting: int = 0
     live: int = 0

@@ -8,6 +8,7 @@ import os
 import secrets
 import signal
 import stat
+import sys
 import tempfile
 import threading
 import uuid
@@ -23,7 +24,7 @@ import ray
 from ray import serve
 from ray._common.network_utils import build_address, get_localhost_ip, is_localhost
 from ray._common.tls_utils import add_port_to_grpc_server
-from ray._private import ray_constants, services
+from ray._private import parameter, ray_constants, services
 from ray._private.node import Node
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray._private.utils import detect_fate_sharing_support
@@ -31,8 +32,10 @@ from ray.exceptions import AuthenticationError
 from ray.serve.context import _get_global_client
 from ray.serve.schema import LoggingConfig
 
-from rayrl.cluster import cluster_address
+from rayrl.cluster import cluster_address, fork_worker
+from rayrl.cluster.actors import import_variables
 from rayrl.cluster.code_bundle import forwarded_variables, write_bundle
+from rayrl.cluster.fork_server import VARIABLE, ForkServer
 from rayrl.cluster.watchdog import check_head, watch_cluster
 from rayrl.cluster.weight_sync.weight_store import NAMESPACE
 from rayrl.config import ClusterConfig
@@ -48,6 +51,7 @@ __all__ = [
 ]
 
 START_ATTEMPTS = 2
+QUIET: dict[str, Any] = {"logging_level": logging.ERROR, "namespace": NAMESPACE}
 SERVE_LOGGING = LoggingConfig(log_level="WARNING", enable_access_log=False)
 
 
@@ -100,8 +104,10 @@ def listen_on_loopback() -> None:
 def open_session(
     cluster: ClusterConfig,
     directory: str | None = None,
-    http: HttpAddress | None = None,
     envs: Sequence[str] = (),
+    *,
+    http: HttpAddress | None = None,
+    imports: Sequence[str] = (),
 ) -> Iterator[Session]:
     """Join or start Ray and Serve; on exit stop only what was started here.
 
@@ -109,23 +115,25 @@ def open_session(
         cluster: `address` is the cluster to join. If it is empty, join the cluster that this
             process runs in (RAY_ADDRESS, as `ray job submit` sets it), or start a local one.
         directory: the run's folder, if the program has one.
-        http: address for Serve; None: a Serve started here does not listen.
         envs: environments (as `env.name`), and players from outside them, that are to play. A
             driver that joins a cluster without being one of its jobs sends their code and rayrl's
             to the nodes.
+        http: address for Serve; None: a Serve started here does not listen.
+        imports: modules that the workers of a local Ray are forked with, see `fork_server.py`.
 
     Raises:
         InfraError: the cluster cannot be reached.
         ConfigError: Serve cannot listen on `http`, or the code is too large to send.
     """
-    if ray.is_initialized():
-        local = joined = False
-    else:
-        local = _connect(cluster, envs)
-        joined = not local
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     with ExitStack() as stack:
-        if local or joined:
+        local = False
+        if not ray.is_initialized():
+            if address := cluster_address(cluster.address):
+                _join(address, envs)
+            else:
+                stack.enter_context(_start(cluster, imports))
+                local = True
             stack.callback(_disconnect)
             stack.enter_context(watch_cluster(directory))
         if _start_serve(http) and not local:
@@ -144,48 +152,54 @@ def _disconnect() -> None:
         log.setLevel(level)
 
 
-def _connect(cluster: ClusterConfig, envs: Sequence[str]) -> bool:
-    """Connect to Ray; return whether a local cluster was started."""
-    address = cluster_address(cluster.address)
-    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "namespace": NAMESPACE}
-    if address:
-        try:
-            check_head(address)
-            with _runtime_env(envs) as runtime_env, _keep_sigterm_handler():
-                ray.init(address=address, runtime_env=runtime_env, **quiet)
-        except (AuthenticationError, ConnectionError, RuntimeError, ValueError) as error:
-            raise InfraError(_explain_refusal(address, error)) from error
-        return False
+def _join(address: str, envs: Sequence[str]) -> None:
+    """Connect to a cluster that is there."""
+    try:
+        check_head(address)
+        with _runtime_env(envs) as runtime_env, _keep_sigterm_handler():
+            ray.init(address=address, runtime_env=runtime_env, **QUIET)
+    except (AuthenticationError, ConnectionError, RuntimeError, ValueError) as error:
+        raise InfraError(_explain_refusal(address, error)) from error
+
+
+def _start(cluster: ClusterConfig, imports: Sequence[str]) -> ExitStack:
+    """Start a local Ray and connect to it; returns what is to end after it."""
     # Ray gives its workers niceness 15: next to other computation they would starve.
     os.environ.setdefault("RAY_worker_niceness", "0")
     # it would warn that authentication is on, as is the default
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     _set_token()
-    settings = {
-        "address": "local",
-        "num_cpus": os.cpu_count(),
-        "include_dashboard": False,
-        "object_store_memory": int(cluster.object_store_gb * 2**30),
-        "_temp_dir": os.environ.get("RAY_TMPDIR") or private_folder(),
-        **quiet,
-    }
+    folder = os.environ.get("RAY_TMPDIR") or private_folder()
     for attempt in range(START_ATTEMPTS):
-        try:
-            with _private_ray(), _keep_sigterm_handler():
-                ray.init(**settings)
-        except (
-            Exception
-        ) as error:  # on a busy machine the raylet may miss a fixed deadline of Ray's
-            ray.shutdown()
-            if attempt + 1 == START_ATTEMPTS:
-                raise InfraError(f"a local Ray could not be started: {error}") from error
-        else:
-            break
-    return True
+        with ExitStack() as started:
+            path = None
+            if imports and sys.platform == "linux":
+                server = ForkServer(Path(folder), imports, import_variables(threads=1))
+                started.callback(server.stop)
+                path = server.path
+            try:
+                with _private_ray(path), _keep_sigterm_handler():
+                    ray.init(
+                        address="local",
+                        num_cpus=os.cpu_count(),
+                        include_dashboard=False,
+                        object_store_memory=int(cluster.object_store_gb * 2**30),
+                        _temp_dir=folder,
+                        **QUIET,
+                    )
+            except (
+                Exception
+            ) as error:  # on a busy machine the raylet may miss a fixed deadline of Ray's
+                ray.shutdown()
+                if attempt + 1 == START_ATTEMPTS:
+                    raise InfraError(f"a local Ray could not be started: {error}") from error
+            else:
+                return started.pop_all()
+    raise AssertionError("unreachable")
 
 
 @contextmanager
-def _private_ray() -> Iterator[None]:
+def _private_ray(fork_server: Path | None) -> Iterator[None]:
     """Make a Ray started in the block private to this machine and program, and small.
 
     Its processes listen on loopback instead of on all interfaces, where some serve metrics to
@@ -195,6 +209,9 @@ def _private_ray() -> Iterator[None]:
 
     It has no autoscaler, as there are no nodes to add, and no process for a dashboard that nobody
     looks at: `ray.init` would wait a second for the latter, and each imports Ray.
+
+    Args:
+        fork_server: socket of the server that its workers are forked from, if there is one.
     """
     grouped = partial(services.ConsolePopen, process_group=0)
     with ExitStack() as stack:
@@ -203,6 +220,11 @@ def _private_ray() -> Iterator[None]:
         stack.enter_context(patch.object(Node, "start_api_server", lambda node, **kwargs: None))
         if detect_fate_sharing_support():
             stack.enter_context(patch.object(services, "ConsolePopen", grouped))
+        if fork_server is not None:
+            params = partial(parameter.RayParams, setup_worker_path=fork_worker.__file__)
+            stack.enter_context(patch.object(parameter, "RayParams", params))
+            os.environ[VARIABLE] = str(fork_server)
+            stack.callback(os.environ.pop, VARIABLE)
         yield
 
 

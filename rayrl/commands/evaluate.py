@@ -96,7 +96,9 @@ async def play_cells(config: Config, folder: RunDir | None = None) -> Result:
     cell_args: dict[str, dict[str, Any]] = {}
     journals: dict[str, Journal] = {}
     for component, own in components(config).items():
-        environment = make_environment(own, component).evaluation(own.env.held_out)
+        environment = make_environment(own, component).evaluation(
+            own.env.held_out, own.env.duplicates
+        )
         environments[component] = environment
         seats[component] = seats_of(environment, own, config.eval.player)
         for cell, args in eval_cells(own, component).items():

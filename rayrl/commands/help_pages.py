@@ -76,7 +76,7 @@ PAGES: Mapping[str, Page] = {
     ),
     "sft": Page(
         "Fine-tune a model on the replies of kept episodes; leaves RUN/model.",
-        ("sft", "model", "learner", "lora", "run"),
+        ("sft", "model", "learner", "lora", "eval", "run"),
         (
             "env=tictactoe sft.data=runs/tictactoe-synth/episodes.jsonl",
             "env=tictactoe sft.data=episodes.jsonl model=models/smollm2-135m lora.rank=16",
@@ -85,7 +85,7 @@ PAGES: Mapping[str, Page] = {
     "train": Page(
         "Reinforcement learning: play groups of episodes, compare the rewards within each, update, "
         "push the weights. Leaves RUN/model; the same command resumes.",
-        ("train", "algo", "sampling", "learner", "lora", "env", "model", "run"),
+        ("train", "algo", "sampling", "learner", "lora", "env", "eval", "model", "run"),
         (
             "env=tictactoe train.steps=50",
             "env.name=addition.py algo=rloo train.group_size=8 model=models/smollm2-135m",

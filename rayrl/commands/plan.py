@@ -26,6 +26,7 @@ from rayrl.run.start_check import (
     LEARNING,
     Machine,
     all_problems,
+    has_replicas,
     local_machine,
     reserved_resources,
     stages_of,
@@ -73,6 +74,8 @@ def describe(config: Config, machine: Machine, *, every: bool = False) -> str:
     for name, verb, stage in stages_of(config):
         if verb == "train":
             parts.append(f"A step of {name}\n{_batch(stage)}")
+        elif verb == "sft" and stage.eval.every:
+            parts.append(f"Of {name}\n{_evaluations(stage)}")
     return "\n\n".join(parts)
 
 
@@ -132,7 +135,7 @@ def _resources(config: Config, machine: Machine) -> Iterator[str]:
 def _processes(config: Config, verb: str) -> str:
     cluster, learner = config.cluster, config.learner
     rows = []
-    if verb != "sft":
+    if has_replicas(config, verb):
         rows += [
             (
                 f"  env workers {_workers(cluster)} × {cluster.env_worker_cpus:g} cpu, "
@@ -151,7 +154,7 @@ def _processes(config: Config, verb: str) -> str:
             f"{learner.threads} threads"
         )
         rows.append(f"  learning    {_rate(config)}")
-    if verb == "train":
+    if verb in LEARNING and has_replicas(config, verb):
         rows.append(f"  weights     {_way(config)}")
     cpus, gpus = reserved_resources(config, verb)
     return "\n".join([*rows, f"  reserved    {cpus:g} cpus, {gpus:g} gpus"])
@@ -217,6 +220,11 @@ def _batch(config: Config) -> str:
             if train.refill > 1
             else []
         ),
+        *(
+            [f"  {train.uniform_share:.0%} of the tasks uniformly, the others by difficulty"]
+            if train.task_sampling == "difficulty"
+            else []
+        ),
         f"  {live} live at once, {min(live, slots)} decoded at once",
         (
             f"  about {episodes / config.learner.world_size:g} episodes per rank, in micro-batches "
@@ -236,13 +244,8 @@ def _batch(config: Config) -> str:
             "versions behind"
         ),
     ]
-    if (found := config.eval).every:
-        played = components(config).items()
-        each = found.episodes * sum(len(eval_cells(own, name)) for name, own in played)
-        start = ", before the first" if found.at_start else ""
-        rows.append(
-            f"  evaluations of {each} episodes every {found.every} steps{start} and after the last"
-        )
+    if config.eval.every:
+        rows.append(_evaluations(config))
     return "\n".join(rows)
 
 
@@ -253,6 +256,13 @@ def _mixture(config: Config) -> Iterator[str]:
     for name, share in shares.items():
         about = f"{float(share * config.train.groups):.3g} {unit}"
         yield f"    {name} ({config.env.mix[name]['name']}): {float(share):.1%}, {about}"
+
+
+def _evaluations(config: Config) -> str:
+    found, played = config.eval, components(config).items()
+    each = found.episodes * sum(len(eval_cells(own, name)) for name, own in played)
+    start = ", before the first" if found.at_start else ""
+    return f"  evaluations of {each} episodes every {found.every} steps{start} and after the last"
 
 
 def _templates(config: Config) -> Iterator[str]:

@@ -18,6 +18,7 @@ from typing import Any
 
 from rayrl import loop
 from rayrl.cluster.code_bundle import played_code
+from rayrl.cluster.open import worker_imports
 from rayrl.cluster.session import open_session
 from rayrl.commands import evaluate, sft, synth
 from rayrl.config import Config, Stage, stage_config, validate
@@ -73,7 +74,11 @@ def run(config: Config) -> None:
     with RunDir(config.run.dir, config, begin=False, verb="recipe") as folder:
         if not all(is_finished(link.config.run.dir) for link in links):
             named = played_code(config)
-            with PeakMemory() as memory, open_session(config.cluster, config.run.dir, envs=named):
+            imports = worker_imports(config, engine=True, learner=True)
+            with (
+                PeakMemory() as memory,
+                open_session(config.cluster, config.run.dir, named, imports=imports),
+            ):
                 folder.begin()
                 for number, link in enumerate(links, 1):
                     title = f"{number}/{len(links)} {link.stage.name} ({link.stage.verb})"

@@ -10,25 +10,38 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 from rayrl.chat.renderer import Chat
 from rayrl.chat.tools import format_call
 from rayrl.cluster.learner_group import LearnerGroup
-from rayrl.cluster.open import open_learners
+from rayrl.cluster.open import make_environment, open_cluster, open_learners
+from rayrl.cluster.weight_sync.push import WeightSync
 from rayrl.config import Config, validate
-from rayrl.config.mix import components
+from rayrl.config.mix import components, named_keys
 from rayrl.environment.chat_data import chat_messages
 from rayrl.environment.data_files import DataRow, read_data
+from rayrl.environment.environment import Environment
 from rayrl.environment.rows import missing_column
 from rayrl.errors import ConfigError, DataError, did_you_mean
 from rayrl.learner.batch import Trajectory, batch_of, supervised_row
 from rayrl.rollout.episode_io import read_episodes
+from rayrl.run.evaluation.evaluator import Evaluator, check_metrics
 from rayrl.run.folder import RunDir
 from rayrl.run.loggers import LogFunction, Logger
 from rayrl.run.progress_bar import ProgressBar
-from rayrl.run.stage import MODEL, POLICY, already_finished, log_template_notes, positions
+from rayrl.run.stage import (
+    MODEL,
+    POLICY,
+    already_finished,
+    check_trained,
+    log_template_notes,
+    positions,
+    seats_of,
+)
 from rayrl.run.start_check import check_start
 from rayrl.run.training import Recovery
 from rayrl.types import Episode, Message, Turn, derive_seed
@@ -72,48 +85,123 @@ async def sft(config: Config, *, loggers: Sequence[str | Logger | LogFunction] =
 
 
 async def _fine_tune(config: Config, folder: RunDir) -> None:
-    """The loop: pick rows, update, log."""
+    """The loop: pick rows, update, evaluate and save where due."""
     cfg = config.sft
     model = model_dir(config.model.path)
-    log_template_notes(config)
-    longest = config.engine.max_len or positions(model)
-    rows = load_rows(config, Chat.load(str(model)), longest)
-    async with open_learners(config, cfg.steps) as learner:
+    rows = load_rows(config, Chat.load(str(model)), config.engine.max_len or positions(model))
+    done, stopped = 0, False
+    bar = ProgressBar(config.run.name, cfg.steps)
+    async with _opened(config, folder, bar) as (learner, evaluations):
         folder.begin()
-        with ProgressBar(config.run.name, cfg.steps) as progress:
-            recovery = Recovery(learner, folder, progress, config.learner.restarts)
+        with bar:
+            recovery = Recovery(learner, folder, bar, config.learner.restarts)
             async for attempt in recovery.attempts():
                 with attempt:
-                    for step in range(attempt.start, cfg.steps):
-                        chosen = batch_indices(len(rows), cfg.batch_size, step, config.run.seed)
+                    done = attempt.start
+                    stopped = await evaluations.begin(done)
+                    while done < cfg.steps and not stopped:
+                        chosen = batch_indices(len(rows), cfg.batch_size, done, config.run.seed)
                         picked = [rows[index] for index in chosen]
-                        await _step(config, folder, learner, progress, picked, step, len(rows))
-                        done = step + 1
-                        if done % config.run.checkpoint_every == 0 or done == cfg.steps:
+                        figures = await _step(config, learner, picked, done, len(rows))
+                        done += 1
+                        figures |= await evaluations.after(done)
+                        stopped = evaluations.is_over(done)
+                        _log(folder, bar, done - 1, figures)
+                        last = stopped or done == cfg.steps
+                        if done % config.run.checkpoint_every == 0 or last:
                             with folder.checkpoint(done) as path:
                                 await learner.save(path)
                             recovery.checkpointed()
                     with folder.whole(MODEL) as path:
                         await learner.export(path)
-    folder.finish({"steps": cfg.steps, "rows": len(rows)})
+    result = {"steps": done, "rows": len(rows), "stopped": stopped}
+    folder.finish(result | evaluations.result(done))
+
+
+@asynccontextmanager
+async def _opened(
+    config: Config, folder: RunDir, bar: ProgressBar
+) -> AsyncIterator[tuple[LearnerGroup, Evaluations]]:
+    """The learner; with `eval.every` also replicas and env workers."""
+    if not config.eval.every:
+        log_template_notes(config)
+        async with open_learners(config, config.sft.steps) as learner:
+            yield learner, Evaluations()
+        return
+    environments: dict[str, Environment] = {}
+    seats = [POLICY]
+    for name, own in components(config).items():
+        environments[name] = make_environment(own, name)
+        with named_keys(name):
+            check_trained(environments[name], own)
+            seats += seats_of(environments[name], own, "model").values()
+    check_metrics(config, environments, "sft")
+    log_template_notes(config, seats)
+    async with open_cluster(config, config.sft.steps) as (rollouts, learner, weights):
+        evaluator = Evaluator(config, folder, rollouts, learner, "sft", bar.note)
+        yield learner, Evaluations(evaluator, weights)
+
+
+class Evaluations:
+    """Evaluations between updates: replicas get the weights for them alone.
+
+    Without an evaluator there are none.
+    """
+
+    def __init__(
+        self, evaluator: Evaluator | None = None, weights: WeightSync | None = None
+    ) -> None:
+        self._evaluator, self._weights = evaluator, weights
+        self._pushed = -1
+
+    async def begin(self, start: int) -> bool:
+        """Evaluate before the first step; returns whether a run that goes on at `start` is over.
+
+        Called again after the learner was lost.
+        """
+        if self._evaluator is None or self._weights is None:
+            return False
+        self._weights.reset()
+        if start == 0:
+            await self.after(0)
+        await self._weights.sleep_replicas()
+        return self.is_over(start)
+
+    async def after(self, step: int) -> dict[str, float]:
+        """Evaluate the weights of so many steps, if it is due; metrics for their line."""
+        found = self._evaluator
+        if found is None or self._weights is None:
+            return {}
+        metrics = found.start_metrics() if step == 1 else {}
+        if found.is_due(step):
+            began = time.perf_counter()
+            if step not in found and step >= self._pushed:
+                await self._weights.push(step)
+                self._pushed = step
+            metrics |= await found.evaluate(step, self._pushed)
+            await self._weights.sleep_replicas()
+            metrics["time/evaluate"] = time.perf_counter() - began
+        return metrics
+
+    def is_over(self, step: int) -> bool:
+        """Whether `sft.stop_when` ends the run after so many steps."""
+        return self._evaluator is not None and step > 0 and self._evaluator.is_over(step)
+
+    def result(self, step: int) -> dict[str, Any]:
+        """See `Evaluator.result`."""
+        return {} if self._evaluator is None else self._evaluator.result(step)
 
 
 async def _step(
-    config: Config,
-    folder: RunDir,
-    learner: LearnerGroup,
-    bar: ProgressBar,
-    picked: Sequence[Trajectory],
-    step: int,
-    rows: int,
-) -> None:
-    """One update, and its figures."""
+    config: Config, learner: LearnerGroup, picked: Sequence[Trajectory], step: int, rows: int
+) -> dict[str, float]:
+    """One update; returns its figures."""
     began = time.perf_counter()
     batch = batch_of(picked)
     ready = time.perf_counter()
     learned = await learner.sft_step(batch)
     done = time.perf_counter()
-    figures = {
+    return {
         "loss": learned["loss"],
         "entropy": learned["entropy"],
         "grad_norm": learned["grad_norm"],
@@ -126,9 +214,12 @@ async def _step(
         "time/update": done - ready,
         "time/total": done - began,
     }
+
+
+def _log(folder: RunDir, bar: ProgressBar, step: int, figures: Mapping[str, float]) -> None:
     folder.log(step, figures)
-    bar.update(step + 1, {"loss": learned["loss"], "grad": learned["grad_norm"]})
-    if learned["skipped"]:
+    bar.update(step + 1, {"loss": figures["loss"], "grad": figures["grad_norm"]})
+    if figures["skipped"]:
         bar.note(f"step {step}: skipped, its loss or gradient was not finite")
 
 

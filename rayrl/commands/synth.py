@@ -37,6 +37,7 @@ from rayrl.run.stage import (
     EPISODES,
     already_finished,
     check_tasks,
+    log_dropped,
     log_template_notes,
     seats_of,
     unplayed_note,
@@ -171,7 +172,10 @@ async def _play(config: Config, file: Path, begun: Callable[[], None]) -> list[E
     plans: list[GroupPlan] = []
     seats: dict[str, dict[str, str]] = {}
     for (component, own), n in zip(components(config).items(), _counts(config), strict=True):
-        environment = make_environment(own, component).training(own.env.held_out)
+        environment = make_environment(own, component).training(
+            own.env.held_out, own.env.duplicates
+        )
+        log_dropped(environment)
         with named_keys(component):
             seats[component] = seats_of(environment, own, config.synth.player)
         seed = derive_seed(config.run.seed, "synth", *filter(None, [component]))

@@ -31,6 +31,7 @@ class Component:
     rewards: dict[str, float] = setting({}, "as env.rewards")
     seats: dict[str, str] = setting({}, "as env.seats")
     held_out: float | None = setting(None, "as env.held_out")
+    duplicates: str | None = setting(None, "as env.duplicates")
     max_tokens: int | None = setting(None, "as sampling.max_tokens")
     stop: list[str] | None = setting(None, "as sampling.stop")
     cells: dict[str, dict[str, Any]] = setting({}, "as eval.cells")
@@ -42,6 +43,7 @@ _KEYS = {
     "rewards": "env.rewards",
     "seats": "env.seats",
     "held_out": "env.held_out",
+    "duplicates": "env.duplicates",
     "max_tokens": "sampling.max_tokens",
     "stop": "sampling.stop",
     "cells": "eval.cells",
@@ -65,6 +67,7 @@ def components(config: Config) -> dict[str, Config]:
 def _own(config: Config, one: Component) -> Config:
     env, sampling = config.env, config.sampling
     held_out = env.held_out if one.held_out is None else one.held_out
+    duplicates = env.duplicates if one.duplicates is None else one.duplicates
     max_tokens = sampling.max_tokens if one.max_tokens is None else one.max_tokens
     stop = sampling.stop if one.stop is None else one.stop
     return replace(
@@ -76,6 +79,7 @@ def _own(config: Config, one: Component) -> Config:
             rewards=one.rewards,
             seats=one.seats,
             held_out=held_out,
+            duplicates=duplicates,
             mix={},
         ),
         sampling=replace(sampling, max_tokens=max_tokens, stop=stop),

@@ -92,7 +92,7 @@ class EnvConfig:
     name: str = setting(
         "",
         "environment: an installed name, path/to/file.py[:attribute], module:attribute, or data "
-        "whose rows are tasks, as path/to/rows.jsonl",
+        "whose rows are tasks, as path/to/rows.jsonl or hf:OWNER/NAME of the Hugging Face hub",
     )
     mix: dict[str, dict[str, Any]] = setting(
         {},
@@ -114,6 +114,12 @@ class EnvConfig:
         "environment has eval_tasks; 0: both play all of them",
         least=0,
         most=1,
+    )
+    duplicates: str = setting(
+        "refuse",
+        "what becomes of a row of data that is both in training and in evaluation: the run does "
+        "not start, or training goes without it",
+        choices=("refuse", "drop"),
     )
     seats: dict[str, str] = setting(
         {},
@@ -409,10 +415,30 @@ class TrainConfig:
         "rewards, which teach nothing, are replaced; 1: none is",
         least=1,
     )
+    task_sampling: str = setting(
+        "uniform",
+        "how tasks are drawn; difficulty: more of those whose groups recently differed in their "
+        "rewards",
+        choices=("uniform", "difficulty"),
+    )
+    uniform_share: float = setting(
+        0.25,
+        "task_sampling=difficulty: share of the groups that are drawn uniformly all the same; they "
+        "notice what has changed, and the metrics reward and score/* are over them",
+        above=0,
+        most=1,
+    )
+    pools: int = setting(
+        16,
+        "task_sampling=difficulty: strata of a task function whose groups are looked at together; "
+        "of a sequence of tasks each is looked at by itself",
+        least=2,
+    )
     stop_when: str = setting(
         "",
         "end early, with the model, once the evaluations (eval.every) say so, as "
-        "'eval/win >= 0.97 for 2': twice in a row; empty: never",
+        "'eval/win >= 0.97 for 2': twice in a row; or 'eval/win not improved for 3': three since "
+        "the best one, as run.keep_best judges it; empty: never",
     )
 
 
@@ -497,6 +523,7 @@ class SftConfig:
         "take the loss on the model's replies only, or on all that was said",
         choices=("replies", "all"),
     )
+    stop_when: str = setting("", "end early, as train.stop_when; empty: never")
 
 
 @dataclass(frozen=True)
@@ -558,9 +585,9 @@ class EvalConfig:
         1, "episodes of each task, which eval.episodes must be a multiple of; for pass@k", least=1
     )
     every: int = setting(
-        0, "train: steps between evaluations, and one after the last; 0: none", least=0
+        0, "train, sft: steps between evaluations, and one after the last; 0: none", least=0
     )
-    at_start: bool = setting(True, "train: if eval.every > 0, evaluate before the first step too")
+    at_start: bool = setting(True, "if eval.every > 0, evaluate before the first step too")
     temperature: float = setting(0.0, "sampling temperature; 0: greedy", least=0)
     cells: dict[str, dict[str, Any]] = setting(
         {}, "rows of the table: cell name -> env.args of that cell"

@@ -5,6 +5,7 @@ Nothing is ever rewritten: what was asked for is what runs, or the run does not 
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields, replace
 from typing import Any
 
@@ -51,14 +52,16 @@ def _check(config: Config, verb: str, *, chained: bool = False) -> None:
     check_mix(config)
     _check_environments(config, verb)
     _check_shared(config)
-    if verb == "eval" or (verb == "train" and config.eval.every):
+    if verb == "eval" or (verb in ("train", "sft") and config.eval.every):
         _check_samples(config, config.eval.player if verb == "eval" else "model")
     if verb == "train":
         _check_train(config)
-        _check_evaluations(config)
-        check_sync(config)
     if verb == "sft":
         _check_sft(config, chained)
+    if verb in ("train", "sft"):
+        _check_evaluations(config, verb)
+    if verb == "train" or (verb == "sft" and config.eval.every):
+        _check_pushes(config)
     if verb == "serve":
         _check_serve(config)
     for asking in _asking(config, verb):
@@ -106,7 +109,7 @@ def _check_environments(config: Config, verb: str) -> None:
         with named_keys(name):
             if name:
                 _check_ranges(own)
-            if not own.env.name and verb != "sft":  # chats need none
+            if not own.env.name and (verb != "sft" or config.eval.every):  # chats need none
                 raise _wrong(
                     "env.name", "", "no environment is chosen; try env=tictactoe or env.name=NAME."
                 )
@@ -195,8 +198,8 @@ def _check_shared(config: Config) -> None:
                 )
 
 
-def _check_train(config: Config) -> None:
-    sampling, train, algo = config.sampling, config.train, config.algo
+def _check_pushes(config: Config) -> None:
+    """Whether replicas can take the learner's weights."""
     embedded = config.engine.kind == "embedded" and config.engine.dtype != "bfloat16"
     if config.learner.dtype == "bfloat16" and embedded:
         raise _wrong(
@@ -205,6 +208,11 @@ def _check_train(config: Config) -> None:
             "the embedded engine computes in fp32; choose learner.dtype=float32, engine=vllm, or, "
             "on a GPU, engine.dtype=bfloat16.",
         )
+    check_sync(config)
+
+
+def _check_train(config: Config) -> None:
+    sampling, train, algo = config.sampling, config.train, config.algo
     if sampling.temperature == 0:
         raise _wrong(
             "sampling.temperature", 0, "greedy play explores nothing; train with about 1.0."
@@ -224,6 +232,20 @@ def _check_train(config: Config) -> None:
             "train.group_size",
             train.group_size,
             f"{algo.advantage} compares episodes of one task; use 2 or more (8 to 32 is usual).",
+        )
+    if train.task_sampling == "difficulty" and train.uniform_share * train.groups < 1:
+        raise _wrong(
+            "train.uniform_share",
+            train.uniform_share,
+            f"of train.groups={train.groups} leaves steps without a uniform draw, which would "
+            f"have no reward to report; use {math.ceil(100 / train.groups) / 100:g} or more.",
+        )
+    if train.task_sampling == "difficulty" and config.env.mix:
+        raise _wrong(
+            "train.task_sampling",
+            train.task_sampling,
+            "is not for a mixture (env.mix) yet; set train.task_sampling=uniform, or train with "
+            "one environment, env.name.",
         )
     rows = train.groups * train.group_size
     if algo.minibatches > rows:
@@ -264,10 +286,11 @@ def _check_samples(config: Config, player: str) -> None:
         )
 
 
-def _check_evaluations(config: Config) -> None:
-    """What follows from the evaluations of a training run: the best model, an early end."""
-    best, rule = config.run.keep_best, config.train.stop_when
-    for key, value in (("run.keep_best", best), ("train.stop_when", rule)):
+def _check_evaluations(config: Config, verb: str) -> None:
+    """What follows from the evaluations of a run that learns: the best model, an early end."""
+    best, stop_key = config.run.keep_best, f"{verb}.stop_when"
+    rule = _at(config, stop_key)
+    for key, value in (("run.keep_best", best), (stop_key, rule)):
         if value and not config.eval.every:
             raise _wrong(key, value, "without evaluations nothing is known of it; set eval.every.")
     if best and not best.startswith("eval/"):
@@ -275,8 +298,7 @@ def _check_evaluations(config: Config) -> None:
         raise _wrong(
             "run.keep_best", best, f"must be a metric of the evaluations, as eval/reward.{near}"
         )
-    if rule:
-        parse_stop_rule(rule)
+    parse_stop_rule(stop_key, rule)
 
 
 def _check_sft(config: Config, chained: bool) -> None:

@@ -1,9 +1,10 @@
-"""Read rows of data from a file: JSONL, JSON, CSV, parquet, or a saved Hugging Face data set."""
+"""Read rows of data: JSONL, JSON, CSV, parquet, a Hugging Face data set, saved or of the hub."""
 
 from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,19 @@ from pydantic import ConfigDict, TypeAdapter
 from rayrl.config.registry import local_copy
 from rayrl.errors import DataError, did_you_mean
 
-__all__ = ["SUFFIXES", "DataRow", "is_data_file", "parse_object", "read_data", "text_lines"]
+__all__ = [
+    "HUB",
+    "SUFFIXES",
+    "DataRow",
+    "is_data_file",
+    "parse_object",
+    "read_data",
+    "text_lines",
+]
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+HUB = "hf:"  # before a data set of the Hugging Face hub
+_HUB_NAME = re.compile(r"hf:([^/@:]+/[^/@:]+)(?:/([^/@:]+))?(?:@([^/@:]+))?(?::([^/@:]+))?")
 
 _PLAIN: TypeAdapter[Any] = TypeAdapter(
     Any, config=ConfigDict(ser_json_bytes="base64", ser_json_inf_nan="constants")
@@ -38,16 +49,24 @@ class DataRow:
 
 
 def is_data_file(name: str) -> bool:
-    """Whether `name` names data by its ending: a known file type, or a folder with its slash."""
-    return name.endswith((*SUFFIXES, "/"))
+    """Whether `name` names data: of the hub, or by a file type or a folder's slash at its end."""
+    return name.startswith(HUB) or name.endswith((*SUFFIXES, "/"))
 
 
 def read_data(path: str | Path) -> Iterator[DataRow]:
-    """Iterate over the rows of a file, or of a folder that `Dataset.save_to_disk` wrote.
+    """Iterate over the rows of a file, a folder that `Dataset.save_to_disk` wrote, or the hub's.
+
+    Args:
+        path: or `hf:OWNER/NAME[/CONFIG][@REVISION][:SPLIT]`, whose split is train unless it says
+            another.
 
     Raises:
-        DataError: there is no such file, or it is malformed; names the file and the line.
+        DataError: there is no such file, or it is malformed; names the file and the line. A data
+            set of the hub cannot be had.
     """
+    if str(path).startswith(HUB):
+        yield from _hub_rows(str(path))
+        return
     source, place = local_copy(str(path)), str(path)
     if source.is_dir():
         yield from _table_rows(_saved_dataset(source, place), place)
@@ -167,6 +186,33 @@ def _parquet(source: Path, place: str) -> Iterator[DataRow]:
 
 def _table_rows(table: Any, place: str) -> Iterator[DataRow]:
     for number, columns in enumerate(table.to_pylist(), 1):
+        yield DataRow(f"{place}: row {number}", _PLAIN.dump_python(columns, mode="json"))
+
+
+def _hub_rows(place: str) -> Iterator[DataRow]:
+    """The rows of a data set of the Hugging Face hub, by the library `datasets`."""
+    found = _HUB_NAME.fullmatch(place)
+    if found is None:
+        raise DataError(
+            f"{place}: write hf:OWNER/NAME, and where there are several, the configuration and the "
+            "split, as hf:OWNER/NAME/CONFIG:test"
+        )
+    name, config, revision, split = found.groups()
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise DataError(
+            f"{place}: the library datasets is not installed; pip install 'rayrl[hub]'"
+        ) from None
+    try:
+        rows = load_dataset(name, config, revision=revision, split=split or "train")
+    except Exception as error:  # of the network, of the hub, of the data: they share no class
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(
+            f"{place}: the Hugging Face hub does not give it: {why.rstrip('.')}. Where the hub is "
+            "out of reach, save it elsewhere with Dataset.save_to_disk and name the folder"
+        ) from error
+    for number, columns in enumerate(rows, 1):
         yield DataRow(f"{place}: row {number}", _PLAIN.dump_python(columns, mode="json"))
 
 

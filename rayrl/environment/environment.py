@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rayrl.environment.group_reward import MAX_SCORE, GroupReward, score_of
-from rayrl.environment.rows import Rows, check_overlap
+from rayrl.environment.rows import Rows, disjoint
 from rayrl.environment.signature import fit, keyword_hints, suggestion
 from rayrl.errors import ConfigError, EnvError, describe_error, safe_repr
 from rayrl.types import Episode, Scores, Task, derive_seed
@@ -28,6 +28,7 @@ __all__ = [
     "PlayerFunction",
     "TaskSource",
     "env",
+    "stratified",
 ]
 
 Play = Callable[..., Awaitable[Scores]]
@@ -188,23 +189,25 @@ class Environment:
         known = {} if self.eval_source is None else _defaults(self.name, self.eval_source)
         return {key: value for key, value in known.items() if key not in self.args}
 
-    def training(self, held_out: float) -> Environment:
+    def training(self, held_out: float, duplicates: str = "refuse") -> Environment:
         """The same environment without the tasks that evaluation plays.
 
         Args:
             held_out: see `evaluation`.
+            duplicates: what becomes of rows of a data file that evaluation has too: "refuse" or
+                "drop".
 
         Raises:
             DataError: rows of a data file cannot be read, or evaluation has some of them too.
         """
         new = self._copy()
         if self.eval_source is None and isinstance(self.source, Sequence):
-            new.source, _ = _split(self.source, held_out)
+            new.source, _ = _split(self.source, held_out, duplicates)
         elif isinstance(self.source, Rows) and isinstance(self.eval_source, Rows):
-            check_overlap(self.source, self.eval_source)
+            new.source = disjoint(self.source, self.eval_source, duplicates)
         return new
 
-    def evaluation(self, held_out: float) -> Environment:
+    def evaluation(self, held_out: float, duplicates: str = "refuse") -> Environment:
         """The same environment with the tasks that training does not see.
 
         These are its `eval_tasks`; else, of a sequence of tasks, the share that is held out; else
@@ -214,6 +217,7 @@ class Environment:
         Args:
             held_out: share of a sequence of tasks, at least one where there are two; always the
                 same ones. With 0, training and evaluation have the same tasks.
+            duplicates: see `training`; evaluation keeps them.
 
         Raises:
             DataError: see `training`.
@@ -222,12 +226,12 @@ class Environment:
         if self.eval_source is not None:
             new.source = self.eval_source
             if isinstance(self.source, Rows) and isinstance(self.eval_source, Rows):
-                check_overlap(self.source, self.eval_source)
+                disjoint(self.source, self.eval_source, duplicates)
             new.args = _defaults(self.name, self.eval_source)
             given, _ = self._configured
             new.args |= {key: value for key, value in given.items() if key in new.args}
         elif isinstance(self.source, Sequence):
-            _, new.source = _split(self.source, held_out)
+            _, new.source = _split(self.source, held_out, duplicates)
         return new
 
     def labelled(self, label: str) -> Environment:
@@ -262,16 +266,24 @@ class Environment:
             ConfigError: a setting has no value, or the source rejects one.
             EnvError: the source raised anything else, or returned something other than a Task.
         """
-        return [self._task(seed, k, n, start) for k in range(n)]
-
-    def _task(self, seed: int, k: int, n: int, start: int) -> Task:
-        jitter = random.Random(derive_seed(seed, start + k)).random()
-        u = min((k + jitter) / n, _BELOW_ONE)  # the division may round up to 1
-        task_seed = derive_seed(seed, "task", start + k)
         if isinstance(self.source, Rows):
-            task: object = self.source.drawn(seed, start + k)
-        elif isinstance(self.source, Sequence):
-            task = self.source[int(u * len(self.source))]
+            return [self.source.drawn(seed, start + k) for k in range(n)]
+        return [
+            self.task(derive_seed(seed, "task", start + k), stratified(seed, start + k, k, n))
+            for k in range(n)
+        ]
+
+    def task(self, seed: int, u: float) -> Task:
+        """The task of the source at `u` in [0, 1), of a sequence the one at that share of it.
+
+        Args:
+            seed: of the task; those of a sequence have their own.
+
+        Raises:
+            ConfigError, EnvError: as `tasks`.
+        """
+        if isinstance(self.source, Sequence):
+            task: object = self.source[int(u * len(self.source))]
         else:
             missing = [key for key, value in self.args.items() if value is inspect.Parameter.empty]
             if missing:
@@ -279,13 +291,13 @@ class Environment:
                     f"environment {self.name!r} needs env.args.{missing[0]}, which has no default"
                 )
             try:
-                task = self.source(seed=task_seed, u=u, **self.args)
+                task = self.source(seed=seed, u=u, **self.args)
             except ConfigError:  # the source rejects a setting
                 raise
             except (Exception, SystemExit) as error:
                 raise EnvError(
                     f"the task source of {self.name!r} raised {describe_error(error)} "
-                    f"(seed={task_seed}, u={u}, args={safe_repr(self.args)})"
+                    f"(seed={seed}, u={u}, args={safe_repr(self.args)})"
                 ) from error
         if not isinstance(task, Task):
             raise EnvError(
@@ -388,6 +400,12 @@ class Environment:
         return function
 
 
+def stratified(seed: int, index: int, k: int, n: int) -> float:
+    """A number in [k / n, (k + 1) / n), drawn from `derive_seed(seed, index)`."""
+    jitter = random.Random(derive_seed(seed, index)).random()
+    return min((k + jitter) / n, _BELOW_ONE)  # the division may round up to 1
+
+
 def env(
     *,
     tasks: TaskSource,
@@ -436,7 +454,9 @@ def _seats(name: str, play: Play) -> tuple[str, ...]:
     return tuple(p.name for p in parameters[1:])
 
 
-def _split(tasks: Sequence[Task], held_out: float) -> tuple[Sequence[Task], Sequence[Task]]:
+def _split(
+    tasks: Sequence[Task], held_out: float, duplicates: str
+) -> tuple[Sequence[Task], Sequence[Task]]:
     """Tasks for training and for evaluation, each in the order of the sequence.
 
     Which are held out depends on their place only, so that every run of an environment agrees.
@@ -449,8 +469,7 @@ def _split(tasks: Sequence[Task], held_out: float) -> tuple[Sequence[Task], Sequ
     if isinstance(tasks, Rows):
         training = tasks.select([place for place in range(len(tasks)) if place not in ours])
         evaluation = tasks.select(sorted(ours))
-        check_overlap(training, evaluation)
-        return training, evaluation
+        return disjoint(training, evaluation, duplicates), evaluation
     return (
         [task for place, task in enumerate(tasks) if place not in ours],
         [task for place, task in enumerate(tasks) if place in ours],

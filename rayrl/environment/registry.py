@@ -73,7 +73,7 @@ def load_env(name: str) -> Environment:
         f"env.name={name!r}: no such environment is installed."
         + suggestion(name, installed_envs())
         + " Give a file as path/to/file.py, an importable environment as module:attribute, rows of "
-        "data as path/to/rows.jsonl."
+        "data as path/to/rows.jsonl or hf:OWNER/NAME."
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from rayrl.config.registry import absolute
 from rayrl.environment.chat_data import chat_messages, short
-from rayrl.environment.data_files import DataRow
+from rayrl.environment.data_files import HUB, DataRow
 from rayrl.environment.environment import Environment, Play
 from rayrl.environment.row_rewards import REWARDS, AnswerOptions, AnswerReward, answer_text
 from rayrl.environment.rows import Row, Rows, missing_column, rows
@@ -38,12 +38,13 @@ class RowEnvironment(Environment):
 
         place = Path(path)
         ending = "/" if path.endswith("/") else ""
+        of_hub = path.startswith(HUB)
         super().__init__(
             unconfigured,
-            name=place.name if ending else place.stem,
+            name=place.name if ending or of_hub else place.stem,
             source=rows(path),
             rewards={},
-            ref=f"{absolute(path)}{ending}",
+            ref=path if of_hub else f"{absolute(path)}{ending}",
         )
         self.args = dataclasses.asdict(RowSettings())
         self._set_up()
@@ -61,9 +62,9 @@ class RowEnvironment(Environment):
         new._set_up()
         return super(RowEnvironment, new).configure(None, rewards)
 
-    def evaluation(self, held_out: float) -> Environment:
+    def evaluation(self, held_out: float, duplicates: str = "refuse") -> Environment:
         """See `Environment.evaluation`; the data file itself can no longer be chosen."""
-        new = super().evaluation(held_out)
+        new = super().evaluation(held_out, duplicates)
         new.args = {key: value for key, value in self.args.items() if key != "eval_rows"}
         return new
 

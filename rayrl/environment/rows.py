@@ -16,7 +16,7 @@ from rayrl.environment.tasks import task_from_fields
 from rayrl.errors import DataError, did_you_mean
 from rayrl.types import Task, derive_seed
 
-__all__ = ["Row", "Rows", "check_overlap", "missing_column", "rows"]
+__all__ = ["Row", "Rows", "disjoint", "missing_column", "rows"]
 
 _NAMED = 3  # rows that a message about many names
 
@@ -58,6 +58,7 @@ class Rows(Sequence[T_co], Generic[T_co]):
 
     Attributes:
         path: the file.
+        dropped: what `disjoint` left out, as "train.jsonl:19 repeats test.jsonl:2".
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Rows(Sequence[T_co], Generic[T_co]):
     ) -> None:
         self.path = path
         self.key = key
+        self.dropped: tuple[str, ...] = ()
         self._make = make
         self._chosen: tuple[int, ...] | None = None
 
@@ -107,8 +109,12 @@ class Rows(Sequence[T_co], Generic[T_co]):
 
     def drawn(self, seed: int, index: int) -> T_co:
         """The task at place `index` of a run's draws."""
+        return self._tasks[self.place(seed, index)]
+
+    def place(self, seed: int, index: int) -> int:
+        """Where in the file's order that task is."""
         epoch, within = divmod(index, len(self))
-        return self._tasks[_order(len(self), seed, epoch)[within]]
+        return _order(len(self), seed, epoch)[within]
 
 
 @functools.lru_cache(maxsize=4)
@@ -131,8 +137,8 @@ def rows(path: str | Path, task: type[Task] = Row) -> Rows[Any]:
             return {"right": float(reply.strip() == task["answer"])}
 
     Args:
-        path: a .jsonl, .json, .csv or .parquet file, or a folder that `Dataset.save_to_disk` wrote.
-            It is read when the first task is needed.
+        path: a .jsonl, .json, .csv or .parquet file, a folder that `Dataset.save_to_disk` wrote, or
+            `hf:OWNER/NAME` of the Hugging Face hub. It is read when the first task is needed.
         task: a class of tasks whose fields have the names of columns; other columns are left out,
             and values must fit the fields' type hints.
 
@@ -176,26 +182,37 @@ def _fields_key(task: Task) -> Hashable:
     return repr(dataclasses.replace(task, seed=0))
 
 
-def check_overlap(training: Rows[Any], evaluation: Rows[Any]) -> None:
-    """Refuse evaluation rows that training has as well.
+def disjoint(training: Rows[T], evaluation: Rows[Any], duplicates: str) -> Rows[T]:
+    """The training rows, of which evaluation may have none.
+
+    Args:
+        duplicates: what becomes of a row that both have: "refuse" or "drop" (`env.duplicates`).
 
     Raises:
-        DataError: names the rows.
+        DataError: both have some, or there are no others; names the rows.
     """
-    seen: dict[Hashable, Task] = {}
-    for task in training:
-        seen.setdefault(training.key(task), task)
-    double = [(task, seen[key]) for task in evaluation if (key := evaluation.key(task)) in seen]
-    if double:
-        named = "; ".join(
-            f"{_place(evaluation, ours)} repeats {_place(training, theirs)}"
-            for ours, theirs in double[:_NAMED]
+    asked = {evaluation.key(task): task for task in reversed(evaluation)}
+    kept = [place for place, task in enumerate(training) if training.key(task) not in asked]
+    if len(kept) == len(training):
+        return training
+    pairs = [(task, asked[key]) for task in training if (key := training.key(task)) in asked]
+    if duplicates == "drop" and kept:
+        rest = training.select(kept)
+        rest.dropped = tuple(
+            f"{_place(training, ours)} repeats {_place(evaluation, theirs)}"
+            for ours, theirs in pairs
         )
-        more = f" and {len(double) - _NAMED} more" if len(double) > _NAMED else ""
-        raise DataError(
-            f"rows that evaluation plays are in the training data too: {named}{more}. Remove one "
-            "of each, so that evaluation measures what was not trained on."
-        )
+        return rest
+    named = "; ".join(
+        f"{_place(evaluation, theirs)} repeats {_place(training, ours)}"
+        for ours, theirs in pairs[:_NAMED]
+    )
+    more = f" and {len(pairs) - _NAMED} more" if len(pairs) > _NAMED else ""
+    remedy = "or train without them: env.duplicates=drop" if kept else "none other is left to train"
+    raise DataError(
+        f"rows that evaluation plays are in the training data too: {named}{more}. Remove one of "
+        f"each, so that evaluation measures what was not trained on; {remedy}."
+    )
 
 
 def _place(tasks: Rows[Any], task: Task) -> str:

@@ -14,7 +14,7 @@ from rayrl.config import Config
 from rayrl.errors import ConfigError
 from rayrl.learner.advantage import has_spread
 from rayrl.rollout.rollout import GroupPlan
-from rayrl.run.group_log import Batched, GroupLog, Played
+from rayrl.run.group_log import Batched, Begun, GroupLog, Played
 from rayrl.run.rollout_buffer import GroupState, RolloutBuffer
 from rayrl.run.sampling.task_sampler import TaskSampler
 from rayrl.types import Group
@@ -65,7 +65,6 @@ class GroupCollector:
     ) -> None:
         self._rollouts, self._config, self.log = rollouts, config, log
         self._sampler = sampler
-        self._observed = 0  # batches that the sampler knows
         train = config.train
         self._buffer = RolloutBuffer(
             train.groups,
@@ -105,6 +104,9 @@ class GroupCollector:
         if self._logged:
             return
         if begun := {index: self._plan(index) for index in self._buffer.begin(self._version)}:
+            drawn = self._sampler.draws()
+            if draws := {index: drawn[index] for index in begun if index in drawn}:
+                self.log.add(Begun(draws))
             self._running |= {index: plan.id for index, plan in begun.items()}
             self._idle.stop()
             self._tasks.add(asyncio.create_task(self._play(begun)))
@@ -140,7 +142,6 @@ class GroupCollector:
         """
         oldest = step - self._config.train.max_lag
         if (logged := self._logged.pop(step, None)) is not None:
-            self._observe(step, logged.groups)
             found = self._sorted(logged.groups, logged.record.rejected, oldest)
             return replace(found, load=self._rollouts.load())
         while True:
@@ -163,7 +164,6 @@ class GroupCollector:
         indices = tuple(batch.taken), tuple(batch.failed), batch.restarted, tuple(batch.rejected)
         self.log.add(Batched(step, *indices, batch.replaced))
         groups = batch.taken | batch.failed | batch.rejected
-        self._observe(step, groups)
         return replace(
             self._sorted(groups, batch.rejected, oldest),
             stopped=batch.stale,
@@ -172,11 +172,6 @@ class GroupCollector:
             idle_s=self._idle.read() if self._config.train.max_lag else None,
             load=self._rollouts.load(),
         )
-
-    def _observe(self, step: int, groups: Mapping[int, Group]) -> None:
-        if step >= self._observed:  # else a learner that went back is handed it out again
-            self._sampler.observe(groups)
-            self._observed = step + 1
 
     def _sorted(
         self, by_index: Mapping[int, Group], rejected: Collection[int], oldest: int
@@ -187,11 +182,13 @@ class GroupCollector:
         if groups and not found.groups:  # a server refused all of them
             raise none_left(groups, oldest)
         kept = {group.id for group in found.groups}
-        complete = [g for i, g in sorted(by_index.items()) if g.id in kept or i in rejected]
+        complete = [(i, g) for i, g in sorted(by_index.items()) if g.id in kept or i in rejected]
+        first = complete[: self._config.train.groups]
         return replace(
             found,
             rejected=tuple(by_index[index] for index in rejected),
-            sample=tuple(complete[: self._config.train.groups]),
+            sampling=self._sampler.observe(by_index),
+            sample=tuple(group for index, group in first if self._sampler.is_uniform(index)),
         )
 
     # --- checkpoints -------------------------------------------------------------------------
@@ -215,30 +212,40 @@ class GroupCollector:
             for index in map(str, batch.record.restarted):
                 if index in state["attempts"]:
                     state["attempts"][index] -= 1
-        return state | {"observed": self._observed, "sampler": self._sampler.save()}
+        return state | {"sampler": self._sampler.save()}
 
     def restore(self, step: int, state: Mapping[str, Any]) -> None:
         """Continue from the checkpoint of `step`, before anything has begun."""
-        self._observed = state.get("observed", step)
-        self._sampler.load(state.get("sampler", {}))
-        ended = self._read_log(step)
+        ended, draws = self._read_log(step)
+        self._sampler.load(state.get("sampler", {}), draws)
         batches = [batch.record for batch in self._logged.values()]
         self._buffer.load(state, step, ended, batches)
         in_batches = [g for batch in self._logged.values() for g in batch.groups.values()]
         self._rollouts.discard_turns([group.id for group in (*ended.values(), *in_batches)])
 
-    def rewind(self, step: int) -> None:
+    def rewind(self, step: int, state: Mapping[str, Any]) -> None:
         """Hand out the batches since the checkpoint of `step` again: the learner is back there."""
-        logged = self._read_log(step)
-        ended = self._buffer.ended()
+        logged, draws = self._read_log(step)
+        drawn, ended = self._sampler.draws(), self._buffer.ended()
+        if missing := {index: drawn[index] for index in drawn if index not in draws}:
+            self.log.add(Begun(missing))
+        self._sampler.load(state.get("sampler", {}), draws | drawn)
         for index, group in ended.items():
             if index not in logged:  # it ended during a checkpoint that was never finished
                 self.log.add(Played(index, group))
 
-    def _read_log(self, step: int) -> dict[int, Group]:
-        """Read batches that closed since the checkpoint; returns groups that are in none."""
+    def _read_log(self, step: int) -> tuple[dict[int, Group], dict[int, float]]:
+        """Read batches that closed since the checkpoint.
+
+        Returns:
+            Groups that are in none, and all draws.
+        """
         ended: dict[int, Group] = {}
+        draws: dict[int, float] = {}
         for record in self.log.read(step):
+            if isinstance(record, Begun):
+                draws |= record.draws
+                continue
             if isinstance(record, Played):
                 ended[record.index] = record.group
                 continue
@@ -246,7 +253,7 @@ class GroupCollector:
             self._logged[record.step] = _LoggedBatch(record, groups)
             for index in record.restarted:
                 ended.pop(index, None)
-        return ended
+        return ended, draws
 
 
 class IdleClock:

@@ -7,7 +7,7 @@ that resumes from the checkpoint trains on the same batches again and plays only
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,18 @@ from rayrl.rollout.records import Records
 from rayrl.run.files import explain_full_disk
 from rayrl.types import Group
 
-__all__ = ["Batched", "GroupLog", "Played"]
+__all__ = ["Batched", "Begun", "GroupLog", "Played"]
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """Groups whose tasks were drawn by what had been played, before they began.
+
+    Attributes:
+        draws: what `TaskSampler.draws` says, by index.
+    """
+
+    draws: Mapping[int, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +81,7 @@ class GroupLog:
         self.turns = folder.resolve() / "turns.log"
         self._records: Records | None = None
 
-    def read(self, step: int) -> list[Played | Batched]:
+    def read(self, step: int) -> list[Begun | Played | Batched]:
         """Everything logged since the checkpoint of `step`; `add` appends after it.
 
         Raises:
@@ -84,7 +95,7 @@ class GroupLog:
                 f"{self._at(step)}: {error}; remove the file, and what it held is played again."
             ) from error
 
-    def begin(self, step: int, records: Sequence[Played | Batched]) -> None:
+    def begin(self, step: int, records: Sequence[Begun | Played | Batched]) -> None:
         """Begin the log of the checkpoint of `step`, which is about to be made, with these records.
 
         The log before it stays until `delete_others`.
@@ -106,7 +117,7 @@ class GroupLog:
         self.delete_others(step)
         self.turns.unlink(missing_ok=True)
 
-    def add(self, record: Played | Batched) -> None:
+    def add(self, record: Begun | Played | Batched) -> None:
         """Append a record; it survives the death of this process."""
         assert self._records is not None
         then = "it goes on from the last checkpoint and what was played since"
@@ -128,17 +139,21 @@ class GroupLog:
         return self._records
 
 
-def _to_data(record: Played | Batched) -> tuple[Any, ...]:
+def _to_data(record: Begun | Played | Batched) -> tuple[Any, ...]:
+    if isinstance(record, Begun):
+        return "begun", dict(record.draws)
     if isinstance(record, Played):
         return "played", record.index, group_to_bytes(record.group)
     lists = record.taken, record.dropped, record.restarted, record.rejected
     return "batched", record.step, *lists, record.replaced
 
 
-def _from_data(kind: str, number: int, *rest: Any) -> Played | Batched:
+def _from_data(kind: str, *rest: Any) -> Begun | Played | Batched:
+    if kind == "begun":
+        return Begun(*rest)
     if kind == "played":
-        return Played(number, group_from_bytes(*rest))
-    taken, dropped, restarted, rejected, replaced = rest
-    return Batched(
-        number, tuple(taken), tuple(dropped), tuple(restarted), tuple(rejected), replaced
-    )
+        index, data = rest
+        return Played(index, group_from_bytes(data))
+    step, *lists, replaced = rest
+    taken, dropped, restarted, rejected = map(tuple, lists)
+    return Batched(step, taken, dropped, restarted, rejected, replaced)

@@ -91,10 +91,10 @@ def step_metrics(
     """Compute the metrics of a step.
 
     `reward`, `reward_std`, `score/NAME` (several seats: `score/SEAT/NAME`) and `turns` are over the
-    episodes of complete groups. Where groups were rejected (`train.refill`), they are over those
-    that were drawn first, which that choice does not bias, and `trained/reward` is over the batch.
-    Metrics that were not measured at this step, such as the entropy if no row was computed, have no
-    entry.
+    episodes of complete groups. Where groups were chosen (`train.refill`, `train.task_sampling`),
+    they are over `CollectedGroups.sample`, which the choice does not bias, and `trained/reward` is
+    over the batch. Metrics that were not measured at this step, such as the entropy if no row was
+    computed, have no entry.
 
     Args:
         learned: the learner's metrics.
@@ -104,12 +104,12 @@ def step_metrics(
     trained = [episode for group in played.groups for episode in group.episodes]
     rejected = [episode for group in played.rejected for episode in group.episodes]
     episodes = trained + rejected
-    sample = played.sample or played.groups
-    drawn = [episode for group in sample for episode in group.episodes]
+    sample = played.groups if played.sample is None else played.sample
     learner = {_RENAMED.get(name, name): value for name, value in learned.items()}
     groups = batch.stats["groups"] + len(played.rejected)
     zero_variance = batch.stats["zero_variance_groups"] + len(played.rejected)
-    chosen = {"trained/reward": reward_metrics(played)["reward"]} if rejected else {}
+    is_chosen = bool(rejected) or sample != played.groups
+    chosen = {"trained/reward": reward_metrics(played)["reward"]} if is_chosen else {}
     metrics = {
         **reward_metrics(sample),
         **chosen,
@@ -119,6 +119,7 @@ def step_metrics(
         **({"groups/zero_variance_share": zero_variance / groups} if groups else {}),
         "groups/dropped": float(len(played.dropped)),
         "groups/rejected": float(len(played.rejected)),
+        **played.sampling,
         "failures/env": float(played.env_failures),
         "failures/infra": float(played.infra_failures),
         "failures/refused": float(played.refused),
@@ -129,7 +130,7 @@ def step_metrics(
         "queue/waiting": float(played.waiting),
         "queue/live": float(played.live),
         **_worker_metrics(played.load),
-        **_stopped_metrics(played.stopped, drawn),
+        **_stopped_metrics(played.stopped, trained),
         **({} if played.idle_s is None else {"time/idle": played.idle_s}),
         **clock.metrics(),
     }
@@ -152,7 +153,7 @@ def _component_metrics(component: str, played: CollectedGroups) -> dict[str, flo
         return [g for g in groups if g.episodes and g.episodes[0].env == component]
 
     trained, rejected = own(played.groups), own(played.rejected)
-    sample = own(played.sample) or trained
+    sample = own(played.sample or ()) or trained
     complete = [*trained, *rejected]
     metrics: dict[str, float] = {}
     if sample:
@@ -171,7 +172,7 @@ def _turn_metrics(groups: Sequence[Group], suffix: str = "") -> dict[str, float]
     """Mean turns of an episode and mean tokens of a turn, of the trainable seats."""
     turns = [len(e.turns_of(seat)) for g in groups for e in g.episodes for seat in g.trainable]
     lengths = _lengths(groups)
-    found = {f"turns{suffix}": statistics.fmean(turns)}
+    found = {f"turns{suffix}": statistics.fmean(turns)} if turns else {}
     return found | ({f"reply_tokens{suffix}": statistics.fmean(lengths)} if lengths else {})
 
 
@@ -261,7 +262,7 @@ def headline(metrics: Mapping[str, float]) -> dict[str, str]:
     """Format the main metrics for a progress bar; a dash means not measured."""
 
     def number(name: str, digits: int, unit: str = "") -> str:
-        return f"{metrics[name]:.{digits}f}{unit}" if name in metrics else "–"
+        return f"{metrics[name]:z.{digits}f}{unit}" if name in metrics else "–"
 
     scores = [name for name in metrics if name.startswith("score/")][:4]
     rest = {
@@ -270,7 +271,7 @@ def headline(metrics: Mapping[str, float]) -> dict[str, str]:
         "play": number("time/collect", 1, " s"),
         "learn": number("time/update", 1, " s"),  # a loop of one's own may not measure it
     }
-    shown = {"reward": f"{metrics['reward']:z.3f} ±{metrics['reward_std']:.2f}"}
+    shown = {"reward": f"{number('reward', 3)} ±{number('reward_std', 2)}"}
     shown |= {name: number(name, 3) for name in _evaluated_rewards(metrics)[:2]}
     for name in scores:
         short = name.removeprefix("score/")

@@ -167,11 +167,13 @@ class RolloutBuffer:
         """Take the oldest groups that are ready, and report what became of others."""
         ready, rejected = self.ended(GroupState.READY), self.ended(GroupState.REJECTED)
         chosen = sorted([*ready, *rejected][: self._groups])  # ready ones before rejected ones
+        left = {index: group for index, group in rejected.items() if index not in chosen}
         batch = ClosedBatch(
             taken={index: (ready | rejected)[index] for index in chosen},
             failed=self.ended(GroupState.FAILED),
-            rejected={index: group for index, group in rejected.items() if index not in chosen},
-            replaced=self._replaced_now(),
+            rejected=left,
+            # with a lag, groups of later steps may be among them: those steps get others
+            replaced=max(self._replaced_now(), len(chosen) + len(left) - self._groups),
             restarted=tuple(self._restarted),
             stale=tuple(self._stale),
         )

@@ -15,6 +15,7 @@ from rayrl.chat.renderer import Chat
 from rayrl.chat.template_notes import describe_template
 from rayrl.config import Config
 from rayrl.environment.environment import Environment
+from rayrl.environment.rows import Rows
 from rayrl.environment.tasks import task_fields, task_from_fields
 from rayrl.errors import ConfigError, EnvError, did_you_mean
 from rayrl.rollout.rollout import GroupPlan
@@ -34,6 +35,7 @@ __all__ = [
     "eval_cells",
     "evaluation_plans",
     "is_finished",
+    "log_dropped",
     "log_template_notes",
     "model_row",
     "positions",
@@ -171,6 +173,15 @@ def log_template_notes(config: Config, seats: Iterable[str] = (POLICY,)) -> None
         if what not in _said:
             _said.add(what)
             print(visible(note), file=sys.stderr, flush=True)
+
+
+def log_dropped(environment: Environment) -> None:
+    """Print which rows training goes without, because evaluation has them (`env.duplicates`)."""
+    source = environment.source
+    if isinstance(source, Rows) and source.dropped:
+        named = "; ".join(source.dropped[:3])
+        more = f"; and {len(source.dropped) - 3} more" if len(source.dropped) > 3 else ""
+        print(visible(f"not trained on, by env.duplicates=drop: {named}{more}"), file=sys.stderr)
 
 
 def unplayed_note(n: int) -> str:

@@ -17,6 +17,7 @@ from rayrl.cluster.weight_sync.topology import transport_of
 from rayrl.config import Config, EndpointConfig, stage_config
 from rayrl.config.mix import components, named_keys
 from rayrl.config.registry import NOT_PLACES, from_outside, is_object, load_function
+from rayrl.environment.data_files import HUB
 from rayrl.environment.environment import Environment
 from rayrl.environment.registry import load_env
 from rayrl.environment.rows import Rows
@@ -30,6 +31,7 @@ __all__ = [
     "Machine",
     "all_problems",
     "check_start",
+    "has_replicas",
     "local_machine",
     "reserved_resources",
     "stage_problems",
@@ -143,7 +145,7 @@ def _players(config: Config, verb: str) -> list[str]:
     """
     if verb == "serve":
         return [POLICY]
-    if verb == "sft":
+    if not has_replicas(config, verb):
         return []
     played: list[str] = []
     for name, own in components(config).items():
@@ -156,14 +158,14 @@ def _players(config: Config, verb: str) -> list[str]:
 def _players_of(config: Config, verb: str, component: str) -> list[str]:
     environment = load_env(config.env.name).configure(config.env.args, config.env.rewards)
     environment = environment.labelled(component)
-    if verb == "train":
+    if verb in LEARNING:
         check_trained(environment, config)
-    for args in config.eval.cells.values() if verb == "eval" else ():
-        environment.evaluation(config.env.held_out).configure(args)
+    for args in config.eval.cells.values() if verb in ("eval", "sft") else ():
+        environment.evaluation(config.env.held_out, config.env.duplicates).configure(args)
     if isinstance(environment.source, Rows):
-        evaluated = verb == "eval"
+        evaluated = verb in ("eval", "sft")
         part = environment.evaluation if evaluated else environment.training
-        part(config.env.held_out).tasks(seed=0, n=1)
+        part(config.env.held_out, config.env.duplicates).tasks(seed=0, n=1)
     default = {"synth": config.synth.player, "eval": config.eval.player, "play": config.play.player}
     player = default.get(verb, "model")
     seats = seats_of(environment, config, player)
@@ -205,7 +207,8 @@ def _too_much(config: Config, machine: Machine, verb: str, models: int) -> Itera
                 f"{gpus:g} gpus are reserved and this machine has {machine.gpus}: lower "
                 "cluster.replica_gpus or cluster.learner_gpus."
             )
-        needs = VERSIONS_STORED * _weights_gb(config) if verb == "train" else 0.0
+        pushes = verb in LEARNING and models
+        needs = VERSIONS_STORED * _weights_gb(config) if pushes else 0.0
         needs *= transport_of(config) == "object_store"
         if needs > cluster.object_store_gb:
             yield (
@@ -228,7 +231,7 @@ def _too_much(config: Config, machine: Machine, verb: str, models: int) -> Itera
 
 def _missing(config: Config, verb: str, players: Sequence[str]) -> Iterator[str]:
     data, key, url = config.sft.data, config.endpoint.api_key_env, config.endpoint.url
-    if verb == "sft" and data and not Path(data).exists():
+    if verb == "sft" and data and not data.startswith(HUB) and not Path(data).exists():
         yield f"sft.data={data}: there is no such file; rayrl synth writes one."
     # local servers rarely need a key; a variable other than the default must be set
     optional = key == EndpointConfig().api_key_env and urlsplit(url).hostname in LOOPBACK
@@ -334,11 +337,17 @@ def stages_of(config: Config) -> Iterator[tuple[str, str, Config]]:
         yield stage.name, stage.verb, stage_config(config, stage)
 
 
+def has_replicas(config: Config, verb: str) -> bool:
+    """Whether `verb` plays: fine-tuning does for its evaluations only."""
+    return verb != "sft" or bool(config.eval.every)
+
+
 def reserved_resources(config: Config, verb: str, models: int = 1) -> tuple[float, float]:
     """CPUs and GPUs reserved by the actors of `verb`, with replicas of `models` models."""
     cluster = config.cluster
-    workers = 0 if verb in ("sft", "serve", "play") else cluster.env_workers
-    replicas = 0 if verb == "sft" else models * cluster.replicas
+    plays = has_replicas(config, verb)
+    workers = cluster.env_workers if plays and verb not in ("serve", "play") else 0
+    replicas = models * cluster.replicas if plays else 0
     ranks = config.learner.world_size if verb in LEARNING else 0
     cpus = (
         workers * cluster.env_worker_cpus

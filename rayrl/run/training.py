@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rayrl.cluster.learner_group import LearnerGroup
 from rayrl.cluster.open import make_environment, open_cluster
@@ -14,22 +15,22 @@ from rayrl.cluster.rollouts import CollectedGroups, Rollouts
 from rayrl.cluster.weight_sync.push import WeightSync
 from rayrl.config import Config
 from rayrl.config.mix import components, named_keys
-from rayrl.config.stop_rule import parse_stop_rule
 from rayrl.environment.environment import Environment
 from rayrl.errors import LearnerLost, RunFailed
 from rayrl.learner.batch import Batch
+from rayrl.run.checkpoints import Checkpoint
 from rayrl.run.collector import GroupCollector
-from rayrl.run.evaluation.evaluations import Evaluations, best_evaluation, check_metrics
+from rayrl.run.evaluation.evaluator import Evaluator, check_metrics
 from rayrl.run.folder import RunDir
 from rayrl.run.group_log import GroupLog
-from rayrl.run.metrics import Clock, headline, step_metrics, summary, warnings
+from rayrl.run.metrics import Clock, headline, step_metrics, warnings
 from rayrl.run.monitor import Monitor
 from rayrl.run.progress_bar import ProgressBar
 from rayrl.run.sampling.mixture import run_sampler
 from rayrl.run.stage import (
     MODEL,
-    MODEL_BEST,
     check_trained,
+    log_dropped,
     log_template_notes,
     seats_of,
 )
@@ -78,7 +79,8 @@ class Training:
         start: the step to begin with: 0, or that of the checkpoint it resumes from.
         steps: the step to end before.
         clock: seconds of the current step by stage.
-        stopped_after: steps after which a callback has ended the run early, or None.
+        stopped_after: steps after which a callback or `train.stop_when` has ended the run early, or
+            None.
     """
 
     def __init__(
@@ -94,11 +96,9 @@ class Training:
         self.steps = config.train.steps
         self.clock = Clock()
         self.stopped_after: int | None = None
-        self._rollouts, self._collector, self._weights = rollouts, collector, weights
+        self._collector, self._weights = collector, weights
         self._progress = ProgressBar(config.run.name, self.steps)
-        self._evaluations = Evaluations(config, folder, self._progress.note)
-        if folder.went_back and (intact := folder.latest_checkpoint()):
-            self._evaluations.forget_after(intact.step)
+        self._evaluator = Evaluator(config, folder, rollouts, learner, "train", self._progress.note)
         self._monitor = Monitor(config, folder, self._progress.note)
         self._recovery = Recovery(learner, folder, self._progress, config.learner.restarts)
         self._collected = CollectedGroups(())
@@ -113,13 +113,15 @@ class Training:
         async for attempt in self._recovery.attempts():
             with attempt:
                 self._weights.reset()
-                self._collector.rewind(attempt.start)
+                self._collector.rewind(attempt.start, attempt.state)
                 self._monitor.rewind()
                 if attempt.start == self._pushed:
                     await self._weights.push(attempt.start)
                 self._collector.advance(self._pushed)
-                if attempt.start == 0 and self.config.eval.every and self.config.eval.at_start:
+                if attempt.start == 0 and self._evaluator.is_due(0):
                     await self.evaluate(-1)
+                if attempt.start and self._evaluator.is_over(attempt.start):
+                    self.stopped_after = attempt.start  # killed before it had finished
             if attempt.lost is None:
                 yield attempt
 
@@ -167,8 +169,8 @@ class Training:
             step,
             metrics,
             folder.path,
-            self._evaluated(step),
-            evaluate=self._is_evaluation_due(step),
+            self._evaluator.by_step(step + 1),
+            evaluate=self._evaluator.is_due(step + 1),
         )
         if on_step is not None and inspect.isawaitable(answer := on_step(control)):
             await answer
@@ -176,10 +178,9 @@ class Training:
             with self.clock("evaluate"):
                 metrics |= await self.evaluate(step)
             metrics |= self.clock.metrics()
-            control.stop |= self._has_reached_its_end(step + 1)
-        if step == 0 and 0 in self._evaluations:
-            at_start = self._evaluations.metrics(0)
-            metrics |= {f"eval_start/{k.removeprefix('eval/')}": v for k, v in at_start.items()}
+            control.stop |= self._evaluator.is_over(step + 1)
+        if step == 0:
+            metrics |= self._evaluator.start_metrics()
         folder.log(step, metrics)
         self._monitor.observe(step, metrics, self.clock, collected)
         self._ended = step + 1
@@ -211,43 +212,7 @@ class Training:
             ConfigError: `run.keep_best` or `train.stop_when` names no metric of the evaluation.
             RunFailed: the environment failed too often (`env.failure_budget`).
         """
-        version, found, best = step + 1, self._evaluations, self.config.run.keep_best
-        if version not in found:
-            if version < self._pushed:
-                self._progress.note(f"version {version} is not evaluated: replicas have newer ones")
-                return {}
-            if not await found.play(self._rollouts, version):
-                return {}
-            self._progress.note(summary(found.metrics(version)))
-        if self.config.train.stop_when:
-            rule = parse_stop_rule(self.config.train.stop_when)
-            found.check_metric("train.stop_when", rule.metric, version)
-        if best:
-            found.check_metric("run.keep_best", best, version)
-            if best_evaluation(found.until(version), best).version == version:
-                with self.folder.whole(MODEL_BEST) as path:
-                    await self.learner.export(path)
-        return found.metrics(version)
-
-    def _is_evaluation_due(self, step: int) -> bool:
-        every = self.config.eval.every
-        return bool(every) and ((step + 1) % every == 0 or step + 1 == self.steps)
-
-    def _has_reached_its_end(self, version: int) -> bool:
-        """Whether the evaluations up to this version satisfy `train.stop_when`."""
-        if not self.config.train.stop_when:
-            return False
-        rule = parse_stop_rule(self.config.train.stop_when)
-        evaluated = self._evaluated(version - 1)
-        met = rule.is_met([metrics.get(rule.metric) for metrics in evaluated.values()])
-        if met:
-            self._progress.note(f"ended by train.stop_when={self.config.train.stop_when}")
-        return met
-
-    def _evaluated(self, step: int) -> dict[int, dict[str, float]]:
-        """Metrics of the evaluations up to the weights of this step, by step."""
-        found = self._evaluations
-        return {one.version - 1: found.metrics(one.version) for one in found.until(step + 1)}
+        return await self._evaluator.evaluate(step + 1, self._pushed)
 
     async def checkpoint(self, step: int) -> None:
         """Save what a run needs to resume with `step`.
@@ -264,19 +229,14 @@ class Training:
     async def finish(self) -> None:
         """Write the model to RUN/model, a Hugging Face directory, and mark the run as finished.
 
-        A run that ended before its last step goes on when it is started again, unless a callback
-        stopped it.
+        A run that ended before its last step goes on when it is started again, unless a callback or
+        `train.stop_when` ended it.
         """
         with self.folder.whole(MODEL) as path:
             await self.learner.export(path)
         stopped = self.stopped_after is not None
         result = {"steps": self._ended, "model": MODEL, "stopped": stopped}
-        evaluated = self._evaluations.until(self._ended)
-        if (metric := self.config.run.keep_best) and evaluated:
-            best = best_evaluation(evaluated, metric).version
-            value = self._evaluations.metrics(best)[metric]
-            result["best"] = {"model": MODEL_BEST, "version": best, metric: value}
-        self.folder.finish(result)
+        self.folder.finish(result | self._evaluator.result(self._ended))
 
 
 class Attempt(AbstractContextManager["Attempt"]):
@@ -284,11 +244,13 @@ class Attempt(AbstractContextManager["Attempt"]):
 
     Attributes:
         start: the first step to make.
+        state: what the checkpoint of that step holds besides the learner's.
         lost: how the learner was lost in the block, or None.
     """
 
     def __init__(self) -> None:
         self.start = 0
+        self.state: Mapping[str, Any] = {}
         self.lost: LearnerLost | None = None
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
@@ -331,15 +293,17 @@ class Recovery:
                 raise lost
             attempt = Attempt()
             with attempt:
-                attempt.start = await self._load_newest(again=lost is not None)
+                found = await self._load_newest(again=lost is not None)
+                if found:
+                    attempt.start, attempt.state = found.step, found.state
             if attempt.lost is None:
                 yield attempt
             lost = attempt.lost
             if lost is None:
                 return
 
-    async def _load_newest(self, *, again: bool) -> int:
-        """Bring the learner to the newest checkpoint; returns the step to go on with."""
+    async def _load_newest(self, *, again: bool) -> Checkpoint | None:
+        """Bring the learner to the newest checkpoint and return it; None: there is none."""
         made = self._folder.checkpoints()
         found = self._folder.latest_checkpoint()
         step = found.step if found else 0
@@ -357,7 +321,7 @@ class Recovery:
             self._progress.note(f"resumed at step {step}")
         if found:
             await self._learner.load(found.path)
-        return step
+        return found
 
 
 @asynccontextmanager
@@ -373,11 +337,13 @@ async def open_training(config: Config, folder: RunDir) -> AsyncIterator[Trainin
     environments: dict[str, Environment] = {}
     seats: list[str] = []
     for name, own in components(config).items():
-        environments[name] = make_environment(own, name).training(own.env.held_out)
         with named_keys(name):
+            environment = make_environment(own, name)
+            environments[name] = environment.training(own.env.held_out, own.env.duplicates)
+            log_dropped(environments[name])
             check_trained(environments[name], own)
             seats += seats_of(environments[name], own, "model").values()
-    check_metrics(config, environments)
+    check_metrics(config, environments, "train")
     log_template_notes(config, seats)
     log = GroupLog(folder.path / "groups")
     found = folder.latest_checkpoint()

@@ -210,7 +210,11 @@ def test_a_whole_recipe_on_ray(tmp_path: Path, capsys: pytest.CaptureFixture[str
     own = {"algo.loss": f"{tmp_path}/own.py:loss", "algo.advantage": f"{tmp_path}/own.py:ranks"}
     stages: list[dict[str, Any]] = [
         {"name": "synth", "verb": "synth"},
-        {"name": "sft", "verb": "sft", "set": {"learner.lr": 0.01}},
+        {
+            "name": "sft",
+            "verb": "sft",
+            "set": {"learner.lr": 0.01, "eval.every": 3, "run.keep_best": "eval/copied"},
+        },
         {"name": "rl", "verb": "train", "set": {**own, "algo.loss_args": {"scale": 2.0}}},
         {"name": "eval", "verb": "eval"},
         {"name": "eval_perfect", "verb": "eval", "set": {"eval.player": "perfect"}},
@@ -233,10 +237,13 @@ def test_a_whole_recipe_on_ray(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert found["perfect"].statistics["copied"].value == 1.0  # type: ignore[union-attr]
     assert found["rl"].episodes == 6
     lines = (tmp_path / "run/sft/metrics.jsonl").read_text().splitlines()
-    losses = [json.loads(line)["loss"] for line in lines]
-    assert losses[-1] < losses[0]
+    learned = [json.loads(line) for line in lines]
+    assert learned[-1]["loss"] < learned[0]["loss"]
+    assert [row.get("eval/version") for row in learned] == [None, None, 3, 4]
+    assert learned[0]["eval_start/version"] == 0
+    assert (tmp_path / "run" / "sft" / "model_best" / "config.json").is_file()
     assert (tmp_path / "run" / "rl" / "model" / "config.json").is_file()
-    learned = (tmp_path / "run" / "rl" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["loss/twice"] for line in learned] == [2.0, 2.0]
+    lines = (tmp_path / "run" / "rl" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["loss/twice"] for line in lines] == [2.0, 2.0]
     assert "Repeat this word" in (tmp_path / "run" / "report.html").read_text()
     assert "perfect" in capsys.readouterr().out

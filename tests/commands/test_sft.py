@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from rayrl.chat.tools import format_call
 from rayrl.commands import sft
 from rayrl.commands.sft import batch_indices, conversations, load_rows, rows_of
 from rayrl.config import Config, from_dict
-from rayrl.errors import ConfigError, DataError
+from rayrl.errors import ConfigError, DataError, InfraError
 from rayrl.learner.batch import Batch
 from rayrl.rollout.episode_io import read_episodes, write_episodes
 from rayrl.rollout.players import PolicyPlayer, ScriptedPlayer
@@ -24,6 +25,7 @@ from rayrl.rollout.rollout import play_group
 from rayrl.run.folder import RunDir
 from rayrl.types import Episode, Failure, Message, Sampling, Task, Turn, system, user
 from tests.act import CHATML, HERMES, Instant, build_tokenizer, chat
+from tests.replicas import Replicas
 from tests.tiny import save_tiny_model
 
 
@@ -335,7 +337,7 @@ class Stopped(BaseException):
 @pytest.fixture
 def learner_here(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """The plain learner in this process; `dies` is after how many steps it takes the run down."""
-    fate = {"dies": 10**9, "steps": 0}
+    fate = {"dies": 10**9, "steps": 0, "plays": 10**9, "exports": 10**9, "pushed": -1, "awake": 0}
 
     class Here:
         def __init__(self, cfg: Config, total: int) -> None:
@@ -346,6 +348,7 @@ def learner_here(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         async def sft_step(self, batch: Batch) -> dict[str, float]:
             if fate["steps"] >= fate["dies"]:
                 raise Stopped
+            assert not fate["awake"]
             fate["steps"] += 1
             return self.learner.sft_step(batch.rows, batch.totals)
 
@@ -356,14 +359,46 @@ def learner_here(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
             self.learner.load(folder)
 
         async def export(self, folder: Path) -> None:
+            if not fate["exports"]:
+                raise Stopped
+            fate["exports"] -= 1
             self.learner.export(folder)
+
+    class Weights:
+        """Pushes are counted; replicas take none beside the learner's work."""
+
+        def reset(self) -> None: ...
+
+        async def push(self, version: int) -> None:
+            assert version > fate["pushed"]
+            fate.update(pushed=version, awake=1)
+
+        async def sleep_replicas(self) -> None:
+            fate["awake"] = 0
 
     @asynccontextmanager
     async def open_here(cfg: Config, total: int) -> AsyncIterator[Here]:
         yield Here(cfg, total)
 
+    @asynccontextmanager
+    async def open_playing(
+        cfg: Config, total: int
+    ) -> AsyncIterator[tuple[Replicas, Here, Weights]]:
+        fate["pushed"] = -1
+        replicas = Replicas(stop_after=fate["plays"], score=lambda version, k: k + min(version, 4))
+        yield replicas, Here(cfg, total), Weights()
+
     monkeypatch.setattr(sft, "open_learners", open_here)
+    monkeypatch.setattr(sft, "open_cluster", open_playing)
     return fate
+
+
+def written(run: Path) -> tuple[bytes, list[dict[str, float]]]:
+    """The model, and the metrics without times."""
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    untimed = [{k: v for k, v in r.items() if not k.startswith("time/")} for r in rows]
+    return (run / "model" / "model.safetensors").read_bytes(), untimed
 
 
 async def test_a_killed_run_ends_as_if_it_had_not_stopped(
@@ -393,15 +428,61 @@ async def test_a_killed_run_ends_as_if_it_had_not_stopped(
     await whole("killed")
     assert learner_here["steps"] == 3  # steps 4, 5 and 6
 
-    def written(name: str) -> tuple[bytes, list[dict[str, float]]]:
-        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
-        rows = [json.loads(line) for line in lines]
-        untimed = [{k: v for k, v in r.items() if not k.startswith("time/")} for r in rows]
-        return (tmp_path / name / "model" / "model.safetensors").read_bytes(), untimed
-
-    weights, rows = written("unbroken")
-    assert written("killed") == (weights, rows)
+    weights, rows = written(tmp_path / "unbroken")
+    assert written(tmp_path / "killed") == (weights, rows)
     assert [row["step"] for row in rows] == list(range(7))
     assert rows[-1]["loss"] < rows[0]["loss"]
     assert weights != (model / "model.safetensors").read_bytes()
     assert (tmp_path / "killed" / "model" / "tokenizer.json").is_file()
+
+
+async def test_evaluations_between_updates(tmp_path: Path, learner_here: dict[str, int]) -> None:
+    """Each version up to 4 wins more in every task: 6 and 8 make two without progress, of 20.
+
+    Killed in the evaluation of version 4, in step 6 and while it writes the model, it ends as if it
+    had not been.
+    """
+    write_episodes(tmp_path / "d.jsonl", await games(6))
+    model = save_tiny_model(tmp_path / "model")
+
+    async def whole(name: str, dies: int = 10**9, plays: int = 10**9, exports: int = 10**9) -> None:
+        learner_here.update(steps=0, dies=dies, plays=plays, exports=exports)
+        cfg = config(
+            tmp_path / "d.jsonl",
+            run={"dir": str(tmp_path / name), "name": "same", "keep_best": "eval/win"},
+            model={"path": str(model)},
+            learner={"kind": "reference", "lr": 0.01},
+            eval={"every": 2, "episodes": 4},
+            sft={
+                "data": str(tmp_path / "d.jsonl"),
+                "steps": 20,
+                "batch_size": 4,
+                "stop_when": "eval/win not improved for 2",
+            },
+        )
+        cfg = replace(cfg, run=replace(cfg.run, checkpoint_every=3))
+        with RunDir(tmp_path / name, cfg, verb="sft") as folder:
+            await sft._fine_tune(cfg, folder)
+
+    await whole("unbroken")
+    with pytest.raises(InfraError):
+        await whole("killed", plays=4 + 4 + 2)
+    assert learner_here["steps"] == 4
+    with pytest.raises(Stopped):
+        await whole("killed", dies=3)  # goes on after the checkpoint of step 3
+    with pytest.raises(Stopped):
+        await whole("killed", exports=0)
+    assert learner_here["steps"] == 2
+    await whole("killed")
+    assert learner_here["steps"] == 0
+
+    weights, rows = written(tmp_path / "unbroken")
+    assert written(tmp_path / "killed") == (weights, rows)
+    assert [row.get("eval/win") for row in rows] == [None, 3.5, None, 5.5, None, 5.5, None, 5.5]
+    assert (rows[0]["eval_start/win"], rows[3]["eval/win/gain"]) == (1.5, 4.0)
+    for run in ("unbroken", "killed"):
+        result = json.loads((tmp_path / run / "result.json").read_text())
+        assert (result["steps"], result["stopped"]) == (8, True)
+        assert result["best"] == {"model": "model_best", "version": 4, "eval/win": 5.5}
+    best = [tmp_path / run / "model_best" / "model.safetensors" for run in ("unbroken", "killed")]
+    assert best[0].read_bytes() == best[1].read_bytes() != weights

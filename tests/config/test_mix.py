@@ -27,6 +27,7 @@ def test_a_component_has_what_it_sets_and_else_what_all_have() -> None:
         env__mix__words__args__longest=3,
         env__mix__words__max_tokens=9,
         env__mix__games__held_out=0.5,
+        env__mix__games__duplicates="drop",
         env__mix__games__cells={"second": {"first": "opponent"}},
         sampling__max_tokens=20,
         env__retries=7,
@@ -36,6 +37,7 @@ def test_a_component_has_what_it_sets_and_else_what_all_have() -> None:
     assert (games.env.name, games.env.args, games.env.rewards) == ("tictactoe", {}, {"win": 2.0})
     assert (words.sampling.max_tokens, games.sampling.max_tokens) == (9, 20)
     assert (words.env.held_out, games.env.held_out) == (0.1, 0.5)
+    assert (words.env.duplicates, games.env.duplicates) == ("refuse", "drop")
     assert (words.eval.cells, games.eval.cells) == ({}, {"second": {"first": "opponent"}})
     assert words.env.retries == games.env.retries == 7
     assert words.env.mix == games.env.mix == {}
@@ -65,6 +67,11 @@ def test_without_a_mixture_there_is_one_without_a_name() -> None:
         ({"env.mix.words.weight": "a"}, r"env\.mix\.words\.weight=a: expected a number above 0"),
         ({"env.mix.words.weight": float("nan")}, r"weight=nan: expected a number above 0"),
         ({"env.mix.words.held_out": 3}, r"env\.mix\.words\.held_out=3.*from 0 to 1"),
+        ({"env.mix.words.duplicates": "dorp"}, r"words\.duplicates=dorp: .*Did you mean 'drop'"),
+        (
+            {"train.task_sampling": "difficulty"},
+            r"train\.task_sampling=difficulty: .*env\.mix.*set train\.task_sampling=uniform",
+        ),
         ({"env.mix.words.max_tokens": "a"}, r"words\.max_tokens='a': expected a whole number"),
         ({"env.mix.words.args": 3}, r"env\.mix\.words\.args=3: expected a mapping"),
         ({"env.mix.words.rewards.copied": "a"}, r"env\.mix\.words\.rewards\.copied='a'"),

@@ -3,13 +3,18 @@ from __future__ import annotations
 import datetime
 import json
 import re
+import sys
+import types
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
+from rayrl.commands.folder_names import named
+from rayrl.config import from_dict
 from rayrl.environment.data_files import read_data
+from rayrl.environment.registry import load_env
 from rayrl.errors import DataError
 
 TEXT = 'Is 3 < "π", or\nnot?'
@@ -124,3 +129,67 @@ def test_files_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     Path("sub/x.parquet").write_text("")
     with pytest.raises(DataError, match=r"sub/: not a folder .*name one of its files, as x"):
         list(read_data("sub/"))
+
+
+# --- the hub --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
+    """What is asked of the library `datasets`; a split "test" there is not."""
+    calls: list[tuple[object, ...]] = []
+
+    def load_dataset(
+        name: str, config: str | None, *, revision: str | None, split: str
+    ) -> list[dict[str, object]]:
+        calls.append((name, config, revision, split))
+        if split == "test":
+            raise ValueError("Unknown split 'test'.\nThere is train.")
+        return [{"q": "one", "day": datetime.date(2024, 2, 29)}, {"q": "two", "day": None}]
+
+    module = types.ModuleType("datasets")
+    module.load_dataset = load_dataset  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    return calls
+
+
+def test_a_data_set_of_the_hub(asked: list[tuple[object, ...]]) -> None:
+    rows = [(row.place, row.columns) for row in read_data("hf:me/sums")]
+    assert rows == [
+        ("hf:me/sums: row 1", {"q": "one", "day": "2024-02-29"}),
+        ("hf:me/sums: row 2", {"q": "two", "day": None}),
+    ]
+    list(read_data("hf:me/sums/main@0f3a:validation"))
+    assert asked == [
+        ("me/sums", None, None, "train"),
+        ("me/sums", "main", "0f3a", "validation"),
+    ]
+    env = load_env("hf:me/sums").configure({"prompt": "q", "answer": "q"})
+    assert (env.name, env.spec.ref) == ("sums", "hf:me/sums")
+    assert sorted(task["q"] for task in env.tasks(seed=0, n=2)) == ["one", "two"]  # type: ignore[index]
+    config = from_dict({"env": {"name": "hf:me/sums:validation"}})
+    assert named(config, {}, "train").run.dir == "runs/sums-validation-train"
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("hf:sums", "hf:sums: write hf:OWNER/NAME, and where"),
+        ("hf:me/sums/a/b", "hf:me/sums/a/b: write hf:OWNER/NAME"),
+        (
+            "hf:me/sums:test",
+            "does not give it: Unknown split 'test'. Where the hub",
+        ),
+    ],
+)
+def test_a_data_set_that_the_hub_does_not_give(
+    asked: list[tuple[object, ...]], name: str, complaint: str
+) -> None:
+    with pytest.raises(DataError, match=re.escape(complaint)):
+        list(read_data(name))
+
+
+def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match=r"not installed; pip install 'rayrl\[hub\]'"):
+        list(read_data("hf:me/sums"))

@@ -109,6 +109,24 @@ def test_a_row_on_both_sides_is_named(part: str) -> None:
         getattr(env, part)(0.1)
 
 
+def test_rows_on_both_sides_are_dropped_from_training() -> None:
+    write("train.jsonl", sums(20))
+    write("test.jsonl", [{"question": "new", "answer": 1}, *sums(5, start=18)])
+    env = load_env("train.jsonl").configure(NUMBER | {"eval_rows": "test.jsonl"})
+    training = env.training(0.1, "drop")
+    assert sorted(numbers(training.tasks(seed=0, n=18))) == list(range(18))
+    assert isinstance(training.source, Rows)
+    assert training.source.dropped == (
+        "train.jsonl:19 repeats test.jsonl:2",
+        "train.jsonl:20 repeats test.jsonl:3",
+    )
+    assert len(env.evaluation(0.1, "drop").source) == 6  # type: ignore[arg-type]
+    write("test.jsonl", sums(20))
+    env = load_env("train.jsonl").configure(NUMBER | {"eval_rows": "test.jsonl"})
+    with pytest.raises(DataError, match=r"; none other is left to train"):
+        env.training(0.1, "drop")
+
+
 def test_a_row_that_is_held_out_and_there_again() -> None:
     """It is the question that counts, not the answer; where it is trained or evaluated twice, it
     does no harm."""
@@ -122,6 +140,8 @@ def test_a_row_that_is_held_out_and_there_again() -> None:
     broken = load_env("d.jsonl").configure(NUMBER)
     with pytest.raises(DataError, match=re.escape(complaint)):
         broken.training(0.25)
+    assert theirs not in numbers(broken.training(0.25, "drop").tasks(seed=0, n=14))
+    assert first in numbers(broken.evaluation(0.25, "drop").tasks(seed=0, n=5))
     broken.training(0)  # nothing is held out
     write("d.jsonl", [rows[first] if k == second else rows[k] for k in range(20)])
     load_env("d.jsonl").configure(NUMBER).training(0.25)

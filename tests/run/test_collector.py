@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from rayrl.cluster.rollouts import CollectedGroups
 from rayrl.cluster.workers.scaling import Load
 from rayrl.config import Config, from_dict
 from rayrl.errors import ConfigError, DataError, RunFailed
@@ -48,14 +54,20 @@ class Tasks:
     def plan(self, index: int) -> GroupPlan:
         return GroupPlan("{}-{}".format(*divmod(index, N)), Task(seed=index), 1, index)
 
-    def observe(self, groups: Mapping[int, Group]) -> None:
-        assert [group.task.seed for group in groups.values()] == list(groups)
-        self.observed.append(list(groups))
+    def is_uniform(self, index: int) -> bool:
+        return index % 4 != 3
+
+    def draws(self) -> dict[int, float]:
+        return {}
+
+    def observe(self, groups: Mapping[int, Group]) -> dict[str, float]:
+        self.observed.append(sorted(groups))
+        return {"pools/seen": float(len(self.observed))}
 
     def save(self) -> dict[str, Any]:
         return {"observed": self.observed.copy()}
 
-    def load(self, state: Mapping[str, Any]) -> None:
+    def load(self, state: Mapping[str, Any], draws: Mapping[int, float]) -> None:
         self.observed = list(state.get("observed", ()))
 
 
@@ -318,7 +330,7 @@ async def test_killed_it_remembers_which_groups_taught_nothing(
     assert await again.collector.collect(0) == replace(found, load=again.workers.load())
     await again.at(1)
     assert again.live == ["2-1", "3-0"], "2-0 is there, and was replaced"
-    assert again.tasks.observed == run.tasks.observed == [[1, 3, 0, 2]], "what ended in the batch"
+    assert again.tasks.observed == run.tasks.observed == [[0, 1, 2, 3]], "what ended in the batch"
     again.workers.end("2-1", "3-0")
     assert await again.batch(1) == ["2-1", "3-0"]
     state = again.collector.begin_checkpoint(2)
@@ -335,7 +347,7 @@ async def test_a_learner_that_went_back_gets_the_same_batches(start: Start) -> N
         await run.at(step + 1)
     run.workers.end("2-0", "2-1")
     await run.batch(2)
-    run.collector.rewind(0)  # it died at step 2, before the first checkpoint
+    run.collector.rewind(0, {})  # it died at step 2, before the first checkpoint
     for step in range(3):
         assert await run.batch(step) == [f"{step}-0", f"{step}-1"]
         await run.at(step + 1)
@@ -352,7 +364,7 @@ async def test_a_checkpoint_on_the_way_back_keeps_what_is_still_to_be_learned_ag
         run.workers.end(f"{step}-0", f"{step}-1")
         await run.batch(step)
         await run.at(step + 1)
-    run.collector.rewind(0)
+    run.collector.rewind(0, {})
     await run.batch(0)
     state = run.collector.begin_checkpoint(1)
     again = await start(0, step=1, state=state)
@@ -370,7 +382,7 @@ async def test_what_ended_during_a_checkpoint_that_failed_is_not_lost(start: Sta
     await run.at(1)
     run.collector.begin_checkpoint(1)
     run.workers.end("1-0")
-    run.collector.rewind(0)  # the learner died before it had saved
+    run.collector.rewind(0, {})  # the learner died before it had saved
     assert await run.batch(0) == ["0-0", "0-1"]
     run.workers.end("1-1")
     assert await run.batch(1) == ["1-0", "1-1"]
@@ -427,3 +439,157 @@ async def test_nothing_is_learned_where_a_server_refused_everything(start: Start
     run.workers.end("0-0", "0-1", kind="refused")
     with pytest.raises(RunFailed, match=r"none of 2 groups is complete.\n.*because"):
         await run.batch(0)
+
+
+# --- what is drawn by what was played -------------------------------------------------------------
+
+
+class Learns(Tasks):
+    """Draws depend on all that was observed; a task's seed says by which it was drawn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drawn: dict[int, float] = {}
+
+    def plan(self, index: int) -> GroupPlan:
+        known = sum((k + 1) * seed for k, seed in enumerate(chain(*self.observed)))
+        draw = self.drawn.setdefault(index, index + 100 * (known % 997))
+        return replace(super().plan(index), task=Task(seed=int(draw)))
+
+    def draws(self) -> dict[int, float]:
+        return dict(self.drawn)
+
+    def observe(self, groups: Mapping[int, Group]) -> dict[str, float]:
+        drawn = {index: self.drawn.pop(index) for index in groups}
+        assert drawn == {index: group.task.seed for index, group in groups.items()}
+        self.observed.append(sorted(group.task.seed for group in groups.values()))
+        return {"seen": float(len(self.observed))}
+
+    def save(self) -> dict[str, Any]:
+        drawn = {str(index): draw for index, draw in self.drawn.items()}
+        return {"observed": self.observed.copy(), "drawn": drawn}
+
+    def load(self, state: Mapping[str, Any], draws: Mapping[int, float]) -> None:
+        super().load(state, draws)
+        self.drawn = {int(index): draw for index, draw in state.get("drawn", {}).items()}
+        self.drawn |= draws
+
+
+class Story:
+    """A run in which everything happens that may: `happen` says what is next.
+
+    Attributes:
+        batches: what each step was given, the last time it was.
+        tasks: what each group played; a group that begins again plays the same.
+    """
+
+    def __init__(self, folder: Path, lag: int, refill: float, choose: Callable[..., Any]) -> None:
+        self.folder, self.lag, self.refill, self.choose = folder, lag, refill, choose
+        self.batches: dict[int, CollectedGroups] = {}
+        self.tasks: dict[str, Task] = {}
+        self.step, self.checkpoint, self.state = 0, 0, dict[str, Any]()
+
+    async def start(self) -> None:
+        """A new process goes on from the last checkpoint."""
+        self.run = Run(self.folder, self.lag, refill=self.refill)
+        self.run.collector._sampler = self.sampler = Learns()
+        self.run.collector.restore(self.checkpoint, self.state)
+        await self.go_back()
+
+    async def go_back(self) -> None:
+        self.step = self.checkpoint
+        self.run.collector.rewind(self.step, self.state)
+        await self.run.at(self.step)
+
+    async def kill(self) -> None:
+        await self.run.collector.__aexit__()
+        await self.start()
+
+    async def play(self) -> None:
+        try:
+            await self.steps()
+        finally:
+            await self.run.collector.__aexit__()
+
+    async def steps(self) -> None:
+        await self.start()
+        while self.step < 4:
+            collecting = asyncio.create_task(self.run.collector.collect(self.step))
+            await asyncio.sleep(0)
+            while not collecting.done() and self.choose("event", ["end"] * 6 + ["kill"]) == "end":
+                await self.end_one()
+            if not collecting.done():
+                collecting.cancel()
+                await asyncio.gather(collecting, return_exceptions=True)
+                await self.kill()
+                continue
+            await self.take(collecting.result())
+
+    async def end_one(self) -> None:
+        """A group that is played ends."""
+        name = self.choose("group", self.run.live)
+        task = self.run.workers.live[name][0].task
+        assert self.tasks.setdefault(name.partition("~")[0], task) == task
+        fails = name.startswith("1-0") and self.lag and self.choose("fails", [False, True])
+        self.run.workers.end(name, kind="env" if fails else "")
+        await self.run.at(self.step)
+
+    async def take(self, batch: CollectedGroups) -> None:
+        """The step learns from a batch, and perhaps there is a checkpoint, a loss or a death."""
+        if self.step in self.batches:
+            before = self.batches[self.step]
+            assert batch.groups == before.groups
+            assert batch.sampling == before.sampling == {"seen": self.step + 1.0}
+        self.batches[self.step] = batch
+        self.step += 1
+        await self.run.at(self.step)
+        event = self.choose("event", ["", "", "checkpoint", "broken checkpoint", "lost", "kill"])
+        if "checkpoint" in event:
+            state = json.loads(json.dumps(self.run.collector.begin_checkpoint(self.step)))
+            while self.run.live and self.choose("meanwhile", [True, False]):
+                await self.end_one()
+            if event == "checkpoint":
+                self.checkpoint, self.state = self.step, state
+                self.run.collector.log.delete_others(self.step)
+            event = self.choose("then", ["", "lost", "kill"] if event == "checkpoint" else ["lost"])
+        if event == "lost":
+            await self.go_back()
+        elif event == "kill":
+            await self.kill()
+
+
+@pytest.mark.parametrize("lag", [0, 1, 2])
+@settings(deadline=None, max_examples=30)
+@given(data=st.data(), refill=st.sampled_from([1.0, 2.0]), useful=st.sets(st.integers(0, 12)))
+def test_whatever_happens_a_group_keeps_its_task_and_every_batch_is_observed_once(
+    lag: int, data: st.DataObject, refill: float, useful: set[int]
+) -> None:
+    def choose(label: str, among: Sequence[Any]) -> Any:
+        return data.draw(st.sampled_from(among), label=label)
+
+    def simply(label: str, among: Sequence[Any]) -> Any:
+        return among[0]
+
+    def teaches(group: Group) -> bool:
+        step, _, k = group.id.partition("~")[0].partition("-")
+        return int(step) * N + int(k) in useful
+
+    def played(choose: Callable[..., Any]) -> Story:
+        with tempfile.TemporaryDirectory() as folder:
+            story = Story(Path(folder), lag, refill, choose)
+            asyncio.run(story.play())
+        return story
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collector, "has_spread", teaches)
+        story = played(choose)
+        batches = [
+            sorted(g.task.seed for gs in (b.groups, b.dropped, b.rejected) for g in gs)
+            for _, b in sorted(story.batches.items())
+        ]
+        assert story.sampler.observed == batches
+        if lag == 0:
+            undisturbed = played(simply)
+            assert [b.groups for b in undisturbed.batches.values()] == [
+                b.groups for _, b in sorted(story.batches.items())
+            ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rayrl.run.group_log import Batched
@@ -146,6 +146,19 @@ def test_groups_that_teach_nothing_are_replaced_until_the_limit() -> None:
     assert buffer.begin(1) == [6], "as many as before"
 
 
+def test_with_a_lag_steps_whose_groups_were_rejected_with_an_earlier_batch_get_others() -> None:
+    """No group teaches: the first batch ends those of both steps, and two that replaced others."""
+    buffer = RolloutBuffer(2, 1, steps=3, refill=2, teaches=lambda group: False)
+    assert buffer.begin(0) == [0, 1, 2, 3]
+    end(buffer, 0, 1, 2, 3)
+    assert buffer.begin(0) == [4, 5]
+    end(buffer, 4, 5)
+    batch = buffer.close()
+    assert (list(batch.taken), list(batch.rejected), batch.replaced) == ([0, 1], [2, 3, 4, 5], 4)
+    assert buffer.begin(1) == [6, 7, 8, 9], "two steps are left"
+
+
+@settings(deadline=None, max_examples=50)
 @given(st.data(), st.integers(1, 3), st.integers(0, 4))
 def test_without_lag_a_batch_is_what_comes_first_and_teaches_in_whatever_order_it_ends(
     data: st.DataObject, groups: int, refill: int
@@ -189,6 +202,7 @@ def test_without_lag_a_batch_is_what_comes_first_and_teaches_in_whatever_order_i
             checkpoint, at, logged = buffer.save(), step + 1, []
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.data(), st.integers(1, 3), st.integers(0, 3), st.integers(0, 3))
 def test_every_task_is_trained_on_once_or_reported(
     data: st.DataObject, groups: int, max_lag: int, refill: int
@@ -226,6 +240,7 @@ def test_every_task_is_trained_on_once_or_reported(
                     running |= dict.fromkeys(buffer.begin(step), step)
         batch = buffer.close()
         assert len(batch.taken) <= groups
+        assert batch.taken or batch.failed or batch.stale, "a step has something to train on"
         if max_lag:
             assert len(batch.taken) == groups or not running
         for one in batch.taken.values():

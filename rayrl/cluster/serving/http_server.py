@@ -20,6 +20,7 @@ from ray import serve
 from rayrl.chat.renderer import Chat
 from rayrl.cluster import cluster_address
 from rayrl.cluster.actors import prepare_process
+from rayrl.cluster.open import worker_imports
 from rayrl.cluster.serving.inference_client import DEPLOYMENT
 from rayrl.cluster.serving.replica import (
     deployment_settings,
@@ -113,7 +114,9 @@ async def open_server(config: Config, name: str) -> AsyncIterator[str]:
     local = not cluster_address(cluster.address)
     at = HttpAddress(wanted.host, _free_port(wanted.host, wanted.port) if local else wanted.port)
     with ExitStack() as stack:
-        session = stack.enter_context(open_session(cluster, http=at))
+        session = stack.enter_context(
+            open_session(cluster, http=at, imports=worker_imports(config, engine=True))
+        )
         app = f"{session.name}-http"
         served = Served(path, name, digest, wanted.max_requests, replica_engine(config), app)
         deployment = serve.deployment(

@@ -21,11 +21,8 @@ from rayrl.cluster.open import make_environment
 from rayrl.cluster.rollouts import CollectedGroups
 from rayrl.config import Config
 from rayrl.config.mix import components
-from rayrl.config.stop_rule import parse_stop_rule
-from rayrl.environment.environment import Environment
 from rayrl.environment.scoring import scores_of
 from rayrl.environment.tasks import task_key
-from rayrl.errors import ConfigError, did_you_mean
 from rayrl.rollout.rollout import GroupPlan
 from rayrl.run.evaluation.intervals import mean_interval, score_interval
 from rayrl.run.folder import RunDir
@@ -34,19 +31,21 @@ from rayrl.run.stage import eval_cells, evaluation_plans, seats_of
 from rayrl.types import Episode, Group
 
 __all__ = [
+    "RESERVED",
     "CellValues",
     "Evaluations",
+    "RolloutBackend",
     "VersionValues",
     "best_evaluation",
-    "check_metrics",
     "eval_metrics",
     "gain",
     "mixes_versions",
     "pass_at_k",
+    "powers",
+    "since_best",
 ]
 
 FOLDER = "evaluations"
-SUFFIXES = ("low", "high", "gain", "gain_low", "gain_high")  # of a metric's own metrics
 RESERVED = ("reward", "version", "failed")  # a score called so is logged as score/NAME
 
 
@@ -107,7 +106,9 @@ class RolloutBackend(Protocol):
         min_version: int,
         on_group: Callable[[Group], None],
         known: Mapping[str, Group],
-    ) -> CollectedGroups: ...
+    ) -> CollectedGroups:
+        """See `cluster.Rollouts`."""
+        ...
 
 
 class Evaluations:
@@ -146,6 +147,10 @@ class Evaluations:
         """Whether that version was evaluated."""
         return version in self._done
 
+    def names(self, version: int) -> list[str]:
+        """What the evaluation of a version measured of each episode: metrics that can be paired."""
+        return [name for name, *_ in self._done[version].metrics()]
+
     def metrics(self, version: int) -> dict[str, float]:
         """Metrics of one evaluation, with its gain over the first; see `eval_metrics`."""
         if version not in self._metrics:
@@ -167,7 +172,9 @@ class Evaluations:
         plans: dict[str, list[GroupPlan]] = {}
         seats: dict[str, dict[str, str]] = {}
         for name, own in components(config).items():
-            environment = make_environment(own, name).evaluation(own.env.held_out)
+            environment = make_environment(own, name).evaluation(
+                own.env.held_out, own.env.duplicates
+            )
             seats[name] = seats_of(environment, own, "model")
             for cell, args in eval_cells(own, name).items():
                 of_cell = evaluation_plans(environment.configure(args), own, cell, name)
@@ -200,65 +207,6 @@ class Evaluations:
         self._folder.write_json(f"{FOLDER}/{file.stem}.json", asdict(found))
         self._done[version] = found
         return True
-
-    def check_metric(self, key: str, metric: str, version: int) -> None:
-        """Raise ConfigError if the evaluation of `version` has no such metric.
-
-        Args:
-            key: the setting that names it.
-        """
-        names = [name for name, *_ in self._done[version].metrics()]
-        if metric not in (names if key == "run.keep_best" else self.metrics(version)):
-            raise _unknown_metric(key, metric, names)
-
-
-def check_metrics(config: Config, environments: Mapping[str, Environment]) -> None:
-    """Raise ConfigError if `run.keep_best` or `train.stop_when` names what cannot be measured.
-
-    Called before anything is written. A score that the environment declares but does not return is
-    found by `Evaluations.check_metric`.
-
-    Args:
-        environments: by component of the mixture.
-    """
-    cells = {
-        cell: _declared(environments[component])
-        for component, own in components(config).items()
-        for cell in eval_cells(own, component)
-    }
-    names = list(
-        dict.fromkeys(
-            f"eval/{cell}/{name}" if len(cells) > 1 else f"eval/{name}"
-            for cell, declared in cells.items()
-            for name in declared
-        )
-    )
-    if (best := config.run.keep_best) and best not in names:
-        raise _unknown_metric("run.keep_best", best, names)
-    if not config.train.stop_when:
-        return
-    metric = parse_stop_rule(config.train.stop_when).metric
-    known = [*names, *(f"{name}/{suffix}" for name in names for suffix in SUFFIXES)]
-    known += [f"{name}/pass@{k}" for name in names for k in _powers(config.eval.samples)]
-    if metric not in (*known, "eval/failed"):
-        raise _unknown_metric("train.stop_when", metric, known, shown=names)
-
-
-def _declared(environment: Environment) -> list[str]:
-    """Names of what an evaluation of the environment measures."""
-    declared = [*environment.rewards, *environment.group_rewards, "tool_calls", "tool_errors"]
-    if len(environment.seats) > 1:
-        declared = [f"{seat}.{name}" for seat in environment.seats for name in declared]
-    return ["reward", *(f"score/{n}" if n in RESERVED else n for n in declared)]
-
-
-def _unknown_metric(
-    key: str, metric: str, known: Sequence[str], shown: Sequence[str] = ()
-) -> ConfigError:
-    return ConfigError(
-        f"{key}: {metric!r} is no metric of the evaluations.{did_you_mean(metric, known)} They "
-        f"have: {', '.join(shown or known)}."
-    )
 
 
 def mixes_versions(group: Group, version: int) -> bool:
@@ -325,7 +273,7 @@ def eval_metrics(
         if set(numbers) <= {0.0, 1.0}:
             metrics |= {
                 f"{metric}/pass@{k}": share
-                for k in _powers(samples)
+                for k in powers(samples)
                 if (share := _mean_pass_at_k(having, k)) is not None
             }
         if first is not None and (found := gain(now, first, metric)) is not None:
@@ -351,6 +299,12 @@ def gain(now: VersionValues, then: VersionValues, metric: str) -> tuple[float, f
         if new is not None and old is not None
     ]
     return mean_interval(*map(list, zip(*pairs, strict=True))) if pairs else None
+
+
+def since_best(evaluations: Sequence[VersionValues], metric: str) -> int:
+    """How many evaluations, of those given oldest first, came after the best one."""
+    best = best_evaluation(evaluations, metric)
+    return sum(one.version > best.version for one in evaluations)
 
 
 def best_evaluation(evaluations: Sequence[VersionValues], metric: str) -> VersionValues:
@@ -390,7 +344,7 @@ def _mean_pass_at_k(samples: Sequence[tuple[int, float]], k: int) -> float | Non
     return statistics.fmean(found) if found else None
 
 
-def _powers(most: int) -> list[int]:
-    """2, 4, … up to `most`, and `most`; pass@1 is the mean."""
+def powers(most: int) -> list[int]:
+    """The k of pass@k: 2, 4, … up to `most`, and `most`; pass@1 is the mean."""
     found = [2**i for i in range(1, most.bit_length())]
     return found if not found or found[-1] == most else [*found, most]

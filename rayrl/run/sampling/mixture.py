@@ -92,6 +92,7 @@ class MixtureSampler:
         self._accounts = {name: _Account() for name in samplers}
         self._next = 0  # the first index that was never asked for
         self._open: dict[int, tuple[str, int]] = {}  # component, and the index there
+        self._logged: dict[int, str] = {}  # components of groups that begin again
 
     def plan(self, index: int) -> GroupPlan:
         """The plan of the index-th group."""
@@ -99,8 +100,21 @@ class MixtureSampler:
         step, k = divmod(index, self._groups)
         return replace(self._samplers[name].plan(own), id=f"{step}-{k}", component=name)
 
-    def observe(self, groups: Mapping[int, Group]) -> None:
+    def is_uniform(self, index: int) -> bool:
+        """All of them are: no component's tasks are drawn by what had been played."""
+        return True
+
+    def draws(self) -> dict[int, float]:
+        """By tokens, the number of each open group's component: it depends on what had closed."""
+        if not self._by_tokens:
+            return {}
+        numbers = {name: float(number) for number, name in enumerate(self._samplers)}
+        return {index: numbers[name] for index, (name, _) in self._open.items()}
+
+    def observe(self, groups: Mapping[int, Group]) -> dict[str, float]:
         """Count what was written, and pass each group to its component's sampler."""
+        for index in groups:  # before any counts
+            self._place(index)
         passed: dict[str, dict[int, Group]] = {name: {} for name in self._samplers}
         for index, group in sorted(groups.items()):
             name, own = self._place(index)
@@ -113,6 +127,7 @@ class MixtureSampler:
                 account.tokens += _written(group)
         for name, of_component in passed.items():
             self._samplers[name].observe(of_component)
+        return {}
 
     def save(self) -> dict[str, Any]:
         """What has begun, and what the components' samplers save."""
@@ -126,19 +141,21 @@ class MixtureSampler:
             "samplers": {name: sampler.save() for name, sampler in self._samplers.items()},
         }
 
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Continue from what `save` gave."""
+    def load(self, state: Mapping[str, Any], draws: Mapping[int, float]) -> None:
+        """Continue from what `save` gave, and from the components that were logged since."""
+        names = [*self._samplers]
+        self._logged = {index: names[int(number)] for index, number in draws.items()}
         self._next = state.get("next", 0)
         places = state.get("open", {})
         self._open = {int(index): (name, own) for index, (name, own) in places.items()}
         for name, sampler in self._samplers.items():
             self._accounts[name] = _Account(*state.get("accounts", {}).get(name, ()))
-            sampler.load(state.get("samplers", {}).get(name, {}))
+            sampler.load(state.get("samplers", {}).get(name, {}), {})
 
     def _place(self, index: int) -> tuple[str, int]:
         """Component of a group and its index there; those before it begin too."""
         while self._next <= index:
-            name = self._choose()
+            name = self._logged.pop(self._next, "") or self._choose()
             account = self._accounts[name]
             self._open[self._next] = (name, account.begun)
             account.begun += 1

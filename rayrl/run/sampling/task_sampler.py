@@ -26,10 +26,24 @@ class TaskSampler(Protocol):
         """The plan of the index-th group; the same again until the group has been observed."""
         ...
 
-    def observe(self, groups: Mapping[int, Group]) -> None:
+    def is_uniform(self, index: int) -> bool:
+        """Whether the group was drawn without regard to what had been played."""
+        ...
+
+    def draws(self) -> dict[int, float]:
+        """What of groups that were planned, not observed, does not follow from their index; by it.
+
+        Logged before the group begins, which therefore plays the same task again after a restart.
+        """
+        ...
+
+    def observe(self, groups: Mapping[int, Group]) -> dict[str, float]:
         """Take note, by index, of all groups that left with a batch: taken, rejected or failed.
 
-        Called once per batch, in order, also in a run that was killed on the way.
+        Called once per batch, in order; again after a `load` that went back before the batch.
+
+        Returns:
+            Metrics of the batch's step.
         """
         ...
 
@@ -37,8 +51,8 @@ class TaskSampler(Protocol):
         """Plain data for a checkpoint."""
         ...
 
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Continue from what `save` gave; empty where nothing was saved."""
+    def load(self, state: Mapping[str, Any], draws: Mapping[int, float]) -> None:
+        """Continue from what `save` gave (empty where nothing was), and `draws` logged since."""
         ...
 
 
@@ -55,14 +69,23 @@ class UniformSampler:
         step, k = divmod(index, self._train.groups)
         return self._of_step(step)[k]
 
-    def observe(self, groups: Mapping[int, Group]) -> None:
-        """Nothing that was played changes what is drawn."""
+    def is_uniform(self, index: int) -> bool:
+        """All of them are."""
+        return True
 
-    def save(self) -> dict[str, Any]:
-        """Nothing: a plan follows from its index."""
+    def draws(self) -> dict[int, float]:
+        """None: a plan follows from its index."""
         return {}
 
-    def load(self, state: Mapping[str, Any]) -> None:
+    def observe(self, groups: Mapping[int, Group]) -> dict[str, float]:
+        """Nothing that was played changes what is drawn."""
+        return {}
+
+    def save(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def load(self, state: Mapping[str, Any], draws: Mapping[int, float]) -> None:
         """Nothing was saved."""
 
     def _plans(self, step: int) -> Sequence[GroupPlan]:

@@ -1,29 +1,24 @@
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from rayrl.cluster.rollouts import CollectedGroups
-from rayrl.config import Config, from_dict, validate
-from rayrl.environment.registry import load_env
-from rayrl.errors import ConfigError, InfraError
-from rayrl.rollout.rollout import GroupPlan
+from rayrl.config import Config, from_dict
+from rayrl.errors import InfraError
 from rayrl.run.evaluation.evaluations import (
     CellValues,
     Evaluations,
     VersionValues,
     best_evaluation,
-    check_metrics,
     eval_metrics,
     gain,
     pass_at_k,
 )
 from rayrl.run.folder import RunDir
 from rayrl.run.metrics import summary
-from rayrl.types import Episode, Group, Turn, VersionSpan
+from tests.replicas import Replicas
 
 Values = Sequence[float | None]
 
@@ -140,52 +135,6 @@ def test_its_line() -> None:
 # --- on the disk ----------------------------------------------------------------------------------
 
 
-class Replicas:
-    """Play plans at once: every episode scores its task's seed modulo 2."""
-
-    def __init__(self, made_by: int = 0, stop_after: int = 1000) -> None:
-        self.made_by, self.stop_after = made_by, stop_after
-        self.played: list[GroupPlan] = []
-
-    async def collect(
-        self,
-        plans: Sequence[GroupPlan],
-        min_version: int,
-        on_group: Callable[[Group], None],
-        known: Mapping[str, Group],
-    ) -> CollectedGroups:
-        done = dict(known)
-        for plan in plans:
-            if plan.id in known:
-                continue
-            if len(self.played) == self.stop_after:
-                raise InfraError("cut off")
-            self.played.append(plan)
-            win = float(plan.task.seed % 2)
-            turn = Turn(
-                seat="agent",
-                prompt=(),
-                text="a",
-                finish="stop",
-                prompt_ids=(1,),
-                completion_ids=(2,),
-                rollout_logprobs=(-1.0,),
-                versions=(VersionSpan(self.made_by, 0, 1),),
-            )
-            episode = Episode(
-                id=f"{plan.id}/0",
-                env="copyword",
-                task=plan.task,
-                index=0,
-                turns=(turn,),
-                scores={"agent": {"win": win}},
-                rewards={"agent": win},
-            )
-            done[plan.id] = Group(plan.id, plan.task, (episode,))
-            on_group(done[plan.id])
-        return CollectedGroups(tuple(done[plan.id] for plan in plans))
-
-
 def settings(folder: Path) -> Config:
     data = {"episodes": 6, "samples": 2, "every": 1, "temperature": 0.5}
     return from_dict({"run": {"dir": str(folder)}, "env": {"name": "copyword"}, "eval": data})
@@ -235,54 +184,3 @@ async def test_figures_of_two_versions_are_left_out(tmp_path: Path) -> None:
         assert 2 not in found
         assert notes[-1].startswith("the evaluation of version 2 is left out")
         assert [*(tmp_path / "evaluations").iterdir()] == []
-
-
-async def test_a_metric_of_a_setting_must_be_measured(tmp_path: Path) -> None:
-    config = settings(tmp_path)
-    with RunDir(tmp_path, config, verb="train") as folder:
-        found = Evaluations(config, folder, print)
-        await found.play(Replicas(), 0)
-        found.check_metric("run.keep_best", "eval/win", 0)
-        found.check_metric("train.stop_when", "eval/win/pass@2", 0)
-        with pytest.raises(ConfigError, match=r"'eval/wins' .* Did you mean 'eval/win'\?.*reward"):
-            found.check_metric("run.keep_best", "eval/wins", 0)
-        data = json.loads((tmp_path / "evaluations" / "version_000000.json").read_text())
-        assert data["cells"]["tasks"]["tasks"] == [0, 0, 1, 1, 2, 2]
-
-
-@pytest.mark.parametrize(
-    ("data", "why"),
-    [
-        ({"eval": {"every": 5, "episodes": 10, "samples": 4}}, r"set eval\.episodes=8"),
-        ({"eval": {"every": 5, "samples": 4}}, r"eval\.samples=4: .* set eval\.temperature"),
-        ({"run": {"keep_best": "eval/win"}}, r"run\.keep_best=eval/win: .*set eval\.every"),
-        ({"train": {"stop_when": "eval/win > 1"}}, r"train\.stop_when=.*: .*set eval\.every"),
-        ({"eval": {"every": 5}, "run": {"keep_best": "win"}}, r"Did you mean 'eval/win'"),
-        ({"eval": {"every": 5}, "train": {"stop_when": "eval/win => 1"}}, r"Did you mean '>='"),
-    ],
-)
-def test_settings_that_do_not_fit(data: dict[str, dict[str, object]], why: str) -> None:
-    with pytest.raises(ConfigError, match=why):
-        validate(from_dict({"env": {"name": "copyword"}, **data}), "train")
-
-
-@pytest.mark.parametrize(
-    ("keep_best", "stop_when", "why"),
-    [
-        ("eval/win", "eval/win/pass@2 > 0.9", ""),
-        ("eval/reward", "eval/reward/gain_low > 0", ""),
-        ("eval/wins", "", r"run\.keep_best: 'eval/wins' .* Did you mean 'eval/win'\?.*eval/reward"),
-        ("eval/win/gain", "", r"run\.keep_best: 'eval/win/gain'"),
-        ("", "eval/win/pass@3 > 0.9", r"train\.stop_when: 'eval/win/pass@3' .*'eval/win/pass@"),
-    ],
-)
-def test_a_metric_that_cannot_be_is_said_before_anything_is_written(
-    keep_best: str, stop_when: str, why: str
-) -> None:
-    data = {"run": {"keep_best": keep_best}, "train": {"stop_when": stop_when}}
-    config = from_dict({"env": {"name": "tictactoe"}, "eval": {"samples": 4, "every": 1}, **data})
-    if not why:
-        check_metrics(config, {"": load_env("tictactoe")})
-        return
-    with pytest.raises(ConfigError, match=why):
-        check_metrics(config, {"": load_env("tictactoe")})

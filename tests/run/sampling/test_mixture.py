@@ -29,13 +29,20 @@ class Numbered:
     def plan(self, index: int) -> GroupPlan:
         return GroupPlan("own", Task(seed=index), 1, index)
 
-    def observe(self, groups: Mapping[int, Group]) -> None:
+    def is_uniform(self, index: int) -> bool:
+        return True
+
+    def draws(self) -> dict[int, float]:
+        return {}
+
+    def observe(self, groups: Mapping[int, Group]) -> dict[str, float]:
         self.observed += groups
+        return {}
 
     def save(self) -> dict[str, Any]:
         return {"observed": self.observed}
 
-    def load(self, state: Mapping[str, Any]) -> None:
+    def load(self, state: Mapping[str, Any], draws: Mapping[int, float]) -> None:
         self.observed = [*state.get("observed", [])]
 
 
@@ -137,11 +144,39 @@ def test_a_resumed_run_draws_what_an_unbroken_one_draws(
             state = json.dumps(unbroken.save())
         close(unbroken, step)
     resumed = mixture(weights, by_tokens=by_tokens)
-    resumed.load(json.loads(state))
+    resumed.load(json.loads(state), {})
     for step in range(at, 6):
         assert step_of(resumed, step) == plans[step]
         close(resumed, step)
     assert resumed.save() == unbroken.save()
+
+
+def test_by_tokens_groups_that_had_begun_keep_their_component() -> None:
+    """Four groups begin ahead of the first batch, whose tokens would give them to others."""
+    sampler = mixture([1, 1], by_tokens=True)
+    first = {index: sampler.plan(index) for index in range(4)}
+    state = json.dumps(sampler.save())
+    ahead = names(sampler, 4, start=4)
+    draws = sampler.draws()
+    assert [draws[index] for index in range(8)] == [0, 1] * 4
+    closed = {
+        index: group(plan, 1 if plan.component == "a" else 90) for index, plan in first.items()
+    }
+    sampler.observe(closed)
+    assert sampler.draws().keys() == {4, 5, 6, 7}
+    assert mixture([1, 1]).draws() == {}
+
+    def resumed(draws: Mapping[int, float]) -> MixtureSampler:
+        again = mixture([1, 1], by_tokens=True)
+        again.load(json.loads(state), draws)
+        again.observe(closed)
+        return again
+
+    again = resumed(draws)
+    assert names(again, 4, start=4) == ahead
+    assert names(again, 4, start=8) == names(sampler, 4, start=8)
+    assert again.save() == sampler.save()
+    assert names(resumed({}), 4, start=4) != ahead, "or else this test shows nothing"
 
 
 def test_groups_are_passed_to_the_sampler_of_their_component() -> None:

@@ -1,0 +1,169 @@
+"""Fork a local Ray's worker processes from one that has imported what they need.
+
+Every worker of Ray is a new Python, and importing torch, transformers and Serve takes each of them
+seconds of CPU time and hundreds of MiB. Here one process imports them, and the raylet's command for
+a worker (`fork_worker.py`) has it fork instead. Workers share its memory until they write to it.
+
+Run as a script by `ForkServer`, it is that process.
+"""
+
+from __future__ import annotations
+
+import array
+import gc
+import importlib
+import json
+import os
+import runpy
+import secrets
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+__all__ = ["VARIABLE", "ForkServer"]
+
+VARIABLE = "RAYRL_FORK_SERVER"  # of the raylet's environment: the server's socket
+PATIENCE_S = 20.0  # how long a worker waits for the imports; Ray gives it 60 s in all
+NO_JOB = "ffffffff"  # in Ray's notation
+SETUP_ARGUMENTS = ("--serialized-runtime-env-context=", "--language=")  # of Ray's setup_worker.py
+
+
+class ForkServer:
+    """The server of one local Ray. It ends with its driver, or the raylet, in whatever way.
+
+    Args:
+        folder: for its socket, to which only this user may connect.
+        modules: what it imports.
+        variables: environment variables that replace the driver's while it does.
+    """
+
+    def __init__(self, folder: Path, modules: Sequence[str], variables: Mapping[str, str]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / f"fork-{secrets.token_hex(4)}"
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, str(self.path), json.dumps(sys.path), *modules],
+            env={**os.environ, **variables},
+            stdin=subprocess.PIPE,  # whose end is the driver's
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            process_group=0,
+        )
+
+    def stop(self) -> None:
+        """End the server, and with it the workers that are left."""
+        with self._process:  # closes the pipe
+            self._process.kill()
+        self.path.unlink(missing_ok=True)
+
+
+class _Server:
+    """Listens while it imports; what arrives waits for that, but not for too long."""
+
+    def __init__(self, path: str, modules: Sequence[str]) -> None:
+        self._path, self._modules = path, [*modules]
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        before = os.umask(0o177)
+        self._listener.bind(path)
+        os.umask(before)
+        self._listener.listen(512)
+        self._events = selectors.DefaultSelector()
+        self._events.register(self._listener, selectors.EVENT_READ)
+        self._events.register(0, selectors.EVENT_READ)
+        self._waiting: list[socket.socket] = []
+        self._since = 0.0  # when the first of them came
+
+    def next_worker(self) -> dict[str, Any]:
+        """In a forked process, return what is wanted of it; in this one never."""
+        while True:
+            if self._modules:
+                self._import()
+            for key, _ in self._events.select(0 if self._modules or self._waiting else None):
+                if key.fileobj is not self._listener:  # the driver or the raylet has ended
+                    os.unlink(self._path)
+                    os._exit(0)
+                if not self._waiting:
+                    self._since = time.monotonic()
+                self._waiting.append(self._listener.accept()[0])
+            if not self._modules or time.monotonic() - self._since > PATIENCE_S:
+                while self._waiting:
+                    if (request := self._fork(self._waiting.pop(0))) is not None:
+                        return request
+
+    def _import(self) -> None:
+        with suppress(Exception):  # the worker that needs it will say so
+            importlib.import_module(self._modules.pop(0))
+        if not self._modules:
+            gc.collect()
+            gc.freeze()  # a collection would write to what is shared
+
+    def _fork(self, client: socket.socket) -> dict[str, Any] | None:
+        with client:
+            request = _read(client)
+            if request is None:
+                return None
+            if len(self._events.get_map()) == 2:
+                raylet = os.pidfd_open(int(request["environment"]["RAY_RAYLET_PID"]))
+                self._events.register(raylet, selectors.EVENT_READ)
+            if os.fork():
+                for file in request["files"]:
+                    os.close(file)
+                return None
+            os.setpgid(0, request["process_group"])
+            client.sendall(b"\0")
+        for key in [*self._events.get_map().values()]:
+            if key.fd:
+                os.close(key.fd)
+        for other in self._waiting:
+            other.close()
+        return request
+
+
+def _read(client: socket.socket) -> dict[str, Any] | None:
+    """What a client wants, and its files; None: it has ended meanwhile."""
+    _, ancillary, *_ = client.recvmsg(1, socket.CMSG_SPACE(3 * 4))
+    with client.makefile("rb") as lines:
+        line = lines.readline()
+    if not ancillary or not line.endswith(b"\n"):
+        return None
+    files = array.array("i")
+    files.frombytes(ancillary[0][2])
+    return {**json.loads(line), "files": list(files)}
+
+
+def _become(request: Mapping[str, Any]) -> None:
+    """Make this process the one that the raylet would have started."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(request["oom_score"])
+    for number, file in enumerate(request["files"]):
+        os.dup2(file, number)
+        os.close(file)
+    os.chdir(request["folder"])
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    from ray._raylet import Config  # type: ignore[attr-defined]
+
+    Config.initialize("")  # reads the environment again
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed()  # Python's own generator does so by itself
+    sys.argv = [one for one in request["arguments"] if not one.startswith(SETUP_ARGUMENTS)]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for workers
+    # Ray reads these once, when it is imported. A worker can be given its job later, and ends when
+    # this process has ended, which ends with the raylet.
+    os.environ |= {"RAY_JOB_ID": NO_JOB, "RAY_RAYLET_PID": str(os.getpid())}
+    own_path = sys.path[1:]
+    sys.path[:] = json.loads(sys.argv[2])
+    wanted = _Server(sys.argv[1], sys.argv[3:]).next_worker()
+    sys.path[:] = [str(Path(wanted["arguments"][0]).parent), *own_path]
+    _become(wanted)

@@ -1,0 +1,270 @@
+"""Which tasks are drawn when groups differ in what they teach: by hand, and whatever is played."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import rayrl
+from rayrl import Agent, Scores
+from rayrl.config import Config, from_dict
+from rayrl.environment.environment import Environment, TaskSource
+from rayrl.run.sampling.difficulty import DifficultySampler, Pools, reward_spread
+from rayrl.run.sampling.task_sampler import UniformSampler
+from rayrl.types import Episode, Failure, Group, Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class At(Task):
+    u: float = 0.0
+
+
+def source(seed: int, u: float) -> At:
+    return At(seed=seed, u=u)
+
+
+def environment(tasks: TaskSource = source) -> Environment:
+    async def play(task: Task, agent: Agent) -> Scores:
+        raise NotImplementedError
+
+    return rayrl.env(tasks=tasks, rewards={"right": 1.0}, name="x")(play)
+
+
+def config(groups: int = 4, share: float = 0.25, pools: int = 4) -> Config:
+    train = {
+        "groups": groups,
+        "group_size": 2,
+        "task_sampling": "difficulty",
+        "uniform_share": share,
+        "pools": pools,
+    }
+    return from_dict({"env": {"name": "x"}, "train": train})
+
+
+def group(*rewards: float, kind: str = "", task: Task | None = None) -> Group:
+    task = task or Task()
+    failure = Failure(kind, "because") if kind else None  # type: ignore[arg-type]
+    return Group(
+        "g",
+        task,
+        tuple(
+            Episode(f"g/{k}", "x", task, k, (), {}, {"agent": reward}, failure)
+            for k, reward in enumerate(rewards)
+        ),
+    )
+
+
+SAME, DIFFERENT = (1.0, 1.0), (0.0, 1.0)
+
+
+# --- pools ---------------------------------------------------------------------------------------
+
+
+def test_pools_by_hand() -> None:
+    """One pool with a standard deviation of 0.5, one with 0; two that nobody has seen."""
+    pools = Pools(4)
+    assert pools.shares() == [0.25] * 4
+    pools.observe(0, group(0.0, 1.0))
+    pools.observe(1, group(1.0, 1.0))
+    # their mean is 0.25; 0: (0.25 * 0.25 + 0.5) / 1.25, and 1: 0.25 * 0.25 / 1.25
+    assert pools.expected_spreads() == pytest.approx([0.45, 0.05, 0.25, 0.25])
+    assert pools.u_at(0.225) == pytest.approx(0.125), "half of pool 0"
+    assert pools.u_at(0.475) == pytest.approx(0.375), "half of pool 1"
+    assert pools.u_at(0.625) == pytest.approx(0.625)
+    assert pools.u_at(0.0) == 0.0
+    assert pools.bands() == {"hard": [], "medium": [0], "easy": [1]}
+    pools.observe(0, group(0.0, 0.0))  # its weights are 0.75 and 1
+    assert pools.expected_spreads()[0] == pytest.approx(
+        (0.25 * (0.375 / 1.75) / 2 + 0.375) / (0.25 + 1.75)
+    )
+    assert pools.bands() == {"hard": [0], "medium": [], "easy": [1]}, "0.375 / 1.75 is under 1/3"
+
+
+def test_where_no_group_has_spread_all_pools_are_alike() -> None:
+    pools = Pools(2)
+    pools.observe(0, group(1.0, 1.0))
+    pools.observe(1, group(0.0, 0.0))
+    assert pools.shares() == [0.5, 0.5]
+    assert pools.u_at(0.3) == pytest.approx(0.3)
+
+
+def test_the_spread_of_a_group_is_the_mean_over_its_trained_seats() -> None:
+    def of(x: float, o: float, number: int) -> Episode:
+        return Episode(str(number), "x", Task(), number, (), {}, {"x": x, "o": o})
+
+    episodes = of(0.0, 3.0, 0), of(1.0, 3.0, 1)
+    assert reward_spread(Group("g", Task(), episodes, ("x", "o"))) == 0.25
+    assert reward_spread(Group("g", Task(), episodes, ("x",))) == 0.5
+    assert reward_spread(group(1.0, 1.0 + 1e-7)) == 0.0, "such rewards give no advantage"
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    st.lists(st.tuples(st.integers(0, 4), st.lists(st.floats(-2, 2), min_size=2, max_size=4))),
+    st.floats(0, 1, exclude_max=True),
+    st.floats(0, 1, exclude_max=True),
+)
+def test_draws_follow_the_shares_whatever_was_played(
+    played: Sequence[tuple[int, list[float]]], x: float, y: float
+) -> None:
+    pools = Pools(5)
+    for pool, rewards in played:
+        pools.observe(pool, group(*rewards))
+    shares = pools.shares()
+    assert sum(shares) == pytest.approx(1)
+    assert all(share > 0 for share in shares), "nothing is given up for good"
+    for number in (x, y):
+        u = pools.u_at(number)
+        assert 0 <= u < 1
+        pool = pools.pool_of(u)
+        below = sum(shares[:pool])
+        assert below + (u * 5 - pool) * shares[pool] == pytest.approx(number, abs=1e-9)
+    assert (x <= y) == (pools.u_at(x) <= pools.u_at(y)) or x == pytest.approx(y)
+    assert sum(map(len, pools.bands().values())) == len({pool for pool, _ in played})
+
+
+# --- what is drawn -------------------------------------------------------------------------------
+
+
+def rows(folder: Path, n: int) -> rayrl.Rows[Any]:
+    file = folder / "rows.jsonl"
+    file.write_text("".join(json.dumps({"k": k}) + "\n" for k in range(n)))
+    return rayrl.rows(file)
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> dict[str, TaskSource]:
+    return {
+        "function": source,
+        "list": [Task(seed=seed) for seed in range(7)],
+        "rows": rows(tmp_path, 7),
+    }
+
+
+@pytest.mark.parametrize("kind", ["function", "list", "rows"])
+def test_with_only_uniform_draws_they_are_those_of_the_uniform_sampler(
+    sources: dict[str, TaskSource], kind: str
+) -> None:
+    env, made = environment(sources[kind]), config(groups=3, share=1.0)
+    uniform, sampler = UniformSampler(env, made), DifficultySampler(env, made)
+    for step in range(6):
+        indices = range(3 * step, 3 * step + 3)
+        assert [sampler.plan(k) for k in indices] == [uniform.plan(k) for k in indices]
+        sampler.observe({k: group(*DIFFERENT) if k % 2 else group(*SAME) for k in indices})
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1, 40), st.floats(0.01, 1), st.integers(0, 200))
+def test_uniform_draws_are_spaced_evenly(groups: int, share: float, start: int) -> None:
+    sampler = DifficultySampler(environment(), config(groups, share))
+    n = sum(sampler.is_uniform(index) for index in range(start, start + groups))
+    assert abs(n - groups * share) < 1 + 1e-9
+
+
+def test_the_uniform_draws_of_rows_are_epochs_and_the_others_go_where_rewards_differ(
+    tmp_path: Path,
+) -> None:
+    """Eight rows, of which only row 3 teaches anything, sixteen steps of two draws of each kind."""
+    sampler = DifficultySampler(environment(rows(tmp_path, 8)), config(groups=4, share=0.5))
+    uniform: list[int] = []
+    others: list[int] = []
+    for step in range(16):
+        groups = {}
+        for index in range(4 * step, 4 * step + 4):
+            place = sampler.plan(index).task.seed
+            (uniform if sampler.is_uniform(index) else others).append(place)
+            groups[index] = group(*(DIFFERENT if place == 3 else SAME))
+        sampler.observe(groups)
+    for epoch in range(4):
+        assert sorted(uniform[8 * epoch : 8 * epoch + 8]) == list(range(8))
+    assert Counter(others[16:])[3] >= 10, "of 16, where 2 would be by chance"
+
+
+def test_what_has_become_hard_or_easy_is_noticed() -> None:
+    sampler = DifficultySampler(environment(), config(groups=8, share=0.25, pools=4))
+
+    def play(steps: range, teaches: Callable[[float], bool]) -> Counter[int]:
+        drawn: Counter[int] = Counter()
+        for step in steps:
+            groups = {}
+            for index in range(8 * step, 8 * step + 8):
+                task = sampler.plan(index).task
+                assert isinstance(task, At)
+                drawn[int(4 * task.u)] += not sampler.is_uniform(index)
+                groups[index] = group(*(DIFFERENT if teaches(task.u) else SAME))
+            sampler.observe(groups)
+        return drawn
+
+    play(range(10), lambda u: u < 0.25)
+    assert play(range(10, 20), lambda u: u < 0.25)[0] > 0.7 * 60
+    play(range(20, 40), lambda u: u >= 0.75)
+    assert play(range(40, 50), lambda u: u >= 0.75)[3] > 0.7 * 60
+
+
+def test_a_failed_group_says_nothing_about_its_pool() -> None:
+    sampler = DifficultySampler(environment(), config(groups=1, share=1.0))
+    sampler.plan(0)
+    metrics = sampler.observe({0: group(0.0, 1.0, kind="env")})
+    assert metrics["pools/unseen"] == 1.0
+    assert sampler.save() == {"pools": {}, "drawn": {}}
+
+
+def test_metrics_by_hand() -> None:
+    """Two pools: the first one's group differs, the second one's succeeds."""
+    sampler = DifficultySampler(environment(), config(groups=2, share=0.5, pools=2))
+    sampler._drawn = {0: 0.1, 1: 0.6}
+    assert [sampler.is_uniform(index) for index in range(2)] == [False, True]
+    # expected spreads: mean 0.25; (0.0625 + 0.5) / 1.25 = 0.45 and 0.0625 / 1.25 = 0.05
+    assert sampler.observe({0: group(0.0, 1.0), 1: group(1.0, 1.0)}) == pytest.approx(
+        {
+            "pools/unseen": 0.0,
+            "pools/hard": 0.0,
+            "pools/medium": 0.5,
+            "pools/easy": 0.5,
+            "draws/hard": 0.0,
+            "draws/medium": 0.5 * 0.5 + 0.5 * 0.9,
+            "draws/easy": 0.5 * 0.5 + 0.5 * 0.1,
+            "draws/spread_uniform": 0.0,
+            "draws/spread_by_difficulty": 0.5,
+        }
+    )
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.data())
+def test_saved_and_loaded_at_any_moment_it_goes_on_with_the_same_tasks(data: st.DataObject) -> None:
+    """Groups begin and are observed in any order, as with a lag; now and then it is killed."""
+    made = config(groups=3, share=0.34)
+    kept, killed = (DifficultySampler(environment(), made) for _ in range(2))
+    checkpoint, begun, since = killed.save(), dict[int, float](), list[dict[int, Group]]()
+    waiting: dict[int, Task] = {}
+    for index in range(data.draw(st.integers(1, 24))):
+        plan = kept.plan(index)
+        assert killed.plan(index) == plan
+        begun[index] = killed.draws()[index]
+        waiting[index] = plan.task
+        chosen = data.draw(st.sets(st.sampled_from(sorted(waiting))), label="ended")
+        if chosen:
+            rewards = st.lists(st.sampled_from([0.0, 0.3, 1.0]), min_size=2, max_size=3)
+            groups = {k: group(*data.draw(rewards)) for k in sorted(chosen, reverse=True)}
+            assert killed.observe(groups) == kept.observe(dict(sorted(groups.items())))
+            since.append(groups)
+            for k in chosen:
+                del waiting[k]
+        if data.draw(st.booleans(), label="checkpoint"):
+            checkpoint, begun, since = json.loads(json.dumps(killed.save())), {}, []
+        if data.draw(st.booleans(), label="killed"):
+            killed = DifficultySampler(environment(), made)
+            killed.load(checkpoint, begun)
+            for groups in since:
+                killed.observe(groups)
+        assert {k: killed.plan(k).task for k in waiting} == waiting
+        assert killed.save() == kept.save()
