@@ -101,7 +101,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             folder.finish({})
 
     @contextmanager
-    def session(*_: object, envs: Sequence[str]) -> Iterator[None]:
+    def session(*_: object, imports: Sequence[str]) -> Iterator[None]:
         ran.append("ray")
         yield
 
