@@ -280,7 +280,7 @@ class Cluster:
     async def workers(self, workers: int, live: int) -> Any:
         """Start env workers and return their rollouts."""
         from rayrl.cluster.rollouts import Rollouts
-        from rayrl.cluster.workers.env_worker import WorkerJob
+        from rayrl.cluster.workers.env_worker import PlayedEnv, WorkerJob
 
         where = f"{HERE}:chatter"
         config = from_dict(
@@ -288,7 +288,9 @@ class Cluster:
         )
         models, apps = {"policy": str(model_dir("embedded"))}, {"policy": self.app}
         spec = rayrl.load_env(where).spec
-        rollouts = Rollouts(WorkerJob(spec, {"agent": "policy"}, Sampling(), config, models, apps))
+        rollouts = Rollouts(
+            WorkerJob({"": PlayedEnv(spec, {"agent": "policy"}, Sampling())}, config, models, apps)
+        )
         await rollouts.ready()
         return rollouts
 

@@ -104,7 +104,7 @@ async def on_ray(args: argparse.Namespace, chat: Chat) -> dict[str, Any]:
     from rayrl.cluster.rollouts import Rollouts
     from rayrl.cluster.serving.replica import deploy
     from rayrl.cluster.session import open_session
-    from rayrl.cluster.workers.env_worker import WorkerJob
+    from rayrl.cluster.workers.env_worker import PlayedEnv, WorkerJob
     from rayrl.config import from_dict
 
     where = f"{HERE}:talk"
@@ -122,7 +122,9 @@ async def on_ray(args: argparse.Namespace, chat: Chat) -> dict[str, Any]:
         handle = await deploy(session, config, engine, app=app, store=False)
         models, apps = {"policy": str(model_dir("embedded"))}, {"policy": app}
         spec = rayrl.load_env(where).spec
-        rollouts = Rollouts(WorkerJob(spec, {"agent": "policy"}, Sampling(), config, models, apps))
+        rollouts = Rollouts(
+            WorkerJob({"": PlayedEnv(spec, {"agent": "policy"}, Sampling())}, config, models, apps)
+        )
 
         try:
             await rollouts.ready()

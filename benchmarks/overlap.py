@@ -31,7 +31,7 @@ from rayrl.chat.renderer import Chat
 from rayrl.cluster.rollouts import Rollouts
 from rayrl.cluster.serving.replica import deploy
 from rayrl.cluster.session import open_session
-from rayrl.cluster.workers.env_worker import WorkerJob
+from rayrl.cluster.workers.env_worker import PlayedEnv, WorkerJob
 from rayrl.config import Config, from_dict
 from rayrl.engine.protocol import Engine
 from rayrl.rollout.rollout import GroupPlan
@@ -118,7 +118,9 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
         await deploy(session, base, engine, app=app, store=False)
         models, apps = {"policy": str(model_dir("embedded"))}, {"policy": app}
         spec = load_env(WHERE).spec
-        rollouts = Rollouts(WorkerJob(spec, {"agent": "policy"}, Sampling(), base, models, apps))
+        rollouts = Rollouts(
+            WorkerJob({"": PlayedEnv(spec, {"agent": "policy"}, Sampling())}, base, models, apps)
+        )
         try:
             await rollouts.ready()
             alone = statistics.median(row[0] for row in await run(args, rollouts, 0, 0.0))

@@ -84,7 +84,7 @@ async def on_ray(
     from rayrl.cluster.rollouts import Rollouts
     from rayrl.cluster.serving.replica import deploy
     from rayrl.cluster.session import open_session
-    from rayrl.cluster.workers.env_worker import WorkerJob
+    from rayrl.cluster.workers.env_worker import PlayedEnv, WorkerJob
     from rayrl.config import from_dict
 
     where = f"{HERE}:game"
@@ -105,7 +105,9 @@ async def on_ray(
         await deploy(session, config, make, app=app, store=False)
         models, apps = {"policy": str(model_dir(model))}, {"policy": app}
         spec = rayrl.load_env(where).spec
-        job = WorkerJob(spec, {"agent": "policy"}, Sampling(), config, models, apps)
+        job = WorkerJob(
+            {"": PlayedEnv(spec, {"agent": "policy"}, Sampling())}, config, models, apps
+        )
         rollouts = Rollouts(job)
         try:
             await rollouts.ready()

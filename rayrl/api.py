@@ -177,6 +177,7 @@ async def train_async(
     config: Config | None = None,
     *,
     env: Environment | str | None = None,
+    mix: Mapping[str, Environment | str | Mapping[str, Any]] | None = None,
     model: str | Path | None = None,
     steps: int | None = None,
     name: str | None = None,
@@ -194,6 +195,9 @@ async def train_async(
             defaults.
         env: an environment, or as `env.name`. One that is defined in a script or a notebook cell
             travels to env workers by value.
+        mix: several environments instead, as `env.mix`: by name, each an environment as `env`, or a
+            mapping of its settings, as `{"name": addition, "weight": 2}`. Players in its `seats`
+            may be functions too.
         model: `model.path`: a Hugging Face directory, or "embedded".
         steps: `train.steps`.
         name: `run.name`; by default ENV-train. The run's folder is runs/NAME, unless `run.dir`
@@ -221,7 +225,7 @@ async def train_async(
         "algo.advantage": _reference("algo.advantage", advantage),
     }
     more |= _players(seats)
-    built = configure("train", config, env, name, {**(settings or {}), **_given(more)})
+    built = configure("train", config, env, name, {**(settings or {}), **_given(more)}, mix)
     await loop.train(built, loggers=loggers, on_step=on_step)
     return Run(Path(built.run.dir), built)
 
@@ -233,6 +237,7 @@ async def sft_async(
     model: str | Path | None = None,
     steps: int | None = None,
     env: Environment | str | None = None,
+    mix: Mapping[str, Environment | str | Mapping[str, Any]] | None = None,
     name: str | None = None,
     settings: Mapping[str, Any] | None = None,
     loggers: Sequence[str | Logger | LogFunction] = (),
@@ -249,7 +254,7 @@ async def sft_async(
     from rayrl.commands import sft as verb
 
     more = _given({"sft.data": data, "model.path": model, "sft.steps": steps})
-    built = configure("sft", config, env, name, {**(settings or {}), **more})
+    built = configure("sft", config, env, name, {**(settings or {}), **more}, mix)
     await verb.sft(built, loggers=loggers)
     return Run(Path(built.run.dir), built)
 
@@ -258,6 +263,7 @@ async def evaluate_async(
     config: Config | None = None,
     *,
     env: Environment | str | None = None,
+    mix: Mapping[str, Environment | str | Mapping[str, Any]] | None = None,
     model: str | Path | None = None,
     player: str | PlayerFunction | None = None,
     episodes: int | None = None,
@@ -278,7 +284,7 @@ async def evaluate_async(
 
     more = {"model.path": model, "eval.episodes": episodes} | _players(seats)
     more["eval.player"] = _reference("eval.player", player)
-    built = configure("eval", config, env, name, {**(settings or {}), **_given(more)})
+    built = configure("eval", config, env, name, {**(settings or {}), **_given(more)}, mix)
     result = await verb.evaluate(built)
     return Evaluation(Path(built.run.dir), built, result)
 
@@ -287,6 +293,7 @@ async def synth_async(
     config: Config | None = None,
     *,
     env: Environment | str | None = None,
+    mix: Mapping[str, Environment | str | Mapping[str, Any]] | None = None,
     player: str | PlayerFunction | None = None,
     episodes: int | None = None,
     keep: Mapping[str, float] | None = None,
@@ -308,7 +315,7 @@ async def synth_async(
 
     more = {"synth.episodes": episodes, "synth.keep": keep} | _players(seats)
     more["synth.player"] = _reference("synth.player", player)
-    built = configure("synth", config, env, name, {**(settings or {}), **_given(more)})
+    built = configure("synth", config, env, name, {**(settings or {}), **_given(more)}, mix)
     made = await verb.synth(built)
     return SynthRun(Path(built.run.dir), built, made.file)
 
@@ -318,6 +325,7 @@ async def open_training(
     config: Config | None = None,
     *,
     env: Environment | str | None = None,
+    mix: Mapping[str, Environment | str | Mapping[str, Any]] | None = None,
     model: str | Path | None = None,
     steps: int | None = None,
     name: str | None = None,
@@ -344,7 +352,7 @@ async def open_training(
     from rayrl.run.start_check import check_start
 
     more = _given({"model.path": model, "train.steps": steps} | _players(seats))
-    built = configure("train", config, env, name, {**(settings or {}), **more})
+    built = configure("train", config, env, name, {**(settings or {}), **more}, mix)
     validate(built, "train")
     check_start(built, "train")
     with RunDir(built.run.dir, built, begin=False, loggers=loggers, verb="train") as folder:
@@ -362,6 +370,7 @@ def configure(
     env: Environment | str | None,
     name: str | None,
     settings: Mapping[str, Any],
+    mix: Mapping[str, Environment | str | Mapping[str, Any]] | None = None,
 ) -> Config:
     """The checked configuration of a call."""
     from rayrl.commands.folder_names import named
@@ -370,20 +379,48 @@ def configure(
         raise ConfigError(
             f"{config!r} is no Config, as rayrl.load_config gives one; pass an environment as env=."
         )
-    changes: dict[str, Any] = {}
-    if isinstance(env, Environment):
-        changes["env.name"] = reference_of(env)
-        args, rewards = env.configured
-        changes |= {f"env.args.{key}": value for key, value in args.items()}
-        changes |= {f"env.rewards.{key}": value for key, value in rewards.items()}
-    elif isinstance(env, str):
-        changes["env.name"] = env
-    elif env is not None:
-        raise ConfigError(f"env={env!r}: decorate its coroutine with @rayrl.env.")
+    changes = _environment("env", env) if env is not None else {}
+    if mix is not None and env is None:
+        changes["env.name"] = ""
+    for component, given in (mix or {}).items():
+        changes |= _component(component, given)
     changes |= settings
     if name is not None:
         changes["run.name"] = name
     return named(with_settings(config or Config(), changes), changes, verb)
+
+
+def _environment(key: str, env: Environment | str) -> dict[str, Any]:
+    """Settings that stand for an environment, in the section `key`."""
+    if isinstance(env, str):
+        return {f"{key}.name": env}
+    if not isinstance(env, Environment):
+        raise ConfigError(f"{key}={env!r}: decorate its coroutine with @rayrl.env.")
+    args, rewards = env.configured
+    return {
+        f"{key}.name": reference_of(env, "" if key == "env" else key.rpartition(".")[2]),
+        **{f"{key}.args.{name}": value for name, value in args.items()},
+        **{f"{key}.rewards.{name}": value for name, value in rewards.items()},
+    }
+
+
+def _component(name: str, given: Environment | str | Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that stand for one environment of a mixture."""
+    key = f"env.mix.{name}"
+    if not isinstance(given, Mapping):
+        return _environment(key, given)
+    rest = {one: value for one, value in given.items() if one not in ("name", "seats")}
+    seats = {
+        seat: bind(f"env.seats.{seat}", who, f"{name}_{getattr(who, '__name__', 'player')}")
+        if callable(who)
+        else who
+        for seat, who in given.get("seats", {}).items()
+    }
+    return {
+        **_environment(key, given.get("name", "")),
+        **{f"{key}.{one}": value for one, value in rest.items()},
+        **({f"{key}.seats": seats} if seats else {}),
+    }
 
 
 def _given(changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -324,6 +324,9 @@ def compose(settings: Sequence[str] = (), config_dir: Path | None = None, verb: 
             stages[key] = value
         else:
             values[key] = value
+    mixed = any(f"{key}.".startswith("env.mix.") for key in values)
+    if mixed and not any(one.startswith(("env=", "experiment=")) for one in chosen):
+        chosen.append("~env")  # conf/config.yaml has one for those who ask for none
     composed = _composed(chosen, folders)
     if short:
         config = from_dict(merged(composed, nest(values)))

@@ -8,14 +8,15 @@ import signal
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 
+from rayrl.cluster.open import make_environment
 from rayrl.cluster.rollouts import CollectedGroups, sort_out
 from rayrl.config import Config
-from rayrl.environment.registry import load_env
+from rayrl.config.mix import components
 from rayrl.rollout.agent import Player
 from rayrl.rollout.endpoint import EndpointPlayer
 from rayrl.rollout.players import ScriptedPlayer
 from rayrl.rollout.rollout import GroupPlan, play_groups
-from rayrl.types import Group, Sampling
+from rayrl.types import Group
 
 __all__ = ["Here", "killing"]
 
@@ -29,18 +30,23 @@ class Here:
 
     played: list[str]
 
-    def __init__(self, cfg: Config, seats: Mapping[str, str], kill_after: int = 0) -> None:
+    def __init__(
+        self, cfg: Config, seats: Mapping[str, Mapping[str, str]], kill_after: int = 0
+    ) -> None:
         self.cfg = cfg
-        self.env = load_env(cfg.env.name).configure(cfg.env.args, cfg.env.rewards)
-        self.players: dict[str, Player] = {seat: self._player(who) for seat, who in seats.items()}
+        self.envs = {name: make_environment(own, name) for name, own in components(cfg).items()}
+        self.players: dict[str, dict[str, Player]] = {
+            name: {seat: self._player(name, who) for seat, who in seats[name].items()}
+            for name in self.envs
+        }
         self.kill_after = kill_after
         self.played = []
         self.winding_down = False
 
-    def _player(self, who: str) -> Player:
+    def _player(self, component: str, who: str) -> Player:
         if who == "endpoint":
             return EndpointPlayer(self.cfg.endpoint, backoff_s=0.01)
-        return ScriptedPlayer(self.env.players[who.partition(":")[2] or "optimal"])
+        return ScriptedPlayer(self.envs[component].players[who.partition(":")[2] or "optimal"])
 
     async def collect(
         self,
@@ -52,14 +58,17 @@ class Here:
         groups = dict(known)
         missing = [plan for plan in plans if plan.id not in known]
         opened = itertools.takewhile(lambda _: not self.winding_down, missing)
-        async for group in play_groups(self.env, opened, self.players, concurrency=4, retries=0):
-            groups[group.id] = group
-            self.played.append(group.id)
-            on_group(group)
-            if len(self.played) == self.kill_after:
-                os.kill(os.getpid(), signal.SIGKILL)
+        for name, run in itertools.groupby(opened, lambda plan: plan.component):
+            async for group in play_groups(
+                self.envs[name], run, self.players[name], concurrency=4, retries=0
+            ):
+                groups[group.id] = group
+                self.played.append(group.id)
+                on_group(group)
+                if len(self.played) == self.kill_after:
+                    os.kill(os.getpid(), signal.SIGKILL)
         done = [groups[plan.id] for plan in plans if plan.id in groups]
-        return sort_out(done, 0, self.cfg.env.failure_budget, self.env.name)
+        return sort_out(done, 0, self.cfg.env.failure_budget, self.cfg.env.mix)
 
     def wind_down(self) -> None:
         """As `Rollouts.wind_down`."""
@@ -67,9 +76,10 @@ class Here:
 
     async def close(self) -> None:
         """End connections."""
-        for player in self.players.values():
-            if isinstance(player, EndpointPlayer):
-                await player.close()
+        for players in self.players.values():
+            for player in players.values():
+                if isinstance(player, EndpointPlayer):
+                    await player.close()
 
 
 def killing(after: int) -> Callable[..., object]:
@@ -79,8 +89,8 @@ def killing(after: int) -> Callable[..., object]:
     async def open_here(
         cfg: Config,
         *,
-        seats: Mapping[str, str],
-        sampling: Sampling | None = None,
+        seats: Mapping[str, Mapping[str, str]],
+        temperature: float | None = None,
         setting: str = "",
     ) -> AsyncIterator[Here]:
         here = Here(cfg, seats, after)

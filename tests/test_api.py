@@ -5,21 +5,26 @@ from __future__ import annotations
 import asyncio
 import importlib
 import json
+import pickle
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import pytest
 
 import rayrl
 from rayrl import Agent, Config, ConfigError, Run, Scores, Task
 from rayrl.api import _blocking, configure
+from rayrl.cluster.open import make_environment
 from rayrl.config import from_dict
-from rayrl.environment.registry import load_env
+from rayrl.config.mix import components
+from rayrl.environment.registry import environment_of, load_env
 from rayrl.learner.advantage import advantages
 from rayrl.learner.batch import make_batch
+from rayrl.rollout.players import player_function
 from rayrl.run.folder import RunDir
 from rayrl.run.loggers import make_loggers
 from rayrl.types import Episode, Group, Turn
@@ -409,3 +414,46 @@ def test_a_cell_that_is_interrupted_ends_what_it_started(monkeypatch: pytest.Mon
     with pytest.raises(KeyboardInterrupt):
         asyncio.run(cell())
     assert ended == [True]
+
+
+def test_a_mixture_is_of_names_objects_and_settings() -> None:
+    one, two = make_env().configure({"sides": 3}, {"right": 2.0}), make_env()
+
+    def rival(messages: Sequence[Any], rng: Any) -> str:
+        return "0"
+
+    config = configure(
+        "train",
+        None,
+        None,
+        None,
+        {"env.mix.games.max_tokens": 9},
+        {
+            "coins": one,
+            "more": {"name": two, "weight": 2, "args": {"sides": 4}, "seats": {"agent": rival}},
+            "games": "tictactoe",
+        },
+    )
+    assert config.run.name == "coins-more-games-train"
+    found = components(config)
+    assert (found["games"].env.name, found["games"].sampling.max_tokens) == ("tictactoe", 9)
+    assert (found["coins"].env.args, found["coins"].env.rewards) == ({"sides": 3}, {"right": 2.0})
+    assert (config.env.mix["more"]["weight"], found["more"].env.args) == (2, {"sides": 4})
+    made = {name: make_environment(own, name) for name, own in found.items()}
+    assert [env.name for env in made.values()] == ["coins", "more", "games"]
+    assert made["coins"].play is one.play, "not the other of the same name"
+    assert made["more"].play is two.play
+    assert (
+        player_function(made["more"], "env.seats.agent", found["more"].env.seats["agent"]) is rival
+    )
+    away = pickle.loads(cloudpickle.dumps(made["coins"].spec))
+    there = environment_of(away)
+    assert (there.name, there.args, there.rewards) == ("coins", {"sides": 3}, {"right": 2.0})
+    with pytest.raises(ConfigError, match=r"env\.mix\.a=3: decorate its coroutine"):
+        configure("train", None, None, None, {}, {"a": 3, "b": "tictactoe"})  # type: ignore[dict-item]
+    with pytest.raises(ConfigError, match=r"env\.name=tictactoe: env\.mix names"):
+        rayrl.train(env="tictactoe", mix={"a": "copyword", "b": "tools"})
+    with pytest.raises(ConfigError, match=r"env\.mix\.a\.name='copywrd'.*Did you mean 'copyword'"):
+        rayrl.train(mix={"a": "copywrd", "b": "tools"})
+    with pytest.raises(ConfigError, match=r"env\.mix\.a\.args\.longst: .*Did you mean 'longest'"):
+        rayrl.train(mix={"a": {"name": "copyword", "args": {"longst": 3}}, "b": "tools"})

@@ -92,7 +92,7 @@ def test_own_folder_of_files(tmp_path: Path) -> None:
     )
     config = compose(["experiment=mine"], tmp_path)
     assert (config.train.steps, config.algo.loss) == (3, "gspo")
-    with pytest.raises(ConfigError, match=r"'mine'.*copyword, mine, reverse_text"):
+    with pytest.raises(ConfigError, match=r"'mine'.*copyword, mine, mixture, reverse_text"):
         compose(["experiment=mien"], tmp_path)
 
 
@@ -182,7 +182,7 @@ def test_wrong_setting_of_a_stage(
         (["train", "train.steps=1,2"], ["[1,2]"]),
         (
             ["train", "experiment=tictacto"],
-            ["Did you mean 'tictactoe'?", "copyword, reverse_text_smollm2, tictactoe"],
+            ["Did you mean 'tictactoe'?", "copyword, mixture, reverse_text_smollm2, tictactoe"],
         ),
         (["train", "algo=[a]"], ["choose one of"]),
         (["train", "model=pretrained"], ["model.path=: name a Hugging Face directory"]),

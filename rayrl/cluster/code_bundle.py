@@ -26,6 +26,7 @@ from importlib.metadata import Distribution, distribution, distributions, versio
 from pathlib import Path
 
 from rayrl.config import Config, stage_config
+from rayrl.config.mix import components
 from rayrl.config.registry import CODE_FILE, OBJECT, from_outside, split_reference
 from rayrl.config.yaml_files import conf_dir
 from rayrl.environment.data_files import HUB, SUFFIXES, is_data_file
@@ -92,7 +93,9 @@ def _players(config: Config) -> dict[str, str]:
 
 
 def _with_stages(config: Config) -> list[Config]:
-    return [config, *(stage_config(config, stage) for stage in config.recipe)]
+    """Settings of the configuration and of its stages, of a mixture those of each component."""
+    stages = [config, *(stage_config(config, stage) for stage in config.recipe)]
+    return [own for one in stages for own in components(one).values()]
 
 
 def forwarded_variables(environ: Mapping[str, str]) -> dict[str, str]:

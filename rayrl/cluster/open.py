@@ -21,8 +21,9 @@ from rayrl.cluster.session import Session, open_session
 from rayrl.cluster.weight_sync.probe import Probe
 from rayrl.cluster.weight_sync.push import WeightSync, open_store
 from rayrl.cluster.weight_sync.transports import open_transport
-from rayrl.cluster.workers.env_worker import POLICY, WorkerJob
+from rayrl.cluster.workers.env_worker import POLICY, PlayedEnv, WorkerJob
 from rayrl.config import Config
+from rayrl.config.mix import components, named_keys
 from rayrl.config.registry import is_object
 from rayrl.config.sync import transport_of
 from rayrl.engine import open_engine
@@ -47,9 +48,15 @@ __all__ = [
 ]
 
 
-def make_environment(config: Config) -> Environment:
-    """Load the environment of `config` with its arguments and reward weights."""
-    return load_env(config.env.name).configure(config.env.args, config.env.rewards)
+def make_environment(config: Config, component: str = "") -> Environment:
+    """Load the environment of `config` with its arguments and reward weights.
+
+    Args:
+        component: its name in the mixture that `config` was taken from, see `components`.
+    """
+    with named_keys(component):
+        env = load_env(config.env.name).configure(config.env.args, config.env.rewards)
+        return env.labelled(component)
 
 
 def seat_players(environment: Environment, seats: Mapping[str, str]) -> dict[str, str]:
@@ -69,25 +76,26 @@ def seat_players(environment: Environment, seats: Mapping[str, str]) -> dict[str
 async def open_rollouts(
     config: Config,
     *,
-    seats: Mapping[str, str] | None = None,
-    sampling: Sampling | None = None,
+    seats: Mapping[str, Mapping[str, str]] | None = None,
+    temperature: float | None = None,
     setting: str = "eval.player",
 ) -> AsyncIterator[Rollouts]:
     """Open env workers of `config.env` and replicas of the models that play, without learners.
 
     Args:
         config: `model.path` is the policy.
-        seats: players by seat instead of `config.env.seats`, e.g. `{"agent": "player:teacher"}`; if
-            no seat is a model's, no engine starts.
-        sampling: used instead of `config.sampling`.
-        setting: names the player of those of `seats` that `config.env.seats` does not name.
+        seats: players by component of the mixture (empty without one) and seat, instead of those
+            of `config`, e.g. `{"": {"agent": "player:teacher"}}`; if no seat is a model's, no
+            engine starts.
+        temperature: used instead of `sampling.temperature`.
+        setting: names the player of those of `seats` that `config` does not name.
     """
-    players = config.env.seats if seats is None else seats
-    await check_endpoint(config, players)
-    engine = any(map(is_model, seat_players(make_environment(config), players).values()))
+    envs = _played(config, seats, temperature, setting)
+    await check_endpoint(config, *(one.seats for one in envs.values()))
+    engine = any(is_model(who) for one in envs.values() for who in one.seats.values())
     with ExitStack() as stack:
         session = stack.enter_context(_session(config, worker_imports(config, engine=engine)))
-        job = _job(config, session, seats, sampling, setting)
+        job = _job(config, session, envs)
         rollouts = Rollouts(job)
         stack.callback(rollouts.close)
         await _run_all(rollouts.ready(), deploy_models(job, session, stack, pushed=False))
@@ -114,12 +122,12 @@ async def open_cluster(
     Args:
         turns: file of the turn log of live episodes, see `Rollouts`.
     """
-    await check_endpoint(config, config.env.seats)
+    envs = _played(config)
+    await check_endpoint(config, *(one.seats for one in envs.values()))
     with ExitStack() as stack:
-        session = stack.enter_context(
-            _session(config, worker_imports(config, engine=True, learner=True))
-        )
-        job = _job(config, session, None, None)
+        imports = worker_imports(config, engine=True, learner=True)
+        session = stack.enter_context(_session(config, imports))
+        job = _job(config, session, envs)
         learners = LearnerGroup(config)
         stack.callback(learners.close)
         rollouts = Rollouts(job, turns=turns)
@@ -171,37 +179,50 @@ def _session(config: Config, imports: Sequence[str]) -> AbstractContextManager[S
     return open_session(config.cluster, config.run.dir, played_code(config), imports=imports)
 
 
-async def check_endpoint(config: Config, seats: Mapping[str, str]) -> None:
+async def check_endpoint(config: Config, *seats: Mapping[str, str]) -> None:
     """If the endpoint plays a seat, check that it answers before anything starts.
+
+    Args:
+        seats: of each environment.
 
     Raises:
         ConfigError: the endpoint does not answer, or refuses the key.
     """
-    if "endpoint" in seats.values():
+    if any("endpoint" in own.values() for own in seats):
         await check_reachable(config.endpoint)
 
 
-def _job(
+def _played(
     config: Config,
-    session: Session,
-    seats: Mapping[str, str] | None,
-    sampling: Sampling | None,
+    seats: Mapping[str, Mapping[str, str]] | None = None,
+    temperature: float | None = None,
     setting: str = "",
-) -> WorkerJob:
+) -> dict[str, PlayedEnv]:
+    """The environments of `config` with their players; the arguments are `open_rollouts`'."""
+    played = {}
+    for name, own in components(config).items():
+        environment = make_environment(own, name)
+        with named_keys(name):
+            given = own.env.seats if seats is None else seats[name]
+            players = seat_players(environment, given)
+        passed = {}
+        for seat, who in players.items():
+            if is_object(who):
+                key = f"env.seats.{seat}" if own.env.seats.get(seat) == who else setting
+                passed[seat] = by_value.dumps(key, who)
+        s = own.sampling
+        at = s.temperature if temperature is None else temperature
+        sampling = Sampling(at, s.top_p, s.top_k, s.max_tokens, tuple(s.stop))
+        played[name] = PlayedEnv(environment.spec, players, sampling, passed)
+    return played
+
+
+def _job(config: Config, session: Session, envs: Mapping[str, PlayedEnv]) -> WorkerJob:
     """Build the env workers' job, with a Serve app per model."""
-    environment = make_environment(config)
-    players = seat_players(environment, config.env.seats if seats is None else seats)
-    models = {player: model_of(player, config) for player in players.values() if is_model(player)}
+    players = dict.fromkeys(who for one in envs.values() for who in one.seats.values())
+    models = {player: model_of(player, config) for player in players if is_model(player)}
     apps = {player: f"{session.name}-{number}" for number, player in enumerate(models)}
-    if sampling is None:
-        s = config.sampling
-        sampling = Sampling(s.temperature, s.top_p, s.top_k, s.max_tokens, tuple(s.stop))
-    passed = {}
-    for seat, who in players.items():
-        if is_object(who):
-            key = f"env.seats.{seat}" if config.env.seats.get(seat) == who else setting
-            passed[seat] = by_value.dumps(key, who)
-    return WorkerJob(environment.spec, players, sampling, config, models, apps, passed)
+    return WorkerJob(envs, config, models, apps)
 
 
 async def deploy_models(

@@ -16,7 +16,7 @@ from rayrl.cluster.open import (
 )
 from rayrl.cluster.rollouts import Rollouts
 from rayrl.cluster.session import open_session
-from rayrl.cluster.workers.env_worker import EnvWorker, WorkerJob
+from rayrl.cluster.workers.env_worker import EnvWorker, PlayedEnv, WorkerJob
 from rayrl.config import Config
 from rayrl.rollout.agent import Player
 from rayrl.types import Sampling
@@ -34,10 +34,10 @@ async def open_players(
         seats: who plays them; without a model among these, Ray is not started at all.
     """
     await check_endpoint(config, seats)
-    spec = make_environment(config).spec
+    envs = {"": PlayedEnv(make_environment(config).spec, dict(seats), sampling)}
     models = {who: model_of(who, config) for who in seats.values() if is_model(who)}
     with ExitStack() as stack:
-        job = WorkerJob(spec, dict(seats), sampling, config)
+        job = WorkerJob(envs, config)
         if models:
             session = stack.enter_context(
                 open_session(
@@ -48,15 +48,15 @@ async def open_players(
                 )
             )
             apps = {who: f"{session.name}-{number}" for number, who in enumerate(models)}
-            job = WorkerJob(spec, dict(seats), sampling, config, models, apps)
+            job = WorkerJob(envs, config, models, apps)
             await deploy_models(job, session, stack, pushed=False)
-        yield EnvWorker(job).players
+        yield EnvWorker(job).players[""]
 
 
-def players_here(rollouts: Rollouts) -> Mapping[str, Player]:
+def players_here(rollouts: Rollouts, component: str = "") -> Mapping[str, Player]:
     """Who plays each seat, as the workers have them; models answer from the same replicas.
 
     For exhaustive checks, whose tree grows by the answers. To be called inside an event loop, which
     the players then belong to.
     """
-    return EnvWorker(rollouts.job).players
+    return EnvWorker(rollouts.job).players[component]

@@ -12,7 +12,8 @@ A retry has one owner per level:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -83,28 +84,40 @@ class CollectedGroups(Sequence[Group]):
         return self.groups[index]
 
 
-def sort_out(groups: Sequence[Group], min_version: int, budget: float, env: str) -> CollectedGroups:
+def sort_out(
+    groups: Sequence[Group], min_version: int, budget: float, components: Iterable[str] = ()
+) -> CollectedGroups:
     """Separate the groups that can be trained on; stop a run whose environment fails too often.
 
     Args:
         groups: in the order of their plans.
         min_version: a token from older weights makes an episode stale.
         budget: share of the episodes, 0 to 1, whose environment may fail.
-        env: the environment's name, for the message.
+        components: of a mixture.
 
     Raises:
-        RunFailed: the budget is exceeded, or no group is left, unless a server refused all of them:
-            that is a result of an evaluation.
+        RunFailed: the budget is exceeded, one of a mixture's environments failed in each of its
+            episodes, or no group is left, unless a server refused all of them: that is a result of
+            an evaluation.
     """
     episodes = [episode for group in groups for episode in group.episodes]
     failed = [(e, e.failure) for e in episodes if e.failure is not None]
     by_env = [(e, f) for e, f in failed if f.kind == "env"]
     refused = sum(f.kind == "refused" for _, f in failed)
+    played, lost = Counter(e.env for e in episodes), Counter(e.env for e, _ in by_env)
     if len(by_env) > budget * len(episodes):
+        names = " and ".join(map(repr, lost))
         raise RunFailed(
-            f"environment {env!r} failed in {len(by_env)} of {len(episodes)} episodes, more than "
+            f"environment {names} failed in {len(by_env)} of {len(episodes)} episodes, more than "
             f"env.failure_budget={budget:g} allows.\n{_details(*by_env[0])}"
         )
+    for env in components:
+        if 0 < (n := lost[env]) == played[env] and budget < 1:
+            first = next(pair for pair in by_env if pair[0].env == env)
+            raise RunFailed(
+                f"environment {env!r} of the mixture failed in all of its {n} episodes.\n"
+                f"{_details(*first)}"
+            )
     kept = tuple(
         g for g in groups if g.complete and not any(is_stale(e, min_version) for e in g.episodes)
     )
@@ -214,9 +227,9 @@ class Rollouts:
             on_group(group)
 
         await self.play([p for p in plans if p.id not in done], min_version, keep, keep)
-        env = self.job.config.env
         groups = [done[plan.id] for plan in plans if plan.id in done]
-        return sort_out(groups, min_version, env.failure_budget, env.name)
+        env = self.job.config.env
+        return sort_out(groups, min_version, env.failure_budget, env.mix)
 
     async def play(
         self,

@@ -6,9 +6,11 @@ import asyncio
 import statistics
 import textwrap
 
+from rayrl.cluster.open import make_environment
 from rayrl.config import Config, validate
+from rayrl.config.mix import components, named_keys
 from rayrl.environment.environment import Environment
-from rayrl.environment.registry import installed_envs, load_env
+from rayrl.environment.registry import installed_envs
 from rayrl.errors import EnvError
 from rayrl.rollout.check import DEADLINE_S, check_env, log_problems
 from rayrl.rollout.players import ScriptedPlayer
@@ -26,13 +28,18 @@ def run(config: Config) -> None:
         EnvError: something is wrong with the environment; every problem is named.
     """
     validate(config)
-    environment = load_env(config.env.name).configure(config.env.args, config.env.rewards)
+    for component, own in components(config).items():
+        with named_keys(component):
+            _check(own, make_environment(own, component))
+
+
+def _check(config: Config, environment: Environment) -> None:
     print(
         f"{environment.name}: seats {', '.join(environment.seats)}; rewards {environment.rewards}"
     )
     for key, value in environment.args.items():
         print(f"  env.args.{key}: {textwrap.shorten(repr(value), 80)}")
-    print(f"  installed besides: {', '.join(_others(environment.name)) or 'none'}")
+    print(f"  installed besides: {', '.join(_others(config.env.name)) or 'none'}")
     problems = check_env(environment)
     if not problems:
         for name, args in config.eval.cells.items():

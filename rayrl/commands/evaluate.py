@@ -17,6 +17,7 @@ from rayrl.cluster.open import make_environment, open_rollouts
 from rayrl.cluster.parts import players_here
 from rayrl.cluster.rollouts import CollectedGroups, Rollouts
 from rayrl.config import Config, validate
+from rayrl.config.mix import components, env_label
 from rayrl.environment.environment import Environment
 from rayrl.environment.tasks import task_key
 from rayrl.errors import EnvError, RayrlError, describe_error
@@ -37,7 +38,7 @@ from rayrl.run.stage import (
     unplayed_note,
 )
 from rayrl.run.start_check import check_start
-from rayrl.types import Sampling, Usage
+from rayrl.types import Usage
 
 __all__ = ["cell_of", "check_args", "evaluate", "play_cells", "run"]
 
@@ -88,45 +89,59 @@ async def play_cells(config: Config, folder: RunDir | None = None) -> Result:
     Raises:
         RunFailed: the environment fails too often (`env.failure_budget`).
     """
-    environment = make_environment(config).evaluation(config.env.held_out, config.env.duplicates)
-    cells = eval_cells(config)
-    total = len(cells) * config.eval.episodes
-    s = config.sampling
-    sampling = Sampling(config.eval.temperature, s.top_p, s.top_k, s.max_tokens, tuple(s.stop))
     name = row_name(config, config.eval.player)
-    seats = seats_of(environment, config, config.eval.player)
-    log_template_notes(config, seats.values())
-    configured = {cell: environment.configure(args) for cell, args in cells.items()}
-    journals = {
-        cell: Journal(
-            folder.episodes_file(number) if folder else None,
-            evaluation_plans(configured[cell], config, cell),
-            seats,
+    environments: dict[str, Environment] = {}
+    seats: dict[str, dict[str, str]] = {}
+    configured: dict[str, Environment] = {}
+    cell_args: dict[str, dict[str, Any]] = {}
+    journals: dict[str, Journal] = {}
+    for component, own in components(config).items():
+        environment = make_environment(own, component).evaluation(
+            own.env.held_out, own.env.duplicates
         )
-        for number, cell in enumerate(cells)
-    }
+        environments[component] = environment
+        seats[component] = seats_of(environment, own, config.eval.player)
+        for cell, args in eval_cells(own, component).items():
+            configured[cell], cell_args[cell] = environment.configure(args), args
+            file = folder.episodes_file(len(journals)) if folder else None
+            plans = evaluation_plans(configured[cell], own, cell, component)
+            journals[cell] = Journal(file, plans, seats)
+    total = len(journals) * config.eval.episodes
+    log_template_notes(config, [who for players in seats.values() for who in players.values()])
     measured: dict[str, Cell] = {}
     checks: dict[str, Mapping[str, float]] = {}
     budget = config.endpoint.max_tokens_total
     with ProgressBar(f"eval {name}", total) as bar:
         play = JournaledRollouts([*journals.values()], bar, budget)
         play.check_budget()
-        async with open_rollouts(config, seats=seats, sampling=sampling) as rollouts:
+        at = config.eval.temperature
+        async with open_rollouts(config, seats=seats, temperature=at) as rollouts:
             if folder is not None:
                 folder.begin()
             for cell, journal in journals.items():
                 played = await play.collect(rollouts, journal)
-                measured[cell] = cell_of(configured[cell], cells[cell], played, journal.usage)
+                args = cell_args[cell]
+                measured[cell] = cell_of(configured[cell], args, played, journal.usage)
                 if not played.infra_failures:
                     journal.seal([*played.groups, *played.dropped])
             if _checkable(config):
-                checks = await run_checks(environment, cells, rollouts)
-    about = {"tasks": note} if (note := _about_tasks(config, environment)) else {}
+                for component, own in components(config).items():
+                    cells = eval_cells(own, component)
+                    checks |= await run_checks(environments[component], cells, rollouts, component)
+    about = {"tasks": note} if (note := _about_tasks(config, environments)) else {}
     return Result(name, measured, checks, _settings(config) | about, prices(config))
 
 
-def _about_tasks(config: Config, environment: Environment) -> str:
+def _about_tasks(config: Config, environments: Mapping[str, Environment]) -> str:
     """Which tasks these are; empty if a function makes them of seeds that training does not use."""
+    notes = {
+        component: _about_own_tasks(own, environments[component])
+        for component, own in components(config).items()
+    }
+    return "; ".join(f"{name}: {note}" if name else note for name, note in notes.items() if note)
+
+
+def _about_own_tasks(config: Config, environment: Environment) -> str:
     if environment.eval_source is not None:
         return "the environment's eval_tasks"
     if not isinstance(environment.source, Sequence):
@@ -170,18 +185,26 @@ def check_args(environment: Environment, cells: Mapping[str, Mapping[str, Any]])
 
 
 async def run_checks(
-    environment: Environment, cells: Mapping[str, Mapping[str, Any]], rollouts: Rollouts
+    environment: Environment,
+    cells: Mapping[str, Mapping[str, Any]],
+    rollouts: Rollouts,
+    component: str = "",
 ) -> dict[str, Mapping[str, float]]:
-    """Every exhaustive check of the environment; none for several seats."""
+    """Every exhaustive check of the environment; none for several seats.
+
+    Args:
+        component: the environment's name in the mixture, which the checks are called after.
+    """
     if len(environment.seats) > 1 or not environment.checks:
         return {}
     args = check_args(environment, cells)
-    (player,) = players_here(rollouts).values()
+    (player,) = players_here(rollouts, component).values()
     found: dict[str, Mapping[str, float]] = {}
     for name, check in environment.checks.items():
         new_agent, made = agents(player, environment.seats[0], name)
         try:
-            found[name] = await check(new_agent, args)
+            label = f"{component}/{name}" if component else name
+            found[label] = await check(new_agent, args)
         except RayrlError:
             raise
         except Exception as error:
@@ -217,7 +240,7 @@ def prices(config: Config) -> tuple[float, float]:
 
 def _settings(config: Config) -> dict[str, Any]:
     return {
-        "env": config.env.name,
+        "env": env_label(config),
         "env_args": dict(config.env.args),
         "player": config.eval.player,
         "model": _model(config),

@@ -47,10 +47,10 @@ def _whose(config: Config) -> str:
 
 def _env_word(config: Config) -> str:
     """The environment's name as part of a folder's: of `path/to/addition.py:sums` addition-sums,
-    of `path/to/rows.jsonl` rows, of `hf:owner/name:test` name-test. Without an environment it is
-    that of `sft.data`."""
+    of `path/to/rows.jsonl` rows, of `hf:owner/name:test` name-test; of a mixture its components.
+    Without any it is that of `sft.data`."""
     endings = "|".join(("py", *(suffix[1:] for suffix in SUFFIXES)))
-    name = (config.env.name or config.sft.data).rstrip("/")
+    name = (config.env.name or "-".join(config.env.mix) or config.sft.data).rstrip("/")
     return _word(re.sub(rf"^.*/|^object:|\.({endings})(?=:|$)", "", name))
 
 

@@ -17,9 +17,11 @@ from rayrl.config import (
     stage_config,
     validate,
 )
+from rayrl.config.mix import components
 from rayrl.config.sync import transport_of
 from rayrl.errors import ConfigError, RunFailed
-from rayrl.run.stage import template_notes
+from rayrl.run.sampling.mixture import component_shares
+from rayrl.run.stage import eval_cells, template_notes
 from rayrl.run.start_check import (
     LEARNING,
     Machine,
@@ -212,6 +214,7 @@ def _batch(config: Config) -> str:
     slots = config.cluster.replicas * config.engine.max_live
     rows = [
         f"  {train.groups} groups × {train.group_size} episodes = {episodes} episodes",
+        *_mixture(config),
         *(
             [f"  up to {train.refill:g} times as many, to replace groups that teach nothing"]
             if train.refill > 1
@@ -231,9 +234,10 @@ def _batch(config: Config) -> str:
             f"  {algo.epochs} × {algo.minibatches} optimizer steps (passes × minibatches) of about "
             f"{episodes / algo.minibatches:g} episodes"
         ),
-        (
-            f"  replies of at most {config.sampling.max_tokens} tokens at temperature "
-            f"{config.sampling.temperature:g}"
+        *(
+            f"  replies of at most {own.sampling.max_tokens} tokens at temperature "
+            f"{own.sampling.temperature:g}{f' in {name}' if name else ''}"
+            for name, own in components(config).items()
         ),
         (
             f"  {train.steps} steps = {train.steps * episodes} episodes, at most {train.max_lag} "
@@ -245,9 +249,18 @@ def _batch(config: Config) -> str:
     return "\n".join(rows)
 
 
+def _mixture(config: Config) -> Iterator[str]:
+    """What each environment of a mixture has of a step."""
+    unit = "groups" if config.env.mix_by == "episodes" else "groups at first, then by tokens"
+    shares = component_shares(config) if config.env.mix else {}
+    for name, share in shares.items():
+        about = f"{float(share * config.train.groups):.3g} {unit}"
+        yield f"    {name} ({config.env.mix[name]['name']}): {float(share):.1%}, {about}"
+
+
 def _evaluations(config: Config) -> str:
-    found = config.eval
-    each = found.episodes * max(len(found.cells), 1)
+    found, played = config.eval, components(config).items()
+    each = found.episodes * sum(len(eval_cells(own, name)) for name, own in played)
     start = ", before the first" if found.at_start else ""
     return f"  evaluations of {each} episodes every {found.every} steps{start} and after the last"
 
@@ -257,8 +270,9 @@ def _templates(config: Config) -> Iterator[str]:
     models = []
     for _, _, stage in stages_of(config):
         models.append(stage.model.path)
-        seats = stage.env.seats.values()
-        models += [who.removeprefix("model:") for who in seats if who.startswith("model:")]
+        for own in components(stage).values():
+            seats = own.env.seats.values()
+            models += [who.removeprefix("model:") for who in seats if who.startswith("model:")]
     with contextlib.suppress(ConfigError):  # `problems` says it
         notes = template_notes(models)
         if notes:

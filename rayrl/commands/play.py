@@ -4,6 +4,7 @@ rayrl play model.path=runs/tictactoe/rl2/model                     watch it play
 rayrl play play.seat=agent                                         be the agent yourself
 rayrl play env=tictactoe_versus play.seat=o model.path=…           play against it
 rayrl play env.seats.agent=player:teacher                          watch a scripted player
+rayrl play experiment=mixture play.component=words                 an environment of a mixture
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from rich.text import Text
 from rayrl.cluster.open import make_environment
 from rayrl.cluster.parts import open_players
 from rayrl.config import Config, validate
+from rayrl.config.mix import component_of
 from rayrl.environment.environment import Environment
 from rayrl.errors import ConfigError, did_you_mean
 from rayrl.report.console import message_text, new_console, reply_text, scores_text, task_text
@@ -80,7 +82,9 @@ async def play(
     Returns:
         The episodes.
     """
-    environment = make_environment(config)
+    component = config.play.component
+    config = component_of(config, "play.component", component)
+    environment = make_environment(config, component)
     seats = seats_for(environment, config)
     log_template_notes(config, seats.values())
     s = config.sampling

@@ -24,9 +24,10 @@ from statistics import fmean
 from rich.console import Console
 from rich.table import Table
 
+from rayrl.cluster.open import make_environment
 from rayrl.config import Config, validate
+from rayrl.config.mix import components
 from rayrl.environment.environment import Environment
-from rayrl.environment.registry import load_env
 from rayrl.environment.scoring import with_group_rewards
 from rayrl.errors import ConfigError, DataError, EnvError, did_you_mean
 from rayrl.report.console import new_console
@@ -73,10 +74,15 @@ def run(config: Config) -> None:
     """
     validate(config)
     settings = config.replay
-    env = load_env(config.env.name).configure(config.env.args, config.env.rewards)
-    stored = stored_episodes(settings.file, env)
+    envs = {name: make_environment(own, name) for name, own in components(config).items()}
+    stored = stored_episodes(settings.file, envs)
     wanted = _wanted(stored, settings.episode, settings.file)
-    found = asyncio.run(replay(env, wanted, config.env.deadline_s, config.env.isolated))
+    found: list[Replayed] = []
+    for env in envs.values():
+        own = [episode for episode in wanted if episode.env == env.name]
+        found += asyncio.run(replay(env, own, config.env.deadline_s, config.env.isolated))
+    place = {episode.id: k for k, episode in enumerate(wanted)}
+    found.sort(key=lambda one: place[one.stored.id])
     if settings.episode:
         found = [one for one in found if one.stored.id == settings.episode]
     console = new_console()
@@ -92,11 +98,12 @@ def run(config: Config) -> None:
     fine = KINDS[:2] if settings.out else KINDS[:1]
     wrong = sum(one.kind not in (*fine, "unfinished") for one in found)
     if wrong:
-        raise EnvError(f"{wrong} of {len(found)} episodes are not what they were with {env.name}")
+        names = " + ".join(env.name for env in envs.values())
+        raise EnvError(f"{wrong} of {len(found)} episodes are not what they were with {names}")
 
 
-def stored_episodes(file: str | Path, env: Environment) -> list[Episode]:
-    """The episodes of a file, their tasks in the classes that `env` has today.
+def stored_episodes(file: str | Path, envs: Mapping[str, Environment]) -> list[Episode]:
+    """The episodes of a file, their tasks in the classes that `envs` have today.
 
     Of an episode that was written twice the later line counts, as where a run was resumed.
 
@@ -105,15 +112,22 @@ def stored_episodes(file: str | Path, env: Environment) -> list[Episode]:
         ConfigError: the episodes are another environment's.
     """
     found = list({episode.id: episode for episode in read_episodes(file)}.values())
-    others = sorted({episode.env for episode in found} - {env.name})
+    by_name = {env.name: env for env in envs.values()}
+    others = sorted({episode.env for episode in found} - by_name.keys())
     if others:
+        known = " or ".join(map(repr, by_name))
+        key = f"env={others[0]} or env.name=…" if "" in envs else f"env.mix.{others[0]}.name=…"
         raise ConfigError(
-            f"{file} has episodes of {', '.join(others)}, not of {env.name!r}: name theirs, "
-            f"env={others[0]} or env.name=…"
+            f"{file} has episodes of {', '.join(others)}, not of {known}: name theirs, {key}"
         )
-    kinds = {type(task) for task in env.tasks(0, _DRAWN)}
+    present = {episode.env for episode in found}
+    kinds = {
+        name: {type(task) for task in env.tasks(0, _DRAWN)}
+        for name, env in by_name.items()
+        if name in present
+    }
     try:
-        return [restore_task(episode, kinds) for episode in found]
+        return [restore_task(episode, kinds[episode.env]) for episode in found]
     except DataError as error:
         raise DataError(f"{file}: {error}") from None
 

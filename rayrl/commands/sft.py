@@ -21,8 +21,10 @@ from rayrl.cluster.learner_group import LearnerGroup
 from rayrl.cluster.open import make_environment, open_cluster, open_learners
 from rayrl.cluster.weight_sync.push import WeightSync
 from rayrl.config import Config, validate
+from rayrl.config.mix import components, named_keys
 from rayrl.environment.chat_data import chat_messages
 from rayrl.environment.data_files import DataRow, read_data
+from rayrl.environment.environment import Environment
 from rayrl.environment.rows import missing_column
 from rayrl.errors import ConfigError, DataError, did_you_mean
 from rayrl.learner.batch import Trajectory, batch_of, supervised_row
@@ -126,10 +128,15 @@ async def _opened(
         async with open_learners(config, config.sft.steps) as learner:
             yield learner, Evaluations()
         return
-    environment = make_environment(config)
-    check_trained(environment, config)
-    check_metrics(config, environment, "sft")
-    log_template_notes(config, (POLICY, *seats_of(environment, config, "model").values()))
+    environments: dict[str, Environment] = {}
+    seats = [POLICY]
+    for name, own in components(config).items():
+        environments[name] = make_environment(own, name)
+        with named_keys(name):
+            check_trained(environments[name], own)
+            seats += seats_of(environments[name], own, "model").values()
+    check_metrics(config, environments, "sft")
+    log_template_notes(config, seats)
     async with open_cluster(config, config.sft.steps) as (rollouts, learner, weights):
         evaluator = Evaluator(config, folder, rollouts, learner, "sft", bar.note)
         yield learner, Evaluations(evaluator, weights)
@@ -333,12 +340,14 @@ def _is_tool(value: object) -> bool:
 def _learned_seats(config: Config, episode: Episode, data: str) -> list[str]:
     """Seats whose replies are learned: those `env.seats` gives to the policy, else all."""
     played = list(dict.fromkeys(turn.seat for turn in episode.turns))
-    for seat in config.env.seats:
+    known = components(config)
+    seats = known.get(episode.env, known.get("", config)).env.seats
+    for seat in seats:
         if episode.scores and seat not in episode.scores:
             raise ConfigError(
                 f"env.seats.{seat}: {data} has no such seat.{did_you_mean(seat, episode.scores)}"
             )
-    return [seat for seat in played if config.env.seats.get(seat, POLICY) == POLICY]
+    return [seat for seat in played if seats.get(seat, POLICY) == POLICY]
 
 
 def rows_of(

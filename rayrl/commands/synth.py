@@ -7,6 +7,7 @@ part of the program: they are printed every time, before anything is trained.
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 import statistics
 from collections import Counter
@@ -20,6 +21,7 @@ from rich.text import Text
 
 from rayrl.cluster.open import make_environment, open_rollouts
 from rayrl.config import Config, validate
+from rayrl.config.mix import components, named_keys
 from rayrl.environment.environment import Environment
 from rayrl.environment.scoring import scores_of
 from rayrl.errors import ConfigError, RunFailed, did_you_mean
@@ -30,6 +32,7 @@ from rayrl.rollout.rollout import GroupPlan
 from rayrl.run.folder import RunDir
 from rayrl.run.journal import Journal, JournaledRollouts
 from rayrl.run.progress_bar import ProgressBar
+from rayrl.run.sampling.mixture import component_shares
 from rayrl.run.stage import (
     EPISODES,
     already_finished,
@@ -112,7 +115,15 @@ def run(config: Config) -> None:
     """Play, keep and write, and print what was kept."""
     console = new_console()
     found = asyncio.run(synth(config))
-    console.print(summary(found.played, found.kept, make_environment(config)))
+    for component, own in components(config).items():
+        played, good = (
+            [e for e in episodes if not component or e.env == component]
+            for episodes in (found.played, found.kept)
+        )
+        if component:
+            console.print(f"\n{component}", style="bold", markup=False)
+        if played:
+            console.print(summary(played, good, make_environment(own, component)))
     for episode in samples(found.kept, config.synth.show):
         console.print(episode_panel(episode))
     names = {episode.id for episode in found.kept}
@@ -142,7 +153,7 @@ async def synth(config: Config) -> Synthesized:
             print(already_finished(folder.path))
             return Synthesized([*read_episodes(everything)], [*read_episodes(out)], out)
         played = await _play(config, everything, folder.begin)
-        good = kept(played, config.synth.keep)
+        good = kept(played, config.synth.keep, mixed=bool(config.env.mix))
         if not good:
             raise RunFailed(_nothing_kept(config, played))
         write_whole(out, good)
@@ -158,17 +169,24 @@ async def _play(config: Config, file: Path, begun: Callable[[], None]) -> list[E
         file: where each is written as it ends; those it has already are not played again.
         begun: called when all that plays has started.
     """
-    environment = make_environment(config).training(config.env.held_out, config.env.duplicates)
-    log_dropped(environment)
-    seats = seats_of(environment, config, config.synth.player)
-    log_template_notes(config, seats.values())
-    seed = derive_seed(config.run.seed, "synth")
-    tasks = environment.tasks(seed, config.synth.episodes)
-    check_tasks(environment, tasks)
-    plans = [
-        GroupPlan(f"synth-{k}", task, 1, derive_seed(seed, "play", k))
-        for k, task in enumerate(tasks)
-    ]
+    plans: list[GroupPlan] = []
+    seats: dict[str, dict[str, str]] = {}
+    for (component, own), n in zip(components(config).items(), _counts(config), strict=True):
+        environment = make_environment(own, component).training(
+            own.env.held_out, own.env.duplicates
+        )
+        log_dropped(environment)
+        with named_keys(component):
+            seats[component] = seats_of(environment, own, config.synth.player)
+        seed = derive_seed(config.run.seed, "synth", *filter(None, [component]))
+        tasks = environment.tasks(seed, n)
+        check_tasks(environment, tasks)
+        prefix = f"synth-{component}" if component else "synth"
+        plans += [
+            GroupPlan(f"{prefix}-{k}", t, 1, derive_seed(seed, "play", k), component=component)
+            for k, t in enumerate(tasks)
+        ]
+    log_template_notes(config, [who for players in seats.values() for who in players.values()])
     journal = Journal(file, plans, seats)
     with ProgressBar(f"{config.run.name}: {config.synth.player}", len(plans)) as bar:
         play = JournaledRollouts([journal], bar, config.endpoint.max_tokens_total)
@@ -181,6 +199,18 @@ async def _play(config: Config, file: Path, begun: Callable[[], None]) -> list[E
         journal.seal(groups)
     by_id = {group.id: group for group in groups}
     return [episode for plan in plans for episode in by_id[plan.id].episodes]
+
+
+def _counts(config: Config) -> list[int]:
+    """Episodes of each component: `synth.episodes` by weight, the largest remainders rounded up."""
+    if not config.env.mix:
+        return [config.synth.episodes]
+    exact = [share * config.synth.episodes for share in component_shares(config).values()]
+    counts = [math.floor(one) for one in exact]
+    order = sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])
+    for i in order[: config.synth.episodes - sum(counts)]:
+        counts[i] += 1
+    return counts
 
 
 def unplayed(episodes: Iterable[Episode]) -> int:
@@ -209,10 +239,15 @@ def _nothing_kept(config: Config, played: Sequence[Episode]) -> str:
     )
 
 
-def kept(episodes: Sequence[Episode], least: Mapping[str, float]) -> list[Episode]:
+def kept(
+    episodes: Sequence[Episode], least: Mapping[str, float], *, mixed: bool = False
+) -> list[Episode]:
     """Episodes that did not fail and have every score of `least`, at or above its value.
 
     With several seats a score counts for each (`win`) or for one (`x.win`).
+
+    Args:
+        mixed: of several environments; a score counts for those that have it.
 
     Raises:
         ConfigError: a score that no episode has.
@@ -225,7 +260,16 @@ def kept(episodes: Sequence[Episode], least: Mapping[str, float]) -> list[Episod
             raise ConfigError(
                 f"synth.keep.{name}={value:g}: the environment gives no such score.{near}"
             )
-    return [episode for episode, scores in good if _good_enough(scores, least)]
+    if not mixed:
+        return [episode for episode, scores in good if _good_enough(scores, least)]
+    have: dict[str, set[str]] = {}  # scores by environment
+    for episode, scores in good:
+        have.setdefault(episode.env, set()).update(scores)
+    asked = {
+        env: {name: value for name, value in least.items() if _called(name, scores)}
+        for env, scores in have.items()
+    }
+    return [episode for episode, scores in good if _good_enough(scores, asked[episode.env])]
 
 
 def _called(name: str, scores: Iterable[str]) -> list[str]:

@@ -233,11 +233,17 @@ def _check_stage_keys(stages: list[Any]) -> None:
 
 
 def nest(dotted: Mapping[str, Any]) -> dict[str, Any]:
-    """`{"train.steps": 5}` as `{"train": {"steps": 5}}`; keys of a free mapping may hold dots."""
+    """`{"train.steps": 5}` as `{"train": {"steps": 5}}`; keys of a free mapping may hold dots.
+
+    Of a mapping of mappings the first two parts do not: `env.mix.sums.args.digits`.
+    """
     nested: dict[str, Any] = {}
     for key, value in dotted.items():
-        holder = _holder(key)
-        parts = [*holder.split("."), key[len(holder) + 1 :]] if holder else key.split(".")
+        parts = key.split(".")
+        if holder := _holder(key):
+            inner = key[len(holder) + 1 :]
+            deep = typing.get_origin(typing.get_args(_LEAVES[holder])[1]) is dict
+            parts = [*holder.split("."), *(inner.split(".", 2) if deep else [inner])]
         node = nested
         for part in parts[:-1]:
             node = node.setdefault(part, {})

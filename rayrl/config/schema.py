@@ -94,6 +94,16 @@ class EnvConfig:
         "environment: an installed name, path/to/file.py[:attribute], module:attribute, or data "
         "whose rows are tasks, as path/to/rows.jsonl or hf:OWNER/NAME of the Hugging Face hub",
     )
+    mix: dict[str, dict[str, Any]] = setting(
+        {},
+        "several environments instead of env.name: name -> its name (as env.name), weight, args, "
+        "rewards, seats, held_out, max_tokens, stop, cells",
+    )
+    mix_by: str = setting(
+        "episodes",
+        "what the weights in env.mix are shares of: episodes, or tokens that the policy writes",
+        choices=("episodes", "tokens"),
+    )
     args: dict[str, Any] = setting(
         {}, "keyword arguments of the environment's task source; of data: what its columns mean"
     )
@@ -607,6 +617,7 @@ class PlayConfig:
     player: str = setting(
         "model", "who plays the seats that nobody else takes; values as for eval.player"
     )
+    component: str = setting("", "the environment of a mixture (env.mix) that is played")
     seat: str = setting("", "the environment's seat that you take; empty: only watch")
     form: str = setting(
         "", "reply sent for what you type, which replaces {}; empty: the environment's own form"

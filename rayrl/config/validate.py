@@ -10,6 +10,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from rayrl.config.load import check_types, settings, stage_config
+from rayrl.config.mix import check_mix, component_of, components, named_keys
 from rayrl.config.schema import Config, Stage
 from rayrl.config.stop_rule import parse_stop_rule
 from rayrl.config.sync import check_sync
@@ -48,7 +49,9 @@ def _check(config: Config, verb: str, *, chained: bool = False) -> None:
         chained: the stage follows others of a recipe, which give it its data and its model.
     """
     _check_ranges(config)
-    _check_shared(config, verb)
+    check_mix(config)
+    _check_environments(config, verb)
+    _check_shared(config)
     if verb == "eval" or (verb in ("train", "sft") and config.eval.every):
         _check_samples(config, config.eval.player if verb == "eval" else "model")
     if verb == "train":
@@ -101,17 +104,29 @@ def _check_ranges(config: Config) -> None:
                 raise _wrong(name, one, why)
 
 
-def _check_shared(config: Config, verb: str) -> None:
-    run, env, algo, learner = config.run, config.env, config.algo, config.learner
-    if not run.name or "/" in run.name:
-        raise _wrong("run.name", run.name, "must be a word without slashes: it names a folder.")
-    if not env.name and (verb != "sft" or config.eval.every):  # chats need none
-        raise _wrong(
-            "env.name", "", "no environment is chosen; try env=tictactoe or env.name=NAME."
-        )
-    if not config.model.path:
-        raise _wrong("model.path", "", "name a Hugging Face directory, or model.path=embedded.")
-    for seat, who in env.seats.items():
+def _check_environments(config: Config, verb: str) -> None:
+    for name, own in components(config).items():
+        with named_keys(name):
+            if name:
+                _check_ranges(own)
+            if not own.env.name and (verb != "sft" or config.eval.every):  # chats need none
+                raise _wrong(
+                    "env.name", "", "no environment is chosen; try env=tictactoe or env.name=NAME."
+                )
+            _check_seats(own)
+            if 0 < own.engine.max_len <= own.sampling.max_tokens:
+                raise _wrong(
+                    "engine.max_len",
+                    own.engine.max_len,
+                    "leaves no room for a prompt before sampling.max_tokens="
+                    f"{own.sampling.max_tokens}; raise the one or lower the other.",
+                )
+    if verb == "play" and (config.env.mix or config.play.component):
+        component_of(config, "play.component", config.play.component)
+
+
+def _check_seats(config: Config) -> None:
+    for seat, who in config.env.seats.items():
         before, _, name = who.partition(":")
         if who not in ("policy", "endpoint") and not (before and name):
             near = did_you_mean(who, ("policy", "endpoint", f"player:{who}")) if who else ""
@@ -121,6 +136,14 @@ def _check_shared(config: Config, verb: str) -> None:
                 "must be policy, endpoint, player:NAME, model:PATH, module:function or "
                 f"path/to/file.py:function.{near}",
             )
+
+
+def _check_shared(config: Config) -> None:
+    run, algo, learner = config.run, config.algo, config.learner
+    if not run.name or "/" in run.name:
+        raise _wrong("run.name", run.name, "must be a word without slashes: it names a folder.")
+    if not config.model.path:
+        raise _wrong("model.path", "", "name a Hugging Face directory, or model.path=embedded.")
     for verb in ("eval", "synth", "play"):
         who = getattr(config, verb).player
         if who.startswith("model:"):
@@ -173,13 +196,6 @@ def _check_shared(config: Config, verb: str) -> None:
                 raise _wrong(
                     f"cluster.{key}.{name}", amount, f"is Ray's own; see cluster.{kind}_cpus."
                 )
-    if 0 < config.engine.max_len <= config.sampling.max_tokens:
-        raise _wrong(
-            "engine.max_len",
-            config.engine.max_len,
-            f"leaves no room for a prompt before sampling.max_tokens={config.sampling.max_tokens}; "
-            "raise the one or lower the other.",
-        )
 
 
 def _check_pushes(config: Config) -> None:
@@ -223,6 +239,13 @@ def _check_train(config: Config) -> None:
             train.uniform_share,
             f"of train.groups={train.groups} leaves steps without a uniform draw, which would "
             f"have no reward to report; use {math.ceil(100 / train.groups) / 100:g} or more.",
+        )
+    if train.task_sampling == "difficulty" and config.env.mix:
+        raise _wrong(
+            "train.task_sampling",
+            train.task_sampling,
+            "is not for a mixture (env.mix) yet; set train.task_sampling=uniform, or train with "
+            "one environment, env.name.",
         )
     rows = train.groups * train.group_size
     if algo.minibatches > rows:
@@ -307,9 +330,15 @@ def _asking(config: Config, verb: str) -> list[str]:
     }
     if verb not in players:
         return []
-    given = {f"env.seats.{seat}": who for seat, who in config.env.seats.items()}
+    played = components(config)
     if verb == "play":
-        given.pop(f"env.seats.{config.play.seat}", None)  # a person sits there
+        played = {config.play.component: played[config.play.component]}
+    given = {
+        f"env.mix.{name}.seats.{seat}" if name else f"env.seats.{seat}": who
+        for name, own in played.items()
+        for seat, who in own.env.seats.items()
+        if verb != "play" or seat != config.play.seat  # a person sits there
+    }
     given[f"{verb}.player"] = players[verb]
     return [f"{key}={who}" for key, who in given.items() if who == "endpoint"]
 

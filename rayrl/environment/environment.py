@@ -54,12 +54,14 @@ class EnvSpec:
     Attributes:
         ref: what `rayrl.load_env` finds it by.
         value: the environment itself, where nothing finds it.
+        label: its name in this run, if that is not its own.
     """
 
     ref: str
     args: Mapping[str, Any]
     rewards: Mapping[str, float]
     value: Environment | None = None
+    label: str = ""
 
 
 class Environment:
@@ -120,6 +122,7 @@ class Environment:
         self.slots: int | None = None
         self.ref = _reference(play) if ref is None else ref
         self._configured: tuple[dict[str, Any], dict[str, float]] = ({}, {})
+        self._label = ""
 
     def __repr__(self) -> str:
         return f"Environment({self.name!r}, seats={self.seats}, rewards={self.rewards})"
@@ -131,7 +134,7 @@ class Environment:
     @property
     def spec(self) -> EnvSpec:
         """How to make this environment again in another process."""
-        return EnvSpec(self.ref, *self._configured, value=None if self.ref else self)
+        return EnvSpec(self.ref, *self._configured, None if self.ref else self, self._label)
 
     @property
     def configured(self) -> tuple[Mapping[str, Any], Mapping[str, float]]:
@@ -229,6 +232,13 @@ class Environment:
             new.args |= {key: value for key, value in given.items() if key in new.args}
         elif isinstance(self.source, Sequence):
             _, new.source = _split(self.source, held_out, duplicates)
+        return new
+
+    def labelled(self, label: str) -> Environment:
+        """Create a copy with another name: that of a mixture's component. Empty: its own."""
+        new = self._copy()
+        if label:
+            new.name = new._label = label
         return new
 
     def with_play(self, play: Play, slots: int | None = None) -> Environment:

@@ -83,14 +83,18 @@ def environment_of(spec: EnvSpec) -> Environment:
     Raises:
         ConfigError: see `load_env`.
     """
-    return (spec.value or load_env(spec.ref)).configure(spec.args, spec.rewards)
+    env = spec.value or load_env(spec.ref)
+    return env.configure(spec.args, spec.rewards).labelled(spec.label)
 
 
-def reference_of(env: Environment) -> str:
+def reference_of(env: Environment, name: str = "") -> str:
     """What `load_env` finds this environment by, here and in other processes.
 
     One that no other process could import, as of a script or a notebook cell, is bound as
     `object:NAME` and travels by value.
+
+    Args:
+        name: to bind it as; empty: its own.
 
     Raises:
         ConfigError: it cannot travel.
@@ -106,7 +110,7 @@ def reference_of(env: Environment) -> str:
             "Create what cannot be sent (a lock, a file, a connection) inside the coroutine, or "
             "move the environment to a file and name it: path/to/file.py:attribute."
         ) from error
-    return bind("env.name", env, env.name)
+    return bind("env.name", env, name or env.name)
 
 
 def _is_found(env: Environment) -> bool:

@@ -13,8 +13,9 @@ Methods (`algo.advantage`):
 
 They are divided by (`algo.normalize`): "std", the population standard deviation of the compared
 set; "none" (Dr. GRPO, arXiv 2503.20783; GiGPO's F_norm = 1); or "batch_std", that of the centred
-rewards of all groups of the batch, per seat (REINFORCE++, arXiv 2501.03262). Then the step level
-is divided by the same number as the episode level, so that the two keep their proportion.
+rewards of all groups of the batch, per environment and seat (REINFORCE++, arXiv 2501.03262). Then
+the step level is divided by the same number as the episode level, so that the two keep their
+proportion.
 
 Deviations, numbered: (1) a set whose spread (maximum − minimum) is at most `SPREAD_FLOOR` counts as
 equal and gives zeros, instead of dividing by std + ε: with discounted or summed floats, equal play
@@ -225,12 +226,13 @@ def advantages(
                 for seat in group.trainable
             }
         )
-    of_batch = _batch_scales(raw) if algo.normalize == "batch_std" else {}
+    envs = [group.episodes[0].env if group.episodes else "" for group in groups]
+    of_batch = _batch_scales(envs, raw) if algo.normalize == "batch_std" else {}
     out: list[dict[tuple[int, str], tuple[float, ...]]] = []
-    for group, by_seat in zip(groups, raw, strict=True):
+    for env, group, by_seat in zip(envs, groups, raw, strict=True):
         found: dict[tuple[int, str], tuple[float, ...]] = {}
         for seat, deviations in by_seat.items():
-            scale = of_batch.get(seat, 1.0)
+            scale = of_batch.get((env, seat), 1.0)
             if algo.normalize == "std" and any(deviations):
                 scale = _std(deviations)
             rewards = [episode.rewards[seat] for episode in group.episodes]
@@ -263,10 +265,12 @@ def _checked(function: Advantage, inputs: AdvantageInputs) -> list[tuple[float, 
     return values
 
 
-def _batch_scales(raw: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, float]:
-    """By seat, the standard deviation of the centred rewards of the whole batch."""
-    pooled: dict[str, list[float]] = {}
-    for by_seat in raw:
+def _batch_scales(
+    envs: Sequence[str], raw: Sequence[Mapping[str, Sequence[float]]]
+) -> dict[tuple[str, str], float]:
+    """By environment and seat, the standard deviation of the centred rewards of the batch."""
+    pooled: dict[tuple[str, str], list[float]] = {}
+    for env, by_seat in zip(envs, raw, strict=True):
         for seat, values in by_seat.items():
-            pooled.setdefault(seat, []).extend(values)
-    return {seat: _std(values) if any(values) else 1.0 for seat, values in pooled.items()}
+            pooled.setdefault((env, seat), []).extend(values)
+    return {key: _std(values) if any(values) else 1.0 for key, values in pooled.items()}

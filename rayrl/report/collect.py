@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rayrl.config import Config
+from rayrl.config.mix import env_label
 from rayrl.errors import DataError
 from rayrl.report.page import Phase, Report, render
 from rayrl.report.table import MISSING, Result, columns, entry
@@ -53,7 +54,7 @@ def collect_report(folder: Path) -> Report:
     )
     record = _read_json(folder / "recipe.json", dict) or {}
     return Report(
-        title=f"{config.env.name}: {config.run.name}",
+        title=f"{env_label(config)}: {config.run.name}",
         source=str(folder),
         phases=phases,
         results=results,

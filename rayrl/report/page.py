@@ -95,6 +95,14 @@ class Chart:
 
 CHARTS = (
     Chart("reward", "Reward", "mean over the batch", size="wide"),
+    Chart("reward/*", "Reward: {}", "mean over this environment's episodes of the batch"),
+    Chart("reward_std/*", "Reward spread: {}", "standard deviation over the batch", main=False),
+    Chart(
+        "groups/*/zero_variance_share",
+        "Zero-variance groups: {}",
+        "share of groups; they carry no signal",
+        unit=True,
+    ),
     Chart("eval/version", "Evaluated version", "of the weights", main=False),
     Chart("eval/failed", "Failed episodes", "of an evaluation", main=False),
     *(

@@ -48,6 +48,7 @@ class GroupPlan:
 
     Attributes:
         temperature: at which models sample, instead of their own; for evaluations while training.
+        component: of a mixture, the name of the environment to play.
     """
 
     id: str
@@ -55,6 +56,7 @@ class GroupPlan:
     size: int
     seed: int
     temperature: float | None = None
+    component: str = ""
 
 
 async def play_episode(

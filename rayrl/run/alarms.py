@@ -30,6 +30,7 @@ class Rule:
 
     Attributes:
         name: key within `alarms`.
+        component: the environment of a mixture that it is about; empty: the whole run.
         setting: threshold, patience and action.
         measure: returns the number from the metrics of all steps so far; None: not measured yet.
         what: description of the number.
@@ -43,6 +44,12 @@ class Rule:
     what: str
     remedy: str
     below: bool = False
+    component: str = ""
+
+    @property
+    def label(self) -> str:
+        """Its name, and the component's: `reward_jump/sums`."""
+        return f"{self.name}/{self.component}" if self.component else self.name
 
     def is_out(self, value: float | None) -> bool:
         """Tell whether `value` violates the threshold; NaN does, None does not."""
@@ -70,7 +77,7 @@ class Alarm:
         side = "below" if rule.below else "above"
         n = rule.setting.patience
         return (
-            f"alarm {rule.name}: {rule.what} is {self.value:.3g}, {side} "
+            f"alarm {rule.label}: {rule.what} is {self.value:.3g}, {side} "
             f"alarms.{rule.name}.threshold={rule.setting.threshold:g}"
             f"{f' for {n} steps' if n > 1 else ''}. {rule.remedy}"
         )
@@ -80,7 +87,7 @@ class Alarm:
         setting = self.rule.setting
         return {
             "step": self.step,
-            "alarm": self.rule.name,
+            "alarm": self.rule.label,
             "value": self.value if math.isfinite(self.value) else None,
             "threshold": setting.threshold,
             "patience": setting.patience,
@@ -160,35 +167,50 @@ _DESCRIPTIONS = {
 """What each alarm measures, and what to do about it."""
 
 
-def alarm_rules(cfg: AlarmsConfig, *, kl_coef: float = 0.0, max_lag: int = 0) -> list[Rule]:
+def alarm_rules(
+    cfg: AlarmsConfig, *, kl_coef: float = 0.0, max_lag: int = 0, components: Sequence[str] = ()
+) -> list[Rule]:
     """Return the rules of all alarms that are on.
 
     Args:
+        components: of a mixture; each has rules of its own for rewards and for groups without
+            advantage, instead of those of the whole.
         kl_coef: `algo.kl_coef`; at 0 the reference is not computed.
         max_lag: `train.max_lag`; at 0 rollouts and updates alternate, so replicas are idle during
             every update by design.
     """
-    jump = deviation(cfg.reward_window, cfg.reward_jump.patience)
     settings = {
         "mismatch": (cfg.mismatch, latest("mismatch/mean")),
         "entropy_floor": (cfg.entropy_floor, latest("entropy")),
         "entropy_share": (cfg.entropy_share, share_of_start("entropy")),
-        "reward_jump": (cfg.reward_jump, jump),
         "kl": (cfg.kl, latest("kl") if kl_coef > 0 else unmeasured),
         "step_kl": (cfg.step_kl, latest("approx_kl")),
-        "zero_variance_groups": (cfg.zero_variance_groups, latest("groups/zero_variance_share")),
         "starvation": (cfg.starvation, share_of_step("time/collect")),
         "idle_replicas": (
             cfg.idle_replicas,
             share_of_step("time/idle") if max_lag > 0 else unmeasured,
         ),
     }
-    rules = []
-    for name, (setting, measure) in settings.items():
-        what, remedy = _DESCRIPTIONS[name]
-        what = what.format(window=cfg.reward_window)
-        rules.append(Rule(name, setting, measure, what, remedy, below=name in _LOWER_BOUNDS))
+    rules = [_rule(name, *of_rule, cfg) for name, of_rule in settings.items()]
+    for component in components or ("",):
+        jump = deviation(cfg.reward_window, cfg.reward_jump.patience, component)
+        rules.append(_rule("reward_jump", cfg.reward_jump, jump, cfg, component))
+        share = f"groups/{component}/zero_variance_share".replace("//", "/")
+        rules.append(
+            _rule("zero_variance_groups", cfg.zero_variance_groups, latest(share), cfg, component)
+        )
     return [rule for rule in rules if rule.setting.action != "off"]
+
+
+def _rule(
+    name: str, setting: AlarmConfig, measure: Measure, cfg: AlarmsConfig, component: str = ""
+) -> Rule:
+    what, remedy = _DESCRIPTIONS[name]
+    what = what.format(window=cfg.reward_window)
+    if component:
+        what = f"in {component}, {what}"
+        remedy = remedy.replace("env.args", f"env.mix.{component}.args")
+    return Rule(name, setting, measure, what, remedy, name in _LOWER_BOUNDS, component)
 
 
 def relevant_rows(rows: list[Row], cfg: AlarmsConfig) -> list[Row]:
@@ -232,22 +254,26 @@ def share_of_start(name: str) -> Measure:
     return measure
 
 
-def deviation(window: int, patience: int) -> Measure:
+def deviation(window: int, patience: int, component: str = "") -> Measure:
     """Measure the distance of the newest mean reward from earlier ones in standard deviations.
 
     It is compared with the `window` steps that end `patience` steps ago, so that steps already out
     of bounds are never part of the comparison. The standard deviation is theirs, but at least the
     standard error of the newest mean.
+
+    Args:
+        component: of a mixture, whose rewards these are; steps without any are skipped.
     """
+    of = f"/{component}" if component else ""
 
     def measure(rows: Rows) -> float | None:
         now = rows[-1]
         before = rows[:-patience][-window:]
-        past = [value for row in before if (value := row.get("reward")) is not None]
-        reward, n = now.get("reward"), now.get("episodes")
+        past = [value for row in before if (value := row.get(f"reward{of}")) is not None]
+        reward, n = now.get(f"reward{of}"), now.get(f"episodes{of}")
         if len(past) < max(2, window // 2) or reward is None:
             return None
-        error = (now.get("reward_std") or 0.0) / math.sqrt(n or 1.0)
+        error = (now.get(f"reward_std{of}") or 0.0) / math.sqrt(n or 1.0)
         spread = max(statistics.pstdev(past), error)
         distance = abs(reward - statistics.fmean(past))
         return distance / spread if spread > 0 else math.inf if distance > 0 else 0.0

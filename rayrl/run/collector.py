@@ -176,9 +176,9 @@ class GroupCollector:
     def _sorted(
         self, by_index: Mapping[int, Group], rejected: Collection[int], oldest: int
     ) -> CollectedGroups:
-        env = self._config.env
         groups = [group for index, group in sorted(by_index.items()) if index not in rejected]
-        found = sort_out(groups, oldest, env.failure_budget, env.name)
+        env = self._config.env
+        found = sort_out(groups, oldest, env.failure_budget, env.mix)
         if groups and not found.groups:  # a server refused all of them
             raise none_left(groups, oldest)
         kept = {group.id for group in found.groups}

@@ -38,7 +38,7 @@ class Journal:
     Args:
         file: path of the journal; None writes nothing.
         plans: all episodes to play.
-        seats: what plays each seat.
+        seats: what plays each seat, by component of the mixture.
 
     Attributes:
         known: groups that need not be played again, by id.
@@ -50,7 +50,10 @@ class Journal:
     """
 
     def __init__(
-        self, file: Path | None, plans: Sequence[GroupPlan], seats: Mapping[str, str]
+        self,
+        file: Path | None,
+        plans: Sequence[GroupPlan],
+        seats: Mapping[str, Mapping[str, str]],
     ) -> None:
         self.file, self.plans = file, plans
         self.known: dict[str, Group] = {}
@@ -66,13 +69,15 @@ class Journal:
                 os.truncate(file, whole)
                 fsync(file)
             try:
-                self._read(read_checked(file), trainable_seats(seats))
+                self._read(read_checked(file), seats)
             except DataError as error:
                 raise DataError(
                     f"{error}. Remove the line, and its episode is played again."
                 ) from error
 
-    def _read(self, episodes: Iterable[tuple[Episode, str]], trainable: tuple[str, ...]) -> None:
+    def _read(
+        self, episodes: Iterable[tuple[Episode, str]], seats: Mapping[str, Mapping[str, str]]
+    ) -> None:
         by_id = {plan.id: plan for plan in self.plans}
         for episode, problem in episodes:
             plan = by_id.get(episode.id.rpartition("/")[0])
@@ -86,6 +91,7 @@ class Journal:
             self._count(episode)
             if _is_final(episode):
                 own = (replace(episode, task=plan.task),)
+                trainable = trainable_seats(seats[plan.component])
                 self.known[plan.id] = Group(plan.id, plan.task, own, trainable)
 
     def add(self, group: Group) -> None:

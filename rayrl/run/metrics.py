@@ -21,6 +21,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from rayrl.learner.advantage import has_spread
 from rayrl.types import Episode, Group
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ def step_metrics(
     batch: Batch,
     learned: Mapping[str, float],
     clock: Clock,
+    components: Sequence[str] = (),
 ) -> dict[str, float]:
     """Compute the metrics of a step.
 
@@ -96,17 +98,13 @@ def step_metrics(
 
     Args:
         learned: the learner's metrics.
+        components: of a mixture; each has metrics of its own, see `_component_metrics`, and scores
+            only there.
     """
     trained = [episode for group in played.groups for episode in group.episodes]
     rejected = [episode for group in played.rejected for episode in group.episodes]
     episodes = trained + rejected
     sample = played.groups if played.sample is None else played.sample
-    drawn = [episode for group in sample for episode in group.episodes]
-    trainable = played.groups[0].trainable
-    turns = [len(e.turns_of(seat)) for e in drawn for seat in trainable]
-    lengths = [
-        len(turn.completion_ids) for e in drawn for seat in trainable for turn in e.turns_of(seat)
-    ]
     learner = {_RENAMED.get(name, name): value for name, value in learned.items()}
     groups = batch.stats["groups"] + len(played.rejected)
     zero_variance = batch.stats["zero_variance_groups"] + len(played.rejected)
@@ -115,8 +113,7 @@ def step_metrics(
     metrics = {
         **reward_metrics(sample),
         **chosen,
-        **({"turns": statistics.fmean(turns)} if turns else {}),
-        **({"reply_tokens": statistics.fmean(lengths)} if lengths else {}),
+        **_turn_metrics(sample),
         "episodes": float(len(episodes)),
         "tokens": batch.stats["loss_tokens"],
         **({"groups/zero_variance_share": zero_variance / groups} if groups else {}),
@@ -137,7 +134,57 @@ def step_metrics(
         **({} if played.idle_s is None else {"time/idle": played.idle_s}),
         **clock.metrics(),
     }
+    if components:
+        metrics = {name: v for name, v in metrics.items() if not name.startswith("score/")}
+    for component in components:
+        metrics |= _component_metrics(component, played)
     return {**metrics, **learner}
+
+
+def _component_metrics(component: str, played: CollectedGroups) -> dict[str, float]:
+    """Metrics of one environment of a mixture; only counts, if it has no complete group.
+
+    Their names are those of the whole step with the component's after the first part: `reward/sums`
+    as `reward`, `score/sums/right` as `score/right`, `groups/sums/dropped` as `groups/dropped`.
+    `tokens/sums` are those that the policy wrote in the groups that are trained on.
+    """
+
+    def own(groups: Iterable[Group]) -> list[Group]:
+        return [g for g in groups if g.episodes and g.episodes[0].env == component]
+
+    trained, rejected = own(played.groups), own(played.rejected)
+    sample = own(played.sample or ()) or trained
+    complete = [*trained, *rejected]
+    metrics: dict[str, float] = {}
+    if sample:
+        flat = sum(not has_spread(group) for group in complete)
+        metrics = {**reward_metrics(sample, component), **_turn_metrics(sample, f"/{component}")}
+        metrics[f"groups/{component}/zero_variance_share"] = flat / len(complete)
+    return {
+        **metrics,
+        f"episodes/{component}": float(sum(len(group.episodes) for group in complete)),
+        f"tokens/{component}": float(sum(_lengths(trained))),
+        f"groups/{component}/dropped": float(len(own(played.dropped))),
+    }
+
+
+def _turn_metrics(groups: Sequence[Group], suffix: str = "") -> dict[str, float]:
+    """Mean turns of an episode and mean tokens of a turn, of the trainable seats."""
+    turns = [len(e.turns_of(seat)) for g in groups for e in g.episodes for seat in g.trainable]
+    lengths = _lengths(groups)
+    found = {f"turns{suffix}": statistics.fmean(turns)} if turns else {}
+    return found | ({f"reply_tokens{suffix}": statistics.fmean(lengths)} if lengths else {})
+
+
+def _lengths(groups: Sequence[Group]) -> list[int]:
+    """Tokens of each of the policy's replies."""
+    return [
+        len(turn.completion_ids)
+        for group in groups
+        for episode in group.episodes
+        for seat in group.trainable
+        for turn in episode.turns_of(seat)
+    ]
 
 
 def _lag(step: int, episodes: Sequence[Episode]) -> dict[str, float]:
@@ -185,24 +232,28 @@ def _stale_metrics(groups: Sequence[Group], kept: Sequence[Episode]) -> dict[str
 _RENAMED = {f"mismatch_{name}": f"mismatch/{name}" for name in ("mean", "max", "kl")}
 
 
-def reward_metrics(groups: Sequence[Group]) -> dict[str, float]:
+def reward_metrics(groups: Sequence[Group], component: str = "") -> dict[str, float]:
     """`reward`, `reward_std` and `score/NAME` of complete groups; empty without any.
 
     Rewards are of the trainable seats, scores of all; with several seats `score/SEAT/NAME`.
+
+    Args:
+        component: the groups' environment in a mixture: `reward/COMPONENT` and so on.
     """
     if not groups:
         return {}
     episodes = [episode for group in groups for episode in group.episodes]
-    rewards = [episode.rewards[seat] for episode in episodes for seat in groups[0].trainable]
+    rewards = [e.rewards[seat] for g in groups for e in g.episodes for seat in g.trainable]
+    of = f"/{component}" if component else ""
     values: dict[str, list[float]] = defaultdict(list)
     for episode in episodes:
         for seat, scores in episode.scores.items():
-            prefix = f"score/{seat}/" if len(episode.scores) > 1 else "score/"
+            prefix = f"score{of}/{seat}/" if len(episode.scores) > 1 else f"score{of}/"
             for name, value in scores.items():
                 values[prefix + name].append(value)
     return {
-        "reward": statistics.fmean(rewards),
-        "reward_std": statistics.pstdev(rewards),
+        f"reward{of}": statistics.fmean(rewards),
+        f"reward_std{of}": statistics.pstdev(rewards),
         **{name: statistics.fmean(scores) for name, scores in values.items()},
     }
 

@@ -49,14 +49,19 @@ class Monitor:
     def __init__(self, config: Config, folder: RunDir, notify: Callable[[str], None]) -> None:
         cfg = config.alarms
         self._cfg, self._notify, self._folder, self._path = cfg, notify, folder, folder.path
-        self._rules = alarm_rules(cfg, kl_coef=config.algo.kl_coef, max_lag=config.train.max_lag)
+        self._rules = alarm_rules(
+            cfg,
+            kl_coef=config.algo.kl_coef,
+            max_lag=config.train.max_lag,
+            components=tuple(config.env.mix),
+        )
         self._telemetry = Telemetry(config.run.name)
         self.rewind()
 
     def rewind(self) -> None:
         """Restore the state after the last step in the folder's metrics; drop later alarms."""
         self._rows: list[Row] = relevant_rows(list(self._folder.metrics()), self._cfg)
-        self._streaks = {rule.name: 0 for rule in self._rules}  # consecutive steps out of bounds
+        self._streaks = {rule.label: 0 for rule in self._rules}  # consecutive steps out of bounds
         self._halting: list[Alarm] = []
         start = int(self._rows[-1]["step"] or 0) + 1 if self._rows else 0
         for name in (ALARMS, TIMELINE):
@@ -79,8 +84,8 @@ class Monitor:
             value = rule.measure(self._rows)
             if value is None:
                 continue
-            self._streaks[rule.name] = self._streaks[rule.name] + 1 if rule.is_out(value) else 0
-            if self._streaks[rule.name] == rule.setting.patience:
+            self._streaks[rule.label] = self._streaks[rule.label] + 1 if rule.is_out(value) else 0
+            if self._streaks[rule.label] == rule.setting.patience:
                 raised.append(Alarm(rule, step, value))
         for alarm in raised:
             _append(self._path / ALARMS, alarm.to_json())
@@ -96,7 +101,7 @@ class Monitor:
     def alarms(self) -> dict[str, bool]:
         """Tell by alarm whether it has been out of bounds for its patience or longer."""
         return {
-            rule.name: self._streaks[rule.name] >= rule.setting.patience for rule in self._rules
+            rule.label: self._streaks[rule.label] >= rule.setting.patience for rule in self._rules
         }
 
     @property

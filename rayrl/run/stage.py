@@ -214,17 +214,32 @@ def check_trained(environment: Environment, config: Config) -> None:
         )
 
 
-def eval_cells(config: Config) -> dict[str, dict[str, Any]]:
-    """What an evaluation plays: arguments of the environment by the cell's name."""
-    return dict(config.eval.cells) or {"tasks": {}}
+def eval_cells(config: Config, component: str = "") -> dict[str, dict[str, Any]]:
+    """What an evaluation plays: arguments of the environment by the cell's name.
+
+    Args:
+        component: of a mixture, whose cells are called after it: `sums`, or `sums/easy`.
+    """
+    if not component:
+        return dict(config.eval.cells) or {"tasks": {}}
+    cells = {f"{component}/{cell}": args for cell, args in config.eval.cells.items()}
+    return cells or {component: {}}
 
 
-def evaluation_plans(environment: Environment, config: Config, cell: str) -> list[GroupPlan]:
+def evaluation_plans(
+    environment: Environment, config: Config, cell: str, component: str = ""
+) -> list[GroupPlan]:
     """The episodes of a cell, each a plan of its own: `eval.samples` of each task."""
     seed, samples = derive_seed(config.run.seed, "eval", cell), config.eval.samples
     tasks = environment.tasks(seed, config.eval.episodes // samples)
     check_tasks(environment, tasks)
     return [
-        GroupPlan(f"{cell}-{k}", tasks[k // samples], 1, derive_seed(seed, "play", k))
+        GroupPlan(
+            f"{cell}-{k}",
+            tasks[k // samples],
+            1,
+            derive_seed(seed, "play", k),
+            component=component,
+        )
         for k in range(len(tasks) * samples)
     ]

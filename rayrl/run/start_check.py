@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from rayrl.cluster import by_value, cluster_address
 from rayrl.config import Config, EndpointConfig, stage_config
+from rayrl.config.mix import components, named_keys
 from rayrl.config.registry import NOT_PLACES, from_outside, is_object, load_function
 from rayrl.config.sync import transport_of
 from rayrl.environment.data_files import HUB
@@ -146,7 +147,17 @@ def _players(config: Config, verb: str) -> list[str]:
         return [POLICY]
     if not has_replicas(config, verb):
         return []
+    played: list[str] = []
+    for name, own in components(config).items():
+        if verb != "play" or name == config.play.component:
+            with named_keys(name):
+                played += _players_of(own, verb, name)
+    return played
+
+
+def _players_of(config: Config, verb: str, component: str) -> list[str]:
     environment = load_env(config.env.name).configure(config.env.args, config.env.rewards)
+    environment = environment.labelled(component)
     if verb in LEARNING:
         check_trained(environment, config)
     for args in config.eval.cells.values() if verb in ("eval", "sft") else ():

@@ -14,6 +14,8 @@ from rayrl.cluster.open import make_environment, open_cluster
 from rayrl.cluster.rollouts import CollectedGroups, Rollouts
 from rayrl.cluster.weight_sync.push import WeightSync
 from rayrl.config import Config
+from rayrl.config.mix import components, named_keys
+from rayrl.environment.environment import Environment
 from rayrl.errors import LearnerLost, RunFailed
 from rayrl.learner.batch import Batch
 from rayrl.run.checkpoints import Checkpoint
@@ -24,8 +26,7 @@ from rayrl.run.group_log import GroupLog
 from rayrl.run.metrics import Clock, headline, step_metrics, warnings
 from rayrl.run.monitor import Monitor
 from rayrl.run.progress_bar import ProgressBar
-from rayrl.run.sampling.difficulty import DifficultySampler
-from rayrl.run.sampling.task_sampler import UniformSampler
+from rayrl.run.sampling.mixture import run_sampler
 from rayrl.run.stage import (
     MODEL,
     check_trained,
@@ -163,7 +164,7 @@ class Training:
             on_step: called with what it may ask for before the next step.
         """
         config, folder, collected = self.config, self.folder, self._collected
-        metrics = step_metrics(step, collected, batch, learned, self.clock)
+        metrics = step_metrics(step, collected, batch, learned, self.clock, tuple(config.env.mix))
         control = StepControl(
             step,
             metrics,
@@ -333,11 +334,17 @@ async def open_training(config: Config, folder: RunDir) -> AsyncIterator[Trainin
     Raises:
         ConfigError: no seat is the policy's.
     """
-    environment = make_environment(config).training(config.env.held_out, config.env.duplicates)
-    log_dropped(environment)
-    check_trained(environment, config)
-    check_metrics(config, environment, "train")
-    log_template_notes(config, seats_of(environment, config, "model").values())
+    environments: dict[str, Environment] = {}
+    seats: list[str] = []
+    for name, own in components(config).items():
+        with named_keys(name):
+            environment = make_environment(own, name)
+            environments[name] = environment.training(own.env.held_out, own.env.duplicates)
+            log_dropped(environments[name])
+            check_trained(environments[name], own)
+            seats += seats_of(environments[name], own, "model").values()
+    check_metrics(config, environments, "train")
+    log_template_notes(config, seats)
     log = GroupLog(folder.path / "groups")
     found = folder.latest_checkpoint()
     start, state = (found.step, found.state) if found else (0, {})
@@ -347,8 +354,7 @@ async def open_training(config: Config, folder: RunDir) -> AsyncIterator[Trainin
         folder.reopen()
     async with open_cluster(config, config.train.steps, log.turns) as (rollouts, learner, weights):
         folder.begin()
-        by_difficulty = config.train.task_sampling == "difficulty"
-        sampler = (DifficultySampler if by_difficulty else UniformSampler)(environment, config)
+        sampler = run_sampler(environments, config)
         async with GroupCollector(rollouts, sampler, config, log) as collector:
             collector.restore(start, state)
             training = Training(config, folder, rollouts, collector, learner, weights)

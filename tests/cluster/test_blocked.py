@@ -13,7 +13,7 @@ import pytest
 import rayrl
 from rayrl import Agent, GroupPlan, Scores, Task
 from rayrl.cluster.workers import supervisor
-from rayrl.cluster.workers.env_worker import Running, WorkerJob, running_in
+from rayrl.cluster.workers.env_worker import PlayedEnv, Running, WorkerJob, running_in
 from rayrl.cluster.workers.scheduler import RolloutRequest
 from rayrl.cluster.workers.supervisor import WorkerProcess
 from rayrl.cluster.workers.worker_pool import BLOCKED_WARNINGS, WorkerPool, blocked_warning
@@ -110,7 +110,9 @@ def test_the_warning_names_environment_and_task_and_a_remedy(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     config = from_dict({"env": {"name": "nim", "deadline_s": 60.0}})
-    job = WorkerJob(EnvSpec("nim", {}, {}), {"agent": "policy"}, Sampling(), config)
+    job = WorkerJob(
+        {"": PlayedEnv(EnvSpec("nim", {}, {}), {"agent": "policy"}, Sampling())}, config
+    )
     pool = WorkerPool(job, object, None)
 
     def submit(*plans: GroupPlan) -> None:
@@ -140,4 +142,4 @@ def test_the_warning_names_environment_and_task_and_a_remedy(
 
 def test_an_isolated_environment_is_not_told_to_be_isolated() -> None:
     env = from_dict({"env": {"isolated": True}}).env
-    assert "env.isolated" not in blocked_warning(env, "x", None)
+    assert "env.isolated" not in blocked_warning("nim", env, "x", None)

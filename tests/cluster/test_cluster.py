@@ -195,7 +195,7 @@ def test_groups_that_ended_short_or_are_old_are_dropped_and_counted() -> None:
         group("d", None, None, version=0),
         group("e", None, None),
     ]
-    found = sort_out(groups, min_version=1, budget=0.1, env="talk")
+    found = sort_out(groups, min_version=1, budget=0.1)
     assert [g.id for g in found.groups] == ["a", "e"]
     assert [g.id for g in found.dropped] == ["b", "c", "d"]
     assert (found.env_failures, found.infra_failures, found.stale) == (1, 1, 2)
@@ -204,23 +204,23 @@ def test_groups_that_ended_short_or_are_old_are_dropped_and_counted() -> None:
 def test_an_environment_that_fails_too_often_stops_the_run() -> None:
     env = Failure("env", "it raised", "Traceback: line 3")
     groups = [group("a", None, env), group("b", None, None)]
-    assert sort_out(groups, 0, budget=0.25, env="talk").env_failures == 1
+    assert sort_out(groups, 0, budget=0.25).env_failures == 1
     with pytest.raises(RunFailed) as stopped:
-        sort_out(groups, 0, budget=0.2, env="talk")
+        sort_out(groups, 0, budget=0.2)
     for part in ("'talk'", "1 of 4", "env.failure_budget=0.2", "a/1", "seed=7", "line 3"):
         assert part in str(stopped.value)
     with pytest.raises(RunFailed, match="it died"):
-        sort_out([group("a", Failure("infra", "it died"))], 0, budget=1, env="talk")
+        sort_out([group("a", Failure("infra", "it died"))], 0, budget=1)
 
 
 def test_what_a_server_refuses_is_neither_the_environments_nor_to_be_played_again() -> None:
     refused, infra = Failure("refused", "hate"), Failure("infra", "it died")
-    found = sort_out([group("a", refused), group("b", None)], 0, budget=0, env="talk")
+    found = sort_out([group("a", refused), group("b", None)], 0, budget=0)
     assert (found.env_failures, found.infra_failures, found.refused) == (0, 0, 1)
-    found = sort_out([group("a", refused)], 0, budget=0, env="talk")
+    found = sort_out([group("a", refused)], 0, budget=0)
     assert (found.groups, len(found.dropped)) == ((), 1)  # an evaluation's result
     with pytest.raises(RunFailed, match="hate"):
-        sort_out([group("a", refused), group("b", infra)], 0, budget=0, env="talk")
+        sort_out([group("a", refused), group("b", infra)], 0, budget=0)
 
 
 def test_a_push_counts_only_what_was_confirmed_exactly() -> None:
@@ -552,7 +552,7 @@ async def test_a_task_that_takes_its_env_worker_down_is_the_environments_failure
         env={"args": {"fault": fault}, "deadline_s": 6.0, "failure_budget": 0.5},
         cluster={"env_workers": 2},
     )
-    async with open_rollouts(settings, seats={"agent": "player:parrot"}) as rollouts:
+    async with open_rollouts(settings, seats={"": {"agent": "player:parrot"}}) as rollouts:
         found = await rollouts.collect(plans(settings))
         assert [g.id for g in found.groups] == [f"g{k}" for k in range(8) if k != 3]
         (blamed,) = found.dropped
@@ -605,7 +605,7 @@ async def test_a_budget_stops_a_run_with_env_task_and_traceback(
     session: Session, tiny: Path, fault: str
 ) -> None:
     settings = config(tiny, env={"args": {"fault": fault}})
-    async with open_rollouts(settings, seats={"agent": "player:parrot"}) as rollouts:
+    async with open_rollouts(settings, seats={"": {"agent": "player:parrot"}}) as rollouts:
         with pytest.raises(RunFailed) as stopped:
             await rollouts.collect(plans(settings))
     for part in ("talk", "k=3", "Traceback", "fault of number 3" if fault == "raise" else "nan"):
@@ -616,7 +616,7 @@ async def test_wrong_players_are_named_before_anything_is_played(
     session: Session, tiny: Path
 ) -> None:
     with pytest.raises(ConfigError, match="Did you mean 'player:parrot'"):
-        async with open_rollouts(config(tiny), seats={"agent": "player:parot"}):
+        async with open_rollouts(config(tiny), seats={"": {"agent": "player:parot"}}):
             pass
 
 
@@ -634,7 +634,7 @@ async def test_what_is_known_is_not_played_and_winding_down_begins_nothing_new(
     async with server_of.serving(slow) as server:
         asked = {"url": server.url, "model": "m", "concurrency": 2}
         settings = config(tiny, endpoint=asked, cluster={"env_workers": 2})
-        async with open_rollouts(settings, seats={"agent": "endpoint"}) as rollouts:
+        async with open_rollouts(settings, seats={"": {"agent": "endpoint"}}) as rollouts:
             some = await rollouts.collect(plans(settings), on_group=lambda _: rollouts.wind_down())
             episodes = sum(len(group.episodes) for group in some.groups)
             assert 1 <= len(some.groups) < 8
@@ -645,7 +645,7 @@ async def test_what_is_known_is_not_played_and_winding_down_begins_nothing_new(
         assert len(server.seen) == 2 * sum(len(group.episodes) for group in whole.groups)
         assert server.most == 2
     with pytest.raises(ConfigError, match="no server answers there"):
-        async with open_rollouts(settings, seats={"agent": "endpoint"}):
+        async with open_rollouts(settings, seats={"": {"agent": "endpoint"}}):
             pass
 
 
@@ -661,3 +661,19 @@ async def test_results_do_not_depend_on_workers_or_replicas(session: Session, ti
     assert found[0].groups[0].trainable == ("agent",)
     replies = {turn.text for g in found[0].groups for e in g.episodes for turn in e.turns}
     assert len(replies) > 8
+
+
+def test_an_environment_of_a_mixture_that_always_fails_stops_the_run() -> None:
+    """Four episodes in a hundred are within the budget, but they are all that games has."""
+
+    def of(env: str, n: int, failure: Failure | None) -> Group:
+        episodes = [Episode(f"{env}/{k}", env, Task(), k, (), failure=failure) for k in range(n)]
+        return Group(env, Task(), tuple(episodes))
+
+    broke = Failure("env", "it broke")
+    groups = [of("words", 96, None), of("games", 4, broke)]
+    with pytest.raises(RunFailed, match=r"'games' of the mixture failed in all of its 4 episodes"):
+        sort_out(groups, 0, 0.05, ("words", "games"))
+    assert sort_out(groups, 0, 0.05).env_failures == 4
+    spared = [*groups, of("games", 1, None)]
+    assert sort_out(spared, 0, 0.05, ("words", "games")).env_failures == 4

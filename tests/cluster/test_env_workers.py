@@ -154,7 +154,7 @@ async def test_one_that_cannot_be_scheduled_harms_nothing_and_is_said_once(
     gate = tmp_path / "open"
     cpus = ray.cluster_resources()["CPU"]
     settings = config(tiny, gate, env_workers_max=3, env_worker_cpus=cpus, env_worker_idle_s=0.5)
-    async with open_rollouts(settings, seats={"agent": "player:parrot"}) as rollouts:
+    async with open_rollouts(settings, seats={"": {"agent": "player:parrot"}}) as rollouts:
         playing = asyncio.ensure_future(rollouts.collect(plans(settings)))
         await until(lambda: rollouts.load().asked == 2)
         await until(lambda: bool(caplog.messages))

@@ -9,7 +9,7 @@ import pytest
 
 from rayrl.cluster import rollouts as module
 from rayrl.cluster.rollouts import DISCARD_AT, Rollouts
-from rayrl.cluster.workers.env_worker import WorkerJob
+from rayrl.cluster.workers.env_worker import PlayedEnv, WorkerJob
 from rayrl.config import Config
 from rayrl.environment.environment import EnvSpec
 from rayrl.rollout.rollout import GroupPlan
@@ -61,7 +61,9 @@ def pool(monkeypatch: pytest.MonkeyPatch) -> Pool:
 
 
 def rollouts() -> Rollouts:
-    return Rollouts(WorkerJob(EnvSpec("x", {}, {}), {"agent": "policy"}, Sampling(), Config()))
+    return Rollouts(
+        WorkerJob({"": PlayedEnv(EnvSpec("x", {}, {}), {"agent": "policy"}, Sampling())}, Config())
+    )
 
 
 async def test_turns_are_discarded_in_batches_once_the_caller_has_their_groups(pool: Pool) -> None:

@@ -47,7 +47,7 @@ class Caller:
 
 def scheduler(*capacities: int, elastic: Sequence[int] = ()) -> Scheduler:
     """Fixed workers in slots 0, 1, ..., then elastic ones, with these capacities."""
-    made = Scheduler("nim", ("agent",))
+    made = Scheduler({"": ("nim", ("agent",))})
     for slot, capacity in enumerate((*capacities, *elastic)):
         made.add_worker(slot, capacity, elastic=slot >= len(capacities))
     return made

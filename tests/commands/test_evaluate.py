@@ -166,7 +166,7 @@ async def test_checks_get_fresh_agents_that_are_closed_afterwards(
         return {"hellos": float(sum(text == "hello" for text in said))}
 
     player = ScriptedPlayer(lambda messages, rng: "hello")
-    monkeypatch.setattr(evaluate, "players_here", lambda rollouts: {"agent": player})
+    monkeypatch.setattr(evaluate, "players_here", lambda rollouts, component: {"agent": player})
     found = await run_checks(env, {}, rollouts=None)  # type: ignore[arg-type]
     assert found == {"says hello": {"hellos": 2.0}}
     assert [agent.episode for agent in made] == ["check-says hello-0", "check-says hello-1"]
@@ -182,13 +182,15 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[Here]:
     opened: list[Here] = []
 
     @asynccontextmanager
-    async def open_here(cfg, *, seats, sampling):  # type: ignore[no-untyped-def]
+    async def open_here(cfg, *, seats, temperature):  # type: ignore[no-untyped-def]
         async with killing(0)(cfg, seats=seats) as here:  # type: ignore[attr-defined]
             opened.append(here)
             yield here
 
     monkeypatch.setattr(evaluate, "open_rollouts", open_here)
-    monkeypatch.setattr(evaluate, "players_here", lambda rollouts: rollouts.players)
+    monkeypatch.setattr(
+        evaluate, "players_here", lambda rollouts, component: rollouts.players[component]
+    )
     return opened
 
 
@@ -198,7 +200,8 @@ def test_a_run_writes_the_table_its_settings_and_the_episodes(
     cfg = config(tmp_path / "run", player="optimal")
     evaluate.run(cfg)
     result = Result.load(tmp_path / "run" / "eval.json")
-    assert in_process[0].players["agent"].function == in_process[0].env.players["optimal"]
+    here = in_process[0]
+    assert here.players[""]["agent"].function == here.envs[""].players["optimal"]
     assert result.name == "optimal"
     assert list(result.cells) == ["random", "optimal"]
     counts = result.cells["optimal"].statistics["win/draw/loss"]
@@ -225,6 +228,33 @@ async def test_a_greedy_model_is_checked_to_the_end(tmp_path: Path, in_process: 
     assert result.checks["unbeatable"]["lines"] > 100
     for skipped in ({"exhaustive": False}, {"temperature": 0.5}):
         assert (await evaluate.play_cells(config(tmp_path, episodes=2, **skipped))).checks == {}
+
+
+async def test_a_mixture_plays_the_cells_of_each_environment(
+    tmp_path: Path, in_process: list[Here]
+) -> None:
+    words = {"name": "copyword", "seats": {"agent": "player:perfect"}}
+    easy = {"easy": {"random_min": 1.0}, "hard": {"random_max": 0.0}}
+    games = {"name": "tictactoe", "rewards": {"win": 0.5}, "cells": easy}
+    cfg = from_dict(
+        {
+            "run": {"dir": str(tmp_path)},
+            "env": {"mix": {"words": words, "games": games}},
+            "eval": {"episodes": 6},
+        }
+    )
+    with RunDir(tmp_path, cfg) as folder:
+        result = await evaluate.play_cells(cfg, folder)
+    assert [*result.cells] == ["words", "games/easy", "games/hard"]
+    assert [cell.args for cell in result.cells.values()] == [{}, *easy.values()]
+    assert result.cells["words"].statistics["copied"].value == 1
+    assert [*result.checks] == ["games/unbeatable"]
+    assert result.settings["env"] == "words + games"
+    names = [{episode.env for episode in of_cell} for of_cell in episodes_in(tmp_path)]
+    assert names == [{"words"}, {"games"}, {"games"}]
+    (won, *_) = [e for e in episodes_in(tmp_path)[1] if e.scores["agent"]["win"] == 1]
+    scores = won.scores["agent"]
+    assert won.rewards["agent"] == 0.5 + 0.2 * scores["format"] + scores["invalid"]
 
 
 # --- what is stopped goes on ----------------------------------------------------------------------

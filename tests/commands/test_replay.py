@@ -161,7 +161,7 @@ async def group_of(env: rayrl.Environment, task: Task, tmp_path: Path) -> list[E
     """Three episodes as a file gives them back."""
     (group,) = await collect(env, [GroupPlan("g", task, 3, 1)], instant(), concurrency=3)
     write_episodes(tmp_path / "episodes.jsonl", group.episodes)
-    return stored_episodes(tmp_path / "episodes.jsonl", env)
+    return stored_episodes(tmp_path / "episodes.jsonl", {"": env})
 
 
 def kinds(found: Sequence[Replayed]) -> list[str]:
@@ -236,7 +236,7 @@ async def test_seats_at_once_and_a_call_that_was_given_up(tmp_path: Path) -> Non
     (episode,) = group.episodes
     assert [turn.seat for turn in episode.turns] == ["b"]
     write_episodes(tmp_path / "e.jsonl", [episode])
-    (one,) = await replay(race, stored_episodes(tmp_path / "e.jsonl", race))
+    (one,) = await replay(race, stored_episodes(tmp_path / "e.jsonl", {"": race}))
     assert (one.kind, one.episode) == ("same", episode)
 
 
@@ -247,7 +247,7 @@ async def test_tools_are_played_again(isolated: bool, tmp_path: Path) -> None:
     players = {"agent": ScriptedPlayer(env.players["clumsy"])}
     groups = await collect(env, plans, players, concurrency=1)
     write_episodes(tmp_path / "e.jsonl", [group.episodes[0] for group in groups])
-    stored = stored_episodes(tmp_path / "e.jsonl", env)
+    stored = stored_episodes(tmp_path / "e.jsonl", {"": env})
     found = await replay(env, stored, deadline_s=60, isolated=isolated)
     assert kinds(found) == ["same", "same"]
     assert [one.episode for one in found] == stored

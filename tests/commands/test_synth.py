@@ -10,12 +10,17 @@ import pytest
 from rich.console import Console
 
 from rayrl import load_env
-from rayrl.commands import synth
+from rayrl.chat.renderer import Chat
+from rayrl.cluster.open import make_environment
+from rayrl.commands import replay, synth
+from rayrl.commands.sft import load_rows
 from rayrl.commands.synth import Lengths, kept, samples, statistics_of, summary
-from rayrl.config import Config, from_dict
+from rayrl.config import Config, ReplayConfig, SftConfig, from_dict, to_dict
+from rayrl.config.mix import components
 from rayrl.errors import ConfigError, RunFailed
 from rayrl.rollout.episode_io import read_episodes
 from rayrl.types import Episode, Failure, Task, Turn, user
+from rayrl.weights.model_dir import model_dir
 from tests.here import killing
 from tests.rollout.test_endpoint import said, serving
 
@@ -102,9 +107,9 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     opened = []
 
     class Here:
-        def __init__(self, cfg: Config, seats: dict[str, str]) -> None:
+        def __init__(self, cfg: Config, seats: dict[str, dict[str, str]]) -> None:
             self.env = load_env(cfg.env.name).configure(cfg.env.args, cfg.env.rewards)
-            names = {seat: who.removeprefix("player:") for seat, who in seats.items()}
+            names = {seat: who.removeprefix("player:") for seat, who in seats[""].items()}
             self.players = {s: ScriptedPlayer(self.env.players[n]) for s, n in names.items()}
 
         async def collect(self, plans, on_group, known):  # type: ignore[no-untyped-def]
@@ -177,3 +182,46 @@ async def test_episodes_that_a_server_failed_are_played_again(
     everything = list(read_episodes(tmp_path / "played.jsonl"))
     assert [e.id for e in everything] == [f"synth-{k}/0" for k in range(8)]
     assert list(read_episodes(tmp_path / "episodes.jsonl")) == everything
+
+
+def test_a_mixture_is_played_by_weight_and_each_keeps_by_its_own_scores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(synth, "open_rollouts", killing(0))
+    mix = {
+        "words": {"name": "copyword", "weight": 3, "seats": {"agent": "player:perfect"}},
+        "games": {"name": "tictactoe"},
+    }
+    cfg = from_dict(
+        {
+            "run": {"dir": str(tmp_path / "run")},
+            "env": {"mix": mix},
+            "synth": {"player": "random", "episodes": 21, "keep": {"win": 0.5}},
+        }
+    )
+    synth.run(cfg)
+    played = list(read_episodes(tmp_path / "run" / "played.jsonl"))
+    kept = list(read_episodes(tmp_path / "run" / "episodes.jsonl"))
+    assert [e.env for e in played] == 16 * ["words"] + 5 * ["games"]  # 15.75 and 5.25
+    assert all(e.scores["agent"]["copied"] == 1 for e in played[:16])
+    won = [e for e in played[16:] if e.scores["agent"]["win"] >= 0.5]
+    assert kept == [*played[:16], *won], "words has no such score"
+    assert len(won) < 5
+    said = capsys.readouterr().out
+    assert "16 episodes played, 16 kept (100.0%)" in said
+    assert f"5 episodes played, {len(won)} kept" in said
+
+    (tmp_path / "run" / "config.yaml").write_text(json.dumps(to_dict(cfg)))
+    replay.run(replace(cfg, replay=ReplayConfig(file=str(tmp_path / "run" / "played.jsonl"))))
+    assert "│   21 │                  0 │" in capsys.readouterr().out
+    other = from_dict({"env": {"mix": {**mix, "games": {"name": "copyword"}}}})
+    del other.env.mix["games"]
+    other.env.mix["boards"] = {"name": "tictactoe"}
+    with pytest.raises(ConfigError, match=r"has episodes of games, not of 'words' or 'boards'"):
+        replay.stored_episodes(
+            tmp_path / "run" / "played.jsonl",
+            {name: make_environment(own, name) for name, own in components(other).items()},
+        )
+    learned = replace(cfg, sft=SftConfig(data=str(tmp_path / "run" / "episodes.jsonl")))
+    rows = load_rows(learned, Chat.load(str(model_dir("embedded"))))
+    assert len(rows) == len(won), "the seats of words are not the policy's, so nothing is learned"

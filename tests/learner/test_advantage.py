@@ -196,3 +196,11 @@ def test_an_advantage_from_a_file_and_as_a_function(tmp_path):
 def test_what_an_advantage_returns_is_checked(returned, error, said):
     with pytest.raises(error, match=f"advantage .*<lambda>, group 'g', seat 'agent'.*{said}"):
         advantages([group([1, 0])], AlgoConfig(), lambda inputs: returned)
+
+
+def test_batch_std_never_mixes_environments():
+    # Of a mixture: deviations ±0.5 in one environment, ±10 in the other, each its own std.
+    one, two = group([1, 0]), group([20, 0])
+    other = replace(two, episodes=tuple(replace(e, env="other") for e in two.episodes))
+    found = advantages([one, other], AlgoConfig(advantage="grpo", normalize="batch_std"))
+    assert [firsts(result) for result in found] == [[1, -1], [1, -1]]

@@ -194,3 +194,26 @@ def test_one_setting_leaves_the_others() -> None:
 
 def config(alarms: Mapping[str, Any]) -> Config:
     return from_dict({"env": {"name": "tictactoe"}, "alarms": alarms})
+
+
+def test_each_environment_of_a_mixture_has_its_own_alarms() -> None:
+    rules = alarm_rules(CFG, components=("sums", "games"))
+    labels = [one.label for one in rules]
+    assert len(labels) == len(set(labels)) == len(alarm_rules(CFG)) + 2
+    assert {"reward_jump/sums", "reward_jump/games", "zero_variance_groups/games"} <= {*labels}
+    assert not {"reward_jump", "zero_variance_groups"} & {*labels}
+    by_label = {one.label: one for one in rules}
+    rows: list[dict[str, float | None]] = [
+        {"reward": 0.0, "reward/sums": k % 2, "reward_std/sums": 0.0, "episodes/sums": 4.0}
+        for k in range(CFG.reward_window)
+    ]
+    rows.append({"reward": 0.0, "reward/sums": 5.5, "groups/games/zero_variance_share": 0.95})
+    assert by_label["reward_jump/sums"].measure(rows) == 10, "mean 0.5, deviation 0.5"
+    assert by_label["reward_jump/games"].measure(rows) is None, "it had no group in these steps"
+    share = by_label["zero_variance_groups/games"]
+    assert share.measure(rows) == 0.95
+    alarm = Alarm(share, 3, 0.95)
+    assert "alarm zero_variance_groups/games: in games, the share of groups" in str(alarm)
+    assert "above alarms.zero_variance_groups.threshold=0.9" in str(alarm)
+    assert "env.mix.games.args" in str(alarm)
+    assert alarm.to_json()["alarm"] == "zero_variance_groups/games"

@@ -16,7 +16,7 @@ from rayrl.run.journal import Journal, JournaledRollouts
 from rayrl.run.progress_bar import ProgressBar
 from rayrl.types import Episode, Failure, Group, Task, Turn, Usage, user
 
-SEATS = {"agent": "endpoint"}
+SEATS = {"": {"agent": "endpoint"}}
 COST = Usage(1, 0, 50, 10)
 
 

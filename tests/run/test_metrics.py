@@ -6,10 +6,21 @@ from dataclasses import replace
 
 import pytest
 
+from rayrl.cluster.rollouts import CollectedGroups
+from rayrl.config import AlgoConfig
 from rayrl.environment.registry import load_env
+from rayrl.learner.advantage import advantages
+from rayrl.learner.batch import make_batch
 from rayrl.rollout.rollout import play_group
-from rayrl.run.metrics import Clock, active_counts, headline, latest_steps, timeline_row
-from rayrl.types import Episode, Group, Task, Turn
+from rayrl.run.metrics import (
+    Clock,
+    active_counts,
+    headline,
+    latest_steps,
+    step_metrics,
+    timeline_row,
+)
+from rayrl.types import Episode, Group, Task, Turn, VersionSpan
 from tests.act import instant
 
 METRICS = {
@@ -121,3 +132,53 @@ async def test_episodes_and_turns_record_when_they_began() -> None:
         assert 0 < episode.began <= episode.turns[0].began
         assert episode.turns[0].seconds > 0
     assert timeline_row(0, [], [group])["requests"]["began"] >= group.episodes[0].began - 0.001
+
+
+def turn(seat: str, tokens: int) -> Turn:
+    spans = (VersionSpan(0, 0, tokens),)
+    return Turn(seat, (), "x", "stop", 0, (7,), (1,) * tokens, (0.0,) * tokens, spans)
+
+
+def played_by(env: str, rewards: list[float], seat: str = "agent") -> Group:
+    episodes = tuple(
+        Episode(
+            f"{env}/{k}",
+            env,
+            Task(),
+            k,
+            (turn(seat, k + 1),),
+            {seat: {"right": reward}},
+            {seat: reward},
+        )
+        for k, reward in enumerate(rewards)
+    )
+    return Group(env, Task(), episodes, (seat,))
+
+
+def test_a_mixture_has_metrics_of_each_environment() -> None:
+    """sums: rewards 0 1 | 1 1; games: 4 0 in seat x; rest: a group that was dropped."""
+    groups = (
+        played_by("sums", [0, 1]),
+        played_by("sums", [1, 1]),
+        played_by("games", [4, 0], "x"),
+    )
+    played = CollectedGroups(groups, dropped=(played_by("rest", [0]),))
+    batch = make_batch(groups, advantages(groups, AlgoConfig()))
+    names = ("sums", "games", "rest")
+    found = step_metrics(0, played, batch, {}, Clock(), names)
+    assert found["reward"] == pytest.approx(7 / 6)
+    assert (found["reward/sums"], found["reward/games"]) == (0.75, 2.0)
+    assert found["reward_std/games"] == 2.0
+    assert (found["score/sums/right"], found["score/games/right"]) == (0.75, 2.0)
+    assert "score/right" not in found, "of different environments, nobody can compare it"
+    assert (found["episodes/sums"], found["episodes/games"], found["episodes/rest"]) == (4, 2, 0)
+    assert (found["tokens/sums"], found["tokens/games"]) == (1 + 2 + 1 + 2, 3)
+    assert (found["turns/sums"], found["reply_tokens/games"]) == (1, 1.5)
+    shares = [found[f"groups/{name}/zero_variance_share"] for name in ("sums", "games")]
+    assert shares == [0.5, 0.0]
+    dropped = [found[f"groups/{name}/dropped"] for name in names]
+    assert dropped == [0, 0, 1]
+    assert "reward/rest" not in found
+    alone = step_metrics(0, played, batch, {}, Clock())
+    assert not [name for name in alone if "sums" in name]
+    assert alone["score/right"] == pytest.approx(7 / 6)

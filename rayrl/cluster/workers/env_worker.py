@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import logging
 import sys
 import threading
@@ -35,6 +36,7 @@ from rayrl.types import Group, Sampling
 __all__ = [
     "POLICY",
     "EnvWorker",
+    "PlayedEnv",
     "Running",
     "WorkerJob",
     "WorkerReport",
@@ -50,27 +52,38 @@ ISOLATED_SLOTS = 16  # child processes per worker, where env.isolated asks for t
 
 
 @dataclass(frozen=True)
-class WorkerJob:
-    """What a worker needs to play.
+class PlayedEnv:
+    """An environment, and who plays it.
 
     Attributes:
         env: how to make the environment.
         seats: who plays each seat: policy, endpoint, player:NAME, model:PATH, or a function from
             outside the environment.
         sampling: how models sample.
-        config: limits, retries and deadlines.
-        models: directory of each model (its tokenizer), by its name in `seats`.
-        apps: name of each model's Serve app, by the same name.
         passed: players that the program has passed as objects, by seat, from `by_value.dumps`.
     """
 
     env: EnvSpec
     seats: Mapping[str, str]
     sampling: Sampling
+    passed: Mapping[str, str | bytes] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class WorkerJob:
+    """What a worker needs to play.
+
+    Attributes:
+        envs: by component of the mixture; without one, under an empty name.
+        config: limits, retries and deadlines.
+        models: directory of each model (its tokenizer), by its name in `PlayedEnv.seats`.
+        apps: name of each model's Serve app, by the same name.
+    """
+
+    envs: Mapping[str, PlayedEnv]
     config: Config
     models: Mapping[str, str] = field(default_factory=dict)
     apps: Mapping[str, str] = field(default_factory=dict)
-    passed: Mapping[str, str | bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +144,7 @@ class EnvWorker:
         self._job = job
         self._turns = TurnSender(recorder)
         self._clients: dict[str, BatchingClient] = {}
+        self._isolated: list[SubprocessEnv] = []
         self._canceller = GroupCanceller(self._version)
         self._unbegun: dict[str, GroupPlan] = {}
         self._playing: set[asyncio.Task[None]] = set()
@@ -139,48 +153,62 @@ class EnvWorker:
     # Made in a method call, not in __init__: so an exception reaches the caller with its type.
 
     @cached_property
-    def environment(self) -> Environment:
-        """What is played."""
-        environment = environment_of(self._job.env)
+    def environments(self) -> Mapping[str, Environment]:
+        """What is played, by component."""
+        return {name: self._environment(one.env) for name, one in self._job.envs.items()}
+
+    def _environment(self, spec: EnvSpec) -> Environment:
+        environment = environment_of(spec)
         if not self._job.config.env.isolated:
             return environment
         slots = min(ISOLATED_SLOTS, self._job.config.cluster.concurrency)
-        self._isolated = SubprocessEnv(environment, slots)
-        return self._isolated.environment
+        self._isolated.append(SubprocessEnv(environment, slots))
+        return self._isolated[-1].environment
 
     @cached_property
-    def players(self) -> Mapping[str, Player]:
-        """The player of each seat."""
-        return {seat: self._player(seat, who) for seat, who in self._job.seats.items()}
+    def players(self) -> Mapping[str, Mapping[str, Player]]:
+        """The player of each seat, by component."""
+        return {
+            name: {seat: self._player(name, seat, who) for seat, who in one.seats.items()}
+            for name, one in self._job.envs.items()
+        }
 
-    def _player(self, seat: str, who: str) -> Player:
-        job, config = self._job, self._job.config
+    def _player(self, component: str, seat: str, who: str) -> Player:
+        job, config, own = self._job, self._job.config, self._job.envs[component]
         if who == "endpoint":
-            endpoint = split_limits(config.endpoint, config.cluster.most_env_workers)
-            return EndpointPlayer(endpoint, sampling=job.sampling)
+            player = copy.copy(self._endpoint)  # one client, so that limits are those of all seats
+            player.sampling = own.sampling
+            return player
         if who not in job.models:
-            return ScriptedPlayer(self._function(seat, who))
-        client = BatchingClient(
-            ServeReplicas(job.apps[who]),
-            count=config.cluster.replicas,
-            deadline_s=config.cluster.request_deadline_s,
-        )
-        self._clients[who] = client
+            return ScriptedPlayer(self._function(component, seat, who))
+        if who not in self._clients:
+            self._clients[who] = BatchingClient(
+                ServeReplicas(job.apps[who]),
+                count=config.cluster.replicas,
+                deadline_s=config.cluster.request_deadline_s,
+            )
         chat = Chat.load(job.models[who])
-        return PolicyPlayer(chat, client, job.sampling, trainable=who == POLICY)
+        return PolicyPlayer(chat, self._clients[who], own.sampling, trainable=who == POLICY)
 
-    def _function(self, seat: str, who: str) -> PlayerFunction:
-        if seat in self._job.passed:
-            function: PlayerFunction = by_value.loads(self._job.passed[seat])
+    @cached_property
+    def _endpoint(self) -> EndpointPlayer:
+        config = self._job.config
+        return EndpointPlayer(split_limits(config.endpoint, config.cluster.most_env_workers))
+
+    def _function(self, component: str, seat: str, who: str) -> PlayerFunction:
+        passed = self._job.envs[component].passed
+        if seat in passed:
+            function: PlayerFunction = by_value.loads(passed[seat])
             return function
-        return player_function(self.environment, f"env.seats.{seat}", who)
+        return player_function(self.environments[component], f"env.seats.{seat}", who)
 
     @cached_property
     def _limit(self) -> ConcurrencyLimit:
         """Live episodes; as few as an endpoint's limit, so that those that begin soon end."""
         job, config = self._job, self._job.config
-        most = [config.cluster.concurrency, self.environment.slots or config.cluster.concurrency]
-        if "endpoint" in job.seats.values():
+        most = [config.cluster.concurrency]
+        most += [env.slots for env in self.environments.values() if env.slots]
+        if any("endpoint" in one.seats.values() for one in job.envs.values()):
             most.append(split_limits(config.endpoint, config.cluster.most_env_workers).concurrency)
         return ConcurrencyLimit(min(most))
 
@@ -195,7 +223,7 @@ class EnvWorker:
         Answers only while the event loop runs: this is how blocking env code is detected.
         """
         self._loop, self._thread = asyncio.get_running_loop(), threading.get_ident()
-        assert self.environment.seats  # loaded now: plans hold tasks of its classes
+        assert self.environments  # loaded now: plans hold tasks of their classes
         assert self.players
         return self._limit.size
 
@@ -227,10 +255,12 @@ class EnvWorker:
             client = self._clients[POLICY]
             client.min_version = max(client.min_version, min_version)
         self._unbegun |= {plan.id: plan for plan in plans}
-        task = asyncio.create_task(self._play([plan.id for plan in plans], recorded or {}))
-        self._playing.add(task)
-        task.add_done_callback(self._playing.discard)
-        task.add_done_callback(on_failure(self._reports.fail))
+        for component in dict.fromkeys(plan.component for plan in plans):
+            ids = [plan.id for plan in plans if plan.component == component]
+            task = asyncio.create_task(self._play(component, ids, recorded or {}))
+            self._playing.add(task)
+            task.add_done_callback(self._playing.discard)
+            task.add_done_callback(on_failure(self._reports.fail))
 
     async def report(self) -> WorkerReport:
         """Wait until something has ended, and return what has since the last report.
@@ -246,12 +276,14 @@ class EnvWorker:
         self._unbegun.clear()
         return ids
 
-    async def _play(self, ids: Sequence[str], recorded: Mapping[str, PartialEpisode]) -> None:
+    async def _play(
+        self, component: str, ids: Sequence[str], recorded: Mapping[str, PartialEpisode]
+    ) -> None:
         env = self._job.config.env
         async for group in play_groups(
-            self.environment,
+            self.environments[component],
             (plan for name in ids if (plan := self._unbegun.pop(name, None)) is not None),
-            self.players,
+            self.players[component],
             concurrency=self._limit,
             retries=env.retries,
             deadline_s=env.deadline_s,

@@ -154,15 +154,15 @@ class Scheduler:
     """The queue of groups, and what each worker has of it.
 
     Args:
-        env: name of the environment, for the failures that are recorded.
-        seats: the trained ones, likewise.
+        envs: by component, the environment's name and its trained seats, for the failures that
+            are recorded.
 
     Attributes:
         winding_down: whether no group is begun, see `wind_down`.
     """
 
-    def __init__(self, env: str, seats: tuple[str, ...]) -> None:
-        self._env, self._seats = env, seats
+    def __init__(self, envs: Mapping[str, tuple[str, tuple[str, ...]]]) -> None:
+        self._envs = envs
         self._slots: dict[int, _Slot] = {}
         self._queue: deque[PendingGroup] = deque()
         self._requests: list[RolloutRequest] = []
@@ -317,13 +317,14 @@ class Scheduler:
         return assigned
 
     def _failed(self, plan: GroupPlan, reason: str) -> Group:
-        text = f"environment {self._env!r} on task {safe_repr(plan.task)}: {reason}"
+        env, seats = self._envs[plan.component]
+        text = f"environment {env!r} on task {safe_repr(plan.task)}: {reason}"
         failure = Failure("env", text)
         episodes = tuple(
-            Episode(f"{plan.id}/{index}", self._env, plan.task, index, (), failure=failure)
+            Episode(f"{plan.id}/{index}", env, plan.task, index, (), failure=failure)
             for index in range(plan.size)
         )
-        return Group(plan.id, plan.task, episodes, self._seats)
+        return Group(plan.id, plan.task, episodes, seats)
 
     # --- what there is -------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ from rayrl.cluster.workers.scheduler import PendingGroup, RolloutRequest, Schedu
 from rayrl.cluster.workers.supervisor import BLOCKED_S, GRACE_S, Supervisor
 from rayrl.cluster.workers.turn_log import RecordedTurns
 from rayrl.config import EnvConfig
+from rayrl.config.mix import env_label
 from rayrl.errors import safe_repr
 from rayrl.rollout.rollout import GroupPlan
 from rayrl.types import Group
@@ -61,7 +62,10 @@ class WorkerPool:
     def __init__(self, job: WorkerJob, start: Callable[[], Any], recorder: Any) -> None:
         self._job = job
         self._turns = RecordedTurns(recorder)
-        self._scheduler = Scheduler(job.config.env.name, trainable_seats(job.seats))
+        self._env = env_label(job.config)
+        self._scheduler = Scheduler(
+            {name: (name or self._env, trainable_seats(o.seats)) for name, o in job.envs.items()}
+        )
         self._supervisor = Supervisor(job.config, start, self)
         self._version = 0
         self._warned_blocked: set[str] = set()
@@ -179,13 +183,13 @@ class WorkerPool:
         if what in self._warned_blocked or len(self._warned_blocked) >= BLOCKED_WARNINGS:
             return
         self._warned_blocked.add(what)
-        _log.warning("%s", blocked_warning(self._job.config.env, what, running))
+        _log.warning("%s", blocked_warning(self._env, self._job.config.env, what, running))
 
     def on_lost(self, slot: int, reason: str) -> None:
         """Have what a dead worker had played again."""
-        name, n = self._job.config.env.name, len(self._scheduler.groups_on(slot))
+        n = len(self._scheduler.groups_on(slot))
         what = "an env worker of environment %r was lost with %d groups that had not ended: %s"
-        _log.warning(what, name, n, reason)
+        _log.warning(what, self._env, n, reason)
         self._scheduler.lose_worker(slot, reason)
         self._assign()
 
@@ -247,8 +251,8 @@ class WorkerPool:
         return f"one of {len(groups)} groups (the first tasks are {tasks})"
 
 
-def blocked_warning(env: EnvConfig, what: str, running: Running | None) -> str:
-    """The warning about a blocked worker; `what` says which episode blocks it."""
+def blocked_warning(name: str, env: EnvConfig, what: str, running: Running | None) -> str:
+    """The warning about a blocked worker of the environment; `what` says which episode it is."""
     remedy = (
         "Await what waits, and bound what computes; or let env.isolated=true play each episode in "
         "a process of its own, which is killed at its deadline."
@@ -257,7 +261,7 @@ def blocked_warning(env: EnvConfig, what: str, running: Running | None) -> str:
         remedy = "Its machine may have too much to do (cluster.concurrency, cluster.env_workers)."
     stack = f"\n{running.stack.rstrip()}" if running else ""
     return (
-        f"environment {env.name!r} has blocked the event loop of an env worker for "
+        f"environment {name!r} has blocked the event loop of an env worker for "
         f"{BLOCKED_S:g} s, in {what}. Nothing else runs there, and after "
         f"{env.deadline_s + GRACE_S:g} s the worker is replaced. {remedy}{stack}"
     )

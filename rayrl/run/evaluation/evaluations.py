@@ -20,6 +20,7 @@ from typing import Any, Protocol
 from rayrl.cluster.open import make_environment
 from rayrl.cluster.rollouts import CollectedGroups
 from rayrl.config import Config
+from rayrl.config.mix import components
 from rayrl.environment.scoring import scores_of
 from rayrl.environment.tasks import task_key
 from rayrl.rollout.rollout import GroupPlan
@@ -167,18 +168,23 @@ class Evaluations:
         Raises:
             RunFailed: the environment failed too often (`env.failure_budget`).
         """
-        config, env = self._config, self._config.env
-        environment = make_environment(config).evaluation(env.held_out, env.duplicates)
-        plans = {
-            cell: [
-                replace(plan, id=f"eval-{version}-{plan.id}", temperature=config.eval.temperature)
-                for plan in evaluation_plans(environment.configure(args), config, cell)
-            ]
-            for cell, args in eval_cells(config).items()
-        }
+        config = self._config
+        plans: dict[str, list[GroupPlan]] = {}
+        seats: dict[str, dict[str, str]] = {}
+        for name, own in components(config).items():
+            environment = make_environment(own, name).evaluation(
+                own.env.held_out, own.env.duplicates
+            )
+            seats[name] = seats_of(environment, own, "model")
+            for cell, args in eval_cells(own, name).items():
+                of_cell = evaluation_plans(environment.configure(args), own, cell, name)
+                plans[cell] = [
+                    replace(one, id=f"eval-{version}-{one.id}", temperature=own.eval.temperature)
+                    for one in of_cell
+                ]
         every_plan = [plan for of_cell in plans.values() for plan in of_cell]
         file = self._folder.path / FOLDER / f"version_{version:06d}.jsonl"
-        journal = Journal(file, every_plan, seats_of(environment, config, "model"))
+        journal = Journal(file, every_plan, seats)
         if journal.known:
             n = len(journal.known)
             self._notify(f"{n} of {len(every_plan)} episodes of the evaluation were played before")

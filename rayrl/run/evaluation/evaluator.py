@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from rayrl.config import Config
+from rayrl.config.mix import components
 from rayrl.config.stop_rule import NoProgress, parse_stop_rule
 from rayrl.environment.environment import Environment
 from rayrl.errors import ConfigError, did_you_mean
@@ -147,19 +148,23 @@ class Evaluator:
         return {"best": {"model": MODEL_BEST, "version": best, metric: value}}
 
 
-def check_metrics(config: Config, environment: Environment, verb: str) -> None:
+def check_metrics(config: Config, environments: Mapping[str, Environment], verb: str) -> None:
     """Raise ConfigError if `run.keep_best` or `stop_when` names what cannot be measured.
 
     Called before anything is written. A score that the environment declares but does not return is
     found by `Evaluator.evaluate`.
+
+    Args:
+        environments: by component of the mixture; without one, under an empty name.
     """
-    declared = [*environment.rewards, *environment.group_rewards, "tool_calls", "tool_errors"]
-    if len(environment.seats) > 1:
-        declared = [f"{seat}.{name}" for seat in environment.seats for name in declared]
-    declared = ["reward", *(f"score/{n}" if n in RESERVED else n for n in declared)]
-    cells = [*eval_cells(config)]
-    prefixes = [f"eval/{cell}" for cell in cells] if len(cells) > 1 else ["eval"]
-    names = list(dict.fromkeys(f"{prefix}/{name}" for prefix in prefixes for name in declared))
+    cells = {
+        cell: _declared(environments[component])
+        for component, own in components(config).items()
+        for cell in eval_cells(own, component)
+    }
+    prefixes = {cell: f"eval/{cell}" if len(cells) > 1 else "eval" for cell in cells}
+    every = [f"{prefixes[cell]}/{name}" for cell, declared in cells.items() for name in declared]
+    names = list(dict.fromkeys(every))
     if (best := config.run.keep_best) and best not in names:
         raise _unknown_metric("run.keep_best", best, names)
     key, stop_when = _stop_when(config, verb)
@@ -173,6 +178,14 @@ def check_metrics(config: Config, environment: Environment, verb: str) -> None:
         known.append("eval/failed")
     if rule.metric not in known:
         raise _unknown_metric(key, rule.metric, known, shown=names)
+
+
+def _declared(environment: Environment) -> list[str]:
+    """Names of what an evaluation of the environment measures."""
+    declared = [*environment.rewards, *environment.group_rewards, "tool_calls", "tool_errors"]
+    if len(environment.seats) > 1:
+        declared = [f"{seat}.{name}" for seat in environment.seats for name in declared]
+    return ["reward", *(f"score/{n}" if n in RESERVED else n for n in declared)]
 
 
 def _stop_when(config: Config, verb: str) -> tuple[str, str]:

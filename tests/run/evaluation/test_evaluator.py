@@ -153,7 +153,22 @@ def test_a_metric_that_cannot_be_is_said_before_anything_is_written(
     data = {"run": {"keep_best": keep_best}, "train": {"stop_when": stop_when}}
     config = from_dict({"env": {"name": "tictactoe"}, "eval": {"samples": 4, "every": 1}, **data})
     if not why:
-        check_metrics(config, load_env("tictactoe"), "train")
+        check_metrics(config, {"": load_env("tictactoe")}, "train")
         return
     with pytest.raises(ConfigError, match=why):
-        check_metrics(config, load_env("tictactoe"), "train")
+        check_metrics(config, {"": load_env("tictactoe")}, "train")
+
+
+@pytest.mark.parametrize("verb", ["train", "sft"])
+def test_metrics_of_a_mixture_name_its_components(verb: str) -> None:
+    data = {"words": {"name": "copyword"}, "games": {"name": "tictactoe", "cells": {"all": {}}}}
+    environments = {name: load_env(str(one["name"])) for name, one in data.items()}
+
+    def check(metric: str) -> None:
+        config = from_dict({"env": {"mix": data}, verb: {"stop_when": f"{metric} > 0"}})
+        check_metrics(config, environments, verb)
+
+    check("eval/words/copied")
+    check("eval/games/all/win/low")
+    with pytest.raises(ConfigError, match=rf"{verb}\.stop_when: 'eval/words/win' is no metric"):
+        check("eval/words/win")
