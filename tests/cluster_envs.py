@@ -63,6 +63,14 @@ async def talk(task: Number, agent: Any) -> Scores:
     return {"vowels": sum(letter in "aeiou" for letter in said) / max(1, len(said))}
 
 
+@rayrl.env(tasks=numbers, rewards={"vowels": 1.0, "any": 0.0})
+async def brief(task: Number, agent: Any) -> Scores:
+    """One turn; the share of vowels in it, and whether there is any."""
+    said = await agent(f"the number is {task.k}")
+    vowels = sum(letter in "aeiou" for letter in said) / max(1, len(said))
+    return {"vowels": vowels, "any": float(vowels > 0)}
+
+
 _judged = {"EVAL_OPEN": itertools.count(), "TRAIN_OPEN": itertools.count()}
 
 
