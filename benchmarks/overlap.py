@@ -18,7 +18,6 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ from rayrl.engine.protocol import Engine
 from rayrl.rollout.rollout import GroupPlan
 from rayrl.run.collector import GroupCollector
 from rayrl.run.group_log import GroupLog
-from rayrl.types import Group
+from rayrl.run.sampling.task_sampler import UniformSampler
 from rayrl.weights.model_dir import model_dir
 
 WHERE = f"{Path(__file__).resolve().parent / 'many_live.py'}:{talk.name}"
@@ -59,7 +58,7 @@ def config(args: argparse.Namespace, lag: int) -> Config:
     )
 
 
-class Tasks:
+class Tasks(UniformSampler):
     """One after the other, each with its index as seed."""
 
     def __init__(self, group_size: int) -> None:
@@ -67,21 +66,6 @@ class Tasks:
 
     def plan(self, index: int) -> GroupPlan:
         return GroupPlan(str(index), Task(seed=index), self.group_size, index)
-
-    def is_uniform(self, index: int) -> bool:
-        return True
-
-    def draws(self) -> dict[int, float]:
-        return {}
-
-    def observe(self, groups: Mapping[int, Group]) -> dict[str, float]:
-        return {}
-
-    def save(self) -> dict[str, Any]:
-        return {}
-
-    def load(self, state: Mapping[str, Any], draws: Mapping[int, float]) -> None:
-        pass
 
 
 async def run(args: argparse.Namespace, rollouts: Rollouts, lag: int, learn: float) -> Any:

@@ -121,12 +121,12 @@ async def _fine_tune(config: Config, folder: RunDir) -> None:
 @asynccontextmanager
 async def _opened(
     config: Config, folder: RunDir, bar: ProgressBar
-) -> AsyncIterator[tuple[LearnerGroup, Evaluations]]:
+) -> AsyncIterator[tuple[LearnerGroup, SftEvaluations]]:
     """The learner; with `eval.every` also replicas and env workers."""
     if not config.eval.every:
         log_template_notes(config)
         async with open_learners(config, config.sft.steps) as learner:
-            yield learner, Evaluations()
+            yield learner, SftEvaluations()
         return
     environments: dict[str, Environment] = {}
     seats = [POLICY]
@@ -139,11 +139,11 @@ async def _opened(
     log_template_notes(config, seats)
     async with open_cluster(config, config.sft.steps) as (rollouts, learner, weights):
         evaluator = Evaluator(config, folder, rollouts, learner, "sft", bar.note)
-        yield learner, Evaluations(evaluator, weights)
+        yield learner, SftEvaluations(evaluator, weights)
 
 
-class Evaluations:
-    """Evaluations between updates: replicas get the weights for them alone.
+class SftEvaluations:
+    """SftEvaluations between updates: replicas get the weights for them alone.
 
     Without an evaluator there are none.
     """
