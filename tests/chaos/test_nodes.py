@@ -54,7 +54,7 @@ def copy(tmp_path: Path) -> Path:
     actors = folder / "rayrl" / "cluster" / "actors.py"
     text = actors.read_text().replace("import gc\n", "import gc\nimport json\nimport sys\n")
     actors.write_text(
-        text.replace("    os.environ.update(\n", "    _tell()\n    os.environ.update(\n") + SEEN
+        text.replace("    os.environ.update(", "    _tell()\n    os.environ.update(") + SEEN
     )
     package = folder / "envs" / "talk" / "rayrl_talk"
     package.mkdir(parents=True)
