@@ -50,7 +50,7 @@ __all__ = [
     "run_name",
 ]
 
-START_ATTEMPTS = 2
+START_ATTEMPTS = 5  # a raylet ends itself if its agents take 15 s to import on a busy machine
 QUIET: dict[str, Any] = {"logging_level": logging.ERROR, "namespace": NAMESPACE}
 SERVE_LOGGING = LoggingConfig(log_level="WARNING", enable_access_log=False)
 
@@ -187,9 +187,7 @@ def _start(cluster: ClusterConfig, imports: Sequence[str]) -> ExitStack:
                         _temp_dir=folder,
                         **QUIET,
                     )
-            except (
-                Exception
-            ) as error:  # on a busy machine the raylet may miss a fixed deadline of Ray's
+            except Exception as error:
                 ray.shutdown()
                 if attempt + 1 == START_ATTEMPTS:
                     raise InfraError(f"a local Ray could not be started: {error}") from error
