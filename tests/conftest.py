@@ -37,6 +37,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         def _split_scope(self, nodeid: str) -> str:
             return nodeid if nodeid.startswith(ALONE) else nodeid.partition("::")[0]
 
+        def remove_node(self, node: Any) -> str | None:
+            # Of a worker that died, what it had done would be given to the others: they wait for
+            # the end of a file in which there is nothing to do, and the tests never end.
+            files = self.assigned_work[node]
+            for file in [file for file, done in files.items() if all(done.values())]:
+                del files[file]
+            return super().remove_node(node)
+
     return ByFile(config, log)
 
 
