@@ -30,7 +30,7 @@ from rayrl.config.mix import components
 from rayrl.config.registry import CODE_FILE, OBJECT, from_outside, split_reference
 from rayrl.config.yaml_files import conf_dir
 from rayrl.environment.data_files import HUB, SUFFIXES, is_data_file
-from rayrl.environment.registry import ENV_GROUP
+from rayrl.environment.registry import ENV_GROUP, SCHEME_GROUP, scheme_of
 from rayrl.errors import ConfigError
 from rayrl.types import derive_seed
 
@@ -53,6 +53,7 @@ _EXCLUDED = re.compile(r"\..*|__pycache__|node_modules|.*\.py[co]|.*\.egg-info")
 _PREFIXES = ("RAYRL_", "VLLM_", "NCCL_", "GLOO_")
 _NAMES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 _LOCAL_NAMES = ("RAYRL_VENV",)
+_GROUPS = (ENV_GROUP, SCHEME_GROUP)  # of entry points
 
 
 def env_names(config: Config) -> list[str]:
@@ -139,6 +140,8 @@ def write_bundle(
         module, attribute = split_reference(name)
         if module == OBJECT or name.startswith(HUB):  # sent by value, or read by the driver
             continue
+        if key == "env.name" and scheme_of(name):  # installed, like the library behind it
+            continue
         if name.endswith(SUFFIXES):
             if Path(name).is_absolute():  # only the driver reads it, from storage that nodes share
                 continue
@@ -196,11 +199,11 @@ def _add(files: dict[str, Path], name: str, source: Path) -> None:
 def _add_project(files: dict[str, Path], texts: dict[str, str], pyproject: Path) -> str:
     """Add a project of this clone; return its normalized name."""
     project = tomllib.loads(pyproject.read_text("utf-8"))["project"]
-    points = project.get("entry-points", {}).get(ENV_GROUP, {})
+    groups = {group: project.get("entry-points", {}).get(group, {}) for group in _GROUPS}
     for package in pyproject.parent.iterdir():
         if (package / "__init__.py").is_file() and package.name != "tests":
             _add(files, package.name, package)
-    for value in points.values():
+    for value in (value for points in groups.values() for value in points.values()):
         module = pyproject.parent / f"{value.partition(':')[0]}.py"
         if module.is_file():
             _add(files, module.name, module)
@@ -210,41 +213,54 @@ def _add_project(files: dict[str, Path], texts: dict[str, str], pyproject: Path)
         f"Version: {project['version']}",
         *(f"Requires-Dist: {requirement}" for requirement in project.get("dependencies", ())),
     ]
-    entries = [f"[{ENV_GROUP}]", *(f"{name} = {value}" for name, value in points.items())]
-    _add_metadata(texts, project["name"], project["version"], "\n".join(head), "\n".join(entries))
+    _add_metadata(texts, project["name"], project["version"], "\n".join(head), groups)
     return _normal(project["name"])
 
 
 def _other_distributions(known: set[str]) -> Iterator[Distribution]:
-    """Yield rayrl and installed distributions with environments, except those in `known`."""
+    """Yield rayrl and distributions with environments or schemes, except those in `known`."""
     if "rayrl" not in known:
         yield distribution("rayrl")
     seen = {*known, "rayrl"}
     for dist in distributions():
         name = _normal(dist.metadata["Name"] or "")
-        if name not in seen and any(point.group == ENV_GROUP for point in dist.entry_points):
+        if name not in seen and any(point.group in _GROUPS for point in dist.entry_points):
             yield dist
         seen.add(name)  # the first on the path wins
 
 
 def _add_distribution(files: dict[str, Path], texts: dict[str, str], dist: Distribution) -> None:
-    points = [point for point in dist.entry_points if point.group == ENV_GROUP]
+    points = [point for point in dist.entry_points if point.group in _GROUPS]
     modules = {point.module.split(".")[0] for point in points}
     if any(file.suffix == ".py" for file in dist.files or ()):  # not an editable install
         tops = {file.parts[0] for file in dist.files or () if file.suffix == ".py"}
         modules |= {top.removesuffix(".py") for top in tops if top != ".."} - {"rayrl", "tests"}
     for module in sorted(modules):
         _add_module(files, module)
-    entries = [f"[{ENV_GROUP}]", *(f"{point.name} = {point.value}" for point in points)]
+    groups = {
+        group: {point.name: point.value for point in points if point.group == group}
+        for group in _GROUPS
+    }
     head = "\n".join(
         line
         for line in (dist.read_text("METADATA") or "").splitlines()
         if line.startswith(("Metadata-Version:", "Name:", "Version:", "Requires-Dist:"))
     )
-    _add_metadata(texts, dist.metadata["Name"], dist.version, head, "\n".join(entries))
+    _add_metadata(texts, dist.metadata["Name"], dist.version, head, groups)
 
 
-def _add_metadata(texts: dict[str, str], name: str, version: str, head: str, entries: str) -> None:
+def _add_metadata(
+    texts: dict[str, str],
+    name: str,
+    version: str,
+    head: str,
+    groups: Mapping[str, Mapping[str, str]],
+) -> None:
+    entries = "\n".join(
+        line
+        for group, points in groups.items()
+        for line in (f"[{group}]", *(f"{name} = {value}" for name, value in points.items()))
+    )
     folder = f"{_normal(name).replace('-', '_')}-{version}.dist-info"
     texts[f"{folder}/METADATA"] = f"{head}\n"
     texts[f"{folder}/entry_points.txt"] = f"{entries}\n"

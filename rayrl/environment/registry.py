@@ -1,9 +1,13 @@
-"""Load environments: installed ones by name, others by file or module."""
+"""Load environments: installed ones by name, others by file or module, or by a scheme.
+
+A scheme makes an environment of what another library calls by an ID: `env.name=SCHEME:ID`. It is a
+function `(id) -> Environment`, installed as an entry point of the group `rayrl.env_schemes`.
+"""
 
 from __future__ import annotations
 
 from importlib.machinery import PathFinder
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
 
@@ -24,9 +28,19 @@ from rayrl.environment.row_env import RowEnvironment
 from rayrl.environment.signature import suggestion
 from rayrl.errors import ConfigError, describe_error
 
-__all__ = ["ENV_GROUP", "environment_of", "installed_envs", "load_env", "reference_of"]
+__all__ = [
+    "ENV_GROUP",
+    "SCHEME_GROUP",
+    "environment_of",
+    "installed_envs",
+    "installed_schemes",
+    "load_env",
+    "reference_of",
+    "scheme_of",
+]
 
 ENV_GROUP = "rayrl.envs"
+SCHEME_GROUP = "rayrl.env_schemes"
 
 
 def installed_envs() -> list[str]:
@@ -34,19 +48,36 @@ def installed_envs() -> list[str]:
     return sorted({point.name for point in entry_points(group=ENV_GROUP)})
 
 
+def installed_schemes() -> list[str]:
+    """Return the names of the schemes that are installed (entry-point group `rayrl.env_schemes`).
+
+    The library behind one may not be.
+    """
+    return sorted({point.name for point in entry_points(group=SCHEME_GROUP)})
+
+
+def scheme_of(name: str) -> EntryPoint | None:
+    """The installed scheme that an environment's name begins with, if any."""
+    scheme, colon, _ = name.partition(":")
+    points = entry_points(group=SCHEME_GROUP, name=scheme) if colon else ()
+    return next(iter(points), None)
+
+
 def load_env(name: str) -> Environment:
     """Load an environment.
 
     Args:
-        name: an installed environment, `path/to/file.py[:attribute]`, `module:attribute`, or a data
-            file whose rows are the tasks (`row_env.py`). Without an attribute a Python file must
-            define exactly one environment.
+        name: an installed environment, `path/to/file.py[:attribute]`, `module:attribute`,
+            `SCHEME:ID`, or a data file whose rows are the tasks (`row_env.py`). Without an
+            attribute a Python file must define exactly one environment.
 
     Raises:
         ConfigError: it does not exist (names the nearest known name) or cannot be loaded.
     """
     if not name:
         raise ConfigError("env.name is empty: name an environment, a file or module:attribute")
+    if scheme := scheme_of(name):
+        return _named(_by_scheme(scheme, name), name)
     if is_data_file(name):
         return RowEnvironment(name)
     place, attribute = split_reference(name)
@@ -73,7 +104,8 @@ def load_env(name: str) -> Environment:
         f"env.name={name!r}: no such environment is installed."
         + suggestion(name, installed_envs())
         + " Give a file as path/to/file.py, an importable environment as module:attribute, rows of "
-        "data as path/to/rows.jsonl or hf:OWNER/NAME."
+        "data as path/to/rows.jsonl or hf:OWNER/NAME, another library's as SCHEME:ID with one of "
+        f"the schemes {', '.join(installed_schemes())}."
     )
 
 
@@ -116,6 +148,8 @@ def reference_of(env: Environment, name: str = "") -> str:
 def _is_found(env: Environment) -> bool:
     """Whether another process finds this very environment by its reference."""
     place, attribute = split_reference(env.ref)
+    if scheme_of(env.ref):
+        attribute = ""
     home = env.play.__module__.partition(".")[0]
     if any(one.__module__.partition(".")[0] != home for one in env.players.values()):
         return False  # a player was added elsewhere
@@ -129,6 +163,19 @@ def _is_found(env: Environment) -> bool:
     _, rewards = env.configured
     same = (found.play, found.source, found.eval_source) == (env.play, env.source, env.eval_source)
     return same and {**found.rewards, **rewards} == {**env.rewards, **rewards}
+
+
+def _by_scheme(scheme: EntryPoint, name: str) -> Environment:
+    try:
+        load = scheme.load()
+    except ImportError as error:
+        (extra,) = scheme.extras or ("",)
+        needs = f": pip install 'rayrl[{extra}]'" if extra else ""
+        raise ConfigError(
+            f"env.name={name!r}: the library behind {scheme.name}: could not be imported "
+            f"({error}){needs}"
+        ) from error
+    return _checked(load(name.partition(":")[2]), name)
 
 
 def _named(env: Environment, ref: str) -> Environment:

@@ -22,7 +22,15 @@ from pydantic.errors import PydanticUserError
 
 from rayrl.errors import did_you_mean
 
-__all__ = ["fit", "hint_name", "keyword_hints", "plain_default", "schema", "suggestion"]
+__all__ = [
+    "declare_keywords",
+    "fit",
+    "hint_name",
+    "keyword_hints",
+    "plain_default",
+    "schema",
+    "suggestion",
+]
 
 _SCALARS: dict[Any, str] = {int: "integer", float: "number", str: "string", bool: "boolean"}
 _ARRAYS = (list, tuple, set, frozenset)
@@ -47,6 +55,19 @@ def keyword_hints(function: Callable[..., Any]) -> dict[str, Any]:
     except (NameError, TypeError):  # some of them exist only for the type checker
         hints = {name: _resolve(p.annotation, function) for name, p in parameters.items()}
     return {name: hints.get(name, Any) for name in parameters}
+
+
+def declare_keywords(function: Callable[..., Any], keywords: Mapping[str, tuple[Any, Any]]) -> None:
+    """Let `**keywords` of a function be known one by one: hint and default by name."""
+    signature = inspect.signature(function)
+    kinds = inspect.Parameter
+    named = [p for p in signature.parameters.values() if p.kind is not kinds.VAR_KEYWORD]
+    named += [
+        kinds(name, kinds.KEYWORD_ONLY, default=default, annotation=hint)
+        for name, (hint, default) in keywords.items()
+    ]
+    function.__signature__ = signature.replace(parameters=named)  # type: ignore[attr-defined]
+    function.__annotations__ |= {name: hint for name, (hint, _) in keywords.items()}
 
 
 def _resolve(hint: Any, function: Any) -> Any:

@@ -73,7 +73,8 @@ def test_a_node_without_the_clone_has_all_of_it(sent: Path, absent: Path) -> Non
 import json, sys, rayrl, importlib.metadata
 from rayrl.cli import compose
 from rayrl.weights.model_dir import model_dir
-from rayrl.environment.registry import load_env, installed_envs
+from rayrl.environment.registry import load_env, installed_envs, installed_schemes
+assert "reasoning_gym" in installed_schemes()
 names = installed_envs()
 modules = {type(load_env(name).tasks(0, 1)[0]).__module__ for name in names}
 files = {sys.modules[module].__file__ for module in modules}
