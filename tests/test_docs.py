@@ -26,6 +26,7 @@ from rayrl.cluster.rollouts import CollectedGroups
 from rayrl.cluster.workers.worker_pool import Load
 from rayrl.config import from_dict, leaves, validate
 from rayrl.config.registry import load_module
+from rayrl.environment.registry import SCHEME_GROUP
 from rayrl.learner.advantage import advantages
 from rayrl.learner.batch import batch_of, make_batch
 from rayrl.learner.reference import ReferenceLearner
@@ -202,7 +203,8 @@ def test_each_heap_size_is_there_once(folder: Path) -> None:
 
 
 def test_the_package_is_valid() -> None:
-    (text,) = [text for kind, text in blocks(DOCS[0]) if kind == "toml"]
+    text, scheme = [text for kind, text in blocks(DOCS[0]) if kind == "toml"]
+    assert SCHEME_GROUP in tomllib.loads(scheme)["project"]["entry-points"]
     assert "rayrl.envs" in tomllib.loads(text)["project"]["entry-points"]
 
 

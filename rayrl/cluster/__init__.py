@@ -9,7 +9,9 @@ from pathlib import Path
 # Ray and Serve read these when they are imported, in every process; what is set already stays.
 for _name, _value in {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "GRPC_VERBOSITY": "ERROR",  # it tells of every fork, as when a program opens Ray a second time
+    # Its own handlers start its threads anew in every child of fork, as when a program opens Ray a
+    # second time. Now and then one crashes before the child has become another program.
+    "GRPC_ENABLE_FORK_SUPPORT": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray's future default; it warns otherwise
     # A replica is asked how busy it is before it is sent anything. On a machine with more to do
     # than cores it may take longer than Serve's 0.1 to 1 s to say so; it would be left out.

@@ -26,7 +26,7 @@ from rayrl.environment.data_files import is_data_file
 from rayrl.environment.environment import Environment, EnvSpec
 from rayrl.environment.row_env import RowEnvironment
 from rayrl.environment.signature import suggestion
-from rayrl.errors import ConfigError, describe_error
+from rayrl.errors import ConfigError, describe_error, did_you_mean
 
 __all__ = [
     "ENV_GROUP",
@@ -76,15 +76,20 @@ def load_env(name: str) -> Environment:
     """
     if not name:
         raise ConfigError("env.name is empty: name an environment, a file or module:attribute")
-    if scheme := scheme_of(name):
-        return _named(_by_scheme(scheme, name), name)
+    if point := scheme_of(name):
+        return _named(_by_scheme(point, name), name)
     if is_data_file(name):
         return RowEnvironment(name)
     place, attribute = split_reference(name)
     if place == OBJECT:
         return _checked(bound("env.name", name), name)
     if place.endswith(".py") or attribute:
-        found = _pick(load_module("env.name", name), place, attribute)
+        try:
+            module = load_module("env.name", name)
+        except ConfigError as error:
+            scheme = did_you_mean(name.partition(":")[0], installed_schemes())
+            raise ConfigError(f"{error}.{scheme}" if scheme else str(error)) from error.__cause__
+        found = _pick(module, place, attribute)
         return _named(found, f"{absolute(place)}:{attribute}" if place.endswith(".py") else name)
     for point in entry_points(group=ENV_GROUP):
         if point.name == name:
@@ -172,10 +177,18 @@ def _by_scheme(scheme: EntryPoint, name: str) -> Environment:
         (extra,) = scheme.extras or ("",)
         needs = f": pip install 'rayrl[{extra}]'" if extra else ""
         raise ConfigError(
-            f"env.name={name!r}: the library behind {scheme.name}: could not be imported "
+            f"env.name={name!r}: the library behind {scheme.name} could not be imported "
             f"({error}){needs}"
         ) from error
-    return _checked(load(name.partition(":")[2]), name)
+    try:
+        found = load(name.partition(":")[2])
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"env.name={name!r}: the scheme {scheme.name} raised {describe_error(error)}"
+        ) from error
+    return _checked(found, name)
 
 
 def _named(env: Environment, ref: str) -> Environment:

@@ -111,6 +111,23 @@ def test_a_head_that_comes_back_is_waited_for_and_one_that_does_not_ends_the_run
     assert "did not answer for 0.3 s. Start the cluster again, and run the same command" in said
 
 
+def test_a_child_of_fork_is_left_alone_by_grpc() -> None:
+    """In a program that has opened Ray before, the next Ray's processes begin as such children."""
+    code = """
+import os, time, rayrl.cluster, grpc
+try:
+    grpc.channel_ready_future(grpc.insecure_channel("localhost:1")).result(0.5)
+except grpc.FutureTimeoutError:
+    pass
+child = os.fork()
+if not child:
+    time.sleep(0.3)
+    os._exit(len(os.listdir("/proc/self/task")))
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "1\n"
+
+
 def test_ray_has_a_private_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session.tempfile, "gettempdir", lambda: str(tmp_path))
     old = os.umask(0)

@@ -13,6 +13,7 @@ import pytest
 import rayrl
 from rayrl import ConfigError, EnvError, Scores, Task
 from rayrl.environment.environment import EnvSpec
+from rayrl.environment.registry import environment_of, installed_schemes, reference_of
 from rayrl.rollout.agent import Agent
 from rayrl.rollout.subprocess_env import SubprocessEnv
 from rayrl.types import derive_seed
@@ -278,6 +279,40 @@ def test_load_env_from_a_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(ConfigError, match="could not be imported"):
         rayrl.load_env("no_such_module:echo")
     del sys.modules["some_envs"]
+
+
+def test_a_scheme_is_an_entry_point_and_its_library_may_be_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = textwrap.dedent(FILE)
+    text += "\n\ndef load(id):\n    echo.id = id\n    return echo\n"
+    text += "\n\ndef broken(id):\n    return {}[id] if id else words\n"
+    (tmp_path / "zz_scheme.py").write_text(text)
+    info = tmp_path / "zz_scheme-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: zz-scheme\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[rayrl.env_schemes]\nzz = zz_scheme:load\nyy = zz_not_there:load [yy]\n"
+        "xx = zz_scheme:broken\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert {"gymnasium", "reasoning_gym", "yy", "zz"} <= set(installed_schemes())
+    name = "zz:http://host:8000/a.b"  # an ID may have what it likes
+    env = rayrl.load_env(name)
+    assert (env.ref, env.id) == (name, "http://host:8000/a.b")  # type: ignore[attr-defined]
+    assert reference_of(env) == name
+    assert environment_of(env.spec).ref == name
+    with pytest.raises(ConfigError, match=r"yy could not be imported .*pip install 'rayrl\[yy\]'"):
+        rayrl.load_env("yy:game")
+    with pytest.raises(ConfigError, match="not an environment"):
+        rayrl.load_env("xx:")
+    with pytest.raises(ConfigError, match=r"'xx:game': the scheme xx raised KeyError"):
+        rayrl.load_env("xx:game")
+    with pytest.raises(ConfigError, match=r"SCHEME:ID with one of the schemes gymnasium"):
+        rayrl.load_env("game")
+    with pytest.raises(ConfigError, match="Did you mean 'gymnasium'"):
+        rayrl.load_env("gymnasum:FrozenLake-v1")
+    del sys.modules["zz_scheme"]
 
 
 def test_an_unknown_name_is_suggested(monkeypatch: pytest.MonkeyPatch) -> None:
