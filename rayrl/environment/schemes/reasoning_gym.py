@@ -1,19 +1,26 @@
 """Procedural datasets of reasoning-gym, `env.name=reasoning_gym:NAME`: a question and one reply.
 
-The library makes each question from the task's seed and scores the reply by its own rules.
+The library makes each question from the task's seed and scores the reply by its own rules. Some of
+these evaluate the answer as Python, directly or through sympy. A model could run any code in that
+way, or keep the scorer busy forever with `9**9**9`; such datasets are given only answers that are
+harmless (`_is_harmless`).
 """
 
 from __future__ import annotations
 
+import ast
 import copy
 import dataclasses
 import functools
+import inspect
 import json
 import random
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_type_hints
 
+from reasoning_gym.composite import CompositeDataset
 from reasoning_gym.factory import CURRICULA, DATASETS, create_dataset
 from reasoning_gym.utils import SYSTEM_PROMPTS, extract_answer
 
@@ -26,6 +33,17 @@ from rayrl.types import Message, Scores, Task, system, user
 __all__ = ["Question", "load"]
 
 _GIVEN = ("seed", "size")  # of each config: by the task, and 1
+
+_EVALUATES = re.compile(r"(?<!\w)(?:eval|parse_expr|sympify)\((?:user_)?answer\b")
+_LONGEST = 2_000  # characters of an answer that is evaluated
+_LARGEST_EXPONENT = 100
+_FUNCTIONS = {
+    *("sin", "cos", "tan", "sec", "csc", "cot", "asin", "acos", "atan", "sinh", "cosh", "tanh"),
+    *("exp", "log", "ln", "sqrt", "Abs", "Rational"),
+}
+_NODES: tuple[type[ast.AST], ...] = (ast.Expression, ast.Constant, ast.Name, ast.expr_context)
+_NODES += (ast.Call, ast.List, ast.Tuple, ast.UnaryOp, ast.USub, ast.UAdd)
+_NODES += (ast.BinOp, ast.Add, ast.Sub, ast.Mult, ast.Div, ast.Pow)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,12 +111,57 @@ async def _play(task: Question, agent: Any) -> Scores:
     reply = await agent([system(SYSTEM_PROMPTS[task.prompt]), user(entry["question"])])
     answer = extract_answer(str(reply))
     scores = {"format": float(answer is not None)}
+    if answer is not None and _evaluates(task.dataset) and not _is_harmless(answer):
+        return scores | {"score": 0.0, "scorer_failed": 1.0}
     try:
         # of a copy, because other episodes of the group are scored by the same entry
         score = float(data.score_answer(answer, copy.deepcopy(entry)))
     except Exception:  # the library could not read what the model wrote
         return scores | {"score": 0.0, "scorer_failed": 1.0}
     return scores | {"score": score, "scorer_failed": 0.0}
+
+
+@functools.cache
+def _evaluates(name: str) -> bool:
+    """Whether the scorer of a dataset evaluates the answer, by its source; a composite may."""
+    dataset, _ = DATASETS[name]
+    source = inspect.getsource(dataset)
+    return dataset is CompositeDataset or _EVALUATES.search(source) is not None
+
+
+def _is_harmless(answer: str) -> bool:
+    """Whether an answer calls nothing but functions of mathematics and is soon evaluated.
+
+    It is either an expression of numbers, names and lists, without attributes and with no power of
+    a power; or no expression at all, without what a call or a power would need.
+    """
+    if len(answer) > _LONGEST or "__" in answer:
+        return False
+    try:
+        # sympy reads ^ as a power
+        nodes = list(ast.walk(ast.parse(answer.strip().replace("^", "**"), mode="eval")))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return re.search(r"[().!^{}\\]|\*\*", answer) is None
+    for node in nodes:
+        if not isinstance(node, _NODES):
+            return False
+        if isinstance(node, ast.Call):
+            named = isinstance(node.func, ast.Name) and node.func.id in _FUNCTIONS
+            if not named or node.keywords:
+                return False
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow):
+            inner = [*ast.walk(node.left), *ast.walk(node.right)]
+            if any(isinstance(part, ast.Pow) for part in inner):
+                return False
+            numbers = [p.value for p in ast.walk(node.right) if isinstance(p, ast.Constant)]
+            if not all(isinstance(n, int | float) and abs(n) <= _LARGEST_EXPONENT for n in numbers):
+                return False
+            if (
+                any(isinstance(part, ast.Mult) for part in ast.walk(node.right))
+                and len(numbers) > 1
+            ):
+                return False
+    return True
 
 
 def _gold(messages: Sequence[Message], rng: random.Random, task: Question) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+from pathlib import Path
 
 import pytest
 from reasoning_gym.factory import CURRICULA, DATASETS, create_dataset
@@ -60,13 +61,7 @@ def test_a_dataset_is_made_and_scored_as_by_the_library(name: str) -> None:
     entry = data[0]
     if name not in ("list_functions", "pool_matrix"):  # these draw from the global generators
         assert episode.turns[0].prompt[-1].content == entry["question"]
-    for reply in (
-        "",
-        "no",
-        "<answer></answer>",
-        "<answer>[[</answer>",
-        "<answer>\x00 1/0</answer>",
-    ):
+    for reply in ("", "no", "<answer></answer>", "<answer>[[</answer>", "<answer>12</answer>"):
         try:
             score = float(data.score_answer(extract_answer(reply), entry))
         except Exception:
@@ -87,6 +82,32 @@ def test_u_chooses_the_level_of_its_curriculum(name: str) -> None:
     assert play(env, tasks[0]).failure is None
     for task in tasks:
         assert not roundtrip_problem(task)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_that_a_model_writes_is_run(name: str, tmp_path: Path) -> None:
+    """Nor does anything take longer than a moment; it would block all episodes of a process."""
+    env = rayrl.load_env(f"reasoning_gym:{name}")
+    (task,) = env.tasks(3, 1)
+    mark = tmp_path / "mark"
+    for attack in (
+        f"__import__('os').system('touch {mark}')",
+        f"[open('{mark}', 'w')]",
+        f"(lambda f: f('{mark}', 'w'))(open)",
+        f"().__class__.__base__.__subclasses__()[0]('{mark}')",
+        f'sympify(\'open("{mark}", "w")\')',
+        f'f\'{{open("{mark}", "w")}}\'',
+        "9**9**9**9",
+        "9^9^9^9",
+        "((((9**99)**99)**99)**99)",
+        "2**(99*99*99*99*99)",
+        "factorial(factorial(99))",
+        "99999999!",
+        "(" * 5_000,
+        "[" * 90 + "]" * 90,
+    ):
+        assert scores(play(env, task, f"<answer>{attack}</answer>"))["format"] == 1
+    assert not mark.exists()
 
 
 def test_fields_of_its_config_are_settings() -> None:
