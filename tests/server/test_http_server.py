@@ -7,9 +7,11 @@ import importlib.util
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ from openai import AsyncOpenAI, OpenAI
 from transformers import AutoModelForCausalLM
 
 from rayrl.chat.renderer import Chat
+from rayrl.cluster.serving.http_server import _reserve
+from rayrl.errors import ConfigError
 from rayrl.types import user
 from rayrl.weights.model_dir import EMBEDDED, model_dir
 
@@ -105,11 +109,11 @@ def server(
             start_new_session=True,  # so that only the test sends Ctrl-C
         )
     assert process.stdout is not None
-    said = ""
-    while " answers at " not in said:
-        said = process.stdout.readline()
-        assert said, f"it ended: {log.read_text()}"
     try:
+        said = ""
+        while " answers at " not in said:
+            said = process.stdout.readline()
+            assert said, f"it ended: {log.read_text()}"
         yield Server(said.split(" answers at ")[1].split()[0], model)
         process.send_signal(signal.SIGINT)
         process.wait(600)  # Serve is slow on a busy machine
@@ -241,3 +245,22 @@ async def test_a_disconnect_frees_the_engine(server: Server) -> None:
     await hang_up(waiting)
     with server.client as client:
         assert client.chat.completions.create(model="base", messages=HELLO, max_tokens=3).id
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_a_free_port_is_nobody_elses_until_the_server_listens(host: str) -> None:
+    with ExitStack() as stack:
+        port = _reserve(host, 0, stack)
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind((host, port))
+        with socket.socket() as proxy:
+            proxy.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # as Serve's
+            proxy.bind((host, port))
+            proxy.listen()
+            socket.create_connection((host, port), 5).close()
+            proxy.settimeout(5)
+            proxy.accept()[0].close()
+            with pytest.raises(ConfigError, match=rf"serve\.port={port}: cannot listen there"):
+                _reserve(host, port, stack)
+    with ExitStack() as stack:
+        assert _reserve(host, port, stack) == port

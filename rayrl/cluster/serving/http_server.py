@@ -112,8 +112,9 @@ async def open_server(config: Config, name: str) -> AsyncIterator[str]:
     path = model_name(config.model.path)
     digest = _digest(wanted.api_key_env)
     local = not cluster_address(cluster.address)
-    at = HttpAddress(wanted.host, _free_port(wanted.host, wanted.port) if local else wanted.port)
     with ExitStack() as stack:
+        port = _reserve(wanted.host, wanted.port, stack) if local else wanted.port
+        at = HttpAddress(wanted.host, port)
         session = stack.enter_context(
             open_session(cluster, http=at, imports=worker_imports(config, engine=True))
         )
@@ -143,23 +144,28 @@ def _digest(variable: str) -> str:
     return key_digest(key)
 
 
-def _free_port(host: str, port: int) -> int:
-    """Return the port, or a free one if it is 0.
+def _reserve(host: str, port: int, stack: ExitStack) -> int:
+    """Return the port, or a free one if it is 0, which is nobody else's until `stack` closes.
 
     Raises:
         ConfigError: nothing can listen there.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((host, port))
-        except OSError as error:
-            raise ConfigError(
-                f"serve.host={host} serve.port={port}: cannot listen there ({error.strerror}). "
-                "Choose another, or serve.port=0 for any free port."
-            ) from error
-        return int(listener.getsockname()[1])
+    holder = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
+    # Serve's proxy shares its port, and may listen at one that is held and not listened at.
+    shared = socket.SO_REUSEADDR if port else socket.SO_REUSEPORT
+    holder.setsockopt(socket.SOL_SOCKET, shared, 1)
+    try:
+        holder.bind((host, port))
+    except OSError as error:
+        raise ConfigError(
+            f"serve.host={host} serve.port={port}: cannot listen there ({error.strerror}). "
+            "Choose another, or serve.port=0 for any free port."
+        ) from error
+    found = int(holder.getsockname()[1])
+    if port:
+        holder.close()
+    return found
 
 
 def _reachable(host: str) -> str:
