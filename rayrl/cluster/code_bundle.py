@@ -15,6 +15,7 @@ bundle has no other libraries: every node needs those that `pyproject.toml` name
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 import platform
@@ -203,7 +204,7 @@ def _add_project(files: dict[str, Path], texts: dict[str, str], pyproject: Path)
     for package in pyproject.parent.iterdir():
         if (package / "__init__.py").is_file() and package.name != "tests":
             _add(files, package.name, package)
-    for value in (value for points in groups.values() for value in points.values()):
+    for value in itertools.chain(*(points.values() for points in groups.values())):
         module = pyproject.parent / f"{value.partition(':')[0]}.py"
         if module.is_file():
             _add(files, module.name, module)

@@ -1,7 +1,7 @@
-"""Load environments: installed ones by name, others by file or module, or by a scheme.
+"""Load environments: installed ones by name, others by file or module, or through a scheme.
 
-A scheme makes an environment of what another library calls by an ID: `env.name=SCHEME:ID`. It is a
-function `(id) -> Environment`, installed as an entry point of the group `rayrl.env_schemes`.
+A scheme gives another library's environment for its ID: `env.name=SCHEME:ID`. It is a function
+`(id) -> Environment`, installed as an entry point of the group `rayrl.env_schemes`.
 """
 
 from __future__ import annotations
@@ -153,12 +153,10 @@ def reference_of(env: Environment, name: str = "") -> str:
 def _is_found(env: Environment) -> bool:
     """Whether another process finds this very environment by its reference."""
     place, attribute = split_reference(env.ref)
-    if scheme_of(env.ref):
-        attribute = ""
     home = env.play.__module__.partition(".")[0]
     if any(one.__module__.partition(".")[0] != home for one in env.players.values()):
         return False  # a player was added elsewhere
-    if not attribute or place.endswith(".py"):  # installed, or a file
+    if not attribute or place.endswith(".py") or scheme_of(env.ref):  # installed, or a file
         return True
     if PathFinder.find_spec(place.partition(".")[0]) is None:
         return False

