@@ -3,7 +3,8 @@
 The library makes each question from the task's seed and scores the reply by its own rules. Some of
 these evaluate the answer as Python, directly or through sympy. A model could run any code in that
 way, or keep the scorer busy forever with `9**9**9`; such datasets are given only answers that are
-harmless (`_is_harmless`).
+harmless (`_is_harmless`). A formula can still be one that sympy simplifies for minutes, which only
+`env.isolated` ends.
 """
 
 from __future__ import annotations
@@ -127,7 +128,7 @@ def _evaluator(name: str) -> str:
 
 
 def _is_harmless(answer: str, evaluator: str) -> bool:
-    """Whether an answer can be evaluated: it runs nothing, and takes no more than a moment."""
+    """Whether an answer can be evaluated: nothing in it is run, and no number in it is huge."""
     if not evaluator or answer.isalnum():
         return True
     if len(answer) > _LONGEST:

@@ -119,7 +119,7 @@ ATTACKS = [
 
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_that_a_model_writes_is_run(name: str, tmp_path: Path) -> None:
-    """Nor does anything take longer than a moment; it would block all episodes of a process."""
+    """Nor computed, where it would take forever and block all episodes of the process."""
     env = rayrl.load_env(f"reasoning_gym:{name}")
     (task,) = env.tasks(3, 1)
     for attack in ATTACKS:
