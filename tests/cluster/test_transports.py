@@ -12,7 +12,9 @@ from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
 from rayrl.cluster import learner_group
 from rayrl.cluster.learner_group import _gather, _report_hang
+from rayrl.cluster.serving.replica import Replica
 from rayrl.cluster.weight_sync.push import WeightSync
+from rayrl.cluster.weight_sync.transports import Broadcast
 from rayrl.cluster.weight_sync.weight_store import Published, WeightStore
 from rayrl.config import Config, from_dict, validate
 from rayrl.config.sync import transport_of
@@ -227,3 +229,79 @@ async def test_replicas_and_learner_alternate_on_a_shared_gpu(colocate: bool) ->
     await weights.push(5)
     alternating = [("sleep",), "update", ("wake", "weights"), ("wake", "kv")]
     assert replicas.calls == (alternating if colocate else ["update"])
+
+
+class RecordingEngine:
+    """Takes part in broadcasts, of which nothing arrives."""
+
+    workers, max_len = 2, 64
+    version = 0
+    generate = stream = release = load_weights = check = close = sleep = wake = print  # not called
+
+    rank: int | None = None
+
+    async def join(self, meeting: Any, first_rank: int) -> None:
+        self.rank = first_rank
+
+    async def receive(self, version: int, plan: Any) -> str:
+        assert self.rank is not None, "it joined no group"
+        self.version = version
+        return "good"
+
+
+class Started:
+    """A deployment of which a replica starts just before a method is called."""
+
+    def __init__(self, method: str) -> None:
+        self.replicas = [self.replica("a")]
+        self.method = method
+
+    @staticmethod
+    def replica(name: str) -> Replica:
+        replica = object.__new__(Replica)  # its constructor is for a process of Serve's
+        vars(replica).update(
+            _id=name, _engine=RecordingEngine(), _loading=asyncio.Lock(), _loaded=(0, "")
+        )
+        return replica
+
+    def broadcast(self, method: str, *args: Any) -> Any:
+        async def results(return_exceptions: bool) -> list[Any]:
+            if method == self.method and len(self.replicas) == 1:
+                self.replicas.append(self.replica("b"))
+            return [await getattr(replica, method)(*args) for replica in self.replicas]
+
+        return SimpleNamespace(results_async=results)
+
+
+class Learners:
+    """Opens groups and sends nothing."""
+
+    def __init__(self) -> None:
+        self.worlds: list[int] = []
+
+    async def open_rendezvous(self, backend: str, world: int, deadline_s: float) -> Any:
+        self.worlds.append(world)
+        return "meeting", ()
+
+    async def connect(self, meeting: Any) -> None: ...
+
+    async def broadcast(self, *_: Any) -> str:
+        return "good"
+
+
+@pytest.mark.parametrize("method", ["workers", "join", "receive"])
+async def test_a_replica_that_starts_in_a_broadcast_gets_it_without_an_error(method: str) -> None:
+    """Serve calls it like the others, although it is in no group: so it was in a run in CI."""
+    handle: Any = Started(method)
+    learners: Any = Learners()
+
+    async def publish(published: Published) -> None: ...
+
+    store = SimpleNamespace(publish=SimpleNamespace(remote=publish))
+    transport = Broadcast("gloo", learners, store, handle, 600)
+    try:
+        assert await WeightSync(transport, None, handle, 600).push(1) == {"a": "good", "b": "good"}
+    finally:
+        transport.close()
+    assert learners.worlds == ([5] if method == "workers" else [3, 5])
+    assert [replica._engine.rank for replica in handle.replicas] == [1, 3]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Container, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Protocol
@@ -195,23 +195,26 @@ class Replica:
         return self._id, self._engine.workers
 
     async def join(self, meeting: Rendezvous, first: Mapping[str, int]) -> None:
-        """Join a broadcast group.
+        """Join a broadcast group, unless this replica started while the group was formed.
 
         Args:
             first: by replica, the rank of its first worker.
-
-        Raises:
-            InfraError: the replica started after the group was formed.
         """
-        if self._id not in first:
-            raise InfraError(f"replica {self._id} came while the channel was opened")
-        await self._engine.join(meeting, first[self._id])  # type: ignore[attr-defined]
+        if self._id in first:
+            await self._engine.join(meeting, first[self._id])  # type: ignore[attr-defined]
 
-    async def receive(self, version: int, plan: Plan) -> tuple[str, int, str]:
-        """Load weights from the broadcast group; returns as `load`."""
-        async with self._loading:
-            checksum = await self._engine.receive(version, plan)  # type: ignore[attr-defined]
-            self._loaded = (self._engine.version, checksum)
+    async def receive(
+        self, version: int, plan: Plan, members: Container[str]
+    ) -> tuple[str, int, str]:
+        """Load weights if this replica is a member of the broadcast group; returns as `load`.
+
+        Serve also calls replicas that started after the group was formed: what such a one answers
+        confirms nothing, and the push is repeated with a new group.
+        """
+        if self._id in members:
+            async with self._loading:
+                checksum = await self._engine.receive(version, plan)  # type: ignore[attr-defined]
+                self._loaded = (self._engine.version, checksum)
         return self._id, *self._loaded
 
     async def probe(self, requests: Sequence[Request]) -> tuple[str, list[Completion]]:

@@ -162,7 +162,7 @@ class Broadcast:
             try:
                 checksum, received = await asyncio.gather(
                     self._learners.broadcast(version, self._attempt_s, self._store),
-                    ask_all(self._handle, "receive", version, self._plan),
+                    ask_all(self._handle, "receive", version, self._plan, set(running)),
                 )
             except BaseException:  # its members wait for each other; a new group is needed
                 self._members = {}
