@@ -158,11 +158,28 @@ def _become(request: Mapping[str, Any]) -> None:
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
+def ids_apart_from_rays() -> None:
+    """Let decorated actor classes, of which Serve has some, draw their ids from the system.
+
+    The first id that a process draws of Ray seeds the generator of all its ids. Processes that are
+    forked later would share it, and give two objects one id.
+    """
+    import ray.actor
+
+    class ClassId(ray.ActorClassID):
+        @classmethod
+        def from_random(cls) -> ray.ActorClassID:
+            return ray.ActorClassID(os.urandom(ray.ActorClassID.size()))
+
+    vars(ray.actor)["ActorClassID"] = ClassId
+
+
 if __name__ == "__main__":
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for workers
     # Ray reads these once, when it is imported. A worker can be given its job later, and ends when
     # this process has ended, which ends with the raylet.
     os.environ |= {"RAY_JOB_ID": NO_JOB, "RAY_RAYLET_PID": str(os.getpid())}
     sys.path[:] = json.loads(sys.argv[2])
+    ids_apart_from_rays()
     wanted = _Server(sys.argv[1], sys.argv[3:]).next_worker()
     _become(wanted)

@@ -157,12 +157,14 @@ async def open_cluster(
 def worker_imports(config: Config, *, engine: bool = False, learner: bool = False) -> list[str]:
     """Modules to fork the workers of a local Ray with (`cluster.fork_workers`, `fork_server.py`).
 
-    Serve is not among them: importing it seeds the generator of Ray's ids, and workers that share
-    it give two objects one id. Nor is torch on a machine with a GPU, where that was not tried.
+    Torch is not among them on a machine with a GPU, where that was not tried.
     """
     if not config.cluster.fork_workers:
         return []
     modules = ["ray._private.workers.default_worker", "rayrl.cluster.learner_group"]
+    if engine:
+        modules += ["ray.serve._private.controller", "ray.serve._private.proxy"]
+        modules.append("rayrl.cluster.serving.replica")
     if Path("/dev/nvidiactl").exists():
         return modules
     if engine:

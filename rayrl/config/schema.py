@@ -373,9 +373,9 @@ class ClusterConfig:
         False, "replicas share their GPUs with learner ranks and sleep while those work"
     )
     fork_workers: bool = setting(
-        False,
+        True,
         "fork a local Ray's workers from one process that has imported torch: a run starts in less "
-        "time and memory (Linux); new, and not yet the default",
+        "time and memory (Linux)",
     )
     object_store_gb: float = setting(
         0.5,

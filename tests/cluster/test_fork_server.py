@@ -164,6 +164,8 @@ def test_what_is_imported_can_be_forked(kind: str) -> None:
     modules = worker_imports(from_dict(settings), engine=True, learner=True)
     code = (
         "import importlib, os, pathlib, sys\n"
+        "from rayrl.cluster.fork_server import ids_apart_from_rays\n"
+        "ids_apart_from_rays()\n"
         "for name in sys.argv[1:]: importlib.import_module(name)\n"
         "import ray, torch\n"
         "names = [one.read_text() for one in pathlib.Path('/proc/self/task').glob('*/comm')]\n"
