@@ -166,7 +166,7 @@ def ids_apart_from_rays() -> None:
     """
     import ray.actor
 
-    class ClassId(ray.ActorClassID):
+    class ClassId(ray.ActorClassID):  # type: ignore[misc]
         @classmethod
         def from_random(cls) -> ray.ActorClassID:
             return ray.ActorClassID(os.urandom(ray.ActorClassID.size()))
