@@ -29,6 +29,7 @@ __all__ = [
     "Finish",
     "Group",
     "Message",
+    "Origin",
     "Reply",
     "Request",
     "Sampling",
@@ -358,13 +359,29 @@ def _add_optional(first: int | None, second: int | None) -> int | None:
 
 
 @dataclass(frozen=True, slots=True)
+class Origin(_Compact):
+    """Where a conversation began that is not its seat's first.
+
+    Attributes:
+        conversation: the conversation before it.
+        turns: number of turns before it, those before `conversation` began included.
+        empty: whether it began without their messages.
+    """
+
+    conversation: str
+    turns: int
+    empty: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Turn(_Compact):
     """One model call by one seat.
 
-    A conversation's ids are the concatenation, in order, of each turn's `prompt_ids` and
-    `completion_ids`; `offset` is the number of ids that precede this turn's. A turn with
-    offset 0 starts a new conversation. Turns by players without tokens (scripts, people, remote
-    endpoints) have empty ids and are never trained on.
+    The turns of a seat form a tree (`rayrl.conversations`): a conversation goes on, branches or
+    restarts. Its ids are the concatenation, in order, of each turn's `prompt_ids` and
+    `completion_ids`, beginning with those it shares with the conversation it branched from;
+    `offset` is the number of ids that precede this turn's. Turns by players without tokens
+    (scripts, people, remote endpoints) have empty ids and are never trained on.
 
     Attributes:
         seat: the seat that acted.
@@ -382,6 +399,8 @@ class Turn(_Compact):
         began: wall-clock time of the request to the engine, in seconds; 0 without an engine. Like
             `seconds`, it is for the timeline only and not written to files.
         seconds: time until the engine had answered.
+        conversation: name of the turn's conversation, unique in its seat; "" is the first.
+        origin: where that conversation began; None for the first.
     """
 
     seat: str
@@ -398,6 +417,8 @@ class Turn(_Compact):
     usage: Usage | None = None
     began: float = field(default=0.0, compare=False)
     seconds: float = field(default=0.0, compare=False)
+    conversation: str = ""
+    origin: Origin | None = None
 
     def __post_init__(self) -> None:
         _fix_fields(self, "text", "state")

@@ -22,6 +22,7 @@ from rayrl.cluster.open import make_environment, open_cluster, open_learners
 from rayrl.cluster.weight_sync.push import WeightSync
 from rayrl.config import Config, validate
 from rayrl.config.mix import components, named_keys
+from rayrl.conversations import transcripts
 from rayrl.environment.chat_data import chat_messages
 from rayrl.environment.data_files import DataRow, read_data
 from rayrl.environment.environment import Environment
@@ -50,7 +51,6 @@ from rayrl.weights.model_dir import model_dir
 __all__ = [
     "batch_indices",
     "chat_turns",
-    "conversations",
     "has_chats",
     "load_rows",
     "rows_of",
@@ -353,37 +353,19 @@ def _learned_seats(config: Config, episode: Episode, data: str) -> list[str]:
 def rows_of(
     episode: Episode, seats: Sequence[str], chat: Chat, *, loss_on_all: bool = False
 ) -> list[Trajectory]:
-    """One row for each conversation of the seats.
+    """One row for each conversation of the seats; what several share is learned once.
 
     Args:
         loss_on_all: take the loss on what was said to the model as well.
     """
     rows = []
     for seat in seats:
-        for number, talk in enumerate(conversations(episode.turns_of(seat))):
-            ids, is_reply = chat.render(talk)
-            mask = (True,) * len(ids) if loss_on_all else is_reply
+        turns = episode.turns_of(seat)
+        left = set(range(len(turns)))  # whose loss is in no row yet
+        for number, transcript in enumerate(transcripts(turns)):
+            ids, is_reply = chat.render([turns[k] for k in transcript])
+            shared, _ = chat.render([turns[k] for k in transcript if k not in left])
+            mask = [k >= len(shared) and (loss_on_all or one) for k, one in enumerate(is_reply)]
             rows.append(supervised_row(ids, mask, f"{episode.id}/{seat}/{number}"))
+            left.difference_update(transcript)
     return rows
-
-
-def conversations(turns: Sequence[Turn]) -> Iterator[list[Turn]]:
-    """A seat's turns, cut where a new conversation starts.
-
-    Turns with ids say so by an offset of 0; turns without are one conversation, unless a system
-    message shows that another one began.
-    """
-    talk: list[Turn] = []
-    for turn in turns:
-        if talk and _starts(turn):
-            yield talk
-            talk = []
-        talk.append(turn)
-    if talk:
-        yield talk
-
-
-def _starts(turn: Turn) -> bool:
-    if turn.prompt_ids or turn.completion_ids:
-        return turn.offset == 0
-    return any(message.role == "system" for message in turn.prompt)

@@ -20,10 +20,11 @@ proportion.
 Deviations, numbered: (1) a set whose spread (maximum − minimum) is at most `SPREAD_FLOOR` counts as
 equal and gives zeros, instead of dividing by std + ε: with discounted or summed floats, equal play
 can differ in the last bit, and a tiny std would blow that up to ±1. (2) The reward of an episode
-comes at its end, so a turn's return is reward · gamma^(turns after it). (3) Several turns of one
-episode in the same state are separate members of that state's set, as in the paper. (4) A group
-whose episodes all got the same reward gives zeros at the step level too: there discounting alone
-would teach it to end sooner, or later where the reward is negative.
+comes at its end, so a turn's return is reward · gamma^(turns after it); where conversations branch,
+the turns on the longest way on from it. (3) Several turns of one episode in the same state are
+separate members of that state's set, as in the paper. (4) A group whose episodes all got the same
+reward gives zeros at the step level too: there discounting alone would teach it to end sooner, or
+later where the reward is negative.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from dataclasses import dataclass
 
 from rayrl.config import AlgoConfig
 from rayrl.config.registry import Registry, function_name
+from rayrl.conversations import turns_after
 from rayrl.errors import ConfigError, NumericsError, did_you_mean, safe_repr
 from rayrl.types import Group, Turn
 
@@ -122,6 +124,7 @@ def leave_one_out(rewards: Sequence[float]) -> list[float]:
 
 def step_level(
     states: Sequence[Sequence[str]],
+    after: Sequence[Sequence[int]],
     rewards: Sequence[float],
     gamma: float,
     *,
@@ -131,6 +134,7 @@ def step_level(
 
     Args:
         states: (G, turns) key of the state each turn was taken in.
+        after: (G, turns) number of turns that followed.
         rewards: (G,).
         gamma: discount per turn.
 
@@ -144,7 +148,7 @@ def step_level(
             sets.setdefault(state, []).append((i, t))
     out = [[0.0] * len(turns) for turns in states]
     for members in sets.values():
-        returns = [rewards[i] * gamma ** (len(states[i]) - 1 - t) for i, t in members]
+        returns = [rewards[i] * gamma ** after[i][t] for i, t in members]
         deviations = centred(returns)
         scale = _std(deviations) if divide_by_std and any(deviations) else 1.0
         for (i, t), deviation in zip(members, deviations, strict=True):
@@ -176,6 +180,7 @@ def gigpo(inputs: AdvantageInputs) -> Sequence[Sequence[float]]:
     by_std = algo.normalize == "std"  # then each state's set is divided by its own
     steps = step_level(
         [[turn.state for turn in own] for own in inputs.turns],
+        [turns_after(own) for own in inputs.turns],
         inputs.rewards,
         algo.gamma,
         divide_by_std=by_std,

@@ -1,7 +1,9 @@
 """Turn groups into training rows: masks from the turns' spans, one denominator for a whole batch.
 
-A row is one conversation of one seat in one episode, up to its last id with loss: what follows that
-id (an environment's last message, which nobody answered) predicts nothing. Rows whose advantages
+A row is one conversation of one seat in one episode, from its beginning (for a branch, that of the
+conversation it branched from) up to its last id with loss: what follows that id (an environment's
+last message, which nobody answered) predicts nothing. The loss on an id that several conversations
+share is taken once. Rows whose advantages
 are all zero change nothing and are left out of the computation, but still count in the
 denominators, so that leaving them out is exact. Numpy only: batches travel between processes
 without torch.
@@ -16,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rayrl.conversations import transcripts
 from rayrl.learner.packing import common_prefixes, lexicographic
 from rayrl.types import Group, Turn
 
@@ -144,35 +147,35 @@ def make_batch(
 def _rows(
     turns: Sequence[Turn], advantages: Sequence[float], group: int, name: str
 ) -> list[Trajectory]:
-    """The conversations in `turns`; a turn with offset 0 starts one. Rows with no loss are left."""
+    """A seat's conversations; what several share has its loss in the first of them only."""
     if len(turns) != len(advantages):
         raise ValueError(f"{name}: {len(turns)} turns but {len(advantages)} advantages")
     rows: list[Trajectory] = []
-    conversation: list[tuple[Turn, float]] = []
-    length = 0
-    for turn, advantage in zip(turns, advantages, strict=True):
-        if not turn.prompt_ids and not turn.completion_ids:
-            continue
-        if turn.offset == 0 and conversation:
-            rows += _row(conversation, group, name)
-            conversation, length = [], 0
-        if turn.offset != length:
-            raise ValueError(
-                f"{name}: a turn at offset {turn.offset} follows {length} ids of its conversation"
-            )
-        conversation.append((turn, advantage))
-        length += len(turn.prompt_ids) + len(turn.completion_ids)
-    return rows + _row(conversation, group, name)
+    left = set(range(len(turns)))  # whose loss is in no row yet
+    for transcript in transcripts(turns):
+        with_ids = [k for k in transcript if turns[k].prompt_ids or turns[k].completion_ids]
+        conversation = [(turns[k], advantages[k], k in left) for k in with_ids]
+        rows += _row(conversation, group, name)
+        left.difference_update(transcript)
+    return rows
 
 
-def _row(conversation: Sequence[tuple[Turn, float]], group: int, name: str) -> list[Trajectory]:
-    length = sum(len(t.prompt_ids) + len(t.completion_ids) for t, _ in conversation)
+def _row(
+    conversation: Sequence[tuple[Turn, float, bool]], group: int, name: str
+) -> list[Trajectory]:
+    """The row of turns with their advantages and whether the loss is taken on them, if any is."""
+    length = sum(len(t.prompt_ids) + len(t.completion_ids) for t, _, _ in conversation)
     ids = np.zeros(length, np.int32)
     mask = np.zeros(length, np.bool_)
     rollout = np.zeros(length, np.float32)
     adv = np.zeros(length, np.float32)
+    versions: list[int] = []
     at = 0
-    for turn, advantage in conversation:
+    for turn, advantage, with_loss in conversation:
+        if turn.offset != at:
+            raise ValueError(
+                f"{name}: a turn at offset {turn.offset} follows {at} ids of its conversation"
+            )
         if len(turn.rollout_logprobs) != len(turn.completion_ids):
             raise ValueError(
                 f"{name}: {len(turn.completion_ids)} sampled ids, "
@@ -182,15 +185,16 @@ def _row(conversation: Sequence[tuple[Turn, float]], group: int, name: str) -> l
         end = begin + len(turn.completion_ids)
         ids[at:begin] = turn.prompt_ids
         ids[begin:end] = turn.completion_ids
-        mask[begin:end] = True
-        rollout[begin:end] = turn.rollout_logprobs
-        adv[begin:end] = advantage
+        if with_loss:
+            mask[begin:end] = True
+            rollout[begin:end] = turn.rollout_logprobs
+            adv[begin:end] = advantage
+            versions += [span.version for span in turn.versions]
         at = end
     if not mask.any():
         return []
     if mask[0]:
         raise ValueError(f"{name}: a conversation cannot begin with a sampled id")
-    versions = [span.version for turn, _ in conversation for span in turn.versions]
     end = _end(mask)
     ids, mask, rollout, adv = ids[:end], mask[:end], rollout[:end], adv[:end]
     return [Trajectory(ids, mask, rollout, adv, min(versions, default=0), group, name)]

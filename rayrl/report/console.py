@@ -10,6 +10,7 @@ from rich.panel import Panel
 from rich.segment import Segment
 from rich.text import Text
 
+from rayrl.conversations import beginning, seat_name
 from rayrl.terminal import visible
 from rayrl.types import Episode, Message, Turn
 
@@ -54,7 +55,7 @@ def message_text(message: Message) -> Text:
 
 def reply_text(turn: Turn, seat: str = "") -> Text:
     """Format the model's reply of a turn."""
-    text = Text(f"{seat or turn.seat} ▸ ", style="bold cyan")
+    text = Text(visible(f"{seat or seat_name(turn)} ▸ "), style="bold cyan")
     text.append(visible(turn.text), style="not bold cyan")
     if turn.finish != "stop":
         text.append(f"  (cut off: {turn.finish})", style="not bold yellow")
@@ -92,7 +93,11 @@ def task_text(episode: Episode) -> Text:
 def episode_panel(episode: Episode, title: str = "") -> Panel:
     """Format a conversation, followed by its scores or its failure."""
     parts: list[Text | Padding] = []
+    begun = set()
     for turn in episode.turns:
+        if turn.conversation and seat_name(turn) not in begun:
+            begun.add(seat_name(turn))
+            parts.append(Text(visible(beginning(turn)), "dim italic"))
         parts += [message_text(message) for message in turn.prompt]
         parts.append(Padding(reply_text(turn), (0, 0, 1, 2)))
     if episode.failure is not None:

@@ -20,6 +20,7 @@ import jinja2
 from markupsafe import Markup
 
 from rayrl.config import Config, differences
+from rayrl.conversations import beginning, seat_name
 from rayrl.report.statistics import Split
 from rayrl.report.table import Column, Result, columns, entry, failure_notes, usage_notes
 from rayrl.run.metrics import latest_steps
@@ -362,11 +363,17 @@ def _episode(label: str, episode: Episode) -> dict[str, Any]:
     if episode.failure is not None:
         chips.append({"kind": "failure", "text": f"{episode.failure.kind} failure"})
     messages = []
+    begun = set()
     for turn in episode.turns:
+        if turn.conversation and seat_name(turn) not in begun:
+            begun.add(seat_name(turn))
+            messages.append({"role": "tool", "speaker": "", "text": beginning(turn)})
         for message in turn.prompt:
             messages.append({"role": message.role, "speaker": "", "text": message.content})
         cut = "" if turn.finish == "stop" else f"cut off: {turn.finish}"
-        speaker = " · ".join(part for part in (turn.seat if several else "", cut) if part)
+        speaker = " · ".join(
+            part for part in (seat_name(turn) if several or turn.conversation else "", cut) if part
+        )
         messages.append({"role": "assistant", "speaker": speaker, "text": turn.text})
     if episode.failure is not None:
         messages.append({"role": "tool", "speaker": "failure", "text": episode.failure.message})

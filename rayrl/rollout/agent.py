@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import time
+from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from numbers import Integral
 from typing import Any, Literal, Protocol, get_args
 
@@ -15,6 +18,7 @@ from rayrl.errors import EnvError, safe_repr
 from rayrl.rollout.resume import EpisodeResume
 from rayrl.types import (
     Message,
+    Origin,
     Reply,
     Role,
     Task,
@@ -26,11 +30,29 @@ from rayrl.types import (
     user,
 )
 
-__all__ = ["Agent", "Conversation", "Options", "Player"]
+__all__ = ["Agent", "Conversation", "Options", "Player", "Throttling"]
 
 _ROLES = get_args(Role)
 _YIELD_EVERY = 64  # turns; lets other coroutines run even if no player ever waits
 _LAST_ROUND = "No more tool calls are possible: answer now."
+
+
+class Throttling:
+    """Counts the seconds in which a player delays requests to respect a rate limit.
+
+    They do not count towards deadlines. Requests that are delayed at the same time count once.
+    """
+
+    __slots__ = ("_until", "seconds")
+
+    def __init__(self) -> None:
+        self.seconds = self._until = 0.0
+
+    def add(self, seconds: float) -> None:
+        """A request is delayed from now on."""
+        now = time.monotonic()
+        self.seconds += max(0.0, now + seconds - max(now, self._until))
+        self._until = max(self._until, now + seconds)
 
 
 class Conversation:
@@ -38,6 +60,8 @@ class Conversation:
 
     Attributes:
         session: name of the conversation, unique in a run.
+        name: its name in the seat, as in `Turn.conversation`.
+        origin: where it began; None for the seat's first.
         seat: the seat that answers.
         task: what the episode started from, for scripts that know its answer; models never see it.
             None outside of an episode.
@@ -45,27 +69,56 @@ class Conversation:
         ids: the conversation's token ids, for players that have tokens.
         finished: whether the last completion ended with the end-of-turn id.
         tools: names of the tools the model has been shown.
-        throttled_s: seconds the player delayed requests to respect a rate limit; not counted
-            towards deadlines.
+        turns: number of turns so far, those before it began included.
+        throttling: where the player counts its delays.
     """
 
-    __slots__ = ("finished", "ids", "messages", "seat", "session", "task", "throttled_s", "tools")
+    __slots__ = (
+        "finished",
+        "ids",
+        "messages",
+        "name",
+        "origin",
+        "seat",
+        "session",
+        "task",
+        "throttling",
+        "tools",
+        "turns",
+    )
 
-    def __init__(self, session: str, seat: str, task: Task | None = None) -> None:
+    def __init__(
+        self,
+        session: str,
+        seat: str,
+        task: Task | None = None,
+        throttling: Throttling | None = None,
+        *,
+        name: str = "",
+        origin: Origin | None = None,
+    ) -> None:
         self.session = session
+        self.name = name
+        self.origin = origin
         self.seat = seat
         self.task = task
         self.messages: list[Message] = []
         self.ids: list[int] = []
         self.finished = True
         self.tools: set[str] = set()
-        self.throttled_s = 0.0
+        self.turns = 0
+        self.throttling = throttling or Throttling()
 
-    def copy(self, session: str) -> Conversation:
-        """Copy the conversation under another session name."""
-        new = Conversation(session, self.seat, self.task)
-        new.messages, new.ids = list(self.messages), list(self.ids)
-        new.finished, new.tools = self.finished, set(self.tools)
+    def follow(self, session: str, name: str, *, empty: bool = False) -> Conversation:
+        """Create one that goes on from here, or begins `empty`, under another name."""
+        origin: Origin | None = Origin(self.name, self.turns, empty)
+        if self.turns == (self.origin.turns if self.origin else 0):  # it is not in the record
+            origin = self.origin and replace(self.origin, empty=empty or self.origin.empty)
+        new = Conversation(session, self.seat, self.task, self.throttling, name=name, origin=origin)
+        new.turns = self.turns
+        if not empty:
+            new.messages, new.ids = list(self.messages), list(self.ids)
+            new.finished, new.tools = self.finished, set(self.tools)
         return new
 
 
@@ -126,6 +179,33 @@ def _invalid(new: Sequence[object], state: object, max_tokens: object) -> str:
     return ""
 
 
+@dataclass(slots=True, eq=False)
+class Activity:
+    """What a seat's agent and its branches have done together.
+
+    Attributes:
+        called: number of calls by the environment.
+        awaited: number of those calls that were awaited.
+        waiting: number of calls that wait for the player right now.
+        tool_calls: number of tool calls the model made.
+        tool_errors: number of those that failed.
+        used_tools: whether it was ever offered tools.
+        conversations: all of them.
+        error: the first exception that the player raised, if any.
+        closed: whether the episode is over.
+    """
+
+    called: int = 0
+    awaited: int = 0
+    waiting: int = 0
+    tool_calls: int = 0
+    tool_errors: int = 0
+    used_tools: bool = False
+    conversations: list[Conversation] = field(default_factory=list)
+    error: Exception | None = None
+    closed: bool = False
+
+
 class Agent:
     """One seat of an episode. Calling it sends messages and returns the reply.
 
@@ -133,19 +213,12 @@ class Agent:
         player: answers for the seat.
         seat: name of the parameter of the environment's coroutine.
         episode: id of the episode, the prefix of its session names.
-        seed: of the episode; turn k is answered with `derive_seed(seed, seat, k)`.
+        seed: of the episode; turn k is answered with `derive_seed(seed, seat, k)`, that of a
+            branch with its name after the seat's.
         resume: the episode's turns: those recorded earlier, which are replayed before the player
             is called, and those made in this attempt. Shared by the seats of an episode.
         task: of the episode.
-
-    Attributes:
-        called: number of calls by the environment.
-        awaited: number of those calls that were awaited.
-        turns: number of turns so far.
-        tool_calls: number of tool calls the model made.
-        tool_errors: number of those that failed.
-        waiting: whether it is waiting for the player right now.
-        error: the exception the player raised, if any.
+        throttling: where the player counts its delays; shared by the seats of an episode.
     """
 
     def __init__(
@@ -157,6 +230,7 @@ class Agent:
         seed: int = 0,
         resume: EpisodeResume | None = None,
         task: Task | None = None,
+        throttling: Throttling | None = None,
     ) -> None:
         self.player = player
         self.task = task
@@ -164,21 +238,15 @@ class Agent:
         self.episode = episode
         self.seed = seed
         self.resume = resume or EpisodeResume()
-        self.called = self.awaited = 0
-        self.turns = 0
-        self.tool_calls = 0
-        self.tool_errors = 0
-        self.used_tools = False
-        self.waiting = False
-        self.closed = False
-        self.error: Exception | None = None
+        self.activity = Activity()
         self._in_turn = False
-        self._branches = 0  # restarts and forks
         self._call_ids = 0
-        self._path = f"{episode}/{seat}"  # prefix of its session names
+        self._path = f"{episode}/{seat}"  # before a conversation's name, its session
+        self._name = ""  # before the names of its restarts and branches
+        self._named: Counter[str] = Counter()  # these
         self._thinking: bool = getattr(player, "opens_thought", False)
-        self._conversation = Conversation(f"{self._path}/0", seat, task)
-        self._conversations = [self._conversation]
+        self._conversation = Conversation(self._path, seat, task, throttling)
+        self.activity.conversations.append(self._conversation)
 
     @property
     def session(self) -> str:
@@ -186,9 +254,19 @@ class Agent:
         return self._conversation.session
 
     @property
-    def throttled_s(self) -> float:
-        """Seconds the player delayed requests to respect a rate limit."""
-        return sum(conversation.throttled_s for conversation in self._conversations)
+    def turns(self) -> int:
+        """Number of turns so far; a branch counts on from those before it."""
+        return self._conversation.turns
+
+    @property
+    def tool_calls(self) -> int:
+        """Number of tool calls the model made in this seat, branches included."""
+        return self.activity.tool_calls
+
+    @property
+    def tool_errors(self) -> int:
+        """Number of those that failed."""
+        return self.activity.tool_errors
 
     @property
     def record(self) -> list[Turn]:
@@ -227,7 +305,7 @@ class Agent:
         Returns:
             The model's last text, with all tool calls made before it.
         """
-        self.called += 1  # counted here so that a missing `await` is noticed
+        self.activity.called += 1  # counted here so that a missing `await` is noticed
         return self._respond(prompt, tools, protocol, tool_rounds, state, max_tokens)
 
     async def _respond(
@@ -239,7 +317,7 @@ class Agent:
         state: str | None,
         max_tokens: int | None,
     ) -> Reply:
-        self.awaited += 1
+        self.activity.awaited += 1
         new: tuple[Message, ...]
         if isinstance(prompt, str):
             new = (user(str(prompt)),)
@@ -267,10 +345,14 @@ class Agent:
         tools: tuple[Mapping[str, Any], ...],
     ) -> Turn:
         """Call the model once, without running any tools it calls."""
-        if self.closed:
+        activity = self.activity
+        if activity.closed:
             raise EnvError(f"the episode is over: {self.seat!r} can no longer be called")
         if self._in_turn:
-            raise EnvError(f"{self.seat!r} was called again before it answered: await it first")
+            raise EnvError(
+                f"{self.seat!r} was called again before it answered: await it first, or ask "
+                f"`{self.seat}.branch()`"
+            )
         if not new:
             raise EnvError(f"{self.seat!r} was called without a message: pass at least one")
         if problem := _invalid(new, state, max_tokens):  # players rely on valid arguments
@@ -278,24 +360,29 @@ class Agent:
         if state is None:
             state = new[0].content if len(new) == 1 else "\n".join([m.content for m in new])
         conversation = self._conversation
-        seed = derive_seed(self.seed, self.seat, self.turns)
+        seed = derive_seed(self.seed, self.seat + conversation.name, self.turns)
         self._in_turn = True
         own = EPISODE.get()
         EPISODE.set(None)  # the player must not draw from the episode's generators
         try:
             turn = None if self.resume.fresh else await self._replay(new, state, tools)
             if turn is None:
-                self.waiting = True
                 options = Options(seed, state, max_tokens, tools)
-                turn = await self.player.answer(conversation, new, options)
-                turn = replace(turn, tools=tools) if tools else turn
+                activity.waiting += 1
+                try:
+                    turn = await self.player.answer(conversation, new, options)
+                finally:
+                    activity.waiting -= 1
+                name, origin = conversation.name, conversation.origin
+                if tools or name:
+                    turn = replace(turn, tools=tools, conversation=name, origin=origin)
         except Exception as error:
-            self.error = error
+            activity.error = activity.error or error
             raise
         finally:
-            self._in_turn = self.waiting = False
+            self._in_turn = False
             EPISODE.set(own)
-        self.turns += 1
+        conversation.turns += 1
         conversation.messages += new
         reply = assistant(turn.text)
         if tools:
@@ -312,7 +399,7 @@ class Agent:
     ) -> Turn | None:
         """Return the next recorded turn as the player's answer; None if none is left."""
         conversation = self._conversation
-        turn = await self.resume.replay(self.seat, new, tools, len(conversation.ids))
+        turn = await self.resume.replay(conversation, new, tools)
         resume_player = getattr(self.player, "resume", None)
         if turn is not None and resume_player is not None:
             resume_player(conversation, turn)
@@ -328,7 +415,7 @@ class Agent:
         state: str | None,
         max_tokens: int | None,
     ) -> Reply:
-        self.used_tools = True
+        self.activity.used_tools = True
         schemas, conversation = toolkit.schemas, self._conversation
         introduced = {f"CALL {name}" for name in toolkit.tools} if as_text else set()
         if introduced - conversation.tools:
@@ -349,8 +436,8 @@ class Agent:
             results = []
             for call in calls:
                 result, failed = await toolkit.run(call)
-                self.tool_calls += 1
-                self.tool_errors += failed
+                self.activity.tool_calls += 1
+                self.activity.tool_errors += failed
                 results.append(result)
             if left == 1:
                 results[-1] += f"\n{_LAST_ROUND}"
@@ -370,29 +457,67 @@ class Agent:
 
     def restart(self) -> None:
         """Start an empty conversation with the model; the episode continues."""
-        self._branches += 1
-        self._conversation = Conversation(f"{self._path}/{self._branches}", self.seat, self.task)
-        self._conversations.append(self._conversation)
+        self._follow(self._new_name(""), empty=True)
+
+    def branch(self, name: str = "", *, empty: bool = False) -> Agent:
+        """Create another agent of this seat, whose turns are recorded and trained on too.
+
+        It goes on from the conversation so far and can be asked at the same time as this one: for
+        sub-agents, several attempts, a critic.
+
+        Args:
+            name: what seeds and resumed episodes know it by; by default its number among this
+                agent's. Name branches that are created in an order which may vary.
+            empty: begin an empty conversation instead.
+
+        Raises:
+            EnvError: the name is not a Python identifier.
+        """
+        if name and not (isinstance(name, str) and name.isidentifier()):
+            raise EnvError(f"branch({safe_repr(name)}): a name consists of letters, digits and _")
+        new = copy.copy(self)
+        new._in_turn = False
+        new._name = self._new_name(name)
+        new._named = Counter()
+        if empty:
+            new._call_ids = 0
+            new._conversation = Conversation(
+                self._path, self.seat, self.task, self._conversation.throttling
+            )
+        new._follow(new._name, empty=empty)
+        return new
 
     def fork(self) -> Agent:
         """Create an independent agent with a copy of the conversation, for branching checks."""
-        new = type(self)(
-            self.player, seat=self.seat, episode=self.episode, seed=self.seed, task=self.task
-        )
-        new.turns = self.turns
-        self._branches += 1
-        # the name contains the parent's, so forks of forks have distinct names too
-        new._path = f"{self._conversation.session}+{self._branches}"
-        new._conversation = self._conversation.copy(new._path)
-        new._call_ids = self._call_ids  # keeps call ids unique in the copied conversation
-        new._conversations = [new._conversation]
+        new = copy.copy(self)
+        new._in_turn = False
+        new.activity, new.resume = Activity(), EpisodeResume()
+        self._named["+"] += 1
+        # the path contains the parent's, so forks of forks have distinct sessions too
+        new._path = f"{self.session}+{self._named['+']}"
+        new._named = Counter()
+        new._conversation = self._conversation.follow(new._path, self._conversation.name)
+        new.activity.conversations.append(new._conversation)
         return new
 
+    def _new_name(self, name: str) -> str:
+        self._named[name] += 1
+        number = self._named[name]
+        if name:
+            return f"{self._name}/{name}" if number == 1 else f"{self._name}/{name}-{number}"
+        return f"{self._name}/{number}"
+
+    def _follow(self, name: str, *, empty: bool) -> None:
+        """Go on in another conversation, which begins with the current one or empty."""
+        self._conversation = self._conversation.follow(self._path + name, name, empty=empty)
+        self.activity.conversations.append(self._conversation)
+
     def close(self) -> None:
-        """End all its conversations; calling it afterwards raises EnvError."""
-        self.closed = True
-        conversations, self._conversations = self._conversations, []
+        """End the seat's conversations; calling an agent of it afterwards raises EnvError."""
+        activity = self.activity
+        activity.closed = True
         end = getattr(self.player, "end", None)
-        if end is not None:
-            for conversation in conversations:
+        while activity.conversations:
+            conversation = activity.conversations.pop(0)
+            if end is not None:
                 end(conversation)

@@ -350,7 +350,7 @@ async def _sleep(seconds: float, conversation: Conversation, *, throttled: bool)
     """Wait; a wait for a rate limit does not count towards the episode's deadline."""
     if seconds > 0:
         if throttled:
-            conversation.throttled_s += seconds
+            conversation.throttling.add(seconds)
         await asyncio.sleep(seconds)
 
 

@@ -17,6 +17,7 @@ from rayrl.types import (
     Failure,
     Finish,
     Message,
+    Origin,
     Task,
     ToolCall,
     Turn,
@@ -245,6 +246,10 @@ def _turn_to_json(turn: Turn) -> dict[str, Any]:
         data["state"] = turn.state
     if turn.usage is not None:
         data["usage"] = _usage_to_json(turn.usage)
+    if turn.conversation:
+        data["conversation"] = turn.conversation
+    if turn.origin is not None:
+        data["origin"] = asdict(turn.origin)
     if turn.prompt_ids or turn.completion_ids:
         data["offset"] = turn.offset
         data["prompt_ids"] = list(turn.prompt_ids)
@@ -279,7 +284,16 @@ def _turn_from_json(data: Mapping[str, Any], where: str) -> Turn:
         state=data.get("state", _default_state(prompt)),
         tools=fit(data.get("tools", ()), tuple[dict[str, Any], ...]),
         usage=_usage_from_json(data.get("usage")),
+        conversation=_typed(data.get("conversation", ""), str, f"{where}: conversation"),
+        origin=_origin_from_json(data.get("origin"), where),
     )
+
+
+def _origin_from_json(data: Any, where: str) -> Origin | None:
+    try:
+        return None if data is None else fit(data, Origin)
+    except DataError as error:
+        raise DataError(f"{where}: origin: {error}") from None
 
 
 def _usage_to_json(usage: Usage) -> dict[str, int]:

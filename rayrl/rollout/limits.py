@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 from rayrl.errors import EnvError, describe_error
-from rayrl.rollout.agent import Agent
+from rayrl.rollout.agent import Agent, Throttling
 
 __all__ = [
     "ConcurrencyLimit",
@@ -105,6 +105,7 @@ async def run_with_deadline(
     running: asyncio.Future[T],
     deadline_s: float | None,
     agents: Sequence[Agent],
+    throttling: Throttling,
     cancelled: asyncio.Future[None] | None = None,
 ) -> T:
     """Return the result of `running`; cancel it if the deadline passes or the caller is cancelled.
@@ -113,6 +114,7 @@ async def run_with_deadline(
         running: the environment's coroutine, in its own task.
         deadline_s: wall time, excluding time that players spent on rate limits; None is no limit.
         agents: the episode's agents; closed if `running` is cancelled.
+        throttling: theirs.
         cancelled: cancels the episode when done.
 
     Raises:
@@ -130,8 +132,7 @@ async def run_with_deadline(
                 await _cancel(running, agents)
                 raise EpisodeCancelled
             if deadline_s is not None:
-                throttled = sum(agent.throttled_s for agent in agents)
-                left = began + deadline_s + throttled - time.monotonic()
+                left = began + deadline_s + throttling.seconds - time.monotonic()
     except asyncio.CancelledError:
         await _cancel(running, agents)
         raise
@@ -142,14 +143,14 @@ async def run_with_deadline(
         if error is not None and not isinstance(error, Exception):  # would end the program
             raise EnvError(describe_error(error)) from error
         return running.result()
-    on_player = any(agent.waiting for agent in agents)
+    on_player = any(agent.activity.waiting for agent in agents)
     await _cancel(running, agents)
     raise DeadlinePassed(on_player)
 
 
 async def _cancel(running: asyncio.Future[T], agents: Sequence[Agent]) -> None:
     for agent in agents:
-        agent.closed = True
+        agent.activity.closed = True
     for _ in range(3):
         running.cancel()
         await asyncio.wait((running,), timeout=_GRACE_S)

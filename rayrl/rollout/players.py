@@ -220,7 +220,7 @@ class HumanPlayer:
         if tools:
             self._show(describe_lines(tools))
             conversation.tools.update(map(tool_name, tools))
-        line = await asyncio.to_thread(self.read, f"{conversation.seat}> ")
+        line = await asyncio.to_thread(self.read, f"{conversation.seat}{conversation.name}> ")
         text = self._reply(line, options.tools)
         return Turn(conversation.seat, tuple(new), text, "stop", state=options.state)
 

@@ -31,6 +31,7 @@ from rayrl.types import (
     Failure,
     Group,
     Message,
+    Origin,
     Task,
     ToolCall,
     Turn,
@@ -53,7 +54,7 @@ _MARK = b"rec\x01"
 _HEAD = struct.Struct(">4sII")  # marker, length and checksum of the body
 _PICKLE = b"\x80\x05"  # in earlier versions, follows four bytes of length
 _REMEDY = "remove the file; the episodes in it are played again"
-_KINDS = frozenset((Turn, Message, VersionSpan, Usage, Failure))
+_KINDS = frozenset((Turn, Message, VersionSpan, Usage, Failure, Origin))
 
 
 def pack(data: object, default: Callable[[Any], Any] | None = None) -> bytes:
@@ -212,7 +213,7 @@ def _plain(value: Any) -> Any:
 
 def _turn(data: Sequence[Any]) -> Turn:
     seat, prompt, text, finish, offset, told, sampled, rollout_logprobs, versions = data[:9]
-    state, tools, usage, began, seconds = data[9:]
+    state, tools, usage, began, seconds, conversation, origin = data[9:]
     return Turn(
         seat,
         tuple(map(_message, prompt)),
@@ -228,6 +229,8 @@ def _turn(data: Sequence[Any]) -> Turn:
         _usage(usage),
         began,
         seconds,
+        conversation,
+        None if origin is None else Origin(*origin),
     )
 
 

@@ -9,14 +9,17 @@ differ, the environment is not deterministic and the episode starts over.
 from __future__ import annotations
 
 import asyncio
-from collections import Counter, deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rayrl.chat.tools import tool_name
 from rayrl.rollout.records import turn_from_bytes
 from rayrl.types import Failure, Message, Turn, Usage, sum_usage
+
+if TYPE_CHECKING:
+    from rayrl.rollout.agent import Conversation
 
 __all__ = ["EpisodeResume", "PartialEpisode", "ReplayMismatch", "TurnLog", "TurnRecord"]
 
@@ -133,8 +136,10 @@ class EpisodeResume:
         self.replayed = 0
         self.fresh = not recorded
         self._on_turn = on_turn
-        self._remaining = deque(recorded)
-        self._remaining_of_seat = Counter([turn.seat for turn in recorded])
+        self._remaining = dict(enumerate(recorded))
+        self._numbers: defaultdict[tuple[str, str], deque[int]] = defaultdict(deque)
+        for number, turn in self._remaining.items():
+            self._numbers[turn.seat, turn.conversation].append(number)
         self._progress: asyncio.Event | None = None  # created when a seat waits for it
         self._mismatch: ReplayMismatch | None = None
         self._closed = False
@@ -142,12 +147,12 @@ class EpisodeResume:
     @property
     def remaining(self) -> tuple[Turn, ...]:
         """Recorded turns that have not been replayed."""
-        return tuple(self._remaining)
+        return tuple(self._remaining.values())
 
     @property
     def usage(self) -> Usage | None:
         """Server usage of all turns, including the remaining recorded ones."""
-        return sum_usage(turn.usage for turn in (*self.turns, *self._remaining))
+        return sum_usage(turn.usage for turn in (*self.turns, *self._remaining.values()))
 
     def add(self, turn: Turn) -> None:
         """Add a seat's turn; one that arrives after `close` is dropped."""
@@ -163,51 +168,56 @@ class EpisodeResume:
 
     async def replay(
         self,
-        seat: str,
+        conversation: Conversation,
         messages: tuple[Message, ...],
         tools: Sequence[Mapping[str, Any]],
-        offset: int,
     ) -> Turn | None:
-        """Return the next recorded turn of a seat, after those recorded before it.
+        """Return the next recorded turn of a conversation, after those recorded before it.
+
+        It waits for these, so that who answered first does so again; but conversations of one seat
+        (sub-agents that a program runs at once, say) may ask in another order than they did.
 
         Args:
-            seat: the seat that is called.
+            conversation: whose player is called.
             messages: the new messages.
             tools: schemas of the tools offered.
-            offset: number of ids in the seat's conversation so far.
 
         Returns:
-            The turn, or None if the seat has none left and its player must answer.
+            The turn, or None if the conversation has none left and its player must answer.
 
         Raises:
             ReplayMismatch: the call differs from the recorded one.
         """
-        remaining = self._remaining
-        counts = self._remaining_of_seat
-        while self._mismatch is None and counts[seat] and remaining[0].seat != seat:
+        seat = conversation.seat
+        numbers = self._numbers[seat, conversation.name]
+        while self._mismatch is None and numbers and next(iter(self._remaining)) != numbers[0]:
             try:
                 self._progress = self._progress or asyncio.Event()
                 async with asyncio.timeout(PATIENCE_S):
                     await self._progress.wait()
             except TimeoutError:
-                first = remaining[0].seat
+                first = next(iter(self._remaining.values())).seat
+                if first == seat:
+                    break
                 what = f"{first!r} should have been called before {seat!r}"
                 raise self._fail(what, messages) from None
         if self._mismatch is not None:
             raise self._mismatch
-        if not counts[seat]:
+        if not numbers:
+            if any(_is_elsewhere(turn, conversation) for turn in self._remaining.values()):
+                raise self._fail(f"{seat!r} was called in a different conversation", messages)
             return None
-        turn = remaining[0]
+        turn = self._remaining[numbers[0]]
         names, then = (sorted(map(tool_name, offered)) for offered in (tools, turn.tools))
+        offset = len(conversation.ids)
+        if turn.origin != conversation.origin or (turn.prompt_ids and turn.offset != offset):
+            raise self._fail(f"{seat!r} was called in a different conversation", messages, turn)
         if turn.prompt != messages:
-            raise self._fail(f"{seat!r} was sent different messages", messages)
+            raise self._fail(f"{seat!r} was sent different messages", messages, turn)
         if names != then:
             what = f"{seat!r} was offered the tools {names} instead of {then}"
-            raise self._fail(what, messages)
-        if turn.prompt_ids and turn.offset != offset:
-            raise self._fail(f"{seat!r} was called in a different conversation", messages)
-        remaining.popleft()
-        counts[seat] -= 1
+            raise self._fail(what, messages, turn)
+        del self._remaining[numbers.popleft()]
         self.replayed += 1
         self._wake()
         return turn
@@ -217,12 +227,17 @@ class EpisodeResume:
         how = "ended" if failure is None else f"failed ({failure.message})"
         n = len(self._remaining)
         turns = "1 turn" if n == 1 else f"{n} turns"
-        return self._fail(f"the environment {how} {turns} early", None, failure)
+        return self._fail(f"the environment {how} {turns} early", None, failure=failure)
 
     def _fail(
-        self, what: str, messages: tuple[Message, ...] | None, failure: Failure | None = None
+        self,
+        what: str,
+        messages: tuple[Message, ...] | None,
+        recorded: Turn | None = None,
+        failure: Failure | None = None,
     ) -> ReplayMismatch:
-        self._mismatch = ReplayMismatch(what, self.replayed, self._remaining[0], messages, failure)
+        recorded = recorded or next(iter(self._remaining.values()))
+        self._mismatch = ReplayMismatch(what, self.replayed, recorded, messages, failure)
         self._wake()  # so that the other seats raise it too
         return self._mismatch
 
@@ -230,3 +245,12 @@ class EpisodeResume:
         if self._progress is not None:
             self._progress.set()
             self._progress = None
+
+
+def _is_elsewhere(turn: Turn, conversation: Conversation) -> bool:
+    """Whether `turn` was recorded before or after a restart that is not, or now is, made."""
+    left, came = conversation.origin, turn.origin
+    return turn.seat == conversation.seat and (
+        (left is not None and left.empty and left.conversation == turn.conversation)
+        or (came is not None and came.empty and came.conversation == conversation.name)
+    )

@@ -23,7 +23,7 @@ from rayrl.errors import (
     format_traceback,
     safe_repr,
 )
-from rayrl.rollout.agent import Agent, Player
+from rayrl.rollout.agent import Agent, Player, Throttling
 from rayrl.rollout.limits import (
     ConcurrencyLimit,
     DeadlinePassed,
@@ -101,8 +101,17 @@ async def play_episode(
     for seat in env.seats:
         if seat not in players:
             raise ConfigError(f"environment {env.name!r}: no player for seat {seat!r}")
+    throttling = Throttling()
     agents = [
-        Agent(players[seat], seat=seat, episode=label, seed=seed, resume=resume, task=task)
+        Agent(
+            players[seat],
+            seat=seat,
+            episode=label,
+            seed=seed,
+            resume=resume,
+            task=task,
+            throttling=throttling,
+        )
         for seat in env.seats
     ]
     clock_time, began = time.time(), time.perf_counter()
@@ -113,14 +122,14 @@ async def play_episode(
         # in its own task, so that code which swallows its cancellation cannot block the loop
         running = asyncio.create_task(run_environment(env, task, agents, seed), name=label)
         try:
-            results = await run_with_deadline(running, deadline_s, agents, cancelled)
+            results = await run_with_deadline(running, deadline_s, agents, throttling, cancelled)
         except (AttributeError, TypeError, ValueError, EnvError) as error:
             if missing_await := _missing_await(agents, error):
                 raise missing_await from error
             raise
         for agent in agents:  # even if the environment caught it, the episode lacks an answer
-            if agent.error is not None:
-                raise agent.error
+            if agent.activity.error is not None:
+                raise agent.activity.error
         if missing_await := _missing_await(agents):
             raise missing_await
         if resume.remaining:
@@ -138,7 +147,7 @@ async def play_episode(
             agent.close()
     if failure is None:
         for agent in agents:
-            if agent.used_tools:
+            if agent.activity.used_tools:
                 scores[agent.seat].setdefault("tool_calls", float(agent.tool_calls))
                 scores[agent.seat].setdefault("tool_errors", float(agent.tool_errors))
     return Episode(
@@ -181,10 +190,11 @@ def _missing_await(agents: Sequence[Agent], error: Exception | None = None) -> E
             contains the word "coroutine".
     """
     for agent in agents:
-        if agent.awaited < agent.called:
+        called, awaited = agent.activity.called, agent.activity.awaited
+        if awaited < called:
             return EnvError(
-                f"{agent.seat}(…) was called without `await`, {agent.called - agent.awaited} of "
-                f"{agent.called} times: write `reply = await {agent.seat}(…)`"
+                f"{agent.seat}(…) was called without `await`, {called - awaited} of {called} "
+                f"times: write `reply = await {agent.seat}(…)`"
             )
     # the message of an EnvError is not Python's
     if error and not isinstance(error, EnvError) and "coroutine" in error_message(error):
@@ -212,7 +222,7 @@ def _failure(
         return Failure(
             "env", f"{where} did not end within {deadline_s:g} s, and was not waiting for an answer"
         )
-    players_errors = [agent.error for agent in agents if agent.error is not None]
+    players_errors = [agent.activity.error for agent in agents if agent.activity.error is not None]
     cause = players_errors[0] if players_errors else error
     text = f"{where}\n{format_traceback(cause)}"
     own = isinstance(cause, EnvError | InfraError | Refused)  # whose type adds nothing
@@ -225,7 +235,7 @@ def _failure(
         return Failure("refused", message, text)
     if isinstance(cause, _INFRA):
         return Failure("infra", describe_error(cause), text)
-    agent = next(agent for agent in agents if agent.error is cause)
+    agent = next(agent for agent in agents if agent.activity.error is cause)
     player = type(agent.player).__name__
     cause.add_note(f"Raised by {player} itself, for seat {agent.seat!r}, and not by {where}.")
     raise cause

@@ -153,7 +153,7 @@ class _Child:
                 )
         sessions = {agent.seat: agent.session for agent in agents}
         await self._send(_Start(task, sessions, agents[0].seed))
-        by_session = {agent.session: agent for agent in agents}  # will include forks
+        by_session = {agent.session: agent for agent in agents}  # will include forks and branches
         try:
             return await self._answer(by_seat, by_session)
         finally:
@@ -173,6 +173,9 @@ class _Child:
                 await self._send((frame["ask"], turn.text, turn.finish))
             elif "fork" in frame:
                 by_session[frame["fork"]] = by_session[frame["of"]].fork()
+            elif "branch" in frame:
+                of, name, empty = frame["of"], frame["name"], frame["empty"]
+                by_session[frame["branch"]] = by_session[of].branch(name, empty=empty)
             elif "restart" in frame:
                 agent = by_session[frame["restart"]] = by_session[frame["of"]]
                 agent.restart()
@@ -180,8 +183,9 @@ class _Child:
                 raise _ChildError(frame["failed"], frame["traceback"])
             else:
                 for seat, (used, calls, errors) in frame["tools"].items():
-                    agent = by_seat[seat]
-                    agent.used_tools, agent.tool_calls, agent.tool_errors = used, calls, errors
+                    activity = by_seat[seat].activity
+                    activity.used_tools = used
+                    activity.tool_calls, activity.tool_errors = calls, errors
                 scores: Scores = frame["scores"]
                 return scores
 
@@ -257,12 +261,13 @@ async def _serve(descriptor: int) -> None:
         start = await pipe.tasks.get()
         try:
             agents = [
-                _ChildAgent(_Parent(pipe), seat=seat, episode=session.rsplit("/", 2)[0])
+                _ChildAgent(_Parent(pipe), seat=seat, episode=session.rpartition("/")[0])
                 for seat, session in start.sessions.items()
             ]
             with EpisodeRandom(start.seed, "environment"):
                 scores = env.scores(await env.play(start.task, *agents))  # as plain data
-            tools = {a.seat: (a.used_tools, a.tool_calls, a.tool_errors) for a in agents}
+            did = {agent.seat: agent.activity for agent in agents}
+            tools = {s: (a.used_tools, a.tool_calls, a.tool_errors) for s, a in did.items()}
             result: dict[str, Any] = {"scores": scores, "tools": tools}
         except KeyboardInterrupt:
             raise
@@ -330,24 +335,30 @@ class _Parent:
 
 
 class _ChildAgent(Agent):
-    """A child's agent; its restarts and forks are mirrored in the parent immediately."""
+    """A child's agent; restarts, branches and forks are mirrored in the parent immediately."""
 
     def restart(self) -> None:
         """Start an empty conversation, here and in the parent."""
         old = self.session
         super().restart()
-        self._notify("restart", self.session, old)
+        self._notify("restart", self.session, of=old)
+
+    def branch(self, name: str = "", *, empty: bool = False) -> Agent:
+        """Create another agent of the seat, here and in the parent."""
+        new = super().branch(name, empty=empty)
+        self._notify("branch", new.session, of=self.session, name=name, empty=empty)
+        return new
 
     def fork(self) -> Agent:
         """Create an independent copy, here and in the parent."""
         new = super().fork()
-        self._notify("fork", new.session, self.session)
+        self._notify("fork", new.session, of=self.session)
         return new
 
-    def _notify(self, action: str, session: str, of: str) -> None:
+    def _notify(self, action: str, session: str, **more: Any) -> None:
         player = self.player
         assert isinstance(player, _Parent)
-        player.pipe.send({action: session, "of": of})
+        player.pipe.send({action: session, **more})
 
 
 def _plain(value: object) -> object:

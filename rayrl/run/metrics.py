@@ -21,6 +21,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from rayrl.conversations import transcripts
 from rayrl.learner.advantage import has_spread
 from rayrl.types import Episode, Group
 
@@ -169,10 +170,12 @@ def _component_metrics(component: str, played: CollectedGroups) -> dict[str, flo
 
 
 def _turn_metrics(groups: Sequence[Group], suffix: str = "") -> dict[str, float]:
-    """Mean turns of an episode and mean tokens of a turn, of the trainable seats."""
-    turns = [len(e.turns_of(seat)) for g in groups for e in g.episodes for seat in g.trainable]
+    """Mean turns and branches of an episode, mean tokens of a turn, of the trainable seats."""
+    of_seat = [e.turns_of(seat) for g in groups for e in g.episodes for seat in g.trainable]
     lengths = _lengths(groups)
-    found = {f"turns{suffix}": statistics.fmean(turns)} if turns else {}
+    found = {f"turns{suffix}": statistics.fmean(map(len, of_seat))} if of_seat else {}
+    if any(turn.conversation for own in of_seat for turn in own):
+        found[f"branches{suffix}"] = statistics.fmean([len(transcripts(own)) for own in of_seat])
     return found | ({f"reply_tokens{suffix}": statistics.fmean(lengths)} if lengths else {})
 
 

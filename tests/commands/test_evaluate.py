@@ -170,7 +170,7 @@ async def test_checks_get_fresh_agents_that_are_closed_afterwards(
     found = await run_checks(env, {}, rollouts=None)  # type: ignore[arg-type]
     assert found == {"says hello": {"hellos": 2.0}}
     assert [agent.episode for agent in made] == ["check-says hello-0", "check-says hello-1"]
-    assert all(agent.closed for agent in made)
+    assert all(agent.activity.closed for agent in made)
 
 
 # --- the program ---------------------------------------------------------------------------------

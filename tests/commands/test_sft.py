@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -15,7 +16,7 @@ from rayrl import Agent, Scores, load_env
 from rayrl.chat.renderer import Chat
 from rayrl.chat.tools import format_call
 from rayrl.commands import sft
-from rayrl.commands.sft import batch_indices, conversations, load_rows, rows_of
+from rayrl.commands.sft import batch_indices, load_rows, rows_of
 from rayrl.config import Config, from_dict
 from rayrl.errors import ConfigError, DataError, InfraError
 from rayrl.learner.batch import Batch
@@ -23,7 +24,7 @@ from rayrl.rollout.episode_io import read_episodes, write_episodes
 from rayrl.rollout.players import PolicyPlayer, ScriptedPlayer
 from rayrl.rollout.rollout import play_group
 from rayrl.run.folder import RunDir
-from rayrl.types import Episode, Failure, Message, Sampling, Task, Turn, system, user
+from rayrl.types import Episode, Failure, Origin, Sampling, Task, Turn, system, user
 from tests.act import CHATML, HERMES, Instant, build_tokenizer, chat
 from tests.replicas import Replicas
 from tests.tiny import save_tiny_model
@@ -162,16 +163,20 @@ def split_after(ids: list[int], end: int) -> list[list[int]]:
     return parts[:-1]
 
 
-def turn(*said: Message, ids: tuple[int, ...] = (), offset: int = 0) -> Turn:
-    return Turn("agent", said, "ok", "stop", offset=offset, prompt_ids=ids)
+def test_what_branches_share_is_learned_once() -> None:
+    def turn(text: str, name: str = "", after: int = 0, *, empty: bool = False) -> Turn:
+        origin = Origin("", after, empty) if after else None
+        return Turn("agent", (user("?"),), text, "stop", conversation=name, origin=origin)
 
-
-def test_conversations_are_cut_where_one_starts() -> None:
-    with_ids = [turn(user("a"), ids=(1,)), turn(user("b"), ids=(2,), offset=5), turn(ids=(3,))]
-    assert [len(talk) for talk in conversations(with_ids)] == [2, 1]
-    without = [turn(system("s"), user("a")), turn(user("b")), turn(system("s"), user("c"))]
-    assert [len(talk) for talk in conversations(without)] == [2, 1]
-    assert list(conversations([])) == []
+    turns = [turn("a"), turn("b"), turn("c", "/1", 1), turn("d", "/2", 2), turn("e", "/3", 2)]
+    turns.append(turn("f", "/4", 2, empty=True))
+    one = Episode("g/0", "e", Task(), 0, tuple(turns), {"agent": {}}, {"agent": 1.0})
+    for whole in (False, True):
+        rows = rows_of(one, ["agent"], chat(), loss_on_all=whole)
+        learned = [re.findall(r"\b[a-f]\b", chat().text(row.ids[row.loss_mask])) for row in rows]
+        assert learned == [["a", "c"], ["b", "d"], ["e"], ["f"]]
+        read = [re.findall(r"\b[a-f]\b", chat().text(row.ids)) for row in rows]
+        assert read == [["a", "c"], ["a", "b", "d"], ["a", "b", "e"], ["f"]]
 
 
 # --- the data file -------------------------------------------------------------------------------
@@ -233,7 +238,15 @@ def test_no_data_says_how_to_get_some(tmp_path: Path) -> None:
 
 def test_rows_survive_the_file(tmp_path: Path) -> None:
     """What synth writes is text only: a scripted episode has no ids in its file."""
-    one = Episode("e", "g", Task(), 0, (turn(user("a")),), {"agent": {"s": 1.0}}, {"agent": 1.0})
+    one = Episode(
+        "e",
+        "g",
+        Task(),
+        0,
+        (Turn("agent", (user("a"),), "ok", "stop"),),
+        {"agent": {"s": 1.0}},
+        {"agent": 1.0},
+    )
     write_episodes(tmp_path / "d.jsonl", [one])
     assert "prompt_ids" not in json.loads((tmp_path / "d.jsonl").read_text())["turns"][0]
     (row,) = load_rows(config(tmp_path / "d.jsonl"), chat())

@@ -91,12 +91,13 @@ def test_gigpo_compares_turns_taken_in_the_same_state():
     # Returns at gamma 0.5: episode 0 wins after a, b: 0.5, 1. Episode 1 loses: 0, 0. Episode 2 wins
     # at once from b: 1, and never saw a. Set a: {0.5, 0}; set b: {1, 1}; set c: {0}.
     states = [("a", "b"), ("a", "c"), ("b",)]
-    assert step_level(states, [1, 0, 1], 0.5, divide_by_std=False) == [
+    after = [(1, 0), (1, 0), (0,)]
+    assert step_level(states, after, [1, 0, 1], 0.5, divide_by_std=False) == [
         [0.25, 0.0],
         [-0.25, 0.0],
         [0.0],
     ]
-    assert step_level(states, [1, 0, 1], 0.5, divide_by_std=True)[0] == [1.0, 0.0]
+    assert step_level(states, after, [1, 0, 1], 0.5, divide_by_std=True)[0] == [1.0, 0.0]
     cfg = AlgoConfig(advantage="gigpo", normalize="none", step_weight=2.0, gamma=0.5)
     (result,) = advantages([group([1, 0, 1], states)], cfg)
     assert result[0, "agent"] == pytest.approx((1 / 3 + 2 * 0.25, 1 / 3))
@@ -106,7 +107,7 @@ def test_gigpo_compares_turns_taken_in_the_same_state():
 
 def test_gigpo_counts_a_state_seen_twice_by_one_episode_twice():
     # Set a: returns 0.5 and 1 (same episode), 0 (other): mean 0.5.
-    got = step_level([("a", "a"), ("a",)], [1, 0], 0.5, divide_by_std=False)
+    got = step_level([("a", "a"), ("a",)], [(1, 0), (0,)], [1, 0], 0.5, divide_by_std=False)
     assert got == [[0.0, 0.5], [-0.5]]
 
 

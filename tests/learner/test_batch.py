@@ -1,5 +1,7 @@
 """Rows from episodes, their division, and the trie: masks, denominators, sharing."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -15,7 +17,7 @@ from rayrl.learner.batch import (
     supervised_row,
 )
 from rayrl.learner.packing import common_prefixes, lexicographic, pack
-from rayrl.types import Episode, Failure, Group, Task, Turn, VersionSpan
+from rayrl.types import Episode, Failure, Group, Origin, Task, Turn, VersionSpan
 
 
 def turn(prompt, completion, offset, seat="agent", version=0):
@@ -71,7 +73,7 @@ def test_conversations_and_seats_are_separate_rows_and_scripts_none():
         Turn("o", (), "scripted", "stop"),
         turn([9], [3], 0, "y"),
         turn([4], [5], 2, "x"),
-        turn([1, 1], [8], 0, "x"),
+        replace(turn([1, 1], [8], 0, "x"), conversation="/1", origin=Origin("", 2, empty=True)),
     ]
     group = Group("g", Task(), (episode(0, turns, x=1.0, y=0.0),), trainable=("x", "y"))
     values = {(0, "x"): (1.0, 2.0, 3.0), (0, "y"): (4.0,)}

@@ -58,7 +58,7 @@ async def test_a_conversation_is_the_concatenation_of_its_turns() -> None:
     assert first.rollout_logprobs == (-0.5,) * len(first.completion_ids)
     assert first.versions == (VersionSpan(3, 0, len(first.completion_ids)),)
     assert [r.seed for r in engine.requests] == [derive_seed(5, "agent", k) for k in (0, 1)]
-    assert [r.session for r in engine.requests] == ["e/agent/0"] * 2
+    assert [r.session for r in engine.requests] == ["e/agent"] * 2
     assert engine.requests[0].stop_ids == chat().stop_ids
 
 
@@ -90,10 +90,10 @@ async def test_restart_begins_a_new_conversation() -> None:
     assert [turn.offset for turn in agent.record] == [0, 0]
     assert engine.requests[1].session == "e/agent/1"
     assert engine.requests[1].prompt_ids == chat().start([user("b")])
-    assert engine.requests[1].seed == derive_seed(0, "agent", 1)
+    assert engine.requests[1].seed == derive_seed(0, "agent/1", 1)
     agent.close()
     agent.close()
-    assert engine.released == ["e/agent/0", "e/agent/1"]
+    assert engine.released == ["e/agent", "e/agent/1"]
 
 
 async def test_a_fork_is_independent() -> None:
@@ -170,7 +170,7 @@ async def test_a_failed_generation_leaves_no_trace(answer: Any, said: str) -> No
     agent = Agent(PolicyPlayer(chat(), Broken(answer), Sampling()))
     with pytest.raises(InfraError, match=said):
         await agent("a")
-    assert isinstance(agent.error, InfraError)
+    assert isinstance(agent.activity.error, InfraError)
     assert (agent.messages, agent.record, agent.turns) == ([], [], 0)
     assert agent._conversation.ids == []
 
@@ -216,7 +216,7 @@ async def test_a_cancelled_call_can_be_repeated() -> None:
     release.set()
     assert await agent("b") == "late"
     assert agent.messages == [user("b"), assistant("late")]
-    assert agent.error is None
+    assert agent.activity.error is None
 
 
 # ---- tools

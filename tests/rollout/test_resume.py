@@ -158,7 +158,7 @@ async def test_an_infrastructure_failure_resumes_from_its_turns() -> None:
     assert group.episodes[0].turns == whole
     assert (group.episodes[0].replayed, group.episodes[0].replay_mismatches) == (2, 0)
     # called for turns 0, 1, 2 (which failed) and 2 again
-    assert [r.session for r in engine.requests] == ["g/0/agent/0"] * 3 + ["g/0~1/agent/0"]
+    assert [r.session for r in engine.requests] == ["g/0/agent"] * 3 + ["g/0~1/agent"]
     assert engine.requests[2].prompt_ids == engine.requests[3].prompt_ids
     assert engine.requests[2].seed == engine.requests[3].seed
     assert told == [("g/0", 0, "0"), ("g/0", 0, "1")] + [("g/0", 1, k) for k in "012"]
@@ -200,7 +200,7 @@ async def test_an_environment_that_differs_starts_over() -> None:
     episode, _ = await resumed(forgets, PLAN, {"agent": player}, PartialEpisode(turns, 1))
     assert episode.failure is None
     assert (episode.replayed, episode.replay_mismatches) == (0, 1)
-    assert player.sessions == ["g/0~2/agent/0"] * 2 + ["g/0~3/agent/0"] * 2
+    assert player.sessions == ["g/0~2/agent"] * 2 + ["g/0~3/agent"] * 2
 
 
 @pytest.mark.parametrize(

@@ -206,7 +206,7 @@ async def test_isolated_tools_and_conversations(far: rayrl.Environment) -> None:
         engine_players = instant()
         again = await play_far(env, "restart", engine_players, deadline_s=60)
         assert [turn.offset == 0 for turn in again.turns] == [True, False, False, True]
-        assert engine_players["agent"].client.released == ["e/agent/0", "e/agent/1"]
+        assert engine_players["agent"].client.released == ["e/agent", "e/agent/1"]
 
 
 async def test_isolated_forks_copy_the_conversation(far: rayrl.Environment) -> None:
@@ -228,10 +228,10 @@ async def test_isolated_forks_copy_the_conversation(far: rayrl.Environment) -> N
     assert there.turns == here.turns
     assert sorted(ended) == sorted(asked)
     assert sorted(asked) == [
-        "e/agent/0",
-        "e/agent/0+1",
-        "e/agent/0+1+1",
-        "e/agent/0+1/2",
+        "e/agent",
+        "e/agent+1",
+        "e/agent+1+1",
+        "e/agent+1/1",
     ]
 
 
