@@ -7,6 +7,7 @@ import ctypes
 import itertools
 import os
 import random
+import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -69,6 +70,37 @@ async def brief(task: Number, agent: Any) -> Scores:
     said = await agent(f"the number is {task.k}")
     vowels = sum(letter in "aeiou" for letter in said) / max(1, len(said))
     return {"vowels": vowels, "any": float(vowels > 0)}
+
+
+@rayrl.env(tasks=numbers, rewards={"vowels": 1.0})
+async def team(task: Number, agent: Any) -> Scores:
+    """Two sub-agents at once, which begin with the plan or anew, of two turns each; a compaction.
+
+    If TEAM_KILLED names a folder, its process dies after the first turn of a task, after the second
+    of another one, and so on up to the seventh: files there name these tasks.
+    """
+    replies: list[str] = []
+
+    async def ask(who: Any, prompt: str) -> None:
+        replies.append(await who(prompt))
+        if folder := os.environ.get("TEAM_KILLED"):
+            died = os.listdir(folder)
+            if len(died) == len(replies) - 1 and str(task.seed) not in died:
+                (Path(folder) / str(task.seed)).touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    async def part(number: int) -> None:
+        own = agent.branch(f"part{number}", empty=number == 1)
+        for _ in range(2):
+            await ask(own, f"part {number} of {task.k}")
+
+    await ask(agent, f"plan {task.k}")
+    await asyncio.gather(*[part(number) for number in range(2)])
+    await ask(agent, "put it together")
+    agent.restart()
+    await ask(agent, f"and {task.k} again")
+    said = "".join(sorted(replies))
+    return {"vowels": sum(letter in "aeiou" for letter in said) / max(1, len(said))}
 
 
 _judged = {"EVAL_OPEN": itertools.count(), "TRAIN_OPEN": itertools.count()}

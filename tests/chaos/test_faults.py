@@ -14,7 +14,9 @@ import pytest
 
 from rayrl.rollout.records import Records
 from rayrl.rollout.resume import TurnLog
+from rayrl.run.files import read_jsonl
 from tests.runs import (
+    ENVS,
     RANKS,
     STEPS,
     Going,
@@ -103,6 +105,27 @@ def test_with_two_ranks_and_streamed_weights_it_ends_as_if_uninterrupted(
     assert "a learner process died; restarting it from step 2" in run.said
     assert "Traceback" not in run.said
     assert_same(folder, calm_ranks)
+
+
+def test_branches_survive_a_kill_after_each_turn(tiny: Path, tmp_path: Path) -> None:
+    """Which of two parts is recorded first is chance; all else is as if nothing had been."""
+    calm, folder, killed = tmp_path / "calm", tmp_path / "run", tmp_path / "killed"
+    killed.mkdir()
+    settings = [f"env.name={ENVS}:team", "train.steps=8", "train.groups=1"]
+    train(tiny, calm, *settings)
+    train(tiny, folder, *settings, env={**os.environ, "TEAM_KILLED": str(killed)})
+    assert len(list(killed.iterdir())) == 7
+    steps = figures(folder)
+    assert all(row["branches"] == 4 for row in steps)
+    assert all(row["turns"] == 7 for row in steps)
+    assert not any(row["turns/replay_mismatches"] for row in steps)
+    assert sum(row["turns/replayed"] for row in read_jsonl(folder / "metrics.jsonl")) >= 7
+    assert all(row["mismatch/max"] < 1e-4 for row in [*steps, *figures(calm)])
+    assert weights(folder) == weights(calm)
+    there, here = episodes(calm), episodes(folder)
+    for episode in [one for step in (*there.values(), *here.values()) for one in step]:
+        episode["turns"].sort(key=lambda turn: (turn.get("conversation", ""), turn["offset"]))
+    assert here == there
 
 
 def test_an_environment_that_hangs_in_c_code_loses_its_process_only(
