@@ -18,7 +18,7 @@ PACKAGE = ROOT / "rayrl"
 
 # From the bottom up; folders on one line are neighbours, which do not import each other.
 FLOORS = [
-    "types errors terminal",  # where one may use another
+    "types errors terminal conversations",  # where one may use another
     "config",
     "environment",
     "weights",

@@ -16,10 +16,11 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
 from rayrl.chat.renderer import Chat
+from rayrl.chat.requests import ApiError, parse_json
 from rayrl.engine.protocol import Engine
 from rayrl.errors import InfraError, did_you_mean
 from rayrl.server.answers import AnswerFormat, ChatFormat, CompletionFormat, usage_object
-from rayrl.server.errors import ApiError, as_api_error
+from rayrl.server.errors import as_api_error
 from rayrl.server.fields import (
     MAX_CHOICES,
     MAX_INT,
@@ -27,7 +28,6 @@ from rayrl.server.fields import (
     ChatBody,
     CompletionBody,
     parse,
-    parse_json,
 )
 from rayrl.server.generation import Job, generate, plan, stream
 from rayrl.server.http import (

@@ -6,24 +6,19 @@ change the answer is ignored silently, and an unknown field is an error, as in O
 
 from __future__ import annotations
 
-import json
-import re
 import reprlib
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from rayrl.chat.requests import ApiError
 from rayrl.errors import did_you_mean
-from rayrl.server.errors import ApiError
-from rayrl.types import replace_surrogates
 
-__all__ = ["Body", "ChatBody", "CompletionBody", "parse", "parse_json", "stop_strings"]
+__all__ = ["Body", "ChatBody", "CompletionBody", "parse", "stop_strings"]
 
 MAX_CHOICES = 128  # per request, over all its prompts
 MAX_INT = 2**31 - 1  # engines use 32-bit integers
 MAX_TOP_LOGPROBS = 20  # as in OpenAI's API
-MAX_DEPTH = 100  # nesting of objects and lists; deeper ones overflow stacks further on
-_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]")  # escaped, or as bytes
 MAX_STOPS = 4
 MAX_STOP_LENGTH = 4096  # characters
 
@@ -109,34 +104,6 @@ class CompletionBody(Body):
 
 
 B = TypeVar("B", bound=Body)
-
-
-def parse_json(text: bytes | str, what: str = "The body", param: str | None = None) -> Any:
-    """Parse a client's JSON.
-
-    Args:
-        text: the JSON.
-        what: its name in errors.
-        param: the field that contains it.
-
-    Raises:
-        ApiError: 400, it is not JSON or nested too deeply.
-    """
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        why = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        why = f"{what} is not valid JSON: {why}"
-        raise ApiError(400, why, param=param, code="invalid_json") from None
-    level = [data] if isinstance(data, dict | list) else []
-    for _ in range(MAX_DEPTH):
-        children = [item.values() if isinstance(item, dict) else item for item in level]
-        level = [x for part in children for x in part if isinstance(x, dict | list)]
-        if not level:
-            raw = text if isinstance(text, bytes) else text.encode(errors="surrogatepass")
-            return replace_surrogates(data) if _SURROGATE.search(raw) else data
-    why = f"{what} is nested deeper than {MAX_DEPTH} levels."
-    raise ApiError(400, why, param=param, code="invalid_json")
 
 
 def parse(kind: type[B], data: object) -> B:

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from secrets import randbits
 
 from rayrl.chat.renderer import Chat
+from rayrl.chat.requests import ApiError
 from rayrl.engine.protocol import Engine
 from rayrl.errors import InfraError
 from rayrl.server.choice import Choice, ChoiceDelta
-from rayrl.server.errors import ApiError
 from rayrl.server.fields import MAX_CHOICES, Body, stop_strings
 from rayrl.server.messages import Prompt
 from rayrl.types import Delta, Request, Sampling, derive_seed

@@ -15,7 +15,8 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from rayrl.server.errors import ApiError, as_api_error
+from rayrl.chat.requests import ApiError
+from rayrl.server.errors import as_api_error
 from rayrl.server.generation import Usage
 from rayrl.types import replace_surrogates
 
