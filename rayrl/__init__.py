@@ -51,7 +51,8 @@ from rayrl.types import (
 )
 
 # --- play them
-from rayrl.rollout.agent import Agent, Conversation, Options, Player
+from rayrl.rollout.agent import Agent, Options, Player
+from rayrl.rollout.conversation import Conversation
 from rayrl.rollout.episode_io import read_episodes, write_episodes
 from rayrl.rollout.players import HumanPlayer, PolicyPlayer, ScriptedPlayer
 from rayrl.rollout.rollout import GroupPlan, play_episode, play_group, play_groups

@@ -9,7 +9,8 @@ from typing import Any
 
 from rayrl.chat.renderer import Chat
 from rayrl.errors import InfraError
-from rayrl.rollout.agent import Conversation, Options
+from rayrl.rollout.agent import Options
+from rayrl.rollout.conversation import Conversation
 from rayrl.rollout.players import PolicyPlayer, ScriptedPlayer
 from rayrl.rollout.rollout import play_groups
 from rayrl.types import Completion, Group, Message, Request, Sampling, Turn, VersionSpan

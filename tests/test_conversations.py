@@ -22,6 +22,7 @@ from rayrl.learner.advantage import advantages
 from rayrl.learner.batch import make_batch
 from rayrl.report.console import episode_panel
 from rayrl.report.page import _episode
+from rayrl.rollout.conversation import Point
 from rayrl.rollout.episode_io import episode_from_json, episode_to_json
 from rayrl.rollout.players import PolicyPlayer
 from rayrl.rollout.records import group_from_bytes, group_to_bytes
@@ -29,7 +30,7 @@ from rayrl.rollout.resume import EpisodeResume
 from rayrl.types import Completion, Message, Origin, Request, Sampling, Turn
 from tests.act import Instant, chat
 
-OPERATIONS = ("ask", "ask", "ask", "branch", "name", "begin", "restart", "fork")
+OPERATIONS = ("ask", "ask", "ask", "branch", "back", "name", "begin", "restart", "fork")
 Program = Sequence[tuple[int, str]]  # which of the agents there are, and what is done with it
 
 
@@ -54,6 +55,7 @@ async def play(program: Program, recorded: Sequence[Turn] = ()) -> Played:
     agents: list[tuple[Agent, int | None, int | None]] = [
         (Agent(player, resume=played.resume), None, None)
     ]
+    points: list[tuple[Point, int | None, int | None]] = [(agents[0][0].point, None, None)]
     for number, (which, operation) in enumerate(program):
         k = which % len(agents)
         agent, last, first = agents[k]
@@ -64,9 +66,13 @@ async def play(program: Program, recorded: Sequence[Turn] = ()) -> Played:
             played.before.append(last)
             played.beginning.append(here if first is None else first)
             agents[k] = agent, here, played.beginning[-1]
+            points.append((agent.point, here, played.beginning[-1]))
         elif operation == "restart":
             agent.restart()
             agents[k] = agent, last, None
+        elif operation == "back":
+            point, last, first = points[number % len(points)]
+            agents.append((agent.branch(at=point), last, first))
         elif operation == "begin":
             agents.append((agent.branch(empty=True), None, None))
         elif operation == "fork":
@@ -179,6 +185,8 @@ def test_names_of_branches() -> None:
     for name in ("a/b", "1", "critic-2", 3):
         with pytest.raises(EnvError, match="letters, digits and _"):
             agent.branch(name)  # type: ignore[arg-type]
+    with pytest.raises(EnvError, match="'agent' was never there"):
+        agent.branch(at=Point("e/agent", 1))
 
 
 class Late:

@@ -24,7 +24,8 @@ from rayrl.config.mix import component_of
 from rayrl.environment.environment import Environment
 from rayrl.errors import ConfigError, did_you_mean
 from rayrl.report.console import message_text, new_console, reply_text, scores_text, task_text
-from rayrl.rollout.agent import Conversation, Options, Player
+from rayrl.rollout.agent import Options, Player
+from rayrl.rollout.conversation import Conversation
 from rayrl.rollout.players import HumanPlayer
 from rayrl.rollout.rollout import play_episode
 from rayrl.run.stage import log_template_notes, seats_of

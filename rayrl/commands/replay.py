@@ -31,7 +31,8 @@ from rayrl.environment.environment import Environment
 from rayrl.environment.scoring import with_group_rewards
 from rayrl.errors import ConfigError, DataError, EnvError, did_you_mean
 from rayrl.report.console import new_console
-from rayrl.rollout.agent import Conversation, Options
+from rayrl.rollout.agent import Options
+from rayrl.rollout.conversation import Conversation
 from rayrl.rollout.episode_io import episode_to_json, read_episodes, restore_task
 from rayrl.rollout.resume import EpisodeResume, ReplayMismatch
 from rayrl.rollout.rollout import play_episode

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,10 +14,10 @@ from rayrl.chat.text_protocol import describe_lines, parse_lines, results_text
 from rayrl.chat.tools import ParsedCall, Toolkit, add_to_first_message, parse_calls
 from rayrl.environment.randomness import EPISODE
 from rayrl.errors import EnvError, safe_repr
+from rayrl.rollout.conversation import Conversation, Point, Throttling
 from rayrl.rollout.resume import EpisodeResume
 from rayrl.types import (
     Message,
-    Origin,
     Reply,
     Role,
     Task,
@@ -30,96 +29,11 @@ from rayrl.types import (
     user,
 )
 
-__all__ = ["Agent", "Conversation", "Options", "Player", "Throttling"]
+__all__ = ["Activity", "Agent", "Options", "Player"]
 
 _ROLES = get_args(Role)
 _YIELD_EVERY = 64  # turns; lets other coroutines run even if no player ever waits
 _LAST_ROUND = "No more tool calls are possible: answer now."
-
-
-class Throttling:
-    """Counts the seconds in which a player delays requests to respect a rate limit.
-
-    They do not count towards deadlines. Requests that are delayed at the same time count once.
-    """
-
-    __slots__ = ("_until", "seconds")
-
-    def __init__(self) -> None:
-        self.seconds = self._until = 0.0
-
-    def add(self, seconds: float) -> None:
-        """A request is delayed from now on."""
-        now = time.monotonic()
-        self.seconds += max(0.0, now + seconds - max(now, self._until))
-        self._until = max(self._until, now + seconds)
-
-
-class Conversation:
-    """The conversation between one seat and its player. Players may store their state here.
-
-    Attributes:
-        session: name of the conversation, unique in a run.
-        name: its name in the seat, as in `Turn.conversation`.
-        origin: where it began; None for the seat's first.
-        seat: the seat that answers.
-        task: what the episode started from, for scripts that know its answer; models never see it.
-            None outside of an episode.
-        messages: all messages so far, replies included.
-        ids: the conversation's token ids, for players that have tokens.
-        finished: whether the last completion ended with the end-of-turn id.
-        tools: names of the tools the model has been shown.
-        turns: number of turns so far, those before it began included.
-        throttling: where the player counts its delays.
-    """
-
-    __slots__ = (
-        "finished",
-        "ids",
-        "messages",
-        "name",
-        "origin",
-        "seat",
-        "session",
-        "task",
-        "throttling",
-        "tools",
-        "turns",
-    )
-
-    def __init__(
-        self,
-        session: str,
-        seat: str,
-        task: Task | None = None,
-        throttling: Throttling | None = None,
-        *,
-        name: str = "",
-        origin: Origin | None = None,
-    ) -> None:
-        self.session = session
-        self.name = name
-        self.origin = origin
-        self.seat = seat
-        self.task = task
-        self.messages: list[Message] = []
-        self.ids: list[int] = []
-        self.finished = True
-        self.tools: set[str] = set()
-        self.turns = 0
-        self.throttling = throttling or Throttling()
-
-    def follow(self, session: str, name: str, *, empty: bool = False) -> Conversation:
-        """Create one that goes on from here, or begins `empty`, under another name."""
-        origin: Origin | None = Origin(self.name, self.turns, empty)
-        if self.turns == (self.origin.turns if self.origin else 0):  # it is not in the record
-            origin = self.origin and replace(self.origin, empty=empty or self.origin.empty)
-        new = Conversation(session, self.seat, self.task, self.throttling, name=name, origin=origin)
-        new.turns = self.turns
-        if not empty:
-            new.messages, new.ids = list(self.messages), list(self.ids)
-            new.finished, new.tools = self.finished, set(self.tools)
-        return new
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +154,6 @@ class Agent:
         self.resume = resume or EpisodeResume()
         self.activity = Activity()
         self._in_turn = False
-        self._call_ids = 0
         self._path = f"{episode}/{seat}"  # before a conversation's name, its session
         self._name = ""  # before the names of its restarts and branches
         self._named: Counter[str] = Counter()  # these
@@ -382,13 +295,14 @@ class Agent:
         finally:
             self._in_turn = False
             EPISODE.set(own)
-        conversation.turns += 1
         conversation.messages += new
         reply = assistant(turn.text)
         if tools:
             calls = parse_calls(turn.text, thinking=self._thinking)
             reply = replace(reply, tool_calls=self._with_ids(calls))
         conversation.messages.append(reply)
+        conversation.turns += 1
+        conversation.mark()
         self.resume.add(turn)
         if self.turns % _YIELD_EVERY == 0:
             await asyncio.sleep(0)
@@ -449,17 +363,25 @@ class Agent:
         return Reply(turn.text, turn.finish, tuple(made))
 
     def _with_ids(self, calls: Sequence[ParsedCall]) -> tuple[ToolCall, ...]:
-        start = self._call_ids
-        self._call_ids += len(calls)
+        start = self._conversation.calls
+        self._conversation.calls += len(calls)
         return tuple(
             ToolCall(f"call_{start + k}", call.name, call.arguments) for k, call in enumerate(calls)
         )
 
     def restart(self) -> None:
         """Start an empty conversation with the model; the episode continues."""
-        self._follow(self._new_name(""), empty=True)
+        name = self._new_name("")
+        old = self._conversation
+        self._conversation = old.follow(self._path + name, name, old.turns, empty=True)
+        self.activity.conversations.append(self._conversation)
 
-    def branch(self, name: str = "", *, empty: bool = False) -> Agent:
+    @property
+    def point(self) -> Point:
+        """Where the conversation is now, for `branch(at=…)` later."""
+        return Point(self.session, self.turns)
+
+    def branch(self, name: str = "", *, empty: bool = False, at: Point | None = None) -> Agent:
         """Create another agent of this seat, whose turns are recorded and trained on too.
 
         It goes on from the conversation so far and can be asked at the same time as this one: for
@@ -469,9 +391,10 @@ class Agent:
             name: what seeds and resumed episodes know it by; by default its number among this
                 agent's. Name branches that are created in an order which may vary.
             empty: begin an empty conversation instead.
+            at: go on from an earlier point of any agent of this seat instead.
 
         Raises:
-            EnvError: the name is not a Python identifier.
+            EnvError: the name is not a Python identifier, or there is no such point.
         """
         if name and not (isinstance(name, str) and name.isidentifier()):
             raise EnvError(f"branch({safe_repr(name)}): a name consists of letters, digits and _")
@@ -479,12 +402,19 @@ class Agent:
         new._in_turn = False
         new._name = self._new_name(name)
         new._named = Counter()
+        session = self._path + new._name
         if empty:
-            new._call_ids = 0
+            throttling = self._conversation.throttling
             new._conversation = Conversation(
-                self._path, self.seat, self.task, self._conversation.throttling
+                session, self.seat, self.task, throttling, name=new._name
             )
-        new._follow(new._name, empty=empty)
+        else:
+            of, turns = at or self.point
+            sessions = {one.session: one for one in self.activity.conversations}
+            if of not in sessions or turns not in sessions[of].marks:
+                raise EnvError(f"branch(at={at}): {self.seat!r} was never there")
+            new._conversation = sessions[of].follow(session, new._name, turns)
+        self.activity.conversations.append(new._conversation)
         return new
 
     def fork(self) -> Agent:
@@ -496,7 +426,8 @@ class Agent:
         # the path contains the parent's, so forks of forks have distinct sessions too
         new._path = f"{self.session}+{self._named['+']}"
         new._named = Counter()
-        new._conversation = self._conversation.follow(new._path, self._conversation.name)
+        old = self._conversation
+        new._conversation = old.follow(new._path, old.name, old.turns)
         new.activity.conversations.append(new._conversation)
         return new
 
@@ -506,11 +437,6 @@ class Agent:
         if name:
             return f"{self._name}/{name}" if number == 1 else f"{self._name}/{name}-{number}"
         return f"{self._name}/{number}"
-
-    def _follow(self, name: str, *, empty: bool) -> None:
-        """Go on in another conversation, which begins with the current one or empty."""
-        self._conversation = self._conversation.follow(self._path + name, name, empty=empty)
-        self.activity.conversations.append(self._conversation)
 
     def close(self) -> None:
         """End the seat's conversations; calling an agent of it afterwards raises EnvError."""

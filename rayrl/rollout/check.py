@@ -13,7 +13,8 @@ from typing import Any
 from rayrl.environment.environment import Environment
 from rayrl.environment.tasks import roundtrip_problem
 from rayrl.errors import RayrlError
-from rayrl.rollout.agent import Conversation, Options, Player
+from rayrl.rollout.agent import Options, Player
+from rayrl.rollout.conversation import Conversation
 from rayrl.rollout.players import ScriptedPlayer
 from rayrl.rollout.resume import EpisodeResume, ReplayMismatch
 from rayrl.rollout.rollout import play_episode

@@ -20,7 +20,8 @@ from rayrl.chat.tools import (
 )
 from rayrl.config import EndpointConfig
 from rayrl.errors import ConfigError, InfraError, Refused, RunFailed
-from rayrl.rollout.agent import Conversation, Options
+from rayrl.rollout.agent import Options
+from rayrl.rollout.conversation import Conversation
 from rayrl.rollout.rate_limit import MAX_PAUSE_S, RateLimiter, retry_after
 from rayrl.rollout.refusals import Refusal, conversation_refused, read_refusal, setup_refused
 from rayrl.terminal import visible

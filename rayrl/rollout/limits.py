@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 from rayrl.errors import EnvError, describe_error
-from rayrl.rollout.agent import Agent, Throttling
+from rayrl.rollout.agent import Agent
+from rayrl.rollout.conversation import Throttling
 
 __all__ = [
     "ConcurrencyLimit",

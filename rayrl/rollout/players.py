@@ -20,7 +20,8 @@ from rayrl.engine.protocol import Generator
 from rayrl.environment.environment import Environment, PlayerFunction
 from rayrl.environment.randomness import EpisodeRandom
 from rayrl.errors import EnvError, InfraError, describe_error, safe_repr
-from rayrl.rollout.agent import Conversation, Options
+from rayrl.rollout.agent import Options
+from rayrl.rollout.conversation import Conversation
 from rayrl.terminal import visible
 from rayrl.types import Message, Request, Sampling, Turn
 

@@ -12,14 +12,12 @@ import asyncio
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rayrl.chat.tools import tool_name
+from rayrl.rollout.conversation import Conversation
 from rayrl.rollout.records import turn_from_bytes
 from rayrl.types import Failure, Message, Turn, Usage, sum_usage
-
-if TYPE_CHECKING:
-    from rayrl.rollout.agent import Conversation
 
 __all__ = ["EpisodeResume", "PartialEpisode", "ReplayMismatch", "TurnLog", "TurnRecord"]
 

@@ -23,7 +23,8 @@ from rayrl.errors import (
     format_traceback,
     safe_repr,
 )
-from rayrl.rollout.agent import Agent, Player, Throttling
+from rayrl.rollout.agent import Agent, Player
+from rayrl.rollout.conversation import Throttling
 from rayrl.rollout.limits import (
     ConcurrencyLimit,
     DeadlinePassed,

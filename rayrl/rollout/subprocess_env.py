@@ -31,7 +31,8 @@ import cloudpickle
 from rayrl.environment.environment import Environment, EnvSpec
 from rayrl.environment.randomness import EpisodeRandom
 from rayrl.errors import ConfigError, EnvError, describe_error, error_message, format_traceback
-from rayrl.rollout.agent import Agent, Conversation, Options
+from rayrl.rollout.agent import Agent, Options
+from rayrl.rollout.conversation import Conversation, Point
 from rayrl.rollout.episode_io import message_from_json, message_to_json
 from rayrl.types import Message, Scores, Task, Turn
 
@@ -174,8 +175,10 @@ class _Child:
             elif "fork" in frame:
                 by_session[frame["fork"]] = by_session[frame["of"]].fork()
             elif "branch" in frame:
-                of, name, empty = frame["of"], frame["name"], frame["empty"]
-                by_session[frame["branch"]] = by_session[of].branch(name, empty=empty)
+                agent = by_session[frame["of"]]
+                at = frame["at"] and Point(*frame["at"])
+                new = agent.branch(frame["name"], empty=frame["empty"], at=at)
+                by_session[frame["branch"]] = new
             elif "restart" in frame:
                 agent = by_session[frame["restart"]] = by_session[frame["of"]]
                 agent.restart()
@@ -343,10 +346,10 @@ class _ChildAgent(Agent):
         super().restart()
         self._notify("restart", self.session, of=old)
 
-    def branch(self, name: str = "", *, empty: bool = False) -> Agent:
+    def branch(self, name: str = "", *, empty: bool = False, at: Point | None = None) -> Agent:
         """Create another agent of the seat, here and in the parent."""
-        new = super().branch(name, empty=empty)
-        self._notify("branch", new.session, of=self.session, name=name, empty=empty)
+        new = super().branch(name, empty=empty, at=at)
+        self._notify("branch", new.session, of=self.session, name=name, empty=empty, at=at)
         return new
 
     def fork(self) -> Agent:

@@ -20,7 +20,8 @@ import rayrl
 from rayrl import Agent, GroupPlan, Scores, ScriptedPlayer, Task, check_env
 from rayrl.commands.replay import replay
 from rayrl.environment.randomness import EpisodeRandom
-from rayrl.rollout.agent import Conversation, Options
+from rayrl.rollout.agent import Options
+from rayrl.rollout.conversation import Conversation
 from rayrl.rollout.episode_io import episode_from_json, episode_to_json
 from rayrl.rollout.resume import PartialEpisode
 from rayrl.rollout.rollout import play_episode, play_groups

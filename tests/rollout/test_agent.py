@@ -10,7 +10,8 @@ import pytest
 from rayrl.chat.renderer import Chat
 from rayrl.chat.tools import CUT_OFF, Tool, format_call
 from rayrl.errors import EnvError, InfraError
-from rayrl.rollout.agent import Agent, Conversation, Options
+from rayrl.rollout.agent import Agent, Options
+from rayrl.rollout.conversation import Conversation
 from rayrl.rollout.players import HumanPlayer, PolicyPlayer, ScriptedPlayer
 from rayrl.types import (
     Completion,

@@ -15,7 +15,8 @@ import rayrl
 from rayrl.chat.tools import CUT_OFF
 from rayrl.config import EndpointConfig
 from rayrl.errors import ConfigError, InfraError, Refused, RunFailed
-from rayrl.rollout.agent import Agent, Conversation, Options, Throttling
+from rayrl.rollout.agent import Agent, Options
+from rayrl.rollout.conversation import Conversation, Throttling
 from rayrl.rollout.endpoint import EndpointPlayer, check_reachable, split_limits
 from rayrl.rollout.episode_io import episode_from_json, episode_to_json
 from rayrl.rollout.rollout import play_group

@@ -21,7 +21,8 @@ import pytest
 import rayrl
 from rayrl import GroupPlan, InfraError, Message, Scores, Task, format_line
 from rayrl.cluster.workers.turn_log import Recorder, TurnSender
-from rayrl.rollout.agent import Agent, Conversation, Options
+from rayrl.rollout.agent import Agent, Options
+from rayrl.rollout.conversation import Conversation
 from rayrl.rollout.episode_io import episode_from_json, episode_to_json
 from rayrl.rollout.players import PolicyPlayer, ScriptedPlayer
 from rayrl.rollout.resume import EpisodeResume, PartialEpisode, ReplayMismatch, TurnLog

@@ -14,7 +14,8 @@ import pytest
 import rayrl
 from rayrl import ConfigError, GroupPlan, InfraError, Scores, Task
 from rayrl.environment.scoring import with_group_rewards
-from rayrl.rollout.agent import Agent, Conversation, Options
+from rayrl.rollout.agent import Agent, Options
+from rayrl.rollout.conversation import Conversation
 from rayrl.rollout.players import PolicyPlayer, ScriptedPlayer
 from rayrl.rollout.rollout import play_episode, play_group, play_groups
 from rayrl.types import Episode, Failure, Message, Sampling, Turn
