@@ -54,6 +54,7 @@ from rayrl.types import (
 from rayrl.rollout.agent import Agent, Options, Player
 from rayrl.rollout.conversation import Conversation
 from rayrl.rollout.episode_io import read_episodes, write_episodes
+from rayrl.rollout.programs.program import Endpoint, Finished, program
 from rayrl.rollout.players import HumanPlayer, PolicyPlayer, ScriptedPlayer
 from rayrl.rollout.rollout import GroupPlan, play_episode, play_group, play_groups
 
@@ -110,6 +111,7 @@ __all__ = [
     "ConfigError",
     "Conversation",
     "DataError",
+    "Endpoint",
     "EndpointConfig",
     "EndpointPlayer",
     "EnvError",
@@ -117,6 +119,7 @@ __all__ = [
     "Episode",
     "Evaluation",
     "Failure",
+    "Finished",
     "Group",
     "GroupPlan",
     "GroupReward",
@@ -169,6 +172,7 @@ __all__ = [
     "play_episode",
     "play_group",
     "play_groups",
+    "program",
     "read_episodes",
     "rows",
     "sft",

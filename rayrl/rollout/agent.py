@@ -6,15 +6,19 @@ import asyncio
 import copy
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
 from numbers import Integral
 from typing import Any, Literal, Protocol, get_args
 
+from rayrl.chat.requests import ApiError
 from rayrl.chat.text_protocol import describe_lines, parse_lines, results_text
 from rayrl.chat.tools import ParsedCall, Toolkit, add_to_first_message, parse_calls
 from rayrl.environment.randomness import EPISODE
 from rayrl.errors import EnvError, safe_repr
 from rayrl.rollout.conversation import Conversation, Point, Throttling
+from rayrl.rollout.programs.dialogue import Dialogue
+from rayrl.rollout.programs.program import Endpoint
 from rayrl.rollout.resume import EpisodeResume
 from rayrl.types import (
     Message,
@@ -160,6 +164,7 @@ class Agent:
         self._thinking: bool = getattr(player, "opens_thought", False)
         self._conversation = Conversation(self._path, seat, task, throttling)
         self.activity.conversations.append(self._conversation)
+        self._dialogue: Dialogue | None = None
 
     @property
     def session(self) -> str:
@@ -369,6 +374,47 @@ class Agent:
             ToolCall(f"call_{start + k}", call.name, call.arguments) for k, call in enumerate(calls)
         )
 
+    @property
+    def opens_thought(self) -> bool:
+        """Whether the model's replies begin inside a thought."""
+        return self._thinking
+
+    def endpoint(self, *, own_limits: bool = False) -> AbstractAsyncContextManager[Endpoint]:
+        """Let programs ask the model over HTTP: `async with agent.endpoint() as at:`.
+
+        The server speaks OpenAI's chat completions and Responses and Anthropic's Messages. Each
+        request is a turn: one that goes on from earlier messages appends to their ids, any other
+        begins a branch. The run's sampling settings replace those of requests.
+
+        Args:
+            own_limits: requests' own `max_tokens` replace the run's.
+        """
+        from rayrl.rollout.programs.server import open_endpoint  # its imports take their time
+
+        return open_endpoint(self, own_limits=own_limits)
+
+    async def respond(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
+    ) -> dict[str, Any]:
+        """Answer a request as `endpoint` does, without a server.
+
+        Args:
+            messages: all messages so far, in the format of OpenAI's chat completions.
+            tools: likewise.
+
+        Returns:
+            The assistant's message.
+
+        Raises:
+            EnvError: the messages or tools are invalid, or the episode is over.
+        """
+        self._dialogue = self._dialogue or Dialogue(self)
+        try:
+            answer, _ = await self._dialogue.respond(messages, tools)
+        except ApiError as error:
+            raise EnvError(f"{self.seat}.respond(): {error}") from error
+        return answer
+
     def restart(self) -> None:
         """Start an empty conversation with the model; the episode continues."""
         name = self._new_name("")
@@ -400,6 +446,7 @@ class Agent:
             raise EnvError(f"branch({safe_repr(name)}): a name consists of letters, digits and _")
         new = copy.copy(self)
         new._in_turn = False
+        new._dialogue = None
         new._name = self._new_name(name)
         new._named = Counter()
         session = self._path + new._name
@@ -421,6 +468,7 @@ class Agent:
         """Create an independent agent with a copy of the conversation, for branching checks."""
         new = copy.copy(self)
         new._in_turn = False
+        new._dialogue = None
         new.activity, new.resume = Activity(), EpisodeResume()
         self._named["+"] += 1
         # the path contains the parent's, so forks of forks have distinct sessions too

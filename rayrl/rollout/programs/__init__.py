@@ -1,0 +1,1 @@
+"""Programs as agents: an OpenAI-compatible endpoint whose requests are turns of an episode."""
