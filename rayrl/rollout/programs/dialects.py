@@ -373,11 +373,14 @@ class Messages:
         )
 
     def _add(self, messages: list[Json], item: Json, where: str) -> None:
-        content = item.get("content")
-        blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        blocks = item.get("content")
+        if isinstance(blocks, str):
+            blocks = [{"type": "text", "text": blocks}]
+        if not isinstance(blocks, list):
+            raise invalid(f"{where}.content", "must be a string or a list of blocks.")
         texts: list[Json] = []
         calls: list[Json] = []
-        for k, block in enumerate(_list({"content": blocks}, "content")):
+        for k, block in enumerate(blocks):
             here = f"{where}.content[{k}]"
             kind = _object(block, here).get("type")
             if kind == "text":

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, Self
 
-from rayrl.chat.requests import read_messages, read_tool
+from rayrl.chat.requests import invalid, read_messages, read_tool
 from rayrl.chat.tools import parse_calls, without_calls
 from rayrl.errors import clip
 from rayrl.rollout.conversation import Point
@@ -80,9 +80,11 @@ class Dialogue:
 
         Raises:
             ApiError: 400, the messages or tools are invalid.
-            EnvError: the last message is the assistant's, or the episode is over.
+            EnvError: the episode is over.
         """
         read = read_messages(messages)
+        if not read or read[-1].role == "assistant":
+            raise invalid("messages", "must end with a message that can be answered.")
         schemas = tuple(_schema(tool, f"tools[{k}]") for k, tool in enumerate(tools))
         digests = [b""]
         for message in messages:

@@ -93,38 +93,29 @@ async def program(
     """
     words = [os.fspath(word) for word in command]
     variables = {**os.environ, **at.variables, **(env or {})}
-    pipe = asyncio.subprocess.PIPE
     try:
-        process = await asyncio.create_subprocess_exec(
-            *words,
-            stdin=pipe,
-            stdout=pipe,
-            stderr=pipe,
-            env=variables,
-            cwd=cwd,
-            start_new_session=True,
+        transport, running = await asyncio.get_running_loop().subprocess_exec(
+            _Running, *words, env=variables, cwd=cwd, start_new_session=True
         )
     except OSError as error:
         raise EnvError(f"program {words[0]!r} cannot be started: {error}") from error
-    assert process.stdout is not None
-    assert process.stderr is not None
     kept = bytearray(), bytearray()
-    streams = process.stdout, process.stderr
-    reading = [asyncio.create_task(_read(*one)) for one in zip(streams, kept, strict=True)]
-    writing = asyncio.create_task(_write(process, stdin.encode()))
+    streams = running.stdout, running.stderr
+    talking = [asyncio.create_task(_read(*one)) for one in zip(streams, kept, strict=True)]
+    talking.append(asyncio.create_task(_write(running.stdin, stdin.encode())))
     try:
         async with asyncio.timeout(timeout_s):
-            code = await process.wait()
-        _kill(process.pid)
-        # what has left its session may still hold the pipes
-        await asyncio.wait(reading, timeout=GRACE_S)
+            await running.exited.wait()
     except TimeoutError:
         raise EnvError(f"program {words[0]!r} did not end within {timeout_s:g} s") from None
     finally:
-        _kill(process.pid)
-        for task in (*reading, writing):
+        _kill(transport.get_pid(), at.key)
+        await asyncio.wait(talking, timeout=GRACE_S)
+        for task in talking:
             task.cancel()
-        await asyncio.gather(*reading, writing, process.wait(), return_exceptions=True)
+        await asyncio.gather(*talking, return_exceptions=True)
+        transport.close()
+    code = transport.get_returncode() or 0
     out, err = (data.decode(errors="replace") for data in kept)
     if check and code:
         last = clip(err.strip()[-2000:] or out.strip()[-2000:])
@@ -138,19 +129,35 @@ async def _read(stream: asyncio.StreamReader, kept: bytearray) -> None:
         kept += data[: MAX_OUTPUT - len(kept)]
 
 
-async def _write(process: asyncio.subprocess.Process, data: bytes) -> None:
-    assert process.stdin is not None
+async def _write(stream: asyncio.StreamWriter, data: bytes) -> None:
     with contextlib.suppress(ConnectionError):  # it need not read
-        process.stdin.write(data)
-        await process.stdin.drain()
-    process.stdin.close()
+        stream.write(data)
+        await stream.drain()
+    stream.close()
 
 
-def _kill(pid: int) -> None:
-    """Kill a process, its descendants and its session, also what has left its process group."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        for child in psutil.Process(pid).children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                child.kill()
+class _Running(asyncio.subprocess.SubprocessStreamProtocol):
+    """Tells when the program has ended, which `Process.wait` does when its pipes are closed too."""
+
+    stdin: asyncio.StreamWriter
+    stdout: asyncio.StreamReader
+    stderr: asyncio.StreamReader
+
+    def __init__(self) -> None:
+        super().__init__(limit=1 << 16, loop=asyncio.get_running_loop())
+        self.exited = asyncio.Event()
+
+    def process_exited(self) -> None:
+        """Called by the event loop."""
+        super().process_exited()
+        self.exited.set()
+
+
+def _kill(pid: int, key: str) -> None:
+    """Kill a program's process group, and what has left it but still has the episode's key."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("OPENAI_API_KEY") == key:
+                process.kill()

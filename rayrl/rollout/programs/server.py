@@ -156,7 +156,10 @@ class _Server:
                 episode, asked, digest = await self._read(request, dialect)
                 retried = int(request.headers.get("x-stainless-retry-count", 0)) > 0
                 message, turn = await episode.answer(asked, digest, retried)
-            except ApiError as error:
+            except Exception as caught:
+                error = caught
+                if not isinstance(error, ApiError):
+                    error = ApiError(500, f"The endpoint failed: {describe_error(caught)}")
                 body = dialect.error(error)
                 # clients' libraries would otherwise repeat some of these for minutes
                 headers = {"x-should-retry": "true" if error.status == 429 else "false"}

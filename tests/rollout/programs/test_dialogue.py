@@ -1,0 +1,141 @@
+"""Requests with all messages so far: which conversation they go on, and what programs may do."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from rayrl import Agent, EnvError
+from rayrl.chat.tools import format_call
+from rayrl.conversations import transcripts
+from rayrl.rollout.players import PolicyPlayer, ScriptedPlayer
+from rayrl.types import Sampling, assistant
+from tests.act import Instant, chat
+
+Json = dict[str, Any]
+TOOL = {"type": "function", "function": {"name": "look", "strict": True, "parameters": None}}
+
+
+def said(role: str, content: Any, **more: Any) -> Json:
+    return {"role": role, "content": content, **more}
+
+
+def policy(*texts: str) -> tuple[Agent, Instant]:
+    engine = Instant(chat(), texts)
+    return Agent(PolicyPlayer(chat(), engine, Sampling(max_tokens=99)), episode="e"), engine
+
+
+async def test_a_request_goes_on_what_it_repeats() -> None:
+    agent, engine = policy("yes", "no")
+    messages = [said("system", "s"), said("user", "a")]
+    for text in "bcd":
+        messages += [await agent.respond(messages), said("user", text)]
+    await agent.respond(messages)
+    assert len(transcripts(agent.record)) == 1
+    assert [len(turn.prompt) for turn in agent.record] == [2, 1, 1, 1]
+    assert engine.requests[3].prompt_ids[: agent.record[3].offset] == tuple(
+        i for turn in agent.record[:3] for i in (*turn.prompt_ids, *turn.completion_ids)
+    )
+
+
+async def test_another_way_on_is_a_branch_with_the_same_ids() -> None:
+    agent, engine = policy("yes", "no", "perhaps")
+    start = [said("user", "a")]
+    first = [*start, await agent.respond(start)]
+    one, two = [*first, said("user", "b")], [*first, said("user", "c")]
+    await agent.respond(one)
+    await agent.respond(two)
+    assert [turn.offset > 0 for turn in agent.record] == [False, True, True]
+    shared = agent.record[1].offset
+    assert engine.requests[1].prompt_ids[:shared] == engine.requests[2].prompt_ids[:shared]
+    origin = agent.record[2].origin
+    assert origin is not None
+    assert (origin.conversation, origin.turns) == (agent.record[0].conversation, 1)
+    assert len(transcripts(agent.record)) == 2
+
+
+async def test_the_same_request_at_once_is_sampled_again_each_time() -> None:
+    agent, engine = policy(*map(str, range(50)))
+    await asyncio.gather(*[agent.respond([said("user", "a")]) for _ in range(5)])
+    assert len({request.seed for request in engine.requests}) == 5
+    assert len({turn.conversation for turn in agent.record}) == 5
+    engine.requests.clear()
+    other, again = policy(*map(str, range(50)))
+    await asyncio.gather(*[other.respond([said("user", "a")]) for _ in range(5)])
+    assert [turn.text for turn in other.record] == [turn.text for turn in agent.record]
+    assert len(again.requests) == 5
+
+
+@pytest.mark.parametrize(
+    "echo",
+    [
+        lambda reply: reply,
+        lambda reply: {**reply, "refusal": None, "content": reply["content"] or ""},
+        lambda reply: {**reply, "content": [{"type": "text", "text": reply["content"] or ""}]},
+    ],
+)
+async def test_replies_come_back_as_libraries_write_them(echo: Any) -> None:
+    call = format_call("look", {"at": "it", "b": [1, {"c": None}]})
+    for text in ("hello ", call, f"well\n{call}\n{call}"):
+        agent, _ = policy(text)
+        messages = [said("user", "a")]
+        reply = await agent.respond(messages, [TOOL])
+        messages += [echo(reply)]
+        messages += [
+            said("tool", "seen", tool_call_id=one["id"]) for one in reply.get("tool_calls", ())
+        ] or [said("user", "b")]
+        await agent.respond(messages, [TOOL])
+        assert len({turn.conversation for turn in agent.record}) == 1
+
+
+async def test_a_reply_that_the_model_did_not_write_begins_a_conversation(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    agent, engine = policy("yes")
+    messages = [said("user", "a"), said("assistant", "\x1b[31mnever"), said("user", "b")]
+    await agent.respond(messages)
+    await agent.respond([*messages[:1], said("assistant", "nor this"), said("user", "c")])
+    told = capsys.readouterr().err
+    assert told.count("a request begins a new conversation although it has replies") == 1
+    assert "messages[1]" in told
+    assert "\x1b" not in told
+    assert [turn.offset for turn in agent.record] == [0, 0]
+    assert agent.record[0].prompt[1] == assistant("\x1b[31mnever")
+    assert len(engine.requests) == 2
+
+
+async def test_a_broken_call_is_text() -> None:
+    agent, _ = policy('<tool_call>{"name": "look", </tool_call>')
+    reply = await agent.respond([said("user", "a")], [TOOL])
+    assert reply["content"].startswith("<tool_call>")
+    assert "tool_calls" not in reply
+
+
+@pytest.mark.parametrize(
+    ("messages", "tools", "what"),
+    [
+        ([said("user", "a"), said("assistant", "b")], [], "messages"),
+        ([said("wizard", "a")], [], r"messages\[0\].role"),
+        ([said("user", [{"type": "image_url"}])], [], r"messages\[0\].content\[0\].type"),
+        ([said("tool", "a", tool_call_id="x")], [], r"messages\[0\].tool_call_id"),
+        ([said("user", "a")], [{"type": "function"}], r"tools\[0\].function"),
+        ([{"role": "assistant", "content": "", "tool_calls": 3}], [], r"messages\[0\].tool_calls"),
+        (["a"], [], r"messages\[0\]"),
+    ],
+)
+async def test_invalid_requests_change_nothing(messages: Any, tools: Any, what: str) -> None:
+    agent, engine = policy("yes")
+    with pytest.raises(EnvError, match=what):
+        await agent.respond(messages, tools)
+    assert (agent.record, engine.requests, agent.activity.error) == ([], [], None)
+    assert await agent.respond([said("user", "a")]) == said("assistant", "yes")
+
+
+async def test_players_without_ids_answer_too() -> None:
+    agent = Agent(ScriptedPlayer(lambda messages, rng: str(len(messages))), episode="e")
+    messages = [said("user", "a")]
+    for _ in range(2):
+        messages += [await agent.respond(messages), said("user", "more")]
+    assert [message["content"] for message in messages] == ["a", "1", "more", "3", "more"]
