@@ -44,6 +44,7 @@ DOCS = (
     "docs/serving.md",
     "docs/python.md",
     "docs/data.md",
+    "docs/programs.md",
 )
 PYTHON = [text for kind, text in blocks(DOCS[0]) if kind == "python"]
 OWN_ALGORITHM = [text for kind, text in blocks(DOCS[1]) if kind == "python"]
@@ -115,6 +116,21 @@ def test_the_python_page_calls_what_there_is(
         del sys.modules[module]
     names = ("letters", "watched", "own-loop")
     assert called == [("train", name, "letters:repeat") for name in names]
+
+
+def test_the_page_on_programs_does_what_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (text,) = [text for kind, text in blocks("docs/programs.md") if kind == "python"]
+    Path(name_of(text)).write_text(text)
+    env = load_env(name_of(text))
+    assert check_env(env) == []
+    player = ScriptedPlayer(env.players["knows"])
+    (task,) = env.tasks(0, 1)
+    episode = asyncio.run(rayrl.play_episode(env, task, {"agent": player}, id="e"))
+    assert episode.rewards == {"agent": 1.0}
+    assert [len(turn.prompt) for turn in episode.turns] == [1, 1]
 
 
 def test_the_data_page_does_what_it_says(

@@ -9,6 +9,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
 from numbers import Integral
+from os import PathLike
 from typing import Any, Literal, Protocol, get_args
 
 from rayrl.chat.requests import ApiError
@@ -18,7 +19,7 @@ from rayrl.environment.randomness import EPISODE
 from rayrl.errors import EnvError, safe_repr
 from rayrl.rollout.conversation import Conversation, Point, Throttling
 from rayrl.rollout.programs.dialogue import Dialogue
-from rayrl.rollout.programs.program import Endpoint
+from rayrl.rollout.programs.program import Endpoint, Finished, program
 from rayrl.rollout.resume import EpisodeResume
 from rayrl.types import (
     Message,
@@ -392,6 +393,20 @@ class Agent:
         from rayrl.rollout.programs.server import open_endpoint  # its imports take their time
 
         return open_endpoint(self, own_limits=own_limits)
+
+    async def program(
+        self,
+        command: Sequence[str | PathLike[str]],
+        *,
+        own_limits: bool = False,
+        **options: Any,
+    ) -> Finished:
+        """Run a program that asks the model as this agent, and wait for its end.
+
+        Short for `rayrl.program` within `endpoint`, whose arguments it takes.
+        """
+        async with self.endpoint(own_limits=own_limits) as at:
+            return await program(command, at, **options)
 
     async def respond(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()

@@ -22,7 +22,7 @@ from rayrl.types import Episode, Message, Task, Turn
 
 __all__ = ["check_env", "find_problems", "log_problems"]
 
-DEADLINE_S = 10.0  # for an episode without a model
+DEADLINE_S = 30.0  # for an episode without a model
 _TASKS = 8
 _REMEDY = (
     "use task.rng(state). Until then, episodes start over instead of resuming when their process "
@@ -133,6 +133,8 @@ async def _play_problems(env: Environment, task: Task, deadline_s: float) -> lis
     if not first.turns:
         problems.append(f"no model was called on task {task!r}")
     second = await _play(env, task, ScriptedPlayer(_fixed), deadline_s)
+    if second.failure is not None:
+        return [f"it failed when it was played again: {second.failure.message}"]
     for k, (turn, repeated) in enumerate(zip(first.turns, second.turns, strict=False)):
         if turn.prompt != repeated.prompt:
             problems.append(

@@ -23,6 +23,8 @@ from rayrl.types import Message, Turn
 
 __all__ = ["Dialogue", "Seat"]
 
+_encode = json.JSONEncoder(sort_keys=True).encode
+
 
 class Seat(Protocol):
     """What is needed of an agent."""
@@ -144,7 +146,7 @@ def _digest(before: bytes, message: Mapping[str, Any]) -> bytes:
     for call in message.get("tool_calls") or ():
         function = call["function"]
         calls.append((function["name"], json.loads(function["arguments"] or "{}")))
-    said = json.dumps(["system" if role == "developer" else role, content, calls], sort_keys=True)
+    said = _encode(["system" if role == "developer" else role, content, calls])
     return hashlib.blake2b(before + said.encode(), digest_size=16).digest()
 
 
