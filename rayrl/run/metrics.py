@@ -176,6 +176,15 @@ def _turn_metrics(groups: Sequence[Group], suffix: str = "") -> dict[str, float]
     found = {f"turns{suffix}": statistics.fmean(map(len, of_seat))} if of_seat else {}
     if any(turn.conversation for own in of_seat for turn in own):
         found[f"branches{suffix}"] = statistics.fmean([len(transcripts(own)) for own in of_seat])
+        again = [
+            sum(
+                len(turn.prompt_ids)
+                for turn in own
+                if not turn.offset and any(said.role == "assistant" for said in turn.prompt)
+            )
+            for own in of_seat
+        ]
+        found[f"reprompted_tokens{suffix}"] = statistics.fmean(again)
     return found | ({f"reply_tokens{suffix}": statistics.fmean(lengths)} if lengths else {})
 
 

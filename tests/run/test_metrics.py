@@ -14,13 +14,14 @@ from rayrl.learner.batch import make_batch
 from rayrl.rollout.rollout import play_group
 from rayrl.run.metrics import (
     Clock,
+    _turn_metrics,
     active_counts,
     headline,
     latest_steps,
     step_metrics,
     timeline_row,
 )
-from rayrl.types import Episode, Group, Task, Turn, VersionSpan
+from rayrl.types import Episode, Group, Message, Task, Turn, VersionSpan, assistant, user
 from tests.act import instant
 
 METRICS = {
@@ -182,3 +183,20 @@ def test_a_mixture_has_metrics_of_each_environment() -> None:
     alone = step_metrics(0, played, batch, {}, Clock())
     assert not [name for name in alone if "sums" in name]
     assert alone["score/right"] == pytest.approx(7 / 6)
+
+
+def test_branches_and_what_programs_repeat_otherwise() -> None:
+    def turn(name: str, *prompt: Message, offset: int = 0) -> Turn:
+        ids = (1,) * len(prompt)
+        return Turn("agent", prompt, "", "stop", offset, ids, (2,), (-1.0,), conversation=name)
+
+    said = [user("a"), assistant("b"), user("c")]
+    turns = turn("/a", *said[:1]), turn("/a", said[2], offset=2), turn("/b", *said)
+    episodes = [
+        Episode(f"g/{k}", "e", Task(), k, own, rewards={"agent": 1.0})
+        for k, own in enumerate((turns, turns[:2]))
+    ]
+    found = _turn_metrics([Group("g", Task(), tuple(episodes))])
+    assert (found["turns"], found["branches"], found["reprompted_tokens"]) == (2.5, 1.5, 1.5)
+    plain = Episode("g/0", "e", Task(), 0, (turn("", *said),), rewards={"agent": 1.0})
+    assert "branches" not in _turn_metrics([Group("g", Task(), (plain,))])

@@ -36,6 +36,8 @@ class Endpoint:
     @property
     def variables(self) -> dict[str, str]:
         """Environment variables that OpenAI's and Anthropic's libraries read."""
+        beside = os.environ.get("NO_PROXY") or os.environ.get("no_proxy")
+        no_proxy = f"{beside},127.0.0.1" if beside else "127.0.0.1"
         return {
             "OPENAI_BASE_URL": self.url,
             "OPENAI_API_KEY": self.key,
@@ -44,8 +46,8 @@ class Endpoint:
             "ANTHROPIC_BASE_URL": self.url.removesuffix("/v1"),
             "ANTHROPIC_API_KEY": self.key,
             "ANTHROPIC_MODEL": MODEL,
-            "NO_PROXY": "127.0.0.1",
-            "no_proxy": "127.0.0.1",
+            "NO_PROXY": no_proxy,
+            "no_proxy": no_proxy,
         }
 
 

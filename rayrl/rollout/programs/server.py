@@ -9,7 +9,7 @@ import json
 import secrets
 import weakref
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -171,10 +171,12 @@ class _Server:
         return handle
 
     async def _read(self, request: web.Request, dialect: Dialect) -> tuple[_Episode, Asked, bytes]:
-        key = _key(request.headers)
-        episode = self.episodes.get(key)
+        # Anthropic's library sends a token of the user's beside the key, if there is one
+        bearer = request.headers.get("Authorization", "").removeprefix("Bearer ").strip()
+        keys = [request.headers.get("x-api-key", ""), bearer]
+        episode = next((self.episodes[key] for key in keys if key in self.episodes), None)
         if episode is None:
-            if key in self._ended:
+            if any(key in self._ended for key in keys):
                 raise ApiError(409, "The episode of this key is over.", code="episode_over")
             raise ApiError(401, "Incorrect API key.", code="invalid_api_key")
         try:
@@ -189,11 +191,6 @@ class _Server:
             raise ApiError(400, "The body must be a JSON object.")
         digest = hashlib.blake2b(dialect.path.encode() + raw, digest_size=16).digest()
         return episode, dialect.read(body), digest
-
-
-def _key(headers: Mapping[str, str]) -> str:
-    given = headers.get("Authorization", "").removeprefix("Bearer ")
-    return given.strip() or headers.get("x-api-key", "")
 
 
 async def _send_events(
