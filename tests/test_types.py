@@ -14,6 +14,7 @@ from rayrl.types import (
     Failure,
     Group,
     Message,
+    Origin,
     Request,
     Sampling,
     Task,
@@ -28,9 +29,10 @@ def test_every_kind_pickles_with_every_field() -> None:
     call = ToolCall("call_0", "add", {"x": 1})
     said = Message("assistant", "hm", (call,), "call_0")
     span, usage = VersionSpan(3, 0, 2), Usage(2, 1, 30, 4, 5, 6)
+    origin = Origin("/0", 2, empty=True)
     turn = Turn(
         "agent", (said,), "x", "length", 5, (1,), (2, 3), (-0.5, 0.0), (span,), "s", ({},), usage,
-        1.5, 0.25,
+        1.5, 0.25, "/1", origin,
     )  # fmt: skip
     failure = Failure("infra", "gone", "Traceback")
     episode = Episode(
@@ -39,7 +41,7 @@ def test_every_kind_pickles_with_every_field() -> None:
     )  # fmt: skip
     sampling = Sampling(0.5, 0.9, 3, 7, ("x",))
     things: list[Any] = [
-        *(call, said, span, usage, turn, failure, episode, sampling),
+        *(call, said, span, usage, origin, turn, failure, episode, sampling),
         Request("g/0", (1, 2), sampling, (3,), 4, 5, 6),
         Completion((2,), (-0.5,), (span,), "abort", 4, (((2, -0.5),),)),
         Delta((2,), (-0.5,), "stop", 3, (((2, -0.5),),)),

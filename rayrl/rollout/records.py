@@ -213,7 +213,11 @@ def _plain(value: Any) -> Any:
 
 def _turn(data: Sequence[Any]) -> Turn:
     seat, prompt, text, finish, offset, told, sampled, rollout_logprobs, versions = data[:9]
-    state, tools, usage, began, seconds, conversation, origin = data[9:]
+    state, tools, usage, began, seconds = data[9:14]
+    conversation, origin = data[14:] or (
+        "",
+        None,
+    )  # none in older logs
     return Turn(
         seat,
         tuple(map(_message, prompt)),

@@ -209,3 +209,9 @@ def test_a_group_log_that_ends_with_zeros(log: GroupLog, tmp_path: Path) -> None
     assert log.read(0) == [first]
     log.add(first)
     assert log.read(0) == [first, first]
+
+
+def test_turns_that_were_logged_before_conversations_branched() -> None:
+    turn = Turn("agent", (Message("user", "a"),), "b", "stop", 3, (1,), (2,), (-0.5,), state="s")
+    values = [*unpack(turn_to_bytes(turn))][:14]
+    assert turn_from_bytes(pack(values)) == turn

@@ -119,7 +119,7 @@ async def test_infra_failures_are_retried_with_the_same_seed(error: Exception) -
     assert group.complete
     assert group.episodes[0].id == "g/0"
     assert len(set(player.seeds)) == 1
-    assert player.sessions == ["g/0/agent/0", "g/0~1/agent/0", "g/0~2/agent/0"]
+    assert player.sessions == ["g/0/agent", "g/0~1/agent", "g/0~2/agent"]
 
 
 async def test_infra_failures_are_recorded_when_retries_are_exhausted() -> None:
@@ -168,7 +168,7 @@ async def test_a_player_that_does_not_answer_is_infra() -> None:
     assert episode.failure is not None
     assert episode.failure.kind == "infra"
     assert "the player did not answer within 0.05 s" in episode.failure.message
-    assert stopped == ["e/agent/0"]  # the player was cancelled
+    assert stopped == ["e/agent"]  # the player was cancelled
 
 
 @pytest.mark.parametrize("error", [TypeError("bug"), ConfigError("wrong key")])
@@ -297,7 +297,7 @@ async def test_seats_have_separate_conversations() -> None:
     assert [turn.offset == 0 for turn in episode.turns] == [True, True, False]
     assert episode.rewards == {"x": 1.0, "o": 0.0}
     assert group.trainable == ("x",)
-    assert sorted(engine.released) == ["g/0/o/0", "g/0/x/0", "g/1/o/0", "g/1/x/0"]
+    assert sorted(engine.released) == ["g/0/o", "g/0/x", "g/1/o", "g/1/x"]
     named = await play_group(duel, Job(), players, id="g", size=1, trainable=["o"])
     assert named.trainable == ("o",)
     with pytest.raises(ConfigError, match="no seat 'y'"):
