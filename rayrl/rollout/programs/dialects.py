@@ -111,12 +111,11 @@ def _text(content: object, where: str) -> str:
     """The text of a string or of a list of parts with a `text`."""
     if content is None or isinstance(content, str):
         return content or ""
-    parts = content if isinstance(content, list) else None
-    if parts is None or not all(
-        isinstance(p, dict) and isinstance(p.get("text"), str) for p in parts
-    ):
+    parts = content if isinstance(content, list) else [None]
+    texts = [part.get("text") if isinstance(part, dict) else None for part in parts]
+    if not all(isinstance(text, str) for text in texts):
         raise invalid(where, "must be a string or a list of texts: this model reads text.")
-    return "\n".join(part["text"] for part in parts)
+    return "\n".join(texts)
 
 
 def _call(call_id: object, name: object, arguments: str, where: str) -> Json:
@@ -125,21 +124,22 @@ def _call(call_id: object, name: object, arguments: str, where: str) -> Json:
     return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
-def _openai_error(error: ApiError) -> Json:
-    return error.body
+class _OpenAI:
+    def error(self, error: ApiError) -> Json:
+        """See `Dialect`."""
+        return error.body
 
 
-class ChatCompletions:
+class ChatCompletions(_OpenAI):
     """OpenAI's chat completions."""
 
     path = "/v1/chat/completions"
-    error = staticmethod(_openai_error)
 
     def read(self, body: Json) -> Asked:
         """See `Dialect`."""
         text = {"type": "text"}
         harmless = {"n": (1,), "logprobs": (False,), "response_format": (text,), "functions": ()}
-        _refuse(body, {**harmless, "modalities": (["text"],), "audio": ()})
+        _refuse(body, {**harmless, "modalities": (["text"],), "audio": (), "stop": ([],)})
         return Asked(
             _list(body, "messages", needed=True),
             _offered(_list(body, "tools"), body.get("tool_choice")),
@@ -187,11 +187,10 @@ class ChatCompletions:
         }
 
 
-class Responses:
+class Responses(_OpenAI):
     """OpenAI's Responses, without state kept at the server."""
 
     path = "/v1/responses"
-    error = staticmethod(_openai_error)
 
     def read(self, body: Json) -> Asked:
         """See `Dialect`."""
@@ -348,6 +347,7 @@ class Messages:
 
     def read(self, body: Json) -> Asked:
         """See `Dialect`."""
+        _refuse(body, {"stop_sequences": ([],)})
         messages: list[Json] = []
         if body.get("system"):
             messages.append({"role": "system", "content": _text(body["system"], "system")})

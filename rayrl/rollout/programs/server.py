@@ -126,6 +126,7 @@ class _Server:
             self._users -= 1
             if not self._users and self._runner is not None:
                 runner, self._runner = self._runner, None
+                self._of_loop.pop(asyncio.get_running_loop(), None)
                 await runner.cleanup()
 
     def remember(self, key: str) -> None:
