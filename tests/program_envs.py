@@ -32,7 +32,8 @@ def sums(seed: int, u: float, *, file: str = "") -> Sum:
 async def asks(task: Sum, agent: Agent) -> Scores:
     """The share of vowels in what the program prints; some do not cope with a reply cut short."""
     async with agent.endpoint() as at:
-        given = json.dumps({"a": task.a, "b": task.b, "stream": task.seed % 2 == 1})
+        more = {"seed": task.seed, "stream": task.seed % 2 == 1}
+        given = json.dumps({"a": task.a, "b": task.b, **more})
         words = [sys.executable, AGENTS / f"{task.file}.py"]
         done = await rayrl.program(words, at, stdin=given, check=False)
     said = done.stdout + done.stderr

@@ -14,6 +14,7 @@ from rayrl.run.files import read_jsonl
 
 __all__ = [
     "ENVS",
+    "PROGRAMS",
     "RANKS",
     "ROOT",
     "STEPS",
@@ -30,6 +31,7 @@ __all__ = [
 
 ROOT = Path(__file__).parent.parent
 ENVS = ROOT / "tests" / "cluster_envs.py"
+PROGRAMS = ROOT / "tests" / "program_envs.py"
 STEPS = 16  # enough that a run still goes on when a test has seen that it does
 RANKS = ["learner.kind=deepspeed", "learner.world_size=2"]
 

@@ -103,17 +103,9 @@ async def play_episode(
         if seat not in players:
             raise ConfigError(f"environment {env.name!r}: no player for seat {seat!r}")
     throttling = Throttling()
+    common: dict[str, Any] = {"episode": label, "seed": seed, "resume": resume, "task": task}
     agents = [
-        Agent(
-            players[seat],
-            seat=seat,
-            episode=label,
-            seed=seed,
-            resume=resume,
-            task=task,
-            throttling=throttling,
-        )
-        for seat in env.seats
+        Agent(players[seat], seat=seat, throttling=throttling, **common) for seat in env.seats
     ]
     clock_time, began = time.time(), time.perf_counter()
     scores: dict[str, dict[str, float]] = {}

@@ -17,6 +17,7 @@ from rayrl.rollout.resume import TurnLog
 from rayrl.run.files import read_jsonl
 from tests.runs import (
     ENVS,
+    PROGRAMS,
     RANKS,
     STEPS,
     Going,
@@ -107,11 +108,19 @@ def test_with_two_ranks_and_streamed_weights_it_ends_as_if_uninterrupted(
     assert_same(folder, calm_ranks)
 
 
-def test_branches_survive_a_kill_after_each_turn(tiny: Path, tmp_path: Path) -> None:
-    """Which of two parts is recorded first is chance; all else is as if nothing had been."""
+@pytest.mark.parametrize(
+    "env", [[f"env.name={ENVS}:team"], [f"env.name={PROGRAMS}:asks", "env.args.file=team"]]
+)
+def test_branches_survive_a_kill_after_each_turn(
+    env: list[str], tiny: Path, tmp_path: Path
+) -> None:
+    """Of the worker, by the environment or by a program that it runs.
+
+    Which of two parts is recorded first is chance; all else is as if nothing had been.
+    """
     calm, folder, killed = tmp_path / "calm", tmp_path / "run", tmp_path / "killed"
     killed.mkdir()
-    settings = [f"env.name={ENVS}:team", "train.steps=8", "train.groups=1"]
+    settings = [*env, "train.steps=8", "train.groups=1", "train.group_size=2"]
     train(tiny, calm, *settings)
     train(tiny, folder, *settings, env={**os.environ, "TEAM_KILLED": str(killed)})
     assert len(list(killed.iterdir())) == 7

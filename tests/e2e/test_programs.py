@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import ROOT, episodes, figures, train
+from tests.runs import PROGRAMS, episodes, figures, train
 
 pytestmark = pytest.mark.slow
 
@@ -15,7 +15,7 @@ def test_programs_of_four_libraries_and_a_team_train_with_exact_ids(
     tiny: Path, tmp_path: Path
 ) -> None:
     settings = [
-        f"env.name={ROOT / 'tests' / 'program_envs.py'}:asks",
+        f"env.name={PROGRAMS}:asks",
         "train.steps=2",
         "train.groups=5",
         "train.group_size=2",

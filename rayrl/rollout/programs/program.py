@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from rayrl.errors import EnvError, clip
 __all__ = ["MODEL", "Endpoint", "Finished", "program"]
 
 MODEL = "policy"  # the name of the model for programs
+# a program ends when the process that runs it is killed
+_WITH_PARENT = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
 GRACE_S = 5.0  # for the end of its output to arrive
 MAX_OUTPUT = 16 << 20  # bytes of each stream that are kept
 
@@ -95,9 +98,12 @@ async def program(
     """
     words = [os.fspath(word) for word in command]
     variables = {**os.environ, **at.variables, **(env or {})}
+    place = os.path.join(cwd or "", words[0]) if os.path.dirname(words[0]) else words[0]
+    if shutil.which(place, path=variables.get("PATH")) is None:
+        raise EnvError(f"program {words[0]!r} cannot be started: there is no such command")
     try:
         transport, running = await asyncio.get_running_loop().subprocess_exec(
-            _Running, *words, env=variables, cwd=cwd, start_new_session=True
+            _Running, *_WITH_PARENT, *words, env=variables, cwd=cwd, start_new_session=True
         )
     except OSError as error:
         raise EnvError(f"program {words[0]!r} cannot be started: {error}") from error
