@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -237,3 +237,22 @@ async def test_events_say_what_the_whole_answer_says(path: str) -> None:
         events = [json.loads(line) for line in data]
         assert "ok" in json.dumps(whole)
         assert "ok" in json.dumps(events)
+
+
+@pytest.mark.parametrize(("own", "limit"), [(False, None), (True, 9)])
+async def test_the_runs_limits_replace_a_requests(own: bool, limit: int | None) -> None:
+    class Recorder:
+        def __init__(self) -> None:
+            self.limits: list[int | None] = []
+
+        async def answer(
+            self, conversation: Conversation, new: Sequence[Message], options: Options
+        ) -> Turn:
+            self.limits.append(options.max_tokens)
+            return Turn(conversation.seat, tuple(new), "ok", "stop", state=options.state)
+
+    recorder = Recorder()
+    async with Agent(recorder).endpoint(own_limits=own) as at, client(at) as http:
+        for path, key in zip(PATHS, ("max_tokens", "max_output_tokens", "max_tokens"), strict=True):
+            await http.post(path, json=body(path, **{key: 9}))
+    assert recorder.limits == [limit] * 3
