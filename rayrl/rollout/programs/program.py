@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import secrets
 import shutil
 import signal
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from rayrl.errors import EnvError, clip
 __all__ = ["MODEL", "Endpoint", "Finished", "program"]
 
 MODEL = "policy"  # the name of the model for programs
+_TOKEN = "RAYRL_PROGRAM"  # environment variable of one program and what it starts
 # a program ends when the process that runs it is killed
 _WITH_PARENT = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
 GRACE_S = 5.0  # for the end of its output to arrive
@@ -96,8 +98,11 @@ async def program(
     Raises:
         EnvError: it cannot be started, takes longer, or fails; ends with what it wrote last.
     """
+    if isinstance(command, str) or not command:
+        raise EnvError(f"program({command!r}): pass a list, the program and its arguments")
     words = [os.fspath(word) for word in command]
-    variables = {**os.environ, **at.variables, **(env or {})}
+    token = secrets.token_hex(16)
+    variables = {**os.environ, **at.variables, **(env or {}), _TOKEN: token}
     place = os.path.join(cwd or "", words[0]) if os.path.dirname(words[0]) else words[0]
     if shutil.which(place, path=variables.get("PATH")) is None:
         raise EnvError(f"program {words[0]!r} cannot be started: there is no such command")
@@ -117,7 +122,7 @@ async def program(
     except TimeoutError:
         raise EnvError(f"program {words[0]!r} did not end within {timeout_s:g} s") from None
     finally:
-        _kill(transport.get_pid(), at.key)
+        _kill(transport.get_pid(), token)
         await asyncio.wait(talking, timeout=GRACE_S)
         for task in talking:
             task.cancel()
@@ -161,11 +166,11 @@ class _Running(asyncio.subprocess.SubprocessStreamProtocol):
         self.exited.set()
 
 
-def _kill(pid: int, key: str) -> None:
-    """Kill a program's process group, and what has left it but still has the episode's key."""
+def _kill(pid: int, token: str) -> None:
+    """Kill a program's process group, and what has left it but still has the program's token."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if process.environ().get("OPENAI_API_KEY") == key:
+            if process.environ().get(_TOKEN) == token:
                 process.kill()

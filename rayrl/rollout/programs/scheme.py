@@ -22,7 +22,7 @@ Score = Callable[..., float]
 
 @dataclass(frozen=True, kw_only=True)
 class Given(Task):
-    """What a program reads, as JSON: `seed`, and `u`, its place in [0, 1) among a group's tasks.
+    """What a program reads, as JSON: `seed`, and `u`, evenly spread over [0, 1).
 
     Attributes:
         score: function of its output, and of this as a dict if it takes two arguments.

@@ -59,9 +59,12 @@ class _Episode:
     answers: dict[bytes, asyncio.Task[Answer]] = field(default_factory=dict)  # by request
     live: set[asyncio.Task[Answer]] = field(default_factory=set)
     error: str = ""
+    closed: bool = False
 
     async def answer(self, asked: Asked, digest: bytes, retried: bool) -> Answer:
         """Answer a request; one that a client sends again gets the answer that there is."""
+        if self.closed:  # while the request arrived
+            raise _over()
         if self.error:
             raise ApiError(500, self.error)
         task = self.answers.get(digest) if retried else None
@@ -87,6 +90,7 @@ class _Episode:
             raise ApiError(500, self.error) from error
 
     async def close(self) -> None:
+        self.closed = True
         tasks = list(self.live)
         for task in tasks:
             task.cancel()
@@ -178,7 +182,7 @@ class _Server:
         episode = next((self.episodes[key] for key in keys if key in self.episodes), None)
         if episode is None:
             if any(key in self._ended for key in keys):
-                raise ApiError(409, "The episode of this key is over.", code="episode_over")
+                raise _over()
             raise ApiError(401, "Incorrect API key.", code="invalid_api_key")
         try:
             async with asyncio.timeout(READ_S):
@@ -192,6 +196,10 @@ class _Server:
             raise ApiError(400, "The body must be a JSON object.")
         digest = hashlib.blake2b(dialect.path.encode() + raw, digest_size=16).digest()
         return episode, dialect.read(body), digest
+
+
+def _over() -> ApiError:
+    return ApiError(409, "The episode of this key is over.", code="episode_over")
 
 
 async def _send_events(

@@ -9,6 +9,7 @@ import textwrap
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -50,6 +51,23 @@ async def test_failures(code: str, what: str) -> None:
         await rayrl.program(python(code), AT, timeout_s=1 if "sleep" in code else None)
     if "sleep" not in code:
         assert (await rayrl.program(python(code), AT, check=False)).code in (1, -6)
+
+
+async def test_the_end_of_one_leaves_others_of_the_episode_alone(tmp_path: Path) -> None:
+    up, go = tmp_path / "up", tmp_path / "go"
+    waits = f"touch {up}; until [ -e {go} ]; do sleep 0.05; done; echo x"
+    other = asyncio.create_task(rayrl.program(["sh", "-c", waits], AT))
+    while not up.exists():  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+    await rayrl.program(python("pass"), AT)
+    go.touch()
+    assert (await other).stdout == "x\n"
+
+
+@pytest.mark.parametrize("command", ["python agent.py", []])
+async def test_a_command_is_a_list(command: Any) -> None:
+    with pytest.raises(EnvError, match="pass a list"):
+        await rayrl.program(command, AT)
 
 
 async def test_it_runs_in_a_folder(tmp_path: Path) -> None:

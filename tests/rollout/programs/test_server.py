@@ -182,6 +182,22 @@ async def test_what_an_episode_leaves_unanswered_ends_with_it() -> None:
         (await waiting).raise_for_status()
 
 
+async def test_a_request_that_arrives_while_the_episode_ends_is_no_turn() -> None:
+    one = agent()
+    async with agent().endpoint(), one.endpoint() as at:
+        reader, writer = await asyncio.open_connection("127.0.0.1", httpx.URL(at.url).port)
+        sent = json.dumps(body(PATHS[0])).encode()
+        head = f"POST /v1{PATHS[0]} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {at.key}\r\n"
+        writer.write(f"{head}Content-Length: {len(sent)}\r\n\r\n".encode() + sent[:5])
+        await asyncio.sleep(0.1)
+        episode = server._Server._of_loop[asyncio.get_running_loop()].episodes[at.key]
+        await episode.close()
+        writer.write(sent[5:])
+        assert (await reader.readline()).startswith(b"HTTP/1.1 409")
+        writer.close()
+    assert one.record == []
+
+
 async def test_floods_and_slow_senders_do_not_keep_siblings(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
