@@ -32,6 +32,7 @@ __all__ = [
     "Origin",
     "Reply",
     "Request",
+    "Result",
     "Sampling",
     "Scores",
     "Task",
@@ -109,6 +110,21 @@ Role = Literal["system", "user", "assistant", "tool"]
 Finish = Literal["stop", "length", "abort"]
 Scores = Mapping[str, float] | Mapping[str, Mapping[str, float]]
 """An environment's result: scores by name, or by seat and name if it has several seats."""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What an environment may return instead of its scores alone.
+
+    Attributes:
+        scores: by name, or by seat and name.
+        facts: what else is to be known of the episode, as plain JSON data: an answer that was
+            extracted, the end of a game. Group rewards and statistics read them from
+            `Episode.facts`, and they are stored with the episode. Models never see them.
+    """
+
+    scores: Scores
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 Alternatives = tuple[tuple[int, float], ...]
@@ -463,6 +479,7 @@ class Episode(_Compact):
         began: wall-clock time of the last attempt's start, in seconds, on the env worker's clock.
         seconds: wall time since `began`; both are for the timing report only.
         seed: for its players and for the module-level generators its environment may draw from.
+        facts: what its environment says of it besides the scores (see `Result`).
     """
 
     id: str
@@ -479,6 +496,7 @@ class Episode(_Compact):
     began: float = field(default=0.0, compare=False)
     seconds: float = field(default=0.0, compare=False)
     seed: int = field(default=0, compare=False)
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
     def turns_of(self, seat: str) -> tuple[Turn, ...]:
         """Return the turns of one seat."""

@@ -45,6 +45,7 @@ DOCS = (
     "docs/python.md",
     "docs/data.md",
     "docs/programs.md",
+    *sorted(f"docs/schemes/{page.name}" for page in (ROOT / "docs/schemes").iterdir()),
 )
 PYTHON = [text for kind, text in blocks(DOCS[0]) if kind == "python"]
 OWN_ALGORITHM = [text for kind, text in blocks(DOCS[1]) if kind == "python"]
@@ -57,6 +58,7 @@ OTHERS = (
     "jobs/local_cluster",
     "source ",
     "docker ",
+    "pip install 'rayrl[",
     "kubectl ",
     "export",
     "scripts/setup",

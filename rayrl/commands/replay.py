@@ -225,6 +225,7 @@ async def _again(env: Environment, stored: Episode, deadline_s: float | None) ->
         turns=episode.turns,
         scores=episode.scores,
         rewards=episode.rewards,
+        facts=episode.facts,
         failure=episode.failure,
     )
     return Replayed(stored, "same", episode=episode)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import math
 import random
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -20,7 +21,7 @@ from rayrl.environment.group_reward import MAX_SCORE, GroupReward, score_of
 from rayrl.environment.rows import Rows, disjoint
 from rayrl.environment.signature import fit, keyword_hints, suggestion
 from rayrl.errors import ConfigError, EnvError, describe_error, safe_repr
-from rayrl.types import Episode, Scores, Task, derive_seed
+from rayrl.types import Episode, Result, Scores, Task, derive_seed, replace_surrogates
 
 __all__ = [
     "EnvSpec",
@@ -31,8 +32,10 @@ __all__ = [
     "stratified",
 ]
 
-Play = Callable[..., Awaitable[Scores]]
+Play = Callable[..., Awaitable[Scores | Result]]
 """`async def play(task, agent)`, with an additional parameter per additional seat."""
+Seats = Sequence[str] | Callable[..., Sequence[str]]
+"""Names of the seats, or a function of the environment's settings that returns them."""
 PlayerFunction = Callable[..., str | Awaitable[str]]
 """`def player(messages, rng)`: answers a conversation, drawing from the random generator; may be
 async, and may take the `task`, as one that knows the right answer does."""
@@ -44,6 +47,7 @@ EndingFunction = Callable[[Episode, str], str]
 """Text to show to the person in a seat when an episode has ended."""
 TaskSource = Callable[..., Task] | Sequence[Task]
 
+MAX_FACTS = 1_000_000  # characters of JSON
 _BELOW_ONE = math.nextafter(1.0, 0.0)
 
 
@@ -70,7 +74,7 @@ class Environment:
     Attributes:
         name: its name in configs and logs.
         play: the coroutine function.
-        seats: names of the coroutine's parameters after the task, one per player.
+        seats: their names: those that were given, else of the parameters after the task.
         source: function `(seed, u, **keywords) -> Task`, or a sequence of tasks.
         eval_source: likewise, for evaluation only; None: see `evaluation`.
         args: keywords of the source: its defaults, and what `configure` set.
@@ -81,7 +85,7 @@ class Environment:
         statistics_function: computes what to report per episode; None: scores (see `statistics`).
         ending_function: text shown to a person when an episode has ended, or None (see `ending`).
         form: the reply that is sent for what a person types in a seat, which stands for `{}`.
-        slots: most episodes it can play at once, or None.
+        slots: most episodes it can play at once, in all env workers together; None: any number.
         ref: what `load_env` finds it by; empty if nothing does, and then it travels by value.
     """
 
@@ -95,6 +99,8 @@ class Environment:
         eval_source: TaskSource | None = None,
         form: str = "{}",
         ref: str | None = None,
+        seats: Seats | None = None,
+        slots: int | None = None,
     ) -> None:
         if "{}" not in form:
             raise ConfigError(
@@ -102,7 +108,8 @@ class Environment:
             )
         self.name = name
         self.play = play
-        self.seats = _seats(name, play)
+        if slots is not None and slots < 1:
+            raise ConfigError(f"slots={slots} of environment {name!r}: at least one episode")
         self.source, self.eval_source = source, eval_source
         if eval_source is not None:
             _defaults(name, eval_source)
@@ -114,12 +121,14 @@ class Environment:
             else:
                 self.rewards[key] = _weight(key, weight)
         self.args = _defaults(name, source)
+        self._seats = seats
+        self.seats = _seats_of(name, play, seats, self.args)
         self.players: dict[str, PlayerFunction] = {}
         self.checks: dict[str, CheckFunction] = {}
         self.statistics_function: StatisticsFunction | None = None
         self.ending_function: EndingFunction | None = None
         self.form = form
-        self.slots: int | None = None
+        self.slots = slots
         self.ref = _reference(play) if ref is None else ref
         self._configured: tuple[dict[str, Any], dict[str, float]] = ({}, {})
         self._label = ""
@@ -127,7 +136,7 @@ class Environment:
     def __repr__(self) -> str:
         return f"Environment({self.name!r}, seats={self.seats}, rewards={self.rewards})"
 
-    def __call__(self, task: Task, *agents: Any) -> Awaitable[Scores]:
+    def __call__(self, task: Task, *agents: Any) -> Awaitable[Scores | Result]:
         """Call the coroutine itself, for tests of an environment."""
         return self.play(task, *agents)
 
@@ -176,6 +185,8 @@ class Environment:
                     f"env.rewards.{key}: environment {self.name!r} has no such reward."
                     + suggestion(key, known)
                 )
+        if callable(self._seats):
+            new.seats = _seats_of(self.name, self.play, self._seats, new.args)
         old_args, old_rewards = self._configured
         new._configured = ({**old_args, **args}, {**old_rewards, **rewards})
         return new
@@ -306,6 +317,27 @@ class Environment:
             )
         return task
 
+    def result(self, returned: object) -> tuple[dict[str, dict[str, float]], Mapping[str, Any]]:
+        """Check the coroutine's result; return scores by seat, then name, and facts.
+
+        Raises:
+            EnvError: see `scores`; or the facts are not JSON, or longer than `MAX_FACTS`.
+        """
+        if not isinstance(returned, Result):
+            return self.scores(returned), {}
+        scores, facts = self.scores(returned.scores), dict(returned.facts)
+        where = f"environment {self.name!r} returned the facts {safe_repr(facts)}"
+        try:
+            text = json.dumps(facts, allow_nan=False)
+            same = json.loads(text) == facts
+        except (TypeError, ValueError, RecursionError) as error:
+            raise EnvError(f"{where}, which are not JSON: {error}") from error
+        if not same:
+            raise EnvError(f"{where}: JSON reads them otherwise; use strings as keys, and lists")
+        if len(text) > MAX_FACTS:
+            raise EnvError(f"{where}: {len(text):,} characters, more than {MAX_FACTS:,}")
+        return scores, replace_surrogates(facts)
+
     def scores(self, returned: object) -> dict[str, dict[str, float]]:
         """Check the coroutine's result; return finite floats by seat, then name.
 
@@ -413,6 +445,8 @@ def env(
     eval_tasks: TaskSource | None = None,
     name: str | None = None,
     form: str = "{}",
+    seats: Seats | None = None,
+    slots: int | None = None,
 ) -> Callable[[Play], Environment]:
     """Turn a coroutine function `(task, agent, ...) -> Scores` into an `Environment`.
 
@@ -426,6 +460,9 @@ def env(
         name: by default the function's.
         form: the reply that is sent for what a person types in a seat, which stands for `{}`, e.g.
             `"<move>{}</move>"`.
+        seats: names of the seats, for a coroutine function `(task, *agents)`; or a function of the
+            environment's settings that returns them. By default the names of its parameters.
+        slots: most episodes that can be played at once, in all env workers together.
 
     Raises:
         ConfigError: not a coroutine function, no seats, a source without `seed` and `u`, or a form
@@ -435,16 +472,36 @@ def env(
     def decorate(play: Play) -> Environment:
         label = name or str(getattr(play, "__name__", type(play).__name__))
         return Environment(
-            play, name=label, source=tasks, eval_source=eval_tasks, rewards=rewards, form=form
+            play,
+            name=label,
+            source=tasks,
+            eval_source=eval_tasks,
+            rewards=rewards,
+            form=form,
+            seats=seats,
+            slots=slots,
         )
 
     return decorate
 
 
-def _seats(name: str, play: Play) -> tuple[str, ...]:
+def _seats_of(
+    name: str, play: Play, seats: Seats | None, args: Mapping[str, Any]
+) -> tuple[str, ...]:
     parameters = list(inspect.signature(play).parameters.values())
     if not inspect.iscoroutinefunction(play):
         raise ConfigError(f"environment {name!r} must be a coroutine function: write `async def`")
+    if callable(seats):
+        if inspect.Parameter.empty in args.values():
+            return ()  # until it is configured
+        seats = seats(**args)
+    if seats is not None:
+        if not seats or len(set(seats)) < len(seats) or not all(s.isidentifier() for s in seats):
+            raise ConfigError(
+                f"environment {name!r}: seats={list(seats)}: give one or more different names of "
+                "letters, digits and underscores"
+            )
+        return tuple(seats)
     plain = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     if len(parameters) < 2 or any(p.kind not in plain for p in parameters):
         raise ConfigError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from rich.console import Console, ConsoleOptions, ConsoleRenderable, Group, RenderHook
 from rich.padding import Padding
@@ -78,15 +79,23 @@ def scores_text(scores: Mapping[str, Mapping[str, float]], rewards: Mapping[str,
 
 
 def task_text(episode: Episode) -> Text:
-    """Format a task's fields, such as the right answer, without long texts its prompts repeat."""
+    """Format a task's fields, such as the right answer, without long texts its prompts repeat, and
+    the episode's facts."""
     prompts = "\n".join(message.content for turn in episode.turns for message in turn.prompt)
     fields = {
         name: value
         for name, value in episode.task.to_dict().items()
         if name != "seed" and not (isinstance(value, str) and len(value) > 20 and value in prompts)
     }
-    text = Text("task: " if fields else "", style="dim")
-    text.append(visible("  ".join(f"{name} {value}" for name, value in fields.items())))
+    text = _named("task", fields)
+    if episode.facts:
+        text = text.append("\n" if fields else "").append(_named("facts", episode.facts))
+    return text
+
+
+def _named(what: str, values: Mapping[str, Any]) -> Text:
+    text = Text(f"{what}: " if values else "", style="dim")
+    text.append(visible("  ".join(f"{name} {value}" for name, value in values.items())))
     return text
 
 

@@ -375,6 +375,9 @@ def _episode(label: str, episode: Episode) -> dict[str, Any]:
             part for part in (seat_name(turn) if several or turn.conversation else "", cut) if part
         )
         messages.append({"role": "assistant", "speaker": speaker, "text": turn.text})
+    if episode.facts:
+        facts = "\n".join(f"{name}: {value}" for name, value in episode.facts.items())
+        messages.append({"role": "tool", "speaker": "facts", "text": facts})
     if episode.failure is not None:
         messages.append({"role": "tool", "speaker": "failure", "text": episode.failure.message})
     return {"label": label.capitalize(), "chips": chips, "messages": messages}

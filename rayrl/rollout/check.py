@@ -12,7 +12,7 @@ from typing import Any
 
 from rayrl.environment.environment import Environment
 from rayrl.environment.tasks import roundtrip_problem
-from rayrl.errors import RayrlError
+from rayrl.errors import RayrlError, safe_repr
 from rayrl.rollout.agent import Options, Player
 from rayrl.rollout.conversation import Conversation
 from rayrl.rollout.players import ScriptedPlayer
@@ -142,8 +142,8 @@ async def _play_problems(env: Environment, task: Task, deadline_s: float) -> lis
                 f"{k} ({_excerpt(turn.prompt)} and {_excerpt(repeated.prompt)}); {_REMEDY}"
             )
             return problems
-    if len(first.turns) != len(second.turns) or first.scores != second.scores:
-        problems.append(f"not deterministic: {_score_difference(first, second)}; {_REMEDY}")
+    if difference := _end_difference(first, second):
+        problems.append(f"not deterministic: {difference}; {_REMEDY}")
     return problems
 
 
@@ -158,8 +158,8 @@ async def _player_problem(
         replayed = await _play(env, task, player, deadline_s, EpisodeResume(first.turns))
     except ReplayMismatch as error:
         return f"not deterministic: with the same replies, {error}; {_REMEDY}"
-    if replayed.scores != first.scores:
-        return f"not deterministic: {_score_difference(first, replayed)}; {_REMEDY}"
+    if difference := _end_difference(first, replayed):
+        return f"not deterministic: {difference}; {_REMEDY}"
     return ""
 
 
@@ -238,11 +238,20 @@ def _difference(expected: Episode, actual: Episode, seats: Sequence[str]) -> str
                     f"it sends {_excerpt(turn.prompt)} instead of {_excerpt(wanted.prompt)} at "
                     f"turn {k} of {seat!r}"
                 )
-    return _score_difference(expected, actual) if expected.scores != actual.scores else ""
+    return _end_difference(expected, actual)
 
 
-def _score_difference(first: Episode, second: Episode) -> str:
-    return f"the same task and replies were scored {dict(first.scores)} and {dict(second.scores)}"
+def _end_difference(first: Episode, second: Episode) -> str:
+    """What two episodes of the same messages differ in; empty if they are equal."""
+    if first.scores != second.scores:
+        then, now = dict(first.scores), dict(second.scores)
+        return f"the same task and replies were scored {then} and {now}"
+    if len(first.turns) != len(second.turns):
+        return f"the same task and replies took {len(first.turns)} and {len(second.turns)} turns"
+    if first.facts != second.facts:
+        facts = f"{safe_repr(dict(first.facts))} and {safe_repr(dict(second.facts))}"
+        return f"the same task and replies had the facts {facts}"
+    return ""
 
 
 async def _play(

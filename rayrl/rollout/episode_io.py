@@ -83,6 +83,8 @@ def episode_to_json(episode: Episode) -> dict[str, Any]:
         "task": replace_surrogates(task_to_json(episode.task)),
         "turns": [_turn_to_json(turn) for turn in episode.turns],
     }
+    if episode.facts:
+        data["facts"] = dict(episode.facts)
     if episode.failure is not None:
         data["failure"] = {
             "kind": episode.failure.kind,
@@ -123,6 +125,7 @@ def episode_from_json(data: Mapping[str, Any]) -> Episode:
             scores=fit(data["scores"], dict[str, dict[str, float]]),
             rewards=fit(data["rewards"], dict[str, float]),
             failure=None if failed is None else Failure(**failed),
+            facts=_typed(data.get("facts", {}), dict, "facts"),
             retried_usage=_usage_from_json(data.get("retried_usage")),
             replayed=_typed(data.get("replayed", 0), int, "replayed"),
             replay_mismatches=_typed(data.get("replay_mismatches", 0), int, "replay_mismatches"),

@@ -177,7 +177,8 @@ def group_to_bytes(group: Group) -> bytes:
         [
             None if values[2] is group.task else json.dumps(task_to_json(values[2])),
             *values[:2],
-            *values[3:],
+            *values[3:-1],
+            json.dumps(values[-1]),  # facts, with integers of any length
         ]
         for values in map(field_values, group.episodes)
     ]
@@ -214,10 +215,7 @@ def _plain(value: Any) -> Any:
 def _turn(data: Sequence[Any]) -> Turn:
     seat, prompt, text, finish, offset, told, sampled, rollout_logprobs, versions = data[:9]
     state, tools, usage, began, seconds = data[9:14]
-    conversation, origin = data[14:] or (
-        "",
-        None,
-    )  # none in older logs
+    conversation, origin = data[14:] or ("", None)  # none in older logs
     return Turn(
         seat,
         tuple(map(_message, prompt)),
@@ -249,7 +247,9 @@ def _usage(data: Sequence[Any] | None) -> Usage | None:
 
 
 def _episode(data: Sequence[Any], group_task: Task) -> Episode:
-    text, name, env, index, turns, scores, rewards, failure, retried_usage, *numbers = data
+    text, name, env, index, turns, scores, rewards, failure, retried_usage, *rest = data
+    if rest[5:]:  # older logs have no facts
+        rest[5] = json.loads(rest[5])
     return Episode(
         name,
         env,
@@ -260,5 +260,5 @@ def _episode(data: Sequence[Any], group_task: Task) -> Episode:
         rewards,
         None if failure is None else Failure(*failure),
         _usage(retried_usage),
-        *numbers,
+        *rest,
     )

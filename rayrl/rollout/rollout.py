@@ -38,7 +38,8 @@ from rayrl.types import Episode, Failure, Group, Task, Turn, Usage, derive_seed,
 
 __all__ = ["GroupPlan", "play_episode", "play_group", "play_groups", "run_environment"]
 
-_Results = tuple[dict[str, dict[str, float]], dict[str, float]]  # scores and rewards by seat
+# scores and rewards by seat; facts
+_Results = tuple[dict[str, dict[str, float]], dict[str, float], Mapping[str, Any]]
 _INFRA = (InfraError, OSError, TimeoutError)
 _NOT_STARTED = PartialEpisode((), 0)
 
@@ -110,6 +111,7 @@ async def play_episode(
     clock_time, began = time.time(), time.perf_counter()
     scores: dict[str, dict[str, float]] = {}
     rewards: dict[str, float] = {}
+    facts: Mapping[str, Any] = {}
     failure = None
     try:
         # in its own task, so that code which swallows its cancellation cannot block the loop
@@ -127,7 +129,7 @@ async def play_episode(
             raise missing_await
         if resume.remaining:
             raise resume.ended_early(None)
-        scores, rewards = results
+        scores, rewards, facts = results
     except (ConfigError, ReplayMismatch):
         raise
     except Exception as error:
@@ -152,6 +154,7 @@ async def play_episode(
         scores=scores,
         rewards=rewards,
         failure=failure,
+        facts=facts,
         replayed=resume.replayed,
         began=clock_time,
         seconds=time.perf_counter() - began,
@@ -162,15 +165,15 @@ async def play_episode(
 async def run_environment(
     env: Environment, task: Task, agents: Sequence[Agent], seed: int
 ) -> _Results:
-    """Run the environment's coroutine; return scores and rewards by seat.
+    """Run the environment's coroutine; return scores and rewards by seat, and facts.
 
     Raises:
-        EnvError: the scores are invalid, or its code called sys.exit.
+        EnvError: its result is invalid, or its code called sys.exit.
     """
     try:
         with EpisodeRandom(seed, "environment"):
-            scores = env.scores(await env.play(task, *agents))
-        return scores, {seat: env.reward(of_seat) for seat, of_seat in scores.items()}
+            scores, facts = env.result(await env.play(task, *agents))
+        return scores, {seat: env.reward(of_seat) for seat, of_seat in scores.items()}, facts
     except SystemExit as error:  # would end the event loop and every other episode
         raise EnvError(f"called sys.exit({safe_repr(error.code)})") from error
 

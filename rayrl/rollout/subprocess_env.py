@@ -34,7 +34,7 @@ from rayrl.errors import ConfigError, EnvError, describe_error, error_message, f
 from rayrl.rollout.agent import Agent, Options
 from rayrl.rollout.conversation import Conversation, Point
 from rayrl.rollout.episode_io import message_from_json, message_to_json
-from rayrl.types import Message, Scores, Task, Turn
+from rayrl.types import Message, Result, Task, Turn
 
 __all__ = ["SubprocessEnv", "child"]
 
@@ -60,7 +60,7 @@ class SubprocessEnv:
     """
 
     def __init__(self, env: Environment, slots: int) -> None:
-        async def play(task: Task, *agents: Agent) -> Scores:
+        async def play(task: Task, *agents: Agent) -> Result:
             return await self._play(task, agents)
 
         self.environment = env.with_play(play, slots)
@@ -80,7 +80,7 @@ class SubprocessEnv:
         for child in list(self._children):
             self._kill(child)
 
-    async def _play(self, task: Task, agents: Sequence[Agent]) -> Scores:
+    async def _play(self, task: Task, agents: Sequence[Agent]) -> Result:
         async with self._slots:
             if self._idle:
                 child = self._idle.pop()
@@ -88,7 +88,7 @@ class SubprocessEnv:
                 child = _Child(self._spec)
                 self._children.add(child)
             try:
-                scores = await child.play(task, agents)
+                result = await child.play(task, agents)
             except _ChildError as raised:
                 self._idle.append(child)  # the environment raised, the process is fine
                 error = EnvError(raised.message)
@@ -98,7 +98,7 @@ class SubprocessEnv:
                 self._kill(child)
                 raise
             self._idle.append(child)
-            return scores
+            return result
 
     def _kill(self, child: _Child) -> None:
         self._children.discard(child)
@@ -140,7 +140,7 @@ class _Child:
         self.reader: asyncio.StreamReader | None = None
         self.writer: asyncio.StreamWriter | None = None
 
-    async def play(self, task: Task, agents: Sequence[Agent]) -> Scores:
+    async def play(self, task: Task, agents: Sequence[Agent]) -> Result:
         """Play one episode in the process, and answer the calls of its agents."""
         by_seat = {agent.seat: agent for agent in agents}
         if self.writer is None:
@@ -161,7 +161,7 @@ class _Child:
             for fork in set(by_session.values()) - set(agents):
                 fork.close()
 
-    async def _answer(self, by_seat: Mapping[str, Agent], by_session: dict[str, Agent]) -> Scores:
+    async def _answer(self, by_seat: Mapping[str, Agent], by_session: dict[str, Agent]) -> Result:
         while True:
             frame = await self._receive()
             if "ask" in frame:
@@ -189,8 +189,7 @@ class _Child:
                     activity = by_seat[seat].activity
                     activity.used_tools = used
                     activity.tool_calls, activity.tool_errors = calls, errors
-                scores: Scores = frame["scores"]
-                return scores
+                return Result(frame["scores"], frame["facts"])
 
     async def _send(self, frame: object) -> None:
         assert self.writer is not None
@@ -268,10 +267,10 @@ async def _serve(descriptor: int) -> None:
                 for seat, session in start.sessions.items()
             ]
             with EpisodeRandom(start.seed, "environment"):
-                scores = env.scores(await env.play(start.task, *agents))  # as plain data
+                scores, facts = env.result(await env.play(start.task, *agents))  # plain data
             did = {agent.seat: agent.activity for agent in agents}
             tools = {s: (a.used_tools, a.tool_calls, a.tool_errors) for s, a in did.items()}
-            result: dict[str, Any] = {"scores": scores, "tools": tools}
+            result: dict[str, Any] = {"scores": scores, "facts": facts, "tools": tools}
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # ends this episode, not the process

@@ -183,6 +183,36 @@ def test_a_setting_that_the_source_rejects_keeps_its_message() -> None:
         refusing.tasks(0, 1)
 
 
+def test_seats_may_depend_on_settings() -> None:
+    def tasks(seed: int, u: float, players: int = 2, prefix: str = "p") -> Task:
+        return Task(seed=seed)
+
+    def seats(players: int, prefix: str) -> list[str]:
+        return [f"{prefix}{number}" for number in range(players)]
+
+    async def around(task: Task, *agents: Any) -> Scores:
+        return {agent.seat: {"n": len(agents)} for agent in agents}
+
+    env = rayrl.env(tasks=tasks, rewards={"n": 1.0}, seats=seats)(around)
+    assert env.seats == ("p0", "p1")
+    four = env.configure({"players": 4}).configure({"prefix": "seat"})
+    assert four.seats == ("seat0", "seat1", "seat2", "seat3")
+    assert env.seats == ("p0", "p1")
+    assert four.evaluation(0.1).training(0.1).labelled("x").seats == four.seats
+    with pytest.raises(ConfigError, match=r"seats=\['a-0', 'a-1'\]: give one or more different"):
+        env.configure({"prefix": "a-"})
+    with pytest.raises(ConfigError, match=r"seats=\[\]"):
+        env.configure({"players": 0})
+    fixed = rayrl.env(tasks=tasks, rewards={"n": 1.0}, seats=("x", "o"))(around)
+    assert fixed.configure({"players": 3}).seats == ("x", "o")
+
+    def needed(seed: int, u: float, players: int, prefix: str = "p") -> Task:
+        return Task(seed=seed)
+
+    late = rayrl.env(tasks=needed, rewards={"n": 1.0}, seats=seats)(around)
+    assert late.configure({"players": 1}).seats == ("p0",)
+
+
 def test_two_players_of_one_name() -> None:
     env = rayrl.env(tasks=levels, rewards={"win": 1})(game.play)
     env.player("teacher")(lambda messages, rng: "a")

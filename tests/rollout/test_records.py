@@ -151,7 +151,17 @@ def test_a_turn_and_a_group_round_trip() -> None:
     failed = Failure("env", "why", "where")
     task = Task(seed=2**63 - 1)
     episodes = (
-        Episode("g/0", "e", task, 0, (turn, turn), {"a": {"s": 0.5}}, {"a": 0.5}, replayed=2),
+        Episode(
+            "g/0",
+            "e",
+            task,
+            0,
+            (turn, turn),
+            {"a": {"s": 0.5}},
+            {"a": 0.5},
+            replayed=2,
+            facts={"n": 10**40},
+        ),
         Episode(
             "g/1", "e", Task(seed=2), 1, (), failure=failed, retried_usage=Usage(), seconds=2.5
         ),
@@ -209,6 +219,12 @@ def test_a_group_log_that_ends_with_zeros(log: GroupLog, tmp_path: Path) -> None
     assert log.read(0) == [first]
     log.add(first)
     assert log.read(0) == [first, first]
+
+
+def test_groups_that_were_logged_before_episodes_had_facts() -> None:
+    group = Group("g", Task(seed=1), (Episode("g/0", "e", Task(seed=1), 0, (), seed=7),))
+    name, task, seats, episodes = unpack(group_to_bytes(group))
+    assert group_from_bytes(pack([name, task, seats, [one[:-1] for one in episodes]])) == group
 
 
 def test_turns_that_were_logged_before_conversations_branched() -> None:

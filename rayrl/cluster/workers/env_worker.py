@@ -158,10 +158,13 @@ class EnvWorker:
         return {name: self._environment(one.env) for name, one in self._job.envs.items()}
 
     def _environment(self, spec: EnvSpec) -> Environment:
-        environment = environment_of(spec)
+        environment, cluster = environment_of(spec), self._job.config.cluster
+        if environment.slots is not None:  # each worker has a share of them
+            share = max(1, environment.slots // cluster.most_env_workers)
+            environment = environment.with_play(environment.play, share)
         if not self._job.config.env.isolated:
             return environment
-        slots = min(ISOLATED_SLOTS, self._job.config.cluster.concurrency)
+        slots = min(ISOLATED_SLOTS, cluster.concurrency, environment.slots or ISOLATED_SLOTS)
         self._isolated.append(SubprocessEnv(environment, slots))
         return self._isolated[-1].environment
 

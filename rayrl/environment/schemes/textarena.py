@@ -7,7 +7,6 @@ new, the game's own messages and what the others said, so that its conversation 
 from __future__ import annotations
 
 import contextlib
-import inspect
 import io
 import random
 import re
@@ -77,11 +76,8 @@ def load(name: str) -> Environment:
     async def play(task: Match, *agents: Any) -> Scores:
         return await _play(game, task, agents)
 
-    parameters = [inspect.Parameter(one, inspect.Parameter.POSITIONAL_OR_KEYWORD) for one in seats]
-    first = inspect.Parameter("task", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    play.__signature__ = inspect.Signature([first, *parameters])  # type: ignore[attr-defined]
     rewards = {"reward": 1.0, "legal": 0.1}
-    environment = Environment(play, name=game, source=matches, rewards=rewards)
+    environment = Environment(play, name=game, source=matches, rewards=rewards, seats=seats)
     environment.player("random")(_any_move)
     return environment
 
