@@ -46,13 +46,13 @@ VERBS = {
     "eval": ("rayrl.commands.evaluate", "play without learning and print the table"),
     "play": ("rayrl.commands.play", "play against a model in this terminal, or watch it"),
     "serve": ("rayrl.commands.serve", "answer OpenAI-compatible HTTP requests with a model"),
-    "report": ("rayrl.commands.report", "write RUN/report.html: rayrl report RUN"),
+    "report": ("rayrl.report.collect", "write RUN/report.html: rayrl report RUN"),
     "replay": (
         "rayrl.commands.replay",
         "play stored episodes again: rayrl replay FILE [EPISODE_ID]",
     ),
     "plan": ("rayrl.commands.plan", "print what would run and what will not fit; starts nothing"),
-    "env": ("rayrl.commands.env_check", "check an environment: rayrl env check [NAME]"),
+    "env": ("rayrl.commands.env_check", "environments: rayrl env list | check [NAME] | new NAME"),
     "model": (
         "rayrl.commands.model_fetch",
         "fetch a small pretrained model: rayrl model fetch smollm2-135m",
@@ -88,6 +88,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(asked)
             return 0
         arguments = parse(words)
+        if arguments.verb == "env" and arguments.words[:1] in (("list",), ("new",)):
+            print(_environments(arguments))
+            return 0
         config = configuration(arguments)
     except RayrlError as error:
         if debug:
@@ -217,7 +220,7 @@ def parse(words: Sequence[str]) -> Arguments:
             settings.append(word)
         else:
             others.append(word)
-    allowed = {"report": 1, "replay": 2, "env": 2, "model": 3}.get(verb, 0)
+    allowed = {"report": 1, "replay": 2, "env": 3, "model": 3}.get(verb, 0)
     if len(others) > allowed:
         raise ConfigError(
             f"{others[allowed]}: not understood. A setting is written key=value, as train.steps=50."
@@ -248,11 +251,31 @@ def configuration(arguments: Arguments) -> Config:
     if arguments.verb == "model":
         return _of_fetch(arguments)
     if arguments.verb == "env":
-        if arguments.words and arguments.words[0] != "check":
-            near = did_you_mean(arguments.words[0], ["check"])
-            raise ConfigError(f"env {arguments.words[0]}: write rayrl env check [NAME].{near}")
-        settings += [f"env.name={name}" for name in arguments.words[1:]]
+        action, *names = arguments.words or ("check",)
+        if action != "check" or len(names) > 1:
+            near = did_you_mean(action, ["check", "list", "new"])
+            raise ConfigError(
+                f"env {' '.join(arguments.words)}: write rayrl env check [NAME], rayrl env list or "
+                f"rayrl env new NAME [FOLDER].{near if action != 'check' else ''}"
+            )
+        settings += [f"env.name={name}" for name in names]
     return compose(settings, arguments.config_dir, arguments.verb)
+
+
+def _environments(arguments: Arguments) -> str:
+    """Do `env list` or `env new`, which have no settings; return what to print."""
+    from rayrl.commands.env_packages import list_environments, new_environment
+
+    action, *names = arguments.words
+    if arguments.settings:
+        raise ConfigError(f"env {action} has no settings: {arguments.settings[0]}")
+    if action == "list":
+        if names:
+            raise ConfigError(f"env list {names[0]}: rayrl env check {names[0]} says more about it")
+        return list_environments()
+    if not names:
+        raise ConfigError("env new: write rayrl env new NAME [FOLDER], as word-chain")
+    return new_environment(*names)
 
 
 def _of_run(arguments: Arguments) -> Config:

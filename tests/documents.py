@@ -52,4 +52,6 @@ def understand(words: list[str]) -> None:
     if arguments.verb == "report":  # of a run that is not there
         assert len(arguments.words) == 1
         return
+    if arguments.verb == "env" and arguments.words[:1] != ("check",):  # without settings
+        return
     validate(cli.configuration(arguments), arguments.verb)

@@ -134,10 +134,11 @@ PAGES: Mapping[str, Page] = {
         ("experiment=tictactoe", "env.name=addition.py train.steps=50", "--all"),
     ),
     "env": Page(
-        "Check an environment with scripted players: is it deterministic, scored, ready to train "
-        "on?",
+        "check: play an environment with scripted players; is it deterministic, scored, ready to "
+        "train on? list: what is installed. new: write a package with an environment that passes "
+        "its tests, to begin with.",
         ("env",),
-        ("check tictactoe", "check addition.py"),
+        ("check tictactoe", "check addition.py", "list", "new word-chain"),
     ),
     "model": Page(
         "Fetch a small pretrained model into models/NAME.", ("fetch",), ("fetch smollm2-135m",)
@@ -155,8 +156,11 @@ def verb_page(verb: str) -> str:
     from rayrl.config import Config, settings
 
     page = PAGES[verb]
-    words = {"report": "RUN", "replay": "FILE [EPISODE_ID]", "env": "check [NAME]"} | {
-        "model": "fetch NAME [FOLDER]"
+    words = {
+        "report": "RUN",
+        "replay": "FILE [EPISODE_ID]",
+        "env": "check [NAME] | list | new NAME [FOLDER]",
+        "model": "fetch NAME [FOLDER]",
     }
     parts = [
         f"usage: rayrl {verb} {words[verb] + ' ' if verb in words else ''}[key=value ...]",

@@ -6,6 +6,7 @@ A scheme gives another library's environment for its ID: `env.name=SCHEME:ID`. I
 
 from __future__ import annotations
 
+import re
 from importlib.machinery import PathFinder
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -32,6 +33,7 @@ __all__ = [
     "ENV_GROUP",
     "SCHEME_GROUP",
     "environment_of",
+    "extra_of",
     "installed_envs",
     "installed_schemes",
     "load_env",
@@ -61,6 +63,15 @@ def scheme_of(name: str) -> EntryPoint | None:
     scheme, colon, _ = name.partition(":")
     points = entry_points(group=SCHEME_GROUP, name=scheme) if colon else ()
     return next(iter(points), None)
+
+
+def extra_of(scheme: EntryPoint) -> str:
+    """What to install for the library behind a scheme, as `rayrl[reasoning-gym]`; empty: nothing.
+
+    That is the extra in brackets of its entry point; `EntryPoint.extras` splits it at hyphens.
+    """
+    found = re.search(r"\[(.+)\]", scheme.value)
+    return f"{scheme.dist.name if scheme.dist else 'rayrl'}[{found[1]}]" if found else ""
 
 
 def load_env(name: str) -> Environment:
@@ -172,8 +183,8 @@ def _by_scheme(scheme: EntryPoint, name: str) -> Environment:
     try:
         load = scheme.load()
     except ImportError as error:
-        (extra,) = scheme.extras or ("",)
-        needs = f": pip install 'rayrl[{extra}]'" if extra else ""
+        extra = extra_of(scheme)
+        needs = f": pip install '{extra}'" if extra else ""
         raise ConfigError(
             f"env.name={name!r}: the library behind {scheme.name} could not be imported "
             f"({error}){needs}"

@@ -20,9 +20,14 @@ from rayrl.run.folder import check_finished, read_config
 from rayrl.run.metrics import TIMELINE
 from rayrl.run.stage import EPISODES
 
-__all__ = ["collect_report", "write_report"]
+__all__ = ["collect_report", "run", "write_report"]
 
 PAGE = "report.html"
+
+
+def run(config: Config) -> None:
+    """`rayrl report RUN`: write the report of a run, finished or not, and print its path."""
+    print(f"Report in {write_report(config.run.dir)}")
 
 
 def write_report(folder: str | Path) -> Path:
