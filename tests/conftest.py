@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +24,22 @@ gc.set_threshold(50_000, 20, 100)  # a quarter of the time of large imports
 os.environ["OMP_NUM_THREADS"] = "1"
 ALONE = ("tests/chaos/", "tests/e2e/")  # whose tests take a minute or more each
 remove_own_folders = own_folders()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Of several workers, let all runs be forked from one process that has imported everything."""
+    if getattr(config.option, "numprocesses", None) and sys.platform == "linux":
+        from rayrl.cluster.actors import import_variables
+        from rayrl.cluster.fork_server import WARM, ForkServer
+        from rayrl.cluster.open import worker_imports
+        from rayrl.config.load import from_dict
+
+        every = from_dict({"learner": {"kind": "deepspeed"}, "cluster": {"fork_workers": True}})
+        modules = worker_imports(every, engine=True, learner=True)
+        folder = Path(tempfile.mkdtemp(prefix="rayrl-warm-", dir="/tmp"))
+        warm = ForkServer(folder, modules, import_variables(threads=1))
+        os.environ[WARM] = str(warm.path)
+        config.add_cleanup(warm.stop)
 
 
 def pytest_unconfigure() -> None:

@@ -4,7 +4,9 @@ Every worker of Ray is a new Python, and importing torch, transformers and Serve
 seconds of CPU time and hundreds of MiB. Here one process imports them, and the raylet's command for
 a worker (`fork_worker.py`) has it fork instead. Workers share its memory until they write to it.
 
-Run as a script by `ForkServer`, it is that process.
+Run as a script by `ForkServer`, it is that process. Where runs are short and many, as in tests,
+even this one may be forked: from a server that was started like any other, and whose socket the
+variable `RAYRL_WARM_SERVER` names.
 """
 
 from __future__ import annotations
@@ -14,8 +16,10 @@ import gc
 import importlib
 import json
 import os
+import resource
 import runpy
 import secrets
+import select
 import selectors
 import signal
 import socket
@@ -30,6 +34,7 @@ from typing import Any
 __all__ = ["VARIABLE", "ForkServer"]
 
 VARIABLE = "RAYRL_FORK_SERVER"  # of the raylet's environment: the server's socket
+WARM = "RAYRL_WARM_SERVER"
 PATIENCE_S = 20.0  # how long a worker waits for the imports; Ray gives it 60 s in all
 NO_JOB = "ffffffff"  # in Ray's notation
 SETUP_ARGUMENTS = ("--serialized-runtime-env-context=", "--language=")  # of Ray's setup_worker.py
@@ -66,8 +71,9 @@ class ForkServer:
 class _Server:
     """Listens while it imports; what arrives waits for that, but not for too long."""
 
-    def __init__(self, path: str, modules: Sequence[str]) -> None:
+    def __init__(self, path: str, modules: Sequence[str], ends: Sequence[int]) -> None:
         self._path, self._modules = path, [*modules]
+        self._own = _surroundings()  # before the imports, which change some
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         before = os.umask(0o177)
         self._listener.bind(path)
@@ -75,7 +81,9 @@ class _Server:
         self._listener.listen(512)
         self._events = selectors.DefaultSelector()
         self._events.register(self._listener, selectors.EVENT_READ)
-        self._events.register(0, selectors.EVENT_READ)
+        for file in ends:  # of pipes and sockets: with one of them, this process ends
+            self._events.register(file, selectors.EVENT_READ)
+        self._has_raylet = False
         self._waiting: list[socket.socket] = []
         self._since = 0.0  # when the first of them came
 
@@ -86,7 +94,7 @@ class _Server:
                 self._import()
             for key, _ in self._events.select(0 if self._modules or self._waiting else None):
                 if key.fileobj is not self._listener:  # the driver or the raylet has ended
-                    os.unlink(self._path)
+                    Path(self._path).unlink(missing_ok=True)
                     os._exit(0)
                 if not self._waiting:
                     self._since = time.monotonic()
@@ -106,17 +114,21 @@ class _Server:
     def _fork(self, client: socket.socket) -> dict[str, Any] | None:
         with client:
             request = _read(client)
-            if request is None:
+            if request is None or request.get("surroundings", self._own) != self._own:
                 return None
-            if len(self._events.get_map()) == 2:
+            is_worker = "surroundings" not in request
+            if is_worker and not self._has_raylet:
                 raylet = os.pidfd_open(int(request["environment"]["RAY_RAYLET_PID"]))
                 self._events.register(raylet, selectors.EVENT_READ)
+                self._has_raylet = True
             if os.fork():
                 for file in request["files"]:
                     os.close(file)
                 return None
             os.setpgid(0, request["process_group"])
             client.sendall(b"\0")
+            if not is_worker:
+                request["client"] = os.dup(client.fileno())
         for key in [*self._events.get_map().values()]:
             if key.fd:
                 os.close(key.fd)
@@ -137,17 +149,67 @@ def _read(client: socket.socket) -> dict[str, Any] | None:
     return {**json.loads(line), "files": list(files)}
 
 
-def _become(request: Mapping[str, Any]) -> None:
-    """Make this process the one that the raylet would have started."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    with suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text(request["oom_score"])
+def _surroundings() -> list[Any]:
+    """What a forked process has from the server, and cannot be given."""
+    variables = ("OMP_", "MKL_", "TOKENIZERS_", "HF_", "TRANSFORMERS_", "TORCH")  # read by imports
+    return [
+        next((place for place in sys.path if Path(place, "rayrl/__init__.py").exists()), ""),
+        {key: value for key, value in os.environ.items() if key.startswith(variables)},
+        sorted(os.readlink(link) for link in Path("/proc/self/ns").iterdir()),
+        [[*resource.getrlimit(limit)] for limit in (resource.RLIMIT_AS, resource.RLIMIT_NOFILE)],
+    ]
+
+
+def _fork_warm(path: str) -> None:
+    """Have a warm server fork this one, and end when its driver ends; return if it refuses."""
+    request = {
+        "arguments": sys.argv,
+        "environment": dict(os.environ),
+        "folder": os.getcwd(),
+        "process_group": 0,
+        "surroundings": _surroundings(),
+    }
+    files = array.array("i", [0, 1, 2])
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server:
+        server.connect(path)
+        server.sendmsg([b"\0"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, files)])
+        server.sendall(json.dumps(request).encode() + b"\n")
+        if server.recv(1) == b"\0":
+            select.select([0, server.fileno()], [], [])
+            os._exit(0)
+
+
+def _take(request: Mapping[str, Any]) -> None:
+    """Give this process the files, the folder and the environment of another."""
     for number, file in enumerate(request["files"]):
         os.dup2(file, number)
         os.close(file)
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])
+
+
+def _serve(path: str, modules: Sequence[str], *ends: int) -> dict[str, Any]:
+    """In a forked process, return what is wanted of it."""
+    # Ray reads these once, when it is imported. A worker can be given its job later, and ends when
+    # this process has ended, which ends with the raylet.
+    os.environ |= {"RAY_JOB_ID": NO_JOB, "RAY_RAYLET_PID": str(os.getpid())}
+    ids_apart_from_rays()
+    request = _Server(path, modules, ends).next_worker()
+    if "surroundings" not in request:
+        return request
+    _take(request)
+    _, path, folders, *modules = request["arguments"]
+    sys.path[:] = json.loads(folders)
+    return _serve(path, modules, 0, request["client"])
+
+
+def _become(request: Mapping[str, Any]) -> None:
+    """Make this process the one that the raylet would have started."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(request["oom_score"])
+    _take(request)
     from ray._raylet import Config  # type: ignore[attr-defined]
 
     Config.initialize("")  # reads the environment again
@@ -176,10 +238,9 @@ def ids_apart_from_rays() -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for workers
-    # Ray reads these once, when it is imported. A worker can be given its job later, and ends when
-    # this process has ended, which ends with the raylet.
-    os.environ |= {"RAY_JOB_ID": NO_JOB, "RAY_RAYLET_PID": str(os.getpid())}
-    sys.path[:] = json.loads(sys.argv[2])
-    ids_apart_from_rays()
-    wanted = _Server(sys.argv[1], sys.argv[3:]).next_worker()
-    _become(wanted)
+    _, own_path, folders, *own_modules = sys.argv
+    sys.path[:] = json.loads(folders)
+    if warm := os.environ.get(WARM):
+        with suppress(OSError):
+            _fork_warm(warm)
+    _become(_serve(own_path, own_modules, 0))

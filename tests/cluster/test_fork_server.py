@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -15,7 +16,7 @@ import pytest
 
 from rayrl.cluster import fork_worker
 from rayrl.cluster.actors import import_variables
-from rayrl.cluster.fork_server import VARIABLE, ForkServer
+from rayrl.cluster.fork_server import VARIABLE, WARM, ForkServer
 from rayrl.cluster.open import worker_imports
 from rayrl.config.load import from_dict
 
@@ -85,14 +86,46 @@ def raylet(tmp_path: Path) -> Iterator[Raylet]:
     made.stop()
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[ForkServer]:
-    made = ForkServer(tmp_path / "s", ["numpy", "fractions"], import_variables(threads=1))
+@pytest.fixture(autouse=True)
+def without_a_warm_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of the test run."""
+    monkeypatch.delenv(WARM, raising=False)
+
+
+def start(folder: Path, modules: Sequence[str]) -> ForkServer:
+    made = ForkServer(folder, modules, import_variables(threads=1))
     while not made.path.exists():
         assert made._process.poll() is None
+    return made
+
+
+@pytest.fixture(params=["started", "forked"])
+def warm(
+    tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[ForkServer | None]:
+    """What the server is forked from, if it has no Python of its own."""
+    if request.param == "started":
+        yield None
+        return
+    made = start(tmp_path / "w", ["numpy"])
+    monkeypatch.setenv(WARM, str(made.path))
+    yield made
+    psutil.wait_procs(forked_from(made), timeout=600)
+    assert not forked_from(made)
+    made.stop()
+
+
+@pytest.fixture
+def server(tmp_path: Path, warm: ForkServer | None) -> Iterator[ForkServer]:
+    made = start(tmp_path / "s", ["numpy", "fractions"])
+    assert len(forked_from(warm)) == (warm is not None)
     yield made
     made.stop()
     assert not made.path.exists()
+
+
+def forked_from(warm: ForkServer | None) -> list[psutil.Process]:
+    return [] if warm is None else psutil.Process(warm._process.pid).children()
 
 
 def test_a_forked_worker_has_what_the_raylet_gave_it(raylet: Raylet, server: ForkServer) -> None:
@@ -127,11 +160,45 @@ def test_the_server_ends_with_driver_and_raylet(
     assert not server.path.exists()
 
 
-def test_ended_workers_leave_no_zombies(raylet: Raylet, server: ForkServer) -> None:
+@pytest.mark.parametrize("warm", ["forked"], indirect=True)
+@pytest.mark.parametrize("other", ["path", "variable", "limit"])
+def test_a_warm_server_refuses_what_it_cannot_give(
+    warm: ForkServer, other: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other code, variables that imports read, or limits: that server imports by itself."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if other == "path":
+        copy = tmp_path / "copy" / "rayrl" / "__init__.py"
+        copy.parent.mkdir(parents=True)
+        copy.touch()
+        monkeypatch.syspath_prepend(str(tmp_path / "copy"))
+    elif other == "variable":
+        monkeypatch.setenv("HF_HOME", str(tmp_path))
+    else:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft - 1, hard))
+    server = start(tmp_path / "s", ["numpy"])
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert forked_from(warm) == []
+    server.stop()
+
+
+def test_a_warm_server_that_is_gone_is_not_needed(
+    raylet: Raylet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(WARM, str(tmp_path / "gone"))
+    server = start(tmp_path / "s", ["numpy", "fractions"])
+    assert json.loads(raylet.start(server.path))["fractions"]
+    server.stop()
+
+
+def test_ended_workers_leave_no_zombies(
+    raylet: Raylet, server: ForkServer, warm: ForkServer | None
+) -> None:
     worker = psutil.Process(json.loads(raylet.start(server.path))["pid"])
     worker.kill()
     psutil.wait_procs([worker], timeout=600)
-    assert psutil.Process(server._process.pid).children() == []
+    (process,) = forked_from(warm) or [psutil.Process(server._process.pid)]
+    assert process.children() == []
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,7 @@ def test_the_main_job_trains_adapters_on_it(tmp_path: Path) -> None:
         "train.group_size=4",
         "train.steps=2",
         "cluster.replicas=1",
+        "cluster.push_deadline_s=900",  # only what hangs takes so long
         "cluster.sync=adapters",
         "lora.rank=4",
         "lora.alpha=64",
