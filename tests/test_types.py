@@ -16,6 +16,7 @@ from rayrl.types import (
     Message,
     Origin,
     Request,
+    Result,
     Sampling,
     Task,
     ToolCall,
@@ -37,7 +38,7 @@ def test_every_kind_pickles_with_every_field() -> None:
     failure = Failure("infra", "gone", "Traceback")
     episode = Episode(
         "g/0", "env", Task(seed=7), 2, (turn,), {"agent": {"w": 1.0}}, {"agent": 1.0}, failure,
-        usage, 3, 1, 2.5, 0.75,
+        usage, 3, 1, 2.5, 0.75, 9, {"answer": [1]},
     )  # fmt: skip
     sampling = Sampling(0.5, 0.9, 3, 7, ("x",))
     things: list[Any] = [
@@ -46,6 +47,7 @@ def test_every_kind_pickles_with_every_field() -> None:
         Completion((2,), (-0.5,), (span,), "abort", 4, (((2, -0.5),),)),
         Delta((2,), (-0.5,), "stop", 3, (((2, -0.5),),)),
         Group("g", Task(seed=7), (episode,), ("agent", "other")),
+        Result({"w": 1.0}, {"answer": [1]}),
     ]
     for thing in things:
         again = pickle.loads(pickle.dumps(thing))
