@@ -57,6 +57,8 @@ from rayrl.rollout.conversation import Conversation
 from rayrl.rollout.episode_io import read_episodes, write_episodes
 from rayrl.rollout.programs.program import Endpoint, Finished, program
 from rayrl.rollout.players import HumanPlayer, PolicyPlayer, ScriptedPlayer
+from rayrl.rollout.sandbox.box import Sandbox, SandboxResult, sandbox
+from rayrl.rollout.sandbox.protection import Protection, sandbox_protection
 from rayrl.rollout.rollout import GroupPlan, play_episode, play_group, play_groups
 
 # --- train and evaluate
@@ -135,6 +137,7 @@ __all__ = [
     "Options",
     "Player",
     "PolicyPlayer",
+    "Protection",
     "RayrlError",
     "Reply",
     "Request",
@@ -143,6 +146,8 @@ __all__ = [
     "Run",
     "RunFailed",
     "Sampling",
+    "Sandbox",
+    "SandboxResult",
     "Scores",
     "ScriptedPlayer",
     "StaleWeights",
@@ -177,6 +182,8 @@ __all__ = [
     "program",
     "read_episodes",
     "rows",
+    "sandbox",
+    "sandbox_protection",
     "sft",
     "sft_async",
     "synth",

@@ -16,10 +16,18 @@ import psutil
 
 from rayrl.errors import EnvError, clip
 
-__all__ = ["MODEL", "Endpoint", "Finished", "program"]
+__all__ = [
+    "MODEL",
+    "TOKEN",
+    "Endpoint",
+    "Finished",
+    "RunningProgram",
+    "kill_program",
+    "program",
+]
 
 MODEL = "policy"  # the name of the model for programs
-_TOKEN = "RAYRL_PROGRAM"  # environment variable of one program and what it starts
+TOKEN = "RAYRL_PROGRAM"  # environment variable of one program and what it starts
 # a program ends when the process that runs it is killed
 _WITH_PARENT = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
 GRACE_S = 5.0  # for the end of its output to arrive
@@ -102,13 +110,13 @@ async def program(
         raise EnvError(f"program({command!r}): pass a list, the program and its arguments")
     words = [os.fspath(word) for word in command]
     token = secrets.token_hex(16)
-    variables = {**os.environ, **at.variables, **(env or {}), _TOKEN: token}
+    variables = {**os.environ, **at.variables, **(env or {}), TOKEN: token}
     place = os.path.join(cwd or "", words[0]) if os.path.dirname(words[0]) else words[0]
     if shutil.which(place, path=variables.get("PATH")) is None:
         raise EnvError(f"program {words[0]!r} cannot be started: there is no such command")
     try:
         transport, running = await asyncio.get_running_loop().subprocess_exec(
-            _Running, *_WITH_PARENT, *words, env=variables, cwd=cwd, start_new_session=True
+            RunningProgram, *_WITH_PARENT, *words, env=variables, cwd=cwd, start_new_session=True
         )
     except OSError as error:
         raise EnvError(f"program {words[0]!r} cannot be started: {error}") from error
@@ -122,7 +130,7 @@ async def program(
     except TimeoutError:
         raise EnvError(f"program {words[0]!r} did not end within {timeout_s:g} s") from None
     finally:
-        _kill(transport.get_pid(), token)
+        kill_program(transport.get_pid(), token)
         await asyncio.wait(talking, timeout=GRACE_S)
         for task in talking:
             task.cancel()
@@ -149,7 +157,7 @@ async def _write(stream: asyncio.StreamWriter, data: bytes) -> None:
     stream.close()
 
 
-class _Running(asyncio.subprocess.SubprocessStreamProtocol):
+class RunningProgram(asyncio.subprocess.SubprocessStreamProtocol):
     """Tells when the program has ended, which `Process.wait` does when its pipes are closed too."""
 
     stdin: asyncio.StreamWriter
@@ -166,11 +174,11 @@ class _Running(asyncio.subprocess.SubprocessStreamProtocol):
         self.exited.set()
 
 
-def _kill(pid: int, token: str) -> None:
+def kill_program(pid: int, token: str) -> None:
     """Kill a program's process group, and what has left it but still has the program's token."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if process.environ().get(_TOKEN) == token:
+            if process.environ().get(TOKEN) == token:
                 process.kill()
