@@ -153,7 +153,7 @@ class Sandbox:
                 RunningProgram,
                 *supervisor_command(self.protection.kind, self._settings),
                 stderr=asyncio.subprocess.DEVNULL,
-                env={TOKEN: self._token, "PATH": os.environ.get("PATH", os.defpath)},
+                env={TOKEN: self._token},
                 start_new_session=True,
             )
             async with asyncio.timeout(_START_S):

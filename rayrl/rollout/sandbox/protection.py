@@ -149,7 +149,11 @@ def supervisor_command(kind: str, settings: dict[str, Any]) -> list[str]:
     if kind != "bubblewrap":
         return [sys.executable, "-I", "-S", "-c", _MAIN, _FOLDER, json.dumps(settings)]
     settings = {**settings, "isolation": "made", "readable": []}
-    words = ["bwrap", "--unshare-all", *(["--share-net"] if settings["network"] else [])]
+    words = [
+        shutil.which("bwrap") or "bwrap",
+        "--unshare-all",
+        *(["--share-net"] if settings["network"] else []),
+    ]
     words += ["--unshare-user", "--uid", str(USER), "--gid", str(USER), "--hostname", "sandbox"]
     words += ["--die-with-parent", "--new-session", "--as-pid-1", "--clearenv"]
     words += ["--cap-drop", "ALL", "--proc", "/proc", "--dev", "/dev"]
