@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rayrl.errors import EnvError, did_you_mean
-from rayrl.rollout.sandbox.inside.namespaces import USER, WORK, readable_system
+from rayrl.rollout.sandbox.inside.namespaces import USER, WORK, distinct_user, readable_system
 
 __all__ = ["ISOLATIONS", "Isolation", "Protection", "sandbox_protection", "supervisor_command"]
 
@@ -85,7 +85,7 @@ def _full() -> Protection:
         return _try("namespaces")
     except EnvError as error:
         why = f"namespaces: {error}"
-    if shutil.which("bwrap"):
+    if shutil.which("bwrap"):  # which may have rights that this process has not
         try:
             return _try("bubblewrap")
         except EnvError as error:
@@ -149,11 +149,13 @@ def supervisor_command(kind: str, settings: dict[str, Any]) -> list[str]:
     if kind != "bubblewrap":
         return [sys.executable, "-I", "-S", "-c", _MAIN, _FOLDER, json.dumps(settings)]
     settings = {**settings, "isolation": "made", "readable": []}
-    words = [
-        shutil.which("bwrap") or "bwrap",
-        "--unshare-all",
-        *(["--share-net"] if settings["network"] else []),
-    ]
+    words = []
+    user = distinct_user()
+    if user is not None:  # as root, code would own the kernel's settings in /proc
+        words = [shutil.which("setpriv") or "setpriv", f"--reuid={user}", f"--regid={user}"]
+        words += ["--clear-groups"]
+    words += [shutil.which("bwrap") or "bwrap", "--unshare-all"]
+    words += ["--share-net"] if settings["network"] else []
     words += ["--unshare-user", "--uid", str(USER), "--gid", str(USER), "--hostname", "sandbox"]
     words += ["--die-with-parent", "--new-session", "--as-pid-1", "--clearenv"]
     words += ["--cap-drop", "ALL", "--proc", "/proc", "--dev", "/dev"]

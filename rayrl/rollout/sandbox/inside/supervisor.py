@@ -117,8 +117,9 @@ def _confine(settings: Mapping[str, Any]) -> Bounds:
         if user is None and os.geteuid() == 0:
             raise OSError("code must not run as root, and there is no other user to become")
         if user is not None:
-            _check_reach(user)
             os.chown(settings["work"], user, user)
+            for path in (sys.executable, settings["work"]):
+                _check_reach(user, path)
         return bounds._replace(user=user, counted=None if user is None else processes)
     if isolation == "namespaces":
         release = os.uname().release
@@ -146,18 +147,18 @@ def _confine(settings: Mapping[str, Any]) -> Bounds:
     return bounds
 
 
-def _check_reach(user: int) -> None:
-    """Whether a user may run this Python, which may lie in root's home."""
+def _check_reach(user: int, path: str) -> None:
+    """Whether a user may run this Python, which may lie in root's home, and enter a folder."""
     child = os.fork()
     if not child:
         os.setgroups([])
         os.setresgid(user, user, user)
         os.setresuid(user, user, user)
-        os._exit(not os.access(sys.executable, os.X_OK))
+        os._exit(not os.access(path, os.X_OK))
     if os.waitpid(child, 0)[1]:
         raise OSError(
-            f"code must not run as root, and no other user may run {sys.executable}: "
-            "install Python where others can read it, or do not run as root"
+            f"code must not run as root, and no other user may reach {path}: have Python and "
+            "temporary files (TMPDIR) where others may, or do not run as root"
         )
 
 
