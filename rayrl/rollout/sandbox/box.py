@@ -91,7 +91,8 @@ class Sandbox:
         processes: processes and threads at once.
         disk_mb: for the work folder, /tmp and /dev/shm together, in addition to `memory_mb`.
         network: programs may use the machine's network. Without it, 127.0.0.1 is their own.
-        readable: further folders and files that they see, read-only.
+        readable: further folders and files that they see, read-only. If rayrl runs as root, code
+            is another user, who must be allowed to read them.
         isolation: "full" or an error; "best": full where the machine offers it; "limits": limits
             of resources alone, on every machine. See `rayrl.sandbox_protection`.
 

@@ -29,6 +29,7 @@ _MAIN = (
 _OF_PYTHON = ("bin", "lib", "lib64", "libexec", "include", "share", "ssl", "pyvenv.cfg")
 _PROBE_S = 60.0
 _PROC = Path("/proc/sys")
+_IN_DOCKER = Path("/.dockerenv")
 _PROBE = {"memory": 1 << 28, "disk": 1 << 20, "processes": 1, "network": False, "readable": []}
 
 
@@ -133,7 +134,7 @@ def _remedy() -> str:
         file = _PROC / name
         if file.is_file() and file.read_text().strip() == bad:
             return f"`sudo sysctl -w {name.replace('/', '.')}={good}`, or install bubblewrap"
-    if Path("/.dockerenv").exists() or "KUBERNETES_SERVICE_HOST" in os.environ:
+    if _IN_DOCKER.exists() or "KUBERNETES_SERVICE_HOST" in os.environ:
         return (
             "start the container with `--security-opt seccomp=unconfined --security-opt "
             "apparmor=unconfined --security-opt systempaths=unconfined` (Kubernetes: "

@@ -25,8 +25,6 @@ def hold_with(monkeypatch: pytest.MonkeyPatch) -> Callable[[Kind], Isolation]:
     """Choose what holds code; returns the `isolation` that means it."""
 
     def choose(kind: Kind) -> Isolation:
-        protection._full.cache_clear()
-        protection._limits.cache_clear()
         if kind != "namespaces" and os.geteuid() == 0:
             monkeypatch.setattr(sys, "executable", python_for_others())
             monkeypatch.setattr(sys, "prefix", "/usr")
@@ -38,7 +36,7 @@ def hold_with(monkeypatch: pytest.MonkeyPatch) -> Callable[[Kind], Isolation]:
             held = protection._try(kind)
         except EnvError as error:
             pytest.skip(f"this machine offers no {kind}: {error}")
-        monkeypatch.setattr(protection, "_full", lambda: held)
+        monkeypatch.setattr(protection, "_limits" if kind == "limits" else "_full", lambda: held)
         return "limits" if kind == "limits" else "full"
 
     return choose

@@ -175,7 +175,7 @@ def _become(
     bounds: Bounds,
 ) -> None:
     """Replace this new process by the program. Does not return."""
-    status = 126
+    status, failing = 126, command[0]
     try:
         os.setsid()
         for place, stream in enumerate(streams):
@@ -202,7 +202,9 @@ def _become(
             os.setgroups([])
             os.setresgid(bounds.user, bounds.user, bounds.user)
             os.setresuid(bounds.user, bounds.user, bounds.user)
+        failing = folder
         os.chdir(folder)
+        failing = command[0]
         os.umask(0o022)
         kernel.forbid_new_privileges()
         if bounds.filter:
@@ -211,6 +213,6 @@ def _become(
     except BaseException as error:
         status = 127 if isinstance(error, FileNotFoundError | NotADirectoryError) else 126
         what = error.strerror if isinstance(error, OSError) else repr(error)
-        os.write(2, f"sandbox: {command[0]}: {what}\n".encode(errors="replace"))
+        os.write(2, f"sandbox: {failing}: {what}\n".encode(errors="replace"))
     finally:
         os._exit(status)
