@@ -45,6 +45,7 @@ DOCS = (
     "docs/python.md",
     "docs/data.md",
     "docs/programs.md",
+    "docs/sandbox.md",
     *sorted(f"docs/schemes/{page.name}" for page in (ROOT / "docs/schemes").iterdir()),
 )
 PYTHON = [text for kind, text in blocks(DOCS[0]) if kind == "python"]
@@ -132,6 +133,27 @@ def test_the_page_on_programs_does_what_it_says(
     episode = asyncio.run(rayrl.play_episode(env, task, {"agent": player}, id="e"))
     assert episode.rewards == {"agent": 1.0}
     assert [len(turn.prompt) for turn in episode.turns] == [1, 1]
+
+
+def test_the_page_on_sandboxes_does_what_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is right is rewarded, and no forger is."""
+    try:
+        rayrl.sandbox_protection()
+    except rayrl.EnvError as error:
+        pytest.skip(str(error))
+    monkeypatch.chdir(tmp_path)
+    _, *modules = [text for kind, text in blocks("docs/sandbox.md") if kind == "python"]
+    for text in modules:
+        Path(name_of(text)).write_text(text)
+    functions, shell = (load_env(name_of(text)) for text in modules)
+    expected = {"gold": (functions, 1.0), "forger": (functions, 0.0), "grep": (shell, 1.0)}
+    for name, (env, reward) in expected.items():
+        for task in env.tasks(0, 4):
+            player = ScriptedPlayer(env.players[name])
+            group = asyncio.run(play_group(env, task, {"agent": player}, id="docs", size=2))
+            assert [one.rewards for one in group.episodes] == [{"agent": reward}] * 2, name
 
 
 def test_the_data_page_does_what_it_says(

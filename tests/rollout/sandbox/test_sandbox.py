@@ -169,7 +169,7 @@ async def test_one_after_the_other(full: None) -> None:
 
 async def test_further_folders_are_read_only(full: None, tmp_path: Path) -> None:
     (tmp_path / "data").write_text("here")
-    tmp_path.chmod(0o755)
+    os.chmod(tmp_path, 0o755)
     program = ["sh", "-c", f"cat {tmp_path}/data; echo x > {tmp_path}/data; ls {tmp_path.parent}"]
     done = await rayrl.sandbox(program, readable=[tmp_path])
     assert done.stdout == f"here{tmp_path.name}\n"
