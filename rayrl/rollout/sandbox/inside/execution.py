@@ -9,7 +9,6 @@ import select
 import signal
 import time
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 from . import kernel
 from .processes import Processes
@@ -22,25 +21,31 @@ _STACK = 64 << 20
 _CHUNK = 1 << 16
 
 
-class Bounds(NamedTuple):
-    """What holds for every program of a sandbox; sizes in bytes."""
+class Bounds:
+    """What holds for every program of a sandbox.
 
-    memory: int
-    processes: int
-    disk: int
-    counted: int | None  # limit on processes that the kernel keeps for this user, if it can
-    user: int | None  # whom to become
-    filter: bytes  # of system calls
+    Args:
+        memory: bytes of all processes together.
+        processes: and threads.
+        disk: bytes of a file.
+        syscalls: filter of them, in BPF; empty for none.
+    """
+
+    counted: int | None = None  # limit on processes that the kernel keeps for this user, if it can
+    user: int | None = None  # whom to become
+
+    def __init__(self, memory: int, processes: int, disk: int, syscalls: bytes) -> None:
+        self.memory, self.processes, self.disk, self.syscalls = memory, processes, disk, syscalls
 
 
-class Outcome(NamedTuple):
+class Outcome:
     """How a program ended: `exit` with a code, or the limit that it reached."""
 
-    ended: str
-    code: int | None
-    stdout: bytes
-    stderr: bytes
-    seconds: float
+    def __init__(
+        self, ended: str, code: int | None, stdout: bytes, stderr: bytes, seconds: float
+    ) -> None:
+        self.ended, self.code, self.seconds = ended, code, seconds
+        self.stdout, self.stderr = stdout, stderr
 
 
 def execute(
@@ -207,8 +212,8 @@ def _become(
         failing = command[0]
         os.umask(0o022)
         kernel.forbid_new_privileges()
-        if bounds.filter:
-            kernel.install_filter(bounds.filter)
+        if bounds.syscalls:
+            kernel.install_filter(bounds.syscalls)
         os.execvpe(command[0], list(command), variables)
     except BaseException as error:
         status = 127 if isinstance(error, FileNotFoundError | NotADirectoryError) else 126

@@ -6,22 +6,24 @@ supervisor's own: `{"ready": …}`, or `{"error": …}` with what the machine re
 
 from __future__ import annotations
 
-import base64
+import binascii
 import contextlib
 import json
 import os
-import re
 import signal
 import stat
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 from . import kernel
 from .execution import Bounds, execute
 from .namespaces import USER, build_view, distinct_user, enter_namespaces
 from .processes import Processes
 from .seccomp import filter_for
+
+TYPE_CHECKING = False  # typing takes longer to import than all the rest
+if TYPE_CHECKING:
+    from typing import Any
 
 __all__ = ["main"]
 
@@ -43,10 +45,10 @@ def main(words: str) -> None:
     os.dup2(quiet, 1)
     try:
         bounds = _confine(settings)
-    except (OSError, KeyError) as error:
+    except (OSError, KeyError, ValueError) as error:
         channel.send({"error": str(error)})
         return
-    channel.send({"ready": True, "filter": bool(bounds.filter)})
+    channel.send({"ready": True, "filter": bool(bounds.syscalls)})
     processes = Processes(alone=settings["isolation"] != "limits")
     work = settings["work"]
     signal.signal(signal.SIGCHLD, lambda *_: None)  # for its wake-up
@@ -105,9 +107,7 @@ def _confine(settings: Mapping[str, Any]) -> Bounds:
         memory=settings["memory"],
         processes=processes,
         disk=settings["disk"],
-        counted=None,
-        user=None,
-        filter=filter_for(os.uname().machine),
+        syscalls=filter_for(os.uname().machine),
     )
     if isolation == "limits":
         signal.signal(signal.SIGTERM, _leave)
@@ -120,10 +120,11 @@ def _confine(settings: Mapping[str, Any]) -> Bounds:
             os.chown(settings["work"], user, user)
             for path in (sys.executable, settings["work"]):
                 _check_reach(user, path)
-        return bounds._replace(user=user, counted=None if user is None else processes)
+        bounds.user, bounds.counted = user, None if user is None else processes
+        return bounds
     if isolation == "namespaces":
         release = os.uname().release
-        if tuple(int(word) for word in re.findall(r"\d+", release)[:2]) < _OLDEST_KERNEL:
+        if tuple(map(int, release.split("-")[0].split(".")[:2])) < _OLDEST_KERNEL:
             raise OSError(f"Linux {release} is too old, this takes 5.14")
         enter_namespaces(settings["network"])
         kernel.die_with_parent(signal.SIGKILL)
@@ -139,7 +140,7 @@ def _confine(settings: Mapping[str, Any]) -> Bounds:
             os.setresgid(USER, USER, USER)
             os.setresuid(USER, USER, USER)
         # the supervisor and the process that waits for it are counted, too
-        bounds = bounds._replace(counted=processes + 2)
+        bounds.counted = processes + 2
     kernel.drop_capabilities()
     kernel.forbid_new_privileges()
     kernel.hide_from_others()
@@ -168,7 +169,7 @@ def _answer(
     if request["do"] == "run":
         outcome = execute(
             request["command"],
-            stdin=base64.b64decode(request["stdin"]),
+            stdin=binascii.a2b_base64(request["stdin"]),
             variables=request["variables"],
             folder=os.path.join(work, request["folder"]),
             timeout_s=request["timeout_s"],
@@ -177,14 +178,23 @@ def _answer(
             processes=processes,
             parent=parent,
         )
-        out, err = (base64.b64encode(data).decode() for data in (outcome.stdout, outcome.stderr))
-        return {**outcome._asdict(), "stdout": out, "stderr": err}
+        out, err = (
+            binascii.b2a_base64(data, newline=False).decode()
+            for data in (outcome.stdout, outcome.stderr)
+        )
+        return {
+            "ended": outcome.ended,
+            "code": outcome.code,
+            "seconds": outcome.seconds,
+            "stdout": out,
+            "stderr": err,
+        }
     if request["do"] == "write":
         for path, content in request["files"].items():
-            _write(work, path.split("/"), base64.b64decode(content), bounds.user)
+            _write(work, path.split("/"), binascii.a2b_base64(content), bounds.user)
         return {}
     data = _read(work, request["file"].split("/"), request["most"])
-    return {"data": base64.b64encode(data).decode()}
+    return {"data": binascii.b2a_base64(data, newline=False).decode()}
 
 
 # Files are opened folder by folder, and never through a link: code may have left links to anywhere.
