@@ -18,6 +18,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, get_args
 
+import psutil
+
 from rayrl.errors import EnvError
 from rayrl.rollout.programs.program import TOKEN, RunningProgram, kill_program
 from rayrl.rollout.sandbox.inside.namespaces import WORK
@@ -338,10 +340,11 @@ class Sandbox:
         finally:
             if self._transport is not None:
                 if self.protection.kind == "limits" and self._transport.get_returncode() != 0:
-                    kill_program(self._transport.get_pid(), self._token)  # what outlived it
+                    _kill_descendants(self._transport.get_pid())
+                    kill_program(self._transport.get_pid(), self._token)
                 self._transport.close()  # kills it
             if self._work:
-                shutil.rmtree(self._work, ignore_errors=True)
+                _remove(self._work)
 
 
 async def sandbox(
@@ -376,6 +379,24 @@ async def sandbox(
         return await box.run(
             command, stdin=stdin, env=env, timeout_s=timeout_s, output_kb=output_kb
         )
+
+
+def _kill_descendants(pid: int) -> None:
+    """What a supervisor left that was stopped; what has lost its parent is known by its token."""
+    with contextlib.suppress(psutil.Error):
+        for process in psutil.Process(pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+
+
+def _remove(work: str) -> None:
+    """Remove a work folder in which code may have made folders that cannot be entered."""
+    for folder, names, _ in os.walk(work):
+        for path in (os.path.join(folder, name) for name in names):
+            with contextlib.suppress(OSError):
+                if not os.path.islink(path):
+                    os.chmod(path, 0o700)
+    shutil.rmtree(work, ignore_errors=True)
 
 
 def _check_names(files: Mapping[str, str | bytes]) -> None:

@@ -50,6 +50,7 @@ _LIMITS_ALONE = (
     "Code reads and writes the files that its user may.",
     "Code reaches the network, and servers on this machine.",
     "Code sees other processes, and those of its user it may end and read the environment of.",
+    "Code that ends the process that watches it may leave processes behind.",
     "The size of each file is limited, not that of the work folder.",
 )
 _NO_FILTER = "System calls are not filtered on this processor."

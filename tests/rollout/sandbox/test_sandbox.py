@@ -130,6 +130,44 @@ async def test_cancelling_kills_all_of_it(isolation: Isolation, tmp_path: Path) 
     assert left_over(mark) == []
 
 
+DIES = """
+import asyncio, os, signal, sys, rayrl
+async def main():
+    async with rayrl.Sandbox() as box:
+        code = f"sleep {sys.argv[1]} & setsid sleep {sys.argv[1]} & echo > started; wait"
+        run = asyncio.create_task(box.run(["sh", "-c", code], timeout_s=600))
+        await asyncio.sleep(0)
+        print("ready", flush=True)
+        await run
+asyncio.run(main())
+"""
+
+
+async def test_nothing_outlives_a_worker_that_is_killed(full: None) -> None:
+    mark = f"{61_000 + os.getpid()}.0"
+    worker = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", DIES, mark, stdout=asyncio.subprocess.PIPE
+    )
+    assert worker.stdout is not None
+    assert await worker.stdout.readline() == b"ready\n"
+    while len(left_over(mark)) < 2:  # noqa: ASYNC110 - they are other processes
+        await asyncio.sleep(0.01)
+    worker.kill()
+    await worker.wait()
+    while left_over(mark):  # noqa: ASYNC110 - the kernel ends them soon
+        await asyncio.sleep(0.01)
+
+
+async def test_what_cannot_be_entered_is_removed(hold_with: Choose) -> None:
+    isolation = hold_with("limits")
+    async with Sandbox(isolation=isolation) as box:
+        made = await box.run(["sh", "-c", "mkdir -p a/b; touch a/b/c; ln -s / out; chmod 0 a/b a"])
+        assert made.ok
+        work = box._work
+    assert work is not None
+    assert not os.access(work, os.F_OK)
+
+
 async def test_cancelled_while_it_starts(full: None) -> None:
     before = {child.pid for child in psutil.Process().children()}
     for steps in range(0, 40, 4):

@@ -105,10 +105,7 @@ def execute(
         elif now >= started + timeout_s:
             ended = "timeout"
         elif now >= look_at:
-            if processes.memory(bounds.memory) > bounds.memory:
-                ended = "memory"
-            elif processes.threads() > bounds.processes:
-                ended = "processes"
+            ended = processes.excess(bounds.processes, bounds.memory)
             pause = min(2 * pause, _LONGEST_S)
             look_at = now + pause
         if ended:
@@ -211,6 +208,7 @@ def _become(
         os.chdir(folder)
         failing = command[0]
         os.umask(0o022)
+        kernel.die_with_parent(signal.SIGKILL)
         kernel.forbid_new_privileges()
         if bounds.syscalls:
             kernel.install_filter(bounds.syscalls)

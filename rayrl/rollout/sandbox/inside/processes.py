@@ -7,7 +7,7 @@ import os
 import signal
 from collections.abc import Iterator
 
-__all__ = ["Processes"]
+__all__ = ["Processes", "threads_of_this_user"]
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _GONE = (FileNotFoundError, ProcessLookupError)
@@ -36,24 +36,25 @@ class Processes:
             waiting += children
         return found
 
-    def threads(self) -> int:
-        """How many threads they have together."""
-        count = 0
-        for pid in self.ids():
-            with contextlib.suppress(*_GONE), open(f"/proc/{pid}/stat") as file:
-                count += int(file.read().rpartition(")")[2].split()[17])
-        return count
+    def excess(self, processes: int, memory: int) -> str:
+        """Which of the two limits they are beyond: "processes", "memory", or "" for neither.
 
-    def memory(self, enough: int) -> int:
-        """Bytes of memory that they use together; exact only if it may be more than `enough`."""
+        Args:
+            processes: most processes and threads together.
+            memory: most bytes that they use together.
+        """
+        pids = self.ids()
+        if len(pids) > processes or _threads(pids) > processes:
+            return "processes"
         resident = {}
-        for pid in self.ids():
+        for pid in pids:
             with contextlib.suppress(*_GONE), open(f"/proc/{pid}/statm") as file:
                 resident[pid] = int(file.read().split()[1]) * _PAGE
-        if sum(resident.values()) <= enough:
-            return sum(resident.values())
+        if sum(resident.values()) <= memory:
+            return ""
         # pages that several share, as after a fork, were counted several times
-        return sum(_proportional(pid, most) for pid, most in resident.items())
+        used = sum(_proportional(pid, most) for pid, most in resident.items())
+        return "memory" if used > memory else ""
 
     def kill(self) -> None:
         """Kill them all and wait for their end; none can be started in between."""
@@ -69,6 +70,24 @@ class Processes:
         with contextlib.suppress(ChildProcessError):
             while True:
                 os.waitpid(-1, 0)
+
+
+def _threads(pids: list[int]) -> int:
+    count = 0
+    for pid in pids:
+        with contextlib.suppress(*_GONE), open(f"/proc/{pid}/stat") as file:
+            count += int(file.read().rpartition(")")[2].split()[17])
+    return count
+
+
+def threads_of_this_user() -> int:
+    """How many threads this process's user has, which is what the kernel's limit counts."""
+    count = 0
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(*_GONE):
+            if os.stat(f"/proc/{pid}").st_uid == os.getuid():
+                count += len(os.listdir(f"/proc/{pid}/task"))
+    return count
 
 
 def _signal(pids: set[int], number: int) -> None:

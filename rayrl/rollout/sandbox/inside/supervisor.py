@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from . import kernel
 from .execution import Bounds, execute
 from .namespaces import USER, build_view, distinct_user, enter_namespaces
-from .processes import Processes
+from .processes import Processes, threads_of_this_user
 from .seccomp import filter_for
 
 TYPE_CHECKING = False  # typing takes longer to import than all the rest
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
+_HEADROOM = 256  # threads that all else of the same user may add while a sandbox runs
 _OLDEST_KERNEL = (5, 14)  # counts the processes of a user namespace by themselves
 
 
@@ -120,12 +121,18 @@ def _confine(settings: Mapping[str, Any]) -> Bounds:
             os.chown(settings["work"], user, user)
             for path in (sys.executable, settings["work"]):
                 _check_reach(user, path)
-        bounds.user, bounds.counted = user, None if user is None else processes
+        bounds.user = user
+        bounds.counted = (
+            processes if user is not None else threads_of_this_user() + _HEADROOM + processes
+        )
         return bounds
+    release = os.uname().release
+    if tuple(map(int, release.split("-")[0].split(".")[:2])) >= _OLDEST_KERNEL:
+        # the supervisor and the process that waits for it are counted, too
+        bounds.counted = processes + 2
+    elif isolation == "namespaces":
+        raise OSError(f"Linux {release} is too old, this takes 5.14")
     if isolation == "namespaces":
-        release = os.uname().release
-        if tuple(map(int, release.split("-")[0].split(".")[:2])) < _OLDEST_KERNEL:
-            raise OSError(f"Linux {release} is too old, this takes 5.14")
         enter_namespaces(settings["network"])
         kernel.die_with_parent(signal.SIGKILL)
         first = os.fork()
@@ -139,8 +146,6 @@ def _confine(settings: Mapping[str, Any]) -> Bounds:
             os.setgroups([])
             os.setresgid(USER, USER, USER)
             os.setresuid(USER, USER, USER)
-        # the supervisor and the process that waits for it are counted, too
-        bounds.counted = processes + 2
     kernel.drop_capabilities()
     kernel.forbid_new_privileges()
     kernel.hide_from_others()
@@ -193,7 +198,7 @@ def _answer(
         for path, content in request["files"].items():
             _write(work, path.split("/"), binascii.a2b_base64(content), bounds.user)
         return {}
-    data = _read(work, request["file"].split("/"), request["most"])
+    data = _read(work, request["file"].split("/"), request["most"], bounds.user)
     return {"data": binascii.b2a_base64(data, newline=False).decode()}
 
 
@@ -232,7 +237,7 @@ def _write(work: str, parts: Sequence[str], content: bytes, owner: int | None) -
                 left = left[file.write(left) :]
 
 
-def _read(work: str, parts: Sequence[str], most: int) -> bytes:
+def _read(work: str, parts: Sequence[str], most: int, owner: int | None) -> bytes:
     *folders, name = parts
     with _folder(work, folders, make=False, owner=None) as place:
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
@@ -240,6 +245,8 @@ def _read(work: str, parts: Sequence[str], most: int) -> bytes:
             found = os.fstat(file.fileno())
             if not stat.S_ISREG(found.st_mode):
                 raise OSError("not a file")
+            if owner is not None and found.st_uid != owner:  # a hard link to what it may not read
+                raise OSError("somebody else's file")
             if found.st_size > most:
                 raise OSError(f"it has {found.st_size} bytes, more than {most}")
             return file.read(most)
