@@ -64,6 +64,7 @@ OTHERS = (
     "export",
     "scripts/setup",
     "python benchmarks/",
+    "python -c",
     "python examples/",
     "tensorboard",
 )
