@@ -13,11 +13,12 @@ from typing import Literal
 
 import pytest
 
-from rayrl import EnvError
+from rayrl import EnvError, Protection
 from rayrl.rollout.sandbox import protection
 from rayrl.rollout.sandbox.protection import Isolation
 
 Kind = Literal["namespaces", "bubblewrap", "limits"]
+TRIED: dict[Kind, Protection] = {}
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def hold_with(monkeypatch: pytest.MonkeyPatch) -> Callable[[Kind], Isolation]:
         if kind == "bubblewrap" and not shutil.which("bwrap"):
             pytest.skip("bubblewrap is not installed here")
         try:
-            held = protection._try(kind)
+            held = TRIED[kind] = TRIED.get(kind) or protection._try(kind)
         except EnvError as error:
             pytest.skip(f"this machine offers no {kind}: {error}")
         monkeypatch.setattr(protection, "_limits" if kind == "limits" else "_full", lambda: held)
