@@ -1,9 +1,7 @@
 """Environments of Gymnasium in text, `env.name=gymnasium:ID`: an observation, and an action back.
 
-What is shown is the environment's own rendering as text, where it has one, or the observation: what
-is highlighted there stands between stars, the colour of a letter in brackets behind it. An
-action is the whole reply or what stands between `<action>` and `</action>`: the number of one of
-`Discrete` actions or its name, the numbers of a `Box`, anything that a `Text` space has.
+What is shown is the environment's own rendering as text, where it has one, or the observation.
+`spaces` says how they read and which replies are actions.
 """
 
 from __future__ import annotations
@@ -12,27 +10,27 @@ import functools
 import importlib
 import json
 import random
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import gymnasium
-import numpy as np
-from gymnasium import spaces
 
 from rayrl.environment.environment import Environment
+from rayrl.environment.schemes.spaces import (
+    any_action,
+    check_actions,
+    check_observations,
+    choices,
+    instruction,
+    parse,
+    plain,
+    readable,
+)
 from rayrl.errors import ConfigError
 from rayrl.types import Message, Scores, Task
 
 __all__ = ["Start", "load"]
-
-_TAGGED = re.compile(r"<action>(.*?)</action>", re.DOTALL)
-_NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
-_HIGHLIGHT = re.compile(r"\x1b\[4\d(?:;1)?m(.*?)\x1b\[0m", re.DOTALL)  # where the agent is, say
-_COLOUR = re.compile(r"\x1b\[3(\d)(?:;1)?m(.*?)\x1b\[0m", re.DOTALL)
-_COLOURS = ("black", "red", "green", "yellow", "blue", "magenta", "cyan", "white")
-_ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,14 +101,15 @@ async def _play(task: Start, agent: Any) -> Scores:
     try:
         observation, _ = world.reset(seed=task.seed % 2**31)
         space = world.action_space
-        how = _instruction(space, task.actions)
+        offered = choices(space, task.actions)
+        how = instruction(space, task.actions)
         seen = _text(world, observation)
         shown = f"{how}\n\n{seen}"
         total, illegal, turns = 0.0, 0, 0
         while turns < task.max_turns:
             turns += 1
             reply = await agent(shown, state=seen)
-            action = _action(str(reply), space, task.actions)
+            action = parse(str(reply), space, offered)
             if action is None:
                 illegal += 1
                 shown = f"That is no action. {how}"
@@ -128,17 +127,7 @@ async def _play(task: Start, agent: Any) -> Scores:
 
 def _any_action(messages: Sequence[Message], rng: random.Random, task: Start) -> str:
     space = _action_space(task)
-    if isinstance(space, spaces.Discrete):
-        index = rng.randrange(int(space.n))
-        return task.actions[index] if task.actions else str(int(space.start) + index)
-    if isinstance(space, spaces.Text):
-        length = rng.randint(space.min_length, space.max_length)
-        return "".join(rng.choices(sorted(space.character_set), k=length))
-    low, high = np.clip(space.low, -1e3, None).ravel(), np.clip(space.high, None, 1e3).ravel()
-    ends = zip(low, high, strict=True)
-    if np.issubdtype(space.dtype, np.integer):
-        return " ".join(str(rng.randint(int(least), int(most))) for least, most in ends)
-    return " ".join(f"{rng.uniform(least, most):.3f}" for least, most in ends)
+    return any_action(space, choices(space, task.actions), rng)
 
 
 def _made(name: str, make: Mapping[str, Any]) -> Any:
@@ -156,14 +145,7 @@ def _action_space(task: Start) -> Any:
         ConfigError: it cannot be made, or its actions have no text.
     """
     space = _space(task.id, json.dumps(dict(task.make)))
-    if isinstance(space, spaces.Discrete):
-        if len(task.actions) not in (0, int(space.n)):
-            raise ConfigError(
-                f"env.args.actions has {len(task.actions)} names, and gymnasium:{task.id} has "
-                f"{space.n} actions"
-            )
-    elif task.actions:
-        raise ConfigError(f"env.args.actions: gymnasium:{task.id} has no actions to name: {space}")
+    check_actions(f"gymnasium:{task.id}", space, task.actions)
     return space
 
 
@@ -173,58 +155,13 @@ def _space(name: str, make: str) -> Any:
         world = _made(name, json.loads(make))
     except Exception as error:  # whatever the environment's own code raises
         raise ConfigError(f"gymnasium:{name} could not be made with {make}: {error}") from error
-    space = world.action_space
+    space, mode = world.action_space, world.render_mode
+    seen = world.observation_space
     world.close()
-    if not isinstance(space, spaces.Discrete | spaces.Box | spaces.Text):
-        raise ConfigError(
-            f"gymnasium:{name} has actions of {space}, which have no text here: Discrete, Box and "
-            "Text have. Wrap it in an environment of your own, see rayrl.from_gymnasium."
-        )
+    if mode != "ansi":
+        check_observations(f"gymnasium:{name}", seen)
     return space
 
 
-def _instruction(space: Any, names: Sequence[str]) -> str:
-    if names:
-        return f"Actions: {', '.join(names)}. Answer with one of them only."
-    if isinstance(space, spaces.Discrete):
-        first = int(space.start)
-        return (
-            f"Actions: {first} to {first + int(space.n) - 1}. Answer with the number of one only."
-        )
-    if isinstance(space, spaces.Text):
-        of = space.characters
-        return f"Answer with {space.min_length} to {space.max_length} of the characters {of}"
-    ends = zip(space.low.ravel(), space.high.ravel(), strict=True)
-    ranges = ", ".join(f"{low:g} to {high:g}" for low, high in ends)
-    return f"An action has these numbers: {ranges}. Answer with the numbers only."
-
-
-def _action(reply: str, space: Any, names: Sequence[str]) -> Any:
-    """The action that a reply is; None if it is none."""
-    tagged = _TAGGED.findall(reply)
-    text = (tagged[-1] if tagged else reply).strip()
-    if isinstance(space, spaces.Text):
-        return text if space.contains(text) else None
-    if isinstance(space, spaces.Discrete):
-        known = [name.lower() for name in names] or [
-            str(int(space.start) + k) for k in range(int(space.n))
-        ]
-        return int(space.start) + known.index(text.lower()) if text.lower() in known else None
-    if _NUMBER.sub("", text).strip(" \n\t,[]()"):
-        return None  # there is more than numbers
-    numbers = np.array([float(number) for number in _NUMBER.findall(text)])
-    if numbers.size != space.low.size:
-        return None
-    with np.errstate(all="ignore"):  # what does not fit the type is not in the space
-        action = numbers.astype(space.dtype).reshape(space.shape)
-    if np.issubdtype(space.dtype, np.integer) and (action.ravel() != numbers).any():
-        return None
-    return action if space.contains(action) else None
-
-
 def _text(world: Any, observation: Any) -> str:
-    if world.render_mode != "ansi":
-        return str(observation)
-    text = _HIGHLIGHT.sub(r"*\1*", world.render())
-    text = _COLOUR.sub(lambda found: f"{found[2]}({_COLOURS[int(found[1]) % 8]})", text)
-    return _ANSI.sub("", text).strip()
+    return plain(world.render()) if world.render_mode == "ansi" else readable(observation)

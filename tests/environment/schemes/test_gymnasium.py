@@ -17,7 +17,7 @@ from gymnasium import spaces
 import rayrl
 from rayrl.environment.environment import Environment
 from rayrl.environment.registry import environment_of
-from rayrl.environment.schemes.gymnasium import _action
+from rayrl.environment.schemes.spaces import choices, parse
 from rayrl.errors import ConfigError
 from rayrl.rollout.check import check_env
 from rayrl.rollout.players import ScriptedPlayer
@@ -119,6 +119,8 @@ def test_colours_are_words() -> None:
             ["1", "1 2 1", "3 0", "nan 0", "inf 0", "1 and 1", "", "1e999 0", "1e300 0"],
         ),
         (spaces.Box(0, 9, (1,), np.int64), {"3": [3]}, ["3.5", "-1", "10", "1e300"]),
+        (spaces.MultiDiscrete([2, 3]), {"1 2": [1, 2], "(0, 0)": [0, 0]}, ["2 0", "1", "0.5 1"]),
+        (spaces.MultiBinary(3), {"0 1 1": [0, 1, 1]}, ["0 2 0", "1 1"]),
         (spaces.Text(3, charset="abc"), {"abc": "abc", " b ": "b"}, ["abcd", "x", ""]),
     ],
 )
@@ -126,9 +128,9 @@ def test_what_is_an_action(
     space: spaces.Space[Any], legal: dict[str, Any], illegal: list[str]
 ) -> None:
     for reply, action in legal.items():
-        assert np.array_equal(_action(reply, space, ()), action), reply
+        assert np.array_equal(parse(reply, space, choices(space, ())), action), reply
     for reply in illegal:
-        assert _action(reply, space, ()) is None, reply
+        assert parse(reply, space, choices(space, ())) is None, reply
     env = echo(space, max_turns=4)
     assert scores(play(env, "random")) == {"reward": 3.0, "illegal": 0.0}
     reply, *_ = legal
@@ -183,5 +185,5 @@ def test_a_module_may_register_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_actions_without_a_text_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"MultiDiscrete.*have no text here"):
-        echo(spaces.MultiDiscrete([2, 2])).tasks(0, 1)
+    with pytest.raises(ConfigError, match=r"Tuple.*have no text here"):
+        echo(spaces.Tuple([spaces.Discrete(2)] * 2)).tasks(0, 1)
