@@ -29,6 +29,7 @@ from rayrl.errors import (
     StaleWeights,
 )
 from rayrl.rollout.check import check_env
+from rayrl.rollout.mcp.tools import mcp
 from rayrl.types import (
     Completion,
     Episode,
@@ -175,6 +176,7 @@ __all__ = [
     "load_config",
     "load_env",
     "make_batch",
+    "mcp",
     "open_training",
     "play_episode",
     "play_group",

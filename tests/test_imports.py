@@ -44,6 +44,7 @@ ONLY = {
     "ray": ("rayrl/cluster/",),
     "hydra": ("rayrl/cli.py",),
     "deepspeed": ("rayrl/learner/deepspeed.py",),
+    "mcp": ("rayrl/rollout/mcp/",),
     "peft": ("rayrl/learner/lora.py",),
     "vllm": ("rayrl/engine/vllm/",),
 }

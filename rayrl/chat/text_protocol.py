@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rayrl.chat.tools import CUT_OFF, THOUGHT_MARKS, ParsedCall, thought_end
+from rayrl.chat.tools import CUT_OFF, THOUGHT_MARKS, ParsedCall, thought_end, tool_name
 from rayrl.types import replace_surrogates
 
 __all__ = ["describe_lines", "format_line", "parse_lines", "results_text"]
@@ -26,7 +26,7 @@ _FORM = 'a call must be a line of its own: "CALL name: argument"'
 def describe_lines(tools: Sequence[Mapping[str, Any]]) -> str:
     """Describe tools as text, one line each."""
     lines = [
-        f"CALL {tool['function']['name']}:{_form(tool)} - {tool['function']['description']}"
+        f"CALL {tool_name(tool)}:{_form(tool)} - {' '.join(tool['function']['description'].split())}"
         for tool in tools
     ]
     return "\n".join(

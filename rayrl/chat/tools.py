@@ -17,12 +17,13 @@ import inspect
 import itertools
 import json
 import re
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rayrl.environment.signature import fit, keyword_hints, plain_default, schema, suggestion
-from rayrl.errors import ConfigError, describe_error, did_you_mean
+from rayrl.errors import ConfigError, clip, describe_error, did_you_mean
 from rayrl.types import Message, replace_surrogates
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "THOUGHT_MARKS",
     "ParsedCall",
     "Tool",
+    "ToolError",
     "Toolkit",
     "add_to_first_message",
     "as_user_messages",
@@ -60,21 +62,31 @@ _SPHINX_ARG = re.compile(r"^\s*:param\s(?:[^:]*\s)?(\w+)\s*:\s*(.*)$")
 _SECTION = re.compile(r"^\s*(Args|Arguments|Parameters|Returns|Raises|Yields|Examples?)\s*:\s*$")
 
 
+class ToolError(Exception):
+    """An error of a tool whose message is told to the model as it is."""
+
+
 @dataclass(frozen=True)
 class Tool:
-    """A function that a model can call.
+    """Something that a model can call.
 
     Attributes:
+        function: called with the arguments that `arguments` returns; sync or async.
         schema: name, description and JSON schema of the parameters, in OpenAI's function format.
-        hints: type hint per parameter.
-        required: parameters without a default.
+        arguments: checks a call's arguments and converts them for the function; raises a TypeError,
+            worded for the model, if one is unknown, missing or of the wrong type.
+        fatal: exceptions of the function that end the episode; others are told to the model.
     """
 
     name: str
     function: ToolFunction
     schema: Mapping[str, Any]
-    hints: Mapping[str, Any]
-    required: tuple[str, ...]
+    arguments: Callable[[Mapping[str, Any]], dict[str, Any]]
+    fatal: tuple[type[Exception], ...] = ()
+
+    def __call__(self, /, **arguments: Any) -> Any:
+        """Call the function with checked arguments."""
+        return self.function(**self.arguments(arguments))
 
     @classmethod
     def from_function(cls, function: ToolFunction) -> Tool:
@@ -102,30 +114,99 @@ class Tool:
                 with contextlib.suppress(TypeError, ValueError):  # no JSON form: leave it out
                     properties[key]["default"] = plain_default(parameter.default)
         required = tuple(k for k, p in parameters.items() if p.default is p.empty)
-        arguments = {"type": "object", "properties": properties, "required": list(required)}
-        described = {"name": name, "description": text, "parameters": arguments}
-        described = replace_surrogates(described)
-        return cls(name, function, {"type": "function", "function": described}, hints, required)
+        described = {"type": "object", "properties": properties, "required": list(required)}
+        fitted = functools.partial(_fit_arguments, hints, required)
+        return cls(name, function, _tool_schema(name, text, described), fitted)
 
-    def arguments(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Check a call's arguments and convert them to the hinted types.
+    @classmethod
+    def from_schema(
+        cls,
+        name: str,
+        description: str,
+        parameters: Mapping[str, Any],
+        function: ToolFunction,
+        fatal: tuple[type[Exception], ...] = (),
+    ) -> Tool:
+        """Build a tool from a JSON schema, which arguments are checked against.
 
         Raises:
-            TypeError: an argument is unknown, missing or of the wrong type; worded for the model.
+            ConfigError: the schema is invalid, is not that of an object, or refers to others.
         """
-        for key in given:
-            if key not in self.hints:
-                raise TypeError(f"unknown argument {key!r}.{suggestion(key, list(self.hints))}")
-        for key in self.required:
-            if key not in given:
-                raise TypeError(f"missing argument {key!r}")
-        fitted = {}
-        for key, value in given.items():
-            try:
-                fitted[key] = fit(value, self.hints[key])
-            except TypeError as error:
-                raise TypeError(f"argument {key!r}: {error}") from None
-        return fitted
+        validator = _validator(name, parameters)
+        described = {**parameters, "type": "object"}
+        properties = parameters.get("properties", {})  # a property may be `true`: anything
+        described["properties"] = {
+            key: value if isinstance(value, Mapping) else {} for key, value in properties.items()
+        }
+        checked = functools.partial(_validate_arguments, validator)
+        shown = _tool_schema(name, inspect.cleandoc(description), described)
+        return cls(name, function, shown, checked, fatal)
+
+
+def _tool_schema(name: str, description: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    function = {"name": name, "description": description, "parameters": parameters}
+    return {"type": "function", "function": replace_surrogates(function)}
+
+
+def _fit_arguments(
+    hints: Mapping[str, Any], required: Sequence[str], given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Convert a call's arguments to the hinted types."""
+    for key in given:
+        if key not in hints:
+            raise TypeError(f"unknown argument {key!r}.{suggestion(key, list(hints))}")
+    for key in required:
+        if key not in given:
+            raise TypeError(f"missing argument {key!r}")
+    fitted = {}
+    for key, value in given.items():
+        try:
+            fitted[key] = fit(value, hints[key])
+        except TypeError as error:
+            raise TypeError(f"argument {key!r}: {error}") from None
+    return fitted
+
+
+def _validator(name: str, parameters: Mapping[str, Any]) -> Any:
+    from jsonschema.exceptions import SchemaError
+    from jsonschema.validators import Draft202012Validator, validator_for
+
+    if parameters.get("type", "object") != "object":
+        raise ConfigError(f"tool {name!r}: its parameters must be an object's JSON schema")
+    for reference in _references(parameters):
+        if not str(reference).startswith("#"):  # it would be fetched
+            raise ConfigError(f"tool {name!r}: its schema refers to another, {reference!r}")
+    kind = validator_for(parameters, default=Draft202012Validator)
+    try:
+        kind.check_schema(parameters)
+    except SchemaError as error:
+        raise ConfigError(
+            f"tool {name!r}: its parameters are not a JSON schema: {clip(error.message, 500)}"
+        ) from None
+    return kind(parameters)
+
+
+def _references(schema: Any) -> Iterator[Any]:
+    """Yield the value of every `$ref` and the like in a schema."""
+    for key, value in schema.items() if isinstance(schema, Mapping) else enumerate(schema):
+        if key in ("$ref", "$dynamicRef", "$recursiveRef") and not isinstance(value, Mapping):
+            yield value
+        elif isinstance(value, Mapping | list):
+            yield from _references(value)
+
+
+def _validate_arguments(validator: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    from jsonschema.exceptions import best_match
+
+    try:
+        error = best_match(validator.iter_errors(dict(given)))
+    except RecursionError:
+        raise TypeError("the arguments are nested too deeply") from None
+    if error is None:
+        return dict(given)
+    where = ".".join(map(str, error.absolute_path))
+    message = clip(error.message, 500)
+    raise TypeError(f"argument {where!r}: {message}" if where else message)
 
 
 @dataclass(frozen=True)
@@ -145,15 +226,23 @@ class Toolkit:
     """
 
     def __init__(self, functions: Sequence[ToolFunction]) -> None:
-        tools = [_tool(function) for function in functions]
+        if isinstance(functions, contextlib.AbstractAsyncContextManager):
+            raise ConfigError(
+                "tools=rayrl.mcp(…): open it first, `async with rayrl.mcp(…) as tools:`"
+            )
+        tools = [one if isinstance(one, Tool) else _tool(one) for one in functions]
         self.tools = {tool.name: tool for tool in tools}
         if len(self.tools) != len(tools):
-            names = ", ".join(tool.name for tool in tools)
-            raise ConfigError(f"tools must have different names, got {names}")
+            names = Counter(tool.name for tool in tools)
+            twice = ", ".join(name for name, number in names.items() if number > 1)
+            raise ConfigError(
+                f"tools must have different names, got {twice} more than once: rename a function, "
+                "or give the tools of an MCP server a prefix, rayrl.mcp(…, prefix='files_')"
+            )
         self.schemas = tuple(tool.schema for tool in self.tools.values())
 
     async def run(self, call: ParsedCall) -> tuple[str, bool]:
-        """Run a call; exceptions of the tool become error results.
+        """Run a call; exceptions of the tool become error results, unless they are fatal.
 
         Returns:
             The result or error as text for the model, and whether the call failed.
@@ -179,6 +268,10 @@ class Toolkit:
             return str(result), False
         except (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt):  # not the tool's
             raise
+        except tool.fatal:
+            raise
+        except ToolError as error:
+            return f"Error: {call.name}: {error}", True
         except BaseException as error:  # SystemExit would end every other episode
             return f"Error: {call.name} raised {describe_error(error)}", True
 

@@ -30,7 +30,14 @@ import cloudpickle
 
 from rayrl.environment.environment import Environment, EnvSpec
 from rayrl.environment.randomness import EpisodeRandom
-from rayrl.errors import ConfigError, EnvError, describe_error, error_message, format_traceback
+from rayrl.errors import (
+    ConfigError,
+    EnvError,
+    InfraError,
+    describe_error,
+    error_message,
+    format_traceback,
+)
 from rayrl.rollout.agent import Agent, Options
 from rayrl.rollout.conversation import Conversation, Point
 from rayrl.rollout.episode_io import message_from_json, message_to_json
@@ -91,7 +98,7 @@ class SubprocessEnv:
                 result = await child.play(task, agents)
             except _ChildError as raised:
                 self._idle.append(child)  # the environment raised, the process is fine
-                error = EnvError(raised.message)
+                error = raised.kind(raised.message)
                 error.add_note(raised.trace)
                 raise error from None
             except BaseException:
@@ -118,9 +125,9 @@ class _Start(NamedTuple):
 class _ChildError(Exception):
     """The environment raised in a child."""
 
-    def __init__(self, message: str, trace: str) -> None:
+    def __init__(self, message: str, trace: str, kind: type[Exception]) -> None:
         super().__init__(message)
-        self.message, self.trace = message, trace
+        self.message, self.trace, self.kind = message, trace, kind
 
 
 class _Child:
@@ -183,7 +190,8 @@ class _Child:
                 agent = by_session[frame["restart"]] = by_session[frame["of"]]
                 agent.restart()
             elif "failed" in frame:
-                raise _ChildError(frame["failed"], frame["traceback"])
+                kind = InfraError if frame["infra"] else EnvError
+                raise _ChildError(frame["failed"], frame["traceback"], kind)
             else:
                 for seat, (used, calls, errors) in frame["tools"].items():
                     activity = by_seat[seat].activity
@@ -274,9 +282,10 @@ async def _serve(descriptor: int) -> None:
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # ends this episode, not the process
-            own = isinstance(error, EnvError)
+            infra = isinstance(error, InfraError)
+            own = infra or isinstance(error, EnvError)
             failed = error_message(error) if own else describe_error(error)
-            result = {"failed": failed, "traceback": format_traceback(error)}
+            result = {"failed": failed, "traceback": format_traceback(error), "infra": infra}
         pipe.send(result)
         await writer.drain()
 

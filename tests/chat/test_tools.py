@@ -11,7 +11,15 @@ from typing import Any, Literal
 import pytest
 
 from rayrl.chat.text_protocol import parse_lines
-from rayrl.chat.tools import ParsedCall, Tool, Toolkit, format_call, parse_calls, without_calls
+from rayrl.chat.tools import (
+    ParsedCall,
+    Tool,
+    ToolError,
+    Toolkit,
+    format_call,
+    parse_calls,
+    without_calls,
+)
 from rayrl.errors import ConfigError
 
 
@@ -243,3 +251,75 @@ def test_unparsable_json_is_an_error_for_the_model(body: str) -> None:
     assert "not valid JSON" in call.error
     (line,) = parse_lines(f"CALL slowly: {body}", [Tool.from_function(slowly).schema])
     assert line.name == "slowly"
+
+
+def nothing(**arguments: Any) -> str:
+    return json.dumps(arguments)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "what"),
+    [
+        ({"type": "string"}, "must be an object's JSON schema"),
+        ({"properties": 3}, "not a JSON schema: 3 is not of type 'object'"),
+        ({"properties": {"a": {"$ref": "http://x/y"}}}, "refers to another, 'http://x/y'"),
+        ({"$ref": "file:///a"}, "refers to another, 'file:///a'"),
+    ],
+)
+def test_schemas_that_cannot_be_those_of_a_tool(parameters: dict[str, Any], what: str) -> None:
+    with pytest.raises(ConfigError, match=f"tool 'x': .*{what}"):
+        Tool.from_schema("x", "", parameters, nothing)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "arguments", "said"),
+    [
+        ({}, {"any": 1}, '{"any": 1}'),
+        ({"properties": {"self": True}}, {"self": [1]}, '{"self": [1]}'),
+        ({"properties": {"$ref": {"type": "null"}}}, {"$ref": None}, '{"$ref": null}'),
+        ({"additionalProperties": False}, {"a": 1}, "Error: x: Additional properties are not"),
+        ({"minProperties": 1}, {}, "Error: x: {} "),
+        (
+            {"properties": {"a": {"$ref": "#/$defs/b"}}, "$defs": {"b": {"maxLength": 1}}},
+            {"a": "bb"},
+            "Error: x: argument 'a': 'bb' is too long",
+        ),
+        (
+            {"properties": {"a": {"$ref": "#"}}},
+            {"a": {"a": 1}},
+            "Error: x: argument 'a.a': 1 is not of type 'object'",
+        ),
+    ],
+)
+def test_arguments_are_checked_against_a_schema(
+    parameters: dict[str, Any], arguments: dict[str, Any], said: str
+) -> None:
+    tool = Tool.from_schema("x", "", {"type": "object", **parameters}, nothing)
+    result, failed = asyncio.run(Toolkit([tool]).run(ParsedCall("x", arguments)))
+    assert result.startswith(said)
+    assert failed == said.startswith("Error")
+    properties = tool.schema["function"]["parameters"]["properties"]
+    assert all(isinstance(value, dict) for value in properties.values())
+    text = json.dumps(arguments)
+    assert parse_lines(f"CALL x: {text}", [tool.schema])
+
+
+def test_arguments_that_are_nested_too_deeply() -> None:
+    schema = {"type": "object", "properties": {"a": {"$ref": "#"}}}
+    deep: dict[str, Any] = {}
+    for _ in range(900):
+        deep = {"a": deep}
+    tool = Tool.from_schema("x", "", schema, nothing)
+    said, failed = asyncio.run(Toolkit([tool]).run(ParsedCall("x", deep)))
+    assert failed
+    assert "nested too deeply" in said
+
+
+def test_fatal_exceptions_are_not_told() -> None:
+    def fails(text: str) -> str:
+        raise KeyError(text) if text == "a" else ToolError("b")
+
+    tool = Tool.from_schema("x", "", {"type": "object"}, fails, fatal=(KeyError,))
+    assert asyncio.run(Toolkit([tool]).run(ParsedCall("x", {"text": "b"}))) == ("Error: x: b", True)
+    with pytest.raises(KeyError):
+        asyncio.run(Toolkit([tool]).run(ParsedCall("x", {"text": "a"})))

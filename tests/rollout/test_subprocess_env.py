@@ -69,6 +69,8 @@ FAR = """
             time.sleep(60)
         if task.act == "raise":
             raise ValueError("on fire")
+        if task.act == "gone":
+            raise rayrl.InfraError("the server is gone")
         if task.act in RAISED:
             raise RAISED[task.act]()
         if task.act in ODD:
@@ -158,6 +160,9 @@ async def test_errors_of_isolated_code(far: rayrl.Environment) -> None:
         infra = await play_far(env, "", {"agent": Flaky(1)}, deadline_s=60)
         assert infra.failure is not None
         assert infra.failure.kind == "infra"
+        gone = await play_far(env, "gone", says(), deadline_s=60)
+        assert gone.failure is not None
+        assert (gone.failure.kind, "the server is gone" in gone.failure.message) == ("infra", True)
         fine = await play_far(env, "", says(), deadline_s=60)
         assert fine.failure is None
 

@@ -5,31 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import secrets
-import shutil
-import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
 from rayrl.errors import EnvError, clip
+from rayrl.rollout.programs.process import start_process
 
-__all__ = [
-    "MODEL",
-    "TOKEN",
-    "Endpoint",
-    "Finished",
-    "RunningProgram",
-    "kill_program",
-    "program",
-]
+__all__ = ["MODEL", "Endpoint", "Finished", "program"]
 
 MODEL = "policy"  # the name of the model for programs
-TOKEN = "RAYRL_PROGRAM"  # environment variable of one program and what it starts
-# a program ends when the process that runs it is killed
-_WITH_PARENT = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
 GRACE_S = 5.0  # for the end of its output to arrive
 MAX_OUTPUT = 16 << 20  # bytes of each stream that are kept
 
@@ -108,39 +93,30 @@ async def program(
     """
     if isinstance(command, str) or not command:
         raise EnvError(f"program({command!r}): pass a list, the program and its arguments")
-    words = [os.fspath(word) for word in command]
-    token = secrets.token_hex(16)
-    variables = {**os.environ, **at.variables, **(env or {}), TOKEN: token}
-    place = os.path.join(cwd or "", words[0]) if os.path.dirname(words[0]) else words[0]
-    if shutil.which(place, path=variables.get("PATH")) is None:
-        raise EnvError(f"program {words[0]!r} cannot be started: there is no such command")
-    try:
-        transport, running = await asyncio.get_running_loop().subprocess_exec(
-            RunningProgram, *_WITH_PARENT, *words, env=variables, cwd=cwd, start_new_session=True
-        )
-    except OSError as error:
-        raise EnvError(f"program {words[0]!r} cannot be started: {error}") from error
+    variables = {**os.environ, **at.variables, **(env or {})}
+    process = await start_process("program", command, variables, cwd)
+    name = os.fspath(command[0])
     kept = bytearray(), bytearray()
-    streams = running.stdout, running.stderr
+    streams = process.stdout, process.stderr
     talking = [asyncio.create_task(_read(*one)) for one in zip(streams, kept, strict=True)]
-    talking.append(asyncio.create_task(_write(running.stdin, stdin.encode())))
+    talking.append(asyncio.create_task(_write(process.stdin, stdin.encode())))
     try:
         async with asyncio.timeout(timeout_s):
-            await running.exited.wait()
+            await process.exited.wait()
     except TimeoutError:
-        raise EnvError(f"program {words[0]!r} did not end within {timeout_s:g} s") from None
+        raise EnvError(f"program {name!r} did not end within {timeout_s:g} s") from None
     finally:
-        kill_program(transport.get_pid(), token)
+        process.kill()
         await asyncio.wait(talking, timeout=GRACE_S)
         for task in talking:
             task.cancel()
         await asyncio.gather(*talking, return_exceptions=True)
-        transport.close()
-    code = transport.get_returncode() or 0
+        process.close()
+    code = process.code or 0
     out, err = (data.decode(errors="replace") for data in kept)
     if check and code:
         last = clip(err.strip()[-2000:] or out.strip()[-2000:])
-        raise EnvError(f"program {words[0]!r} ended with status {code}: {last}")
+        raise EnvError(f"program {name!r} ended with status {code}: {last}")
     return Finished(out, err, code)
 
 
@@ -155,30 +131,3 @@ async def _write(stream: asyncio.StreamWriter, data: bytes) -> None:
         stream.write(data)
         await stream.drain()
     stream.close()
-
-
-class RunningProgram(asyncio.subprocess.SubprocessStreamProtocol):
-    """Tells when the program has ended, which `Process.wait` does when its pipes are closed too."""
-
-    stdin: asyncio.StreamWriter
-    stdout: asyncio.StreamReader
-    stderr: asyncio.StreamReader
-
-    def __init__(self) -> None:
-        super().__init__(limit=1 << 16, loop=asyncio.get_running_loop())
-        self.exited = asyncio.Event()
-
-    def process_exited(self) -> None:
-        """Called by the event loop."""
-        super().process_exited()
-        self.exited.set()
-
-
-def kill_program(pid: int, token: str) -> None:
-    """Kill a program's process group, and what has left it but still has the program's token."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(pid, signal.SIGKILL)
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if process.environ().get(TOKEN) == token:
-                process.kill()

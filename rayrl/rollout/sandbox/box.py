@@ -7,7 +7,6 @@ import base64
 import contextlib
 import json
 import os
-import secrets
 import shutil
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from typing import Any, Literal, Self, get_args
 import psutil
 
 from rayrl.errors import EnvError
-from rayrl.rollout.programs.program import TOKEN, RunningProgram, kill_program
+from rayrl.rollout.programs.process import TOKEN, Process, start_process
 from rayrl.rollout.sandbox.inside.namespaces import WORK
 from rayrl.rollout.sandbox.protection import (
     Isolation,
@@ -138,9 +137,7 @@ class Sandbox:
             "readable": [os.path.normpath(path) for path in readable],
             "work": WORK,
         }
-        self._token = secrets.token_hex(16)
-        self._transport: asyncio.SubprocessTransport | None = None
-        self._supervisor: RunningProgram | None = None
+        self._supervisor: Process | None = None
         self._work: str | None = None  # a folder of this machine that is to be removed
         self._one_at_a_time = asyncio.Lock()
 
@@ -152,13 +149,8 @@ class Sandbox:
             self._settings["work"] = self._work
         try:
             # without the environment, which a program could read
-            self._transport, self._supervisor = await asyncio.get_running_loop().subprocess_exec(
-                RunningProgram,
-                *supervisor_command(self.protection.kind, self._settings),
-                stderr=asyncio.subprocess.DEVNULL,
-                env={TOKEN: self._token},
-                start_new_session=True,
-            )
+            command = supervisor_command(self.protection.kind, self._settings)
+            self._supervisor = await start_process("sandbox", command, {}, stderr=False)
             async with asyncio.timeout(_START_S):
                 said = await self._receive(_LARGEST)
             if said is None or "error" in said:
@@ -218,8 +210,8 @@ class Sandbox:
         home = str(self._settings["work"])
         path = f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin"
         variables = {**_VARIABLES, "PATH": path, "HOME": home, **(env or {})}
-        if self._work:
-            variables |= {TOKEN: self._token, "TMPDIR": home}
+        if self._work and self._supervisor is not None:
+            variables |= {TOKEN: self._supervisor.token, "TMPDIR": home}
         for text in (*words, *variables, *variables.values()):
             _check_text(text)
         data = stdin.encode(errors="replace") if isinstance(stdin, str) else stdin
@@ -338,11 +330,11 @@ class Sandbox:
         except TimeoutError:
             pass
         finally:
-            if self._transport is not None:
-                if self.protection.kind == "limits" and self._transport.get_returncode() != 0:
-                    _kill_descendants(self._transport.get_pid())
-                    kill_program(self._transport.get_pid(), self._token)
-                self._transport.close()  # kills it
+            if self._supervisor is not None:
+                if self.protection.kind == "limits" and self._supervisor.code != 0:
+                    _kill_descendants(self._supervisor.transport.get_pid())
+                    self._supervisor.kill()
+                self._supervisor.close()  # kills it
             if self._work:
                 _remove(self._work)
 

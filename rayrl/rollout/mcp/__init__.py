@@ -1,0 +1,1 @@
+"""Servers of the Model Context Protocol (MCP), whose tools a model can call."""
