@@ -45,6 +45,7 @@ DOCS = (
     "docs/python.md",
     "docs/data.md",
     "docs/programs.md",
+    "docs/mcp.md",
     "docs/sandbox.md",
     *sorted(f"docs/schemes/{page.name}" for page in (ROOT / "docs/schemes").iterdir()),
 )
@@ -155,6 +156,19 @@ def test_the_page_on_sandboxes_does_what_it_says(
             player = ScriptedPlayer(env.players[name])
             group = asyncio.run(play_group(env, task, {"agent": player}, id="docs", size=2))
             assert [one.rewards for one in group.episodes] == [{"agent": reward}] * 2, name
+
+
+def test_the_page_on_mcp_does_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for kind, text in blocks("docs/mcp.md"):
+        if kind == "python":
+            Path(name_of(text)).write_text(text)
+    env = load_env("shop.py")
+    for player, right in ((env.players["clerk"], 1.0), (lambda messages, rng: "Done.", 0.0)):
+        (task,) = env.tasks(0, 1)
+        players = {"agent": ScriptedPlayer(player)}
+        group = asyncio.run(play_group(env, task, players, id="docs", size=1))
+        assert group.episodes[0].rewards == {"agent": right}
 
 
 def test_the_data_page_does_what_it_says(

@@ -25,10 +25,10 @@ _FORM = 'a call must be a line of its own: "CALL name: argument"'
 
 def describe_lines(tools: Sequence[Mapping[str, Any]]) -> str:
     """Describe tools as text, one line each."""
-    lines = [
-        f"CALL {tool_name(tool)}:{_form(tool)} - {' '.join(tool['function']['description'].split())}"
-        for tool in tools
-    ]
+    lines = []
+    for tool in tools:
+        description = " ".join(tool["function"]["description"].split())  # may have several lines
+        lines.append(f"CALL {tool_name(tool)}:{_form(tool)} - {description}")
     return "\n".join(
         [
             "You can use these tools. Write each call as a line of its own and stop:",

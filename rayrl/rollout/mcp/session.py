@@ -68,7 +68,7 @@ class Session:
 
         Raises:
             ToolError: the server refuses the call.
-            EnvError, InfraError: the server has ended, does not answer in time, or cannot be reached.
+            EnvError, InfraError: the server has ended, is late, or cannot be reached.
         """
         if self.over:
             raise self._failure or EnvError(f"{self._address}: its session is over")
@@ -126,9 +126,8 @@ class Session:
     async def _wait(self, future: asyncio.Future[T], late: str) -> T:
         """Return the result of a future; raise if the session ends first, or it takes too long."""
         timeout_s = self._address.timeout_s
-        await asyncio.wait(
-            {future, self._owner}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED
-        )
+        ends: set[asyncio.Future[Any]] = {future, self._owner}
+        await asyncio.wait(ends, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         if future.done() and not future.cancelled():  # cancelled: as the session was closed
             error = future.exception()
             closed = isinstance(error, MCPError) and error.code == mcp_types.CONNECTION_CLOSED
@@ -202,7 +201,7 @@ _of_loop: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Address, _Sh
 
 @asynccontextmanager
 async def shared_session(address: Address) -> AsyncGenerator[Session]:
-    """Use the event loop's session with a server; it is opened if there is none, or it has failed."""
+    """Use the event loop's session with a server, opened if there is none or it has failed."""
     loop = asyncio.get_running_loop()
     sessions = _of_loop.setdefault(loop, {})
     shared = sessions.get(address)
