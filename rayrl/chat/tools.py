@@ -18,12 +18,13 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from rayrl.chat.tool_schema import validated, validator_of
 from rayrl.environment.signature import fit, keyword_hints, plain_default, schema, suggestion
-from rayrl.errors import ConfigError, clip, describe_error, did_you_mean
+from rayrl.errors import ConfigError, describe_error, did_you_mean
 from rayrl.types import Message, replace_surrogates
 
 __all__ = [
@@ -132,13 +133,13 @@ class Tool:
         Raises:
             ConfigError: the schema is invalid, is not that of an object, or refers to others.
         """
-        validator = _validator(name, parameters)
+        validator = validator_of(name, parameters)
         described = {**parameters, "type": "object"}
         properties = parameters.get("properties", {})  # a property may be `true`: anything
         described["properties"] = {
             key: value if isinstance(value, Mapping) else {} for key, value in properties.items()
         }
-        checked = functools.partial(_validate_arguments, validator)
+        checked = functools.partial(validated, validator)
         shown = _tool_schema(name, inspect.cleandoc(description), described)
         return cls(name, function, shown, checked, fatal)
 
@@ -165,48 +166,6 @@ def _fit_arguments(
         except TypeError as error:
             raise TypeError(f"argument {key!r}: {error}") from None
     return fitted
-
-
-def _validator(name: str, parameters: Mapping[str, Any]) -> Any:
-    from jsonschema.exceptions import SchemaError
-    from jsonschema.validators import Draft202012Validator, validator_for
-
-    if parameters.get("type", "object") != "object":
-        raise ConfigError(f"tool {name!r}: its parameters must be an object's JSON schema")
-    for reference in _references(parameters):
-        if not str(reference).startswith("#"):  # it would be fetched
-            raise ConfigError(f"tool {name!r}: its schema refers to another, {reference!r}")
-    kind = validator_for(parameters, default=Draft202012Validator)
-    try:
-        kind.check_schema(parameters)
-    except SchemaError as error:
-        raise ConfigError(
-            f"tool {name!r}: its parameters are not a JSON schema: {clip(error.message, 500)}"
-        ) from None
-    return kind(parameters)
-
-
-def _references(schema: Any) -> Iterator[Any]:
-    """Yield the value of every `$ref` and the like in a schema."""
-    for key, value in schema.items() if isinstance(schema, Mapping) else enumerate(schema):
-        if key in ("$ref", "$dynamicRef", "$recursiveRef") and not isinstance(value, Mapping):
-            yield value
-        elif isinstance(value, Mapping | list):
-            yield from _references(value)
-
-
-def _validate_arguments(validator: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    from jsonschema.exceptions import best_match
-
-    try:
-        error = best_match(validator.iter_errors(dict(given)))
-    except RecursionError:
-        raise TypeError("the arguments are nested too deeply") from None
-    if error is None:
-        return dict(given)
-    where = ".".join(map(str, error.absolute_path))
-    message = clip(error.message, 500)
-    raise TypeError(f"argument {where!r}: {message}" if where else message)
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, TypeVar
 
 import httpx2
-import mcp_types
-from mcp import Client, MCPError
+from mcp import Client, MCPError, types
 
 from rayrl.chat.tools import ToolError
 from rayrl.errors import EnvError, InfraError, clip, describe_error
@@ -38,7 +37,7 @@ class Session:
     """
 
     def __init__(self, address: Address, shared: bool = False) -> None:
-        self.tools: list[mcp_types.Tool] = []
+        self.tools: list[types.Tool] = []
         self._address = address
         self._shared = shared
         self._pipes = None if address.url else Pipes(address)
@@ -63,7 +62,7 @@ class Session:
         """
         await self._wait(self._opened, "did not list its tools")
 
-    async def call(self, name: str, arguments: dict[str, Any]) -> mcp_types.CallToolResult:
+    async def call(self, name: str, arguments: dict[str, Any]) -> types.CallToolResult:
         """Call a tool and wait for its result.
 
         Raises:
@@ -130,7 +129,7 @@ class Session:
         await asyncio.wait(ends, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         if future.done() and not future.cancelled():  # cancelled: as the session was closed
             error = future.exception()
-            closed = isinstance(error, MCPError) and error.code == mcp_types.CONNECTION_CLOSED
+            closed = isinstance(error, MCPError) and error.code == types.CONNECTION_CLOSED
             if not closed:
                 return future.result()
             await asyncio.wait({self._owner}, timeout=2 * GRACE_S)  # it knows why

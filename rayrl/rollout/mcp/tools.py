@@ -19,7 +19,7 @@ from rayrl.rollout.mcp.address import Address, read_address
 from rayrl.types import replace_surrogates
 
 if TYPE_CHECKING:
-    import mcp_types
+    from mcp import types
 
     from rayrl.rollout.mcp.session import Session
 
@@ -102,8 +102,8 @@ async def mcp(
     address = read_address(server, env=env, cwd=cwd, headers=headers, timeout_s=timeout_s)
     if max_chars < 100:
         raise ConfigError(f"rayrl.mcp(max_chars={max_chars}): must be 100 or more")
-    if importlib.util.find_spec("mcp") is None:
-        raise ConfigError("rayrl.mcp() needs the package mcp: pip install 'rayrl[mcp]'")
+    if importlib.util.find_spec("mcp_types") is None:  # which comes with version 2
+        raise ConfigError("rayrl.mcp() needs mcp, version 2 or newer: pip install 'rayrl[mcp]'")
     from rayrl.rollout.mcp.session import own_session, shared_session
 
     async with (shared_session if shared else own_session)(address) as session:
@@ -111,7 +111,7 @@ async def mcp(
 
 
 def _tool(
-    session: Session, tool: mcp_types.Tool, address: Address, prefix: str, max_chars: int
+    session: Session, tool: types.Tool, address: Address, prefix: str, max_chars: int
 ) -> Tool:
     try:
         return Tool.from_schema(
@@ -133,7 +133,7 @@ async def _call(session: Session, name: str, max_chars: int, /, **arguments: Any
     return text
 
 
-def _text(result: mcp_types.CallToolResult) -> str:
+def _text(result: types.CallToolResult) -> str:
     """Return a result as text: images and the like in words, data as JSON if there is no text."""
     parts = [_part(block) for block in result.content]
     if result.structured_content is not None and all(b.type != "text" for b in result.content):
@@ -141,7 +141,7 @@ def _text(result: mcp_types.CallToolResult) -> str:
     return "\n".join(parts)
 
 
-def _part(block: mcp_types.ContentBlock) -> str:
+def _part(block: types.ContentBlock) -> str:
     if block.type == "text":
         return block.text
     if block.type == "resource_link":

@@ -12,7 +12,7 @@ import httpx2
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 from mcp.client.streamable_http import streamable_http_client
 from mcp.shared.message import SessionMessage
-from mcp_types import jsonrpc_message_adapter
+from mcp.types.jsonrpc import jsonrpc_message_adapter
 
 from rayrl.errors import EnvError, InfraError, clip
 from rayrl.rollout.mcp.address import Address
