@@ -81,6 +81,9 @@ class Session:
             raise ToolError(error.message) from error
         except RuntimeError as error:  # the result does not fit the tool's own schema
             raise ToolError(clip(str(error))) from error
+        except ValueError as error:  # the result is none
+            self._failure = self._failed(error, "")
+            raise self._failure from error
         finally:
             task.cancel()
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 TEXT = {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"]}
-NAMES = ["echo", "pid", "die", "die_once", "hang", "long_line", "many_lines", "deaf"]
+NAMES = ["echo", "pid", "die", "die_once", "hang", "long_line", "many_lines", "deaf", "odd"]
 how, file = [*sys.argv[1:], "", ""][:2]
 
 
@@ -67,5 +67,5 @@ for line in sys.stdin:
         continue
     else:
         said = call(params["name"], params["arguments"]["text"])
-        result = {"content": [{"type": "text", "text": said}]}
+        result = {"content": [{"type": "text", "text": said}] if params["name"] != "odd" else 3}
     write({"id": asked["id"], "result": result})

@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from aiohttp import web
 
 import rayrl
 from rayrl import Agent, ConfigError, EnvError, InfraError, Message, ScriptedPlayer, Task
@@ -187,6 +188,7 @@ def test_two_servers_in_one_episode() -> None:
         (ROUGH, "long_line", "writes to its stdout without being asked, more than 16 MiB"),
         (ROUGH, "many_lines", "writes to its stdout without being asked, more than 16 MiB"),
         (ROUGH, "deaf", "closed its stdout"),
+        (ROUGH, "odd", "does not speak MCP: ValidationError"),
         ([*ROUGH, "mute"], "", "did not list its tools within 1 s"),
         ([*ROUGH, "endless"], "", "its list of tools does not end"),
         (["no-such"], "", "MCP server 'no-such' cannot be started: there is no such command"),
@@ -212,6 +214,23 @@ def test_failures_are_the_environments_and_spare_siblings(
     assert first.failure.kind == "env"
     assert what in first.failure.message
     assert [sibling.failure for sibling in siblings] == [None] * len(siblings)
+
+
+def test_an_environment_may_score_the_end_of_a_server() -> None:
+    @rayrl.env(tasks=[Task()], rewards={"n": 1.0})
+    async def scores(task: Task, agent: Agent) -> rayrl.Scores:
+        async with rayrl.mcp(ROUGH) as tools:
+            try:
+                await agent("Go.", tools=tools)
+            except EnvError:
+                with pytest.raises(EnvError, match="ended with status 3"):
+                    await tools.call("echo", text="")
+                return {"n": -1.0}
+        return {"n": 1.0}
+
+    player = ScriptedPlayer(lambda messages, rng: call("die"))
+    episode = asyncio.run(rayrl.play_episode(scores, Task(), {"agent": player}, id="e"))
+    assert episode.rewards == {"agent": -1.0}
 
 
 def test_a_shared_server_that_ends_is_started_again(tmp_path: Path) -> None:
@@ -293,6 +312,54 @@ async def test_a_url_without_a_server(url: str) -> None:
     with pytest.raises(InfraError, match=r"MCP server 'http://127.0.0.1:.* ConnectError"):
         async with rayrl.mcp(f"http://127.0.0.1:{free_port()}/mcp"):
             pass
+
+
+REFUSED = '{"jsonrpc": "2.0", "id": 1, "error": {"code": -32600, "message": "no luck"}}'
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(
+    ("first", "then", "kind", "what"),
+    [
+        (503, 0, InfraError, "HTTP status 503"),
+        (429, 0, InfraError, "HTTP status 429"),
+        (401, 0, EnvError, "HTTP status 401"),
+        (400, 0, EnvError, "refuses the session: no luck"),
+        (200, 404, InfraError, "HTTP status 404: it has lost the session"),
+        (200, 500, InfraError, "HTTP status 500"),
+        (200, 403, EnvError, "HTTP status 403"),
+    ],
+)
+async def test_http_statuses(
+    first: int, then: int, kind: type[Exception], what: str, shared: bool
+) -> None:
+    async def answer(request: web.Request) -> web.Response:
+        asked = await request.json() if request.method == "POST" else {}
+        if "id" not in asked:
+            return web.Response(status=202 if asked else 405)
+        assert request.headers["x-key"] == "k"
+        result: dict[str, Any] = {"tools": [{"name": "go", "inputSchema": {"type": "object"}}]}
+        status = then if asked["method"] == "tools/call" else first
+        if asked["method"] == "initialize":
+            result = {"protocolVersion": "2025-06-18", "capabilities": {"tools": {}}}
+            result["serverInfo"] = {"name": "http", "version": "1"}
+        if status == 400:
+            return web.Response(status=400, text=REFUSED, content_type="application/json")
+        if status != 200:
+            return web.Response(status=status, text="no")
+        body = {"jsonrpc": "2.0", "id": asked["id"], "result": result}
+        return web.json_response(body, headers={"mcp-session-id": "s"})
+
+    app = web.Application()
+    app.router.add_route("*", "/mcp", answer)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    at = f"http://127.0.0.1:{runner.addresses[0][1]}/mcp"
+    with pytest.raises(InfraError if shared else kind, match=what):
+        async with rayrl.mcp(at, headers={"x-key": "k"}, shared=shared) as tools:
+            await tools.call("go")
+    await runner.cleanup()
 
 
 # --- what can be wrong --------------------------------------------------------------------------
