@@ -185,8 +185,8 @@ async def test_a_killed_sandbox_says_so(isolation: Isolation) -> None:
     async with Sandbox(isolation=isolation) as box:
         running = asyncio.create_task(box.run(["sleep", "600"], timeout_s=600))
         await asyncio.sleep(0)
-        assert box._transport is not None
-        box._transport.kill()
+        assert box._supervisor is not None
+        box._supervisor.transport.kill()
         done = await running
         assert (done.ended, done.code, done.ok) == ("killed", None, False)
         assert (await box.run(["true"])).ended == "killed"
