@@ -61,6 +61,8 @@ OTHERS = (
     "source ",
     "docker ",
     "pip install 'rayrl[",
+    "pip install openenv",
+    "uvicorn ",
     "kubectl ",
     "export",
     "scripts/setup",
