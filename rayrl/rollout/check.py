@@ -176,9 +176,10 @@ async def _concurrency_problems(
             for task, script in zip(tasks, scripts, strict=True)
         ]
         live = [*zip(tasks, scripts, strict=True)] * 2
+        limit = asyncio.Semaphore(env.slots or len(live))
         concurrent = await asyncio.gather(
             *[
-                _play(env, task, script.repeat(1 + k % 3), deadline_s * len(live))
+                _play_within(limit, env, task, script.repeat(1 + k % 3), deadline_s * len(live))
                 for k, (task, script) in enumerate(live)
             ]
         )
@@ -263,6 +264,13 @@ async def _play(
 ) -> Episode:
     players = dict.fromkeys(env.seats, player)
     return await play_episode(env, task, players, id="check", deadline_s=deadline_s, resume=resume)
+
+
+async def _play_within(
+    limit: asyncio.Semaphore, env: Environment, task: Task, player: Player, deadline_s: float
+) -> Episode:
+    async with limit:
+        return await _play(env, task, player, deadline_s)
 
 
 def _fixed(messages: Sequence[Message], rng: random.Random) -> str:

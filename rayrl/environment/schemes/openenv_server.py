@@ -274,7 +274,7 @@ class Connection:
             most = most if isinstance(most, int) and most > 0 else None
             return _Full(
                 f"{self._url} is full ({text}). Give it a larger max_concurrent_envs, or play "
-                "fewer episodes at once",
+                "fewer episodes at once (cluster.concurrency)",
                 most,
             )
         if code == "FACTORY_ERROR":

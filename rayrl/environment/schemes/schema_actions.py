@@ -143,8 +143,9 @@ class SchemaActions:
         if kind == "string":
             return f"Your whole reply is the {self.field}."
         low, high = _range(schema, math.inf)
-        ends = f" from {low:g}" if low > -math.inf else ""
-        ends += f" up to {high:g}" if high < math.inf else ""
+        most = f" to {high}" if low > -math.inf else f" of at most {high}"
+        ends = f" from {low}" if low > -math.inf else ""
+        ends += most if high < math.inf else " up" if ends else ""
         return f"Answer with a {'whole ' if kind == 'integer' else ''}number{ends} only."
 
     @property
@@ -351,9 +352,9 @@ def _sample(schema: Any, rng: random.Random, words: Sequence[str]) -> Any:
     kind = schema.get("type")
     match kind[0] if isinstance(kind, list) and kind else kind:
         case "integer":
-            low, high = (int(end) for end in _range(schema, 1e9))
-            low = low if low > -1e9 else min(0, high)
-            return rng.randint(low, max(low, min(high, low + 9)))
+            low, high = _range(schema, 1e9)
+            least = math.ceil(low) if low > -1e9 else math.floor(min(0, high))
+            return rng.randint(least, max(least, math.floor(min(high, least + 9))))
         case "number":
             low, high = _range(schema, 1e9)
             low = low if low > -1e9 else min(0.0, high)

@@ -36,7 +36,9 @@ class Base(Environment[Any, Seen, State]):
         if more.get("broken"):
             raise RuntimeError("the disk is full")
         self.steps, self.more = 0, more
-        return Seen(text=f"begin {random.Random(seed).randrange(1000)} {more.get('word', '')}".strip())
+        return Seen(
+            text=f"begin {random.Random(seed).randrange(1000)} {more.get('word', '')}".strip()
+        )
 
     def step(self, action: Any, timeout_s: float | None = None, **more: Any) -> Seen:
         self.steps += 1
@@ -226,7 +228,9 @@ def serving(app: Any) -> Iterator[str]:
             await super().startup(sockets)
             started.set()
 
-    config = uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1, ws="websockets-sansio")
+    config = uvicorn.Config(
+        app, log_level="critical", timeout_graceful_shutdown=1, ws="websockets-sansio"
+    )
     server = Server(config)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
     thread.start()

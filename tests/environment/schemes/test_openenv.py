@@ -1,4 +1,4 @@
-"""Servers of OpenEnv: what a reply must be, sessions, rejected actions, and servers that are bad."""
+"""Servers of OpenEnv: what a reply must be, sessions, rejected actions, and bad servers."""
 
 from __future__ import annotations
 
@@ -69,13 +69,13 @@ def failure(played: Episode) -> tuple[str, str]:
         ),
         (
             "number",
-            "Answer with a whole number from 0 up to 6 only.",
+            "Answer with a whole number from 0 to 6 only.",
             {"3": 3, "Column 0, 0!": 0, "<action>6</action> not 5": 6, "2.0": 2},
             ["7", "-1", "1.5", "3 or 4", "three", "1e999", "x3", "", "9" * 400],
         ),
         (
             "measure",
-            "Answer with a number from 0 only.",
+            "Answer with a number from 0 up only.",
             {"0.5": 0.5, "1e2 mm": 100, "3": 3},
             ["0", "-1", "nan", "inf"],
         ),
@@ -108,8 +108,11 @@ def failure(played: Episode) -> tuple[str, str]:
         ),
         (
             "tools",
-            'Answer with the call of a tool, as a JSON object only: {"tool_name": …, "arguments": '
-            '{…}}.\n\nTools:\n- add: Add two numbers. Arguments: {"a": {"type": "integer"}',
+            (
+                "Answer with the call of a tool, as a JSON object only: "
+                '{"tool_name": …, "arguments": {…}}.'
+                "\n\nTools:\n- add: Add two numbers. Arguments: "
+            ),
             {'{"tool_name": "add", "arguments": {"a": 2}}': 3},
             [
                 "add",
@@ -234,8 +237,8 @@ def test_settings_are_checked(url: str, name: str, args: dict[str, Any], says: s
         ("localhost:8000", "give the URL of a server"),
         ("ftp://localhost", "give the URL of a server"),
         ("http://", "give the URL of a server"),
-        ("http://[x", "give the URL of a server"),
-        ("http://localhost:8000/?a=1", "without ? and #"),
+        ("http://localhost:port", "give the URL of a server"),
+        ("http://localhost:8000/?a=1", r"without \? and #"),
         ("http://127.0.0.1:9", "no server answers there .*Start the server first"),
         ("{url}/nowhere", "answers 404 to GET /schema.*is its path right"),
         ("{url}/unmade", "no session at /ws: .* could not make its environment: .*Unmade"),
@@ -393,9 +396,11 @@ def test_the_server_of_the_page(tmp_path: Path) -> None:
         env = load_env(f"openenv:{url}")
         assert env.slots == 8
         assert check_env(env) == []
-        played = play(env.configure({"reset": {"largest": 5}}), ["4", "3", "3", "1"])
+        played = play(env.configure({"reset": {"largest": 20}}), ["4", *["1"] * 20])
         first, second, third, *_ = asked(played)
-        how = "Answer with a whole number from 1 up to 3 only."
-        assert first == f"{how} It is the stones: how many stones to take.\n\nleft: 5"
-        assert second.startswith("That is no action: stones: 4 is greater than the maximum of 3.")
-        assert third.startswith("Reward: 0\n\nleft: ")
+        how = "Answer with a whole number from 1 to 3 only."
+        start = f"{how} It is the stones: how many stones to take.\n\nleft: "
+        assert first.startswith(start)
+        assert second == (f"That is no action: stones: 4 is greater than the maximum of 3.\n{how}")
+        left = int(first.removeprefix(start)) - 1
+        assert third in [f"Reward: 0\n\nleft: {left - taken}" for taken in (1, 2, 3)]
