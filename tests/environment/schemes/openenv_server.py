@@ -1,13 +1,16 @@
-"""Environments with OpenEnv's own base classes, and a thread that serves them."""
+"""Environments with OpenEnv's own base classes, and a server of them; run by a Python that has it.
+
+OpenEnv needs another release of `mcp` than vLLM, so it has a virtual environment of its own.
+"""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
+import os
 import random
+import runpy
 import socket
+import sys
 import threading
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import uvicorn
@@ -210,6 +213,11 @@ SERVED: dict[str, tuple[type[Any], type[Action], int | None]] = {
 def served() -> FastAPI:
     """All of them, each under its name as the path."""
     app = FastAPI()
+
+    @app.get("/free")
+    def free() -> None:
+        Stuck.free.set()
+
     for name, (kind, action, most) in SERVED.items():
         app.mount(f"/{name}", create_app(kind, action, Seen, max_concurrent_envs=most))
     tools = create_app(Tools, CallToolAction, CallToolObservation, max_concurrent_envs=100)
@@ -217,26 +225,20 @@ def served() -> FastAPI:
     return app
 
 
-@contextlib.contextmanager
-def serving(app: Any) -> Iterator[str]:
-    """The URL of an application that a thread serves."""
+def main() -> None:
+    """Serve them, or the `app` of a file, until stdin ends; print the port."""
+    app = runpy.run_path(sys.argv[1])["app"] if sys.argv[1:] else served()
     listener = socket.create_server(("127.0.0.1", 0))
-    started = threading.Event()
-
-    class Server(uvicorn.Server):
-        async def startup(self, sockets: Any = None) -> None:
-            await super().startup(sockets)
-            started.set()
-
+    listener.listen(512)
     config = uvicorn.Config(
         app, log_level="critical", timeout_graceful_shutdown=1, ws="websockets-sansio"
     )
-    server = Server(config)
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
-    thread.start()
-    assert started.wait(60)
-    try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join(60)
+    server = uvicorn.Server(config)
+    threading.Thread(target=server.run, args=([listener],), daemon=True).start()
+    print(listener.getsockname()[1], flush=True)
+    sys.stdin.read()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
