@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -100,11 +100,19 @@ def parse_json(text: bytes | str, what: str = "The body", param: str | None = No
     raise ApiError(400, why, param=param, code="invalid_json")
 
 
-def read_messages(data: Sequence[object]) -> list[Message]:
-    """Convert a request's messages; tool calls become part of the text."""
+def read_messages(
+    data: Sequence[object], start: int = 0, call_ids: Iterable[str] = ()
+) -> list[Message]:
+    """Convert a request's messages; tool calls become part of the text.
+
+    Args:
+        data: the messages.
+        start: number of those before, which were converted earlier.
+        call_ids: ids of the tool calls in these.
+    """
     messages: list[Message] = []
-    call_ids: set[str] = set()
-    for index, item in enumerate(data):
+    call_ids = set(call_ids)
+    for index, item in enumerate(data, start):
         where = f"messages[{index}]"
         if not isinstance(item, dict):
             raise invalid(where, "must be an object with a role and content.")

@@ -18,7 +18,7 @@ from rayrl.chat.tools import ParsedCall, Toolkit, add_to_first_message, parse_ca
 from rayrl.environment.randomness import EPISODE
 from rayrl.errors import EnvError, safe_repr
 from rayrl.rollout.conversation import Conversation, Point, Throttling
-from rayrl.rollout.programs.dialogue import Dialogue
+from rayrl.rollout.programs.dialogue import Answer, Dialogue
 from rayrl.rollout.programs.program import Endpoint, Finished, program
 from rayrl.rollout.resume import EpisodeResume
 from rayrl.types import (
@@ -409,26 +409,30 @@ class Agent:
             return await program(command, at, **options)
 
     async def respond(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
-    ) -> dict[str, Any]:
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] = (),
+        *,
+        after: Answer | None = None,
+    ) -> Answer:
         """Answer a request as `endpoint` does, without a server.
 
         Args:
             messages: all messages so far, in the format of OpenAI's chat completions.
             tools: likewise.
+            after: an answer of this method; `messages` are those that follow it.
 
         Returns:
-            The assistant's message.
+            The assistant's message, whose attribute `turn` is the turn.
 
         Raises:
             EnvError: the messages or tools are invalid, or the episode is over.
         """
         self._dialogue = self._dialogue or Dialogue(self)
         try:
-            answer, _ = await self._dialogue.respond(messages, tools)
+            return await self._dialogue.respond(messages, tools, after=after)
         except ApiError as error:
             raise EnvError(f"{self.seat}.respond(): {error}") from error
-        return answer
 
     def restart(self) -> None:
         """Start an empty conversation with the model; the episode continues."""

@@ -8,11 +8,12 @@ prompt and not trained on.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 from rayrl.chat.requests import invalid, read_messages, read_tool
 from rayrl.chat.tools import parse_calls, without_calls
@@ -21,9 +22,27 @@ from rayrl.rollout.conversation import Point
 from rayrl.terminal import visible
 from rayrl.types import Message, Turn
 
-__all__ = ["Dialogue", "Seat"]
+__all__ = ["Answer", "Dialogue", "Seat"]
 
 _encode = json.JSONEncoder(sort_keys=True).encode
+
+
+class Answer(dict[str, Any]):
+    """An assistant's message in OpenAI's format.
+
+    Attributes:
+        turn: the turn that it is.
+        agent: the one that gave it.
+        point: where that agent was then.
+        dialogue: what it is part of.
+    """
+
+    def __init__(
+        self, message: Mapping[str, Any], turn: Turn, agent: Seat, dialogue: Dialogue
+    ) -> None:
+        super().__init__(message)
+        self.turn, self.agent, self.point, self.dialogue = turn, agent, agent.point, dialogue
+        self.digest = b""  # of all messages up to it, once it is computed
 
 
 class Seat(Protocol):
@@ -54,6 +73,31 @@ class Seat(Protocol):
         """Ask the model once."""
 
 
+class _Read(NamedTuple):
+    """A message of a request: as it was given, as it is read, and a digest up to it."""
+
+    given: Mapping[str, Any]
+    message: Message
+    digest: bytes
+
+
+class _Given(NamedTuple):
+    """What an answer was given to: the digest of all messages, or those after an answer."""
+
+    whole: bytes | None
+    after: Answer | None = None
+    messages: Sequence[Mapping[str, Any]] = ()
+
+    def digest(self) -> bytes:
+        """The digest of all messages; that of the answer before must be there."""
+        digest = self.after.digest if self.after is not None else b""
+        if self.whole is not None:
+            return self.whole
+        for message in self.messages:
+            digest = _digest(digest, message)
+        return digest
+
+
 class Dialogue:
     """The conversations that requests make of a seat.
 
@@ -65,8 +109,10 @@ class Dialogue:
 
     def __init__(self, agent: Seat) -> None:
         self._agent = agent
-        self._known: dict[bytes, tuple[Seat, Point]] = {}  # by digest of all messages
+        self._known: dict[bytes, Answer] = {}  # by digest of all messages
+        self._unsettled: list[tuple[_Given, Answer]] = []  # not yet in `_known`
         self._asking: set[int] = set()  # ids of agents that wait for an answer
+        self._last: list[_Read] = []  # the messages of the last request, most of which come again
         self._warned = False
 
     async def respond(
@@ -74,41 +120,81 @@ class Dialogue:
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] = (),
         max_tokens: int | None = None,
-    ) -> tuple[dict[str, Any], Turn]:
+        after: Answer | None = None,
+    ) -> Answer:
         """Answer a request in OpenAI's format.
 
-        Returns:
-            The assistant's message, and the turn.
+        Args:
+            messages: all of them, or with `after` those that follow an earlier answer.
+            tools: likewise.
+            max_tokens: of the answer; None: the run's.
+            after: the earlier answer.
 
         Raises:
             ApiError: 400, the messages or tools are invalid.
             EnvError: the episode is over.
         """
-        read = read_messages(messages)
-        if not read or read[-1].role == "assistant":
+        if after is None:
+            self._settle()
+            read = self._read(messages)
+            found = [k for k, one in enumerate(read, 1) if one.digest in self._known]
+            new = tuple(one.message for one in read[found[-1] if found else 0 :])
+            if found:
+                after = self._known[read[found[-1] - 1].digest]
+            given = _Given(read[-1].digest if read else b"")
+        elif after.dialogue is not self:
+            raise invalid("after", "must be an answer of this agent.")
+        else:
+            ids = [call["id"] for call in after.get("tool_calls") or ()]
+            new = tuple(read_messages(messages, call_ids=ids))
+            given = _Given(None, after, [dict(one) for one in messages])
+        if not new or new[-1].role == "assistant":
             raise invalid("messages", "must end with a message that can be answered.")
         schemas = tuple(_schema(tool, f"tools[{k}]") for k, tool in enumerate(tools))
-        digests = [b""]
-        for message in messages:
-            digests.append(_digest(digests[-1], message))
-        known = [k for k, digest in enumerate(digests) if digest in self._known]
-        shared = known[-1] if known else 0
-        name = "c" + hashlib.blake2b(digests[-1] + repr(schemas).encode()).hexdigest()[:6]
-        if not known:
-            self._warn(messages)
-            agent = self._agent.branch(name, empty=True)
-        else:
-            agent, point = self._known[digests[shared]]
-            if agent.point != point or id(agent) in self._asking:
-                agent = self._agent.branch(name, at=point)
+        agent = None if after is None else after.agent
+        if after is None or after.point != after.agent.point or id(agent) in self._asking:
+            self._settle()
+            name = "c" + hashlib.blake2b(given.digest() + repr(schemas).encode()).hexdigest()[:6]
+            if after is None:
+                self._warn(messages)
+                agent = self._agent.branch(name, empty=True)
+            else:
+                agent = self._agent.branch(name, at=after.point)
+        assert agent is not None
         self._asking.add(id(agent))
         try:
-            turn = await agent.turn(tuple(read[shared:]), None, max_tokens, schemas)
+            turn = await agent.turn(new, None, max_tokens, schemas)
         finally:
             self._asking.discard(id(agent))
-        answer = _answer(turn, agent.messages[-1], schemas, thinking=agent.opens_thought)
-        self._known[_digest(digests[-1], answer)] = agent, agent.point
-        return answer, turn
+        message = _answer(turn, agent.messages[-1], schemas, thinking=agent.opens_thought)
+        answer = Answer(message, turn, agent, self)
+        self._unsettled.append((given, answer))
+        return answer
+
+    def _settle(self) -> None:
+        """Compute the digests of answers. If each goes on from the last, nobody needs them."""
+        for given, answer in self._unsettled:
+            answer.digest = _digest(given.digest(), answer)
+            self._known[answer.digest] = answer
+        self._unsettled.clear()
+
+    def _read(self, messages: Sequence[Mapping[str, Any]]) -> list[_Read]:
+        """The messages as they are read, of which those of the last request are known."""
+        last, same = self._last, 0
+        for given, one in zip(messages, last, strict=False):
+            if given != one.given:
+                break
+            same += 1
+        read, rest = last[:same], messages[same:]
+        known = [call["id"] for one in read for call in one.given.get("tool_calls") or ()]
+        for given, message in zip(rest, read_messages(rest, same, known), strict=True):
+            before = read[-1].digest if read else b""
+            # a copy, because a caller in this process may change its own
+            plain = isinstance(given.get("content"), str) and not given.get("tool_calls")
+            own = dict(given) if plain else copy.deepcopy(given)
+            read.append(_Read(own, message, _digest(before, given)))
+        self._last = read
+        return read
 
     def _warn(self, messages: Sequence[Mapping[str, Any]]) -> None:
         """Say once that a request repeats a reply that no conversation has."""
@@ -125,6 +211,10 @@ class Dialogue:
             file=sys.stderr,
             flush=True,
         )
+
+
+def _branch_name(digest: bytes, schemas: Sequence[object]) -> str:
+    return "c" + hashlib.blake2b(digest + repr(schemas).encode()).hexdigest()[:6]
 
 
 def _schema(tool: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from aiohttp import web
 from rayrl.chat.requests import ApiError, parse_json
 from rayrl.errors import EnvError, describe_error
 from rayrl.rollout.programs.dialects import DIALECTS, Asked, Dialect
-from rayrl.rollout.programs.dialogue import Dialogue, Seat
+from rayrl.rollout.programs.dialogue import Answer, Dialogue, Seat
 from rayrl.rollout.programs.program import MODEL, Endpoint
 from rayrl.types import Turn
 
@@ -29,8 +29,6 @@ MAX_BODY = 64 << 20  # bytes
 READ_S = 60.0  # for the body of a request to arrive
 MAX_LIVE = 256  # requests of an episode at once; each holds its body
 REMEMBERED = 10_000  # episodes that have ended, whose requests are told so
-
-Answer = tuple[dict[str, Any], Turn]
 
 
 @asynccontextmanager
@@ -160,7 +158,7 @@ class _Server:
             try:
                 episode, asked, digest = await self._read(request, dialect)
                 retried = int(request.headers.get("x-stainless-retry-count", 0)) > 0
-                message, turn = await episode.answer(asked, digest, retried)
+                message = await episode.answer(asked, digest, retried)
             except Exception as caught:
                 error = caught
                 if not isinstance(error, ApiError):
@@ -170,8 +168,8 @@ class _Server:
                 headers = {"x-should-retry": "true" if error.status == 429 else "false"}
                 return web.json_response(body, status=error.status, headers=headers)
             if not asked.stream:
-                return web.json_response(dialect.answer(asked, message, turn))
-            return await _send_events(request, dialect, asked, message, turn)
+                return web.json_response(dialect.answer(asked, message, message.turn))
+            return await _send_events(request, dialect, asked, message, message.turn)
 
         return handle
 

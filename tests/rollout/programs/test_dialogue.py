@@ -40,6 +40,42 @@ async def test_a_request_goes_on_what_it_repeats() -> None:
     )
 
 
+async def test_only_what_follows_an_answer_is_as_good_as_all_messages() -> None:
+    whole, engine = policy("yes", "no", "perhaps")
+    short, other = policy("yes", "no", "perhaps")
+    messages = [said("user", "a")]
+    answers = [await short.respond(messages)]
+    assert answers[0] == await whole.respond(messages)
+    messages.append(answers[0])
+    for text in "bcde":
+        answers.append(await short.respond([said("user", text)], after=answers[-1]))
+        assert answers[-1].turn is short.record[-1]
+        messages.append(said("user", text))
+        assert await whole.respond(messages) == answers[-1]
+        messages.append(answers[-1])
+    # both know afterwards what there was, and go on from anywhere in it
+    early = [*messages[:4], said("user", "another")]
+    assert await short.respond(early) == await whole.respond(early)
+    await short.respond([said("user", "once more")], after=answers[2])
+    await whole.respond([*messages[:6], said("user", "once more")])
+    assert short.record == whole.record
+    assert [one.prompt_ids for one in engine.requests] == [one.prompt_ids for one in other.requests]
+    assert len({turn.conversation for turn in short.record}) == 3
+    with pytest.raises(EnvError, match="must be an answer of this agent"):
+        await whole.respond([said("user", "x")], after=answers[0])
+
+
+async def test_messages_that_a_caller_changes_are_read_again() -> None:
+    agent, _ = policy("yes")
+    messages = [said("user", "a")]
+    messages += [await agent.respond(messages), said("user", "b")]
+    await agent.respond(messages)
+    messages[0]["content"] = "changed"
+    await agent.respond(messages)
+    assert [len(turn.prompt) for turn in agent.record] == [1, 1, 3]
+    assert agent.record[2].prompt[0].content == "changed"
+
+
 async def test_another_way_on_is_a_branch_with_the_same_ids() -> None:
     agent, engine = policy("yes", "no", "perhaps")
     start = [said("user", "a")]
