@@ -86,10 +86,12 @@ if TYPE_CHECKING:
     from rayrl.learner.advantage import AdvantageInputs, advantages
     from rayrl.learner.batch import make_batch
     from rayrl.learner.loss import LossInputs, LossOutputs
+    from rayrl.rllib.multi_agent import to_multi_agent
     from rayrl.rollout.endpoint import EndpointPlayer
+    from rayrl.rollout.gymnasium import to_gymnasium
     from rayrl.run.training import StepControl, Training
 
-_LAZY = {  # what imports httpx, numpy, torch or Ray
+_LAZY = {  # what imports gymnasium, httpx, numpy, torch or Ray
     "AdvantageInputs": "rayrl.learner.advantage",
     "EndpointPlayer": "rayrl.rollout.endpoint",
     "LossInputs": "rayrl.learner.loss",
@@ -98,6 +100,8 @@ _LAZY = {  # what imports httpx, numpy, torch or Ray
     "Training": "rayrl.run.training",
     "advantages": "rayrl.learner.advantage",
     "make_batch": "rayrl.learner.batch",
+    "to_gymnasium": "rayrl.rollout.gymnasium",
+    "to_multi_agent": "rayrl.rllib.multi_agent",
 }
 
 
@@ -191,6 +195,8 @@ __all__ = [
     "synth",
     "synth_async",
     "system",
+    "to_gymnasium",
+    "to_multi_agent",
     "tool",
     "train",
     "train_async",

@@ -25,7 +25,7 @@ FLOORS = [
     "chat",
     "engine.protocol",
     "rollout",
-    "engine learner",
+    "engine learner rllib",
     "server",
     "cluster",
     "run",
@@ -41,7 +41,7 @@ HEIGHT = {f"rayrl.{name}": height for height, line in enumerate(FLOORS) for name
 HEIGHT["rayrl"] = len(FLOORS)  # the public names: nothing inside imports them
 
 ONLY = {
-    "ray": ("rayrl/cluster/",),
+    "ray": ("rayrl/cluster/", "rayrl/rllib/"),
     "hydra": ("rayrl/cli.py",),
     "deepspeed": ("rayrl/learner/deepspeed.py",),
     "mcp": ("rayrl/rollout/mcp/",),

@@ -28,7 +28,7 @@ from pathlib import Path
 
 from rayrl.config import Config, stage_config
 from rayrl.config.mix import components
-from rayrl.config.registry import CODE_FILE, OBJECT, from_outside, split_reference
+from rayrl.config.registry import CODE_FILE, OBJECT, PLAYER_GROUP, from_outside, split_reference
 from rayrl.config.yaml_files import conf_dir
 from rayrl.environment.data_files import HUB, SUFFIXES, is_data_file
 from rayrl.environment.registry import ENV_GROUP, SCHEME_GROUP, scheme_of
@@ -54,7 +54,7 @@ _EXCLUDED = re.compile(r"\..*|__pycache__|node_modules|.*\.py[co]|.*\.egg-info")
 _PREFIXES = ("RAYRL_", "VLLM_", "NCCL_", "GLOO_")
 _NAMES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 _LOCAL_NAMES = ("RAYRL_VENV",)
-_GROUPS = (ENV_GROUP, SCHEME_GROUP)  # of entry points
+_GROUPS = (ENV_GROUP, SCHEME_GROUP, PLAYER_GROUP)  # of entry points
 
 
 def env_names(config: Config) -> list[str]:

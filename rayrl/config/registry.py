@@ -15,6 +15,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Generic, TypeVar
@@ -26,6 +27,7 @@ __all__ = [
     "CODE_FILE",
     "NOT_PLACES",
     "OBJECT",
+    "PLAYER_GROUP",
     "Registry",
     "absolute",
     "attribute_of",
@@ -37,6 +39,7 @@ __all__ = [
     "load_function",
     "load_module",
     "local_copy",
+    "player_scheme",
     "split_reference",
 ]
 
@@ -44,6 +47,9 @@ CODE_FILE = "rayrl-code.json"  # beside rayrl/ in a copy that was sent to a clus
 
 OBJECT = "object"
 NOT_PLACES = ("player", "model")  # what else stands before a colon, in `env.seats`
+PLAYER_GROUP = "rayrl.player_schemes"
+"""Entry points of other libraries' players, `SCHEME:ID`: functions `(id, environment) -> player`.
+"""
 _bound: dict[tuple[str, str], Any] = {}  # by setting and name
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -105,10 +111,20 @@ class Registry(Generic[F]):
 def from_outside(who: str) -> bool:
     """Whether who plays a seat is a function from outside the environment.
 
-    It may also be `player:NAME`, of the environment, or `model:PATH`.
+    It may also be `player:NAME`, of the environment, `model:PATH` or another library's.
     """
     place, colon, _ = who.partition(":")
-    return bool(colon) and place not in NOT_PLACES
+    return bool(colon) and place not in NOT_PLACES and player_scheme(who) is None
+
+
+def player_scheme(who: str) -> EntryPoint | None:
+    """The installed scheme of players that `who` begins with, if any: that of `rllib:CHECKPOINT`.
+
+    The library behind it may not be installed.
+    """
+    scheme, colon, _ = who.partition(":")
+    points = entry_points(group=PLAYER_GROUP, name=scheme) if colon else ()
+    return next(iter(points), None)
 
 
 def is_object(value: str) -> bool:

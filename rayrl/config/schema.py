@@ -123,8 +123,8 @@ class EnvConfig:
     )
     seats: dict[str, str] = setting(
         {},
-        "who plays each seat: policy, endpoint, player:NAME, model:PATH, module:function or "
-        "path/to/file.py:function; seats left out are played by the policy",
+        "who plays each seat: policy, endpoint, player:NAME, model:PATH, rllib:CHECKPOINT, "
+        "module:function or path/to/file.py:function; seats left out are played by the policy",
     )
     deadline_s: float = setting(120.0, "seconds of wall time an episode may take", above=0)
     retries: int = setting(
@@ -537,8 +537,8 @@ class SynthConfig:
 
     player: str = setting(
         "teacher",
-        "who plays: a player of the environment, model (model.path), endpoint, module:function or "
-        "path/to/file.py:function",
+        "who plays: a player of the environment, model (model.path), endpoint, rllib:CHECKPOINT, "
+        "module:function or path/to/file.py:function",
     )
     episodes: int = setting(300, "episodes to play", least=1)
     keep: dict[str, float] = setting({}, "score name -> least value of an episode that is kept")
@@ -582,8 +582,8 @@ class EvalConfig:
 
     player: str = setting(
         "model",
-        "who plays: model (model.path), endpoint, a player of the environment, module:function or "
-        "path/to/file.py:function",
+        "who plays: model (model.path), endpoint, a player of the environment, rllib:CHECKPOINT, "
+        "module:function or path/to/file.py:function",
     )
     episodes: int = setting(400, "episodes per cell", least=1)
     samples: int = setting(

@@ -133,8 +133,8 @@ def _check_seats(config: Config) -> None:
             raise _wrong(
                 f"env.seats.{seat}",
                 who,
-                "must be policy, endpoint, player:NAME, model:PATH, module:function or "
-                f"path/to/file.py:function.{near}",
+                "must be policy, endpoint, player:NAME, model:PATH, rllib:CHECKPOINT, "
+                f"module:function or path/to/file.py:function.{near}",
             )
 
 

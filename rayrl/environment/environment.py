@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rayrl.environment.group_reward import MAX_SCORE, GroupReward, score_of
+from rayrl.environment.numeric import LegalFunction, NumericView, ObserveFunction
 from rayrl.environment.rows import Rows, disjoint
 from rayrl.environment.signature import fit, keyword_hints, suggestion
 from rayrl.errors import ConfigError, EnvError, describe_error, safe_repr
@@ -84,6 +85,7 @@ class Environment:
         checks: exhaustive checks by name.
         statistics_function: computes what to report per episode; None: scores (see `statistics`).
         ending_function: text shown to a person when an episode has ended, or None (see `ending`).
+        numeric: how policies over numbers see it, or None (see `observation`).
         form: the reply that is sent for what a person types in a seat, which stands for `{}`.
         slots: most episodes it can play at once, in all env workers together; None: any number.
         ref: what `load_env` finds it by; empty if nothing does, and then it travels by value.
@@ -127,6 +129,7 @@ class Environment:
         self.checks: dict[str, CheckFunction] = {}
         self.statistics_function: StatisticsFunction | None = None
         self.ending_function: EndingFunction | None = None
+        self.numeric: NumericView | None = None
         self.form = form
         self.slots = slots
         self.ref = _reference(play) if ref is None else ref
@@ -430,6 +433,34 @@ class Environment:
         """
         self.ending_function = function
         return function
+
+    def observation(
+        self,
+        *,
+        shape: Sequence[int],
+        actions: Sequence[str],
+        low: float = -math.inf,
+        high: float = math.inf,
+        legal: LegalFunction | None = None,
+    ) -> Callable[[ObserveFunction], ObserveFunction]:
+        """Register how a policy over numbers sees a seat: `def observe(messages) -> array`.
+
+        It makes the environment one of numbers in `rayrl.to_gymnasium`, and a policy that RLlib
+        has trained there a player of any seat, `rllib:CHECKPOINT`.
+
+        Args:
+            shape: of the array.
+            actions: the reply that each action stands for.
+            low: least number in the array.
+            high: largest one.
+            legal: `def legal(messages) -> indices`, the actions that are legal now; by default all.
+        """
+
+        def register(function: ObserveFunction) -> ObserveFunction:
+            self.numeric = NumericView(function, tuple(shape), low, high, tuple(actions), legal)
+            return function
+
+        return register
 
 
 def stratified(seed: int, index: int, k: int, n: int) -> float:

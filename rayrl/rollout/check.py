@@ -75,6 +75,12 @@ async def find_problems(
             if problem:
                 problems.append(f"with player {name!r}: {problem}")
                 break
+    if not problems and env.numeric is not None:
+        player = ScriptedPlayer(env.numeric.any_action)
+        for task in tasks:
+            if problem := await _player_problem(env, task, player, deadline_s):
+                problems.append(f"with random actions of its numeric view: {problem}")
+                break
     return problems or await _concurrency_problems(env, tasks, deadline_s)
 
 

@@ -10,16 +10,17 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from importlib.metadata import EntryPoint
 from typing import Any, TextIO
 
 from rayrl.chat.renderer import Chat
 from rayrl.chat.text_protocol import describe_lines, parse_lines
 from rayrl.chat.tools import format_call, new_tools, tool_name
-from rayrl.config.registry import Registry
+from rayrl.config.registry import Registry, player_scheme
 from rayrl.engine.protocol import Generator
 from rayrl.environment.environment import Environment, PlayerFunction
 from rayrl.environment.randomness import EpisodeRandom
-from rayrl.errors import EnvError, InfraError, describe_error, safe_repr
+from rayrl.errors import ConfigError, EnvError, InfraError, describe_error, safe_repr
 from rayrl.rollout.agent import Options
 from rayrl.rollout.conversation import Conversation
 from rayrl.terminal import visible
@@ -34,17 +35,38 @@ def player_function(environment: Environment, key: str, who: str) -> PlayerFunct
     """The scripted player that `who`, the value of setting `key`, names.
 
     Args:
-        who: `NAME` or `player:NAME` of the environment, or a function from outside.
+        who: `NAME` or `player:NAME` of the environment, a function from outside, or another
+            library's `SCHEME:ID`.
 
     Raises:
         ConfigError: there is none; names the nearest of the environment's.
     """
+    if scheme := player_scheme(who):
+        return _by_scheme(scheme, environment, key, who)
     start = PLAYER if who.startswith(PLAYER) else ""
     known = {start + name: function for name, function in environment.players.items()}
     players = Registry(key, known)
     if start and who not in known:
         raise players.unknown(who)
     return players.resolve(who)
+
+
+def _by_scheme(
+    scheme: EntryPoint, environment: Environment, key: str, who: str
+) -> PlayerFunction:
+    try:
+        load = scheme.load()
+    except ImportError as error:
+        (extra,) = scheme.extras or ("",)
+        needs = f": pip install 'rayrl[{extra}]'" if extra else ""
+        raise ConfigError(
+            f"{key}={who}: the library behind {scheme.name} could not be imported ({error}){needs}"
+        ) from error
+    try:
+        function: PlayerFunction = load(who.partition(":")[2], environment)
+    except ConfigError as error:
+        raise ConfigError(f"{key}={who}: {error}") from error
+    return function
 
 
 class PolicyPlayer:

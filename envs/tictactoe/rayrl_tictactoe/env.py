@@ -113,6 +113,11 @@ def teacher(messages: Sequence[Message], rng: random.Random) -> str:
     return players.teacher(messages, rng)
 
 
+tictactoe.observation(shape=(18,), low=0.0, high=1.0, actions=players.REPLIES, legal=players.free)(
+    players.marks
+)
+
+
 @tictactoe.statistics
 def statistics(episode: Episode) -> dict[str, bool | float | str]:
     """Return the statistics that evaluations report: result, form and invalid moves."""

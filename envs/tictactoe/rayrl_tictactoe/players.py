@@ -16,11 +16,14 @@ from .board import FREE, Board, best_moves, twos
 
 __all__ = [
     "POLICIES",
+    "REPLIES",
     "SEES_BLOCK",
     "SEES_WIN",
     "WANDERS",
     "Choice",
     "Policy",
+    "free",
+    "marks",
     "optimal",
     "random_legal",
     "read_board",
@@ -155,3 +158,18 @@ def random_legal(messages: Sequence[Message], rng: random.Random) -> str:
 def teacher(messages: Sequence[Message], rng: random.Random) -> str:
     """Play well enough to imitate, but weakly enough to be surpassed."""
     return _reply(teacher_policy, messages, rng)
+
+
+REPLIES = [f"<think></think><move>{cell}</move>" for cell in range(9)]
+"""The reply that plays each cell, for policies over numbers."""
+
+
+def marks(messages: Sequence[Message]) -> list[float]:
+    """What a policy over numbers observes, (18,): X's cells, then O's; 1 where there is a mark."""
+    key = read_board(messages)
+    return [float(cell == mark) for mark in "XO" for cell in key]
+
+
+def free(messages: Sequence[Message]) -> list[int]:
+    """The cells that are free."""
+    return Board(read_board(messages)).free()

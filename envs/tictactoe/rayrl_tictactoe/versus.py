@@ -98,3 +98,6 @@ def ending(episode: Episode, seat: str) -> str:
 versus.player("optimal")(players.optimal)
 versus.player("random")(players.random_legal)
 versus.player("teacher")(players.teacher)
+versus.observation(shape=(18,), low=0.0, high=1.0, actions=players.REPLIES, legal=players.free)(
+    players.marks
+)
