@@ -47,6 +47,7 @@ DOCS = (
     "docs/programs.md",
     "docs/mcp.md",
     "docs/sandbox.md",
+    "docs/rllib.md",
     *sorted(f"docs/schemes/{page.name}" for page in (ROOT / "docs/schemes").iterdir()),
 )
 PYTHON = [text for kind, text in blocks(DOCS[0]) if kind == "python"]
@@ -171,6 +172,27 @@ def test_the_page_on_mcp_does_what_it_says(tmp_path: Path, monkeypatch: pytest.M
         players = {"agent": ScriptedPlayer(player)}
         group = asyncio.run(play_group(env, task, players, id="docs", size=1))
         assert group.episodes[0].rewards == {"agent": right}
+
+
+def test_the_page_on_rllib_does_what_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for kind, text in blocks("docs/rllib.md"):
+        if kind == "python":
+            Path(name_of(text)).write_text(text)
+    env = load_env("higher.py")
+    assert check_env(env) == []
+    half = ScriptedPlayer(env.players["half"])
+    group = asyncio.run(play_group(env, env.tasks(0, 1)[0], {"agent": half}, id="docs", size=1))
+    assert group.episodes[0].rewards == {"agent": 1.0}
+    world = rayrl.to_gymnasium(env)
+    observation, _ = world.reset(seed=0)
+    assert observation["observations"].tolist() == [0.0, 7.0]
+    world.close()
+    world = load_module("env.name", "guessing.py").tictactoe()
+    assert world.reset(seed=0)[0]["action_mask"].sum() >= 8
+    world.close()
 
 
 def test_the_data_page_does_what_it_says(

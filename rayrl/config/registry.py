@@ -25,12 +25,12 @@ from rayrl.types import derive_seed
 
 __all__ = [
     "CODE_FILE",
-    "NOT_PLACES",
     "OBJECT",
     "PLAYER_GROUP",
     "Registry",
     "absolute",
     "attribute_of",
+    "before_colon",
     "bind",
     "bound",
     "from_outside",
@@ -115,6 +115,11 @@ def from_outside(who: str) -> bool:
     """
     place, colon, _ = who.partition(":")
     return bool(colon) and place not in NOT_PLACES and player_scheme(who) is None
+
+
+def before_colon() -> list[str]:
+    """What may stand before the colon of a player, apart from a module or file."""
+    return [*NOT_PLACES, *sorted({point.name for point in entry_points(group=PLAYER_GROUP)})]
 
 
 def player_scheme(who: str) -> EntryPoint | None:

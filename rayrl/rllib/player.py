@@ -9,7 +9,7 @@ is taken: `rllib:CHECKPOINT@greedy`.
 
 from __future__ import annotations
 
-import functools
+import logging
 import math
 import random
 from collections.abc import Sequence
@@ -60,8 +60,7 @@ def load(name: str, environment: Environment) -> PlayerFunction:
             f"environment {environment.name!r} has no numeric view, so that a policy cannot see "
             "its messages: declare one with `@env.observation(shape=…, actions=…)`"
         )
-    folder = _module_folder(Path(path).expanduser().resolve())
-    module = _module(folder, folder.stat().st_mtime_ns)
+    module = _module(_module_folder(Path(path).expanduser().resolve()))
     _check_fits(module, view, environment.name)
 
     def policy(messages: Sequence[Message], rng: random.Random) -> str:
@@ -88,7 +87,7 @@ def _module_folder(path: Path) -> Path:
         )
     if (path / "policies").is_dir() or (path / "policy_state.pkl").is_file():
         raise ConfigError(
-            f"{path} is of RLlib's old API stack: train with the new one, the default since Ray 2.40"
+            f"{path} is of RLlib's old API stack: train with the new one, which is the default"
         )
     odd = {one.name for one in (path / _CONNECTORS).glob("*") if one.is_dir()} - _HARMLESS
     if odd:
@@ -113,13 +112,16 @@ def _module_folder(path: Path) -> Path:
     raise ConfigError(f"{path} is no checkpoint of RLlib: it has no {_CLASS}.{remedy}")
 
 
-@functools.lru_cache(maxsize=8)
-def _module(folder: Path, changed: int) -> RLModule:
-    """The module in a folder; `changed`, when the folder was, keeps a newer one apart."""
+def _module(folder: Path) -> Any:
+    """The RLModule in a folder."""
     try:
-        module = RLModule.from_checkpoint(folder)
+        # of RLlib's own use of what it has deprecated
+        logging.getLogger("ray._common.deprecation").setLevel(logging.ERROR)
+        module: Any = RLModule.from_checkpoint(folder)
     except Exception as error:
-        raise ConfigError(f"the policy at {folder} cannot be read: {describe_error(error)}") from error
+        raise ConfigError(
+            f"the policy at {folder} cannot be read: {describe_error(error)}"
+        ) from error
     if isinstance(module, MultiRLModule):
         raise ConfigError(f"{folder} has several policies, or none: name the folder of one")
     if not isinstance(module, torch.nn.Module):
@@ -132,10 +134,14 @@ def _module(folder: Path, changed: int) -> RLModule:
     return module.eval()
 
 
-def _check_fits(module: RLModule, view: NumericView, name: str) -> None:
+def _check_fits(module: Any, view: NumericView, name: str) -> None:
     """Raise ConfigError unless the policy sees and does what the environment declares."""
     seen, acts = module.observation_space, module.action_space
-    box = seen["observations"] if isinstance(seen, spaces.Dict) and "observations" in seen else seen
+    box = (
+        seen["observations"]
+        if isinstance(seen, spaces.Dict) and "observations" in seen.spaces
+        else seen
+    )
     if getattr(box, "shape", None) != view.shape:
         raise ConfigError(
             f"the policy observes {box}, and environment {name!r} gives the shape {view.shape}: "
@@ -160,7 +166,7 @@ def _check_fits(module: RLModule, view: NumericView, name: str) -> None:
         )
 
 
-def _logits(module: RLModule, observation: Any, mask: Any) -> list[float]:
+def _logits(module: Any, observation: Any, mask: Any) -> list[float]:
     """The policy's logits of each action."""
     batch: Any = torch.from_numpy(observation)[None]  # (1, *shape)
     if isinstance(module.observation_space, spaces.Dict):

@@ -239,8 +239,8 @@ def to_gymnasium(
         env: an environment or its name, with the tasks that it is to play: `env.training(0.1)`
             leaves out those of evaluation.
         seat: the seat that is stepped; needed where there are several.
-        opponents: who plays the other seats: by seat a player's name, `rllib:CHECKPOINT`, a scripted
-            player, or a list of these, of which each episode draws one.
+        opponents: who plays the other seats: by seat a player's name, `rllib:CHECKPOINT`, a
+            scripted player, or a list of these, of which each episode draws one.
         numeric: whether to use the numeric view; None: if there is one.
         masked: whether observations of numbers have the key `action_mask` beside `observations`;
             None: if the environment says which actions are legal.
@@ -253,10 +253,10 @@ def to_gymnasium(
     if seat is None and len(env.seats) == 1:
         (seat,) = env.seats
     if seat not in env.seats:
-        wrong = "" if seat is None else f"={seat!r}: there is no such seat.{suggestion(seat, env.seats)}"
+        near = "" if seat is None else suggestion(seat, env.seats)
         raise ConfigError(
-            f"to_gymnasium(seat{wrong or ''}): environment {env.name!r} has the seats "
-            f"{', '.join(env.seats)}; say which one is stepped"
+            f"to_gymnasium(seat={seat!r}): environment {env.name!r} has the seats "
+            f"{', '.join(env.seats)}; say which one is stepped.{near}"
         )
     others = Others(env, [seat], opponents or {})
     return GymnasiumEnv(env, seat, others, SeatView(env, numeric, masked), render_mode)

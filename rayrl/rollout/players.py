@@ -51,9 +51,7 @@ def player_function(environment: Environment, key: str, who: str) -> PlayerFunct
     return players.resolve(who)
 
 
-def _by_scheme(
-    scheme: EntryPoint, environment: Environment, key: str, who: str
-) -> PlayerFunction:
+def _by_scheme(scheme: EntryPoint, environment: Environment, key: str, who: str) -> PlayerFunction:
     try:
         load = scheme.load()
     except ImportError as error:

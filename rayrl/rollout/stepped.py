@@ -123,10 +123,10 @@ class SteppedEpisodes:
             self.close()
 
     async def _begin(self, episode: Coroutine[Any, Any, Episode]) -> None:
-        self._stop.clear()
+        self._stop = stop = asyncio.Event()
         self._playing = asyncio.create_task(episode)
-        self._playing.add_done_callback(lambda _: self._stop.set())
-        await self._stop.wait()
+        self._playing.add_done_callback(lambda _: stop.set())
+        await stop.wait()
 
     async def _ask(self, seat: str, question: Question) -> str:
         answer: asyncio.Future[str] = asyncio.get_running_loop().create_future()

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from rayrl.cluster import by_value, cluster_address
 from rayrl.config import Config, EndpointConfig, stage_config
 from rayrl.config.mix import components, named_keys
-from rayrl.config.registry import NOT_PLACES, from_outside, is_object, load_function
+from rayrl.config.registry import before_colon, from_outside, is_object, load_function
 from rayrl.config.sync import transport_of
 from rayrl.environment.data_files import HUB
 from rayrl.environment.environment import Environment
@@ -189,7 +189,7 @@ def _check_player(environment: Environment, key: str, who: str) -> None:
     try:
         player_function(environment, key, who)
     except ConfigError as error:
-        near = did_you_mean(who.partition(":")[0], NOT_PLACES) if from_outside(who) else ""
+        near = did_you_mean(who.partition(":")[0], before_colon()) if from_outside(who) else ""
         raise ConfigError(f"{error}{near}") from error
 
 

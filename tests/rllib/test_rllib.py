@@ -188,14 +188,16 @@ def test_a_damaged_checkpoint_is_named(checkpoint: Path) -> None:
 
 
 def test_a_newer_checkpoint_in_the_same_place_is_read(tmp_path: Path) -> None:
-    path = saved(new_module(), tmp_path / "policy")
-    before = moves(play(1, x=f"rllib:{path}@greedy", o="player:random"))
-    module = new_module()
-    with torch.no_grad():
-        for parameter in module.parameters():  # type: ignore[attr-defined]
-            parameter.mul_(-3.0)
-    saved(module, path)
-    assert moves(play(1, x=f"rllib:{path}@greedy", o="player:random")) != before
+    """The greedy move on an empty board, made cell 2 and then cell 6 by the last layer's bias."""
+    said = []
+    for cell in (2, 6):
+        module = new_module()
+        with torch.no_grad():
+            module.pi.net.mlp[-1].bias[cell] += 100.0  # type: ignore[attr-defined]
+        path = saved(module, tmp_path / "policy")
+        player = player_function(rayrl.load_env("tictactoe"), "eval.player", f"rllib:{path}@greedy")
+        said.append(player(board("........."), random.Random(0)))
+    assert said == [f"<think></think><move>{cell}</move>" for cell in (2, 6)]
 
 
 def test_it_is_not_sent_as_code() -> None:

@@ -277,6 +277,12 @@ def test_what_does_not_fit_is_refused_in_words(given: Any, words: str) -> None:
     assert words in str(raised.value)
 
 
+def _play_on(world: GymnasiumEnv) -> None:
+    for seed in itertools.count():
+        world.reset(seed=seed)
+        world.step(0)
+
+
 @pytest.mark.parametrize(
     ("view", "words"),
     [
@@ -293,9 +299,7 @@ async def test_a_wrong_view_is_found_by_the_check_and_in_a_step(view: Any, words
     assert words in problem
     world = stepped(env)
     with pytest.raises(EnvError) as raised:
-        for seed in itertools.count():
-            world.reset(seed=seed)
-            world.step(0)
+        _play_on(world)
     assert words in str(raised.value)
     world.close()
 
