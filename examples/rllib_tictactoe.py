@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 from ray.rllib.algorithms.ppo import PPOConfig
 from ray.rllib.core.rl_module.default_model_config import DefaultModelConfig
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
@@ -47,8 +48,8 @@ def ppo(seed: int) -> PPOConfig:
             lambda_=0.95,
             entropy_coeff=0.003,
             train_batch_size_per_learner=2048,
-            minibatch_size=256,
-            num_epochs=8,
+            minibatch_size=512,
+            num_epochs=5,
         )
         .debugging(seed=seed)
     )
@@ -65,6 +66,7 @@ def main() -> None:
     # Ray itself would write one to ~/.ray/auth_token, which every later `ray start` then requires.
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    torch.set_num_threads(1)  # the network is small
     register_env("tictactoe", game)
     algorithm = ppo(given.seed).build_algo()
     if path.is_dir():

@@ -124,13 +124,13 @@ def _module(folder: Path) -> Any:
         ) from error
     if isinstance(module, MultiRLModule):
         raise ConfigError(f"{folder} has several policies, or none: name the folder of one")
-    if not isinstance(module, torch.nn.Module):
-        raise ConfigError(f"{folder} is not a policy in torch: {type(module).__name__}")
     if module.is_stateful():
         raise ConfigError(
             f"{type(module).__name__} at {folder} is recurrent: what it remembers is not in a "
             "conversation. Train without use_lstm, with the history in the observation."
         )
+    if not isinstance(module, torch.nn.Module):
+        raise ConfigError(f"{folder} is not a policy in torch: {type(module).__name__}")
     return module.eval()
 
 
