@@ -6,7 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from ray.rllib.env.multi_agent_env import MultiAgentEnv
+
+try:
+    from ray.rllib.env.multi_agent_env import MultiAgentEnv
+except ImportError as error:
+    raise ImportError(
+        f"to_multi_agent needs RLlib ({error}): pip install 'rayrl[rllib]'"
+    ) from error
 
 from rayrl.environment.environment import Environment
 from rayrl.environment.registry import load_env

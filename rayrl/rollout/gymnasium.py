@@ -6,9 +6,15 @@ import string
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import gymnasium
 import numpy as np
-from gymnasium import spaces
+
+try:
+    import gymnasium
+    from gymnasium import spaces
+except ImportError as error:
+    raise ImportError(
+        f"to_gymnasium needs Gymnasium ({error}): pip install 'rayrl[gymnasium]'"
+    ) from error
 
 from rayrl.environment.environment import Environment, PlayerFunction
 from rayrl.environment.registry import load_env

@@ -20,6 +20,7 @@ from rayrl.config.registry import Registry, player_scheme
 from rayrl.engine.protocol import Generator
 from rayrl.environment.environment import Environment, PlayerFunction
 from rayrl.environment.randomness import EpisodeRandom
+from rayrl.environment.registry import extra_of
 from rayrl.errors import ConfigError, EnvError, InfraError, describe_error, safe_repr
 from rayrl.rollout.agent import Options
 from rayrl.rollout.conversation import Conversation
@@ -55,8 +56,8 @@ def _by_scheme(scheme: EntryPoint, environment: Environment, key: str, who: str)
     try:
         load = scheme.load()
     except ImportError as error:
-        (extra,) = scheme.extras or ("",)
-        needs = f": pip install 'rayrl[{extra}]'" if extra else ""
+        extra = extra_of(scheme)
+        needs = f": pip install '{extra}'" if extra else ""
         raise ConfigError(
             f"{key}={who}: the library behind {scheme.name} could not be imported ({error}){needs}"
         ) from error

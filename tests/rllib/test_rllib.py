@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -198,6 +199,11 @@ def test_a_newer_checkpoint_in_the_same_place_is_read(tmp_path: Path) -> None:
         player = player_function(rayrl.load_env("tictactoe"), "eval.player", f"rllib:{path}@greedy")
         said.append(player(board("........."), random.Random(0)))
     assert said == [f"<think></think><move>{cell}</move>" for cell in (2, 6)]
+
+
+def test_without_rllib_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "rayrl.rllib.player", None)
+    assert "pip install 'rayrl[rllib]'" in refused("rllib:runs/x")
 
 
 def test_it_is_not_sent_as_code() -> None:
