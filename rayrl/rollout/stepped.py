@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,7 +73,7 @@ class SteppedEpisodes:
         self.episode: Episode | None = None
         self._outside = {seat: _Outside(self, seat) for seat in seats}
         self._asked: dict[str, deque[tuple[Question, asyncio.Future[str]]]] = {}
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._runner: asyncio.Runner | None = None
         self._playing: asyncio.Task[Episode] | None = None
         self._stop = asyncio.Event()  # a seat is asked, or the episode has ended
 
@@ -93,8 +94,8 @@ class SteppedEpisodes:
         """
         self._end()
         self.episode = None
-        if self._loop is None:
-            self._loop = asyncio.new_event_loop()
+        if self._runner is None:
+            self._runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
         players = {**self._outside, **others}
         self._run(self._begin(play_episode(self.env, task, players, id="stepped", seed=seed)))
 
@@ -114,13 +115,12 @@ class SteppedEpisodes:
     def close(self) -> None:
         """End the episode and free the event loop; `start` makes another."""
         self._end()
-        if self._loop is not None:
-            self._loop.close()
-            self._loop = None
+        runner, self._runner = self._runner, None
+        if runner is not None:
+            _without_loop(runner.close)  # ends what tasks the environment has left
 
     def __del__(self) -> None:
-        if self._loop is not None and not self._loop.is_closed():
-            self.close()
+        self.close()
 
     async def _begin(self, episode: Coroutine[Any, Any, Episode]) -> None:
         self._stop = stop = asyncio.Event()
@@ -130,9 +130,15 @@ class SteppedEpisodes:
 
     async def _ask(self, seat: str, question: Question) -> str:
         answer: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        self._asked.setdefault(seat, deque()).append((question, answer))
+        asked = self._asked.setdefault(seat, deque())
+        asked.append((question, answer))
         self._stop.set()
-        return await answer
+        try:
+            return await answer
+        except asyncio.CancelledError:  # by the environment, which waits no longer
+            with suppress(ValueError):  # it was answered in vain
+                asked.remove((question, answer))
+            raise
 
     def _run(self, what: Coroutine[Any, Any, object]) -> None:
         """Run the event loop until `what` is done, and take the episode if it has ended.
@@ -150,14 +156,9 @@ class SteppedEpisodes:
         self.episode = episode
 
     def _until_done(self, what: Coroutine[Any, Any, object]) -> None:
-        assert self._loop is not None
-        try:
-            asyncio.get_running_loop()
-        except RuntimeError:
-            self._loop.run_until_complete(what)
-            return
-        with ThreadPoolExecutor(1) as thread:  # two event loops cannot run in one thread
-            thread.submit(self._loop.run_until_complete, what).result()
+        assert self._runner is not None
+        loop = self._runner.get_loop()
+        _without_loop(lambda: loop.run_until_complete(what))
 
     def _end(self) -> None:
         playing, self._playing = self._playing, None
@@ -169,3 +170,14 @@ class SteppedEpisodes:
 async def _cancel(playing: asyncio.Task[Episode]) -> None:
     playing.cancel()
     await asyncio.wait([playing])
+
+
+def _without_loop(call: Callable[[], object]) -> None:
+    """Make a call that runs an event loop: in a thread if this one is running another loop."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        call()
+        return
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(call).result()

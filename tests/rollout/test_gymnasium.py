@@ -257,6 +257,29 @@ def test_seats_and_branches_that_ask_at_once() -> None:
     episodes.close()
 
 
+def test_a_question_that_the_environment_takes_back() -> None:
+    @rayrl.env(tasks=TASKS, rewards={"x": 1.0})
+    async def impatient(task: Task, a: Agent, b: Agent) -> Scores:
+        slow, _ = asyncio.ensure_future(a("first?")), await b("quick?")
+        await asyncio.sleep(0)
+        slow.cancel()
+        await asyncio.gather(slow, return_exceptions=True)
+        left = asyncio.ensure_future(a.branch()("left behind?"))
+        reply = await b.branch()("and now?")
+        return {seat: {"x": float(reply)} for seat in "ab" if left}
+
+    episodes = SteppedEpisodes(impatient, ["a", "b"])
+    for _ in range(2):
+        episodes.start(TASKS[0], 0, {})
+        assert {q.new[0].content for q in episodes.questions.values()} == {"first?", "quick?"}
+        episodes.answer({"a": "in vain", "b": "1"})
+        assert {q.new[0].content for q in episodes.questions.values()} == {
+            "left behind?",
+            "and now?",
+        }
+    episodes.close()
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [
