@@ -59,7 +59,7 @@ def main() -> None:
     """Train, print a line per iteration, save the checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", type=Path, help="folder to write, or to go on from")
-    parser.add_argument("--iterations", type=int, default=100, help="each of 2,048 moves")
+    parser.add_argument("--iterations", type=int, default=300, help="each of 2,048 moves")
     parser.add_argument("--seed", type=int, default=1)
     given = parser.parse_args()
     path = given.checkpoint.resolve()
