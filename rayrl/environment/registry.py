@@ -11,6 +11,7 @@ from importlib.machinery import PathFinder
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import cloudpickle
 
@@ -37,6 +38,7 @@ __all__ = [
     "installed_envs",
     "installed_schemes",
     "load_env",
+    "load_scheme",
     "reference_of",
     "scheme_of",
 ]
@@ -179,16 +181,27 @@ def _is_found(env: Environment) -> bool:
     return same and {**found.rewards, **rewards} == {**env.rewards, **rewards}
 
 
-def _by_scheme(scheme: EntryPoint, name: str) -> Environment:
+def load_scheme(scheme: EntryPoint, setting: str) -> Any:
+    """The function of a scheme.
+
+    Args:
+        setting: that asks for it, `KEY=VALUE`, for errors.
+
+    Raises:
+        ConfigError: the library behind it is not installed.
+    """
     try:
-        load = scheme.load()
+        return scheme.load()
     except ImportError as error:
         extra = extra_of(scheme)
         needs = f": pip install '{extra}'" if extra else ""
         raise ConfigError(
-            f"env.name={name!r}: the library behind {scheme.name} could not be imported "
-            f"({error}){needs}"
+            f"{setting}: the library behind {scheme.name} could not be imported ({error}){needs}"
         ) from error
+
+
+def _by_scheme(scheme: EntryPoint, name: str) -> Environment:
+    load = load_scheme(scheme, f"env.name={name!r}")
     try:
         found = load(name.partition(":")[2])
     except ConfigError:

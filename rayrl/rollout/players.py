@@ -20,7 +20,7 @@ from rayrl.config.registry import Registry, player_scheme
 from rayrl.engine.protocol import Generator
 from rayrl.environment.environment import Environment, PlayerFunction
 from rayrl.environment.randomness import EpisodeRandom
-from rayrl.environment.registry import extra_of
+from rayrl.environment.registry import load_scheme
 from rayrl.errors import ConfigError, EnvError, InfraError, describe_error, safe_repr
 from rayrl.rollout.agent import Options
 from rayrl.rollout.conversation import Conversation
@@ -53,14 +53,7 @@ def player_function(environment: Environment, key: str, who: str) -> PlayerFunct
 
 
 def _by_scheme(scheme: EntryPoint, environment: Environment, key: str, who: str) -> PlayerFunction:
-    try:
-        load = scheme.load()
-    except ImportError as error:
-        extra = extra_of(scheme)
-        needs = f": pip install '{extra}'" if extra else ""
-        raise ConfigError(
-            f"{key}={who}: the library behind {scheme.name} could not be imported ({error}){needs}"
-        ) from error
+    load = load_scheme(scheme, f"{key}={who}")
     try:
         function: PlayerFunction = load(who.partition(":")[2], environment)
     except ConfigError as error:

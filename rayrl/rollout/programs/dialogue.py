@@ -213,10 +213,6 @@ class Dialogue:
         )
 
 
-def _branch_name(digest: bytes, schemas: Sequence[object]) -> str:
-    return "c" + hashlib.blake2b(digest + repr(schemas).encode()).hexdigest()[:6]
-
-
 def _schema(tool: Mapping[str, Any], where: str) -> dict[str, Any]:
     """A tool without `strict`, which frameworks set by themselves and nothing here can keep."""
     function = tool.get("function")
