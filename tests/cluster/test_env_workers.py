@@ -12,13 +12,15 @@ from typing import Any
 import psutil
 import pytest
 
+import rayrl
 from rayrl.cluster.open import make_environment, open_rollouts
 from rayrl.cluster.rollouts import Rollouts
 from rayrl.cluster.session import Session
+from rayrl.cluster.workers.env_worker import EnvWorker, PlayedEnv, WorkerJob
 from rayrl.cluster.workers.supervisor import GROW_AFTER_S, Growth
 from rayrl.config import Config, from_dict
 from rayrl.rollout.rollout import GroupPlan
-from rayrl.types import Episode, Group
+from rayrl.types import Episode, Group, Sampling, Task
 
 HERE = Path(__file__).parents[1]
 
@@ -39,6 +41,36 @@ def test_more_are_requested_once_groups_have_waited_for_a_while() -> None:
     assert more(18, 99, asked=4) == 0, "five in all"
     assert more(19, 99, workers=3, asked=1) == 1
     assert more(20, 1, workers=5) == 0
+
+
+@pytest.mark.parametrize(
+    ("slots", "workers", "concurrency", "isolated", "share"),
+    [
+        (None, 2, 100, False, 100),
+        (9, 1, 100, False, 9),
+        (9, 4, 100, False, 2),
+        (3, 4, 100, False, 1),
+        (90, 4, 8, False, 8),
+        (None, 1, 100, True, 16),
+        (12, 4, 100, True, 3),
+    ],
+)
+async def test_env_workers_share_what_an_environment_can_play_at_once(
+    slots: int | None, workers: int, concurrency: int, isolated: bool, share: int
+) -> None:
+    @rayrl.env(tasks=[Task(seed=1)], rewards={"x": 1.0}, slots=slots)
+    async def asked(task: Task, agent: Any) -> dict[str, float]:
+        return {"x": float(len(await agent("?")))}
+
+    asked.player("x")(lambda messages, rng: "x")
+    settings = from_dict(
+        {
+            "env": {"isolated": isolated},
+            "cluster": {"env_workers": workers, "concurrency": concurrency},
+        }
+    )
+    played = PlayedEnv(asked.spec, {"agent": "player:x"}, Sampling())
+    assert await EnvWorker(WorkerJob({"": played}, settings)).ping() == share
 
 
 @pytest.fixture
