@@ -151,7 +151,7 @@ def _read(client: socket.socket) -> dict[str, Any] | None:
 
 def _surroundings() -> list[Any]:
     """What a forked process has from the server, and cannot be given."""
-    variables = ("OMP_", "MKL_", "TOKENIZERS_", "HF_", "TRANSFORMERS_", "TORCH")  # read by imports
+    variables = ("OMP_", "MKL_", "TOKENIZERS_", "HF_", "TRANSFORMERS_", "TORCH_")  # read by imports
     return [
         next((place for place in sys.path if Path(place, "rayrl/__init__.py").exists()), ""),
         {key: value for key, value in os.environ.items() if key.startswith(variables)},
