@@ -151,7 +151,8 @@ def _read(client: socket.socket) -> dict[str, Any] | None:
 
 def _surroundings() -> list[Any]:
     """What a forked process has from the server, and cannot be given."""
-    variables = ("OMP_", "MKL_", "TOKENIZERS_", "HF_", "TRANSFORMERS_", "TORCH_")  # read by imports
+    # what imports read, and PYTHONPATH, where there may be a sitecustomize.py
+    variables = ("OMP_", "MKL_", "TOKENIZERS_", "HF_", "TRANSFORMERS_", "TORCH_", "PYTHONPATH")
     return [
         next((place for place in sys.path if Path(place, "rayrl/__init__.py").exists()), ""),
         {key: value for key, value in os.environ.items() if key.startswith(variables)},

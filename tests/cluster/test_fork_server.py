@@ -161,7 +161,7 @@ def test_the_server_ends_with_driver_and_raylet(
 
 
 @pytest.mark.parametrize("warm", ["forked"], indirect=True)
-@pytest.mark.parametrize("other", ["path", "variable", "limit"])
+@pytest.mark.parametrize("other", ["path", "HF_HOME", "PYTHONPATH", "limit"])
 def test_a_warm_server_refuses_what_it_cannot_give(
     warm: ForkServer, other: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,8 +172,8 @@ def test_a_warm_server_refuses_what_it_cannot_give(
         copy.parent.mkdir(parents=True)
         copy.touch()
         monkeypatch.syspath_prepend(str(tmp_path / "copy"))
-    elif other == "variable":
-        monkeypatch.setenv("HF_HOME", str(tmp_path))
+    elif other != "limit":
+        monkeypatch.setenv(other, str(tmp_path))
     else:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft - 1, hard))
     server = start(tmp_path / "s", ["numpy"])
