@@ -171,6 +171,31 @@ def test_a_data_set_of_the_hub(asked: list[tuple[object, ...]]) -> None:
     assert named(config, {}, "train").run.dir == "runs/sums-validation-train"
 
 
+def test_the_library_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It looks for a folder of that name before it asks the hub."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "me" / "sums"
+    folder.mkdir(parents=True)
+    (folder / "train.jsonl").write_text(
+        '{"q": "1 + 1", "a": 2}\n{"q": "é \\ud83d\\ude00", "a": 3}\n'
+    )
+    (folder / "test.jsonl").write_text('{"q": "2 + 2", "a": 4}\n')
+    found = [row.columns for row in read_data("hf:me/sums")]
+    assert found == [{"q": "1 + 1", "a": 2}, {"q": "é 😀", "a": 3}]
+    assert [row.columns["a"] for row in read_data("hf:me/sums:test")] == [4]
+    with pytest.raises(DataError, match="hf:me/sums:dev: the Hugging Face hub does not give it"):
+        list(read_data("hf:me/sums:dev"))
+    saved = datasets.DatasetDict({"train": datasets.Dataset.from_list(found)})
+    saved.save_to_disk("saved", num_shards={"train": 2})
+    assert [row.columns for row in read_data("saved/train/")] == found
+    picked = saved["train"].select([1])
+    picked.save_to_disk("picked")
+    assert [row.columns for row in read_data("picked/")] == found[1:]
+
+
 @pytest.mark.parametrize(
     ("name", "complaint"),
     [
