@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from rayrl.cluster.fork_server import WARM
 from rayrl.cluster.session import private_folder
 from rayrl.weights.flat import memory_dir
 
@@ -32,14 +33,20 @@ def orphans_are_ours() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def cold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes are found, and left ones missed, by who has started them."""
+    monkeypatch.delenv(WARM, raising=False)
+
+
+@pytest.fixture(autouse=True)
 def nothing_is_left(orphans_are_ours: None) -> Iterator[None]:
     """No process, no shared memory, no temporary file; orphans among Ray's messengers are ended."""
     before = _processes(), _files()
     yield
     end = time.monotonic() + PATIENCE_S
-    while _left(before) and time.monotonic() < end:
+    while (left := _left(before)) and time.monotonic() < end:
         time.sleep(0.2)
-    assert _left(before) == []
+    assert left == []
 
 
 def _left(before: tuple[set[psutil.Process], set[Path]]) -> list[str]:
