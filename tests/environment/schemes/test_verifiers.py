@@ -26,7 +26,7 @@ from rayrl.types import Episode, Message
 from tests.act import instant
 
 vf = pytest.importorskip("verifiers")
-schemes = pytest.importorskip("rayrl.environment.schemes.verifiers")
+schemes = pytest.importorskip("rayrl.environment.schemes.verifiers.v0")
 
 from verifiers.clients import Client  # noqa: E402
 from verifiers.types import Response, ResponseMessage, ToolCall  # noqa: E402

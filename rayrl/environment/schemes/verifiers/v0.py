@@ -1,6 +1,6 @@
-"""Environments written for verifiers, `env.name=verifiers:ID`: its own classes play and score.
+"""Environments of verifiers' v0 interface: its own classes play and score.
 
-They are those of its v0 interface, modules with a `load_environment`. The client that such an
+They are modules with a `load_environment`. The client that such an
 environment asks for the model's replies is a rayrl agent, so that each request is a turn; the
 functions of its rubric are the scores, and their weights the rewards' weights. Functions that score
 a whole group become group rewards: what they need of the siblings' states is kept as facts of the
@@ -35,8 +35,10 @@ from rayrl.config.registry import absolute, load_module
 from rayrl.environment.environment import Environment
 from rayrl.environment.group_reward import GroupReward
 from rayrl.environment.randomness import EpisodeRandom
-from rayrl.environment.schemes.verifiers_client import AgentClient
-from rayrl.environment.schemes.verifiers_rubric import (
+from rayrl.environment.schemes.verifiers.client import AgentClient
+from rayrl.environment.schemes.verifiers.held_out import HELD_OUT, part
+from rayrl.environment.schemes.verifiers.ids import module_name
+from rayrl.environment.schemes.verifiers.rubric import (
     StopConditions,
     awaited,
     failed_functions,
@@ -51,14 +53,13 @@ from rayrl.environment.signature import declare_keywords, fit, keyword_hints, pl
 from rayrl.errors import ConfigError, EnvError, InfraError, describe_error, did_you_mean
 from rayrl.types import Episode, Result, Task
 
-__all__ = ["Example", "VerifiersEnvironment", "load"]
+__all__ = ["Example", "VerifiersEnvironment"]
 
 _logger = logging.getLogger("verifiers")
 if "VF_LOG_LEVEL" not in os.environ:  # at its INFO, each process says several lines per load
     _logger.setLevel(logging.WARNING)
 
 _TAKEN = ("seed", "u", "held_out")  # settings and parameters of rayrl's
-_HELD_OUT = 0.1
 _loading = threading.RLock()
 
 
@@ -77,21 +78,15 @@ class Example(Task):
     row: Mapping[str, Any]
 
 
-def load(name: str) -> Environment:
-    """The environment of a module with `load_environment`.
+class VerifiersEnvironment(Environment):
+    """An environment of verifiers. Its `args` are the arguments of `load_environment`.
 
     Args:
-        name: `NAME` of an installed package, `OWNER/NAME[@VERSION]` as on a hub, a Python file, or
-            a folder with a file of its name.
+        name: as in `env.name=verifiers:NAME`.
 
     Raises:
         ConfigError: there is none, or it cannot be loaded with its default arguments.
     """
-    return VerifiersEnvironment(name)
-
-
-class VerifiersEnvironment(Environment):
-    """An environment of verifiers. Its `args` are the arguments of `load_environment`."""
 
     def __init__(self, name: str) -> None:
         self.id = name
@@ -99,7 +94,7 @@ class VerifiersEnvironment(Environment):
         self._keywords = _keywords(self._function)
         super().__init__(
             _play,
-            name=_module_name(name),
+            name=module_name(name),
             source=self._source(evaluates=False),
             eval_source=self._source(evaluates=True),
             rewards={},
@@ -170,16 +165,8 @@ class VerifiersEnvironment(Environment):
 # --- loading -------------------------------------------------------------------------------------
 
 
-def _module_name(name: str) -> str:
-    """What the module of an environment is called, as verifiers finds it."""
-    last = name.rstrip("/").split("/")[-1]
-    return (last.removesuffix(".py") if last.endswith(".py") else last.partition("@")[0]).replace(
-        "-", "_"
-    )
-
-
 def _module(name: str) -> ModuleType:
-    module, key = _module_name(name), f"env.name=verifiers:{name}"
+    module, key = module_name(name), f"env.name=verifiers:{name}"
     file = Path(absolute(name))
     if not name.endswith(".py"):
         file = file / f"{module}.py"
@@ -220,7 +207,7 @@ def _load_function(name: str) -> Callable[..., Any]:
     function: Any = getattr(module, "load_environment", None)
     if not callable(function):
         raise ConfigError(
-            f"env.name=verifiers:{name}: {_module_name(name)!r} has no function load_environment. "
+            f"env.name=verifiers:{name}: {module_name(name)!r} has no function load_environment. "
             "Tasksets of verifiers' v1 interface cannot be played."
         )
     found: Callable[..., Any] = function
@@ -294,7 +281,7 @@ class _Loaded:
                 ) from error
         self._check(where)
         self.environment._stop_conditions = [StopConditions(self.environment._stop_conditions)]
-        self.environment.env_id = self.environment.env_id or _module_name(name)
+        self.environment.env_id = self.environment.env_id or module_name(name)
         self.environment.env_args = self.environment.env_args or dict(args)
         self._names: dict[str, str] = {}  # of scores, by those of functions
         self._scorers: list[Any] = []  # rubrics without functions over a group
@@ -386,12 +373,12 @@ class _Loaded:
                 dataset = environment.get_eval_dataset() if own else environment.get_dataset()
         except (Exception, SystemExit) as error:
             raise ConfigError(f"{where}: its dataset: {describe_error(error)}") from error
-        share = _HELD_OUT if held_out is None else held_out
+        share = HELD_OUT if held_out is None else held_out
         if held_out is None and has_own:
             share = 0.0
         key = len(dataset), share, evaluates
         if key not in self._members:
-            self._members[key] = _part(len(dataset), share, evaluates)
+            self._members[key] = part(len(dataset), share, evaluates)
         if not self._members[key]:
             raise ConfigError(f"{where}: its dataset is empty")
         return dataset, self._members[key]
@@ -453,15 +440,6 @@ def _arguments(function: Callable[..., Any], args: Mapping[str, Any]) -> dict[st
         elif key in args:
             arguments[key] = fit(args[key], hints[key])
     return arguments
-
-
-def _part(rows: int, share: float, evaluates: bool) -> Sequence[int]:
-    """Numbers of the rows that are held out, spread evenly, or of the others."""
-    if rows < 2 or not share:
-        return range(rows)
-    n = min(max(round(share * rows), 1), rows - 1)
-    ours = {(2 * k + 1) * rows // (2 * n) for k in range(n)}
-    return [k for k in range(rows) if (k in ours) == evaluates]
 
 
 def _row(name: str, rows: Any, number: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What `verifiers.py` makes of a rubric's functions, stop conditions and states."""
+"""What `v0.py` makes of a rubric's functions, stop conditions and states."""
 
 from __future__ import annotations
 

@@ -1,0 +1,179 @@
+"""The process that plays tasksets of verifiers' v1 interface; see `worker.py`.
+
+There is one in each process of rayrl, for each interpreter and taskset. It ends with that. It is
+started again if it was lost or had to be killed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+import os
+import queue
+import socket
+import subprocess
+import threading
+from collections.abc import Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import rayrl.environment
+from rayrl.errors import ConfigError, EnvError, InfraError
+
+__all__ = ["Player", "player"]
+
+CANCEL_S = 30.0  # for an episode that was cancelled to end: then the process is killed
+
+# The interpreter need not have what rayrl needs, so that its `__init__` must not run.
+_BOOT = (
+    "import sys, types; package = sys.modules['rayrl'] = types.ModuleType('rayrl'); "
+    "package.__path__ = [sys.argv[1]]; "
+    "from rayrl.environment.schemes.verifiers.worker import serve; "
+    "serve(int(sys.argv[2]), *sys.argv[3:])"
+)
+_PACKAGE = str(Path(rayrl.environment.__file__).parents[1])
+
+
+class Player:
+    """This process's end.
+
+    Args:
+        where: what it is for, as `KEY=VALUE`, for errors.
+        python: the interpreter.
+        name: of the taskset, as verifiers knows it.
+        file: the taskset's file; empty: its package is installed.
+
+    Raises:
+        ConfigError: there is no such interpreter.
+    """
+
+    def __init__(self, where: str, python: Path, name: str, file: str) -> None:
+        self._where, self._python = where, python
+        self._socket, theirs = socket.socketpair()
+        path = f"{python.parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"  # uv may be there
+        with theirs:
+            try:
+                # -P: nothing is imported from where it happens to be started
+                command = [python, "-P", "-c", _BOOT, _PACKAGE, str(theirs.fileno()), name, file]
+                self._process = subprocess.Popen(
+                    command,
+                    pass_fds=(theirs.fileno(),),
+                    stdin=subprocess.DEVNULL,
+                    start_new_session=True,  # Ctrl-C is for the run, which ends it
+                    env={**os.environ, "PATH": path},
+                )
+            except OSError as error:
+                self._socket.close()
+                raise ConfigError(
+                    f"{where}: {python} cannot be started ({error.strerror}). Name a virtual "
+                    "environment or the Python in it"
+                ) from error
+        self._numbers = itertools.count()
+        self._lock = threading.Lock()
+        self._pending: dict[int, Future[dict[str, Any]]] = {}
+        self._requests: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self.lost = ""  # how it ended
+        for work in (self._write, self._read):
+            threading.Thread(target=work, daemon=True, name="verifiers").start()
+
+    def ask(self, do: str, args: Mapping[str, Any], **given: Any) -> dict[str, Any]:
+        """Wait for an answer, whatever else this thread has to do.
+
+        Raises:
+            ConfigError: a setting is wrong.
+            EnvError: code of the taskset raised.
+            InfraError: the process ended.
+        """
+        _, answer = self._send(do, args, given)
+        return self._checked(answer.result())
+
+    async def play(self, args: Mapping[str, Any], **given: Any) -> dict[str, Any]:
+        """Play an episode. It is cancelled with this.
+
+        Raises:
+            ConfigError, EnvError, InfraError: as `ask`.
+        """
+        number, answer = self._send("play", args, given)
+        try:
+            return self._checked(await asyncio.wrap_future(answer))
+        except asyncio.CancelledError:
+            self._post({"number": number, "do": "cancel"})
+            timer = threading.Timer(CANCEL_S, self._kill_for, (number,))
+            timer.daemon = True
+            timer.start()
+            raise
+
+    def _send(
+        self, do: str, args: Mapping[str, Any], given: Mapping[str, Any]
+    ) -> tuple[int, Future[dict[str, Any]]]:
+        answer: Future[dict[str, Any]] = Future()
+        number = next(self._numbers)
+        if do == "play":
+            given = {**given, "number": number}
+        with self._lock:
+            if self.lost:
+                raise InfraError(self.lost)
+            self._pending[number] = answer
+        self._post({"number": number, "do": do, "args": args, "with": given})
+        return number, answer
+
+    def _post(self, request: Mapping[str, Any]) -> None:
+        self._requests.put(json.dumps(request).encode() + b"\n")
+
+    def _write(self) -> None:
+        with contextlib.suppress(OSError):  # the reader notices as well
+            while request := self._requests.get():
+                self._socket.sendall(request)
+
+    def _read(self) -> None:
+        with contextlib.suppress(OSError), self._socket.makefile("rb") as lines:
+            for line in lines:
+                answer = json.loads(line)
+                self._settle(answer.pop("number"), answer)
+        self._process.kill()
+        code = self._process.wait()
+        self._socket.close()
+        how = f"status {code}" if code >= 0 else f"signal {-code}"
+        with self._lock:
+            self.lost = f"{self._where}: the process that plays it ended ({how})"
+            waiting = [*self._pending]
+        self._requests.put(b"")
+        for number in waiting:
+            self._settle(number, InfraError(self.lost))
+
+    def _settle(self, number: int, answer: dict[str, Any] | InfraError) -> None:
+        with self._lock:
+            future = self._pending.pop(number)
+        if future.set_running_or_notify_cancel():
+            if isinstance(answer, InfraError):
+                future.set_exception(answer)
+            else:
+                future.set_result(answer)
+
+    def _kill_for(self, number: int) -> None:
+        """Kill it if an episode is still going on: some code in it blocks all of them."""
+        if number in self._pending:
+            self._process.kill()
+
+    def _checked(self, answer: dict[str, Any]) -> dict[str, Any]:
+        if "config" in answer:
+            raise ConfigError(f"{self._where}: {answer['config']}")
+        if "failed" in answer:
+            raise (InfraError if answer["infra"] else EnvError)(answer["failed"])
+        return answer
+
+
+_players: dict[tuple[int, Path, str, str], Player] = {}
+_making = threading.Lock()
+
+
+def player(where: str, python: Path, name: str, file: str) -> Player:
+    """The process for an interpreter and a taskset, started if necessary. See `Player`."""
+    key = os.getpid(), python, name, file  # a forked process has its own
+    with _making:
+        if key not in _players or _players[key].lost:
+            _players[key] = Player(where, python, name, file)
+        return _players[key]
