@@ -69,6 +69,8 @@ OTHERS = (
     "scripts/setup",
     "python benchmarks/",
     "python -c",
+    "python -m venv ",
+    ".venv-verifiers/bin/pip install 'verifiers>=",
     "python examples/",
     "tensorboard",
 )

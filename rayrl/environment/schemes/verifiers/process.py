@@ -20,12 +20,12 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-import rayrl.environment
 from rayrl.errors import ConfigError, EnvError, InfraError
 
-__all__ = ["Player", "player"]
+__all__ = ["TasksetProcess", "process_for"]
 
 CANCEL_S = 30.0  # for an episode that was cancelled to end: then the process is killed
+EXIT_S = 15.0  # for the process to end what it has started
 
 # The interpreter need not have what rayrl needs, so that its `__init__` must not run.
 _BOOT = (
@@ -34,10 +34,10 @@ _BOOT = (
     "from rayrl.environment.schemes.verifiers.worker import serve; "
     "serve(int(sys.argv[2]), *sys.argv[3:])"
 )
-_PACKAGE = str(Path(rayrl.environment.__file__).parents[1])
+_PACKAGE = str(Path(__file__).resolve().parents[3])
 
 
-class Player:
+class TasksetProcess:
     """This process's end.
 
     Args:
@@ -57,9 +57,9 @@ class Player:
         with theirs:
             try:
                 # -P: nothing is imported from where it happens to be started
-                command = [python, "-P", "-c", _BOOT, _PACKAGE, str(theirs.fileno()), name, file]
+                given = [_PACKAGE, str(theirs.fileno()), name, file]
                 self._process = subprocess.Popen(
-                    command,
+                    [str(python), "-P", "-c", _BOOT, *given],
                     pass_fds=(theirs.fileno(),),
                     stdin=subprocess.DEVNULL,
                     start_new_session=True,  # Ctrl-C is for the run, which ends it
@@ -76,8 +76,12 @@ class Player:
         self._pending: dict[int, Future[dict[str, Any]]] = {}
         self._requests: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         self.lost = ""  # how it ended
-        for work in (self._write, self._read):
-            threading.Thread(target=work, daemon=True, name="verifiers").start()
+        self._threads = [
+            threading.Thread(target=work, daemon=True, name="verifiers")
+            for work in (self._write, self._read)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def ask(self, do: str, args: Mapping[str, Any], **given: Any) -> dict[str, Any]:
         """Wait for an answer, whatever else this thread has to do.
@@ -106,6 +110,13 @@ class Player:
             timer.start()
             raise
 
+    def close(self) -> None:
+        """End the process and what it has started, and wait for that."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_WR)
+        for thread in self._threads:
+            thread.join()
+
     def _send(
         self, do: str, args: Mapping[str, Any], given: Mapping[str, Any]
     ) -> tuple[int, Future[dict[str, Any]]]:
@@ -133,14 +144,17 @@ class Player:
             for line in lines:
                 answer = json.loads(line)
                 self._settle(answer.pop("number"), answer)
-        self._process.kill()
-        code = self._process.wait()
+        try:
+            code = self._process.wait(EXIT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            code = self._process.wait()
         self._socket.close()
         how = f"status {code}" if code >= 0 else f"signal {-code}"
         with self._lock:
             self.lost = f"{self._where}: the process that plays it ended ({how})"
             waiting = [*self._pending]
-        self._requests.put(b"")
+        self._requests.put(b"")  # ends the writer
         for number in waiting:
             self._settle(number, InfraError(self.lost))
 
@@ -166,14 +180,14 @@ class Player:
         return answer
 
 
-_players: dict[tuple[int, Path, str, str], Player] = {}
+_processes: dict[tuple[int, Path, str, str], TasksetProcess] = {}
 _making = threading.Lock()
 
 
-def player(where: str, python: Path, name: str, file: str) -> Player:
-    """The process for an interpreter and a taskset, started if necessary. See `Player`."""
+def process_for(where: str, python: Path, name: str, file: str) -> TasksetProcess:
+    """The process for an interpreter and a taskset, started if necessary. See `TasksetProcess`."""
     key = os.getpid(), python, name, file  # a forked process has its own
     with _making:
-        if key not in _players or _players[key].lost:
-            _players[key] = Player(where, python, name, file)
-        return _players[key]
+        if key not in _processes or _processes[key].lost:
+            _processes[key] = TasksetProcess(where, python, name, file)
+        return _processes[key]

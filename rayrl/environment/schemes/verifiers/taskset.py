@@ -15,7 +15,7 @@ from typing import Any
 from rayrl.environment.environment import Environment
 from rayrl.environment.schemes.verifiers.held_out import HELD_OUT, part
 from rayrl.environment.schemes.verifiers.ids import interpreter, module_name, source_file
-from rayrl.environment.schemes.verifiers.process import Player, player
+from rayrl.environment.schemes.verifiers.process import TasksetProcess, process_for
 from rayrl.environment.signature import declare_keywords, plain_default
 from rayrl.errors import ConfigError
 from rayrl.types import Result, Task
@@ -23,9 +23,8 @@ from rayrl.types import Result, Task
 __all__ = ["TasksetEnvironment", "TasksetTask"]
 
 _TAKEN = ("seed", "u", "held_out", "num_tasks", "slots")  # settings and parameters of rayrl's
-_HINTS: dict[str, Any] = {
-    **{kind.__name__: kind for kind in (bool, int, float, str)},
-    **{"dict": dict[str, Any], "any": Any},
+_HINTS: dict[str, Any] = {"any": Any, "dict": dict[str, Any]} | {
+    kind.__name__: kind for kind in (bool, int, float, str)
 }
 _SLOTS = 16
 
@@ -95,7 +94,7 @@ class TasksetEnvironment(Environment):
         return super(TasksetEnvironment, new).configure(None, rewards)
 
     def _about(self, args: Mapping[str, Any]) -> dict[str, Any]:
-        return _player(self.id, self._python).ask("about", args)
+        return _process(self.id, self._python).ask("about", args)
 
     def _take(self, about: Mapping[str, Any]) -> None:
         _, chosen = self.configured
@@ -133,7 +132,7 @@ class TasksetEnvironment(Environment):
                 if value < least:
                     raise ConfigError(f"env.args.{key}={value}: at least {least}")
             given = self._given(settings)
-            process = _player(self.id, self._python)
+            process = _process(self.id, self._python)
             count = process.ask("count", given, limit=num_tasks)["tasks"]
             members = part(count, held_out, evaluates)
             data = process.ask("task", given, index=members[int(u * len(members))])["task"]
@@ -143,19 +142,19 @@ class TasksetEnvironment(Environment):
         return tasks
 
 
-def _player(name: str, python: str) -> Player:
+def _process(name: str, python: str) -> TasksetProcess:
     taskset = name.rpartition(":")[2]
     environment, plus, seed = taskset.rpartition("+")
     is_path = seed.endswith(".py") or "/" in seed
     file = source_file(seed) if is_path else None
-    if file is None and seed.endswith(".py"):
+    if seed.endswith(".py") and not (file and file.is_file()):
         raise ConfigError(f"env.name=verifiers:{name}: there is no file {seed}")
     known = f"{environment}{plus}{module_name(seed) if file else seed}"
-    return player(f"env.name=verifiers:{name}", interpreter(python), known, str(file or ""))
+    return process_for(f"env.name=verifiers:{name}", interpreter(python), known, str(file or ""))
 
 
 async def _play(task: TasksetTask, *agents: Any) -> Result:
-    process = _player(task.id, task.python)
+    process = _process(task.id, task.python)
     async with contextlib.AsyncExitStack() as stack:
         at = {}
         for agent in agents:

@@ -78,8 +78,8 @@ class _Worker:
                 if number in self._running:
                     self._running[number].cancel()
                 continue
-            self._running[number] = task = asyncio.create_task(self._answer(request))
-            task.add_done_callback(lambda _, number=number: self._running.pop(number, None))
+            self._running[number] = asyncio.create_task(self._answer(request))
+            await asyncio.sleep(0)  # it begins, so that it answers even if it is cancelled next
         tasks = [*self._running.values()]
         for task in tasks:
             task.cancel()
@@ -97,7 +97,9 @@ class _Worker:
             answer = {"failed": "cancelled", "infra": True}
         except (Exception, SystemExit) as error:
             answer = {"failed": describe_error(error), "infra": False}
-        self._writer.write(json.dumps({**answer, "number": request["number"]}).encode() + b"\n")
+        del self._running[request["number"]]
+        line = json.dumps({**answer, "number": request["number"]}, default=str)
+        self._writer.write(line.encode() + b"\n")
 
     def _taskset(self, args: Mapping[str, Any]) -> _Taskset:
         key = json.dumps(args, sort_keys=True)
@@ -137,10 +139,10 @@ class _Taskset:
                     if isinstance(field.default, vf.AgentConfig)
                 }
                 config = self._configured(kind, environment, taskset, args)
+                # it warns of a machine that only stands in for one that is not chosen yet
+                logging.getLogger("verifiers.v1.env").disabled = bool(self._unplaced)
                 self.env = loaders.load_environment(config)
-                self._finite = getattr(
-                    self.env.taskset, "bounded", not self.env.taskset.INFINITE
-                )
+                self._finite = getattr(self.env.taskset, "bounded", not self.env.taskset.INFINITE)
                 self._source = iter(self.env.taskset)
                 self._tasks = list(itertools.islice(self._source, 1))
             except SettingError:
