@@ -8,7 +8,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,6 @@ from rayrl.types import Episode, Message
 
 VENV = Path(sys.prefix, "verifiers")  # made by scripts/setup dev
 HERE = Path(__file__).parent / "verifiers_tasksets"
-TALKS = {"runtime": {"type": "subprocess"}}
 UV = """#!/bin/sh
 # Stands in for uv, which would install a program's requirements: here they are there already.
 case "$*" in
@@ -77,55 +76,49 @@ async def episode(env: Environment, number: int = 0, **options: Any) -> Episode:
     return await play_episode(env, task, players, id="e", seed=number, **options)
 
 
-def rewards_of_verifiers(
-    name: str, fields: Mapping[str, Any], episodes: Sequence[Episode]
-) -> list[dict[str, float]]:
-    """The rewards that verifiers itself gives for the same replies."""
-    played = [
-        [
-            dict(one.task.data),
-            {seat: [turn.text for turn in one.turns if turn.seat == seat] for seat in one.scores},
-        ]
-        for one in episodes
-        if isinstance(one.task, TasksetTask)
+# --- the same as in verifiers --------------------------------------------------------------------
+
+
+async def together(env: Environment, size: int) -> list[Episode]:
+    return await asyncio.gather(*[episode(env, number) for number in range(size)])
+
+
+def test_rewards_are_those_of_verifiers() -> None:
+    """A plain taskset, two agents, and a tool with the program of a harness of verifiers' own."""
+    talk, null = {"harness": {"id": "talk"}}, {"harness": {"id": "null"}}
+    cases = [
+        ("sums", {"agent": talk}, 6),
+        ("duel", {"guesser": talk, "answerer": talk}, 4),
+        ("prices", {"agent": null}, 1),
     ]
+    asked, ours = [], []
+    for name, agents, size in cases:
+        env = load(name, **agents)
+        assert env.seats == tuple(agents)
+        played = asyncio.run(together(env, size))
+        assert [one.failure for one in played] == [None] * size
+        replies = []
+        for one in played:
+            assert isinstance(one.task, TasksetTask)
+            said = {
+                seat: [turn.text for turn in one.turns if turn.seat == seat] for seat in env.seats
+            }
+            replies.append([dict(one.task.data), said])
+        here = {"runtime": {"type": "subprocess"}}
+        asked.append([name, {seat: {**here, **field} for seat, field in agents.items()}, replies])
+        ours.append([dict(one.rewards) for one in played])
     done = subprocess.run(
         [VENV / "bin" / "python", HERE / "reference.py"],
-        input=json.dumps([name, fields, played]),
+        input=json.dumps(asked),
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    found: list[dict[str, float]] = json.loads(done.stdout)
-    return found
-
-
-# --- the same as in verifiers --------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "agents", "fields"),
-    [
-        ("sums", ["agent"], {}),
-        ("duel", ["guesser", "answerer"], {}),
-        ("prices", ["agent"], {"harness": {"id": "null"}}),
-    ],
-)
-async def test_rewards_are_those_of_verifiers(
-    name: str, agents: list[str], fields: dict[str, Any]
-) -> None:
-    env = load(name, **dict.fromkeys(agents, fields) if fields else {})
-    assert env.seats == tuple(agents)
-    size = 1 if fields else 6
-    played = await asyncio.gather(*[episode(env, number) for number in range(size)])
-    assert [one.failure for one in played] == [None] * size
-    pinned = {} if name != "duel" else {"harness": {"id": "talk"}}
-    theirs = rewards_of_verifiers(
-        name, {agent: {**TALKS, **pinned, **fields} for agent in agents}, played
-    )
-    for one, rewards in zip(played, theirs, strict=True):
-        assert one.rewards == pytest.approx(rewards)
-    assert len({one.rewards[agents[0]] for one in played}) > 1 or fields
+    for mine, theirs in zip(ours, json.loads(done.stdout), strict=True):
+        assert mine == [pytest.approx(rewards) for rewards in theirs]
+    assert len({str(rewards) for rewards in ours[0]}) > 1
+    assert len({str(rewards) for rewards in ours[1]}) > 1
+    assert any(turn.text.startswith("<tool_call>") for turn in played[0].turns)
 
 
 async def test_agents_are_seats() -> None:
@@ -266,7 +259,7 @@ async def test_a_players_error_is_the_episodes() -> None:
 
 async def test_a_lost_process_is_started_again() -> None:
     env = load("sums")
-    running = next(p for key, p in process._processes.items() if key[2] == "sums")
+    running = process._processes[os.getpid(), VENV / "bin" / "python", str(HERE)]
 
     def dies(messages: Sequence[Message], rng: random.Random) -> str:
         running._process.kill()
@@ -288,7 +281,7 @@ async def test_a_cancelled_episode_is_cancelled_there() -> None:
         await asyncio.Event().wait()
         return ""
 
-    running = next(p for key, p in process._processes.items() if key[2] == "duel" and not p.lost)
+    running = process._processes[os.getpid(), VENV / "bin" / "python", str(HERE)]
     players = {"guesser": ScriptedPlayer(never), "answerer": ScriptedPlayer(any_reply)}
     playing = asyncio.create_task(episode(env, players=players))
     await asked
@@ -297,7 +290,7 @@ async def test_a_cancelled_episode_is_cancelled_there() -> None:
         await playing
     assert (await episode(env)).failure is None
     while running._pending:  # the answer to the one that was cancelled
-        await asyncio.to_thread(running.ask, "count", {}, limit=1)
+        await asyncio.to_thread(env.tasks, 0, 1)
 
 
 # --- resuming ------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """The process that plays tasksets of verifiers' v1 interface; see `worker.py`.
 
-There is one in each process of rayrl, for each interpreter and taskset. It ends with that. It is
-started again if it was lost or had to be killed.
+There is one in each process of rayrl, for each interpreter and folder with tasksets. It ends with
+that. It is started again if it was lost or had to be killed.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ import subprocess
 import threading
 from collections.abc import Mapping
 from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rayrl.errors import ConfigError, EnvError, InfraError
 
-__all__ = ["TasksetProcess", "process_for"]
+__all__ = ["Taskset", "TasksetProcess"]
 
 CANCEL_S = 30.0  # for an episode that was cancelled to end: then the process is killed
 EXIT_S = 15.0  # for the process to end what it has started
@@ -43,21 +44,20 @@ class TasksetProcess:
     Args:
         where: what it is for, as `KEY=VALUE`, for errors.
         python: the interpreter.
-        name: of the taskset, as verifiers knows it.
-        file: the taskset's file; empty: its package is installed.
+        folder: where the tasksets' files are; empty: their packages are installed.
 
     Raises:
         ConfigError: there is no such interpreter.
     """
 
-    def __init__(self, where: str, python: Path, name: str, file: str) -> None:
-        self._where, self._python = where, python
+    def __init__(self, where: str, python: Path, folder: str) -> None:
+        self._python = python
         self._socket, theirs = socket.socketpair()
         path = f"{python.parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"  # uv may be there
         with theirs:
             try:
                 # -P: nothing is imported from where it happens to be started
-                given = [_PACKAGE, str(theirs.fileno()), name, file]
+                given = [_PACKAGE, str(theirs.fileno()), folder]
                 self._process = subprocess.Popen(
                     [str(python), "-P", "-c", _BOOT, *given],
                     pass_fds=(theirs.fileno(),),
@@ -83,32 +83,27 @@ class TasksetProcess:
         for thread in self._threads:
             thread.start()
 
-    def ask(self, do: str, args: Mapping[str, Any], **given: Any) -> dict[str, Any]:
-        """Wait for an answer, whatever else this thread has to do.
+    def send(self, request: Mapping[str, Any]) -> tuple[int, Future[dict[str, Any]]]:
+        """Send a request; return its number and what will be its answer.
 
         Raises:
-            ConfigError: a setting is wrong.
-            EnvError: code of the taskset raised.
-            InfraError: the process ended.
+            InfraError: the process has ended; also as the answer.
         """
-        _, answer = self._send(do, args, given)
-        return self._checked(answer.result())
+        answer: Future[dict[str, Any]] = Future()
+        number = next(self._numbers)
+        with self._lock:
+            if self.lost:
+                raise InfraError(self.lost)
+            self._pending[number] = answer
+        self._post({**request, "number": number})
+        return number, answer
 
-    async def play(self, args: Mapping[str, Any], **given: Any) -> dict[str, Any]:
-        """Play an episode. It is cancelled with this.
-
-        Raises:
-            ConfigError, EnvError, InfraError: as `ask`.
-        """
-        number, answer = self._send("play", args, given)
-        try:
-            return self._checked(await asyncio.wrap_future(answer))
-        except asyncio.CancelledError:
-            self._post({"number": number, "do": "cancel"})
-            timer = threading.Timer(CANCEL_S, self._kill_for, (number,))
-            timer.daemon = True
-            timer.start()
-            raise
+    def cancel(self, number: int) -> None:
+        """Cancel a request. If it does not end, code in it blocks all others: kill the process."""
+        self._post({"number": number, "do": "cancel"})
+        timer = threading.Timer(CANCEL_S, self._kill_for, (number,))
+        timer.daemon = True
+        timer.start()
 
     def close(self) -> None:
         """End the process and what it has started, and wait for that."""
@@ -116,20 +111,6 @@ class TasksetProcess:
             self._socket.shutdown(socket.SHUT_WR)
         for thread in self._threads:
             thread.join()
-
-    def _send(
-        self, do: str, args: Mapping[str, Any], given: Mapping[str, Any]
-    ) -> tuple[int, Future[dict[str, Any]]]:
-        answer: Future[dict[str, Any]] = Future()
-        number = next(self._numbers)
-        if do == "play":
-            given = {**given, "number": number}
-        with self._lock:
-            if self.lost:
-                raise InfraError(self.lost)
-            self._pending[number] = answer
-        self._post({"number": number, "do": do, "args": args, "with": given})
-        return number, answer
 
     def _post(self, request: Mapping[str, Any]) -> None:
         self._requests.put(json.dumps(request).encode() + b"\n")
@@ -152,7 +133,7 @@ class TasksetProcess:
         self._socket.close()
         how = f"status {code}" if code >= 0 else f"signal {-code}"
         with self._lock:
-            self.lost = f"{self._where}: the process that plays it ended ({how})"
+            self.lost = f"the process of {self._python} that plays tasksets ended ({how})"
             waiting = [*self._pending]
         self._requests.put(b"")  # ends the writer
         for number in waiting:
@@ -168,26 +149,73 @@ class TasksetProcess:
                 future.set_result(answer)
 
     def _kill_for(self, number: int) -> None:
-        """Kill it if an episode is still going on: some code in it blocks all of them."""
         if number in self._pending:
             self._process.kill()
 
-    def _checked(self, answer: dict[str, Any]) -> dict[str, Any]:
-        if "config" in answer:
-            raise ConfigError(f"{self._where}: {answer['config']}")
-        if "failed" in answer:
-            raise (InfraError if answer["infra"] else EnvError)(answer["failed"])
-        return answer
 
-
-_processes: dict[tuple[int, Path, str, str], TasksetProcess] = {}
+_processes: dict[tuple[int, Path, str], TasksetProcess] = {}
 _making = threading.Lock()
 
 
-def process_for(where: str, python: Path, name: str, file: str) -> TasksetProcess:
-    """The process for an interpreter and a taskset, started if necessary. See `TasksetProcess`."""
-    key = os.getpid(), python, name, file  # a forked process has its own
-    with _making:
-        if key not in _processes or _processes[key].lost:
-            _processes[key] = TasksetProcess(where, python, name, file)
-        return _processes[key]
+@dataclass(frozen=True)
+class Taskset:
+    """A taskset in its process, which is started when it is needed.
+
+    Attributes:
+        where: that names it, as `KEY=VALUE`, for errors.
+        python: the interpreter.
+        name: as verifiers knows it; `ENV+NAME` with an environment.
+        folder: where its file is; empty: its package is installed.
+    """
+
+    where: str
+    python: Path
+    name: str
+    folder: str
+
+    @property
+    def process(self) -> TasksetProcess:
+        """The process, started if necessary.
+
+        Raises:
+            ConfigError: there is no such interpreter.
+        """
+        key = os.getpid(), self.python, self.folder  # a forked process has its own
+        with _making:
+            if key not in _processes or _processes[key].lost:
+                _processes[key] = TasksetProcess(self.where, self.python, self.folder)
+            return _processes[key]
+
+    def ask(self, do: str, args: Mapping[str, Any], **given: Any) -> dict[str, Any]:
+        """Wait for an answer, whatever else this thread has to do.
+
+        Raises:
+            ConfigError: a setting is wrong.
+            EnvError: code of the taskset raised.
+            InfraError: the process ended.
+        """
+        request = {"do": do, "name": self.name, "args": args, "with": given}
+        _, answer = self.process.send(request)
+        return self._checked(answer.result())
+
+    async def play(self, args: Mapping[str, Any], **given: Any) -> dict[str, Any]:
+        """Play an episode. It is cancelled with this.
+
+        Raises:
+            ConfigError, EnvError, InfraError: as `ask`.
+        """
+        process = self.process
+        request = {"do": "play", "name": self.name, "args": args, "with": given}
+        number, answer = process.send(request)
+        try:
+            return self._checked(await asyncio.wrap_future(answer))
+        except asyncio.CancelledError:
+            process.cancel(number)
+            raise
+
+    def _checked(self, answer: dict[str, Any]) -> dict[str, Any]:
+        if "config" in answer:
+            raise ConfigError(f"{self.where}: {answer['config']}")
+        if "failed" in answer:
+            raise (InfraError if answer["infra"] else EnvError)(answer["failed"])
+        return answer

@@ -15,7 +15,7 @@ from typing import Any
 from rayrl.environment.environment import Environment
 from rayrl.environment.schemes.verifiers.held_out import HELD_OUT, part
 from rayrl.environment.schemes.verifiers.ids import interpreter, module_name, source_file
-from rayrl.environment.schemes.verifiers.process import TasksetProcess, process_for
+from rayrl.environment.schemes.verifiers.process import Taskset
 from rayrl.environment.signature import declare_keywords, plain_default
 from rayrl.errors import ConfigError
 from rayrl.types import Result, Task
@@ -85,7 +85,7 @@ class TasksetEnvironment(Environment):
         Raises:
             ConfigError: also if verifiers does not take them, or needs more.
         """
-        new = super().configure(args)
+        new = super().configure(_nested(args or {}))
         assert isinstance(new, TasksetEnvironment)
         about = new._about(new._given(new.args))
         if about["problem"]:
@@ -94,7 +94,7 @@ class TasksetEnvironment(Environment):
         return super(TasksetEnvironment, new).configure(None, rewards)
 
     def _about(self, args: Mapping[str, Any]) -> dict[str, Any]:
-        return _process(self.id, self._python).ask("about", args)
+        return _hosted(self.id, self._python).ask("about", args)
 
     def _take(self, about: Mapping[str, Any]) -> None:
         _, chosen = self.configured
@@ -132,33 +132,52 @@ class TasksetEnvironment(Environment):
                 if value < least:
                     raise ConfigError(f"env.args.{key}={value}: at least {least}")
             given = self._given(settings)
-            process = _process(self.id, self._python)
-            count = process.ask("count", given, limit=num_tasks)["tasks"]
+            taskset = _hosted(self.id, self._python)
+            count = taskset.ask("count", given, limit=num_tasks)["tasks"]
             members = part(count, held_out, evaluates)
-            data = process.ask("task", given, index=members[int(u * len(members))])["task"]
+            data = taskset.ask("task", given, index=members[int(u * len(members))])["task"]
             return TasksetTask(seed=seed, id=self.id, python=self._python, args=given, data=data)
 
         declare_keywords(tasks, {k: (hint, d) for k, (_, hint, d) in self._keywords.items()})
         return tasks
 
 
-def _process(name: str, python: str) -> TasksetProcess:
-    taskset = name.rpartition(":")[2]
-    environment, plus, seed = taskset.rpartition("+")
-    is_path = seed.endswith(".py") or "/" in seed
-    file = source_file(seed) if is_path else None
+def _nested(args: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings whose names have dots as mappings: `agent.max_turns` is one of `agent`."""
+    nested: dict[str, Any] = {}
+    for key, value in args.items():
+        *outer, last = key.split(".")
+        inner = nested
+        for name in outer:
+            inner = inner.setdefault(name, {})
+        inner[last] = value
+    return nested
+
+
+def _hosted(name: str, python: str) -> Taskset:
+    """The taskset that an ID names.
+
+    Raises:
+        ConfigError: its file does not exist.
+    """
+    environment, plus, seed = name.rpartition(":")[2].rpartition("+")
+    file = source_file(seed) if seed.endswith(".py") or "/" in seed else None
     if seed.endswith(".py") and not (file and file.is_file()):
         raise ConfigError(f"env.name=verifiers:{name}: there is no file {seed}")
-    known = f"{environment}{plus}{module_name(seed) if file else seed}"
-    return process_for(f"env.name=verifiers:{name}", interpreter(python), known, str(file or ""))
+    folder = ""
+    if file is not None:  # what its module is imported from
+        folder = str(file.parents[1] if file.name == "__init__.py" else file.parent)
+        seed = module_name(seed)
+    where = f"env.name=verifiers:{name}"
+    return Taskset(where, interpreter(python), f"{environment}{plus}{seed}", folder)
 
 
 async def _play(task: TasksetTask, *agents: Any) -> Result:
-    process = _process(task.id, task.python)
+    taskset = _hosted(task.id, task.python)
     async with contextlib.AsyncExitStack() as stack:
         at = {}
         for agent in agents:
             endpoint = await stack.enter_async_context(agent.endpoint())
             at[agent.seat] = {"url": endpoint.url, "key": endpoint.key}
-        done = await process.play(task.args, task=dict(task.data), seed=task.seed, at=at)
+        done = await taskset.play(task.args, task=dict(task.data), seed=task.seed, at=at)
     return Result(done["scores"], {"traces": done["traces"]})

@@ -22,7 +22,6 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from rayrl.environment.randomness import EpisodeRandom
@@ -37,18 +36,21 @@ _INFRA = ("InterceptionError", "ProviderError", "SandboxError", "TunnelError")
 _PLAIN = (bool, int, float, str)
 
 
-def serve(descriptor: int, name: str, file: str) -> None:
+def serve(descriptor: int, folder: str) -> None:
     """Answer requests until the socket is closed.
 
     Args:
         descriptor: of the socket.
-        name: of the taskset, as verifiers knows it; `ENV+NAME` with an environment.
-        file: the taskset's file, or its folder's `__init__.py`; empty: its package is installed.
+        folder: where the tasksets' files are; empty: their packages are installed.
     """
     threading.Thread(target=_exit_after_parent, args=(descriptor,), daemon=True).start()
     os.dup2(sys.stderr.fileno(), 1)  # what is printed there is not for anybody's output
     logging.basicConfig(level=os.environ.get("VF_LOG_LEVEL", "WARNING"))
-    asyncio.run(_Worker(name, file).serve(socket.socket(fileno=descriptor)))
+    if folder:  # their tool servers find them there too
+        sys.path.insert(0, folder)
+        before = os.environ.get("PYTHONPATH")
+        os.environ["PYTHONPATH"] = f"{folder}{os.pathsep}{before}" if before else folder
+    asyncio.run(_Worker().serve(socket.socket(fileno=descriptor)))
 
 
 def _exit_after_parent(descriptor: int) -> None:
@@ -64,9 +66,8 @@ class SettingError(Exception):
 
 
 class _Worker:
-    def __init__(self, name: str, file: str) -> None:
-        self._name, self._file = name, file
-        self._tasksets: dict[str, _Taskset] = {}  # by their settings
+    def __init__(self) -> None:
+        self._tasksets: dict[tuple[str, str], _Taskset] = {}  # by name and settings
         self._running: dict[int, asyncio.Task[None]] = {}
 
     async def serve(self, sock: socket.socket) -> None:
@@ -89,8 +90,11 @@ class _Worker:
 
     async def _answer(self, request: Mapping[str, Any]) -> None:
         try:
-            taskset = self._taskset(request["args"])
-            answer = await getattr(taskset, request["do"])(**request["with"])
+            taskset = self._taskset(request["name"], request["args"])
+            given = dict(request["with"])
+            if request["do"] == "play":
+                given["number"] = request["number"]
+            answer = await getattr(taskset, request["do"])(**given)
         except SettingError as error:
             answer = {"config": str(error)}
         except asyncio.CancelledError:
@@ -101,10 +105,10 @@ class _Worker:
         line = json.dumps({**answer, "number": request["number"]}, default=str)
         self._writer.write(line.encode() + b"\n")
 
-    def _taskset(self, args: Mapping[str, Any]) -> _Taskset:
-        key = json.dumps(args, sort_keys=True)
+    def _taskset(self, name: str, args: Mapping[str, Any]) -> _Taskset:
+        key = name, json.dumps(args, sort_keys=True)
         if key not in self._tasksets:
-            self._tasksets[key] = _Taskset(self._name, self._file, args)
+            self._tasksets[key] = _Taskset(name, args)
         return self._tasksets[key]
 
 
@@ -112,13 +116,12 @@ class _Taskset:
     """A taskset with its environment and agents.
 
     Args:
+        name: of the taskset, as verifiers knows it; `ENV+NAME` with an environment.
         args: fields of verifiers' configuration of the environment.
     """
 
-    def __init__(self, name: str, file: str, args: Mapping[str, Any]) -> None:
+    def __init__(self, name: str, args: Mapping[str, Any]) -> None:
         environment, _, taskset = name.rpartition("+")
-        if file:
-            _import_from(Path(file))
         try:
             import verifiers.v1 as vf
             from verifiers.v1.utils import loaders
@@ -340,15 +343,6 @@ def _failure(episode: Any) -> dict[str, Any]:
         "traceback": error.traceback or "",
         "infra": bool(infra) and infra[-1] is error,
     }
-
-
-def _import_from(file: Path) -> None:
-    """Let a taskset's file be found by its name, by its tool servers too."""
-    folder = str(file.parents[1] if file.name == "__init__.py" else file.parent)
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-        before = os.environ.get("PYTHONPATH")
-        os.environ["PYTHONPATH"] = f"{folder}{os.pathsep}{before}" if before else folder
 
 
 def _in_words(error: BaseException) -> str:

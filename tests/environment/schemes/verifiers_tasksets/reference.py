@@ -1,7 +1,7 @@
 """What verifiers itself makes of replies that are known, without rayrl.
 
-Reads `[taskset, fields of its configuration, [[task's data, replies by agent], …]]` as JSON and
-writes the reward of each agent, for each task.
+Reads `[taskset, fields of its configuration, [[task's data, replies by agent], …]]` for several
+tasksets as JSON and writes the reward of each agent, for each task, for each taskset.
 """
 
 import asyncio
@@ -44,22 +44,15 @@ class Server:
         return web.Response(text=lines, content_type="text/event-stream")
 
 
-async def main() -> None:
-    taskset, fields, episodes = json.load(sys.stdin)
-    server = Server()
-    app = web.Application()
-    app.router.add_post("/v1/chat/completions", server.chat)
-    runner = web.AppRunner(app)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    url = f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
+async def rewards(
+    server: Server, url: str, taskset: str, fields: dict[str, Any], episodes: list[Any]
+) -> list[dict[str, float]]:
     for agent, field in fields.items():
-        if "runtime" in field:
-            field["model"] = agent
+        field["model"] = agent
     env = load_environment(resolve_env_config({**fields, "taskset": {"id": taskset}}))
     client = vf.EvalClientConfig(base_url=url, api_key_var="NO_SUCH_KEY")
     kind = type(env.taskset).task_type()
-    rewards = []
+    found = []
     async with env.serving():
         for data, replies in episodes:
             server.replies = replies
@@ -67,9 +60,20 @@ async def main() -> None:
             (slot,) = env.slots(task)
             episode = await env.run_slot(slot, vf.ModelContext(model="agent", client=client))
             assert episode.ok, episode.errors or [trace.errors for trace in episode.traces]
-            rewards.append({trace.agent.name: trace.reward for trace in episode.traces})
+            found.append({trace.agent.name: trace.reward for trace in episode.traces})
+    return found
+
+
+async def main() -> None:
+    server = Server()
+    app = web.Application()
+    app.router.add_post("/v1/chat/completions", server.chat)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    url = f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
+    print(json.dumps([await rewards(server, url, *one) for one in json.load(sys.stdin)]))
     await runner.cleanup()
-    print(json.dumps(rewards))
 
 
 if __name__ == "__main__":
