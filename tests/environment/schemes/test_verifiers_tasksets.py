@@ -59,7 +59,7 @@ def load(name: str, **args: Any) -> Environment:
 def any_reply(messages: Sequence[Message], rng: random.Random) -> str:
     """Right and wrong replies to what the tasksets here ask."""
     asked = messages[-1].content
-    if asked.startswith("How much") and rng.random() < 0.8:
+    if asked.startswith("How much"):
         call = {"name": "shop_price", "arguments": {"item": asked.split()[-1][:-1]}}
         return f"<tool_call>{json.dumps(call)}</tool_call>"
     if asked.startswith("Is it"):
