@@ -215,7 +215,8 @@ def test_wrong_settings_are_named(name: str, args: dict[str, Any], said: str) ->
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        (f"{VENV}:no-such-taskset", "taskset 'no-such-taskset' not found"),
+        (f"{VENV}:best-of-m+{HERE}/sums.py", "environment 'best-of-m' not found"),
+        (f"{VENV}:{HERE}/talk.py", "exports no Taskset subclass"),
         (f"{VENV}:{HERE}/nothing.py", "there is no file"),
         ("/no/such/venv:sums", "cannot be started (No such file"),
         (f"{sys.prefix}/openenv:{HERE}/sums.py", "has no verifiers with its v1 interface"),

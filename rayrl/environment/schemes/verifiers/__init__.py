@@ -8,7 +8,6 @@ environment: no release with v1 can be installed beside vLLM.
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import re
 import sys
 from typing import TYPE_CHECKING
@@ -35,7 +34,7 @@ def load(name: str) -> Environment:
     Raises:
         ConfigError: there is none, or it cannot be loaded with its default arguments.
     """
-    from rayrl.environment.schemes.verifiers.ids import is_taskset, module_name
+    from rayrl.environment.schemes.verifiers.ids import is_builtin, is_taskset
     from rayrl.environment.schemes.verifiers.taskset import TasksetEnvironment
 
     python, _, taskset = name.rpartition(":")
@@ -43,17 +42,16 @@ def load(name: str) -> Environment:
         return TasksetEnvironment(name, python, taskset)
     where, version = f"env.name=verifiers:{name}", _version()
     if version >= _V1:
-        builtin = f"verifiers.v1.tasksets.{module_name(name)}"
-        has_v1 = "+" in name or is_taskset(name) or importlib.util.find_spec(builtin)
-        if version >= _V1_ONLY or has_v1:
+        if version >= _V1_ONLY or "+" in name or is_taskset(name) or is_builtin(name):
             return TasksetEnvironment(name, sys.executable, name)
     elif "+" in name or is_taskset(name):
-        here = "is not installed" if version == _NO_VERSION else "has no tasksets"
+        here = "verifiers is not installed here"
+        if version != _NO_VERSION:
+            here = f"verifiers {importlib.metadata.version('verifiers')} has no tasksets"
         raise ConfigError(
-            f"{where} is a taskset of verifiers' v1 interface, and the verifiers "
-            f"{importlib.metadata.version('verifiers') if version > _NO_VERSION else ''} {here}. "
-            "Install verifiers>=0.3.1 in a virtual environment of its own (python -m venv VENV; "
-            f"VENV/bin/pip install verifiers uv) and name that: verifiers:VENV:{name}"
+            f"{where} is a taskset of verifiers' v1 interface, and {here}. Install "
+            "verifiers>=0.3.1 in a virtual environment of its own (python -m venv VENV; "
+            f"VENV/bin/pip install 'verifiers>=0.4' uv) and name that: verifiers:VENV:{name}"
         )
     try:
         from rayrl.environment.schemes.verifiers import v0

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rayrl.config.registry import absolute
 
-__all__ = ["interpreter", "is_taskset", "module_name", "source_file"]
+__all__ = ["interpreter", "is_builtin", "is_taskset", "module_name", "source_file"]
 
 
 def module_name(name: str) -> str:
@@ -45,6 +45,13 @@ def is_taskset(name: str) -> bool:
     return any("verifiers.v1" in text for text in texts) and not any(
         "def load_environment" in text for text in texts
     )
+
+
+def is_builtin(name: str) -> bool:
+    """Whether verifiers, as it is installed here, has a taskset of that name itself."""
+    spec = importlib.util.find_spec("verifiers")  # what it has inside would be imported
+    places = spec.submodule_search_locations if spec is not None else None
+    return any(Path(one, "v1", "tasksets", module_name(name)).is_dir() for one in places or ())
 
 
 def interpreter(place: str) -> Path:

@@ -208,7 +208,8 @@ def _load_function(name: str) -> Callable[..., Any]:
     if not callable(function):
         raise ConfigError(
             f"env.name=verifiers:{name}: {module_name(name)!r} has no function load_environment. "
-            "Tasksets of verifiers' v1 interface cannot be played."
+            "Tasksets of verifiers' v1 interface are played in a virtual environment of their own: "
+            f"verifiers:VENV:{name}"
         )
     found: Callable[..., Any] = function
     return found
