@@ -8,7 +8,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -258,15 +258,33 @@ async def test_a_players_error_is_the_episodes() -> None:
     assert "the replica is gone" in one.failure.message
 
 
-async def test_a_lost_process_is_started_again() -> None:
-    env = load("sums")
+async def test_code_that_blocks_is_killed_and_others_are_played_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    env, blocks = load("sums"), load("sums", taskset={"fault": "block"})
     running = process._processes[os.getpid(), VENV / "bin" / "python", str(HERE)]
+    asked = asyncio.Event()
 
-    def dies(messages: Sequence[Message], rng: random.Random) -> str:
-        running._process.kill()
+    async def waits(messages: Sequence[Message], rng: random.Random) -> str:
+        asked.set()
+        await asyncio.to_thread(running._threads[1].join)  # it reads until the process has ended
         return "1"
 
-    lost = await episode(env, players={"agent": ScriptedPlayer(dies)})
+    sibling = asyncio.create_task(episode(env, players={"agent": ScriptedPlayer(waits)}))
+    await asked.wait()
+    sent, send = asyncio.Event(), running.send
+
+    def noting(request: Mapping[str, Any]) -> Any:
+        if request["do"] == "play":
+            sent.set()
+        return send(request)
+
+    monkeypatch.setattr(running, "send", noting)
+    monkeypatch.setattr(process, "CANCEL_S", 0.1)
+    blocked = asyncio.create_task(episode(blocks))
+    await sent.wait()
+    blocked.cancel()
+    lost = await sibling
     assert lost.failure is not None
     assert lost.failure.kind == "infra"
     assert "ended (signal 9)" in lost.failure.message

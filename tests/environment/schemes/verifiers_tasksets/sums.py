@@ -1,6 +1,7 @@
 """Sums, each in one turn; and tasks in which something fails."""
 
 import random
+import threading
 from collections.abc import Iterator
 
 import verifiers.v1 as vf
@@ -17,6 +18,8 @@ class Sum(vf.Task[SumData, vf.State, vf.TaskConfig]):
     async def setup(self, trace: vf.Trace, runtime: vf.Runtime) -> None:
         if self.data.fault == "sandbox":
             raise SandboxError("no machine is left")
+        if self.data.fault == "block":
+            threading.Event().wait()
 
     @vf.reward(weight=2.0)
     async def right(self, trace: vf.Trace) -> float:
