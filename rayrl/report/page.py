@@ -1,7 +1,8 @@
 """The report as one self-contained HTML page, without network access or a build step.
 
-Jinja escapes every value; `assets/report.js` and `assets/timeline.js` draw charts from JSON. A
-content security policy allows only that script, by its hash, so nothing a model wrote can run.
+Jinja escapes every value. `assets/report.js` draws charts from JSON with uPlot, which lies in
+`assets/uplot` as it was published, and `assets/timeline.js` draws timelines. A content security
+policy allows only that script, by its hash, so nothing a model wrote can run.
 """
 
 from __future__ import annotations
@@ -133,7 +134,8 @@ CHARTS = (
 def render(report: Report) -> str:
     """Render the HTML page."""
     assets = files("rayrl.report") / "assets"
-    script = "".join((assets / name).read_text() for name in ("report.js", "timeline.js"))
+    licence = f"/*\nuPlot's licence:\n\n{(assets / 'uplot/LICENSE').read_text()}*/\n"
+    script = licence + _joined("uplot/uPlot.iife.min.js", "report.js", "timeline.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     charts, payload = _charts(report.phases)
     environment = jinja2.Environment(
@@ -163,10 +165,15 @@ def render(report: Report) -> str:
         phases_with_episodes=_samples(report.phases),
         settings=_settings(report.phases),
         versions=list(report.versions.items()),
-        style=Markup((assets / "report.css").read_text()),
+        style=Markup(_joined("uplot/uPlot.min.css", "report.css")),
         script=Markup(script),
         script_hash=f"sha256-{digest}",
     )
+
+
+def _joined(*names: str) -> str:
+    """Contents of files of `assets/`, each from a line of its own."""
+    return "\n".join((files("rayrl.report") / "assets" / name).read_text() for name in names)
 
 
 def _table(results: Sequence[Result], references: frozenset[str]) -> dict[str, Any]:
@@ -260,7 +267,7 @@ def _rank(name: str) -> int:
     return next(ranks, len(CHARTS))
 
 
-def _curve(phase: Phase, name: str, color: int) -> dict[str, Any] | None:
+def _curve(phase: Phase, name: str, number: int) -> dict[str, Any] | None:
     rows = [row for row in phase.metrics if name in row]
     values = [_finite(row[name]) for row in rows]
     if all(value is None for value in values):
@@ -268,7 +275,7 @@ def _curve(phase: Phase, name: str, color: int) -> dict[str, Any] | None:
     steps = [int(row["step"]) for row in rows]
     return {
         "name": phase.name,
-        "color": color % COLORS,
+        "phase": number,
         "steps": steps,
         "values": values,
         "alarms": sorted({alarm["step"] for alarm in phase.alarms}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
@@ -26,6 +27,8 @@ pytestmark = pytest.mark.skipif(
 
 WIDE, NARROW = 1280, 400
 STEPS = {"sft": range(60), "rl1": range(100, 130)}
+GAP = range(10, 30)  # of sft
+ALONE = 20  # has a value between two gaps
 VALUES = {"tiny": 2e-7, "share": 0.25, "tens": 37.5, "thousands": 25_000.0, "millions": -3.2e6}
 # of a text and of what is under it, 0 to 255
 BRIGHTNESS = """node => {
@@ -41,6 +44,35 @@ BRIGHTNESS = """node => {
     while (clear(under)) under = under.parentElement;
     return [getComputedStyle(node).color, getComputedStyle(under).backgroundColor].map(brightness);
 }"""
+# Keeps what is written on each canvas, with its place in pixels.
+NOTE_LABELS = """(() => {
+    const pen = CanvasRenderingContext2D.prototype;
+    const { clearRect, fillText } = pen;
+    pen.clearRect = function (...box) {
+        this.canvas.labels = [];
+        return clearRect.apply(this, box);
+    };
+    pen.fillText = function (text, x, y) {
+        const width = this.measureText(text).width;
+        const share = { left: 0, start: 0, center: 0.5, right: 1, end: 1 }[this.textAlign];
+        const left = this.getTransform().transformPoint({ x, y }).x - share * width;
+        this.canvas.labels.push({ text, left, right: left + width, color: this.fillStyle });
+        return fillText.call(this, text, x, y);
+    };
+})()"""
+LABELS = """() => [...document.querySelectorAll('.chart canvas')].flatMap(canvas =>
+    canvas.labels.map(label => ({ ...label, room: canvas.width })))"""
+# of a chart: the coloured pixels (not grey) of its plot at a share of its width, from top to bottom
+COLORED = """(chart, share) => {
+    const canvas = chart.querySelector('canvas');
+    const [plot, all] = [chart.querySelector('.u-over'), canvas].map(n => n.getBoundingClientRect());
+    const x = Math.round(plot.left - all.left + share * plot.width), y = plot.top - all.top;
+    const { data } = canvas.getContext('2d').getImageData(x - 1, y, 3, plot.height);
+    const pixels = Array.from({ length: data.length / 4 }, (_, i) => [...data.slice(4 * i, 4 * i + 4)]);
+    return pixels.filter(([r, g, b, alpha]) => alpha > 100 && Math.max(r, g, b) - Math.min(r, g, b) > 40);
+}"""
+DRAWN = """() => [...document.querySelectorAll('.chart')].every(
+    chart => !chart.checkVisibility() || chart.querySelector('canvas')?.labels?.length)"""
 ALARM = "alarm entropy_floor: the entropy is 0.001. Raise sampling.temperature."
 
 
@@ -49,6 +81,9 @@ def phase(name: str, steps: range) -> Phase:
         {"step": step, "reward": step / 100, **{k: v * (1 + step / 50) for k, v in VALUES.items()}}
         for step in steps
     ]
+    if name == "sft":
+        for row in metrics:
+            row["gappy"] = math.nan if row["step"] in GAP and row["step"] != ALONE else row["step"]
     alarms = [{"step": steps[7], "text": ALARM}] if name == "rl1" else []
     episode = Episode("e", "game", Task(), 0, (), {"agent": {"win": 1.0}}, {"agent": 1.0})
     times = [
@@ -91,43 +126,64 @@ def page(browser: Any, page_file: Path, request: pytest.FixtureRequest) -> Itera
     wrong: list[str] = []
     one.on("pageerror", lambda error: wrong.append(str(error)))
     one.on("console", lambda said: wrong.append(said.text) if said.type == "error" else None)
+    one.add_init_script(NOTE_LABELS)
     one.goto(page_file.as_uri())
+    one.wait_for_function(DRAWN)
     yield one
     assert wrong == []
     one.close()
 
 
+def open_more(page: Any) -> None:
+    page.locator("details.more > summary").first.click()
+    page.wait_for_function(DRAWN)
+    assert page.locator(".chart canvas").count() > len(VALUES)
+
+
+def share(name: str, step: float) -> float:
+    """Where a step is in a chart of both phases, as a share of the chart's width."""
+    (sft, rl1), gap = STEPS.values(), 3  # 3% of 59 + 29 steps, rounded up
+    whole = sft[-1] + gap + rl1[-1] - rl1[0]
+    return (step if name == "sft" else sft[-1] + gap + step - rl1[0]) / whole
+
+
+def point_at(page: Any, name: str, step: float) -> str:
+    """Point at a step of the first chart; return what the tip says."""
+    box = page.locator(".chart .u-over").first.bounding_box()
+    page.mouse.move(box["x"] + (box["width"] - 1) * share(name, step), box["y"] + 20)
+    return str(page.inner_text("#tip"))
+
+
 def test_pointing_at_a_curve_says_the_step_that_is_there(page: Any) -> None:
-    svg = page.locator(".chart svg").first
-    svg.scroll_into_view_if_needed()
-    box = svg.bounding_box()
-    said = []
-    for k in range(60, 100):
-        page.mouse.move(box["x"] + box["width"] * k / 100, box["y"] + box["height"] / 2)
-        phase_name, step = re.match(r"(\w+) · step (\d+) ·", page.inner_text("#tip")).groups()
-        assert int(step) in STEPS[phase_name]
-        said.append((list(STEPS).index(phase_name), int(step)))
-    assert said == sorted(said), "further right is later"
-    assert len(set(said)) > 25, "a phase has many steps, not one"
-    assert said[-1] == (1, STEPS["rl1"][-1])
-    hairs = page.eval_on_selector_all(".chart .hair", "all => all.map(h => h.getAttribute('x1'))")
-    assert all(float(x) > 0 for x in hairs[:2]), "and the other charts follow"
+    open_more(page)
+    page.locator(".chart").first.scroll_into_view_if_needed()
+    for name, steps in STEPS.items():
+        for step in (*steps[::7], steps[-1]):
+            said = re.fullmatch(
+                r"(\w+) · step (\d+) · (\S+) · mean (\S+)( · alarm)?", point_at(page, name, step)
+            )
+            assert said
+            assert said[1] == name
+            assert int(said[2]) == step
+            assert float(said[3]) == pytest.approx(step / 100, rel=0.01)
+            assert float(said[4]) <= float(said[3]) + 0.01, "the mean is behind"
+    step = STEPS["rl1"][-1]
+    hairs = page.locator(".chart .u-cursor-x:not(.u-off)")
+    figures = page.locator(".chart .now").all_text_contents()
+    both = [figure for figure in figures if figure.startswith(f"step {step} · ")]
+    assert hairs.count() == len(both) == 1 + len(VALUES), "and the other charts of it follow"
+    page.mouse.move(0, 0)
+    assert page.locator("#tip").evaluate("tip => tip.style.opacity") == "0"
 
 
 @pytest.mark.parametrize("page", [(WIDE, "light"), (NARROW, "light")], indirect=True)
 def test_no_label_of_a_chart_is_cut(page: Any) -> None:
-    page.locator("details.more > summary").first.click()
-    page.wait_for_function("document.querySelectorAll('details.more .chart svg').length > 3")
-    outside = page.evaluate(
-        """() => [...document.querySelectorAll('.chart svg text')].filter(text => {
-            const own = text.getBoundingClientRect();
-            const all = text.ownerSVGElement.getBoundingClientRect();
-            return own.left < all.left - 0.5 || own.right > all.right + 0.5;
-        }).map(text => text.textContent)"""
-    )
-    assert outside == []
-    labels = page.locator(".chart svg text").all_text_contents()
-    assert "25,000" in labels
+    open_more(page)
+    labels = page.evaluate(LABELS)
+    assert [one for one in labels if one["left"] < 0 or one["right"] > one["room"]] == []
+    texts = {one["text"] for one in labels}
+    assert {"20,000", "-1.0e7", "sft", "rl1"} <= texts
+    assert not {text for text in texts if re.search("NaN|undefined|null", text)}
 
 
 @pytest.mark.parametrize("page", [(NARROW, "light"), (320, "light")], indirect=True)
@@ -146,8 +202,79 @@ def test_on_a_telephone_nothing_is_out_of_sight(page: Any) -> None:
 def test_alarms_are_listed_and_marked(page: Any) -> None:
     assert ALARM in page.inner_text("#alarms")
     assert f"rl1 · step {STEPS['rl1'][7]}" in page.inner_text("#alarms")
-    marks = page.locator(".chart").first.locator(".alarm title")
-    assert marks.all_text_contents() == [f"rl1 · step {STEPS['rl1'][7]} · alarm"]
+    page.locator(".chart").first.scroll_into_view_if_needed()
+    points = [("sft", 7), *(("rl1", step) for step in range(105, 110))]
+    assert [at for at in points if point_at(page, *at).endswith(" · alarm")] == [("rl1", 107)]
+    page.mouse.move(0, 0)
+    is_red = {}
+    for step in (107, 115):
+        pixels = page.locator(".chart").first.evaluate(COLORED, share("rl1", step))
+        is_red[step] = any(abs(green - blue) < 25 < red - green for red, green, blue, _ in pixels)
+    assert is_red == {107: True, 115: False}
+
+
+def test_a_legend_names_the_phases_and_hides_one(page: Any) -> None:
+    chart = page.locator(".chart").first
+    names = chart.locator(".u-legend .u-label:visible")
+    assert names.all_text_contents() == ["sft", "rl1", "alarm"]
+
+    def inked() -> list[bool]:
+        return [bool(chart.evaluate(COLORED, share(*at))) for at in (("sft", 40), ("rl1", 120))]
+
+    assert inked() == [True, True]
+    names.first.click()
+    page.wait_for_function("document.querySelector('.u-legend .u-off')")
+    assert inked() == [False, True]
+    names.first.click()
+    assert inked() == [True, True]
+
+
+def test_dragging_zooms_all_charts_and_a_double_click_shows_all(page: Any) -> None:
+    plot = page.locator(".chart .u-over").first
+    plot.scroll_into_view_if_needed()
+    box = plot.bounding_box()
+    ends = [box["x"] + 2, box["x"] + box["width"] - 2]
+
+    def seen() -> list[str]:
+        said = []
+        for x in ends:
+            page.mouse.move(x, box["y"] + 20)
+            said.append(" ".join(page.inner_text("#tip").split()[:4]))
+        return said
+
+    whole = ["sft · step 0", "rl1 · step 129"]
+    assert seen() == whole
+    point_at(page, "sft", 19.6)
+    page.mouse.down()
+    point_at(page, "sft", 30)
+    point_at(page, "sft", 40.4)
+    page.mouse.up()
+    assert seen() == ["sft · step 20", "sft · step 40"]
+    assert {one["text"] for one in page.evaluate(LABELS)} >= {"20", "30", "40"}
+    page.mouse.dblclick(box["x"] + 50, box["y"] + 20)
+    assert seen() == whole
+
+
+def test_missing_values_are_gaps_and_a_lone_value_is_a_point(page: Any) -> None:
+    open_more(page)
+    chart = page.locator(".chart", has_text="gappy")
+    drawn = {
+        step: bool(chart.evaluate(COLORED, step / STEPS["sft"][-1]))
+        for step in (5, 15, ALONE, 25, 40)
+    }
+    assert drawn == {5: True, 15: False, ALONE: True, 25: False, 40: True}
+
+
+def test_a_finger_can_point_too(browser: Any, page_file: Path) -> None:
+    context = browser.new_context(viewport={"width": NARROW, "height": 900}, has_touch=True)
+    page = context.new_page()
+    page.goto(page_file.as_uri())
+    plot = page.locator(".chart .u-over").first
+    plot.scroll_into_view_if_needed()
+    box = plot.bounding_box()
+    page.touchscreen.tap(box["x"] + box["width"] * share("rl1", 120), box["y"] + 40)
+    assert page.inner_text("#tip").startswith("rl1 · step 120 · 1.2 · ")
+    context.close()
 
 
 @pytest.mark.parametrize("page", [(WIDE, "dark")], indirect=True)
@@ -155,6 +282,9 @@ def test_in_the_dark_it_is_dark(page: Any) -> None:
     for selector in ("body", ".card", ".tile, h1", "td"):
         ink, paper = page.locator(selector).first.evaluate(BRIGHTNESS)
         assert ink > 150 > 80 > paper, selector
+    assert {one["color"] for one in page.evaluate(LABELS)} == {"#a09d97"}
+    page.emulate_media(color_scheme="light")
+    page.wait_for_function(f"() => ({LABELS})().every(label => label.color === '#6d6a64')")
 
 
 def test_the_slider_shows_another_step(page: Any) -> None:

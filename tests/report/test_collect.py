@@ -142,7 +142,14 @@ def test_only_the_one_script_may_run_and_nothing_is_fetched(folder: Path) -> Non
     assert policy.startswith("default-src 'none'")
     links = {a[key] for _, a in page.tags for key in ("src", "href") if key in a}
     assert all(link is not None and link.startswith(("#", "data:")) for link in links)
-    assert set(re.findall(r"https?://[\w./]+", html)) == {"http://www.w3.org/2000/svg"}  # a name
+    named = {"http://www.w3.org/2000/svg", "https://github.com/leeoniya/uPlot"}  # nothing asks there
+    assert set(re.findall(r"https?://[\w./]+", html)) == named
+
+
+def test_the_licence_of_what_draws_is_on_the_page(folder: Path) -> None:
+    html = write_report(folder).read_text()
+    assert re.search(r"uPlot \(v1\.\d+\.\d+\)", html)
+    assert "The above copyright notice and this permission notice shall be included in" in html
 
 
 def test_curves_are_in_the_data_by_phase(folder: Path) -> None:

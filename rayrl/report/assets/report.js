@@ -1,18 +1,11 @@
 "use strict";
-// Draws each chart as SVG from the JSON in #data; text goes in by textContent only.
+// Draws each chart with uPlot from the JSON in #data; text goes in as text, never as markup.
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
-  const NS = "http://www.w3.org/2000/svg";
   const tip = document.getElementById("tip");
-  const charts = [];
-
-  const make = (parent, tag, attributes, text) => {
-    const node = document.createElementNS(NS, tag);
-    for (const key in attributes) node.setAttribute(key, attributes[key]);
-    if (text !== undefined) node.textContent = text;
-    parent.appendChild(node);
-    return node;
-  };
+  const style = getComputedStyle(document.documentElement);
+  const ink = (name) => style.getPropertyValue(name).trim(); // anew in each drawing: light or dark
+  const WHOLE = [...Array(10).keys()].flatMap((power) => [1, 2, 5].map((m) => m * 10 ** power));
 
   const show = (value) => {
     if (value === null || value === undefined) return "–";
@@ -22,136 +15,168 @@
     return String(+value.toPrecision(3));
   };
 
-  const axis = (value, unit) => {
+  const axisLabel = (value, unit) => {
     if (value === 0) return "0";
     if (unit < 0.0005 || Math.abs(value) >= 1e5) return value.toExponential(1).replace("e+", "e");
     return value.toLocaleString("en", { maximumFractionDigits: Math.max(0, 1 - Math.floor(Math.log10(unit))) });
   };
 
-  const ticks = (low, high, count) => {
-    const rough = (high - low) / count;
-    const power = 10 ** Math.floor(Math.log10(rough));
-    const unit = [1, 2, 2.5, 5, 10].find((m) => m * power >= rough) * power;
-    const out = [];
-    for (let v = Math.ceil(low / unit - 1e-9) * unit; v <= high + unit * 1e-9; v += unit) {
-      out.push(Math.abs(v) < unit * 1e-9 ? 0 : v);
-    }
-    return { unit, values: out };
-  };
-
   // Exponential mean without the pull of its start (the weights are normalised).
-  const smooth = (values, keep) => {
+  const smooth = (values) => {
+    const keep = values.length > 24 ? 0.85 : 0.4;
     let sum = 0, weight = 0;
     return values.map((value) => {
-      if (value !== null) { sum = keep * sum + (1 - keep) * value; weight = keep * weight + (1 - keep); }
-      return weight ? sum / weight : null;
+      if (value === null) return null;
+      sum = keep * sum + (1 - keep) * value;
+      weight = keep * weight + (1 - keep);
+      return sum / weight;
     });
   };
 
-  const line = (points) => {
-    let path = "", pen = false;
-    for (const [x, y] of points) {
-      if (y === null) { pen = false; continue; }
-      path += (pen ? "L" : "M") + x.toFixed(1) + " " + y.toFixed(1);
-      pen = true;
-    }
-    return path;
+  // Where a value has gaps on both sides, so that no line shows it. undefined: no step of this phase.
+  const isolated = (values) => {
+    const own = [...values.keys()].filter((i) => values[i] !== undefined);
+    const isGap = (k) => (values[own[k]] ?? null) === null;
+    return own.filter((_, k) => !isGap(k) && isGap(k - 1) && isGap(k + 1));
   };
 
-  function draw(holder, spec) {
-    holder.querySelector("svg")?.remove();
-    const width = Math.max(220, holder.clientWidth - 32);
-    const height = holder.classList.contains("wide") ? 230 : 160;
-    const right = 8, top = 20, bottom = 20;
-    const svg = make(holder, "svg", { viewBox: `0 0 ${width} ${height}`, height, role: "img" });
-    make(svg, "title", {}, spec.title);
-
-    const runs = spec.lines.map((entry) => ({ ...entry, smoothed: smooth(entry.values, entry.values.length > 24 ? 0.85 : 0.4) }));
-    const all = runs.flatMap((run) => run.values).filter((v) => v !== null);
-    if (!all.length) return;
-    let low = Math.min(...all), high = Math.max(...all);
-    if (spec.unit && low >= 0 && high <= 1) { low = 0; high = 1; }
-    else if (low >= 0 && low < 0.5 * high) low = 0;
-    if (high - low < 1e-12) { const pad = Math.abs(high) * 0.1 || 1; low -= pad; high += pad; }
-    const y = (v) => top + (height - top - bottom) * (1 - (v - low) / (high - low));
-
-    const scale = ticks(low, high, 4);
-    const labels = scale.values.map((v) => make(svg, "text", { y: y(v) + 3.5, "text-anchor": "end" }, axis(v, scale.unit)));
-    const left = Math.max(33, ...labels.map((label) => label.getComputedTextLength())) + 7; // none is cut
-    for (const label of labels) label.setAttribute("x", left - 7);
-    for (const v of scale.values) {
-      make(svg, "line", { class: "grid", x1: left, x2: width - right, y1: y(v), y2: y(v) });
+  // Phases stand side by side, each at one place in all charts, so that they share cursor and zoom.
+  const phases = [];
+  for (const line of Object.values(data).flatMap((chart) => chart.lines)) {
+    const phase = (phases[line.phase] ??= { name: line.name, first: Infinity, last: -Infinity });
+    for (const step of [...line.steps, ...line.alarms]) {
+      phase.first = Math.min(phase.first, step);
+      phase.last = Math.max(phase.last, step);
     }
-    const total = runs.reduce((sum, run) => sum + Math.max(1, run.steps.length), 0);
-    const gap = runs.length > 1 ? 10 : 0;
-    const room = width - left - right - gap * (runs.length - 1);
-    let next = left;
-    for (const run of runs) {
-      const from = next; // its own: `run.x` is called long after the loop has moved on
-      const span = Math.max(8, room * Math.max(1, run.steps.length) / total);
-      const first = run.steps[0], last = run.steps[run.steps.length - 1];
-      const x = (step) => (last === first ? from + span / 2 : from + span * (step - first) / (last - first));
-      run.x = x; run.from = from; run.to = from + span;
-      if (run !== runs[0]) make(svg, "line", { class: "divide", x1: from - gap / 2, x2: from - gap / 2, y1: top - 12, y2: height - bottom });
-      const color = `var(--p${run.color % 8})`;
-      if (span > 7 * run.name.length) make(svg, "text", { class: "phase", x: from, y: top - 9, style: `fill:${color}` }, run.name);
-      make(svg, "text", { x: from, y: height - 5 }, show(first));
-      if (last !== first && span > 48) make(svg, "text", { x: from + span, y: height - 5, "text-anchor": "end" }, show(last));
-      if (run.steps.length < 3) {
-        run.steps.forEach((s, i) => run.values[i] !== null && make(svg, "circle", { cx: x(s), cy: y(run.values[i]), r: 3, style: `fill:${color}` }));
-      } else {
-        make(svg, "path", { class: "raw", style: `stroke:${color}`, d: line(run.steps.map((s, i) => [x(s), run.values[i] === null ? null : y(run.values[i])])) });
-        make(svg, "path", { class: "smooth", style: `stroke:${color}`, d: line(run.steps.map((s, i) => [x(s), run.smoothed[i] === null ? null : y(run.smoothed[i])])) });
-      }
-      for (const step of run.alarms) {
-        const mark = make(svg, "path", { class: "alarm", d: `M${x(step)} ${height - bottom - 6}l4 6h-8Z` });
-        make(mark, "title", {}, `${run.name} · step ${step} · alarm`);
-      }
-      next += span + gap;
+  }
+  const between = Math.ceil(0.03 * phases.reduce((sum, phase) => sum + phase.last - phase.first, 1));
+  phases.filter(Boolean).reduce((from, phase) => {
+    phase.from = from;
+    return from + phase.last - phase.first + between;
+  }, 0);
+  const place = (line) => (step) => phases[line.phase].from + step - phases[line.phase].first;
+
+  function plot(holder, width) {
+    const { title, unit, lines } = data[holder.dataset.chart];
+    const own = lines.map((line) => phases[line.phase]);
+    const phaseAt = (x) => own.findLastIndex((phase) => phase.from <= x);
+    const stepAt = (x) => x - own[phaseAt(x)].from + own[phaseAt(x)].first;
+
+    const series = [{}];
+    const tables = lines.map((line) => {
+      const name = `--p${line.phase % 8}`, color = () => ink(name);
+      series.push({
+        label: line.name, name, stroke: () => color().replace(")", " / .35)"),
+        points: { size: 5, stroke: color, fill: color, filter: (u, i, dense) => (dense ? null : alone[i]) },
+      });
+      series.push({ class: "mean", name, stroke: color, width: 2, points: { show: false } });
+      return [line.steps.map(place(line)), line.values, smooth(line.values)];
+    });
+    const alarms = lines.flatMap((line) => line.alarms.map(place(line)));
+    if (alarms.length) {
+      const points = { show: true, size: 7, width: 0, fill: () => ink("--bad") };
+      series.push({ label: "alarm", name: "--bad", scale: "alarm", paths: () => null, points });
+      tables.push([alarms, alarms.map(() => 0)]);
     }
-    const hair = make(svg, "line", { class: "hair", y1: top, y2: height - bottom, opacity: 0 });
-    const chart = { holder, spec, runs, hair, svg, width };
-    charts.push(chart);
-    const move = (event) => {
-      const box = svg.getBoundingClientRect();
-      const at = (event.clientX - box.left) * width / box.width;
-      const run = runs.find((r) => at <= r.to + gap / 2) || runs[runs.length - 1];
-      let best = 0;
-      run.steps.forEach((s, i) => { if (Math.abs(run.x(s) - at) < Math.abs(run.x(run.steps[best]) - at)) best = i; });
-      point(run.name, run.steps[best]);
-      tip.textContent = `${run.name} · step ${run.steps[best]} · ${show(run.values[best])}`;
+
+    const joined = uPlot.join(tables), alone = joined.map(isolated);
+
+    const axis = { scale: "x", font: "11px system-ui, sans-serif", stroke: () => ink("--soft"), ticks: { show: false } };
+    const grid = { stroke: () => ink("--line"), width: 1 };
+    const axes = [{
+      ...axis, size: 22, gap: 6, space: 36, incrs: WHOLE, grid: { show: false },
+      splits: (u, _, low, high, unit) => own.flatMap(({ first, last, from }) => {
+        const start = Math.ceil(first / unit), count = Math.floor(last / unit) - start + 1;
+        const all = Array.from({ length: Math.max(0, count) }, (_, k) => from + (start + k) * unit - first);
+        return all.filter((x) => low <= x && x <= high);
+      }),
+      filter: (u, places, _, space, unit) => { // the last label of a phase and the next one's first
+        let last = -Infinity;
+        return places.map((x) => (x - last < unit * 0.8 ? null : (last = x)));
+      },
+      values: (u, places) => places.map((x) => (x === null ? null : stepAt(x).toLocaleString("en"))),
+    }, {
+      ...axis, scale: "y", gap: 6, space: 24, grid,
+      values: (u, values, _, space, unit) => values.map((value) => axisLabel(value, unit)),
+      size: (u, labels, i) => { // so that no label is cut
+        u.ctx.font = u.axes[i].font[0]; // in device pixels
+        const widths = (labels ?? []).map((label) => u.ctx.measureText(label).width / devicePixelRatio);
+        return Math.max(33, ...widths) + 8;
+      },
+    }];
+    if (own.length > 1) { // their names, each where its phase begins, if there is room
+      axes.push({
+        ...axis, side: 0, size: 18, gap: 4, align: 1, grid: { ...grid, dash: [2, 3] },
+        splits: (u, _, low) => own.map((phase) => Math.max(low, phase.from)),
+        values: (u, places, _, space, unit) => own.map(({ name, from, first, last }, k) => {
+          const end = Math.min(u.scales.x.max, from + last - first);
+          return (end - places[k]) * space / unit > 7 * name.length ? name : null;
+        }),
+      });
+    }
+
+    // The figure beside the title, and the tip where it is this chart that is pointed at.
+    const read = (u) => {
+      const { left, idx, event } = u.cursor;
+      const now = holder.querySelector(".now");
+      const isSource = event?.type === "mousemove";
+      if ((idx ?? null) === null || left < 0 || left > u.over.clientWidth) {
+        now.textContent = show(tables[lines.length - 1][2].findLast((value) => value !== null));
+        if (event) tip.style.opacity = 0;
+        return;
+      }
+      const x = u.data[0][idx], k = phaseAt(x);
+      const [value, mean] = [u.data[2 * k + 1][idx], u.data[2 * k + 2][idx]];
+      now.textContent = `step ${stepAt(x)} · ${show(value)}`;
+      if (!isSource) return;
+      tip.textContent = `${own[k].name} · step ${stepAt(x)} · ${show(value)} · mean ${show(mean)}` + (alarms.includes(x) ? " · alarm" : "");
       tip.style.opacity = 1;
       tip.style.left = Math.min(event.clientX + 14, innerWidth - tip.offsetWidth - 8) + "px";
       tip.style.top = event.clientY + 14 + "px";
     };
-    svg.addEventListener("pointermove", move);
-    svg.addEventListener("pointerdown", move);
-    svg.addEventListener("pointerleave", () => { tip.style.opacity = 0; point(null, 0); });
+
+    const chart = new uPlot({
+      width, height: holder.classList.contains("wide") ? 230 : 160, series, axes,
+      scales: {
+        x: { time: false, range: (u, low, high) => (low === high ? [low - 1, high + 1] : [low, high]) },
+        y: { range: (u, low, high) => (low === null || (unit && low >= 0 && high <= 1) ? [0, 1] : uPlot.rangeNum(low, high, 0.1, true)) },
+        alarm: { range: [-0.04, 1] },
+      },
+      legend: { live: false, markers: { width: 0, fill: (u, i) => `var(${series[i].name})` } },
+      cursor: {
+        y: false, sync: { key: "steps", scales: ["x", null] },
+        points: { size: 7, fill: (u, i) => `var(${series[i].name})` },
+        dataIdx: (u, i, idx, x) => (x < u.scales.x.min || x > u.scales.x.max ? null : idx), // pointed at elsewhere
+      },
+      hooks: {
+        setCursor: [read],
+        setSeries: [(u, i, { show }) => show !== undefined && series[i + 1]?.class && u.setSeries(i + 1, { show })],
+      },
+    }, joined, holder);
+    chart.ctx.canvas.setAttribute("role", "img");
+    chart.ctx.canvas.setAttribute("aria-label", title);
+    // uPlot knows the mouse only.
+    for (const [touch, mouse] of [["pointerdown", "mousemove"], ["pointermove", "mousemove"], ["pointerleave", "mouseleave"]]) {
+      chart.over.addEventListener(touch, (event) => {
+        if (event.pointerType !== "mouse") chart.over.dispatchEvent(new MouseEvent(mouse, event));
+      });
+    }
+    read(chart);
+    return chart;
   }
 
-  // One hairline in every chart that has this phase and step; the figure beside each title follows.
-  function point(phase, step) {
-    for (const { holder, runs, hair } of charts) {
-      const run = runs.find((r) => r.name === phase);
-      const i = run ? run.steps.indexOf(step) : -1;
-      hair.setAttribute("opacity", i < 0 ? 0 : 0.6);
-      if (i >= 0) { hair.setAttribute("x1", run.x(step)); hair.setAttribute("x2", run.x(step)); }
-      const last = runs[runs.length - 1];
-      const shown = i < 0 ? last.smoothed[last.smoothed.length - 1] : run.values[i];
-      holder.querySelector(".now").textContent = show(shown);
+  const charts = new Map();
+  const fit = (holder, width) => {
+    const chart = charts.get(holder);
+    if (!chart) charts.set(holder, plot(holder, width));
+    else if (chart.width !== width) chart.setSize({ width, height: chart.height });
+  };
+  // Also tells when "more" is opened. Drawing changes heights, so it waits for the next frame.
+  const observer = new ResizeObserver((entries) => requestAnimationFrame(() => {
+    for (const { target, contentRect } of entries) {
+      if (contentRect.width) fit(target, Math.floor(contentRect.width));
     }
-  }
-
-  function all() {
-    charts.length = 0;
-    for (const holder of document.querySelectorAll(".chart")) {
-      if (holder.clientWidth) draw(holder, data[holder.dataset.chart]);
-    }
-    point(null, 0);
-  }
-  let due = 0;
-  const soon = () => { cancelAnimationFrame(due); due = requestAnimationFrame(all); };
-  addEventListener("resize", soon);
-  for (const box of document.querySelectorAll("details.more")) box.addEventListener("toggle", soon);
-  all();
+  }));
+  for (const holder of document.querySelectorAll(".chart")) observer.observe(holder);
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => charts.forEach((chart) => chart.redraw()));
 })();
