@@ -142,7 +142,7 @@ def open_more(page: Any) -> None:
 
 def share(name: str, step: float) -> float:
     """Where a step is in a chart of both phases, as a share of the chart's width."""
-    (sft, rl1), gap = STEPS.values(), 3  # 3% of 59 + 29 steps, rounded up
+    (sft, rl1), gap = STEPS.values(), 2  # 2% of 59 + 29 steps, rounded up
     whole = sft[-1] + gap + rl1[-1] - rl1[0]
     return (step if name == "sft" else sft[-1] + gap + step - rl1[0]) / whole
 
@@ -249,6 +249,7 @@ def test_dragging_zooms_all_charts_and_a_double_click_shows_all(page: Any) -> No
     point_at(page, "sft", 30)
     point_at(page, "sft", 40.4)
     page.mouse.up()
+    assert "step 29" in page.inner_text("#tip"), "what the pointer is over now"
     assert seen() == ["sft · step 20", "sft · step 40"]
     assert {one["text"] for one in page.evaluate(LABELS)} >= {"20", "30", "40"}
     page.mouse.dblclick(box["x"] + 50, box["y"] + 20)

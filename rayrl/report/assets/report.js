@@ -5,7 +5,7 @@
   const tip = document.getElementById("tip");
   const style = getComputedStyle(document.documentElement);
   const ink = (name) => style.getPropertyValue(name).trim(); // anew in each drawing: light or dark
-  const WHOLE = [...Array(10).keys()].flatMap((power) => [1, 2, 5].map((m) => m * 10 ** power));
+  const WHOLE = [...Array(12).keys()].flatMap((power) => [1, 2, 5].map((m) => m * 10 ** power));
 
   const show = (value) => {
     if (value === null || value === undefined) return "–";
@@ -49,8 +49,8 @@
       phase.last = Math.max(phase.last, step);
     }
   }
-  const between = Math.ceil(0.03 * phases.reduce((sum, phase) => sum + phase.last - phase.first, 1));
-  phases.filter(Boolean).reduce((from, phase) => {
+  const between = Math.ceil(0.02 * phases.reduce((sum, phase) => sum + phase.last - phase.first, 1));
+  phases.reduce((from, phase) => {
     phase.from = from;
     return from + phase.last - phase.first + between;
   }, 0);
@@ -60,13 +60,14 @@
     const { title, unit, lines } = data[holder.dataset.chart];
     const own = lines.map((line) => phases[line.phase]);
     const phaseAt = (x) => own.findLastIndex((phase) => phase.from <= x);
+    const label = (step) => step.toLocaleString("en");
     const stepAt = (x) => x - own[phaseAt(x)].from + own[phaseAt(x)].first;
 
     const series = [{}];
     const tables = lines.map((line) => {
       const name = `--p${line.phase % 8}`, color = () => ink(name);
       series.push({
-        label: line.name, name, stroke: () => color().replace(")", " / .35)"),
+        label: line.name, name, stroke: () => color().replace(")", " / .35)"), // oklch(… / alpha)
         points: { size: 5, stroke: color, fill: color, filter: (u, i, dense) => (dense ? null : alone[i]) },
       });
       series.push({ class: "mean", name, stroke: color, width: 2, points: { show: false } });
@@ -84,7 +85,8 @@
     const axis = { scale: "x", font: "11px system-ui, sans-serif", stroke: () => ink("--soft"), ticks: { show: false } };
     const grid = { stroke: () => ink("--line"), width: 1 };
     const axes = [{
-      ...axis, size: 22, gap: 6, space: 36, incrs: WHOLE, grid: { show: false },
+      ...axis, size: 22, gap: 6, incrs: WHOLE, grid: { show: false },
+      space: 14 + 7 * Math.max(...own.map((phase) => label(phase.last).length)),
       splits: (u, _, low, high, unit) => own.flatMap(({ first, last, from }) => {
         const start = Math.ceil(first / unit), count = Math.floor(last / unit) - start + 1;
         const all = Array.from({ length: Math.max(0, count) }, (_, k) => from + (start + k) * unit - first);
@@ -94,7 +96,7 @@
         let last = -Infinity;
         return places.map((x) => (x - last < unit * 0.8 ? null : (last = x)));
       },
-      values: (u, places) => places.map((x) => (x === null ? null : stepAt(x).toLocaleString("en"))),
+      values: (u, places) => places.map((x) => (x === null ? null : label(stepAt(x)))),
     }, {
       ...axis, scale: "y", gap: 6, space: 24, grid,
       values: (u, values, _, space, unit) => values.map((value) => axisLabel(value, unit)),
@@ -115,21 +117,20 @@
       });
     }
 
-    // The figure beside the title, and the tip where it is this chart that is pointed at.
+    // The figure beside the title, and the tip if it is this chart that is pointed at.
+    const now = holder.querySelector(".now");
     const read = (u) => {
       const { left, idx, event } = u.cursor;
-      const now = holder.querySelector(".now");
-      const isSource = event?.type === "mousemove";
-      if ((idx ?? null) === null || left < 0 || left > u.over.clientWidth) {
+      const x = u.data[0][idx], { min, max } = u.scales.x;
+      if (!(min <= x && x <= max && left >= 0 && left <= u.over.clientWidth)) {
         now.textContent = show(tables[lines.length - 1][2].findLast((value) => value !== null));
         if (event) tip.style.opacity = 0;
         return;
       }
-      const x = u.data[0][idx], k = phaseAt(x);
-      const [value, mean] = [u.data[2 * k + 1][idx], u.data[2 * k + 2][idx]];
-      now.textContent = `step ${stepAt(x)} · ${show(value)}`;
-      if (!isSource) return;
-      tip.textContent = `${own[k].name} · step ${stepAt(x)} · ${show(value)} · mean ${show(mean)}` + (alarms.includes(x) ? " · alarm" : "");
+      const k = phaseAt(x), [value, mean] = [2 * k + 1, 2 * k + 2].map((i) => show(u.data[i][idx]));
+      now.textContent = `step ${stepAt(x)} · ${value}`;
+      if (!event) return;
+      tip.textContent = `${own[k].name} · step ${stepAt(x)} · ${value} · mean ${mean}${alarms.includes(x) ? " · alarm" : ""}`;
       tip.style.opacity = 1;
       tip.style.left = Math.min(event.clientX + 14, innerWidth - tip.offsetWidth - 8) + "px";
       tip.style.top = event.clientY + 14 + "px";
