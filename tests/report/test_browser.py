@@ -275,6 +275,21 @@ def test_a_finger_can_point_too(browser: Any, page_file: Path) -> None:
     box = plot.bounding_box()
     page.touchscreen.tap(box["x"] + box["width"] * share("rl1", 120), box["y"] + 40)
     assert page.inner_text("#tip").startswith("rl1 · step 120 · 1.2 · ")
+    device = context.new_cdp_session(page)
+
+    def touch(kind: str, *steps: int) -> None:
+        points = [
+            {"x": box["x"] + box["width"] * share("sft", step), "y": box["y"] + 40}
+            for step in steps
+        ]
+        device.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+
+    touch("touchStart", 10)
+    for step in (20, 30, 40):
+        touch("touchMove", step)
+        page.wait_for_function(f"() => document.querySelector('#tip').textContent.includes(' {step} ')")
+    touch("touchEnd")
+    page.wait_for_function("() => document.querySelector('#tip').style.opacity === '0'")
     context.close()
 
 
