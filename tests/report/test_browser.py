@@ -29,7 +29,14 @@ WIDE, NARROW = 1280, 400
 STEPS = {"sft": range(60), "rl1": range(100, 130)}
 GAP = range(10, 30)  # of sft
 ALONE = 20  # has a value between two gaps
-VALUES = {"tiny": 2e-7, "share": 0.25, "tens": 37.5, "thousands": 25_000.0, "millions": -3.2e6}
+VALUES = {
+    "zero": 0.0,
+    "tiny": 2e-7,
+    "share": 0.25,
+    "tens": 37.5,
+    "thousands": 25_000.0,
+    "millions": -3.2e6,
+}
 # of a text and of what is under it, 0 to 255
 BRIGHTNESS = """node => {
     const pen = document.createElement('canvas').getContext('2d');
@@ -56,20 +63,24 @@ NOTE_LABELS = """(() => {
         const width = this.measureText(text).width;
         const share = { left: 0, start: 0, center: 0.5, right: 1, end: 1 }[this.textAlign];
         const left = this.getTransform().transformPoint({ x, y }).x - share * width;
-        this.canvas.labels.push({ text, left, right: left + width, color: this.fillStyle });
+        const { textAlign: align, fillStyle: color } = this;
+        this.canvas.labels.push({ text, align, left, right: left + width, color });
         return fillText.call(this, text, x, y);
     };
 })()"""
 LABELS = """() => [...document.querySelectorAll('.chart canvas')].flatMap(canvas =>
-    canvas.labels.map(label => ({ ...label, room: canvas.width })))"""
+    canvas.labels.map(label => ({ ...label, room: canvas.width, title: canvas.ariaLabel })))"""
 # of a chart: the coloured pixels (not grey) of its plot at a share of its width, from top to bottom
 COLORED = """(chart, share) => {
     const canvas = chart.querySelector('canvas');
-    const [plot, all] = [chart.querySelector('.u-over'), canvas].map(n => n.getBoundingClientRect());
-    const x = Math.round(plot.left - all.left + share * plot.width), y = plot.top - all.top;
+    const [plot, whole] = [chart.querySelector('.u-over'), canvas].map(
+        node => node.getBoundingClientRect());
+    const x = Math.round(plot.left - whole.left + share * plot.width), y = plot.top - whole.top;
     const { data } = canvas.getContext('2d').getImageData(x - 1, y, 3, plot.height);
-    const pixels = Array.from({ length: data.length / 4 }, (_, i) => [...data.slice(4 * i, 4 * i + 4)]);
-    return pixels.filter(([r, g, b, alpha]) => alpha > 100 && Math.max(r, g, b) - Math.min(r, g, b) > 40);
+    const pixels = Array.from(
+        { length: data.length / 4 }, (_, i) => [...data.slice(4 * i, 4 * i + 4)]);
+    return pixels.filter(
+        ([r, g, b, alpha]) => alpha > 100 && Math.max(r, g, b) - Math.min(r, g, b) > 40);
 }"""
 DRAWN = """() => [...document.querySelectorAll('.chart')].every(
     chart => !chart.checkVisibility() || chart.querySelector('canvas')?.labels?.length)"""
@@ -83,6 +94,7 @@ def phase(name: str, steps: range) -> Phase:
     ]
     if name == "sft":
         for row in metrics:
+            row["close"] = 5e-7 + 1e-10 * row["step"]
             row["gappy"] = math.nan if row["step"] in GAP and row["step"] != ALONE else row["step"]
     alarms = [{"step": steps[7], "text": ALARM}] if name == "rl1" else []
     episode = Episode("e", "game", Task(), 0, (), {"agent": {"win": 1.0}}, {"agent": 1.0})
@@ -184,6 +196,10 @@ def test_no_label_of_a_chart_is_cut(page: Any) -> None:
     texts = {one["text"] for one in labels}
     assert {"20,000", "-1.0e7", "sft", "rl1"} <= texts
     assert not {text for text in texts if re.search("NaN|undefined|null", text)}
+    for title in {one["title"] for one in labels}:
+        up = [one["text"] for one in labels if one["title"] == title and one["align"] == "right"]
+        assert len(set(up)) == len(up) > 1, title
+        assert title != "zero" or up[-1] == "1"
 
 
 @pytest.mark.parametrize("page", [(NARROW, "light"), (320, "light")], indirect=True)
@@ -284,12 +300,13 @@ def test_a_finger_can_point_too(browser: Any, page_file: Path) -> None:
         ]
         device.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
 
+    tip = "document.getElementById('tip')"
     touch("touchStart", 10)
     for step in (20, 30, 40):
         touch("touchMove", step)
-        page.wait_for_function(f"() => document.querySelector('#tip').textContent.includes(' {step} ')")
+        page.wait_for_function(f"() => {tip}.textContent.includes(' {step} ')")
     touch("touchEnd")
-    page.wait_for_function("() => document.querySelector('#tip').style.opacity === '0'")
+    page.wait_for_function(f"() => {tip}.style.opacity === '0'")
     context.close()
 
 

@@ -142,8 +142,8 @@ def test_only_the_one_script_may_run_and_nothing_is_fetched(folder: Path) -> Non
     assert policy.startswith("default-src 'none'")
     links = {a[key] for _, a in page.tags for key in ("src", "href") if key in a}
     assert all(link is not None and link.startswith(("#", "data:")) for link in links)
-    named = {"http://www.w3.org/2000/svg", "https://github.com/leeoniya/uPlot"}  # nothing asks there
-    assert set(re.findall(r"https?://[\w./]+", html)) == named
+    names = {"http://www.w3.org/2000/svg", "https://github.com/leeoniya/uPlot"}  # not asked
+    assert set(re.findall(r"https?://[\w./]+", html)) == names
 
 
 def test_the_licence_of_what_draws_is_on_the_page(folder: Path) -> None:

@@ -17,8 +17,11 @@
 
   const axisLabel = (value, unit) => {
     if (value === 0) return "0";
-    if (unit < 0.0005 || Math.abs(value) >= 1e5) return value.toExponential(1).replace("e+", "e");
-    return value.toLocaleString("en", { maximumFractionDigits: Math.max(0, 1 - Math.floor(Math.log10(unit))) });
+    const power = (number) => Math.floor(Math.log10(Math.abs(number)));
+    if (unit < 0.0005 || Math.abs(value) >= 1e5) {
+      return value.toExponential(Math.max(1, power(value) - power(unit))).replace("e+", "e");
+    }
+    return value.toLocaleString("en", { maximumFractionDigits: Math.max(0, 1 - power(unit)) });
   };
 
   // Exponential mean without the pull of its start (the weights are normalised).
@@ -140,7 +143,7 @@
       width, height: holder.classList.contains("wide") ? 230 : 160, series, axes,
       scales: {
         x: { time: false, range: (u, low, high) => (low === high ? [low - 1, high + 1] : [low, high]) },
-        y: { range: (u, low, high) => (low === null || (unit && low >= 0 && high <= 1) ? [0, 1] : uPlot.rangeNum(low, high, 0.1, true)) },
+        y: { range: (u, low, high) => ((!low && !high) || (unit && low >= 0 && high <= 1) ? [0, 1] : uPlot.rangeNum(low, high, 0.1, true)) },
         alarm: { range: [-0.04, 1] },
       },
       legend: { live: false, markers: { width: 0, fill: (u, i) => `var(${series[i].name})` } },
