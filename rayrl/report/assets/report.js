@@ -125,7 +125,7 @@
     const read = (u) => {
       const { left, idx, event } = u.cursor;
       const x = u.data[0][idx], { min, max } = u.scales.x;
-      if (!(min <= x && x <= max && left >= 0 && left <= u.over.clientWidth)) {
+      if (!(min <= x && x <= max && left >= 0 && left <= u.bbox.width / devicePixelRatio)) {
         now.textContent = show(tables[lines.length - 1][2].findLast((value) => value !== null));
         if (event) tip.style.opacity = 0;
         return;
