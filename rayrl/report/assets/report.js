@@ -4,7 +4,8 @@
   const data = JSON.parse(document.getElementById("data").textContent);
   const tip = document.getElementById("tip");
   const style = getComputedStyle(document.documentElement);
-  const ink = (name) => style.getPropertyValue(name).trim(); // anew in each drawing: light or dark
+  let inks = {}; // of the light or the dark page; to ask the page each time would be slow
+  const ink = (name) => (inks[name] ??= style.getPropertyValue(name).trim());
   const WHOLE = [...Array(12).keys()].flatMap((power) => [1, 2, 5].map((m) => m * 10 ** power));
 
   const show = (value) => {
@@ -66,12 +67,12 @@
     const label = (step) => step.toLocaleString("en");
     const stepAt = (x) => x - own[phaseAt(x)].from + own[phaseAt(x)].first;
 
-    const series = [{}];
+    const series = [{}], alone = [];
     const tables = lines.map((line) => {
       const name = `--p${line.phase % 8}`, color = () => ink(name);
       series.push({
         label: line.name, name, stroke: () => color().replace(")", " / .35)"), // oklch(… / alpha)
-        points: { size: 5, stroke: color, fill: color, filter: (u, i, dense) => (dense ? null : alone[i]) },
+        points: { size: 5, stroke: color, fill: color, filter: (u, i, dense) => (dense ? null : (alone[i] ??= isolated(u.data[i]))) },
       });
       series.push({ class: "mean", name, stroke: color, width: 2, points: { show: false } });
       return [line.steps.map(place(line)), line.values, smooth(line.values)];
@@ -82,8 +83,6 @@
       series.push({ label: "alarm", name: "--bad", scale: "alarm", paths: () => null, points });
       tables.push([alarms, alarms.map(() => 0)]);
     }
-
-    const joined = uPlot.join(tables), alone = joined.map(isolated);
 
     const axis = { scale: "x", font: "11px system-ui, sans-serif", stroke: () => ink("--soft"), ticks: { show: false } };
     const grid = { stroke: () => ink("--line"), width: 1 };
@@ -156,7 +155,7 @@
         setCursor: [read],
         setSeries: [(u, i, { show }) => show !== undefined && series[i + 1]?.class && u.setSeries(i + 1, { show })],
       },
-    }, joined, holder);
+    }, uPlot.join(tables), holder);
     chart.ctx.canvas.setAttribute("role", "img");
     chart.ctx.canvas.setAttribute("aria-label", title);
     // uPlot knows the mouse only.
@@ -182,5 +181,8 @@
     }
   }));
   for (const holder of document.querySelectorAll(".chart")) observer.observe(holder);
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => charts.forEach((chart) => chart.redraw()));
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
+    inks = {};
+    charts.forEach((chart) => chart.redraw());
+  });
 })();
