@@ -328,17 +328,20 @@ class Environment:
         """
         if not isinstance(returned, Result):
             return self.scores(returned), {}
-        scores, facts = self.scores(returned.scores), dict(returned.facts)
-        where = f"environment {self.name!r} returned the facts {safe_repr(facts)}"
+        scores = self.scores(returned.scores)
+        wrong = ""
         try:
+            facts = dict(returned.facts)
             text = json.dumps(facts, allow_nan=False)
-            same = json.loads(text) == facts
+            if json.loads(text) != facts:
+                wrong = "JSON reads them otherwise; use strings as keys, and lists"
+            elif len(text) > MAX_FACTS:
+                wrong = f"{len(text):,} characters, more than {MAX_FACTS:,}"
         except (TypeError, ValueError, RecursionError) as error:
-            raise EnvError(f"{where}, which are not JSON: {error}") from error
-        if not same:
-            raise EnvError(f"{where}: JSON reads them otherwise; use strings as keys, and lists")
-        if len(text) > MAX_FACTS:
-            raise EnvError(f"{where}: {len(text):,} characters, more than {MAX_FACTS:,}")
+            wrong = f"they are not JSON: {error}; use a mapping of plain data"
+        if wrong:
+            said = safe_repr(returned.facts)
+            raise EnvError(f"environment {self.name!r} returned the facts {said}: {wrong}")
         return scores, replace_surrogates(facts)
 
     def scores(self, returned: object) -> dict[str, dict[str, float]]:

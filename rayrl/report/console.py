@@ -12,6 +12,7 @@ from rich.segment import Segment
 from rich.text import Text
 
 from rayrl.conversations import beginning, seat_name
+from rayrl.errors import clip
 from rayrl.terminal import visible
 from rayrl.types import Episode, Message, Turn
 
@@ -95,7 +96,7 @@ def task_text(episode: Episode) -> Text:
 
 def _named(what: str, values: Mapping[str, Any]) -> Text:
     text = Text(f"{what}: " if values else "", style="dim")
-    text.append(visible("  ".join(f"{name} {value}" for name, value in values.items())))
+    text.append(visible("  ".join(f"{name} {clip(str(value))}" for name, value in values.items())))
     return text
 
 

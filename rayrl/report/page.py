@@ -22,6 +22,7 @@ from markupsafe import Markup
 
 from rayrl.config import Config, differences
 from rayrl.conversations import beginning, seat_name
+from rayrl.errors import clip
 from rayrl.report.statistics import Split
 from rayrl.report.table import Column, Result, columns, entry, failure_notes, usage_notes
 from rayrl.run.metrics import latest_steps
@@ -383,7 +384,7 @@ def _episode(label: str, episode: Episode) -> dict[str, Any]:
         )
         messages.append({"role": "assistant", "speaker": speaker, "text": turn.text})
     if episode.facts:
-        facts = "\n".join(f"{name}: {value}" for name, value in episode.facts.items())
+        facts = "\n".join(f"{name}: {clip(str(value))}" for name, value in episode.facts.items())
         messages.append({"role": "tool", "speaker": "facts", "text": facts})
     if episode.failure is not None:
         messages.append({"role": "tool", "speaker": "failure", "text": episode.failure.message})

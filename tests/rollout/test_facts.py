@@ -63,6 +63,7 @@ class Unequal:
 @pytest.mark.parametrize(
     ("facts", "said"),
     [
+        (5, "not JSON: 'int' object is not iterable"),
         ({"a": {1, 2}}, "not JSON: Object of type set"),
         ({"a": float("nan")}, "not JSON: Out of range float"),
         ({"a": (1, 2)}, "JSON reads them otherwise"),

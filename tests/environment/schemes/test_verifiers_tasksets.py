@@ -26,6 +26,8 @@ from rayrl.rollout.resume import EpisodeResume
 from rayrl.rollout.rollout import play_episode
 from rayrl.types import Episode, Message
 
+pytestmark = pytest.mark.slow  # each of its programs imports verifiers
+
 VENV = Path(sys.prefix, "verifiers")  # made by scripts/setup dev
 HERE = Path(__file__).parent / "verifiers_tasksets"
 UV = """#!/bin/sh

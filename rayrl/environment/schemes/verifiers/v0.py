@@ -301,8 +301,8 @@ class _Loaded:
             )
         if any(kind.__module__.startswith("verifiers.v1") for kind in type(environment).__mro__):
             raise ConfigError(
-                f"{where}: it is a taskset with a harness, of verifiers' v1 interface, which "
-                "cannot be played"
+                f"{where}: load_environment returned one of verifiers' v1 interface. Name its "
+                f"taskset in a virtual environment that has it: verifiers:VENV:{self.id}"
             )
         if not environment.score_rollouts:
             raise ConfigError(f"{where}: it does not score (score_rollouts=False)")
