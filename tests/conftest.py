@@ -27,8 +27,8 @@ remove_own_folders = own_folders()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Of several workers, let all runs be forked from one process that has imported everything."""
-    if getattr(config.option, "numprocesses", None) and sys.platform == "linux":
+    """In each of several workers, let all runs be forked from one child that imports everything."""
+    if hasattr(config, "workerinput") and sys.platform == "linux":
         from rayrl.cluster.actors import import_variables
         from rayrl.cluster.fork_server import WARM, ForkServer
         from rayrl.cluster.open import worker_imports
@@ -36,8 +36,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
         every = from_dict({"learner": {"kind": "deepspeed"}, "cluster": {"fork_workers": True}})
         modules = worker_imports(every, engine=True, learner=True)
-        folder = Path(tempfile.mkdtemp(prefix="rayrl-warm-", dir="/tmp"))
-        warm = ForkServer(folder, modules, import_variables(threads=1))
+        warm = ForkServer(Path(tempfile.gettempdir()), modules, import_variables(threads=1))
         os.environ[WARM] = str(warm.path)
         config.add_cleanup(warm.stop)
 

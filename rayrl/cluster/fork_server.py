@@ -12,6 +12,7 @@ variable `RAYRL_WARM_SERVER` names.
 from __future__ import annotations
 
 import array
+import ctypes
 import gc
 import importlib
 import json
@@ -37,6 +38,7 @@ VARIABLE = "RAYRL_FORK_SERVER"  # of the raylet's environment: the server's sock
 WARM = "RAYRL_WARM_SERVER"
 PATIENCE_S = 20.0  # how long a worker waits for the imports; Ray gives it 60 s in all
 NO_JOB = "ffffffff"  # in Ray's notation
+PR_SET_PDEATHSIG = 1
 SETUP_ARGUMENTS = ("--serialized-runtime-env-context=", "--language=")  # of Ray's setup_worker.py
 
 
@@ -72,7 +74,7 @@ class _Server:
     """Listens while it imports; what arrives waits for that, but not for too long."""
 
     def __init__(self, path: str, modules: Sequence[str], ends: Sequence[int]) -> None:
-        self._path, self._modules = path, [*modules]
+        self._path, self._modules, self._is_forked = path, [*modules], len(ends) > 1
         self._own = _surroundings()  # before the imports, which change some
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         before = os.umask(0o177)
@@ -129,6 +131,8 @@ class _Server:
             client.sendall(b"\0")
             if not is_worker:
                 request["client"] = os.dup(client.fileno())
+            elif self._is_forked:  # its Ray would end with the server that has imported it
+                ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         for key in [*self._events.get_map().values()]:
             if key.fd:
                 os.close(key.fd)

@@ -13,7 +13,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-from rayrl.cluster.fork_server import WARM
 from rayrl.cluster.session import private_folder
 from rayrl.weights.flat import memory_dir
 
@@ -30,12 +29,6 @@ def orphans_are_ours() -> Iterator[None]:
     libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     yield
     libc.prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
-
-
-@pytest.fixture(autouse=True)
-def cold(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Processes are found, and left ones missed, by who has started them."""
-    monkeypatch.delenv(WARM, raising=False)
 
 
 @pytest.fixture(autouse=True)

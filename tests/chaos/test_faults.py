@@ -37,12 +37,14 @@ TWO = ["cluster.replicas=2", "cluster.env_workers=2"]
 
 
 def workers(driver: int, title: str) -> list[psutil.Process]:
-    """The run's processes that Ray calls so."""
+    """The run's processes that Ray calls so: forked from ours, which no other run is meanwhile."""
     found = []
     with suppress(psutil.NoSuchProcess):  # the run is over
-        for process in psutil.Process(driver).children(recursive=True):
+        since = psutil.Process(driver).create_time()
+        for process in psutil.Process().children(recursive=True):
             with suppress(psutil.NoSuchProcess):
-                if " ".join(process.cmdline()).startswith(f"ray::{title}"):
+                words = " ".join(process.cmdline())
+                if words.startswith(f"ray::{title}") and process.create_time() >= since:
                     found.append(process)
     return found
 
