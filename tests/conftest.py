@@ -31,14 +31,20 @@ def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput") and sys.platform == "linux":
         from rayrl.cluster.actors import import_variables
         from rayrl.cluster.fork_server import WARM, ForkServer
-        from rayrl.cluster.open import worker_imports
-        from rayrl.config.load import from_dict
 
-        every = from_dict({"learner": {"kind": "deepspeed"}, "cluster": {"fork_workers": True}})
-        modules = worker_imports(every, engine=True, learner=True)
-        warm = ForkServer(Path(tempfile.gettempdir()), modules, import_variables(threads=1))
+        folder = Path(tempfile.gettempdir())
+        warm = ForkServer(folder, all_imports(), import_variables(threads=1))
         os.environ[WARM] = str(warm.path)
         config.add_cleanup(warm.stop)
+
+
+def all_imports() -> list[str]:
+    """What the processes of any run are forked with."""
+    from rayrl.cluster.open import worker_imports
+    from rayrl.config import from_dict
+
+    every = from_dict({"learner": {"kind": "deepspeed"}, "cluster": {"fork_workers": True}})
+    return worker_imports(every, engine=True, learner=True)
 
 
 def pytest_unconfigure() -> None:
@@ -124,7 +130,7 @@ def calm_ranks(tiny: Path, shared: Shared) -> Path:
 def session() -> Iterator[Session]:
     """A local Ray, for all tests of a module."""
     from rayrl.cluster.session import open_session
-    from rayrl.config import from_dict
+    from rayrl.config import ClusterConfig
 
-    with open_session(from_dict({}).cluster) as session:
+    with open_session(ClusterConfig(), imports=all_imports()) as session:
         yield session

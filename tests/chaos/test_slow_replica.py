@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from rayrl.cluster.open import worker_imports
 from rayrl.cluster.serving.inference_client import BatchingClient, ServeReplicas
 from rayrl.cluster.serving.replica import deploy, undeploy
 from rayrl.cluster.session import open_session
@@ -98,7 +99,8 @@ async def test_requests_leave_a_slow_replica_and_come_back(tiny: Path, tmp_path:
     )
     slow = tmp_path / "slow"
     with ExitStack() as stack:
-        session = stack.enter_context(open_session(config.cluster))
+        imports = worker_imports(config, engine=True)
+        session = stack.enter_context(open_session(config.cluster, imports=imports))
         stack.callback(undeploy, APP)
         factory = partial(open_sometimes_slow, tiny, config.engine, tmp_path)
         await deploy(session, config, factory, app=APP, store=False)

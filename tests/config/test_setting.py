@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from tests.config.test_config import config_of
 
 HINTS = dict(leaves())
 BOUNDED = [key for key, one in settings().items() if {one.least, one.above, one.most} != {None}]
+VALID = config_of()
 CHOSEN = [key for key, one in settings().items() if one.choices]
 
 
@@ -25,12 +27,20 @@ def default(key: str) -> Any:
     return node
 
 
+def changed(node: Any, path: list[str], value: object) -> Any:
+    """A copy of a section in which one value, which may be wrong, is another."""
+    name, *rest = path
+    if isinstance(node, dict):
+        return {**node, name: value}
+    return replace(node, **{name: changed(getattr(node, name), rest, value) if rest else value})
+
+
 def complaint(key: str, value: object) -> str:
     """What the check of a whole Config says about one value."""
     if HINTS[key] == dict[str, float]:
         key += ".some"
     try:
-        validate(with_settings(config_of(), {key: value}))
+        validate(changed(VALID, key.split("."), value))
     except ConfigError as error:
         name, _, said = str(error).partition("=")
         assert name == key or "must be" not in said  # another check, of how settings fit together
@@ -141,6 +151,6 @@ def test_any_value_goes_where_no_range_is_said() -> None:
 
 
 def test_a_free_mapping_names_the_entry() -> None:
-    config = with_settings(config_of(), nest({"cluster.learner_resources.big": -1}))
+    config = with_settings(VALID, nest({"cluster.learner_resources.big": -1}))
     with pytest.raises(ConfigError, match=r"^cluster\.learner_resources\.big=-1\.0: must be more"):
         validate(config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -22,7 +23,7 @@ from rayrl.engine.embedded.model import FlatModel
 from rayrl.engine.embedded.sampler import SamplingBatch, sample, uniform
 from rayrl.engine.protocol import Engine
 from rayrl.errors import ConfigError, DataError, InfraError, NumericsError, StaleWeights
-from rayrl.types import Completion, Request, Sampling
+from rayrl.types import Completion, Delta, Request, Sampling
 from rayrl.weights.flat import checksum, flatten
 
 VOCAB = 97
@@ -188,6 +189,70 @@ async def test_results_have_the_same_bits_under_any_load(shape: str) -> None:
     assert at_once == alone
     assert reverse == alone
     assert late == alone
+
+
+async def sibling(
+    engine: EmbeddedEngine, seed: int, wait: float = 0
+) -> list[tuple[tuple[int, ...], Completion]]:
+    """Play one of many like games, whose answers are few and decide what comes next."""
+    rng = random.Random(seed)
+    context, played = ids_of(random.Random(0), 20), []
+    for turn in range(5):
+        await asyncio.sleep(wait * rng.random())
+        options = {"max_tokens": 4 + seed % 2, "temperature": 0.15, "stop_ids": (STOP, 9)}
+        answer = await engine.generate(request(f"s{seed}", context, seed * 9 + turn, **options))
+        played.append((context, answer))
+        context += answer.ids + ids_of(random.Random(str(answer.ids)), 3)
+    return played
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+async def test_siblings_are_decoded_once_with_the_bits_of_each_alone(shape: str) -> None:
+    model, seeds = llama(shape), range(16)
+    async with engine_of(model) as engine:
+        expected = outcome([await sibling(engine, seed) for seed in seeds])
+        stats = engine.stats()
+        assert stats["decoded_tokens"] == stats["sampled_tokens"] - stats["completions"]
+    assert len({str(game) for game in expected}) > 5, "they part"
+    _, kv_heads, width = SHAPES[shape]
+    six_slots = 6.5 * 3 * 2 * kv_heads * width * 4 * 512 / 1e9
+    for options in ({}, {"max_live": 7}, {"kv_cache_gb": six_slots}):
+        async with engine_of(model, **options) as engine:
+            assert outcome(await asyncio.gather(*(sibling(engine, s) for s in seeds))) == expected
+            stats = engine.stats()
+            assert stats["decoded_tokens"] < 0.8 * stats["sampled_tokens"]
+            late = await asyncio.gather(*(sibling(engine, s, 0.02) for s in reversed(seeds)))
+            assert outcome(late)[::-1] == expected
+
+
+async def test_siblings_leave_each_other_alone() -> None:
+    """One that is cancelled, one that is streamed, one that stops earlier, one that goes on."""
+    prompt = ids_of(random.Random(0), 20)
+    async with engine_of(tokenizer=Letters(), raw_logprobs=True) as engine:
+        whole = await engine.generate(request("alone", prompt, temperature=0, max_tokens=60))
+        stop = Letters().decode(whole.ids[3:5], skip_special_tokens=False)
+        again = request("whole", prompt, temperature=0, max_tokens=60)
+        other = request("stops", prompt, temperature=0, max_tokens=60, stop=(stop,))
+        gone = asyncio.create_task(engine.generate(replace(again, session="gone")))
+        streamed = replace(again, session="streamed", top_logprobs=2)
+        deltas: list[Delta] = []
+
+        async def read() -> None:
+            async for delta in engine.stream(streamed):
+                deltas.append(delta)
+                if len(deltas) == 8:
+                    gone.cancel()
+
+        same, stopped, _ = await asyncio.gather(
+            engine.generate(again), engine.generate(other), read()
+        )
+        assert (same.ids, same.rollout_logprobs) == (whole.ids, whole.rollout_logprobs)
+        assert (stopped.ids, stopped.finish) == (whole.ids[: len(stopped.ids)], "stop")
+        assert len(stopped.ids) <= 5
+        assert tuple(i for delta in deltas for i in delta.ids) == whole.ids
+        assert all(len(one) == 2 for delta in deltas for one in delta.alternatives)
+        assert gone.cancelled()
+        assert engine.stats()["decoded_tokens"] == 2 * 59
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -536,8 +601,8 @@ def sampling_batch(count: int, **options: Any) -> SamplingBatch:
 )
 def test_samples_follow_the_distribution(options: dict[str, Any], expected: list[float]) -> None:
     count = 40_000
-    logits = torch.tensor([0.4, 0.1, 0.3, 0.2]).log().expand(count, 4)
-    ids, logprobs = sample(logits, sampling_batch(count, **options))
+    logits = torch.tensor([[0.4, 0.1, 0.3, 0.2]]).log()
+    ids, logprobs = sample(logits, sampling_batch(count, **options), np.zeros(count, dtype=int))
     share = np.bincount(ids, minlength=4) / count
     assert np.abs(share - expected).max() < 0.01
     for i in np.flatnonzero(expected):
@@ -545,19 +610,22 @@ def test_samples_follow_the_distribution(options: dict[str, Any], expected: list
     assert share[np.array(expected) == 0].sum() == 0
 
 
-def test_a_sample_depends_on_its_own_row_only() -> None:
+@pytest.mark.parametrize("mixed", [True, False])
+def test_a_sample_depends_on_its_own_row_only(mixed: bool) -> None:
     torch.manual_seed(0)
-    logits = torch.randn(64, 300) * 3
-    batch = sampling_batch(64)
+    logits = torch.randn(20, 300) * 3
     rng = np.random.default_rng(0)
-    batch.temperature[:] = rng.choice([0.0, 0.7, 1.0], 64)
-    batch.top_k[:] = rng.choice([0, 5], 64)
-    batch.top_p[:] = rng.choice([1.0, 0.9], 64)
-    ids, logprobs = sample(logits, batch)
-    for i in range(64):
-        row = SamplingBatch(*(getattr(batch, f)[i : i + 1] for f in SamplingBatch.__slots__))
-        id_, logprob = sample(logits[i : i + 1], row)
-        assert (id_[0], logprob[0]) == (ids[i], logprobs[i])
+    for options in itertools.product([0.0, 0.7], [0, 5], [1.0, 0.9]):
+        batch = sampling_batch(64)
+        for field, value in zip(("temperature", "top_k", "top_p"), options, strict=True):
+            own = getattr(batch, field)
+            own[:] = rng.choice([value, own[0]], 64) if mixed else value
+        at = rng.integers(20, size=64)  # some share their logits, of some nobody samples
+        ids, logprobs = sample(logits, batch, at)
+        for i in range(64):
+            row = SamplingBatch(*(getattr(batch, f)[i : i + 1] for f in SamplingBatch.__slots__))
+            id_, logprob = sample(logits[at[i] : at[i] + 1], row, np.zeros(1, dtype=int))
+            assert (id_[0], logprob[0]) == (ids[i], logprobs[i])
 
 
 def test_uniform_is_in_range_and_evenly_distributed() -> None:

@@ -3,10 +3,17 @@
 One thread runs steps. A step is a *prefill* of new prompt ids (preferred when requests can be
 admitted) or a *decode* of one id per running request. Requests join and leave between steps. Keys
 and values stay in a conversation's slot between its turns; conversations with a common prefix copy
-it from each other, and requests that arrive together compute it once. On the CPU the same request,
-seed and weights give the same ids and logprobs, bit for bit, whatever else is in flight and whether
-keys and values were cached, copied or recomputed (see `attention.py`). On a GPU (`gpu.py`) logits
-differ in their last bits with the batch, and so, rarely, does a sampled id.
+it from each other, and requests that arrive together compute it once.
+
+**Siblings.** Requests whose ids are the same so far share a slot: each step computes their logits
+once, and each of them samples from these with its own seed. Those that sample another id continue
+in a slot of their own, with a copy of the keys and values. Of the main job's replies, half of the
+ids need no computation.
+
+**Bits.** On the CPU the same request, seed and weights give the same ids and logprobs, bit for bit,
+whatever else is in flight and whether keys and values were cached, copied, shared or recomputed
+(see `attention.py`). On a GPU (`gpu.py`) logits differ in their last bits with the batch, and so,
+rarely, does a sampled id.
 
 **Why not transformers' own continuous batching.** Measured on one thread (transformers 5.19), it
 samples fewer tokens per second from 16 or 64 conversations than `generate` does, keeps no KV cache
@@ -118,11 +125,13 @@ class EmbeddedEngine:
         self._slab = self._model.slab(slots, self.max_len)
         self._prefill_tokens = PREFILL_TOKENS[self._model.device.type]
         self._table = SlotTable(self._slab)
-        self._state = DecodeState(slots, self._slab.max_len)
+        rows = min(max_live, slots)  # each may come to need a slot of its own
+        self._state = DecodeState(rows, self._slab.max_len)
+        self._free_rows = [*reversed(range(rows))]
         self._tokenizer = tokenizer
         self._raw_logprobs = raw_logprobs
         self._threads = threads
-        self._running: dict[int, EngineRequest] = {}  # by slot
+        self._running: dict[int, EngineRequest] = {}  # by row
         self._waiting: deque[EngineRequest] = deque()
         self._update: WeightUpdate | None = None
         self._inbox: deque[EngineRequest | WeightUpdate | Release] = deque()
@@ -251,8 +260,9 @@ class EmbeddedEngine:
     def stats(self) -> dict[str, float]:
         """Return totals since the start.
 
-        Of `prompt_tokens`, `computed_tokens` were prefilled and `reused_tokens` were cached;
-        seconds are those of the step thread.
+        Of `prompt_tokens`, `computed_tokens` were prefilled and `reused_tokens` were cached. For
+        the `sampled_tokens` of a reply after its first, `decoded_tokens` were computed: less where
+        conversations had the same ids. Seconds are those of the step thread.
         """
         stats = self._stats
         return {
@@ -330,9 +340,9 @@ class EmbeddedEngine:
             self._wake.wait()
             self._wake.clear()
         self._read_inbox()
-        for slot in [slot for slot, running in self._running.items() if running.cancelled]:
-            del self._running[slot]
-            self._table.finish(np.array([slot]))
+        cancelled = [row for row, running in self._running.items() if running.cancelled]
+        if cancelled:
+            self._finish(np.array(cancelled))
         if self._update is not None and not self._running:
             self._load_update(self._update)
         admitted = [] if self._update is not None else self._admit()
@@ -375,9 +385,9 @@ class EmbeddedEngine:
         """Give slots to waiting requests, up to about `_prefill_tokens` new tokens."""
         admitted: list[EngineRequest] = []
         tokens = 0
-        seen: set[bytes] = set()
+        claimed: dict[bytes, tuple[int, int]] = {}  # slot and cached ids of each distinct prompt
         limit = self._prefill_tokens
-        while self._waiting and tokens < limit and len(self._running) < self.max_live:
+        while self._waiting and tokens < limit and self._free_rows:
             candidate = self._waiting[0]
             request, prompt = candidate.request, candidate.prompt
             if candidate.cancelled:
@@ -388,97 +398,135 @@ class EmbeddedEngine:
                 message = f"version {request.min_version} requested, version {self.version} loaded"
                 self._answers.append((candidate.reader, StaleWeights(message)))
                 continue
-            claim = self._table.claim(request.session, prompt)
-            if claim is None:
-                break
             self._waiting.popleft()
-            candidate.slot, candidate.cached = claim
-            self._running[candidate.slot] = candidate
-            streams = isinstance(candidate.reader, DeltaStream)
-            self._state.start(candidate.slot, request, self.max_len, streams)
-            admitted.append(candidate)
             key = prompt.tobytes()
-            if key not in seen:
-                tokens += len(prompt) - candidate.cached
-                seen.add(key)
+            if key in claimed:
+                self._table.join(request.session, claimed[key][0])
+            else:
+                claimed[key] = self._table.claim(request.session, prompt)
+                tokens += len(prompt) - claimed[key][1]
+            slot, candidate.cached = claimed[key]
+            candidate.row = self._free_rows.pop()
+            self._running[candidate.row] = candidate
+            streams = isinstance(candidate.reader, DeltaStream)
+            self._state.start(candidate.row, slot, request, self.max_len, streams)
+            admitted.append(candidate)
         return admitted
 
     def _prefill(self, admitted: list[EngineRequest]) -> None:
         """Compute the prompts' uncached tokens, each shared prefix once, and sample."""
-        flat = flatten_prompts([(r.slot, r.prompt, r.cached) for r in admitted])
-        slots = np.array([r.slot for r in admitted])
+        rows = np.array([request.row for request in admitted])
+        of_slot = {int(self._state.slot[request.row]): request for request in admitted}
+        slots = np.array(sorted(of_slot))
+        distinct = [(slot, of_slot[slot].prompt, of_slot[slot].cached) for slot in slots.tolist()]
+        flat = flatten_prompts(distinct)
         step = self._slab.prefill(flat)
         logits = self._model.logits(step, flat.ids, flat.positions, flat.last)
-        self._table.cached[slots] = self._state.prompt[slots]
-        self._stats.prompt_tokens += int(self._state.prompt[slots].sum())
+        self._table.cached[slots] = [len(prompt) for _, prompt, _ in distinct]
+        self._stats.prompt_tokens += int(self._state.prompt[rows].sum())
         self._stats.computed_tokens += len(flat.ids)
-        order = np.argsort(slots)
-        self._sample(slots[order], logits[torch.from_numpy(order).to(logits.device)])
+        self._sample(rows, slots, logits)
 
     def _decode(self) -> None:
-        """Compute and sample one more id for every running request."""
-        slots = np.flatnonzero(self._table.live)
+        """Compute and sample one more id for every running request.
+
+        Requests with the same ids so far are computed once.
+        """
+        slots = np.flatnonzero(self._table.running)
         positions = self._table.cached[slots]
         ids = self._table.ids[slots, positions]
         logits = self._model.decode(self._slab, slots, positions, ids)
         self._table.cached[slots] += 1
-        self._sample(slots, logits)
+        self._stats.decoded_tokens += len(slots)
+        self._sample(np.array([*self._running]), slots, logits)
 
-    def _sample(self, slots: NDArray[np.int64], logits: torch.Tensor) -> None:
-        """Sample one id per slot, record it, and answer streams and finished requests."""
-        state, table = self._state, self._table
-        ids, logprobs = sample(logits, state.sampling_batch(slots))
+    def _sample(
+        self, rows: NDArray[np.int64], slots: NDArray[np.int64], logits: torch.Tensor
+    ) -> None:
+        """Sample one id per row, record it, and answer streams and finished requests.
+
+        Args:
+            rows: (n,) those whose conversations are in `slots`.
+            slots: (m,) ascending.
+            logits: (m, vocabulary).
+        """
+        state = self._state
+        at = np.searchsorted(slots, state.slot[rows])
+        ids, logprobs = sample(logits, state.sampling_batch(rows), at)
         if self._raw_logprobs:
-            logprobs, alternatives = raw_logprobs(logits, ids, state.top[slots])
-            for row in np.flatnonzero(state.top[slots]):
-                self._running[int(slots[row])].alternatives.append(alternatives[row])
-        count = state.sampled[slots]
-        table.ids[slots, table.cached[slots]] = ids
-        state.logprobs[slots, count] = logprobs
-        state.sampled[slots] = count + 1
-        self._stats.sampled_tokens += len(slots)
-        stopped = (state.stop_ids[slots] == ids[:, None]).any(axis=1)
+            logprobs, alternatives = raw_logprobs(logits, at, ids, state.top[rows])
+            for k in np.flatnonzero(state.top[rows]):
+                self._running[int(rows[k])].alternatives.append(alternatives[k])
+        count = state.sampled[rows]
+        state.ids[rows, count] = ids
+        state.logprobs[rows, count] = logprobs
+        state.sampled[rows] = count + 1
+        self._stats.sampled_tokens += len(rows)
+        stopped = (state.stop_ids[rows] == ids[:, None]).any(axis=1)
         failed: dict[int, Exception] = {}
-        for row in np.flatnonzero(state.has_stop[slots] & ~stopped):
+        for k in np.flatnonzero(state.has_stop[rows] & ~stopped):
             try:
-                stopped[row] = self._ends_with_stop_string(int(slots[row]))
+                stopped[k] = self._ends_with_stop_string(int(rows[k]))
             except Exception as error:  # a tokenizer's error fails this request alone
-                failed[int(slots[row])], stopped[row] = error, True
-        ended = stopped | (state.sampled[slots] >= state.max_new[slots])
-        for slot in slots[state.streams[slots] & ~ended].tolist():
-            self._answer(slot, None)
-        if not ended.any():
-            return
-        for slot, stop in zip(slots[ended].tolist(), stopped[ended].tolist(), strict=True):
-            if slot in failed:
-                failure = InfraError(f"the tokenizer cannot decode a reply: {failed[slot]}")
-                self._answers.append((self._running[slot].reader, failure))
-            else:
-                self._stats.completions += 1
-                self._answer(slot, "stop" if stop else "length")
-            del self._running[slot]
-        table.finish(slots[ended])
+                failed[int(rows[k])], stopped[k] = error, True
+        ended = stopped | (state.sampled[rows] >= state.max_new[rows])
+        for row in rows[state.streams[rows] & ~ended].tolist():
+            self._answer(row, None)
+        if ended.any():
+            for row, stop in zip(rows[ended].tolist(), stopped[ended].tolist(), strict=True):
+                if row in failed:
+                    failure = InfraError(f"the tokenizer cannot decode a reply: {failed[row]}")
+                    self._answers.append((self._running[row].reader, failure))
+                else:
+                    self._stats.completions += 1
+                    self._answer(row, "stop" if stop else "length")
+            self._finish(rows[ended])
+        self._continue(rows[~ended], ids[~ended])
 
-    def _ends_with_stop_string(self, slot: int) -> bool:
+    def _continue(self, rows: NDArray[np.int64], ids: NDArray[np.int64]) -> None:
+        """Append the sampled ids (n,) to conversations, which part where the ids differ."""
+        state, table = self._state, self._table
+        slots = state.slot[rows]
+        order = np.lexsort((ids, slots))
+        by_slot, by_id = slots[order], ids[order]
+        parts = np.flatnonzero(
+            (np.diff(by_slot, prepend=-1) != 0) | (np.diff(by_id, prepend=-1) != 0)
+        )
+        parted = np.flatnonzero(np.diff(by_slot[parts], prepend=-1) == 0)
+        for part in parted.tolist():
+            stop = parts[part + 1] if part + 1 < len(parts) else len(order)
+            moved = rows[order[parts[part] : stop]]
+            sessions = [self._running[row].request.session for row in moved.tolist()]
+            state.slot[moved] = table.split(int(by_slot[parts[part]]), sessions)
+        slots = state.slot[rows]
+        table.ids[slots, table.cached[slots]] = ids
+
+    def _finish(self, rows: NDArray[np.int64]) -> None:
+        for row in rows.tolist():
+            del self._running[row]
+        self._free_rows += rows.tolist()
+        self._table.finish(self._state.slot[rows])
+
+    def _ends_with_stop_string(self, row: int) -> bool:
         """Whether the last sampled id completed a stop string."""
-        stops = self._running[slot].request.sampling.stop
+        stops = self._running[row].request.sampling.stop
         # every id decodes to at least a byte, so a stop string just completed lies in these ids
         window = max(len(stop.encode()) for stop in stops) + 4
-        start, count = int(self._state.prompt[slot]), int(self._state.sampled[slot])
-        tail = self._table.ids[slot, start + max(0, count - window) : start + count].tolist()
+        count = int(self._state.sampled[row])
+        tail = self._state.ids[row, max(0, count - window) : count].tolist()
         text = self._tokenizer.decode(tail, skip_special_tokens=False)
         return any(stop in text for stop in stops)
 
-    def _answer(self, slot: int, finish: Finish | None) -> None:
+    def _answer(self, row: int, finish: Finish | None) -> None:
         """Queue a stream's next delta or, at its end, a whole completion."""
-        answered = self._running[slot]
+        answered = self._running[row]
         first = answered.delivered  # 0 unless the reader is a stream
-        start, count = int(self._state.prompt[slot]), int(self._state.sampled[slot])
-        ids = tuple(self._table.ids[slot, start + first : start + count].tolist())
-        logprobs = tuple(self._state.logprobs[slot, first:count].tolist())
+        count = int(self._state.sampled[row])
+        ids = tuple(self._state.ids[row, first:count].tolist())
+        logprobs = tuple(self._state.logprobs[row, first:count].tolist())
         alternatives = tuple(answered.alternatives[first:])
         result: Delta | Completion
-        if finish is None or self._state.streams[slot]:
+        if finish is None or self._state.streams[row]:
             result = Delta(ids, logprobs, finish, answered.cached, alternatives)
             answered.delivered = count
         else:
@@ -501,9 +549,10 @@ class EmbeddedEngine:
             self._update = None
         for failed in (*self._running.values(), *self._waiting):
             self._answers.append((failed.reader, error))
-        self._running.clear()
         self._waiting.clear()
-        self._table.finish(np.flatnonzero(self._table.live))
+        self._running.clear()
+        self._free_rows = [*range(self._state.rows)]
+        self._table.running[:] = 0
         self._table.clear()
 
 

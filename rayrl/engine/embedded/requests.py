@@ -52,7 +52,7 @@ class EngineRequest:
     Attributes:
         prompt: (n,) prompt ids.
         reader: receives the completion, or its deltas.
-        slot: KV slot, set on admission.
+        row: its row of the decode state, set on admission.
         cached: prompt ids whose keys and values were reused, set on admission.
         delivered: sampled ids already sent to a delta stream.
         alternatives: top alternatives per sampled id, if requested.
@@ -61,7 +61,7 @@ class EngineRequest:
     request: Request
     prompt: NDArray[np.int64]
     reader: asyncio.Future[Completion] | DeltaStream
-    slot: int = -1
+    row: int = -1
     cached: int = 0
     cancelled: bool = False
     delivered: int = 0
@@ -116,6 +116,7 @@ class Stats:
     prompt_tokens: int = 0
     computed_tokens: int = 0
     sampled_tokens: int = 0
+    decoded_tokens: int = 0
     completions: int = 0
     prefill_steps: int = 0
     decode_steps: int = 0

@@ -52,14 +52,18 @@ class SamplingBatch:
     positions: NDArray[np.int64]
 
 
-def sample(logits: Tensor, batch: SamplingBatch) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+def sample(
+    logits: Tensor, batch: SamplingBatch, at: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Sample each row's next id; also return its logprob under the distribution sampled from.
 
     top-k keeps the k most probable ids (ties: the smaller id); then top-p keeps the smallest set of
     most probable ids whose total probability is at least top_p.
 
     Args:
-        logits: (n, vocabulary) fp32, on any device.
+        logits: (m, vocabulary) fp32, on any device.
+        at: (n,) index of each row's logits. Rows that share theirs and have the same parameters
+            share one distribution too.
 
     Returns:
         ids (n,), and natural-log probabilities (n,), 0 for greedy rows.
@@ -72,62 +76,87 @@ def sample(logits: Tensor, batch: SamplingBatch) -> tuple[NDArray[np.int64], NDA
         raise NumericsError("the model's logits are not finite; its weights have diverged")
     greedy = batch.temperature == 0
     if greedy.all():
-        return argmax.cpu().numpy(), np.zeros(len(logits), dtype=np.float32)
+        return argmax.cpu().numpy()[at], np.zeros(len(at), dtype=np.float32)
     device = logits.device
 
     def tensor(array: NDArray[Any]) -> Tensor:
         return torch.from_numpy(array).to(device)
 
-    logits = logits / tensor(np.where(greedy, np.float32(1), batch.temperature))[:, None]
-    u = tensor(uniform(batch.seeds, batch.positions))
-    truncated = ~greedy & ((batch.top_k > 0) | (batch.top_p < 1))
-    if not truncated.any():
-        ids, logprobs = _draw(logits.log_softmax(-1), u)
+    parameters = (batch.temperature, batch.top_k, batch.top_p)
+    if all((values == values[0]).all() for values in parameters):
+        temperature, top_k, top_p = (values[:1].repeat(len(logits)) for values in parameters)
     else:
-        ids = torch.empty(len(logits), dtype=torch.int64, device=device)
-        logprobs = torch.empty(len(logits), device=device)
-        full, part = tensor(np.flatnonzero(~truncated)), tensor(np.flatnonzero(truncated))
-        if len(full):
-            ids[full], logprobs[full] = _draw(logits[full].log_softmax(-1), u[full])
-        top_k, top_p = tensor(batch.top_k)[part], tensor(batch.top_p)[part]
-        ordered, order = _truncate(logits[part], top_k, top_p)
-        ranks, logprobs[part] = _draw(ordered, u[part])
-        ids[part] = order.gather(1, ranks[:, None])[:, 0]
+        temperature, top_k, top_p = parameters
+        logits, argmax = logits[tensor(at)], argmax[tensor(at)]
+        at = np.arange(len(at))
+    is_greedy = temperature == 0
+    logits = logits / tensor(np.where(is_greedy, np.float32(1), temperature))[:, None]
+    u = uniform(batch.seeds, batch.positions)
+    truncated = (~is_greedy & ((top_k > 0) | (top_p < 1)))[at]
+    ids = np.empty(len(at), dtype=np.int64)
+    logprobs = np.empty(len(at), dtype=np.float32)
+    if not truncated.all():
+        full = np.flatnonzero(~truncated)
+        of, which = np.unique(at[full], return_inverse=True)
+        ids[full], logprobs[full] = _draw(logits[tensor(of)].log_softmax(-1), which, u[full])
+    if truncated.any():
+        part = np.flatnonzero(truncated)
+        of, which = np.unique(at[part], return_inverse=True)
+        ordered, order = _truncate(logits[tensor(of)], tensor(top_k[of]), tensor(top_p[of]))
+        ranks, logprobs[part] = _draw(ordered, which, u[part])
+        ids[part] = order.cpu().numpy()[which, ranks]
     if greedy.any():
-        is_greedy = tensor(greedy)
-        ids = torch.where(is_greedy, argmax, ids)
-        logprobs = logprobs.masked_fill(is_greedy, 0.0)
-    return ids.cpu().numpy(), logprobs.cpu().numpy()
+        ids = np.where(greedy, argmax.cpu().numpy()[at], ids)
+        logprobs[greedy] = 0.0
+    return ids, logprobs
 
 
 def raw_logprobs(
-    logits: Tensor, ids: NDArray[np.int64], top: NDArray[np.int64]
+    logits: Tensor, at: NDArray[np.int64], ids: NDArray[np.int64], top: NDArray[np.int64]
 ) -> tuple[NDArray[np.float32], list[Alternatives]]:
     """Return the model's own logprobs: before temperature, top-k and top-p.
 
     Args:
-        logits: (n, vocabulary) fp32.
+        logits: (m, vocabulary) fp32.
+        at: (n,) index of each row's logits.
         ids: (n,) sampled ids.
         top: (n,) number of most probable ids to return per row.
 
     Returns:
         (n,) logprobs of the sampled ids, and the most probable ids of each row.
     """
-    norm = logits.logsumexp(-1)  # (n,)
-    sampled = logits.gather(1, torch.from_numpy(ids).to(logits.device)[:, None])[:, 0] - norm
-    alternatives: list[Alternatives] = [()] * len(logits)
+    norm = logits.logsumexp(-1)  # (m,)
+    at_ = torch.from_numpy(at).to(logits.device)
+    sampled = logits[at_, torch.from_numpy(ids).to(logits.device)] - norm[at_]
+    alternatives: list[Alternatives] = [()] * len(at)
     for row in np.flatnonzero(top):
-        best, best_ids = logits[row].topk(min(int(top[row]), logits.shape[1]))
-        pairs = zip(best_ids.tolist(), (best - norm[row]).tolist(), strict=True)
+        own = int(at[row])
+        best, best_ids = logits[own].topk(min(int(top[row]), logits.shape[1]))
+        pairs = zip(best_ids.tolist(), (best - norm[own]).tolist(), strict=True)
         alternatives[row] = tuple(pairs)
     return sampled.cpu().numpy(), alternatives
 
 
-def _draw(logprobs: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """Invert the cumulative distribution in float64: ids (n,) and their logprobs (n,)."""
+def _draw(
+    logprobs: Tensor, at: NDArray[np.int64], u: NDArray[np.float64]
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Invert cumulative distributions in float64: ids (n,) and their logprobs (n,).
+
+    Args:
+        logprobs: (m, vocabulary).
+        at: (n,) which of them each row draws from; every one is drawn from.
+        u: (n,) in [0, 1).
+    """
     cumulative = logprobs.double().exp_().cumsum(-1)
-    ids = torch.searchsorted(cumulative, (u * cumulative[:, -1])[:, None], right=True)
-    return ids[:, 0], logprobs.gather(1, ids)[:, 0]
+    order = np.argsort(at, kind="stable")
+    counts = np.bincount(at)
+    column = np.empty_like(at)  # of each row among those that draw from the same distribution
+    column[order] = np.arange(len(at)) - np.repeat(counts.cumsum() - counts, counts)
+    drawn = np.zeros((len(counts), counts.max()))
+    drawn[at, column] = u
+    values = torch.from_numpy(drawn).to(logprobs.device) * cumulative[:, -1:]
+    ids = torch.searchsorted(cumulative, values, right=True)
+    return ids.cpu().numpy()[at, column], logprobs.gather(1, ids).cpu().numpy()[at, column]
 
 
 def _truncate(logits: Tensor, top_k: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -41,83 +41,110 @@ def slots_for(slot_bytes: int, max_len: int, kv_cache_gb: float, max_live: int) 
 
 
 class SlotTable:
-    """Slots, their owning sessions and their cached ids.
+    """Slots, the sessions that continue from them, and their cached ids.
+
+    Conversations with the same ids so far are in one slot, each distinct one once.
 
     Attributes:
         ids: (slots, max_len) ids of each slot's conversation.
         cached: (slots,) number of leading ids whose keys and values are in the slab.
-        live: (slots,) bool; a live slot has a running generation and is not reassigned.
+        running: (slots,) generations that run in each; meanwhile it is not reassigned.
     """
 
     def __init__(self, slab: Slab) -> None:
         self.slab = slab
         self.ids: NDArray[np.int64] = np.zeros((slab.slots, slab.max_len), dtype=np.int64)
         self.cached: NDArray[np.int64] = np.zeros(slab.slots, dtype=np.int64)
-        self.live: NDArray[np.bool_] = np.zeros(slab.slots, dtype=np.bool_)
-        self._owner: list[str | None] = [None] * slab.slots
+        self.running: NDArray[np.int64] = np.zeros(slab.slots, dtype=np.int64)
+        self._sessions: list[set[str]] = [set() for _ in range(slab.slots)]
         self._slot_of: dict[str, int] = {}
         self._used = np.zeros(slab.slots, dtype=np.int64)  # tick of the last use; 0: free
         self._tick = 0
 
-    def claim(self, session: str, prompt: NDArray[np.int64]) -> tuple[int, int] | None:
-        """Make a slot live for a prompt; returns the slot and its number of cached prompt ids.
+    def claim(self, session: str, prompt: NDArray[np.int64]) -> tuple[int, int]:
+        """Begin a generation; returns its slot and the number of cached prompt ids.
 
         They were cached by the session's earlier turns, or are copied from the slot with the
-        longest common prefix. The last prompt id never counts: its logits are needed. Returns None
-        if every slot is live.
+        longest common prefix. The last prompt id never counts: its logits are needed. There must
+        be a slot in which nothing runs.
         """
         slot = self._slot_of.get(session)
-        if slot is not None and self.live[slot]:
-            slot = None  # a second request of a session at the same time gets another slot
-        own = 0
-        if slot is not None:
-            limit = min(int(self.cached[slot]), len(prompt) - 1)
-            differs = np.flatnonzero(self.ids[slot, :limit] != prompt[:limit])
-            own = int(differs[0]) if len(differs) else limit
+        own = 0 if slot is None else self._common_prefix(slot, prompt)
+        donor, shared = slot, own
         if slot is None or own < min(self.cached[slot], len(prompt) - 1):
             donor, shared = self._longest_prefix(prompt)
-            if slot is None:
-                if self.live.all():
-                    return None
-                last_used = np.where(self.live, np.iinfo(np.int64).max, self._used)
-                slot = int(last_used.argmin())
-                self._disown(slot)
-                if session not in self._slot_of:
-                    self._owner[slot] = session
-                    self._slot_of[session] = slot
-            if donor == slot:
-                own = shared
-            elif shared >= own + MIN_SHARED:
-                self.slab.copy_prefix(donor, slot, shared)
-                own = shared
+        # others that continue from it would lose what this prompt does not have
+        loses = slot is not None and own < self.cached[slot] and len(self._sessions[slot]) > 1
+        if slot is None or self.running[slot] or loses:
+            slot, own = self._free(), 0
+        if donor == slot:
+            own = shared
+        elif donor is not None and shared >= own + MIN_SHARED:
+            self.slab.copy_prefix(donor, slot, shared)
+            own = shared
         self.ids[slot, : len(prompt)] = prompt
         self.cached[slot] = own
-        self.live[slot] = True
+        self.join(session, slot)
         return slot, own
 
+    def join(self, session: str, slot: int) -> None:
+        """Begin another generation in a slot, for a conversation with the same ids."""
+        self.running[slot] += 1
+        self._move(session, slot)
+
+    def split(self, slot: int, sessions: Sequence[str]) -> int:
+        """Move one generation of each session to a slot of their own, with a copy of this one."""
+        new = self._free()
+        length = int(self.cached[slot])
+        self.slab.copy_prefix(slot, new, length)
+        self.ids[new, :length] = self.ids[slot, :length]
+        self.cached[new] = length
+        self.running[slot] -= len(sessions)
+        self.running[new] = len(sessions)
+        for session in sessions:
+            self._move(session, new)
+        return new
+
     def finish(self, slots: NDArray[np.int64]) -> None:
-        """End the slots' generations; their sessions own them until another one needs a slot."""
+        """End a generation in each of the slots, which may repeat.
+
+        Its session continues from the slot until another one needs it.
+        """
         self._tick += 1
-        self.live[slots] = False
+        np.subtract.at(self.running, slots, 1)
         self._used[slots] = self._tick
 
     def release(self, sessions: Iterable[str]) -> None:
-        """Free the slots of sessions that have ended, so that they are reassigned first."""
+        """Forget sessions that have ended; slots that no other has are reassigned first."""
         for session in sessions:
-            slot = self._slot_of.get(session)
+            slot = self._slot_of.pop(session, None)
             if slot is not None:
-                self._disown(slot)
-                self._used[slot] = 0
+                self._sessions[slot].discard(session)
+                if not self._sessions[slot]:
+                    self._used[slot] = 0
 
     def clear(self) -> None:
         """Invalidate all keys and values, e.g. because the weights have changed."""
         self.cached[:] = 0
 
-    def _disown(self, slot: int) -> None:
-        owner = self._owner[slot]
-        if owner is not None:
-            del self._slot_of[owner]
-            self._owner[slot] = None
+    def _move(self, session: str, slot: int) -> None:
+        self.release([session])
+        self._slot_of[session] = slot
+        self._sessions[slot].add(session)
+
+    def _free(self) -> int:
+        """Return the slot that has not been used for longest, without its sessions."""
+        last_used = np.where(self.running > 0, np.iinfo(np.int64).max, self._used)
+        slot = int(last_used.argmin())
+        for session in self._sessions[slot]:
+            del self._slot_of[session]
+        self._sessions[slot].clear()
+        return slot
+
+    def _common_prefix(self, slot: int, prompt: NDArray[np.int64]) -> int:
+        limit = min(int(self.cached[slot]), len(prompt) - 1)
+        differs = np.flatnonzero(self.ids[slot, :limit] != prompt[:limit])
+        return int(differs[0]) if len(differs) else limit
 
     def _longest_prefix(self, prompt: NDArray[np.int64]) -> tuple[int, int]:
         """Return the slot with the longest cached prefix of the prompt, and the prefix's length."""
@@ -139,17 +166,19 @@ class SlotTable:
 
 @dataclass(slots=True)
 class DecodeState:
-    """Generation state of each slot, in arrays (slots,) so that no step loops over slots.
+    """State of each running generation, in arrays (rows,) so that no step loops over rows.
 
     Attributes:
+        slot: where its conversation is; generations with the same ids so far share one.
         prompt: number of prompt ids. sampled: number of ids sampled so far. max_new: limit on it.
-        stop_ids: (slots, n) padded with -1. has_stop: whether the request has stop strings.
+        stop_ids: (rows, n) padded with -1. has_stop: whether the request has stop strings.
         top: alternatives per sampled id. streams: whether the reader wants deltas.
-        logprobs: (slots, max_len) of the ids sampled so far.
+        ids, logprobs: (rows, max_len) of what has been sampled so far.
     """
 
-    slots: int
+    rows: int
     max_len: int
+    slot: NDArray[np.int64] = field(init=False)
     prompt: NDArray[np.int64] = field(init=False)
     sampled: NDArray[np.int64] = field(init=False)
     max_new: NDArray[np.int64] = field(init=False)
@@ -161,10 +190,12 @@ class DecodeState:
     has_stop: NDArray[np.bool_] = field(init=False)
     top: NDArray[np.int64] = field(init=False)
     streams: NDArray[np.bool_] = field(init=False)
+    ids: NDArray[np.int64] = field(init=False)
     logprobs: NDArray[np.float32] = field(init=False)
 
     def __post_init__(self) -> None:
-        n = self.slots
+        n = self.rows
+        self.slot = np.zeros(n, dtype=np.int64)
         self.prompt = np.zeros(n, dtype=np.int64)
         self.sampled = np.zeros(n, dtype=np.int64)
         self.max_new = np.zeros(n, dtype=np.int64)
@@ -176,36 +207,38 @@ class DecodeState:
         self.has_stop = np.zeros(n, dtype=np.bool_)
         self.top = np.zeros(n, dtype=np.int64)
         self.streams = np.zeros(n, dtype=np.bool_)
+        self.ids = np.zeros((n, self.max_len), dtype=np.int64)
         self.logprobs = np.zeros((n, self.max_len), dtype=np.float32)
 
-    def start(self, slot: int, request: Request, max_len: int, streams: bool) -> None:
-        """Initialize a slot for a request whose conversation may have `max_len` ids."""
+    def start(self, row: int, slot: int, request: Request, max_len: int, streams: bool) -> None:
+        """Initialize a row for a request whose conversation may have `max_len` ids."""
         sampling, stop_ids = request.sampling, request.stop_ids
-        self.prompt[slot] = len(request.prompt_ids)
-        self.sampled[slot] = 0
-        self.max_new[slot] = min(sampling.max_tokens, max_len - len(request.prompt_ids))
-        self.seed[slot] = request.seed & 0xFFFFFFFFFFFFFFFF
+        self.slot[row] = slot
+        self.prompt[row] = len(request.prompt_ids)
+        self.sampled[row] = 0
+        self.max_new[row] = min(sampling.max_tokens, max_len - len(request.prompt_ids))
+        self.seed[row] = request.seed & 0xFFFFFFFFFFFFFFFF
         # clipped, so that logits / temperature stays finite
         warm = float(np.clip(sampling.temperature, MIN_TEMPERATURE, MAX_TEMPERATURE))
-        self.temperature[slot] = warm if sampling.temperature else 0.0
-        self.top_k[slot] = min(sampling.top_k, np.iinfo(np.int64).max)
-        self.top_p[slot] = sampling.top_p
+        self.temperature[row] = warm if sampling.temperature else 0.0
+        self.top_k[row] = min(sampling.top_k, np.iinfo(np.int64).max)
+        self.top_p[row] = sampling.top_p
         extra = len(stop_ids) - self.stop_ids.shape[1]
         if extra > 0:
             self.stop_ids = np.pad(self.stop_ids, ((0, 0), (0, extra)), constant_values=-1)
-        self.stop_ids[slot] = -1
+        self.stop_ids[row] = -1
         possible = [i if 0 <= i < MAX_ID else -1 for i in stop_ids]  # others are never sampled
-        self.stop_ids[slot, : len(stop_ids)] = possible
-        self.has_stop[slot] = bool(sampling.stop)
-        self.top[slot] = min(request.top_logprobs, np.iinfo(np.int64).max)
-        self.streams[slot] = streams
+        self.stop_ids[row, : len(stop_ids)] = possible
+        self.has_stop[row] = bool(sampling.stop)
+        self.top[row] = min(request.top_logprobs, np.iinfo(np.int64).max)
+        self.streams[row] = streams
 
-    def sampling_batch(self, slots: NDArray[np.int64]) -> SamplingBatch:
-        """Return the sampling parameters for the next id of each of `slots`."""
+    def sampling_batch(self, rows: NDArray[np.int64]) -> SamplingBatch:
+        """Return the sampling parameters for the next id of each of `rows`."""
         return SamplingBatch(
-            self.temperature[slots],
-            self.top_k[slots],
-            self.top_p[slots],
-            self.seed[slots],
-            self.sampled[slots],
+            self.temperature[rows],
+            self.top_k[rows],
+            self.top_p[rows],
+            self.seed[rows],
+            self.sampled[rows],
         )
