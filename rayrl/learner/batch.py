@@ -140,6 +140,7 @@ def make_batch(
         "dropped_rows": float(len(rows) - len(kept)),
         "row_tokens": float(sum(len(row.ids) for row in rows)),
         "loss_tokens": totals.tokens,
+        "distinct_loss_tokens": float(_distinct_loss_tokens(_sorted(rows))),
     }
     return Batch(kept, totals, stats)
 
@@ -231,6 +232,17 @@ def _distinct(rows: Sequence[Trajectory]) -> NDArray[Any]:
     """(B,) tokens each of the sorted rows adds to the trie."""
     lengths = np.fromiter((len(row.ids) for row in rows), np.int64, len(rows))
     return lengths - common_prefixes([row.ids for row in rows])
+
+
+def _distinct_loss_tokens(rows: Sequence[Trajectory]) -> int:
+    """Loss tokens of the sorted rows, those with the same ids up to and including them once."""
+    count = 0
+    seen = np.zeros(0, np.bool_)  # whether the ids of the row above were counted
+    for row, shared in zip(rows, common_prefixes([row.ids for row in rows]), strict=True):
+        before = np.append(seen[:shared], np.zeros(len(row.ids) - shared, np.bool_))
+        count += int((row.loss_mask & ~before).sum())
+        seen = row.loss_mask | before
+    return count
 
 
 def shard(batch: Batch, rank: int, world: int) -> Batch:

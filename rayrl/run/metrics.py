@@ -108,6 +108,7 @@ def step_metrics(
     sample = played.groups if played.sample is None else played.sample
     learner = {_RENAMED.get(name, name): value for name, value in learned.items()}
     groups = batch.stats["groups"] + len(played.rejected)
+    tokens, distinct = batch.stats["loss_tokens"], batch.stats["distinct_loss_tokens"]
     zero_variance = batch.stats["zero_variance_groups"] + len(played.rejected)
     is_chosen = bool(rejected) or sample != played.groups
     chosen = {"trained/reward": reward_metrics(played)["reward"]} if is_chosen else {}
@@ -116,7 +117,8 @@ def step_metrics(
         **chosen,
         **_turn_metrics(sample),
         "episodes": float(len(episodes)),
-        "tokens": batch.stats["loss_tokens"],
+        "tokens": tokens,
+        **({"shared_token_share": 1 - distinct / tokens} if tokens else {}),
         **({"groups/zero_variance_share": zero_variance / groups} if groups else {}),
         "groups/dropped": float(len(played.dropped)),
         "groups/rejected": float(len(played.rejected)),

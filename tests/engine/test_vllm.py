@@ -217,6 +217,21 @@ def in_flight(engine: Any) -> Any:
     return engine._llm.output_processor.request_states
 
 
+async def test_weights_that_do_not_match_close_the_engine(engine: Engine) -> None:
+    """The last test of the module's engine."""
+    flat, manifest = flatten({"model.no_such_weight": torch.zeros(3)})
+    version = engine.version + 1
+    said = rf"version {version}: .* LlamaForCausalLM: .*no_such_weight"
+    with pytest.raises(ConfigError, match=said):
+        await engine.load_weights(version, flat, manifest)
+    with pytest.raises(InfraError, match="closed"):
+        await engine.generate(request(PROMPTS[0]))
+    with pytest.raises(InfraError, match="closed"):
+        await engine.load_weights(version, flat, manifest)
+    with pytest.raises(InfraError, match="closed"):
+        await engine.check()
+
+
 async def test_pushed_experts_are_computed_correctly(tmp_path: Path) -> None:
     """vLLM packs them for the CPU, and pads them unless their width is a multiple of 32."""
     torch.manual_seed(0)
@@ -248,19 +263,6 @@ async def test_pushed_experts_are_computed_correctly(tmp_path: Path) -> None:
         assert await engine.load_weights(version, flat, manifest) == checksum(flat)
         await assert_same_as_transformers(engine, model)
     await engine.close()
-
-
-async def test_weights_that_do_not_match_close_the_engine() -> None:
-    engine = open_engine(model_dir(EMBEDDED), CONFIG)
-    flat, manifest = flatten({"model.no_such_weight": torch.zeros(3)})
-    with pytest.raises(ConfigError, match=r"version 1: .* LlamaForCausalLM: .*no_such_weight"):
-        await engine.load_weights(1, flat, manifest)
-    with pytest.raises(InfraError, match="closed"):
-        await engine.generate(request(PROMPTS[0]))
-    with pytest.raises(InfraError, match="closed"):
-        await engine.load_weights(2, flat, manifest)
-    with pytest.raises(InfraError, match="closed"):
-        await engine.check()
 
 
 async def test_an_unsupported_model_is_refused(tmp_path: Path) -> None:

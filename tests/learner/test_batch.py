@@ -1,5 +1,6 @@
 """Rows from episodes, their division, and the trie: masks, denominators, sharing."""
 
+import random
 from dataclasses import replace
 
 import numpy as np
@@ -63,8 +64,26 @@ def test_zero_rows_cost_nothing_but_count():
     assert (batch.totals.tokens, batch.totals.rows) == (2 * (3 + 4 + 3), 6)
     assert batch.stats["zero_variance_groups"] == 1
     assert batch.stats["dropped_rows"] == 5
+    assert batch.stats["distinct_loss_tokens"] == 6  # 5, 6 7 after it; 5 again, 6 7 after that
     kept = make_batch([group], [values], keep_zero=True)
     assert len(kept.rows) == 3
+
+
+def test_loss_tokens_with_the_same_ids_before_them_are_counted_once():
+    rng = random.Random(0)
+    for _ in range(200):
+        episodes = [
+            two_turns(i, rng.choices([5, 6], k=rng.randint(1, 4))) for i in range(rng.randint(1, 6))
+        ]
+        group = Group("g", Task(), tuple(episodes))
+        batch = make_batch([group], [[0.0] * len(episodes)], keep_zero=True)
+        losses = [
+            tuple(row.ids[: t + 1].tolist())
+            for row in batch.rows
+            for t in row.loss_mask.nonzero()[0]
+        ]
+        assert batch.stats["loss_tokens"] == len(losses)
+        assert batch.stats["distinct_loss_tokens"] == len(set(losses))
 
 
 def test_conversations_and_seats_are_separate_rows_and_scripts_none():
