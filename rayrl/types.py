@@ -417,6 +417,8 @@ class Turn(_Compact):
         seconds: time until the engine had answered.
         conversation: name of the turn's conversation, unique in its seat; "" is the first.
         origin: where that conversation began; None for the first.
+        temperature: at which the completion ids were sampled, where that is not the run's
+            `sampling.temperature`. At 0, nothing is trained on them.
     """
 
     seat: str
@@ -435,6 +437,7 @@ class Turn(_Compact):
     seconds: float = field(default=0.0, compare=False)
     conversation: str = ""
     origin: Origin | None = None
+    temperature: float | None = None
 
     def __post_init__(self) -> None:
         _fix_fields(self, "text", "state")

@@ -20,10 +20,7 @@ RESERVED = ("replayed", "replay_mismatches")  # turns/NAME is another metric
 
 @dataclass(frozen=True)
 class Component:
-    """One environment of a mixture. What it leaves out is as in the sections `env` and `sampling`.
-
-    All components are sampled at `sampling.temperature`, which the learner divides logits by.
-    """
+    """An environment of a mixture. What it leaves out is as in `env` and `sampling`."""
 
     name: str = setting("", "environment, as env.name")
     weight: float = setting(1.0, "share of env.mix_by, relative to the others' weights", above=0)
@@ -33,6 +30,7 @@ class Component:
     held_out: float | None = setting(None, "as env.held_out")
     duplicates: str | None = setting(None, "as env.duplicates")
     max_tokens: int | None = setting(None, "as sampling.max_tokens")
+    temperature: float | None = setting(None, "as sampling.temperature")
     stop: list[str] | None = setting(None, "as sampling.stop")
     cells: dict[str, dict[str, Any]] = setting({}, "as eval.cells")
 
@@ -45,6 +43,7 @@ _KEYS = {
     "held_out": "env.held_out",
     "duplicates": "env.duplicates",
     "max_tokens": "sampling.max_tokens",
+    "temperature": "sampling.temperature",
     "stop": "sampling.stop",
     "cells": "eval.cells",
 }
@@ -69,6 +68,7 @@ def _own(config: Config, one: Component) -> Config:
     held_out = env.held_out if one.held_out is None else one.held_out
     duplicates = env.duplicates if one.duplicates is None else one.duplicates
     max_tokens = sampling.max_tokens if one.max_tokens is None else one.max_tokens
+    temperature = sampling.temperature if one.temperature is None else one.temperature
     stop = sampling.stop if one.stop is None else one.stop
     return replace(
         config,
@@ -82,7 +82,7 @@ def _own(config: Config, one: Component) -> Config:
             duplicates=duplicates,
             mix={},
         ),
-        sampling=replace(sampling, max_tokens=max_tokens, stop=stop),
+        sampling=replace(sampling, max_tokens=max_tokens, temperature=temperature, stop=stop),
         eval=replace(config.eval, cells=one.cells),
     )
 
@@ -165,11 +165,6 @@ def _check_component(config: Config, name: str, given: Mapping[str, Any]) -> Non
         )
     known = [one.name for one in fields(Component)]
     for key in given:
-        if key == "temperature":
-            raise ConfigError(
-                f"{where}.temperature: components share sampling.temperature, which the learner "
-                "needs to know the probabilities; set that."
-            )
         if key not in known:
             near = did_you_mean(str(key), known) or f" A component has: {', '.join(known)}."
             raise ConfigError(f"{where}.{key}: there is no such setting.{near}")

@@ -213,10 +213,12 @@ def _check_pushes(config: Config) -> None:
 
 def _check_train(config: Config) -> None:
     sampling, train, algo = config.sampling, config.train, config.algo
-    if sampling.temperature == 0:
-        raise _wrong(
-            "sampling.temperature", 0, "greedy play explores nothing; train with about 1.0."
-        )
+    for name, own in components(config).items():
+        with named_keys(name):
+            if own.sampling.temperature == 0:
+                raise _wrong(
+                    "sampling.temperature", 0, "greedy play explores nothing; train with about 1.0."
+                )
     if sampling.top_p < 1 or sampling.top_k > 0:
         key, value, off = ("sampling.top_p", sampling.top_p, "1.0")
         if sampling.top_k > 0:

@@ -187,7 +187,7 @@ class Learner(ABC):
         """(T,) of each row under the current weights; 0 off its loss.
 
         Args:
-            temperature: default the one that is sampled at.
+            temperature: of all ids; default what each was sampled at.
         """
         values = self._each_row(rows, temperature)
         return [values[id(row)] for row in rows]
@@ -370,7 +370,7 @@ class Learner(ABC):
 
     @property
     def _limits(self) -> tuple[int, float]:
-        """Tokens of a micro-batch, and the temperature that the rows were sampled at."""
+        """Tokens of a micro-batch, and the run's sampling temperature."""
         temperature = self.cfg.sampling.temperature
         if temperature <= 0:
             raise ConfigError(
@@ -382,8 +382,10 @@ class Learner(ABC):
         self, rows: Sequence[Trajectory], temperature: float | None = None
     ) -> dict[int, NDArray[np.float32]]:
         limit, sampled_at = self._limits
+        for_all = temperature is not None
+        at = temperature if temperature is not None else sampled_at
         passes = self._passes(rows)
-        return row_logprobs(self.model, rows, limit, temperature or sampled_at, passes=passes)
+        return row_logprobs(self.model, rows, limit, at, for_all=for_all, passes=passes)
 
     def _train(
         self,

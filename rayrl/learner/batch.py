@@ -12,7 +12,7 @@ without torch.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -53,6 +53,7 @@ class Trajectory:
         proximal_logprobs: (T,) float32, of the policy before the step's first update; filled in by
             the learner where a step needs them.
         reference_logprobs: (T,) float32, of the reference policy; likewise.
+        temperatures: (T,) float32, at which ids were sampled: NaN at the run's; None: all at that.
     """
 
     ids: NDArray[np.int32]
@@ -64,6 +65,7 @@ class Trajectory:
     id: str = ""
     proximal_logprobs: NDArray[np.float32] | None = None
     reference_logprobs: NDArray[np.float32] | None = None
+    temperatures: NDArray[np.float32] | None = None
 
     @property
     def n_loss(self) -> int:
@@ -170,6 +172,7 @@ def _row(
     mask = np.zeros(length, np.bool_)
     rollout = np.zeros(length, np.float32)
     adv = np.zeros(length, np.float32)
+    temperatures = np.full(length, np.nan, np.float32)
     versions: list[int] = []
     at = 0
     for turn, advantage, with_loss in conversation:
@@ -186,10 +189,12 @@ def _row(
         end = begin + len(turn.completion_ids)
         ids[at:begin] = turn.prompt_ids
         ids[begin:end] = turn.completion_ids
-        if with_loss:
+        if with_loss and turn.temperature != 0:  # greedily there is no other reply
             mask[begin:end] = True
             rollout[begin:end] = turn.rollout_logprobs
             adv[begin:end] = advantage
+            if turn.temperature is not None:
+                temperatures[begin:end] = turn.temperature
             versions += [span.version for span in turn.versions]
         at = end
     if not mask.any():
@@ -197,8 +202,11 @@ def _row(
     if mask[0]:
         raise ValueError(f"{name}: a conversation cannot begin with a sampled id")
     end = _end(mask)
-    ids, mask, rollout, adv = ids[:end], mask[:end], rollout[:end], adv[:end]
-    return [Trajectory(ids, mask, rollout, adv, min(versions, default=0), group, name)]
+    row = Trajectory(
+        ids[:end], mask[:end], rollout[:end], adv[:end], min(versions, default=0), group, name
+    )
+    usual = np.isnan(temperatures).all()
+    return [row if usual else replace(row, temperatures=temperatures[:end])]
 
 
 def _end(mask: NDArray[np.bool_]) -> int:

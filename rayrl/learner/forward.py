@@ -110,13 +110,17 @@ def scheduled_lr(cfg: LearnerConfig, step: int, total: int) -> float:
 
 
 def token_logprobs(
-    model: Any, packed: Packed, temperature: float, *, entropy_gradient: bool = False
+    model: Any,
+    packed: Packed,
+    temperature: float | NDArray[np.float32],
+    *,
+    entropy_gradient: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the loss tokens under the *sampling* distribution, and its entropy.
 
-    Logits are computed at the distinct source tokens only and divided by `temperature` before the
-    softmax, as the engine did. top-p and top-k are not applied: with them, the rollout's logprobs
-    are those of a truncated distribution, which the mismatch metrics show.
+    Logits are computed at the distinct source tokens only and divided by `temperature`, one for
+    all or (N,), before the softmax, as the engine did. top-p and top-k are not applied: with them,
+    the rollout's logprobs are those of a truncated distribution, which the mismatch metrics show.
 
     Returns:
         (N,) with gradient, in `packed`'s order, and (N,) entropies in nats, with gradient if
@@ -124,7 +128,19 @@ def token_logprobs(
     """
     logits, slot = logits_before(model, packed)
     target = torch.from_numpy(packed.target).to(model.device)
-    return chosen_logprobs(logits, slot, target, temperature, entropy_gradient=entropy_gradient)
+    if not isinstance(temperature, np.ndarray):
+        return chosen_logprobs(logits, slot, target, temperature, entropy_gradient=entropy_gradient)
+    chosen = entropy = torch.zeros(len(target), device=model.device)
+    for one in np.unique(temperature).tolist():  # each goes through all logits
+        at = torch.from_numpy(np.flatnonzero(temperature == one)).to(model.device)
+        found = chosen_logprobs(
+            logits, slot[at], target[at], one, entropy_gradient=entropy_gradient
+        )
+        chosen, entropy = (
+            whole.index_copy(0, at, part)
+            for whole, part in zip((chosen, entropy), found, strict=True)
+        )
+    return chosen, entropy
 
 
 def _pack(rows: Sequence[Trajectory]) -> Packed:
@@ -137,15 +153,32 @@ def _flat(rows: Sequence[Trajectory], packed: Packed, name: str, device: Any) ->
     return torch.from_numpy(np.concatenate(parts)).to(device)
 
 
+def _temperatures(
+    rows: Sequence[Trajectory], packed: Packed, usual: float
+) -> float | NDArray[np.float32]:
+    """At which the packed loss tokens were sampled: one for all, or (N,)."""
+    if all(row.temperatures is None for row in rows):
+        return usual
+    parts = []
+    for row in (rows[i] for i in packed.order):
+        own = np.full(len(row.ids), np.nan) if row.temperatures is None else row.temperatures
+        parts.append(own[row.loss_mask])
+    whole = np.concatenate(parts)
+    return np.where(np.isnan(whole), usual, whole).astype(np.float32)
+
+
 def row_logprobs(
     model: Any,
     rows: Sequence[Trajectory],
     max_tokens: int,
     temperature: float,
     *,
+    for_all: bool = False,
     passes: int = 0,
 ) -> dict[int, NDArray[np.float32]]:
     """(T,) log-probabilities of each row, 0 where `loss_mask` is False; keyed by `id(row)`.
+
+    `temperature` is that of ids whose row does not say otherwise; with `for_all`, of all.
 
     Makes at least `passes` forward passes: where one is a collective, all ranks make as many.
     """
@@ -153,8 +186,9 @@ def row_logprobs(
     micros = micro_batches(rows, max_tokens, shared=shares_prefixes(model))
     for micro in micros + [[filler_row()]] * (passes - len(micros)):
         packed = _pack(micro)
+        at = temperature if for_all else _temperatures(micro, packed, temperature)
         with torch.no_grad():
-            values = token_logprobs(model, packed, temperature)[0].cpu().numpy()
+            values = token_logprobs(model, packed, at)[0].cpu().numpy()
         for b, i in enumerate(packed.order):
             line = np.zeros(len(micro[i].ids), np.float32)
             mine = packed.row == b
@@ -256,6 +290,7 @@ def loss_of(
     """Forward one micro-batch: its part of the batch's loss (to differentiate), and its metrics.
 
     Args:
+        temperature: of ids whose row does not say otherwise.
         first: these weights are the ones the step began with, so the difference between learner
             and rollout log-probabilities is the mismatch and not what the step has learned.
     """
@@ -263,7 +298,8 @@ def loss_of(
     device = model.device
     algo = objective.algo
     bonus = algo.entropy_coef > 0
-    logprobs, entropy = token_logprobs(model, packed, temperature, entropy_gradient=bonus)
+    at = _temperatures(rows, packed, temperature)
+    logprobs, entropy = token_logprobs(model, packed, at, entropy_gradient=bonus)
     now = logprobs.detach()
     rollout = _flat(rows, packed, "rollout_logprobs", device)
     old = rollout

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import math
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
-from numbers import Integral
+from numbers import Integral, Real
 from os import PathLike
 from typing import Any, Literal, Protocol, get_args
 
@@ -50,12 +51,14 @@ class Options:
         state: key of the state the model acts in.
         max_tokens: overrides the player's own limit.
         tools: JSON schemas of the functions offered.
+        temperature: overrides the player's own.
     """
 
     seed: int
     state: str = ""
     max_tokens: int | None = None
     tools: tuple[Mapping[str, Any], ...] = ()
+    temperature: float | None = None
 
 
 class Player(Protocol):
@@ -79,7 +82,7 @@ class Player(Protocol):
         ...
 
 
-def _invalid(new: Sequence[object], state: object, max_tokens: object) -> str:
+def _invalid(new: Sequence[object], state: object, max_tokens: object, temperature: object) -> str:
     """Describe what is invalid in the arguments of a call; empty if they are valid."""
     for message in new:
         if not isinstance(message, Message):
@@ -95,6 +98,10 @@ def _invalid(new: Sequence[object], state: object, max_tokens: object) -> str:
         return f"with state={safe_repr(state)}: it must be a string, such as repr(board)"
     if not (max_tokens is None or (isinstance(max_tokens, Integral) and int(max_tokens) >= 0)):
         return f"with max_tokens={safe_repr(max_tokens)}: it must be a whole number, 0 or more"
+    if temperature is not None and not (
+        isinstance(temperature, Real) and 0 <= float(temperature) < math.inf
+    ):
+        return f"with temperature={safe_repr(temperature)}: it must be a number, 0 or more"
     return ""
 
 
@@ -206,6 +213,7 @@ class Agent:
         tool_rounds: int = 8,
         state: str | None = None,
         max_tokens: int | None = None,
+        temperature: float | None = None,
     ) -> Coroutine[Any, Any, Reply]:
         """Send messages and wait for the reply: `reply = await agent(prompt)`.
 
@@ -220,12 +228,13 @@ class Agent:
             state: key of the state the model acts in, for comparing decisions inside a group; by
                 default the text of the new messages.
             max_tokens: per completion; overrides the player's own limit.
+            temperature: overrides the player's own. What is sampled at 0 is not trained on.
 
         Returns:
             The model's last text, with all tool calls made before it.
         """
         self.activity.called += 1  # counted here so that a missing `await` is noticed
-        return self._respond(prompt, tools, protocol, tool_rounds, state, max_tokens)
+        return self._respond(prompt, tools, protocol, tool_rounds, state, max_tokens, temperature)
 
     async def _respond(
         self,
@@ -235,6 +244,7 @@ class Agent:
         tool_rounds: int,
         state: str | None,
         max_tokens: int | None,
+        temperature: float | None,
     ) -> Reply:
         self.activity.awaited += 1
         new: tuple[Message, ...]
@@ -251,9 +261,9 @@ class Agent:
                 raise EnvError(f"tool_rounds={tool_rounds}: must be 0 or more")
             as_text = protocol == "text"
             return await self._tool_loop(
-                new, Toolkit(tools), as_text, tool_rounds, state, max_tokens
+                new, Toolkit(tools), as_text, tool_rounds, state, max_tokens, temperature
             )
-        turn = await self.turn(new, state, max_tokens, ())
+        turn = await self.turn(new, state, max_tokens, temperature)
         return Reply(turn.text, turn.finish)
 
     async def turn(
@@ -261,7 +271,8 @@ class Agent:
         new: tuple[Message, ...],
         state: str | None,
         max_tokens: int | None,
-        tools: tuple[Mapping[str, Any], ...],
+        temperature: float | None,
+        tools: tuple[Mapping[str, Any], ...] = (),
     ) -> Turn:
         """Call the model once, without running any tools it calls."""
         activity = self.activity
@@ -274,7 +285,8 @@ class Agent:
             )
         if not new:
             raise EnvError(f"{self.seat!r} was called without a message: pass at least one")
-        if problem := _invalid(new, state, max_tokens):  # players rely on valid arguments
+        # players rely on valid arguments
+        if problem := _invalid(new, state, max_tokens, temperature):
             raise EnvError(f"{self.seat!r} was called {problem}")
         if state is None:
             state = new[0].content if len(new) == 1 else "\n".join([m.content for m in new])
@@ -286,7 +298,7 @@ class Agent:
         try:
             turn = None if self.resume.fresh else await self._replay(new, state, tools)
             if turn is None:
-                options = Options(seed, state, max_tokens, tools)
+                options = Options(seed, state, max_tokens, tools, temperature)
                 activity.waiting += 1
                 try:
                     turn = await self.player.answer(conversation, new, options)
@@ -334,6 +346,7 @@ class Agent:
         rounds: int,
         state: str | None,
         max_tokens: int | None,
+        temperature: float | None,
     ) -> Reply:
         self.activity.used_tools = True
         schemas, conversation = toolkit.schemas, self._conversation
@@ -342,7 +355,8 @@ class Agent:
             new = tuple(add_to_first_message(new, describe_lines(schemas)))
         made: list[ToolCall] = []
         for left in range(rounds, -1, -1):
-            turn = await self.turn(new, state, max_tokens, () if as_text else schemas)
+            offered = () if as_text else schemas
+            turn = await self.turn(new, state, max_tokens, temperature, offered)
             conversation.tools |= introduced
             cut = turn.finish == "length"
             if as_text:
@@ -380,7 +394,9 @@ class Agent:
         """Whether the model's replies begin inside a thought."""
         return self._thinking
 
-    def endpoint(self, *, own_limits: bool = False) -> AbstractAsyncContextManager[Endpoint]:
+    def endpoint(
+        self, *, own_limits: bool = False, own_temperature: bool = False
+    ) -> AbstractAsyncContextManager[Endpoint]:
         """Let programs ask the model over HTTP: `async with agent.endpoint() as at:`.
 
         The server speaks OpenAI's chat completions and Responses and Anthropic's Messages. Each
@@ -389,23 +405,26 @@ class Agent:
 
         Args:
             own_limits: requests' own `max_tokens` replace the run's.
+            own_temperature: requests' own `temperature` replaces the run's. Replies at 0 are not
+                trained on.
         """
         from rayrl.rollout.programs.server import open_endpoint  # its imports take their time
 
-        return open_endpoint(self, own_limits=own_limits)
+        return open_endpoint(self, own_limits=own_limits, own_temperature=own_temperature)
 
     async def program(
         self,
         command: Sequence[str | PathLike[str]],
         *,
         own_limits: bool = False,
+        own_temperature: bool = False,
         **options: Any,
     ) -> Finished:
         """Run a program that asks the model as this agent, and wait for its end.
 
         Short for `rayrl.program` within `endpoint`, whose arguments it takes.
         """
-        async with self.endpoint(own_limits=own_limits) as at:
+        async with self.endpoint(own_limits=own_limits, own_temperature=own_temperature) as at:
             return await program(command, at, **options)
 
     async def respond(

@@ -173,11 +173,11 @@ class EndpointPlayer:
         )
 
     def _body(self, messages: list[dict[str, Any]], options: Options) -> dict[str, Any]:
-        sampling = self.sampling
+        sampling, asked = self.sampling, options.temperature
         body: dict[str, Any] = {
             "model": self.config.model,
             "messages": messages,
-            "temperature": sampling.temperature,
+            "temperature": sampling.temperature if asked is None else asked,
             "top_p": sampling.top_p,
             _OLD_LIMIT: options.max_tokens or sampling.max_tokens,
         }

@@ -259,6 +259,8 @@ def _turn_to_json(turn: Turn) -> dict[str, Any]:
         data["completion_ids"] = list(turn.completion_ids)
         data["rollout_logprobs"] = list(turn.rollout_logprobs)
         data["versions"] = [[span.version, span.start, span.end] for span in turn.versions]
+    if turn.temperature is not None:
+        data["temperature"] = turn.temperature
     return data
 
 
@@ -289,6 +291,7 @@ def _turn_from_json(data: Mapping[str, Any], where: str) -> Turn:
         usage=_usage_from_json(data.get("usage")),
         conversation=_typed(data.get("conversation", ""), str, f"{where}: conversation"),
         origin=_origin_from_json(data.get("origin"), where),
+        temperature=fit(data.get("temperature"), float | None),
     )
 
 

@@ -70,6 +70,7 @@ class PolicyPlayer:
         sampling: sampling settings.
         min_version: oldest weights that may answer; may be changed between episodes.
         trainable: whether its seat is trained.
+        run_temperature: the run's, if `sampling` has another; turns record what they differ from.
     """
 
     def __init__(
@@ -80,10 +81,12 @@ class PolicyPlayer:
         *,
         min_version: int = 0,
         trainable: bool = True,
+        run_temperature: float | None = None,
     ) -> None:
         self.chat = chat
         self.client = client
         self.sampling = sampling
+        self.run_temperature = sampling.temperature if run_temperature is None else run_temperature
         self.min_version = min_version
         self.trainable = trainable
         self.opens_thought = chat.opens_thought
@@ -109,6 +112,9 @@ class PolicyPlayer:
         sampling = self.sampling
         if options.max_tokens is not None:
             sampling = replace(sampling, max_tokens=options.max_tokens)
+        if options.temperature is not None:
+            sampling = replace(sampling, temperature=options.temperature)
+        is_own = sampling.temperature != self.run_temperature
         whole = (*ids, *prompt_ids)
         clock_time, began = time.time(), time.perf_counter()
         done = await self.client.generate(
@@ -143,6 +149,7 @@ class PolicyPlayer:
             tools=options.tools,
             began=clock_time,
             seconds=time.perf_counter() - began,
+            temperature=sampling.temperature if is_own else None,
         )
         self.resume(conversation, turn)
         return turn

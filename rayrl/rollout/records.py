@@ -215,7 +215,7 @@ def _plain(value: Any) -> Any:
 def _turn(data: Sequence[Any]) -> Turn:
     seat, prompt, text, finish, offset, told, sampled, rollout_logprobs, versions = data[:9]
     state, tools, usage, began, seconds = data[9:14]
-    conversation, origin = data[14:] or ("", None)  # none in older logs
+    conversation, origin, *temperature = data[14:] or ("", None)  # none in older logs
     return Turn(
         seat,
         tuple(map(_message, prompt)),
@@ -233,6 +233,7 @@ def _turn(data: Sequence[Any]) -> Turn:
         seconds,
         conversation,
         None if origin is None else Origin(*origin),
+        *temperature,
     )
 
 

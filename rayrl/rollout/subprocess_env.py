@@ -176,6 +176,7 @@ class _Child:
                     tuple(message_from_json(message) for message in frame["messages"]),
                     frame["state"],
                     frame["max_tokens"],
+                    frame["temperature"],
                     tuple(frame["tools"]),
                 )
                 await self._send((frame["ask"], turn.text, turn.finish))
@@ -338,6 +339,7 @@ class _Parent:
                 "messages": [message_to_json(message) for message in new],
                 "state": options.state,
                 "max_tokens": options.max_tokens,
+                "temperature": options.temperature,
                 "tools": list(options.tools),
             }
         )

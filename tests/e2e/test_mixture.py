@@ -18,6 +18,7 @@ SETTINGS = [
     "env.name=''",
     f"env.mix.one={{name: '{ENVS}:brief', rewards: {{any: 0.5}}}}",
     f"env.mix.two={{name: '{ENVS}:talk', max_tokens: 12, cells: {{a: {{}}, b: {{}}}}}}",
+    "env.mix.two.temperature=0.7",
     "env.mix_by=tokens",
     f"train.steps={STEPS}",
     "train.group_size=8",
@@ -54,8 +55,11 @@ def test_killed_in_the_middle_of_a_batch(tiny: Path, tmp_path: Path) -> None:
             tokens = [len(turn["completion_ids"]) for one in own for turn in one["turns"]]
             assert row[f"tokens/{name}"] == sum(tokens)
             assert max(tokens) <= {"one": 16, "two": 12}[name]
+            at = {turn.get("temperature") for one in own for turn in one["turns"]}
+            assert at == {"one": {None}, "two": {0.7}}[name]
             written[name] += sum(tokens)
         assert "score/vowels" not in row
+        assert row["mismatch/max"] < 1e-4, "each divides by its temperature"
         assert {"eval/one/reward", "eval/two/a/reward"} <= row.keys() or row["step"] < STEPS - 1
     assert written["one"] == pytest.approx(written["two"], rel=0.25), "shares of tokens"
     for one in read_jsonl(calm / "evaluations" / f"version_{STEPS:06d}.jsonl"):

@@ -69,6 +69,19 @@ def test_zero_rows_cost_nothing_but_count():
     assert len(kept.rows) == 3
 
 
+def test_what_was_sampled_greedily_is_not_trained_on_and_other_temperatures_are_kept():
+    turns = [turn([1], [2, 3], 0), turn([4], [5], 3), turn([6], [7, 8], 5)]
+    own = [replace(turns[0], temperature=0.5), replace(turns[1], temperature=0.0), turns[2]]
+    (row,) = make_batch([Group("g", Task(), (episode(0, own),))], [[1.0]]).rows
+    assert row.loss_mask.tolist() == [False, True, True, False, False, False, True, True]
+    assert row.temperatures is not None
+    assert np.array_equal(row.temperatures[row.loss_mask], [0.5, 0.5, np.nan, np.nan], True)
+    greedy = [replace(one, temperature=0.0) for one in turns]
+    assert not make_batch([Group("g", Task(), (episode(0, greedy),))], [[1.0]]).rows
+    (row,) = make_batch([Group("g", Task(), (episode(0, turns),))], [[1.0]]).rows
+    assert row.temperatures is None
+
+
 def test_loss_tokens_with_the_same_ids_before_them_are_counted_once():
     rng = random.Random(0)
     for _ in range(200):

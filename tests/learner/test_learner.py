@@ -17,7 +17,7 @@ from rayrl.config import AlgoConfig, Config, EngineConfig, LearnerConfig, Sampli
 from rayrl.errors import ConfigError, DataError
 from rayrl.learner.batch import Totals, Trajectory, batch_of, supervised_row
 from rayrl.learner.deepspeed import DeepSpeedLearner
-from rayrl.learner.forward import load_model, scheduled_lr, token_logprobs
+from rayrl.learner.forward import load_model, loss_of, scheduled_lr, token_logprobs
 from rayrl.learner.loss import LOSSES, LossOutputs, Objective
 from rayrl.learner.packing import pack
 from rayrl.learner.reference import ReferenceLearner
@@ -288,6 +288,49 @@ def test_logprobs_follow_the_sampling_temperature(model_dir):
     greedy = replace(cfg, sampling=SamplingConfig(temperature=0.0))
     with pytest.raises(ConfigError, match=r"sampling\.temperature"):
         ReferenceLearner(greedy, model_dir).logprobs(rows)
+
+
+def test_each_id_has_its_own_temperature(model_dir):
+    """Siblings share sources, at which one was sampled at a temperature and another at none."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for row in make_rows(1):
+        own = rng.choice(np.array([np.nan, 0.5, 2.0], np.float32), len(row.ids))
+        rows += [row, replace(row, temperatures=own)]
+    learner = ReferenceLearner(
+        replace(config(micro=40), sampling=SamplingConfig(temperature=1.3)), model_dir
+    )
+    plain = AutoModelForCausalLM.from_pretrained(model_dir, attn_implementation="eager")
+    wanted = []
+    for row in rows:
+        at = np.full(len(row.ids), np.nan) if row.temperatures is None else row.temperatures
+        at = torch.from_numpy(np.where(np.isnan(at), 1.3, at))[1:, None].float()
+        ids = torch.from_numpy(np.asarray(row.ids, np.int64))
+        logprobs = (plain(input_ids=ids[None]).logits[0, :-1] / at).log_softmax(-1)
+        chosen = logprobs.gather(1, ids[1:, None])[:, 0] * torch.from_numpy(row.loss_mask[1:])
+        wanted.append(chosen)
+    for want, values in zip(wanted, learner.logprobs(rows), strict=True):
+        assert np.abs(values[1:] - want.detach().numpy()).max() <= 1e-5
+    for one, values in zip(rows, learner.logprobs(rows, 0.8), strict=True):
+        want = plain_logprobs(plain, one.ids, 0.8).detach().numpy() * one.loss_mask
+        assert np.abs(values - want).max() <= 1e-5
+
+    objective = Objective.of(replace(AlgoConfig(), loss="grpo", tis_max=0.0), 32.0)
+    rows = [
+        replace(row, rollout_logprobs=np.append(np.float32(0), want.detach().numpy()))
+        for row, want in zip(rows, wanted, strict=True)
+    ]
+    totals = batch_of(rows).totals
+    loss, tally = loss_of(learner.model, rows, objective, totals, 1.3, first=True)
+    assert tally.metrics()["mismatch_max"] < 1e-5, "the learner's are those that were sampled from"
+    loss.backward()
+    advantages = [torch.from_numpy(row.advantages[1:]) for row in rows]
+    whole = sum((a * w).sum() for a, w in zip(advantages, wanted, strict=True))
+    (-whole / totals.tokens).backward()
+    found = dict(learner.model.named_parameters())
+    for name, weight in plain.named_parameters():
+        scale = weight.grad.abs().max()
+        assert (found[name].grad - weight.grad).abs().max() <= 1e-4 * scale + 1e-7, name
 
 
 def test_sft_learns_what_it_is_shown(model_dir):

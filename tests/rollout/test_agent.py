@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -74,12 +75,24 @@ async def test_a_truncated_reply_is_closed_by_untrained_ids() -> None:
     assert second.prompt_ids[0] == chat().stop_ids[0]
 
 
-async def test_max_tokens_and_state_of_one_call() -> None:
+async def test_options_of_one_call() -> None:
     player, engine = policy("the lazy dog", max_tokens=9)
     agent = Agent(player)
-    await agent("a", max_tokens=3, state="key")
-    assert engine.requests[0].sampling == Sampling(max_tokens=3)
+    await agent("a", max_tokens=3, state="key", temperature=0.5)
+    await agent("b", temperature=0)
+    await agent("c", temperature=1.0)  # as the run's
+    await agent("d")
+    assert engine.requests[0].sampling == Sampling(max_tokens=3, temperature=0.5)
+    assert [one.sampling.temperature for one in engine.requests] == [0.5, 0.0, 1.0, 1.0]
     assert agent.record[0].state == "key"
+    assert [turn.temperature for turn in agent.record] == [0.5, 0.0, None, None]
+
+
+@pytest.mark.parametrize("wrong", [-0.1, math.nan, math.inf, "1"])
+async def test_a_temperature_that_is_none(wrong: Any) -> None:
+    agent = Agent(policy("the lazy dog")[0])
+    with pytest.raises(EnvError, match=r"with temperature=.*: it must be a number, 0 or more"):
+        await agent("a", temperature=wrong)
 
 
 async def test_restart_begins_a_new_conversation() -> None:

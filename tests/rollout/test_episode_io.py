@@ -66,6 +66,7 @@ EDGE = Episode(
             rollout_logprobs=(-0.1, -1e-30, -12.345678901234567),
             versions=(VersionSpan(3, 0, 1), VersionSpan(4, 1, 3)),
             state="",
+            temperature=0.7,
         ),
         Turn("o", (user("u"),), "reply", "abort", state="u"),
     ),

@@ -29,6 +29,7 @@ from rayrl.types import (
     Failure,
     Group,
     Message,
+    Origin,
     Task,
     ToolCall,
     Turn,
@@ -139,8 +140,10 @@ def everything() -> Turn:
     spans = (VersionSpan(3, 0, 1), VersionSpan(4, 1, 2))
     tools = ({"function": {"name": "add", "parameters": {"required": ["x"]}}},)
     usage = Usage(2, 1, 30, 4, None, 6)
+    sampled = (3, 4), (-0.1, -1e-300)
     return Turn(
-        "a", prompt, "t", "stop", 3, (1, 2), (3, 4), (-0.1, -1e-300), spans, "s", tools, usage, 1e9
+        *("a", prompt, "t", "stop", 3, (1, 2), *sampled, spans, "s", tools, usage, 1e9, 2.5),
+        *("c", Origin("", 1, 2), 0.7),
     )
 
 
@@ -229,5 +232,6 @@ def test_groups_that_were_logged_before_episodes_had_facts() -> None:
 
 def test_turns_that_were_logged_before_conversations_branched() -> None:
     turn = Turn("agent", (Message("user", "a"),), "b", "stop", 3, (1,), (2,), (-0.5,), state="s")
-    values = [*unpack(turn_to_bytes(turn))][:14]
-    assert turn_from_bytes(pack(values)) == turn
+    values = [*unpack(turn_to_bytes(turn))]
+    assert turn_from_bytes(pack(values[:14])) == turn
+    assert turn_from_bytes(pack(values[:16])) == turn, "nor had a temperature"

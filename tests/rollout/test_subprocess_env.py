@@ -61,7 +61,8 @@ FAR = """
     async def far(task, agent):
         n = 0
         for k in range(3):
-            n += len(await agent(f"{k} {task.rng(n).random()}"))
+            how = {"temperature": 0.5, "max_tokens": 7} if k == 1 else {}
+            n += len(await agent(f"{k} {task.rng(n).random()}", **how))
         if task.act == "block":
             while True:
                 pass
@@ -119,6 +120,7 @@ async def test_isolated_episodes_are_the_same(far: rayrl.Environment) -> None:
         assert group.complete
         for episode, other in zip(group.episodes, near[group.id].episodes, strict=True):
             assert episode.turns == other.turns
+            assert [turn.temperature for turn in episode.turns] == [None, 0.5, None]
             assert episode.scores["agent"]["n"] == other.scores["agent"]["n"]
             pids.add(episode.scores["agent"]["pid"])
     assert 1 <= len(pids) <= 2  # processes are reused

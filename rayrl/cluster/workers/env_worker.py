@@ -191,7 +191,13 @@ class EnvWorker:
                 deadline_s=config.cluster.request_deadline_s,
             )
         chat = Chat.load(job.models[who])
-        return PolicyPlayer(chat, self._clients[who], own.sampling, trainable=who == POLICY)
+        return PolicyPlayer(
+            chat,
+            self._clients[who],
+            own.sampling,
+            trainable=who == POLICY,
+            run_temperature=config.sampling.temperature if component else None,
+        )
 
     @cached_property
     def _endpoint(self) -> EndpointPlayer:

@@ -30,6 +30,7 @@ class Asked:
         messages: as in OpenAI's chat completions.
         tools: likewise.
         max_tokens: the request's own limit.
+        temperature: the request's own.
         stream: whether the answer is sent as events.
         body: the request.
     """
@@ -37,6 +38,7 @@ class Asked:
     messages: Sequence[Json]
     tools: Sequence[Json]
     max_tokens: int | None
+    temperature: float | None
     stream: bool
     body: Mapping[str, Any]
 
@@ -84,6 +86,15 @@ def _limit(body: Mapping[str, Any], *keys: str) -> int | None:
                 raise invalid(key, "must be a whole number, 1 or more.")
             return value
     return None
+
+
+def _temperature(body: Mapping[str, Any]) -> float | None:
+    value = body.get("temperature")
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 2:
+        raise invalid("temperature", "must be a number from 0 to 2.")
+    return float(value)
 
 
 def _refuse(body: Mapping[str, Any], harmless: Mapping[str, tuple[Any, ...]]) -> None:
@@ -144,6 +155,7 @@ class ChatCompletions(_OpenAI):
             _list(body, "messages", needed=True),
             _offered(_list(body, "tools"), body.get("tool_choice")),
             _limit(body, "max_completion_tokens", "max_tokens"),
+            _temperature(body),
             bool(body.get("stream")),
             body,
         )
@@ -217,6 +229,7 @@ class Responses(_OpenAI):
             messages,
             _offered(tools, body.get("tool_choice")),
             _limit(body, "max_output_tokens"),
+            _temperature(body),
             bool(body.get("stream")),
             body,
         )
@@ -368,6 +381,7 @@ class Messages:
             messages,
             _offered(tools, body.get("tool_choice")),
             _limit(body, "max_tokens"),
+            _temperature(body),
             bool(body.get("stream")),
             body,
         )

@@ -68,6 +68,7 @@ class Seat(Protocol):
         new: tuple[Message, ...],
         state: str | None,
         max_tokens: int | None,
+        temperature: float | None,
         tools: tuple[Mapping[str, Any], ...],
     ) -> Turn:
         """Ask the model once."""
@@ -119,7 +120,9 @@ class Dialogue:
         self,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] = (),
+        *,
         max_tokens: int | None = None,
+        temperature: float | None = None,
         after: Answer | None = None,
     ) -> Answer:
         """Answer a request in OpenAI's format.
@@ -128,6 +131,7 @@ class Dialogue:
             messages: all of them, or with `after` those that follow an earlier answer.
             tools: likewise.
             max_tokens: of the answer; None: the run's.
+            temperature: likewise.
             after: the earlier answer.
 
         Raises:
@@ -163,7 +167,7 @@ class Dialogue:
         assert agent is not None
         self._asking.add(id(agent))
         try:
-            turn = await agent.turn(new, None, max_tokens, schemas)
+            turn = await agent.turn(new, None, max_tokens, temperature, schemas)
         finally:
             self._asking.discard(id(agent))
         message = _answer(turn, agent.messages[-1], schemas, thinking=agent.opens_thought)

@@ -27,11 +27,14 @@ class Given(Task):
     Attributes:
         score: function of its output, and of this as a dict if it takes two arguments.
         timeout_s: for its run; 0: the episode's deadline.
+        own_limits, own_temperature: see `Agent.endpoint`.
     """
 
     u: float
     score: str
     timeout_s: float
+    own_limits: bool
+    own_temperature: bool
 
 
 def load(name: str) -> Environment:
@@ -47,14 +50,34 @@ def load(name: str) -> Environment:
         raise ConfigError(f"env.name=program:{name}: there is no file {path}")
     words = [sys.executable, str(path)] if path.suffix == ".py" else [str(path)]
 
-    def tasks(seed: int, u: float, *, score: str, timeout_s: float = 0.0) -> Given:
+    def tasks(
+        seed: int,
+        u: float,
+        *,
+        score: str,
+        timeout_s: float = 0.0,
+        own_limits: bool = False,
+        own_temperature: bool = False,
+    ) -> Given:
         _function(score)
-        return Given(seed=seed, u=u, score=score, timeout_s=timeout_s)
+        return Given(
+            seed=seed,
+            u=u,
+            score=score,
+            timeout_s=timeout_s,
+            own_limits=own_limits,
+            own_temperature=own_temperature,
+        )
 
     async def play(task: Given, agent: Any) -> Scores:
         given = {"seed": task.seed, "u": task.u}
         done = await agent.program(
-            words, stdin=json.dumps(given), timeout_s=task.timeout_s or None, check=False
+            words,
+            own_limits=task.own_limits,
+            own_temperature=task.own_temperature,
+            stdin=json.dumps(given),
+            timeout_s=task.timeout_s or None,
+            check=False,
         )
         function = _function(task.score)
         takes = len(inspect.signature(function).parameters)

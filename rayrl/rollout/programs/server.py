@@ -32,15 +32,18 @@ REMEMBERED = 10_000  # episodes that have ended, whose requests are told so
 
 
 @asynccontextmanager
-async def open_endpoint(agent: Seat, *, own_limits: bool = False) -> AsyncGenerator[Endpoint]:
+async def open_endpoint(
+    agent: Seat, *, own_limits: bool = False, own_temperature: bool = False
+) -> AsyncGenerator[Endpoint]:
     """Let programs ask the model as `agent` until the block is left.
 
     Args:
         own_limits: requests' own `max_tokens` replace the run's.
+        own_temperature: requests' own `temperature` replaces the run's.
     """
     server = await _Server.acquire()
     key = f"sk-{secrets.token_hex(24)}"
-    episode = server.episodes[key] = _Episode(Dialogue(agent), own_limits)
+    episode = server.episodes[key] = _Episode(Dialogue(agent), own_limits, own_temperature)
     try:
         yield Endpoint(server.url, key)
     finally:
@@ -54,6 +57,7 @@ async def open_endpoint(agent: Seat, *, own_limits: bool = False) -> AsyncGenera
 class _Episode:
     dialogue: Dialogue
     own_limits: bool
+    own_temperature: bool
     answers: dict[bytes, asyncio.Task[Answer]] = field(default_factory=dict)  # by request
     live: set[asyncio.Task[Answer]] = field(default_factory=set)
     error: str = ""
@@ -69,8 +73,12 @@ class _Episode:
         if task is None:
             if len(self.live) >= MAX_LIVE:
                 raise ApiError(429, f"{MAX_LIVE} requests of this episode are being answered.")
-            limit = asked.max_tokens if self.own_limits else None
-            work = self.dialogue.respond(asked.messages, asked.tools, limit)
+            work = self.dialogue.respond(
+                asked.messages,
+                asked.tools,
+                max_tokens=asked.max_tokens if self.own_limits else None,
+                temperature=asked.temperature if self.own_temperature else None,
+            )
             task = self.answers[digest] = asyncio.create_task(self._run(work))
             self.live.add(task)
             task.add_done_callback(self.live.discard)

@@ -101,6 +101,9 @@ async def test_what_cannot_be_read_is_named(path: str, sent: bytes, status: int,
         ("/chat/completions", {"stop": ["Observation:"]}, "stop"),
         ("/messages", {"stop_sequences": ["x"]}, "stop_sequences"),
         ("/chat/completions", {"max_tokens": 0}, "max_tokens: must be a whole number"),
+        ("/chat/completions", {"temperature": -1}, "temperature: must be a number from 0 to 2"),
+        ("/responses", {"temperature": "hot"}, "temperature: must be a number from 0 to 2"),
+        ("/messages", {"temperature": 3}, "temperature: must be a number from 0 to 2"),
         ("/responses", {"previous_response_id": "r"}, "previous_response_id"),
         ("/responses", {"text": {"format": {"type": "json_schema"}}}, "text.format"),
         ("/responses", {"tools": [{"type": "web_search"}]}, r"tools[0].type"),
@@ -255,20 +258,30 @@ async def test_events_say_what_the_whole_answer_says(path: str) -> None:
         assert "ok" in json.dumps(events)
 
 
-@pytest.mark.parametrize(("own", "limit"), [(False, None), (True, 9)])
-async def test_the_runs_limits_replace_a_requests(own: bool, limit: int | None) -> None:
+@pytest.mark.parametrize(
+    ("own", "used"),
+    [
+        ({}, (None, None)),
+        ({"own_limits": True}, (9, None)),
+        ({"own_temperature": True}, (None, 0.5)),
+        ({"own_limits": True, "own_temperature": True}, (9, 0.5)),
+    ],
+)
+async def test_the_runs_settings_replace_a_requests(
+    own: dict[str, bool], used: tuple[int | None, float | None]
+) -> None:
     class Recorder:
         def __init__(self) -> None:
-            self.limits: list[int | None] = []
+            self.used: list[tuple[int | None, float | None]] = []
 
         async def answer(
             self, conversation: Conversation, new: Sequence[Message], options: Options
         ) -> Turn:
-            self.limits.append(options.max_tokens)
+            self.used.append((options.max_tokens, options.temperature))
             return Turn(conversation.seat, tuple(new), "ok", "stop", state=options.state)
 
     recorder = Recorder()
-    async with Agent(recorder).endpoint(own_limits=own) as at, client(at) as http:
+    async with Agent(recorder).endpoint(**own) as at, client(at) as http:
         for path, key in zip(PATHS, ("max_tokens", "max_output_tokens", "max_tokens"), strict=True):
-            await http.post(path, json=body(path, **{key: 9}))
-    assert recorder.limits == [limit] * 3
+            await http.post(path, json=body(path, temperature=0.5, **{key: 9}))
+    assert recorder.used == [used] * 3
