@@ -98,7 +98,8 @@ def sample(
     if not truncated.all():
         full = np.flatnonzero(~truncated)
         of, which = np.unique(at[full], return_inverse=True)
-        ids[full], logprobs[full] = _draw(logits[tensor(of)].log_softmax(-1), which, u[full])
+        own = logits if len(of) == len(logits) else logits[tensor(of)]
+        ids[full], logprobs[full] = _draw(own.log_softmax(-1), which, u[full])
     if truncated.any():
         part = np.flatnonzero(truncated)
         of, which = np.unique(at[part], return_inverse=True)
