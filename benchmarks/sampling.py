@@ -28,10 +28,10 @@ from rayrl.run.files import read_jsonl
 from rayrl.run.stage import MODEL
 
 STAGES = ("synth", "sft", "rl1", "rl2")
-VARIANTS: dict[str, tuple[str, ...]] = {
-    "uniform": (),
+VARIANTS: dict[str, tuple[str, ...]] = {  # settings of each phase
+    "uniform": ("train.refill=1",),
     "refill": ("train.refill=3",),
-    "difficulty": ("train.task_sampling=difficulty",),
+    "difficulty": ("train.refill=1", "train.task_sampling=difficulty"),
     "both": ("train.refill=3", "train.task_sampling=difficulty"),
 }
 IN_A_ROW = 2  # evaluations that must have the score
@@ -70,7 +70,12 @@ def compare(arguments: argparse.Namespace, seed: int, settings: Sequence[str]) -
     found = {}
     for variant in arguments.variants:
         folder = arguments.out / f"{variant}-seed{seed}"
-        ours = [*own, *evaluated, *VARIANTS[variant]]
+        own_settings = [
+            f"recipe.{phase}.{setting}"
+            for phase in arguments.phases
+            for setting in VARIANTS[variant]
+        ]
+        ours = [*own, *evaluated, *own_settings]
         recipe.run(part(ours, arguments.phases, folder, str(start / before[-1] / MODEL)))
         steps = steps_of(folder, arguments.phases)
         found[variant] = episodes_until(steps, metric, score)
