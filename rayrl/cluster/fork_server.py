@@ -74,7 +74,8 @@ class _Server:
     """Listens while it imports; what arrives waits for that, but not for too long."""
 
     def __init__(self, path: str, modules: Sequence[str], ends: Sequence[int]) -> None:
-        self._path, self._modules, self._is_forked = path, [*modules], len(ends) > 1
+        self._path, self._modules = path, [*modules]
+        self._is_forked = len(ends) > 1  # then the second is its own server
         self._own = _surroundings()  # before the imports, which change some
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         before = os.umask(0o177)
@@ -131,7 +132,7 @@ class _Server:
             client.sendall(b"\0")
             if not is_worker:
                 request["client"] = os.dup(client.fileno())
-            elif self._is_forked:  # its Ray would end with the server that has imported it
+            elif self._is_forked:  # Ray, as imported, watches the server that this one is from
                 ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         for key in [*self._events.get_map().values()]:
             if key.fd:

@@ -24,7 +24,7 @@ import ray
 from ray import serve
 from ray._common.network_utils import build_address, get_localhost_ip, is_localhost
 from ray._common.tls_utils import add_port_to_grpc_server
-from ray._private import parameter, ray_constants, services
+from ray._private import auto_init_hook, parameter, ray_constants, services
 from ray._private.node import Node
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray._private.utils import detect_fate_sharing_support
@@ -142,7 +142,12 @@ def open_session(
 
 
 def _disconnect() -> None:
-    """Disconnect from Ray, without the errors that pending calls would log."""
+    """Disconnect from Ray, without the errors that pending calls would log.
+
+    Whoever calls Ray from now on, as a thread of Serve's may do once more, gets an error: by
+    default Ray would start another cluster, whose end ends this process.
+    """
+    auto_init_hook.enable_auto_connect = False
     log = logging.getLogger("ray")
     level = log.level
     log.setLevel(logging.CRITICAL)

@@ -161,6 +161,18 @@ def test_the_server_ends_with_driver_and_raylet(
 
 
 @pytest.mark.parametrize("warm", ["forked"], indirect=True)
+def test_workers_end_with_a_server_that_was_forked(
+    raylet: Raylet, server: ForkServer, warm: ForkServer
+) -> None:
+    """Ray in them would wait for the end of the one that has imported it."""
+    worker = psutil.Process(json.loads(raylet.start(server.path))["pid"])
+    server.stop()
+    gone, _ = psutil.wait_procs([worker], timeout=600)
+    assert gone == [worker]
+    assert warm._process.poll() is None
+
+
+@pytest.mark.parametrize("warm", ["forked"], indirect=True)
 @pytest.mark.parametrize("other", ["path", "HF_HOME", "PYTHONPATH", "limit"])
 def test_a_warm_server_refuses_what_it_cannot_give(
     warm: ForkServer, other: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

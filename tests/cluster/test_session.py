@@ -17,6 +17,8 @@ from typing import Any
 
 import psutil
 import pytest
+from ray._private import auto_init_hook
+from ray.exceptions import RaySystemError
 
 from rayrl.cluster import session, watchdog
 from rayrl.cluster.fork_server import WARM
@@ -82,6 +84,20 @@ def test_an_address_where_no_ray_is_is_refused_in_time(
     assert address in str(caught.value)
     assert "ray start --head" in str(caught.value)
     assert "unset RAY_ADDRESS" in str(caught.value)
+
+
+def test_after_a_session_nothing_starts_another_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start() -> None:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr(auto_init_hook, "enable_auto_connect", True)  # and afterwards as before
+    monkeypatch.setattr(session.ray, "init", start)
+    assert not session.ray.is_initialized()
+    with pytest.raises(AssertionError, match="Ray was started"):
+        session.ray.get_actor("anyone")
+    session._disconnect()
+    with pytest.raises(RaySystemError, match="Ray has not been started yet"):
+        session.ray.get_actor("anyone")
 
 
 def test_no_wait_is_longer_than_half_a_minute() -> None:

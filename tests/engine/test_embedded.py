@@ -28,6 +28,7 @@ from rayrl.weights.flat import checksum, flatten
 
 VOCAB = 97
 STOP = 5
+LONG = 8192  # ids, for which an engine takes seconds at least
 SHAPES = {  # name: heads, key heads, head width
     "mha": (4, 4, 16),
     "gqa": (4, 2, 16),
@@ -101,9 +102,12 @@ async def sampled(engine: EmbeddedEngine, tokens: int) -> None:
 
 @asynccontextmanager
 async def held(engine: EmbeddedEngine) -> AsyncIterator[None]:
-    """What is asked for in the block is admitted after it, at once: it waits for a push."""
+    """What is asked for in the block is admitted after it, at once: it waits for a push.
+
+    The model must have `LONG` positions.
+    """
     weights = flatten(engine._model.model.state_dict())
-    running = asyncio.create_task(engine.generate(request("held", (9,), max_tokens=9_999)))
+    running = asyncio.create_task(engine.generate(request("held", (9,), max_tokens=LONG)))
     await sampled(engine, engine.stats()["sampled_tokens"] + 1)
     push = asyncio.create_task(engine.load_weights(engine.version + 1, *weights))
     for _ in range(3):
@@ -225,7 +229,7 @@ async def sibling(
 
 @pytest.mark.parametrize("shape", SHAPES)
 async def test_siblings_are_decoded_once_with_the_bits_of_each_alone(shape: str) -> None:
-    model, seeds = llama(shape), range(16)
+    model, seeds = llama(shape, max_position_embeddings=LONG), range(16)
     spent = ("decoded_tokens", "sampled_tokens", "completions")
     async with engine_of(model) as engine:
         expected = outcome([await sibling(engine, seed) for seed in seeds])
@@ -233,7 +237,7 @@ async def test_siblings_are_decoded_once_with_the_bits_of_each_alone(shape: str)
         assert decoded == ids - replies, "the first id of each is the prompt's last row's"
     assert len({str(game) for game in expected}) > 5, "they part"
     _, kv_heads, width = SHAPES[shape]
-    six_slots = 6.5 * 3 * 2 * kv_heads * width * 4 * 512 / 1e9
+    six_slots = 6.5 * 3 * 2 * kv_heads * width * 4 * LONG / 1e9
     for options in ({}, {"max_live": 7}, {"kv_cache_gb": six_slots}):
         async with engine_of(model, **options) as engine:
             async with held(engine):
@@ -251,7 +255,7 @@ async def test_siblings_are_decoded_once_with_the_bits_of_each_alone(shape: str)
 async def test_siblings_leave_each_other_alone() -> None:
     """One that is cancelled, one that is streamed, one that stops earlier, one that goes on."""
     prompt = ids_of(random.Random(0), 20)
-    model = llama(max_position_embeddings=8192)
+    model = llama(max_position_embeddings=LONG)
     async with engine_of(model, tokenizer=Letters(), raw_logprobs=True) as engine:
         whole = await engine.generate(request("alone", prompt, temperature=0, max_tokens=60))
         stop = Letters().decode(whole.ids[3:5], skip_special_tokens=False)

@@ -7,8 +7,7 @@ it from each other, and requests that arrive together compute it once.
 
 **Siblings.** Requests whose ids are the same so far share a slot: each step computes their logits
 once, and each of them samples from these with its own seed. Those that sample another id continue
-in a slot of their own, with a copy of the keys and values. Of the main job's replies, half of the
-ids need no computation.
+in a slot of their own, with a copy of the keys and values.
 
 **Bits.** On the CPU the same request, seed and weights give the same ids and logprobs, bit for bit,
 whatever else is in flight and whether keys and values were cached, copied, shared or recomputed
