@@ -70,12 +70,12 @@ def compare(arguments: argparse.Namespace, seed: int, settings: Sequence[str]) -
     found = {}
     for variant in arguments.variants:
         folder = arguments.out / f"{variant}-seed{seed}"
-        own_settings = [
+        varied = [
             f"recipe.{phase}.{setting}"
             for phase in arguments.phases
             for setting in VARIANTS[variant]
         ]
-        ours = [*own, *evaluated, *own_settings]
+        ours = [*own, *evaluated, *varied]
         recipe.run(part(ours, arguments.phases, folder, str(start / before[-1] / MODEL)))
         steps = steps_of(folder, arguments.phases)
         found[variant] = episodes_until(steps, metric, score)
