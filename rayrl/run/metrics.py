@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from rayrl.conversations import transcripts
 from rayrl.learner.advantage import has_spread
-from rayrl.types import Episode, Group
+from rayrl.types import Episode, Group, Message, Turn
 
 if TYPE_CHECKING:
     from rayrl.cluster.rollouts import CollectedGroups
@@ -178,16 +178,27 @@ def _turn_metrics(groups: Sequence[Group], suffix: str = "") -> dict[str, float]
     found = {f"turns{suffix}": statistics.fmean(map(len, of_seat))} if of_seat else {}
     if any(turn.conversation for own in of_seat for turn in own):
         found[f"branches{suffix}"] = statistics.fmean([len(transcripts(own)) for own in of_seat])
-        again = [
-            sum(
-                len(turn.prompt_ids)
-                for turn in own
-                if not turn.offset and any(said.role == "assistant" for said in turn.prompt)
-            )
-            for own in of_seat
-        ]
-        found[f"reprompted_tokens{suffix}"] = statistics.fmean(again)
+        found[f"reprompted_tokens{suffix}"] = statistics.fmean(map(_reprompted_tokens, of_seat))
     return found | ({f"reply_tokens{suffix}": statistics.fmean(lengths)} if lengths else {})
+
+
+def _reprompted_tokens(turns: Sequence[Turn]) -> int:
+    """Ids of the prompts that repeat a reply otherwise than the policy gave it."""
+    before: dict[int, list[Message | int]] = {}  # messages and turns before each turn's prompt
+    for path in transcripts(turns):
+        said: list[Message | int] = []
+        for k in path:
+            before[k] = [*said]
+            said += [*turns[k].prompt, k]
+    answered = [[*before[k], *turns[k].prompt] for k in before]
+    return sum(
+        len(turns[k].prompt_ids)
+        for k, said in before.items()
+        if any(
+            message.role == "assistant" and [*said, *turns[k].prompt[:j]] in answered
+            for j, message in enumerate(turns[k].prompt)
+        )
+    )
 
 
 def _lengths(groups: Sequence[Group]) -> list[int]:

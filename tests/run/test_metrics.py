@@ -198,5 +198,9 @@ def test_branches_and_what_programs_repeat_otherwise() -> None:
     ]
     found = _turn_metrics([Group("g", Task(), tuple(episodes))])
     assert (found["turns"], found["branches"], found["reprompted_tokens"]) == (2.5, 1.5, 1.5)
+    examples = turn("/a", *said), turn("/b", *said[:2], user("d"))
+    shown = Episode("g/0", "e", Task(), 0, examples, rewards={"agent": 1.0})
+    found = _turn_metrics([Group("g", Task(), (shown,))])
+    assert found["reprompted_tokens"] == 0.0, "the program's own examples"
     plain = Episode("g/0", "e", Task(), 0, (turn("", *said),), rewards={"agent": 1.0})
     assert "branches" not in _turn_metrics([Group("g", Task(), (plain,))])

@@ -13,7 +13,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 from rayrl.chat.requests import invalid, read_messages, read_tool
 from rayrl.chat.tools import parse_calls, without_calls
@@ -102,19 +102,24 @@ class _Given(NamedTuple):
 class Dialogue:
     """The conversations that requests make of a seat.
 
+    Attributes:
+        warned: whether this process has said what a request repeats otherwise.
+
     Args:
         agent: of the seat. Its own conversation is left alone: all are branches of it, which are
             named after what they begin with, so that their order does not matter when an episode is
             resumed.
     """
 
+    warned: ClassVar[bool] = False
+
     def __init__(self, agent: Seat) -> None:
         self._agent = agent
         self._known: dict[bytes, Answer] = {}  # by digest of all messages
+        self._answered: set[bytes] = set()  # digests of what they were given to
         self._unsettled: list[tuple[_Given, Answer]] = []  # not yet in `_known`
         self._asking: set[int] = set()  # ids of agents that wait for an answer
         self._last: list[_Read] = []  # the messages of the last request, most of which come again
-        self._warned = False
 
     async def respond(
         self,
@@ -142,9 +147,11 @@ class Dialogue:
             self._settle()
             read = self._read(messages)
             found = [k for k, one in enumerate(read, 1) if one.digest in self._known]
-            new = tuple(one.message for one in read[found[-1] if found else 0 :])
+            same = found[-1] if found else 0
+            new = tuple(one.message for one in read[same:])
+            self._warn(read, same)
             if found:
-                after = self._known[read[found[-1] - 1].digest]
+                after = self._known[read[same - 1].digest]
             given = _Given(read[-1].digest if read else b"")
         elif after.dialogue is not self:
             raise invalid("after", "must be an answer of this agent.")
@@ -160,7 +167,6 @@ class Dialogue:
             self._settle()
             name = "c" + hashlib.blake2b(given.digest() + repr(schemas).encode()).hexdigest()[:6]
             if after is None:
-                self._warn(messages)
                 agent = self._agent.branch(name, empty=True)
             else:
                 agent = self._agent.branch(name, at=after.point)
@@ -178,7 +184,9 @@ class Dialogue:
     def _settle(self) -> None:
         """Compute the digests of answers. If each goes on from the last, nobody needs them."""
         for given, answer in self._unsettled:
-            answer.digest = _digest(given.digest(), answer)
+            before = given.digest()
+            self._answered.add(before)
+            answer.digest = _digest(before, answer)
             self._known[answer.digest] = answer
         self._unsettled.clear()
 
@@ -200,21 +208,23 @@ class Dialogue:
         self._last = read
         return read
 
-    def _warn(self, messages: Sequence[Mapping[str, Any]]) -> None:
-        """Say once that a request repeats a reply that no conversation has."""
-        replies = [k for k, message in enumerate(messages) if message.get("role") == "assistant"]
-        if not replies or self._warned:
+    def _warn(self, read: Sequence[_Read], same: int) -> None:
+        """Say once that a request repeats a reply otherwise. Examples of a program are its own."""
+        for k in range(max(same, 1), len(read)):
+            if read[k].message.role != "assistant" or read[k - 1].digest not in self._answered:
+                continue
+            if not Dialogue.warned:
+                Dialogue.warned = True
+                said = clip(json.dumps(read[k].given), 300)
+                print(
+                    visible(
+                        f"agent endpoint: a request repeats messages[{k}] otherwise than the model "
+                        f"wrote it, {said}, so that it is read from there on as new text."
+                    ),
+                    file=sys.stderr,
+                    flush=True,
+                )
             return
-        self._warned = True
-        said = clip(json.dumps(messages[replies[0]]), 300)
-        print(
-            visible(
-                f"agent endpoint: a request begins a new conversation although it has replies: the "
-                f"model did not write messages[{replies[0]}], {said}, after the messages before it."
-            ),
-            file=sys.stderr,
-            flush=True,
-        )
 
 
 def _schema(tool: Mapping[str, Any], where: str) -> dict[str, Any]:

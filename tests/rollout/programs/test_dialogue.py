@@ -11,7 +11,8 @@ from rayrl import Agent, EnvError
 from rayrl.chat.tools import format_call
 from rayrl.conversations import transcripts
 from rayrl.rollout.players import PolicyPlayer, ScriptedPlayer
-from rayrl.types import Sampling, assistant
+from rayrl.rollout.programs.dialogue import Dialogue
+from rayrl.types import Sampling
 from tests.act import Instant, chat
 
 Json = dict[str, Any]
@@ -126,20 +127,49 @@ async def test_replies_come_back_as_libraries_write_them(echo: Any) -> None:
         assert len({turn.conversation for turn in agent.record}) == 1
 
 
-async def test_a_reply_that_the_model_did_not_write_begins_a_conversation(
-    capsys: pytest.CaptureFixture[str],
+async def test_a_reply_that_is_repeated_otherwise_begins_a_conversation(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    agent, engine = policy("yes")
-    messages = [said("user", "a"), said("assistant", "\x1b[31mnever"), said("user", "b")]
-    await agent.respond(messages)
-    await agent.respond([*messages[:1], said("assistant", "nor this"), said("user", "c")])
+    monkeypatch.setattr(Dialogue, "warned", False)
+    for _ in range(2):  # each process says it once
+        agent, _ = policy("yes")
+        first, *rest = said("user", "a"), said("assistant", "\x1b[31mnever"), said("user", "b")
+        await agent.respond([first])
+        await agent.respond([first, *rest])
+        await agent.respond([first, said("assistant", "nor this"), said("user", "c")])
+        assert [turn.offset for turn in agent.record] == [0, 0, 0]
     told = capsys.readouterr().err
-    assert told.count("a request begins a new conversation although it has replies") == 1
-    assert "messages[1]" in told
+    assert told.count("a request repeats messages[1] otherwise than the model wrote it") == 1
     assert "\x1b" not in told
-    assert [turn.offset for turn in agent.record] == [0, 0]
-    assert agent.record[0].prompt[1] == assistant("\x1b[31mnever")
-    assert len(engine.requests) == 2
+
+
+async def test_a_later_reply_that_is_repeated_otherwise_is_new_text_after_the_first(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Dialogue, "warned", False)
+    agent, _ = policy("yes")
+    messages = [said("user", "a")]
+    messages += [await agent.respond(messages), said("user", "b")]
+    await agent.respond(messages)
+    await agent.respond([*messages, said("assistant", "never"), said("user", "c")])
+    assert "repeats messages[3] otherwise" in capsys.readouterr().err
+    first = agent.record[0]
+    shared = len(first.prompt_ids) + len(first.completion_ids)
+    assert [turn.offset for turn in agent.record] == [0, shared, shared]
+
+
+async def test_examples_of_the_program_are_no_replies(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Dialogue, "warned", False)
+    agent, _ = policy("yes")
+    examples = [said("user", "1 + 1"), said("assistant", "2")]
+    for question in ("2 + 2", "3 + 3"):
+        messages = [*examples, said("user", question)]
+        messages += [await agent.respond(messages), said("user", "sure?")]
+        await agent.respond(messages)
+    assert capsys.readouterr().err == ""
+    assert len(transcripts(agent.record)) == 2
 
 
 async def test_a_broken_call_is_text() -> None:
