@@ -72,6 +72,7 @@ async def start_process(
     cwd: str | Path | None = None,
     *,
     stderr: bool = True,
+    inherited: Sequence[int] = (),
 ) -> Process:
     """Start a process in a session of its own.
 
@@ -81,6 +82,7 @@ async def start_process(
         variables: its environment variables.
         cwd: folder that it runs in.
         stderr: whether it is read; else it goes nowhere.
+        inherited: numbers of further files that it gets.
 
     Raises:
         EnvError: it cannot be started.
@@ -100,6 +102,7 @@ async def start_process(
             cwd=cwd,
             stderr=asyncio.subprocess.PIPE if stderr else asyncio.subprocess.DEVNULL,
             start_new_session=True,
+            pass_fds=inherited,
         )
     except OSError as error:
         raise EnvError(f"{failed}: {error}") from error

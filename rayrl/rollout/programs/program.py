@@ -5,18 +5,26 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rayrl.errors import EnvError, clip
-from rayrl.rollout.programs.process import start_process
+from rayrl.rollout.programs.preload import fork_instead
+from rayrl.rollout.programs.process import Process, start_process
 
 __all__ = ["MODEL", "Endpoint", "Finished", "program"]
 
 MODEL = "policy"  # the name of the model for programs
 GRACE_S = 5.0  # for the end of its output to arrive
+START_S = 5.0  # how long others wait for one that has neither asked nor ended
 MAX_OUTPUT = 16 << 20  # bytes of each stream that are kept
+
+
+_starts: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +34,12 @@ class Endpoint:
     Attributes:
         url: base URL of OpenAI's APIs, which ends with /v1.
         key: API key of this episode.
+        asked: set when a request has arrived; None: nobody knows.
     """
 
     url: str
     key: str
+    asked: asyncio.Event | None = field(default=None, repr=False, compare=False)
 
     @property
     def variables(self) -> dict[str, str]:
@@ -73,6 +83,7 @@ async def program(
     cwd: str | Path | None = None,
     env: Mapping[str, str] | None = None,
     check: bool = True,
+    preload: Sequence[str] = (),
 ) -> Finished:
     """Run a program with the endpoint in its environment, and wait for its end.
 
@@ -87,6 +98,9 @@ async def program(
         cwd: folder that it runs in.
         env: further environment variables.
         check: raise if its exit status is not 0.
+        preload: modules of a Python program to import once for all episodes. One process of each
+            env worker imports them, and the program is forked from it, so that it has them at
+            once. They must not start threads nor read the endpoint's variables when imported.
 
     Raises:
         EnvError: it cannot be started, takes longer, or fails; ends with what it wrote last.
@@ -94,8 +108,8 @@ async def program(
     if isinstance(command, str) or not command:
         raise EnvError(f"program({command!r}): pass a list, the program and its arguments")
     variables = {**os.environ, **at.variables, **(env or {})}
-    process = await start_process("program", command, variables, cwd)
     name = os.fspath(command[0])
+    process, starting = await _start(command, variables, cwd, preload, at.asked)
     kept = bytearray(), bytearray()
     streams = process.stdout, process.stderr
     talking = [asyncio.create_task(_read(*one)) for one in zip(streams, kept, strict=True)]
@@ -107,6 +121,7 @@ async def program(
         raise EnvError(f"program {name!r} did not end within {timeout_s:g} s") from None
     finally:
         process.kill()
+        await starting
         await asyncio.wait(talking, timeout=GRACE_S)
         for task in talking:
             task.cancel()
@@ -118,6 +133,46 @@ async def program(
         last = clip(err.strip()[-2000:] or out.strip()[-2000:])
         raise EnvError(f"program {name!r} ended with status {code}: {last}")
     return Finished(out, err, code)
+
+
+async def _start(
+    command: Sequence[str | os.PathLike[str]],
+    variables: Mapping[str, str],
+    cwd: str | Path | None,
+    preload: Sequence[str],
+    asked: asyncio.Event | None,
+) -> tuple[Process, asyncio.Task[None]]:
+    """Start a program when no more than a few others are starting.
+
+    Programs are busy until they ask, importing libraries, and wait from then on. If hundreds began
+    at once, no one would have the processor that the engine and this process need.
+
+    Returns:
+        The process, and what ends when the next one may start.
+    """
+    starts = _starts.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(os.cpu_count() or 1))
+    await starts.acquire()
+    try:
+        if preload:
+            words, connection = fork_instead([os.fspath(word) for word in command], preload, cwd)
+            with connection:
+                files = [connection.fileno()]
+                process = await start_process("program", words, variables, cwd, inherited=files)
+        else:
+            process = await start_process("program", command, variables, cwd)
+    except BaseException:
+        starts.release()
+        raise
+    return process, asyncio.create_task(_release(starts, process.exited, asked))
+
+
+async def _release(starts: asyncio.Semaphore, *events: asyncio.Event | None) -> None:
+    """Let another program start at one of these events, at the latest after START_S."""
+    waiting = [asyncio.create_task(event.wait()) for event in events if event is not None]
+    await asyncio.wait(waiting, timeout=START_S, return_when=asyncio.FIRST_COMPLETED)
+    for task in waiting:
+        task.cancel()
+    starts.release()
 
 
 async def _read(stream: asyncio.StreamReader, kept: bytearray) -> None:

@@ -7,10 +7,9 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from rayrl.config.registry import Registry, absolute
+from rayrl.config.registry import Registry, local_copy
 from rayrl.environment.environment import Environment
 from rayrl.errors import ConfigError, EnvError, safe_repr
 from rayrl.types import Scores, Task
@@ -28,6 +27,7 @@ class Given(Task):
         score: function of its output, and of this as a dict if it takes two arguments.
         timeout_s: for its run; 0: the episode's deadline.
         own_limits, own_temperature: see `Agent.endpoint`.
+        preload: see `rayrl.program`.
     """
 
     u: float
@@ -35,6 +35,7 @@ class Given(Task):
     timeout_s: float
     own_limits: bool
     own_temperature: bool
+    preload: tuple[str, ...]
 
 
 def load(name: str) -> Environment:
@@ -45,7 +46,7 @@ def load(name: str) -> Environment:
     Raises:
         ConfigError: there is no such file.
     """
-    path = Path(absolute(name))
+    path = local_copy(name)
     if not path.is_file():
         raise ConfigError(f"env.name=program:{name}: there is no file {path}")
     words = [sys.executable, str(path)] if path.suffix == ".py" else [str(path)]
@@ -58,6 +59,7 @@ def load(name: str) -> Environment:
         timeout_s: float = 0.0,
         own_limits: bool = False,
         own_temperature: bool = False,
+        preload: tuple[str, ...] = (),
     ) -> Given:
         _function(score)
         return Given(
@@ -67,6 +69,7 @@ def load(name: str) -> Environment:
             timeout_s=timeout_s,
             own_limits=own_limits,
             own_temperature=own_temperature,
+            preload=preload,
         )
 
     async def play(task: Given, agent: Any) -> Scores:
@@ -75,6 +78,7 @@ def load(name: str) -> Environment:
             words,
             own_limits=task.own_limits,
             own_temperature=task.own_temperature,
+            preload=task.preload,
             stdin=json.dumps(given),
             timeout_s=task.timeout_s or None,
             check=False,

@@ -45,7 +45,7 @@ async def open_endpoint(
     key = f"sk-{secrets.token_hex(24)}"
     episode = server.episodes[key] = _Episode(Dialogue(agent), own_limits, own_temperature)
     try:
-        yield Endpoint(server.url, key)
+        yield Endpoint(server.url, key, episode.asked)
     finally:
         del server.episodes[key]
         server.remember(key)
@@ -60,6 +60,7 @@ class _Episode:
     own_temperature: bool
     answers: dict[bytes, asyncio.Task[Answer]] = field(default_factory=dict)  # by request
     live: set[asyncio.Task[Answer]] = field(default_factory=set)
+    asked: asyncio.Event = field(default_factory=asyncio.Event)  # something
     error: str = ""
     closed: bool = False
 
@@ -190,6 +191,7 @@ class _Server:
             if any(key in self._ended for key in keys):
                 raise _over()
             raise ApiError(401, "Incorrect API key.", code="invalid_api_key")
+        episode.asked.set()
         try:
             async with asyncio.timeout(READ_S):
                 raw = await request.read()
