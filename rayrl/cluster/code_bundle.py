@@ -3,7 +3,8 @@
     rayrl/ conf/                the driver's code, the embedded base model included
     rayrl_tictactoe/ ...        environments: those of the clone and installed ones
     NAME-VERSION.dist-info/     makes them available by name
-    env_files/                  environments and data that are single files, by a hash of their path
+    env_files/                  environments and data that are single files, and programs with the
+                                Python beside them, by a hash of their path
     config-dir/                 the folder of --config-dir
     start.py                    entry point of a submitted job (`job_start.py`)
     rayrl-code.json             versions of the sender, and where files came from
@@ -50,6 +51,7 @@ LIMIT_MB = 100  # Ray accepts 512 in one request, and keeps them in the head's m
 START = "start.py"
 CONFIG_DIR = "config-dir"
 ENV_FILES = "env_files"
+PROGRAM = "program:"  # what the names of environments that are programs begin with
 _EXCLUDED = re.compile(r"\..*|__pycache__|node_modules|.*\.py[co]|.*\.egg-info")
 _PREFIXES = ("RAYRL_", "VLLM_", "NCCL_", "GLOO_")
 _NAMES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
@@ -60,7 +62,8 @@ _GROUPS = (ENV_GROUP, SCHEME_GROUP, PLAYER_GROUP)  # of entry points
 def env_names(config: Config) -> list[str]:
     """List the environments of a configuration and of its recipe's stages.
 
-    Of data, also the data for evaluation and the functions that reward replies.
+    Of data, also the data for evaluation and the functions that reward replies; of a program, the
+    function that scores its output.
     """
     names: list[str] = []
     for c in _with_stages(config):
@@ -69,6 +72,8 @@ def env_names(config: Config) -> list[str]:
             rewards = c.env.args.get("reward", [])
             listed = [rewards] if isinstance(rewards, str) else rewards
             names += [c.env.args.get("eval_rows", ""), *(name for name in listed if ":" in name)]
+        elif c.env.name.startswith(PROGRAM):
+            names.append(c.env.args.get("score", ""))
     return list(dict.fromkeys(filter(None, names)))
 
 
@@ -141,6 +146,15 @@ def write_bundle(
         module, attribute = split_reference(name)
         if module == OBJECT or name.startswith(HUB):  # sent by value, or read by the driver
             continue
+        if key == "env.name" and name.startswith(PROGRAM):
+            place = name.removeprefix(PROGRAM)
+            path = Path(place).expanduser().resolve()
+            if path.is_file():  # an absolute path may exist on the nodes
+                path_of[place] = str(path)
+                copy_of[str(path)] = _add_program(files, path)
+            elif not Path(place).is_absolute():
+                raise ConfigError(f"{key}={name!r}: there is no file {path}.")
+            continue
         if key == "env.name" and scheme_of(name):  # installed, like the library behind it
             continue
         if name.endswith(SUFFIXES):
@@ -178,7 +192,7 @@ def write_bundle(
     for name, source in files.items():
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, target)
+        shutil.copy(source, target)  # with its mode: a program can be executed
     for name, text in texts.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text, "utf-8")
@@ -195,6 +209,16 @@ def _add(files: dict[str, Path], name: str, source: Path) -> None:
         for file in sorted(found):
             if not _EXCLUDED.fullmatch(file):
                 files[str(target / file)] = Path(parent, file)
+
+
+def _add_program(files: dict[str, Path], program: Path) -> str:
+    """Plan to copy a program with the Python beside it, which it may import; return its place."""
+    folder = f"{ENV_FILES}/{derive_seed(program):x}"
+    for beside in program.parent.iterdir():
+        if beside.suffix == ".py" or (beside / "__init__.py").is_file():
+            _add(files, f"{folder}/{beside.name}", beside)
+    files[f"{folder}/{program.name}"] = program
+    return f"{folder}/{program.name}"
 
 
 def _add_project(files: dict[str, Path], texts: dict[str, str], pyproject: Path) -> str:

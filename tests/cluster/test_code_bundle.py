@@ -254,3 +254,39 @@ def test_variables_of_a_run_and_not_of_a_machine() -> None:
         "HF_HUB_OFFLINE": "1",
         "NCCL_DEBUG": "INFO",
     }
+
+
+def test_a_program_travels_with_the_python_beside_it(
+    sent: Path, absent: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(absent.parent)
+    files = {
+        "agent.py": "import tools.add, words; print(words.SAID, tools.add.SUM)",
+        "words.py": "SAID = 'x'",
+        "tools/__init__.py": "",
+        "tools/add.py": "SUM = 5",
+        "grade.py": "def grade(output): return float(output == 'x 5\\n')",
+        "notes.txt": "",
+        "runs/agent/config.py": "",
+    }
+    for name, text in files.items():
+        Path("bot", name).parent.mkdir(parents=True, exist_ok=True)
+        Path("bot", name).write_text(text)
+    args = {"score": "bot/grade.py:grade", "preload": ["decimal"]}
+    names = env_names(from_dict({"env": {"name": "program:bot/agent.py", "args": args}}))
+    assert names == ["program:bot/agent.py", "bot/grade.py:grade"]
+    write_bundle(sent, names)
+    copies = {path.name for path in (sent / "env_files").rglob("*.*")}
+    assert copies == {"agent.py", "words.py", "__init__.py", "add.py", "grade.py"}
+    Path("bot").rename("elsewhere")
+    code = """
+import asyncio, json, sys, rayrl
+env = rayrl.load_env("program:bot/agent.py").configure(json.loads(sys.argv[1]))
+(task,) = env.tasks(0, 1)
+player = rayrl.ScriptedPlayer(lambda messages, rng: "ok")
+print(json.dumps(asyncio.run(rayrl.play_episode(env, task, {"agent": player}, id="e")).scores))
+"""
+    assert there(sent, absent, code, json.dumps(args)) == {"agent": {"score": 1.0, "failed": 0.0}}
+    with pytest.raises(ConfigError, match=r"there is no file .*bat/agent\.py"):
+        write_bundle(sent, ["program:bat/agent.py"])
+    write_bundle(sent, ["program:/shared/agent.py"])  # the nodes may have it
