@@ -81,7 +81,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         Its exit status: 0, 1 failed, 2 wrong use, 130 interrupted, 143 ended by SIGTERM.
     """
     gc.set_threshold(50_000, 10, 10)  # a quarter of the time of large imports
-    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        status = _run(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read our output has had enough of it (`| head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return status
+
+
+def _run(words: Sequence[str]) -> int:
+    """Run the command that `words` are; see `main`."""
     debug = os.environ.get("RAYRL_DEBUG", "") not in ("", "0")
     try:
         if asked := _page(words):
@@ -103,13 +113,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             print(_stopped(arguments.verb, config, words, terminated), file=sys.stderr)
             return 143 if terminated else 130
-        except BrokenPipeError:  # whoever read our output has had enough of it (`| head`)
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except RayrlError as error:
             if debug:
                 raise
             return _complain(error, 2 if isinstance(error, ConfigError) else 1)
-        except OSError as error:
+        except OSError as error:  # a broken pipe among them
             if debug or error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             return _complain(RunFailed(_full_disk(error, config)), 1)

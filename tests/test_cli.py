@@ -656,3 +656,20 @@ def test_plan_shows_what_short_settings_come_to(capsys: pytest.CaptureFixture[st
     out = capsys.readouterr().out
     assert 'url: "http://127.0.0.1:8000/v1"   (default "")' in out
     assert 'player: "endpoint"   (default "model")' in out
+
+
+@pytest.mark.parametrize(
+    "words", ["--version", "help", "train --help", "env list", "plan --all env=tictactoe"]
+)
+def test_output_that_nobody_reads_any_more_is_no_error(words: str) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "wb") as closed:
+        done = subprocess.run(
+            [sys.executable, "-m", "rayrl", *words.split()],
+            stdout=closed,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (0, "")
