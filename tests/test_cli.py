@@ -182,7 +182,10 @@ def test_wrong_setting_of_a_stage(
         (["train", "train.steps=1,2"], ["[1,2]"]),
         (
             ["train", "experiment=tictacto"],
-            ["Did you mean 'tictactoe'?", "copyword, mixture, reverse_text_smollm2, tictactoe"],
+            [
+                "Did you mean 'tictactoe'?",
+                "clerk_smollm2, copyword, mixture, reverse_text_smollm2, tictactoe",
+            ],
         ),
         (["train", "algo=[a]"], ["choose one of"]),
         (["train", "model=pretrained"], ["model.path=: name a Hugging Face directory"]),

@@ -62,6 +62,7 @@ OTHERS = (
     "source ",
     "docker ",
     "pip install 'rayrl[",
+    "pip install openai-agents",
     "pip install openenv",
     "uvicorn ",
     "kubectl ",

@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from rayrl.errors import EnvError
+from rayrl.rollout.programs.process import TOKEN, TOKEN_LENGTH
 
 __all__ = ["fork_instead"]
 
@@ -62,6 +63,7 @@ class _Server:
         try:
             self._process = subprocess.Popen(
                 [python, _SERVER, str(number), folder, *modules],
+                env={**os.environ, TOKEN: "0" * TOKEN_LENGTH},  # room for a program's own
                 pass_fds=[number],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,

@@ -21,6 +21,7 @@ import socket
 import sys
 from collections.abc import Iterator
 
+TOKEN = "RAYRL_PROGRAM"  # as in `process.py`
 PR_SET_PDEATHSIG = 1
 
 Request = tuple[list[str], dict[str, str], str]  # words after python, variables, folder
@@ -67,6 +68,7 @@ def serve(connections: socket.socket) -> Request:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         os.setsid()
+        _show(request[1].get(TOKEN, ""))
         with contextlib.suppress(Exception):  # only Linux has it
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         for number, file in enumerate(files):
@@ -78,6 +80,18 @@ def serve(connections: socket.socket) -> Request:
             other.close()
         events.close()
         return request
+
+
+def _show(token: str) -> None:
+    """Let this process, and what it forks, be found by its token.
+
+    Others see the variables that a process was started with. This one's are the server's, which
+    has a token of zeros, and are written over where they lie.
+    """
+    getenv = ctypes.CDLL(None).getenv
+    getenv.restype = ctypes.c_void_p
+    if (place := getenv(TOKEN.encode())) and len(token) == len(os.environ.get(TOKEN, "")):
+        ctypes.memmove(place, token.encode(), len(token))
 
 
 def _ended() -> Iterator[tuple[int, int]]:

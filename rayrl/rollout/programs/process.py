@@ -15,9 +15,10 @@ import psutil
 
 from rayrl.errors import EnvError
 
-__all__ = ["TOKEN", "Process", "start_process"]
+__all__ = ["TOKEN", "TOKEN_LENGTH", "Process", "start_process"]
 
 TOKEN = "RAYRL_PROGRAM"  # environment variable of one process and what it starts
+TOKEN_LENGTH = 32
 # a process ends when the one that started it is killed
 _WITH_PARENT = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
 
@@ -92,7 +93,7 @@ async def start_process(
     place = os.path.join(cwd or "", words[0]) if os.path.dirname(words[0]) else words[0]
     if shutil.which(place, path=variables.get("PATH")) is None:
         raise EnvError(f"{failed}: there is no such command")
-    token = secrets.token_hex(16)
+    token = secrets.token_hex(TOKEN_LENGTH // 2)
     try:
         transport, process = await asyncio.get_running_loop().subprocess_exec(
             lambda: Process(token),

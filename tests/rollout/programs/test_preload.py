@@ -157,8 +157,11 @@ async def test_everything_it_started_is_killed_with_it(
     pids = tmp_path / "pids"
     code = f"""
 import os, subprocess, time
-children = [subprocess.Popen(["sleep", "600"], start_new_session=own) for own in (False, True)]
-print(os.getpid(), *(c.pid for c in children), file=open({str(pids)!r}, "w"), flush=True)
+children = [subprocess.Popen(["sleep", "600"], start_new_session=own).pid for own in (False, True)]
+if not (forked := os.fork()):
+    os.setsid()
+    time.sleep(600)
+print(os.getpid(), *children, forked, file=open({str(pids)!r}, "w"), flush=True)
 time.sleep(600)
 """
     running = asyncio.create_task(rayrl.program([sys.executable, "-c", code], AT, preload=preloads))
