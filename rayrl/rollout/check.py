@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import itertools
 import pickle
 import random
-from collections.abc import Iterable, Mapping, Sequence
+import signal
+import threading
+import time
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from types import FrameType
 from typing import Any
 
 from rayrl.environment.environment import Environment
 from rayrl.environment.tasks import roundtrip_problem
-from rayrl.errors import RayrlError, safe_repr
+from rayrl.errors import EnvError, RayrlError, safe_repr
 from rayrl.rollout.agent import Options, Player
 from rayrl.rollout.conversation import Conversation
 from rayrl.rollout.players import ScriptedPlayer
@@ -23,6 +28,7 @@ from rayrl.types import Episode, Message, Task, Turn
 __all__ = ["check_env", "find_problems", "log_problems"]
 
 DEADLINE_S = 30.0  # for an episode without a model
+MARGIN_S = 5.0  # beyond it, for one that awaits something
 _TASKS = 8
 _REMEDY = (
     "use task.rng(state). Until then, episodes start over instead of resuming when their process "
@@ -58,6 +64,13 @@ async def find_problems(
         again = env.tasks(seed=0, n=_TASKS)
     except RayrlError as error:
         return [str(error)]
+    async with _interrupts_blocking(deadline_s + MARGIN_S):
+        return await _problems(env, tasks, again, deadline_s)
+
+
+async def _problems(
+    env: Environment, tasks: Sequence[Task], again: Sequence[Task], deadline_s: float
+) -> list[str]:
     problems = _task_problems(env, tasks, again)
     group_weights = [group.weight for group in env.group_rewards.values()]
     for name in sorted({"model", "endpoint"} & set(env.players)):
@@ -259,6 +272,42 @@ def _end_difference(first: Episode, second: Episode) -> str:
         facts = f"{safe_repr(dict(first.facts))} and {safe_repr(dict(second.facts))}"
         return f"the same task and replies had the facts {facts}"
     return ""
+
+
+@contextlib.asynccontextmanager
+async def _interrupts_blocking(patience_s: float) -> AsyncGenerator[None]:
+    """Within, raise EnvError in code that blocks the event loop for longer than this.
+
+    An episode's deadline cannot end a loop, or a call, that never awaits.
+    """
+    if threading.current_thread() is not threading.main_thread():  # only it gets signals
+        yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        code = frame.f_code if frame else None
+        where = f" {code.co_filename}:{frame.f_lineno}, in {code.co_name}" if frame and code else ""
+        raise EnvError(
+            f"it has not awaited anything for {patience_s:g} s, and is at{where}: in a run, "
+            "nothing else of its process would go on meanwhile"
+        )
+
+    async def beat() -> None:
+        while True:
+            signal.setitimer(signal.ITIMER_REAL, patience_s, 1.0)  # again, if somebody catches it
+            await asyncio.sleep(patience_s / 4)
+
+    began, handler = time.monotonic(), signal.signal(signal.SIGALRM, interrupt)
+    left, interval = signal.getitimer(signal.ITIMER_REAL)
+    beating = asyncio.create_task(beat())
+    try:
+        yield
+    finally:
+        beating.cancel()
+        left = max(left - (time.monotonic() - began), 0.001) if left else 0.0
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, left, interval)
 
 
 async def _play(

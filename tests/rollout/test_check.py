@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import contextlib
 import enum
 import itertools
 import random
+import signal
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +13,7 @@ import pytest
 
 import rayrl
 from rayrl import Scores, Task, check_env
+from rayrl.rollout import check
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,3 +176,34 @@ def test_a_teacher_that_cannot_play() -> None:
     (problem,) = check_env(env)
     assert "with player 'broken'" in problem
     assert "IndexError" in problem
+
+
+@pytest.mark.parametrize("catches", [False, True])
+@pytest.mark.parametrize("kind", ["loop", "call"])
+def test_code_that_never_awaits_is_interrupted_and_named(
+    kind: str, catches: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(check, "MARGIN_S", 0.1)
+    before = signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)
+
+    def hang() -> None:
+        while True:
+            time.sleep(0 if kind == "loop" else 600)
+
+    @rayrl.env(tasks=[Task(seed=1)], rewards={"n": 1.0})
+    async def hangs(task: Task, agent: rayrl.Agent) -> Scores:
+        await agent("a")
+        if catches:
+            with contextlib.suppress(Exception):
+                hang()
+        hang()
+        return {"n": 1.0}
+
+    (problem,) = check_env(hangs, deadline_s=0.1)
+    assert "has not awaited anything for 0.2 s, and is at" in problem
+    assert "test_check.py" in problem
+    assert "in hang" in problem
+    after = signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)
+    assert after[0] is before[0]
+    assert after[1][1] == before[1][1]
+    assert (after[1][0] > 0) == (before[1][0] > 0), "pytest-timeout's own goes on"
