@@ -37,14 +37,15 @@ def fork_instead(
         EnvError: it is no Python program, or the process that imports cannot be started.
     """
     python, *words = command
-    kind = words[0] if words else ""
-    if not Path(python).name.startswith("python") or (kind[:1] == "-" and kind not in ("-c", "-m")):
+    kind = words[0] if words else "-"
+    is_option = kind.startswith("-")
+    if not Path(python).name.startswith("python") or (is_option and kind not in ("-c", "-m")):
         raise EnvError(
             f"preload={[*modules]} with the program {[*command]}: only Python programs can be "
             "preloaded, [sys.executable, SCRIPT, …], or -m MODULE or -c CODE for SCRIPT"
         )
     cwd = os.path.abspath(cwd or "")
-    folder = cwd if kind[:1] == "-" else os.path.dirname(os.path.join(cwd, kind))
+    folder = cwd if is_option else os.path.dirname(os.path.join(cwd, kind))
     key = (python, folder, *modules)
     if key not in _servers or _servers[key].has_ended():
         _servers[key] = _Server(*key)

@@ -21,6 +21,7 @@ with socket.socket(fileno=int(number)) as server:
     answer = server.recv(1 << 16).decode()  # when the program has ended
 code = int(answer or -signal.SIGKILL)  # nothing: the server was killed
 if code < 0:
-    signal.signal(-code, signal.SIG_DFL) if -code not in (signal.SIGKILL, signal.SIGSTOP) else None
+    if -code != signal.SIGKILL:  # which has no other handler
+        signal.signal(-code, signal.SIG_DFL)
     os.kill(os.getpid(), -code)
 os._exit(code)

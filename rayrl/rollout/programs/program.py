@@ -21,7 +21,6 @@ GRACE_S = 5.0  # for the end of its output to arrive
 START_S = 5.0  # how long others wait for one that has neither asked nor ended
 MAX_OUTPUT = 16 << 20  # bytes of each stream that are kept
 
-
 _starts: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = (
     weakref.WeakKeyDictionary()
 )

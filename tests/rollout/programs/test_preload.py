@@ -105,7 +105,9 @@ async def test_one_that_cannot_be_imported_is_the_programs_error(
     assert "preload: no_such: ModuleNotFoundError" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("command", [["sh", "-c", "true"], [sys.executable, "-u", "a.py"]])
+@pytest.mark.parametrize(
+    "command", [["sh", "-c", "true"], [sys.executable, "-u", "a.py"], [sys.executable]]
+)
 async def test_only_python_programs(command: Sequence[str]) -> None:
     with pytest.raises(EnvError, match="only Python programs can be preloaded"):
         await rayrl.program(command, AT, preload=["json"])
