@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import settings
 
 import rayrl.cluster  # noqa: F401  # sets what Ray reads when it is imported, before a test imports it
 from tests.apart import Shared, own_folders
@@ -19,6 +20,8 @@ from tests.runs import RANKS, train
 if TYPE_CHECKING:
     from rayrl.cluster.session import Session
 
+# The same examples every time, however slow the machine. --hypothesis-profile=default draws others.
+settings.load_profile("ci")
 gc.set_threshold(50_000, 20, 100)  # a quarter of the time of large imports
 # Before torch is imported: tests run beside each other, and threads that wait would spin.
 os.environ["OMP_NUM_THREADS"] = "1"

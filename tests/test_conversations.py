@@ -90,7 +90,7 @@ def depth(played: Played, turn: int) -> int:
 programs = st.lists(st.tuples(st.integers(0, 5), st.sampled_from(OPERATIONS)), max_size=16)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(programs)
 def test_every_sampled_id_is_trained_once_after_what_the_model_had_read(program: Program) -> None:
     played = asyncio.run(play([one for one in program if one[1] != "fork"]))
@@ -121,7 +121,7 @@ def test_every_sampled_id_is_trained_once_after_what_the_model_had_read(program:
     ]
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(programs)
 def test_what_follows_a_turn_is_the_longest_way_on(program: Program) -> None:
     played = asyncio.run(play(program))
@@ -133,7 +133,7 @@ def test_what_follows_a_turn_is_the_longest_way_on(program: Program) -> None:
     assert turns_after(played.turns) == after
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(programs, st.data())
 def test_the_tree_survives_files_and_replays(program: Program, data: st.DataObject) -> None:
     played = asyncio.run(play(program))

@@ -32,7 +32,7 @@ def controls(text: str) -> set[str]:
     return {one for one in text if unicodedata.category(one) in ("Cc", "Cs")} - {"\n", "\t"}
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(ANY)
 def test_what_is_visible_does_nothing(text: str) -> None:
     shown = visible(text)

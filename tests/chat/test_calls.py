@@ -16,7 +16,7 @@ from rayrl.rollout.endpoint import _read
 from rayrl.rollout.players import ScriptedPlayer
 from rayrl.server.choice import CallReader
 
-few = settings(deadline=None, max_examples=60, derandomize=True)
+few = settings(max_examples=60)
 MARKS = ["<tool_call>", "</tool_call>", "<think>", "</think>", "```", "```json\n", '"', "\\", "}}"]
 texts = st.lists(st.one_of(st.sampled_from([*MARKS, "\n", " "]), st.text(max_size=4))).map("".join)
 clean = texts.filter(lambda text: not any("\ud800" <= c <= "\udfff" for c in text))

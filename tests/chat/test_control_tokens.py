@@ -14,7 +14,7 @@ from rayrl.types import Message, assistant, system, tool, user
 from tests.act import HERMES, build_tokenizer
 from tests.tokenizers_here import KINDS, PLACES, WORDS, Control, built
 
-few = settings(deadline=None, max_examples=12, derandomize=True)
+few = settings(max_examples=12)
 TABLE = [
     (kind, place, WORDS[(k + p) % len(WORDS)])
     for k, kind in enumerate(KINDS)

@@ -161,7 +161,7 @@ async def test_a_message_of_50_megabytes_is_clipped_with_both_its_ends() -> None
     assert "raise ValueError" in episode.failure.traceback
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.text(max_size=500), st.integers(100, 300))
 def test_clipping(text: str, most: int) -> None:
     once = clip(text, most)
@@ -248,7 +248,7 @@ async def test_whatever_a_group_reward_raises(error: BaseException) -> None:
 REWARDS = st.floats(-MAX_SCORE, MAX_SCORE, allow_nan=False)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.lists(st.lists(REWARDS, min_size=2, max_size=4), min_size=1, max_size=3),
     st.sampled_from(list(ADVANTAGES)),

@@ -182,7 +182,7 @@ async def test_a_stored_episode_is_replayed(game: rayrl.Environment) -> None:
         assert (found.kind, found.what) == ("same", "")
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=40), st.integers(1, 8))
 def test_any_interleaving_plays_the_same(pauses: list[int], live: int) -> None:
     @rayrl.env(tasks=[Task(seed=1)], rewards={"luck": 1.0})

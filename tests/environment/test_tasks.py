@@ -233,7 +233,7 @@ def test_a_file_of_an_earlier_version_is_read() -> None:
     assert task_to_json(unknown) == {**old, "type": "gone:Gone"}
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.dictionaries(st.integers(), st.tuples(st.floats(), st.text(st.characters(codec=None)))),
     st.frozensets(st.sampled_from(Kind)),

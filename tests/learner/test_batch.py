@@ -134,7 +134,7 @@ def test_supervised_rows_never_predict_the_first_id():
     assert batch_of([row, row]).totals.tokens == 2
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(st.booleans(), min_size=1, max_size=12), st.integers(0, 30))
 def test_a_supervised_row_ends_at_its_last_id_with_loss(mask: list[bool], after: int) -> None:
     row = supervised_row(range(len(mask) + after), mask + [False] * after)

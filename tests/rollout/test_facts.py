@@ -44,7 +44,7 @@ def returning(facts: Any, **rewards: Any) -> rayrl.Environment:
     return asked
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.dictionaries(st.text(), plain, max_size=4))
 async def test_facts_are_stored_as_they_are(facts: dict[str, Any]) -> None:
     group = await play_group(returning(facts), Task(seed=1), instant(), id="g", size=2)

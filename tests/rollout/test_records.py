@@ -179,7 +179,7 @@ def test_a_turn_and_a_group_round_trip() -> None:
 numbers = st.integers(0, 2**40)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     text=st.text(st.characters(codec=None)),
     ids=st.lists(numbers),

@@ -181,7 +181,7 @@ JSON = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(JSON, st.sampled_from([200, 301, 400, 401, 403, 413, 422, 429, 500]))
 def test_any_body_can_be_read(body: Any, status: int) -> None:
     refusal = read_refusal(status, json.dumps(body))

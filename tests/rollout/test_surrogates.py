@@ -40,7 +40,7 @@ from rayrl.types import (
 from tests.act import Instant, chat, collect
 from tests.server.test_app import Scripted, listening
 
-few = settings(deadline=None, max_examples=100, derandomize=True)
+few = settings(max_examples=100)
 HALF, OTHER = "\ud83d", "\ude00"
 WHOLE, LOST = "😀", "\ufffd"
 

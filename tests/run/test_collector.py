@@ -560,7 +560,7 @@ class Story:
 
 
 @pytest.mark.parametrize("lag", [0, 1, 2])
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(data=st.data(), refill=st.sampled_from([1.0, 2.0]), useful=st.sets(st.integers(0, 12)))
 def test_whatever_happens_a_group_keeps_its_task_and_every_batch_is_observed_once(
     lag: int, data: st.DataObject, refill: float, useful: set[int]

@@ -103,7 +103,7 @@ def shown(what: Any) -> str:
     return out.getvalue()
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(
     NAMES, st.lists(st.sampled_from(FIELDS), max_size=4, unique=True), st.sampled_from(["x", "2"])
 )

@@ -158,7 +158,7 @@ def test_with_a_lag_steps_whose_groups_were_rejected_with_an_earlier_batch_get_o
     assert buffer.begin(1) == [6, 7, 8, 9], "two steps are left"
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.data(), st.integers(1, 3), st.integers(0, 4))
 def test_without_lag_a_batch_is_what_comes_first_and_teaches_in_whatever_order_it_ends(
     data: st.DataObject, groups: int, refill: int
@@ -202,7 +202,7 @@ def test_without_lag_a_batch_is_what_comes_first_and_teaches_in_whatever_order_i
             checkpoint, at, logged = buffer.save(), step + 1, []
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.data(), st.integers(1, 3), st.integers(0, 3), st.integers(0, 3))
 def test_every_task_is_trained_on_once_or_reported(
     data: st.DataObject, groups: int, max_lag: int, refill: int

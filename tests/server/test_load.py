@@ -192,7 +192,7 @@ def test_no_text_has_fewer_ids_than_its_bound(which: str, chat: Chat) -> None:
     one = chat if which == "built" else Chat.load(which)
     assert one.min_ids(["x" * 10**6]) > 10_000
 
-    @settings(deadline=None, max_examples=50)
+    @settings(max_examples=50)
     @given(TEXTS)
     def check(text: str) -> None:
         assert len(one.encode(text)) >= one.min_ids([text])
@@ -270,7 +270,7 @@ class Written:
         return ("extend", *[m.content for m in messages])
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(ROLES)
 def test_turns_are_found(roles: list[Role]) -> None:
     messages = messages_of(roles)
@@ -285,7 +285,7 @@ def test_turns_are_found(roles: list[Role]) -> None:
     assert found == tuple(expected)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(ROLES)
 def test_neighbours_are_joined(roles: list[Role]) -> None:
     messages = messages_of(roles)

@@ -106,7 +106,7 @@ def test_the_spread_of_a_group_is_the_mean_over_its_trained_seats() -> None:
     assert reward_spread(group(1.0, 1.0 + 1e-7)) == 0.0, "such rewards give no advantage"
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     st.lists(st.tuples(st.integers(0, 4), st.lists(st.floats(-2, 2), min_size=2, max_size=4))),
     st.floats(0, 1, exclude_max=True),
@@ -161,7 +161,7 @@ def test_with_only_uniform_draws_they_are_those_of_the_uniform_sampler(
         sampler.observe({k: group(*DIFFERENT) if k % 2 else group(*SAME) for k in indices})
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.integers(1, 40), st.floats(0.01, 1), st.integers(0, 200))
 def test_uniform_draws_are_spaced_evenly(groups: int, share: float, start: int) -> None:
     sampler = DifficultySampler(environment(), config(groups, share))
@@ -238,7 +238,7 @@ def test_metrics_by_hand() -> None:
     )
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.data())
 def test_saved_and_loaded_at_any_moment_it_goes_on_with_the_same_tasks(data: st.DataObject) -> None:
     """Groups begin and are observed in any order, as with a lag; now and then it is killed."""

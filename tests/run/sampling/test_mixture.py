@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rayrl.config import from_dict
@@ -76,7 +76,6 @@ def test_two_to_one() -> None:
 
 
 @given(st.lists(st.floats(0.01, 100), min_size=2, max_size=6), st.integers(1, 200))
-@settings(deadline=None)
 def test_every_share_is_exact_up_to_less_than_a_group(weights: list[float], n: int) -> None:
     sampler = mixture(weights)
     total = sum(map(Fraction, weights))
@@ -123,7 +122,6 @@ def test_by_tokens_failed_groups_count_nothing() -> None:
     st.integers(0, 5),
     st.booleans(),
 )
-@settings(deadline=None)
 def test_a_resumed_run_draws_what_an_unbroken_one_draws(
     weights: list[int], tokens: list[int], at: int, by_tokens: bool
 ) -> None:
