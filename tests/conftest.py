@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import sys
 import tempfile
@@ -54,6 +55,11 @@ def pytest_unconfigure() -> None:
     remove_own_folders()
 
 
+def file_or_run(nodeid: str) -> str:
+    """What one worker is given at a time."""
+    return nodeid if nodeid.startswith(ALONE) else nodeid.partition("::")[0]
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Give each worker whole files, which share what is made for a module; whole runs singly."""
@@ -61,7 +67,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return nodeid if nodeid.startswith(ALONE) else nodeid.partition("::")[0]
+            return file_or_run(nodeid)
 
         def remove_node(self, node: Any) -> str | None:
             # Of a worker that died, what it had done would be given to the others: they wait for
@@ -81,8 +87,21 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put slow tests first, so that quick ones fill the end."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    """Put quick tests between slow ones, which wait much, and at the end, which they fill."""
+    files: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        files.setdefault(file_or_run(item.nodeid), []).append(item)
+    slow, quick = [], []
+    for file in files.values():
+        is_slow = any(item.get_closest_marker("slow") for item in file)
+        (slow if is_slow else quick).append(file)
+    if not slow:
+        return
+    between = len(quick) * 3 // (4 * len(slow))
+    order = []
+    for k, file in enumerate(slow):
+        order += [file, *quick[k * between : (k + 1) * between]]
+    items[:] = itertools.chain(*order, *quick[len(slow) * between :])
 
 
 @pytest.fixture(scope="session")

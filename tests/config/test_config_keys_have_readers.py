@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from rayrl.config import leaves
 
 PACKAGE = Path(__file__).resolve().parents[2] / "rayrl"
 NOT_READERS = ("config", "plan.py")  # they define, check and print settings
+SECTIONS = {key.split(".")[0] for key, _ in leaves() if "." in key}
 
 
 def attributes(source: str) -> set[str]:
@@ -43,8 +45,7 @@ def dotted(node: ast.expr) -> list[str]:
 
 def sections_by_name(tree: ast.AST) -> dict[str, set[str]]:
     """Names that stand for a section of the config, such as `cfg` after `cfg = config.train`."""
-    sections = {key.split(".")[0] for key, _ in leaves() if "." in key}
-    classes = {f"{section.capitalize()}Config": section for section in sections}
+    classes = {f"{section.capitalize()}Config": section for section in SECTIONS}
     classes |= {"AlarmConfig": "AlarmConfig"}
     known: dict[str, set[str]] = {}
 
@@ -53,7 +54,7 @@ def sections_by_name(tree: ast.AST) -> dict[str, set[str]]:
         if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
             for one, other in zip(target.elts, value.elts, strict=False):
                 bind(one, other)
-        elif name and isinstance(value, ast.Attribute) and value.attr in sections:
+        elif name and isinstance(value, ast.Attribute) and value.attr in SECTIONS:
             known.setdefault(name, set()).add(value.attr)
 
     for node in ast.walk(tree):
@@ -68,15 +69,13 @@ def sections_by_name(tree: ast.AST) -> dict[str, set[str]]:
     return known
 
 
+@functools.cache
 def all_read() -> set[str]:
     found: set[str] = set()
     for file in PACKAGE.rglob("*.py"):
         if file.relative_to(PACKAGE).parts[0] not in NOT_READERS:
             found |= attributes(file.read_text("utf-8"))
     return found
-
-
-READ = all_read()
 
 
 @pytest.mark.parametrize("key", [key for key, _ in leaves()])
@@ -87,8 +86,8 @@ def test_key_is_read(key: str) -> None:
 def is_read(key: str) -> bool:
     if key.count(".") == 2:  # one of several sections of a kind, as alarms.mismatch.threshold
         section, _, name = key.rpartition(".")
-        return section in READ and f"AlarmConfig.{name}" in READ
-    return key in READ
+        return section in all_read() and f"AlarmConfig.{name}" in all_read()
+    return key in all_read()
 
 
 def test_reader_is_found_and_missed() -> None:
