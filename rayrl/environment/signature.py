@@ -14,6 +14,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from enum import Enum
 from typing import Any, Literal, NotRequired, Union
 
@@ -137,7 +138,17 @@ def fit(value: Any, hint: Any) -> Any:
             return base(**_fit_fields(value, base))  # type: ignore[operator]
     else:
         return _parse(value, hint)
-    raise TypeError(f"expected {hint_name(hint)}, got {value!r}")
+    raise _misfit(value, hint)
+
+
+def _misfit(value: Any, hint: Any) -> TypeError:
+    """Explain that a value does not fit; a single one where there should be a list is usual."""
+    remedy = ""
+    if value is not None and not isinstance(value, list):
+        with suppress(TypeError):
+            fit([value], hint)
+            remedy = f"; write {[value]!r}"
+    return TypeError(f"expected {hint_name(hint)}, got {value!r}{remedy}")
 
 
 def _fit_key(key: Any, hint: Any) -> Any:
@@ -157,7 +168,7 @@ def _parse(value: Any, hint: Any) -> Any:
     if adapter is None:  # a type unknown to pydantic: only instances fit
         if not isinstance(hint, type) or isinstance(value, hint):
             return value
-        raise TypeError(f"expected {hint_name(hint)}, got {value!r}")
+        raise _misfit(value, hint)
     try:
         return adapter.validate_python(value, strict=True)
     except ValidationError:
@@ -170,7 +181,7 @@ def _parse(value: Any, hint: Any) -> Any:
         where = ".".join(str(part) for part in first["loc"] if part != "[key]")
         raise TypeError(f"{where}: {message}" if where else f"{message}, got {value!r}") from None
     except (TypeError, ValueError):
-        raise TypeError(f"expected {hint_name(hint)}, got {value!r}") from None
+        raise _misfit(value, hint) from None
 
 
 @functools.lru_cache(256)
@@ -193,7 +204,7 @@ def _fit_union(value: Any, hint: Any, args: tuple[Any, ...]) -> Any:
     kinds = [arg for arg in args if dataclasses.is_dataclass(arg)]
     if isinstance(value, Mapping) and len(kinds) == 1:
         return fit(value, kinds[0])  # raises the specific error
-    raise TypeError(f"expected {hint_name(hint)}, got {value!r}")
+    raise _misfit(value, hint)
 
 
 def _fit_scalar(value: Any, kind: Any) -> Any:
@@ -211,7 +222,7 @@ def _fit_scalar(value: Any, kind: Any) -> Any:
 
 def _fit_array(value: Any, hint: Any, base: Any, args: tuple[Any, ...]) -> Any:
     if isinstance(value, (str, bytes)) or not isinstance(value, (Sequence, set, frozenset)):
-        raise TypeError(f"expected {hint_name(hint)}, got {value!r}")
+        raise _misfit(value, hint)
     items = list(value)
     fixed = base is tuple and args and not (len(args) == 2 and args[1] is Ellipsis)
     if fixed:

@@ -6,7 +6,7 @@ import enum
 import json
 import pathlib
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
 
@@ -51,7 +51,12 @@ def test_fit_converts(value: Any, hint: Any, want: Any) -> None:
         (10**400, float, "expected float, got 1000"),
         ("0.2", float, "expected float, got '0.2'"),
         (1, bool, "expected bool, got 1"),
-        ("ab", list[str], r"expected list\[str\], got 'ab'"),
+        ("ab", list[str], r"expected list\[str\], got 'ab'; write \['ab'\]$"),
+        ("ab", tuple[str, ...] | None, r"\| None, got 'ab'; write \['ab'\]$"),
+        ({"x": 1}, Sequence[Point], r"got {'x': 1}; write \[{'x': 1}\]$"),
+        ("ab", list[int], "got 'ab'$"),
+        (None, list[Any], "got None$"),
+        (1, str, "got 1$"),
         ([1], tuple[int, int], "expected 2 values"),
         ("c", Literal["a", "b"], "expected one of 'a', 'b', got 'c'"),
         (True, Literal[1, 2], "expected one of 1, 2, got True"),
