@@ -39,6 +39,11 @@ def check_option(group: str, value: Any, folders: Sequence[Path]) -> None:
         return
     if not isinstance(value, str):
         raise ConfigError(f"{group}={value}: choose one of {', '.join(known)}.")
+    if group == "env" and not {*value}.isdisjoint(":./"):  # a reference, as of a file or a scheme
+        raise ConfigError(
+            f"env={value}: env chooses a file of conf/env ({', '.join(known)}). Any other "
+            f"environment is named: env.name={value}."
+        )
     near = did_you_mean(value, known)
     raise ConfigError(
         f"{group}={value}: there is no conf/{group}/{value}.yaml.{near} "
