@@ -143,34 +143,9 @@ def write_bundle(
         _add_distribution(files, texts, dist)
     path_of, copy_of = {}, {}  # absolute path by name, path in the bundle by absolute path
     for name, key in [*((name, "env.name") for name in envs), *(functions or {}).items()]:
-        module, attribute = split_reference(name)
-        if module == OBJECT or name.startswith(HUB):  # sent by value, or read by the driver
-            continue
-        if key == "env.name" and name.startswith(PROGRAM):
-            place = name.removeprefix(PROGRAM)
-            path = Path(place).expanduser().resolve()
-            if path.is_file():  # an absolute path may exist on the nodes
-                path_of[place] = str(path)
-                copy_of[str(path)] = _add_program(files, path)
-            elif not Path(place).is_absolute():
-                raise ConfigError(f"{key}={name!r}: there is no file {path}.")
-            continue
-        if key == "env.name" and scheme_of(name):  # installed, like the library behind it
-            continue
-        if name.endswith(SUFFIXES):
-            if Path(name).is_absolute():  # only the driver reads it, from storage that nodes share
-                continue
-            module = name
-        if module.endswith((".py", *SUFFIXES)):
-            path = Path(module).expanduser().resolve()
-            if path.is_file():
-                path_of[module] = str(path)
-                copy_of[str(path)] = f"{ENV_FILES}/{derive_seed(path):x}/{path.name}"
-                files[copy_of[str(path)]] = path
-            elif not Path(module).is_absolute():  # an absolute path may exist on the nodes
-                raise ConfigError(f"{key}={module!r}: there is no file {path}.")
-        elif attribute and not _add_module(files, module.split(".")[0]):
-            raise ConfigError(f"{key}={name!r}: there is no module {module.split('.')[0]!r}.")
+        if found := _add_reference(files, name, key):
+            written, path, place = found
+            path_of[written], copy_of[path] = path, place
     texts[CODE_FILE] = json.dumps(
         {
             "python": ".".join(platform.python_version_tuple()[:2]),
@@ -209,6 +184,43 @@ def _add(files: dict[str, Path], name: str, source: Path) -> None:
         for file in sorted(found):
             if not _EXCLUDED.fullmatch(file):
                 files[str(target / file)] = Path(parent, file)
+
+
+def _add_reference(files: dict[str, Path], name: str, key: str) -> tuple[str, str, str] | None:
+    """Plan to copy what a name refers to; of a file, return name, path and place in the bundle.
+
+    Raises:
+        ConfigError: it does not exist.
+    """
+    module, attribute = split_reference(name)
+    is_program = key == "env.name" and name.startswith(PROGRAM)
+    if module == OBJECT or name.startswith(HUB):  # sent by value, or read by the driver
+        return None
+    if is_program:
+        written = name.removeprefix(PROGRAM)
+    elif key == "env.name" and scheme_of(name):  # installed, like the library behind it
+        return None
+    elif name.endswith(SUFFIXES):
+        if Path(name).is_absolute():  # only the driver reads it, from storage that nodes share
+            return None
+        written = name
+    elif module.endswith((".py", *SUFFIXES)):
+        written = module
+    else:
+        package = module.split(".")[0]
+        if attribute and not _add_module(files, package):
+            raise ConfigError(f"{key}={name!r}: there is no module {package!r}.")
+        return None
+    path = Path(written).expanduser().resolve()
+    if not path.is_file():
+        if Path(written).is_absolute():  # it may exist on the nodes
+            return None
+        raise ConfigError(f"{key}={name!r}: there is no file {path}.")
+    if is_program:
+        return written, str(path), _add_program(files, path)
+    place = f"{ENV_FILES}/{derive_seed(path):x}/{path.name}"
+    files[place] = path
+    return written, str(path), place
 
 
 def _add_program(files: dict[str, Path], program: Path) -> str:
