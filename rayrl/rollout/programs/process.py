@@ -94,8 +94,9 @@ async def start_process(
     if shutil.which(place, path=variables.get("PATH")) is None:
         raise EnvError(f"{failed}: there is no such command")
     token = secrets.token_hex(TOKEN_LENGTH // 2)
-    try:
-        transport, process = await asyncio.get_running_loop().subprocess_exec(
+    loop = asyncio.get_running_loop()
+    starting = loop.create_task(
+        loop.subprocess_exec(
             lambda: Process(token),
             *_WITH_PARENT,
             *words,
@@ -105,7 +106,24 @@ async def start_process(
             start_new_session=True,
             pass_fds=inherited,
         )
+    )
+    try:
+        # If this were cancelled, asyncio could wait for ever for the end of a process whose pipes
+        # are not there yet, and what the process may have started would go on.
+        transport, process = await asyncio.shield(starting)
     except OSError as error:
         raise EnvError(f"{failed}: {error}") from error
+    except asyncio.CancelledError:
+        starting.add_done_callback(_kill_started)
+        await asyncio.wait([starting])
+        raise
     process.transport = transport
     return process
+
+
+def _kill_started(starting: asyncio.Task[tuple[asyncio.SubprocessTransport, Process]]) -> None:
+    if not starting.cancelled() and starting.exception() is None:
+        transport, process = starting.result()
+        process.transport = transport
+        process.kill()
+        process.close()

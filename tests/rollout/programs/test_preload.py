@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from asyncio.base_subprocess import BaseSubprocessTransport
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -129,7 +130,8 @@ async def test_a_server_that_is_killed_takes_its_programs_and_is_replaced(tmp_pa
     assert done.stdout == "x\n"
 
 
-def test_it_ends_with_the_process_that_runs_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("preloads", [[], ["decimal"]])
+def test_it_ends_with_the_process_that_runs_it(preloads: list[str], tmp_path: Path) -> None:
     program = f"""
         import os, subprocess, sys, time
         words = ["sleep", "600"]
@@ -141,7 +143,7 @@ def test_it_ends_with_the_process_that_runs_it(tmp_path: Path) -> None:
         import asyncio, sys, rayrl
         command = [sys.executable, "-c", {textwrap.dedent(program)!r}]
         at = rayrl.Endpoint("http://127.0.0.1:9/v1", "sk-y")
-        asyncio.run(rayrl.program(command, at, preload=["decimal"]))
+        asyncio.run(rayrl.program(command, at, preload={preloads}))
     """
     runs = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)])
     pids = tmp_path / "pids"
@@ -152,9 +154,10 @@ def test_it_ends_with_the_process_that_runs_it(tmp_path: Path) -> None:
     assert_gone(pids)
 
 
+@pytest.mark.parametrize("when", ["it runs", "it starts"])
 @pytest.mark.parametrize("preloads", [(), ("decimal",)])
 async def test_everything_it_started_is_killed_with_it(
-    preloads: Sequence[str], tmp_path: Path
+    preloads: Sequence[str], when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pids = tmp_path / "pids"
     code = f"""
@@ -166,10 +169,24 @@ if not (forked := os.fork()):
 print(os.getpid(), *children, forked, file=open({str(pids)!r}, "w"), flush=True)
 time.sleep(600)
 """
+
+    async def cancel() -> None:
+        while not pids.exists() or not pids.read_text().endswith("\n"):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        running.cancel()
+
+    connect = BaseSubprocessTransport._connect_pipes  # type: ignore[attr-defined]
+
+    async def connect_late(transport: object, waiter: object) -> None:
+        """An event loop that does something else meanwhile, as one with much work does."""
+        await cancel()
+        await connect(transport, waiter)
+
+    if when == "it starts":
+        monkeypatch.setattr(BaseSubprocessTransport, "_connect_pipes", connect_late)
     running = asyncio.create_task(rayrl.program([sys.executable, "-c", code], AT, preload=preloads))
-    while not pids.exists() or not pids.read_text().endswith("\n"):  # noqa: ASYNC110
-        await asyncio.sleep(0.01)
-    running.cancel()
+    if when == "it runs":
+        await cancel()
     with pytest.raises(asyncio.CancelledError):
         await running
     assert_gone(pids)

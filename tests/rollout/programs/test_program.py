@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import subprocess
 import sys
-import textwrap
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -75,21 +73,6 @@ async def test_it_runs_in_a_folder(tmp_path: Path) -> None:
     (tmp_path / "here").chmod(0o755)
     done = await rayrl.program(["./here"], AT, cwd=tmp_path)
     assert done.stdout == f"{tmp_path}\n"
-
-
-def test_it_ends_with_the_process_that_runs_it(tmp_path: Path) -> None:
-    code = f"""
-        import asyncio, rayrl
-        sleep = ["sh", "-c", "echo $$ > {tmp_path}/pids; exec sleep 600"]
-        asyncio.run(rayrl.program(sleep, rayrl.Endpoint("http://127.0.0.1:9/v1", "sk-y")))
-    """
-    runs = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)])
-    pids = tmp_path / "pids"
-    while not pids.exists() or not pids.read_text():
-        time.sleep(0.01)
-    runs.kill()
-    runs.wait()
-    assert_gone(pids)
 
 
 async def test_one_that_does_not_exist() -> None:
