@@ -97,7 +97,7 @@ def start(folder: Path, arguments: argparse.Namespace) -> dict[str, str]:
         line = [*RAY, "start", "--block", f"--num-cpus={arguments.cpus}"]
         line += [f"--object-store-memory={arguments.store_mb << 20}"]
         line += [f"--resources={json.dumps(has)}", "--disable-usage-stats"]
-        line += [f"--dashboard-agent-listen-port={free_port()}"]
+        line += ["--dashboard-agent-listen-port=0"]  # one that is free when the agent binds it
         if number:
             line += [f"--address=127.0.0.1:{gcs}", f"--node-ip-address={address_of(number)}"]
         else:
@@ -203,15 +203,23 @@ def wait(there: Callable[[], bool], nodes: list[subprocess.Popen[Any]], folder: 
 
 
 def count(url: str, token: str) -> int:
-    """Nodes that the head knows to be alive; 0 while its dashboard does not answer."""
-    sign = {"Authorization": f"Bearer {token}"}
-    request = urllib.request.Request(f"{url}/nodes?view=summary", headers=sign)
-    try:
+    """Nodes that are ready: alive, and their agent answers, which submits jobs.
+
+    0 while the head's dashboard does not answer.
+    """
+
+    def ask(path: str) -> Any:
+        headers = {"Authorization": f"Bearer {token}"}
+        request = urllib.request.Request(f"{url}/{path}", headers=headers)
         with urllib.request.urlopen(request, timeout=10) as answer:
-            rows = json.load(answer)["data"]["summary"]
+            return json.load(answer)
+
+    try:
+        raylets = [row.get("raylet", {}) for row in ask("nodes?view=summary")["data"]["summary"]]
+        alive = [one["nodeId"] for one in raylets if one.get("state") == "ALIVE"]
+        return sum(ask(f"api/v0/logs?node_id={node}")["result"] for node in alive)
     except (OSError, KeyError, ValueError):
         return 0
-    return sum(row.get("raylet", {}).get("state") == "ALIVE" for row in rows)
 
 
 def log_of(folder: Path, number: int) -> Path:

@@ -64,7 +64,7 @@ class Nodes:
     def _start(self, resources: dict[str, int], *, head: bool) -> subprocess.Popen[bytes]:
         line = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=2"]
         line += [f"--resources={json.dumps(resources)}", "--object-store-memory=200000000"]
-        line += [f"--dashboard-agent-listen-port={free_port()}", "--disable-usage-stats"]
+        line += ["--dashboard-agent-listen-port=0", "--disable-usage-stats"]
         if head:
             line += ["--head", f"--port={self.address.split(':')[1]}", f"--temp-dir={self.temp(0)}"]
             line += ["--include-dashboard=false"]

@@ -193,6 +193,7 @@ class LearnerGroup:
         self._group: Any = None
         self._ranks: list[Any] = []
         self._started = ("", 0)
+        self._ready = False
 
     async def start(self, model: str, total_steps: int) -> None:
         """Place the ranks and load the model in directory `model`.
@@ -228,6 +229,7 @@ class LearnerGroup:
         ]
         (master,) = await _gather([self._ranks[0].address.remote()])
         await self._all("start", self._config, model, total_steps, learner.world_size, master, loss)
+        self._ready = True
 
     async def restart(self) -> None:
         """Restart every rank on the model given to `start`; the caller then loads a checkpoint."""
@@ -310,7 +312,13 @@ class LearnerGroup:
         return checksum
 
     async def republish(self, version: int) -> Published | None:
-        """`publish` the weights that were broadcast as `version`; None if they have changed."""
+        """`publish` the weights that were broadcast as `version`.
+
+        Returns:
+            None if they have changed, or while the ranks are restarted.
+        """
+        if not self._ready:
+            return None
         published: Published | None = (await self._all("republish", version))[0]
         return published
 
@@ -358,7 +366,7 @@ class LearnerGroup:
             ray.kill(rank)
         if self._group is not None:
             remove_placement_group(self._group)
-        self._ranks, self._group = [], None
+        self._ranks, self._group, self._ready = [], None, False
 
 
 def _absolute(folder: str | Path) -> Path:

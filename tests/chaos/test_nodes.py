@@ -19,7 +19,6 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.apart import free_port
 from tests.nodes import NODES, PLACES, PLAYERS, kill_node, start_node, titles
 from tests.runs import ENVS, RANKS, ROOT, STEPS, Going, command, episodes, rows, scraps, weights
 
@@ -79,6 +78,7 @@ class Cluster:
         self.env = env
         self.nodes = [int(pid) for pid in json.loads((folder / "nodes.json").read_text())]
         self._log = folder / "added.log"
+        self._added: list[subprocess.Popen[bytes]] = []
 
     def replace(self, number: int) -> None:
         """Kill a node and all that runs on it; another with the same resources comes."""
@@ -86,17 +86,16 @@ class Cluster:
         line, env = lost.cmdline(), lost.environ()
         kill_node(lost.pid)
         lost.wait(600)
-        # the last of two values counts
-        line += [f"--dashboard-agent-listen-port={free_port()}"]
-        if sys.platform == "linux":  # 127.0.0.0/8 is this machine
+        if sys.platform == "linux":  # 127.0.0.0/8 is this machine; the last of two values counts
             line += [f"--node-ip-address=127.0.0.{len(self.nodes) + 1}"]
-        self._added = start_node(line, env, self._log)
-        self.nodes.append(self._added.pid)
+        self._added.append(start_node(line, env, self._log))
+        self.nodes.append(self._added[-1].pid)
 
     def close(self) -> None:
-        """End the node that was added."""
-        kill_node(self._added.pid)
-        self._added.wait(600)
+        """End the nodes that were added."""
+        for node in self._added:
+            kill_node(node.pid)
+            node.wait(600)
 
 
 @pytest.fixture

@@ -272,6 +272,24 @@ async def test_ranks_are_told_where_the_drivers_folders_are(
     assert rank.told == [str(tmp_path)] * 3
 
 
+async def test_ranks_republish_nothing_while_they_start(session: Session, tmp_path: Path) -> None:
+    """Whoever asks for a late replica asks at any time, also while lost ranks are restarted."""
+    learners = LearnerGroup(from_dict({"learner": {"kind": "reference"}}))
+    starting = asyncio.create_task(learners.start(str(make_model(tmp_path / "model")), 4))
+    try:
+        while not starting.done():
+            assert await learners.republish(0) is None
+            await asyncio.sleep(0.01)
+        await starting
+        assert await learners.republish(0) is None
+        await learners.broadcast(0, 60, None)
+        assert (republished := await learners.republish(0)) is not None
+        assert republished.version == 0
+    finally:
+        learners.close()
+    assert await learners.republish(0) is None
+
+
 async def test_a_checkpoint_the_driver_cannot_see_is_refused(tmp_path: Path) -> None:
     """Or it would be sealed without its weights, and could not be resumed from."""
     learners = learners_of(Rank(into=tmp_path))
