@@ -62,8 +62,8 @@ _GROUPS = (ENV_GROUP, SCHEME_GROUP, PLAYER_GROUP)  # of entry points
 def env_names(config: Config) -> list[str]:
     """List the environments of a configuration and of its recipe's stages.
 
-    Of data, also the data for evaluation and the functions that reward replies; of a program, the
-    function that scores its output.
+    Of data, also the data for evaluation and the functions that reward replies; of a program, its
+    data and the function that scores its output.
     """
     names: list[str] = []
     for c in _with_stages(config):
@@ -73,7 +73,7 @@ def env_names(config: Config) -> list[str]:
             listed = [rewards] if isinstance(rewards, str) else rewards
             names += [c.env.args.get("eval_rows", ""), *(name for name in listed if ":" in name)]
         elif c.env.name.startswith(PROGRAM):
-            names.append(c.env.args.get("score", ""))
+            names += [c.env.args.get(key, "") for key in ("score", "rows", "eval_rows")]
     return list(dict.fromkeys(filter(None, names)))
 
 

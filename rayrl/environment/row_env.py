@@ -16,63 +16,87 @@ from typing import Any
 from rayrl.config.registry import absolute
 from rayrl.environment.chat_data import chat_messages, short
 from rayrl.environment.data_files import HUB, DataRow
-from rayrl.environment.environment import Environment, Play
+from rayrl.environment.environment import Environment, Play, TaskSource
 from rayrl.environment.row_rewards import REWARDS, AnswerOptions, AnswerReward, answer_text
 from rayrl.environment.rows import Row, Rows, missing_column, rows
 from rayrl.environment.signature import keyword_hints
 from rayrl.errors import ConfigError, DataError, EnvError
 from rayrl.types import Message, Scores, Task, system, user
 
-__all__ = ["RowEnvironment", "RowSettings", "Template"]
+__all__ = ["RowEnvironment", "RowSettings", "SettingsEnvironment", "Template"]
 
 
-class RowEnvironment(Environment):
+class SettingsEnvironment(Environment):
+    """An environment that is made of its `args`, the fields of a dataclass.
+
+    Args:
+        settings: that dataclass.
+        files: those of its fields that name the data files of tasks.
+    """
+
+    def __init__(
+        self, settings: type[Any], files: Sequence[str], source: TaskSource, **more: Any
+    ) -> None:
+        async def unconfigured(task: Task, agent: Any) -> Scores:
+            raise AssertionError("replaced by set_up")
+
+        super().__init__(unconfigured, source=source, **more)
+        self._settings, self._files = settings, files
+        self.args = dataclasses.asdict(settings())
+        self.set_up()
+
+    def set_up(self) -> None:
+        """Make of `args` what plays, judges and draws tasks. No file is read.
+
+        Raises:
+            ConfigError: one of them is not what it has to be.
+        """
+        raise NotImplementedError
+
+    def configure(
+        self, args: Mapping[str, Any] | None = None, rewards: Mapping[str, float] | None = None
+    ) -> Environment:
+        """See `Environment.configure`; settings may change which rewards there are.
+
+        Raises:
+            ConfigError: also as `set_up`.
+        """
+        new = super().configure(args)
+        assert isinstance(new, SettingsEnvironment)
+        new.set_up()
+        return super(SettingsEnvironment, new).configure(None, rewards)
+
+    def evaluation(self, held_out: float, duplicates: str = "refuse") -> Environment:
+        """See `Environment.evaluation`; the data files can no longer be chosen."""
+        new = super().evaluation(held_out, duplicates)
+        new.args = {key: value for key, value in self.args.items() if key not in self._files}
+        return new
+
+    def _hints(self) -> dict[str, Any]:
+        return keyword_hints(self._settings)
+
+
+class RowEnvironment(SettingsEnvironment):
     """The environment of a data file. Its `args` are the fields of `RowSettings`.
 
     Its player `gold` replies with the right answer.
     """
 
     def __init__(self, path: str) -> None:
-        async def unconfigured(task: Task, agent: Any) -> Scores:
-            raise AssertionError("replaced by _set_up")
-
         place = Path(path)
         ending = "/" if path.endswith("/") else ""
         of_hub = path.startswith(HUB)
         super().__init__(
-            unconfigured,
+            RowSettings,
+            ["eval_rows"],
+            rows(path),
             name=place.name if ending or of_hub else place.stem,
-            source=rows(path),
             rewards={},
             ref=path if of_hub else f"{absolute(path)}{ending}",
         )
-        self.args = dataclasses.asdict(RowSettings())
-        self._set_up()
 
-    def configure(
-        self, args: Mapping[str, Any] | None = None, rewards: Mapping[str, float] | None = None
-    ) -> Environment:
-        """See `Environment.configure`; the rewards have the names that `env.args.reward` gives.
-
-        Raises:
-            ConfigError: also for a template, a reward or an expression that is not one.
-        """
-        new = super().configure(args)
-        assert isinstance(new, RowEnvironment)
-        new._set_up()
-        return super(RowEnvironment, new).configure(None, rewards)
-
-    def evaluation(self, held_out: float, duplicates: str = "refuse") -> Environment:
-        """See `Environment.evaluation`; the data file itself can no longer be chosen."""
-        new = super().evaluation(held_out, duplicates)
-        new.args = {key: value for key, value in self.args.items() if key != "eval_rows"}
-        return new
-
-    def _hints(self) -> dict[str, Any]:
-        return keyword_hints(RowSettings)
-
-    def _set_up(self) -> None:
-        """Make of `args` what plays and judges rows. No file is read."""
+    def set_up(self) -> None:
+        """See `SettingsEnvironment`."""
         settings = RowSettings(**self.args)
         self.play = _play(settings)
         self.players = {**self.players, "gold": settings.gold_reply}

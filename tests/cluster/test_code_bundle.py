@@ -267,17 +267,18 @@ def test_a_program_travels_with_the_python_beside_it(
         "tools/add.py": "SUM = 5",
         "grade.py": "def grade(output): return float(output == 'x 5\\n')",
         "notes.txt": "",
+        "sums.csv": "question\n2+3?\n",
         "runs/agent/config.py": "",
     }
     for name, text in files.items():
         Path("bot", name).parent.mkdir(parents=True, exist_ok=True)
         Path("bot", name).write_text(text)
-    args = {"score": "bot/grade.py:grade", "preload": ["decimal"]}
+    args = {"score": "bot/grade.py:grade", "preload": ["decimal"], "rows": "bot/sums.csv"}
     names = env_names(from_dict({"env": {"name": "program:bot/agent.py", "args": args}}))
-    assert names == ["program:bot/agent.py", "bot/grade.py:grade"]
+    assert names == ["program:bot/agent.py", "bot/grade.py:grade", "bot/sums.csv"]
     write_bundle(sent, names)
     copies = {path.name for path in (sent / "env_files").rglob("*.*")}
-    assert copies == {"agent.py", "words.py", "__init__.py", "add.py", "grade.py"}
+    assert copies == {"agent.py", "words.py", "__init__.py", "add.py", "grade.py", "sums.csv"}
     Path("bot").rename("elsewhere")
     code = """
 import asyncio, json, sys, rayrl
