@@ -116,7 +116,12 @@ def test_the_python_page_calls_what_there_is(
 
     for verb in ("train", "open_training"):
         monkeypatch.setattr(rayrl, verb, stand_in("train", getattr(rayrl, verb)))
-    functions = {"letters": "train_it", "watched": "train_it", "own_loop": "loop"}
+    functions = {
+        "letters": "train_it",
+        "watched": "train_it",
+        "own_loop": "loop",
+        "choosy": "choose",
+    }
     for module, function in functions.items():
         made = getattr(importlib.import_module(module), function)
         with pytest.raises((StopIteration, RuntimeError)):
@@ -125,7 +130,7 @@ def test_the_python_page_calls_what_there_is(
     assert rivals.echo([rayrl.user("Say c")], random.Random(0)) in "cccccc"
     for module in (*functions, "rivals"):
         del sys.modules[module]
-    names = ("letters", "watched", "own-loop")
+    names = ("letters", "watched", "own-loop", "choosy")
     assert called == [("train", name, "letters:repeat") for name in names]
 
 

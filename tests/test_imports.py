@@ -139,6 +139,30 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == ["a", "b", "c"]
 
 
+# vLLM loads the first by its name, users import the second
+USED_OUTSIDE = {"rayrl.engine.vllm.worker:Worker", "rayrl.rllib.masked:MaskedPPO"}
+
+
+def test_what_a_module_offers_is_used() -> None:
+    """A feature that nothing reaches any more, after a merge say, still has settings and tests."""
+    used: set[str] = set()
+    offered: list[tuple[str, str]] = []
+    for file in [*modules(), *sorted(ROOT.glob("envs/*/rayrl_*/**/*.py"))]:
+        tree, module = ast.parse(file.read_text("utf-8")), name_of(file)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+                used.add(node.id)
+            elif isinstance(node, ast.Attribute):
+                used.add(node.attr)
+            elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.decorator_list:
+                used.add(node.name)  # registered
+            elif isinstance(node, ast.ImportFrom) and module == "rayrl":
+                used |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+                offered += [(module, name) for name in ast.literal_eval(node.value)]
+    assert {f"{module}:{name}" for module, name in offered if name not in used} == USED_OUTSIDE
+
+
 def test_rule_can_fail() -> None:
     assert "above" in complaint("rayrl.weights.flat", "rayrl.learner.forward")
     assert "above" in complaint("rayrl.rollout.rollout", "rayrl.learner.loss")

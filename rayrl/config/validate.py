@@ -242,13 +242,6 @@ def _check_train(config: Config) -> None:
             f"of train.groups={train.groups} leaves steps without a uniform draw, which would "
             f"have no reward to report; use {math.ceil(100 / train.groups) / 100:g} or more.",
         )
-    if train.task_sampling == "difficulty" and config.env.mix:
-        raise _wrong(
-            "train.task_sampling",
-            train.task_sampling,
-            "is not for a mixture (env.mix) yet; set train.task_sampling=uniform, or train with "
-            "one environment, env.name.",
-        )
     rows = train.groups * train.group_size
     if algo.minibatches > rows:
         raise _wrong(

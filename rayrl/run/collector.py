@@ -184,11 +184,12 @@ class GroupCollector:
         kept = {group.id for group in found.groups}
         complete = [(i, g) for i, g in sorted(by_index.items()) if g.id in kept or i in rejected]
         first = complete[: self._config.train.groups]
+        sample = tuple(group for index, group in first if self._sampler.is_uniform(index))
         return replace(
             found,
             rejected=tuple(by_index[index] for index in rejected),
             sampling=self._sampler.observe(by_index),
-            sample=tuple(group for index, group in first if self._sampler.is_uniform(index)),
+            sample=sample,
         )
 
     # --- checkpoints -------------------------------------------------------------------------
@@ -234,14 +235,14 @@ class GroupCollector:
             if index not in logged:  # it ended during a checkpoint that was never finished
                 self.log.add(Played(index, group))
 
-    def _read_log(self, step: int) -> tuple[dict[int, Group], dict[int, float]]:
+    def _read_log(self, step: int) -> tuple[dict[int, Group], dict[int, Any]]:
         """Read batches that closed since the checkpoint.
 
         Returns:
             Groups that are in none, and all draws.
         """
         ended: dict[int, Group] = {}
-        draws: dict[int, float] = {}
+        draws: dict[int, Any] = {}
         for record in self.log.read(step):
             if isinstance(record, Begun):
                 draws |= record.draws

@@ -28,7 +28,7 @@ class Begun:
         draws: what `TaskSampler.draws` says, by index.
     """
 
-    draws: Mapping[int, float]
+    draws: Mapping[int, Any]
 
 
 @dataclass(frozen=True, slots=True)

@@ -156,12 +156,11 @@ def _component_metrics(component: str, played: CollectedGroups) -> dict[str, flo
         return [g for g in groups if g.episodes and g.episodes[0].env == component]
 
     trained, rejected = own(played.groups), own(played.rejected)
-    sample = own(played.sample or ()) or trained
+    sample = trained if played.sample is None else own(played.sample)
     complete = [*trained, *rejected]
-    metrics: dict[str, float] = {}
-    if sample:
+    metrics = {**reward_metrics(sample, component), **_turn_metrics(sample, f"/{component}")}
+    if complete:
         flat = sum(not has_spread(group) for group in complete)
-        metrics = {**reward_metrics(sample, component), **_turn_metrics(sample, f"/{component}")}
         metrics[f"groups/{component}/zero_variance_share"] = flat / len(complete)
     return {
         **metrics,

@@ -69,10 +69,6 @@ def test_without_a_mixture_there_is_one_without_a_name() -> None:
         ({"env.mix.words.weight": float("nan")}, r"weight=nan: expected a number above 0"),
         ({"env.mix.words.held_out": 3}, r"env\.mix\.words\.held_out=3.*from 0 to 1"),
         ({"env.mix.words.duplicates": "dorp"}, r"words\.duplicates=dorp: .*Did you mean 'drop'"),
-        (
-            {"train.task_sampling": "difficulty"},
-            r"train\.task_sampling=difficulty: .*env\.mix.*set train\.task_sampling=uniform",
-        ),
         ({"env.mix.words.max_tokens": "a"}, r"words\.max_tokens='a': expected a whole number"),
         ({"env.mix.words.args": 3}, r"env\.mix\.words\.args=3: expected a mapping"),
         ({"env.mix.words.rewards.copied": "a"}, r"env\.mix\.words\.rewards\.copied='a'"),

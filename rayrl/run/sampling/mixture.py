@@ -18,6 +18,7 @@ from rayrl.config import Config
 from rayrl.config.mix import components
 from rayrl.environment.environment import Environment
 from rayrl.rollout.rollout import GroupPlan
+from rayrl.run.sampling.difficulty import DifficultySampler
 from rayrl.run.sampling.task_sampler import TaskSampler, UniformSampler
 from rayrl.types import Group
 
@@ -30,15 +31,17 @@ def run_sampler(environments: Mapping[str, Environment], config: Config) -> Task
     Args:
         environments: by component of the mixture; without one, under an empty name.
     """
+    by_difficulty = config.train.task_sampling == "difficulty"
+    sampler = DifficultySampler if by_difficulty else UniformSampler
     if not config.env.mix:
-        return UniformSampler(environments[""], config)
+        return sampler(environments[""], config)
     shares, groups = component_shares(config), config.train.groups
     samplers: dict[str, TaskSampler] = {}
     for name, own in components(config).items():
         # seeds of its own, and about as many strata as it has groups in a step
         run = replace(own.run, name=f"{config.run.name}/{name}")
         train = replace(own.train, groups=max(1, round(shares[name] * groups)))
-        samplers[name] = UniformSampler(environments[name], replace(own, run=run, train=train))
+        samplers[name] = sampler(environments[name], replace(own, run=run, train=train))
     return MixtureSampler(samplers, shares, groups, by_tokens=config.env.mix_by == "tokens")
 
 
@@ -92,7 +95,6 @@ class MixtureSampler:
         self._accounts = {name: _Account() for name in samplers}
         self._next = 0  # the first index that was never asked for
         self._open: dict[int, tuple[str, int]] = {}  # component, and the index there
-        self._logged: dict[int, str] = {}  # components of groups that begin again
 
     def plan(self, index: int) -> GroupPlan:
         """The plan of the index-th group."""
@@ -101,15 +103,17 @@ class MixtureSampler:
         return replace(self._samplers[name].plan(own), id=f"{step}-{k}", component=name)
 
     def is_uniform(self, index: int) -> bool:
-        """All of them are: no component's tasks are drawn by what had been played."""
-        return True
+        """See `TaskSampler`; by tokens, only the component depends on what had been played."""
+        name, own = self._place(index)
+        return self._samplers[name].is_uniform(own)
 
-    def draws(self) -> dict[int, float]:
-        """By tokens, the number of each open group's component: it depends on what had closed."""
-        if not self._by_tokens:
-            return {}
-        numbers = {name: float(number) for number, name in enumerate(self._samplers)}
-        return {index: numbers[name] for index, (name, _) in self._open.items()}
+    def draws(self) -> dict[int, Any]:
+        """Number of each open group's component, which by tokens depends on what had closed, and
+        what the component's sampler drew, or None."""
+        numbers = {name: number for number, name in enumerate(self._samplers)}
+        drawn = {name: sampler.draws() for name, sampler in self._samplers.items()}
+        found = {index: [numbers[c], drawn[c].get(own)] for index, (c, own) in self._open.items()}
+        return {i: one for i, one in found.items() if self._by_tokens or one[1] is not None}
 
     def observe(self, groups: Mapping[int, Group]) -> dict[str, float]:
         """Count what was written, and pass each group to its component's sampler."""
@@ -125,9 +129,12 @@ class MixtureSampler:
             if group.complete:
                 account.measured += 1
                 account.tokens += _written(group)
+        metrics = {}
         for name, of_component in passed.items():
-            self._samplers[name].observe(of_component)
-        return {}
+            for metric, value in self._samplers[name].observe(of_component).items():
+                first, _, rest = metric.partition("/")
+                metrics[f"{first}/{name}/{rest}"] = value
+        return metrics
 
     def save(self) -> dict[str, Any]:
         """What has begun, and what the components' samplers save."""
@@ -141,27 +148,37 @@ class MixtureSampler:
             "samplers": {name: sampler.save() for name, sampler in self._samplers.items()},
         }
 
-    def load(self, state: Mapping[str, Any], draws: Mapping[int, float]) -> None:
-        """Continue from what `save` gave, and from the components that were logged since."""
-        names = [*self._samplers]
-        self._logged = {index: names[int(number)] for index, number in draws.items()}
+    def load(self, state: Mapping[str, Any], draws: Mapping[int, Any]) -> None:
+        """Continue from what `save` gave, and from the draws that were logged since."""
         self._next = state.get("next", 0)
         places = state.get("open", {})
         self._open = {int(index): (name, own) for index, (name, own) in places.items()}
-        for name, sampler in self._samplers.items():
+        for name in self._samplers:
             self._accounts[name] = _Account(*state.get("accounts", {}).get(name, ()))
-            sampler.load(state.get("samplers", {}).get(name, {}), {})
+        names = [*self._samplers]
+        drawn: dict[str, dict[int, Any]] = {name: {} for name in names}
+        for index, (number, of_component) in sorted(draws.items()):
+            if index == self._next:
+                self._begin(names[number])
+            name, own = self._place(index)
+            if of_component is not None:
+                drawn[name][own] = of_component
+        for name, sampler in self._samplers.items():
+            sampler.load(state.get("samplers", {}).get(name, {}), drawn[name])
 
     def _place(self, index: int) -> tuple[str, int]:
         """Component of a group and its index there; those before it begin too."""
         while self._next <= index:
-            name = self._logged.pop(self._next, "") or self._choose()
-            account = self._accounts[name]
-            self._open[self._next] = (name, account.begun)
-            account.begun += 1
-            account.open += 1
-            self._next += 1
+            self._begin(self._choose())
         return self._open[index]
+
+    def _begin(self, name: str) -> None:
+        """The next group is of this component."""
+        account = self._accounts[name]
+        self._open[self._next] = (name, account.begun)
+        account.begun += 1
+        account.open += 1
+        self._next += 1
 
     def _choose(self) -> str:
         sizes = self._sizes()

@@ -27,13 +27,14 @@ class TaskSampler(Protocol):
         ...
 
     def is_uniform(self, index: int) -> bool:
-        """Whether the group was drawn without regard to what had been played."""
+        """Whether a group that is not observed yet was drawn regardless of what had been played."""
         ...
 
-    def draws(self) -> dict[int, float]:
+    def draws(self) -> dict[int, Any]:
         """What of groups that were planned, not observed, does not follow from their index; by it.
 
-        Logged before the group begins, which therefore plays the same task again after a restart.
+        Plain data. It is logged before the group begins, which therefore plays the same task again
+        after a restart.
         """
         ...
 
@@ -51,7 +52,7 @@ class TaskSampler(Protocol):
         """Plain data for a checkpoint."""
         ...
 
-    def load(self, state: Mapping[str, Any], draws: Mapping[int, float]) -> None:
+    def load(self, state: Mapping[str, Any], draws: Mapping[int, Any]) -> None:
         """Continue from what `save` gave (empty where nothing was), and `draws` logged since."""
         ...
 
@@ -73,7 +74,7 @@ class UniformSampler:
         """All of them are."""
         return True
 
-    def draws(self) -> dict[int, float]:
+    def draws(self) -> dict[int, Any]:
         """None: a plan follows from its index."""
         return {}
 
@@ -85,7 +86,7 @@ class UniformSampler:
         """Nothing."""
         return {}
 
-    def load(self, state: Mapping[str, Any], draws: Mapping[int, float]) -> None:
+    def load(self, state: Mapping[str, Any], draws: Mapping[int, Any]) -> None:
         """Nothing was saved."""
 
     def _plans(self, step: int) -> Sequence[GroupPlan]:

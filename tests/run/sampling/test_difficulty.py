@@ -18,8 +18,9 @@ from rayrl import Agent, Scores
 from rayrl.config import Config, from_dict
 from rayrl.environment.environment import Environment, TaskSource
 from rayrl.run.sampling.difficulty import DifficultySampler, Pools, reward_spread
-from rayrl.run.sampling.task_sampler import UniformSampler
-from rayrl.types import Episode, Failure, Group, Task
+from rayrl.run.sampling.mixture import run_sampler
+from rayrl.run.sampling.task_sampler import TaskSampler, UniformSampler
+from rayrl.types import Episode, Failure, Group, Task, Turn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +39,7 @@ def environment(tasks: TaskSource = source) -> Environment:
     return rayrl.env(tasks=tasks, rewards={"right": 1.0}, name="x")(play)
 
 
-def config(groups: int = 4, share: float = 0.25, pools: int = 4) -> Config:
+def config(groups: int = 4, share: float = 0.25, pools: int = 4, **env: Any) -> Config:
     train = {
         "groups": groups,
         "group_size": 2,
@@ -46,17 +47,26 @@ def config(groups: int = 4, share: float = 0.25, pools: int = 4) -> Config:
         "uniform_share": share,
         "pools": pools,
     }
-    return from_dict({"env": {"name": "x"}, "train": train})
+    return from_dict({"env": env or {"name": "x"}, "train": train})
 
 
-def group(*rewards: float, kind: str = "", task: Task | None = None) -> Group:
+MIX = {"a": {"name": "x", "weight": 2}, "b": {"name": "x"}}
+
+
+def mixture(groups: int = 4, share: float = 0.25, by: str = "episodes") -> TaskSampler:
+    made = config(groups, share, mix=MIX, mix_by=by)
+    return run_sampler({"a": environment(), "b": environment()}, made)
+
+
+def group(*rewards: float, kind: str = "", task: Task | None = None, tokens: int = 1) -> Group:
     task = task or Task()
+    turn = Turn("agent", (), "", "stop", completion_ids=(1,) * tokens)
     failure = Failure(kind, "because") if kind else None  # type: ignore[arg-type]
     return Group(
         "g",
         task,
         tuple(
-            Episode(f"g/{k}", "x", task, k, (), {}, {"agent": reward}, failure)
+            Episode(f"g/{k}", "x", task, k, (turn,), {}, {"agent": reward}, failure)
             for k, reward in enumerate(rewards)
         ),
     )
@@ -189,7 +199,7 @@ def test_the_uniform_draws_of_rows_are_epochs_and_the_others_go_where_rewards_di
 
 
 def test_what_has_become_hard_or_easy_is_noticed() -> None:
-    sampler = DifficultySampler(environment(), config(groups=8, share=0.25, pools=4))
+    sampler = run_sampler({"": environment()}, config(groups=8, share=0.25, pools=4))
 
     def play(steps: range, teaches: Callable[[float], bool]) -> Counter[int]:
         drawn: Counter[int] = Counter()
@@ -238,13 +248,47 @@ def test_metrics_by_hand() -> None:
     )
 
 
+def test_each_environment_of_a_mixture_has_pools_of_its_own() -> None:
+    """In a, only the first quarter of u teaches anything; in b, only the last."""
+    sampler = mixture(groups=12, share=0.25)
+    late: dict[str, Counter[int]] = {"a": Counter(), "b": Counter()}
+    uniform: Counter[str] = Counter()
+    for step in range(30):
+        groups = {}
+        for index in range(12 * step, 12 * step + 12):
+            plan = sampler.plan(index)
+            assert isinstance(plan.task, At)
+            quarter = int(4 * plan.task.u)
+            groups[index] = group(*(DIFFERENT if quarter == 3 * (plan.component == "b") else SAME))
+            if sampler.is_uniform(index):
+                uniform[plan.component] += 1
+            elif step >= 10:
+                late[plan.component][quarter] += 1
+        metrics = sampler.observe(groups)
+    assert uniform == {"a": 60, "b": 30}, "a quarter of the 240 and 120 groups"
+    assert late["a"][0] > 0.7 * late["a"].total() > 80
+    assert late["b"][3] > 0.7 * late["b"].total() > 40
+    assert metrics["draws/a/spread_by_difficulty"] > metrics["draws/a/spread_uniform"]
+    assert {"pools/a/unseen", "pools/b/easy", "draws/b/medium"} <= metrics.keys()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: run_sampler({"": environment()}, config(groups=3, share=0.34)),
+        lambda: mixture(groups=3, share=0.34),
+        lambda: mixture(groups=3, share=0.34, by="tokens"),
+    ],
+    ids=["one", "mixture", "mixture by tokens"],
+)
 @settings(max_examples=50)
 @given(st.data())
-def test_saved_and_loaded_at_any_moment_it_goes_on_with_the_same_tasks(data: st.DataObject) -> None:
+def test_saved_and_loaded_at_any_moment_it_goes_on_with_the_same_tasks(
+    make: Callable[[], TaskSampler], data: st.DataObject
+) -> None:
     """Groups begin and are observed in any order, as with a lag; now and then it is killed."""
-    made = config(groups=3, share=0.34)
-    kept, killed = (DifficultySampler(environment(), made) for _ in range(2))
-    checkpoint, begun, since = killed.save(), dict[int, float](), list[dict[int, Group]]()
+    kept, killed = make(), make()
+    checkpoint, begun, since = killed.save(), dict[int, Any](), list[dict[int, Group]]()
     waiting: dict[int, Task] = {}
     for index in range(data.draw(st.integers(1, 24))):
         plan = kept.plan(index)
@@ -254,7 +298,10 @@ def test_saved_and_loaded_at_any_moment_it_goes_on_with_the_same_tasks(data: st.
         chosen = data.draw(st.sets(st.sampled_from(sorted(waiting))), label="ended")
         if chosen:
             rewards = st.lists(st.sampled_from([0.0, 0.3, 1.0]), min_size=2, max_size=3)
-            groups = {k: group(*data.draw(rewards)) for k in sorted(chosen, reverse=True)}
+            groups = {
+                k: group(*data.draw(rewards), tokens=data.draw(st.integers(1, 9)))
+                for k in sorted(chosen, reverse=True)
+            }
             assert killed.observe(groups) == kept.observe(dict(sorted(groups.items())))
             since.append(groups)
             for k in chosen:
@@ -262,9 +309,10 @@ def test_saved_and_loaded_at_any_moment_it_goes_on_with_the_same_tasks(data: st.
         if data.draw(st.booleans(), label="checkpoint"):
             checkpoint, begun, since = json.loads(json.dumps(killed.save())), {}, []
         if data.draw(st.booleans(), label="killed"):
-            killed = DifficultySampler(environment(), made)
+            killed = make()
             killed.load(checkpoint, begun)
             for groups in since:
                 killed.observe(groups)
         assert {k: killed.plan(k).task for k in waiting} == waiting
+        assert all(killed.is_uniform(k) == kept.is_uniform(k) for k in waiting)
         assert killed.save() == kept.save()

@@ -32,7 +32,7 @@ class Numbered:
     def is_uniform(self, index: int) -> bool:
         return True
 
-    def draws(self) -> dict[int, float]:
+    def draws(self) -> dict[int, Any]:
         return {}
 
     def observe(self, groups: Mapping[int, Group]) -> dict[str, float]:
@@ -42,7 +42,7 @@ class Numbered:
     def save(self) -> dict[str, Any]:
         return {"observed": self.observed}
 
-    def load(self, state: Mapping[str, Any], draws: Mapping[int, float]) -> None:
+    def load(self, state: Mapping[str, Any], draws: Mapping[int, Any]) -> None:
         self.observed = [*state.get("observed", [])]
 
 
@@ -156,7 +156,7 @@ def test_by_tokens_groups_that_had_begun_keep_their_component() -> None:
     state = json.dumps(sampler.save())
     ahead = names(sampler, 4, start=4)
     draws = sampler.draws()
-    assert [draws[index] for index in range(8)] == [0, 1] * 4
+    assert [draws[index] for index in range(8)] == [[0, None], [1, None]] * 4
     closed = {
         index: group(plan, 1 if plan.component == "a" else 90) for index, plan in first.items()
     }
@@ -164,7 +164,7 @@ def test_by_tokens_groups_that_had_begun_keep_their_component() -> None:
     assert sampler.draws().keys() == {4, 5, 6, 7}
     assert mixture([1, 1]).draws() == {}
 
-    def resumed(draws: Mapping[int, float]) -> MixtureSampler:
+    def resumed(draws: Mapping[int, Any]) -> MixtureSampler:
         again = mixture([1, 1], by_tokens=True)
         again.load(json.loads(state), draws)
         again.observe(closed)
