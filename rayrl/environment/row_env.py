@@ -67,9 +67,10 @@ class SettingsEnvironment(Environment):
         return super(SettingsEnvironment, new).configure(None, rewards)
 
     def evaluation(self, held_out: float, duplicates: str = "refuse") -> Environment:
-        """See `Environment.evaluation`; the data files can no longer be chosen."""
+        """See `Environment.evaluation`; of data, the files can no longer be chosen."""
         new = super().evaluation(held_out, duplicates)
-        new.args = {key: value for key, value in self.args.items() if key not in self._files}
+        files = self._files if isinstance(new.source, Rows) else ()
+        new.args = {key: value for key, value in self.args.items() if key not in files}
         return new
 
     def _hints(self) -> dict[str, Any]:

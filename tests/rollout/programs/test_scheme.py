@@ -165,7 +165,10 @@ def test_what_does_not_fit_the_rows_is_named(
 
 def test_without_rows_a_template_knows_seed_and_u(folder: Path) -> None:
     (folder / "echo.py").write_text(ECHO)
+    (folder / "sums.csv").write_text(ROWS)
     env = load_env("program:echo.py").configure({"score": "grade.py:length"})
+    cell = env.evaluation(0.1).configure({"rows": "sums.csv"})
+    assert {task.place for task in cell.tasks(0, 3)} == {f"sums.csv:{k}" for k in (2, 3, 4)}
     (task,) = env.configure({"arguments": ["{seed}"]}).tasks(0, 1)
     assert set(task.columns) == {"seed", "u"}
     with pytest.raises(ConfigError, match=r"'question', only seed, u\..* env\.args\.rows\."):
