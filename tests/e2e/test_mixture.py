@@ -13,7 +13,7 @@ from tests.runs import ENVS, Going, command, episodes, figures, rows, train, wei
 
 pytestmark = pytest.mark.slow
 
-STEPS = 10  # a group is drawn in which episodes wait
+STEPS = 10  # enough that groups with the numbers that wait are drawn
 SETTINGS = [
     "env.name=''",
     f"env.mix.one={{name: '{ENVS}:brief', rewards: {{any: 0.5}}}}",
@@ -38,7 +38,7 @@ def test_killed_in_the_middle_of_a_batch(tiny: Path, tmp_path: Path) -> None:
     env = {**os.environ, "TALK_CLOSED": str(count)}
     with Going(command(tiny, killed, *SETTINGS), env) as run:
         run.until(lambda: count.is_file() and len(count.read_bytes()) >= 8)  # a whole group waits
-    assert 3 <= rows(killed) < STEPS, "after the checkpoint of step 3"
+    assert 0 < rows(killed) < STEPS, "the draws of some batch depend on those before"
     with Going(command(tiny, killed, *SETTINGS)) as run:
         assert run.wait() == 0, run.said
     assert figures(killed) == figures(calm)

@@ -81,10 +81,10 @@ class ProgramSettings:
         try:
             return self._task(DataRow(f"seed {seed}", {"seed": seed, "u": u}), seed)
         except DataError as error:
-            raise ConfigError(f"{error} Other columns are those of env.args.rows.") from None
+            raise ConfigError(f"{error} Set env.args.rows to a data file that has it.") from None
 
     def _task(self, row: DataRow, number: int) -> Row:
-        _ = self.function
+        _ = self.function  # one that does not exist is reported before anything is played
         task = Row(seed=number, place=row.place, columns=row.columns)
         self.given(task)
         return task

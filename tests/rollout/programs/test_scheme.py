@@ -171,5 +171,5 @@ def test_without_rows_a_template_knows_seed_and_u(folder: Path) -> None:
     assert {task.place for task in cell.tasks(0, 3)} == {f"sums.csv:{k}" for k in (2, 3, 4)}
     (task,) = env.configure({"arguments": ["{seed}"]}).tasks(0, 1)
     assert set(task.columns) == {"seed", "u"}
-    with pytest.raises(ConfigError, match=r"'question', only seed, u\..* env\.args\.rows\."):
+    with pytest.raises(ConfigError, match=r"'question', only seed, u\..* Set env\.args\.rows"):
         env.configure({"stdin": "{question}"}).tasks(0, 1)
