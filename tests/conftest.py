@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 # The same examples every time, however slow the machine. --hypothesis-profile=default draws others.
 settings.load_profile("ci")
-gc.set_threshold(50_000, 20, 100)  # a quarter of the time of large imports
+# Of the time of imports and of tests a seventh went to garbage collection. Of what is there once all
+# tests are collected, nothing is garbage.
+gc.set_threshold(500_000, 20, 100)
 # Before torch is imported: tests run beside each other, and threads that wait would spin.
 os.environ["OMP_NUM_THREADS"] = "1"
 ALONE = ("tests/chaos/", "tests/e2e/")  # whose tests take a minute or more each
@@ -102,6 +104,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for k, file in enumerate(slow):
         order += [file, *quick[k * between : (k + 1) * between]]
     items[:] = itertools.chain(*order, *quick[len(slow) * between :])
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,11 @@
-"""Fork a local Ray's worker processes from one that has imported what they need.
+"""Fork a local Ray's Python processes from one that has imported what they need.
 
 Every worker of Ray is a new Python, and importing torch, transformers and Serve takes each of them
 seconds of CPU time and hundreds of MiB. Here one process imports them, and the raylet's command for
 a worker (`fork_worker.py`) has it fork instead. Workers share its memory until they write to it.
+
+Ray's log monitor and the agents of its node are forked likewise, by a child of that process that
+has only their imports: Ray waits for its agents as it starts, and not long.
 
 Run as a script by `ForkServer`, it is that process. Where runs are short and many, as in tests,
 even this one may be forked: from a server that was started like any other, and whose socket the
@@ -17,6 +20,7 @@ import gc
 import importlib
 import json
 import os
+import pkgutil
 import resource
 import runpy
 import secrets
@@ -36,8 +40,16 @@ __all__ = ["VARIABLE", "ForkServer"]
 VARIABLE = "RAYRL_FORK_SERVER"  # of the raylet's environment: the server's socket
 WARM = "RAYRL_WARM_SERVER"
 PATIENCE_S = 20.0  # how long a worker waits for the imports; Ray gives it 60 s in all
+AGENTS = (
+    "ray._private.log_monitor",
+    "ray._private.runtime_env.agent.runtime_env_agent",
+    "ray.dashboard.agent",
+)
+AGENTS_PACKAGE = "ray.dashboard.modules"  # all that is in it
 NO_JOB = "ffffffff"  # in Ray's notation
 PR_SET_PDEATHSIG = 1
+PR_SET_NAME = 15
+AGENT_SERVER = "agent-server"  # as `ps` shows it
 SETUP_ARGUMENTS = ("--serialized-runtime-env-context=", "--language=")  # of Ray's setup_worker.py
 
 
@@ -53,6 +65,7 @@ class ForkServer:
     def __init__(self, folder: Path, modules: Sequence[str], variables: Mapping[str, str]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"fork-{secrets.token_hex(4)}"
+        self.agents_path = Path(_agents_path(str(self.path)))
         self._process = subprocess.Popen(
             [sys.executable, __file__, str(self.path), json.dumps(sys.path), *modules],
             env={**os.environ, **variables},
@@ -67,6 +80,7 @@ class ForkServer:
         with self._process:  # closes the pipe
             self._process.kill()
         self.path.unlink(missing_ok=True)
+        self.agents_path.unlink(missing_ok=True)
 
 
 class _Server:
@@ -89,7 +103,12 @@ class _Server:
         self._waiting: list[socket.socket] = []
         self._since = 0.0  # when the first of them came
 
-    def next_worker(self) -> dict[str, Any]:
+    def close(self) -> None:
+        """Leave the socket to the process that was forked, or that forked this one."""
+        self._events.close()
+        self._listener.close()
+
+    def next_process(self) -> dict[str, Any]:
         """In a forked process, return what is wanted of it; in this one never."""
         while True:
             if self._modules:
@@ -118,8 +137,8 @@ class _Server:
             request = _read(client)
             if request is None or request.get("surroundings", self._own) != self._own:
                 return None
-            is_worker = "surroundings" not in request
-            if is_worker and not self._has_raylet:
+            kind = request["kind"]
+            if kind == "worker" and not self._has_raylet:
                 raylet = os.pidfd_open(int(request["environment"]["RAY_RAYLET_PID"]))
                 self._events.register(raylet, selectors.EVENT_READ)
                 self._has_raylet = True
@@ -129,13 +148,15 @@ class _Server:
                 return None
             os.setpgid(0, request["process_group"])
             client.sendall(b"\0")
-            if not is_worker:
+            if kind != "worker":  # its client waits for its end
                 request["client"] = os.dup(client.fileno())
-            elif self._is_forked:  # Ray, as imported, watches the server that this one is from
-                ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            # a worker's Ray, as imported, watches the server that this one may be from
+            if kind == "agent" or (kind == "worker" and self._is_forked):
+                _end_with_parent()
         for key in [*self._events.get_map().values()]:
-            if key.fd:
+            if key.fd and key.fileobj is not self._listener:
                 os.close(key.fd)
+        self.close()
         for other in self._waiting:
             other.close()
         return request
@@ -168,6 +189,7 @@ def _surroundings() -> list[Any]:
 def _fork_warm(path: str) -> None:
     """Have a warm server fork this one, and end when its driver ends; return if it refuses."""
     request = {
+        "kind": "server",
         "arguments": sys.argv,
         "environment": dict(os.environ),
         "folder": os.getcwd(),
@@ -194,14 +216,40 @@ def _take(request: Mapping[str, Any]) -> None:
     os.environ.update(request["environment"])
 
 
+def _agents_path(path: str) -> str:
+    """The socket that agents are asked for at, beside a server's own."""
+    return f"{path}-agents"
+
+
+def _import_agents() -> None:
+    with suppress(Exception):  # the agent that needs it will say so
+        for name in AGENTS:
+            importlib.import_module(name)
+        package = importlib.import_module(AGENTS_PACKAGE)
+        for found in pkgutil.walk_packages(package.__path__, f"{AGENTS_PACKAGE}."):
+            importlib.import_module(found.name)
+
+
+def _end_with_parent() -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def _serve(path: str, modules: Sequence[str], *ends: int) -> dict[str, Any]:
     """In a forked process, return what is wanted of it."""
     # Ray reads these once, when it is imported. A worker can be given its job later, and ends when
     # this process has ended, which ends with the raylet.
     os.environ |= {"RAY_JOB_ID": NO_JOB, "RAY_RAYLET_PID": str(os.getpid())}
+    agents, server = _Server(_agents_path(path), (), ends), _Server(path, modules, ends)
     ids_apart_from_rays()
-    request = _Server(path, modules, ends).next_worker()
-    if "surroundings" not in request:
+    _import_agents()
+    if os.fork() == 0:
+        _end_with_parent()
+        ctypes.CDLL(None).prctl(PR_SET_NAME, AGENT_SERVER.encode())
+        server.close()
+        return agents.next_process()
+    agents.close()
+    request = server.next_process()
+    if request["kind"] != "server":
         return request
     _take(request)
     _, path, folders, *modules = request["arguments"]
@@ -210,11 +258,13 @@ def _serve(path: str, modules: Sequence[str], *ends: int) -> dict[str, Any]:
 
 
 def _become(request: Mapping[str, Any]) -> None:
-    """Make this process the one that the raylet would have started."""
+    """Make this process the one that Ray would have started."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text(request["oom_score"])
     _take(request)
+    if request["kind"] == "agent":
+        os.environ["RAY_RAYLET_PID"] = str(os.getppid())  # whose child it wants to be
     from ray._raylet import Config  # type: ignore[attr-defined]
 
     Config.initialize("")  # reads the environment again

@@ -1,8 +1,11 @@
-"""What the raylet runs for a worker process: ask the fork server for one, or become one.
+"""What Ray runs for a Python process of its own: ask the fork server for one, or become one.
 
 A script on the standard library alone, so that it takes 20 ms. Where the fork server cannot serve,
-Ray's own script for this (`setup_worker.py`) takes its place: the server is gone, or the worker's
-runtime_env wants variables from its start on, another Python or a container.
+Ray's own script takes its place: the server is gone, or a worker's runtime_env wants variables from
+its start on, another Python or a container.
+
+Ray takes this process for the agent or the log monitor (`--agent`) that it has asked for, so it
+stays until that ends. A worker tells Ray itself which one it is.
 """
 
 from __future__ import annotations
@@ -14,12 +17,15 @@ import socket
 import sys
 from contextlib import suppress
 
+AGENT = "--agent="  # and the server's socket
 
-def fork(arguments: list[str]) -> bool:
-    """Have the server fork a worker with this process's environment, group and files."""
+
+def fork(arguments: list[str], socket_path: str, kind: str) -> bool:
+    """Have the server fork a process with the environment, group and files of this one."""
     with open("/proc/self/oom_score_adj") as file:
         oom_score = file.read()
     request = {
+        "kind": kind,
         "arguments": arguments,
         "environment": dict(os.environ),
         "folder": os.getcwd(),
@@ -28,10 +34,15 @@ def fork(arguments: list[str]) -> bool:
     }
     files = array.array("i", [0, 1, 2])
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server:
-        server.connect(os.environ["RAYRL_FORK_SERVER"])
+        server.connect(socket_path)
         server.sendmsg([b"\0"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, files)])
         server.sendall(json.dumps(request).encode() + b"\n")
-        return server.recv(1) == b"\0"
+        if server.recv(1) != b"\0":
+            return False
+        if kind == "agent":
+            server.recv(1)  # returns when it has ended
+            sys.exit(1)
+        return True
 
 
 def is_plain(arguments: list[str]) -> bool:
@@ -46,11 +57,17 @@ def is_plain(arguments: list[str]) -> bool:
 
 
 if __name__ == "__main__":
+    arguments = sys.argv[1:]
     forked = False
-    if is_plain(sys.argv[1:]):
-        with suppress(OSError):
-            forked = fork(sys.argv[1:])
+    with suppress(OSError):
+        if arguments[0].startswith(AGENT):
+            path = arguments.pop(0).removeprefix(AGENT)
+            replaced = ["-u", *arguments]
+            forked = fork(arguments, path, "agent")
+        else:
+            worker = next(argument for argument in arguments if argument.endswith(".py"))
+            replaced = [os.path.join(os.path.dirname(worker), "setup_worker.py"), *arguments]
+            if is_plain(arguments):
+                forked = fork(arguments, os.environ["RAYRL_FORK_SERVER"], "worker")
     if not forked:
-        worker = next(argument for argument in sys.argv[1:] if argument.endswith(".py"))
-        setup = os.path.join(os.path.dirname(worker), "setup_worker.py")
-        os.execv(sys.executable, [sys.executable, setup, *sys.argv[1:]])
+        os.execv(sys.executable, [sys.executable, *replaced])

@@ -27,6 +27,7 @@ from ray._common.tls_utils import add_port_to_grpc_server
 from ray._private import auto_init_hook, parameter, ray_constants, services
 from ray._private.node import Node
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
+from ray._private.services import start_ray_process
 from ray._private.utils import detect_fate_sharing_support
 from ray.exceptions import AuthenticationError
 from ray.serve.context import _get_global_client
@@ -177,13 +178,12 @@ def _start(cluster: ClusterConfig, imports: Sequence[str]) -> ExitStack:
     folder = os.environ.get("RAY_TMPDIR") or private_folder()
     for attempt in range(START_ATTEMPTS):
         with ExitStack() as started:
-            path = None
+            server = None
             if imports and sys.platform == "linux":
                 server = ForkServer(Path(folder), imports, import_variables(threads=1))
                 started.callback(server.stop)
-                path = server.path
             try:
-                with _private_ray(path), _keep_sigterm_handler():
+                with _private_ray(server), _keep_sigterm_handler():
                     ray.init(
                         address="local",
                         num_cpus=os.cpu_count(),
@@ -202,7 +202,7 @@ def _start(cluster: ClusterConfig, imports: Sequence[str]) -> ExitStack:
 
 
 @contextmanager
-def _private_ray(fork_server: Path | None) -> Iterator[None]:
+def _private_ray(fork_server: ForkServer | None) -> Iterator[None]:
     """Make a Ray started in the block private to this machine and program, and small.
 
     Its processes listen on loopback instead of on all interfaces, where some serve metrics to
@@ -214,7 +214,7 @@ def _private_ray(fork_server: Path | None) -> Iterator[None]:
     looks at: `ray.init` would wait a second for the latter, and each imports Ray.
 
     Args:
-        fork_server: socket of the server that its workers are forked from, if there is one.
+        fork_server: what its Python processes are forked from, if they are.
     """
     grouped = partial(services.ConsolePopen, process_group=0)
     with ExitStack() as stack:
@@ -226,9 +226,28 @@ def _private_ray(fork_server: Path | None) -> Iterator[None]:
         if fork_server is not None:
             params = partial(parameter.RayParams, setup_worker_path=fork_worker.__file__)
             stack.enter_context(patch.object(parameter, "RayParams", params))
-            os.environ[VARIABLE] = str(fork_server)
+            agent = [
+                sys.executable,
+                fork_worker.__file__,
+                f"{fork_worker.AGENT}{fork_server.agents_path}",
+            ]
+            command = "_build_python_executable_command_memory_profileable"
+            stack.enter_context(patch.object(services, command, lambda *args: agent))
+            start = partial(_start_ray_process, agent)
+            stack.enter_context(patch.object(services, "start_ray_process", start))
+            os.environ[VARIABLE] = str(fork_server.path)
             stack.callback(os.environ.pop, VARIABLE)
         yield
+
+
+def _start_ray_process(
+    agent: Sequence[str], command: Sequence[str], process_type: str, **kwargs: Any
+) -> Any:
+    """Start a process of Ray's node, the log monitor with `agent` in place of Python."""
+    if process_type == ray_constants.PROCESS_TYPE_LOG_MONITOR:
+        _python, _unbuffered, *arguments = command
+        command = [*agent, *arguments]
+    return start_ray_process(command, process_type, **kwargs)
 
 
 @contextmanager

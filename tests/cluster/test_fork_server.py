@@ -10,13 +10,14 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from rayrl.cluster import fork_worker
 from rayrl.cluster.actors import import_variables
-from rayrl.cluster.fork_server import VARIABLE, WARM, ForkServer
+from rayrl.cluster.fork_server import AGENT_SERVER, VARIABLE, WARM, ForkServer
 from rayrl.cluster.open import worker_imports
 from rayrl.config.load import from_dict
 
@@ -38,6 +39,9 @@ found = dict(
     threads=len(os.listdir("/proc/self/task")),
     fractions="fractions" in sys.modules,
     random=[random.random(), float(numpy.random.random())],
+    parent=os.getppid(),
+    raylet=int(os.environ["RAY_RAYLET_PID"]),
+    agents="ray.dashboard.modules.reporter.reporter_agent" in sys.modules,
 )
 print(json.dumps(found), flush=True)
 sys.stdin.read()
@@ -57,7 +61,16 @@ class Raylet:
     def start(self, server: Path, *arguments: str) -> str:
         """Start a worker; returns the first line that it prints."""
         setup = ["--language=PYTHON", "--serialized-runtime-env-context={}"]
-        command = [str(self.folder / "default_worker.py"), *setup, *arguments]
+        return self._line(server, [str(self.folder / "default_worker.py"), *setup, *arguments])
+
+    def start_agent(self, server: ForkServer) -> dict[str, Any]:
+        """Start an agent; returns what it says of itself."""
+        (self.folder / "agent.py").write_text(WORKER)
+        where = f"{fork_worker.AGENT}{server.agents_path}"
+        line = self._line(server.path, [where, str(self.folder / "agent.py"), "--n=1"])
+        return json.loads(line)  # type: ignore[no-any-return]
+
+    def _line(self, server: Path, command: list[str]) -> str:
         variables = {VARIABLE: str(server), "RAY_RAYLET_PID": str(self.process.pid), "MINE": "yes"}
         env = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
         started = subprocess.Popen(
@@ -96,7 +109,14 @@ def start(folder: Path, modules: Sequence[str]) -> ForkServer:
     made = ForkServer(folder, modules, import_variables(threads=1))
     while not made.path.exists():
         assert made._process.poll() is None
+    if WARM not in os.environ:
+        while [child.name() for child in children(made._process.pid)] != [AGENT_SERVER]:
+            assert made._process.poll() is None
     return made
+
+
+def children(server: int) -> list[psutil.Process]:
+    return psutil.Process(server).children()
 
 
 @pytest.fixture(params=["started", "forked"])
@@ -110,22 +130,24 @@ def warm(
     made = start(tmp_path / "w", ["numpy"])
     monkeypatch.setenv(WARM, str(made.path))
     yield made
-    psutil.wait_procs(forked_from(made), timeout=600)
-    assert not forked_from(made)
+    psutil.wait_procs(forked_from(made._process.pid), timeout=600)
+    assert not forked_from(made._process.pid)
     made.stop()
 
 
 @pytest.fixture
 def server(tmp_path: Path, warm: ForkServer | None) -> Iterator[ForkServer]:
     made = start(tmp_path / "s", ["numpy", "fractions"])
-    assert len(forked_from(warm)) == (warm is not None)
+    if warm is not None:
+        assert len(forked_from(warm._process.pid)) == 1
     yield made
     made.stop()
     assert not made.path.exists()
+    assert not made.agents_path.exists()
 
 
-def forked_from(warm: ForkServer | None) -> list[psutil.Process]:
-    return [] if warm is None else psutil.Process(warm._process.pid).children()
+def forked_from(server: int) -> list[psutil.Process]:
+    return [child for child in children(server) if child.name() != AGENT_SERVER]
 
 
 def test_a_forked_worker_has_what_the_raylet_gave_it(raylet: Raylet, server: ForkServer) -> None:
@@ -172,6 +194,39 @@ def test_workers_end_with_a_server_that_was_forked(
     assert warm._process.poll() is None
 
 
+def test_ray_finds_an_agent_in_its_client(raylet: Raylet, server: ForkServer) -> None:
+    """Which ends with it; and an agent is the server's child, as it demands to be the raylet's."""
+    found = raylet.start_agent(server)
+    (client,) = raylet.started
+    assert found["argv"] == ["--n=1"]
+    assert (found["variable"], found["group"]) == ("yes", client.pid)
+    assert found["agents"]
+    assert found["raylet"] == found["parent"] != client.pid
+    assert client.poll() is None
+    psutil.Process(found["pid"]).kill()
+    assert client.wait(600) == 1
+
+
+def test_agents_end_with_the_server(raylet: Raylet, server: ForkServer) -> None:
+    agent = psutil.Process(raylet.start_agent(server)["pid"])
+    server.stop()
+    gone, _ = psutil.wait_procs([agent], timeout=600)
+    assert gone == [agent]
+    assert raylet.started[0].wait(600) == 1
+
+
+def test_agents_do_not_wait_for_what_workers_need(
+    raylet: Raylet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray gives up an agent that has not come in 15 s."""
+    os.mkfifo(tmp_path / "wanted")
+    (tmp_path / "zz_slow.py").write_text(f"open({str(tmp_path / 'wanted')!r}).read()")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    server = start(tmp_path / "s", ["zz_slow"])
+    assert raylet.start_agent(server)["agents"]
+    server.stop()
+
+
 @pytest.mark.parametrize("warm", ["forked"], indirect=True)
 @pytest.mark.parametrize("other", ["path", "HF_HOME", "PYTHONPATH", "limit"])
 def test_a_warm_server_refuses_what_it_cannot_give(
@@ -190,7 +245,7 @@ def test_a_warm_server_refuses_what_it_cannot_give(
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft - 1, hard))
     server = start(tmp_path / "s", ["numpy"])
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert forked_from(warm) == []
+    assert forked_from(warm._process.pid) == []
     server.stop()
 
 
@@ -209,8 +264,8 @@ def test_ended_workers_leave_no_zombies(
     worker = psutil.Process(json.loads(raylet.start(server.path))["pid"])
     worker.kill()
     psutil.wait_procs([worker], timeout=600)
-    (process,) = forked_from(warm) or [psutil.Process(server._process.pid)]
-    assert process.children() == []
+    pid = server._process.pid if warm is None else forked_from(warm._process.pid)[0].pid
+    assert forked_from(pid) == []
 
 
 @pytest.mark.parametrize(
