@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 # The same examples every time, however slow the machine. --hypothesis-profile=default draws others.
 settings.load_profile("ci")
-# Of the time of imports and of tests a seventh went to garbage collection. Of what is there once all
-# tests are collected, nothing is garbage.
+# A seventh of the time of imports and of tests went to garbage collection. What is there when all
+# tests have been collected is no garbage.
 gc.set_threshold(500_000, 20, 100)
 # Before torch is imported: tests run beside each other, and threads that wait would spin.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -54,6 +54,7 @@ def all_imports() -> list[str]:
 
 
 def pytest_unconfigure() -> None:
+    gc.unfreeze()  # libraries count what is left at the end, and complain
     remove_own_folders()
 
 

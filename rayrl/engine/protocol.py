@@ -47,12 +47,15 @@ class Engine(Generator, Protocol):
     """What a replica wraps.
 
     Attributes:
-        version: version of the weights it generates with.
         max_len: maximum ids per conversation, prompt and completion together.
     """
 
-    version: int
     max_len: int
+
+    @property
+    def version(self) -> int:
+        """Version of the weights it generates with."""
+        ...
 
     async def generate(self, request: Request) -> Completion:
         """Answer one request as `Generator.generate`, with continuous batching."""

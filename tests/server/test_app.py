@@ -505,7 +505,7 @@ async def test_failures_of_the_engine(chat: Chat) -> None:
 
 
 async def idle(engine: EmbeddedEngine) -> None:
-    await until(lambda: not engine._table.running.any())
+    await until(lambda: not engine._batch._table.running.any())
 
 
 def endless(client: AsyncOpenAI, **more: Any) -> Any:
@@ -528,7 +528,7 @@ async def test_a_disconnect_stops_the_engine() -> None:
             await stream.close()
             await idle(engine)
             waiting = asyncio.create_task(endless(client))
-            await until(engine._table.running.any)
+            await until(engine._batch._table.running.any)
             waiting.cancel()
             await asyncio.gather(waiting, return_exceptions=True)
             await idle(engine)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from rayrl.errors import InfraError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -14,7 +18,17 @@ if TYPE_CHECKING:
     from rayrl.types import Alternatives, Completion, Delta, Request
     from rayrl.weights.flat import Manifest
 
-__all__ = ["Answer", "DeltaStream", "EngineRequest", "Release", "Stats", "WeightUpdate", "deliver"]
+__all__ = [
+    "Answer",
+    "DeltaStream",
+    "EngineRequest",
+    "Inbox",
+    "Message",
+    "Release",
+    "Stats",
+    "WeightUpdate",
+    "deliver",
+]
 
 Answer = tuple["asyncio.Future[Any] | DeltaStream", Any]
 """A future or delta stream, and the result (a stream's next delta) or exception for it."""
@@ -83,6 +97,49 @@ class Release:
     """Sessions that have ended."""
 
     sessions: Sequence[str]
+
+
+Message = EngineRequest | WeightUpdate | Release
+
+
+class Inbox:
+    """Messages from event loops to the step thread, which alone takes them out."""
+
+    def __init__(self) -> None:
+        self._messages: deque[Message] = deque()
+        self._event = threading.Event()
+        self._lock = threading.Lock()  # so that nothing is added once it is closed
+        self.closed = False
+
+    def __bool__(self) -> bool:
+        return bool(self._messages)
+
+    def put(self, message: Message) -> None:
+        """Add a message, and wake the step thread.
+
+        Raises:
+            InfraError: the inbox was closed.
+        """
+        with self._lock:
+            if self.closed:
+                raise InfraError("the engine is closed")
+            self._messages.append(message)
+        self._event.set()
+
+    def close(self) -> None:
+        """Refuse further messages, and wake the step thread."""
+        with self._lock:
+            self.closed = True
+        self._event.set()
+
+    def wait(self) -> None:
+        """Wait for a message, or for its end."""
+        self._event.wait()
+        self._event.clear()
+
+    def take(self) -> Message:
+        """Take out the oldest message; there must be one."""
+        return self._messages.popleft()
 
 
 def deliver(answers: Sequence[Answer]) -> None:

@@ -174,6 +174,7 @@ class DecodeState:
         stop_ids: (rows, n) padded with -1. has_stop: whether the request has stop strings.
         top: alternatives per sampled id. streams: whether the reader wants deltas.
         ids, logprobs: (rows, max_len) of what has been sampled so far.
+        free: rows that none has.
     """
 
     rows: int
@@ -192,6 +193,7 @@ class DecodeState:
     streams: NDArray[np.bool_] = field(init=False)
     ids: NDArray[np.int64] = field(init=False)
     logprobs: NDArray[np.float32] = field(init=False)
+    free: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
         n = self.rows
@@ -209,14 +211,20 @@ class DecodeState:
         self.streams = np.zeros(n, dtype=np.bool_)
         self.ids = np.zeros((n, self.max_len), dtype=np.int64)
         self.logprobs = np.zeros((n, self.max_len), dtype=np.float32)
+        self.clear()
 
-    def start(self, row: int, slot: int, request: Request, max_len: int, streams: bool) -> None:
-        """Initialize a row for a request whose conversation may have `max_len` ids."""
+    def clear(self) -> None:
+        """End all generations."""
+        self.free = [*reversed(range(self.rows))]
+
+    def start(self, slot: int, request: Request, streams: bool) -> int:
+        """Begin a generation; returns its row, one of those that were free."""
+        row = self.free.pop()
         sampling, stop_ids = request.sampling, request.stop_ids
         self.slot[row] = slot
         self.prompt[row] = len(request.prompt_ids)
         self.sampled[row] = 0
-        self.max_new[row] = min(sampling.max_tokens, max_len - len(request.prompt_ids))
+        self.max_new[row] = min(sampling.max_tokens, self.max_len - len(request.prompt_ids))
         self.seed[row] = request.seed & 0xFFFFFFFFFFFFFFFF
         # clipped, so that logits / temperature stays finite
         warm = float(np.clip(sampling.temperature, MIN_TEMPERATURE, MAX_TEMPERATURE))
@@ -232,6 +240,7 @@ class DecodeState:
         self.has_stop[row] = bool(sampling.stop)
         self.top[row] = min(request.top_logprobs, np.iinfo(np.int64).max)
         self.streams[row] = streams
+        return row
 
     def sampling_batch(self, rows: NDArray[np.int64]) -> SamplingBatch:
         """Return the sampling parameters for the next id of each of `rows`."""
