@@ -44,7 +44,7 @@ def command(tiny: Path, folder: Path, *more: str) -> list[str]:
         "env.name": f"{ENVS}:talk",
         "model.path": tiny,
         "engine.max_len": 256,
-        "sampling.max_tokens": 48,
+        "sampling.max_tokens": 16,
         "train.steps": STEPS,
         "train.groups": 4,
         "train.group_size": 4,

@@ -211,7 +211,8 @@ def _private_ray(fork_server: ForkServer | None) -> Iterator[None]:
     shared group to end them with the driver, they stay in it.
 
     It has no autoscaler, as there are no nodes to add, and no process for a dashboard that nobody
-    looks at: `ray.init` would wait a second for the latter, and each imports Ray.
+    looks at: `ray.init` would wait a second for the latter, and each imports Ray. Nor does it
+    import here what its agents need (ray[default], which rayrl requires) to see if it is there.
 
     Args:
         fork_server: what its Python processes are forked from, if they are.
@@ -219,6 +220,8 @@ def _private_ray(fork_server: ForkServer | None) -> Iterator[None]:
     grouped = partial(services.ConsolePopen, process_group=0)
     with ExitStack() as stack:
         stack.enter_context(patch.object(ray_constants, "ENABLE_RAY_CLUSTER", False))
+        complete = patch.object(ray._private.utils, "get_dashboard_dependency_error", lambda: None)
+        stack.enter_context(complete)
         stack.enter_context(patch.object(Node, "start_monitor", lambda node: None))
         stack.enter_context(patch.object(Node, "start_api_server", lambda node, **kwargs: None))
         if detect_fate_sharing_support():
