@@ -21,7 +21,7 @@ from ray._private import auto_init_hook
 from ray.exceptions import RaySystemError
 
 from rayrl.cluster import session, watchdog
-from rayrl.cluster.fork_server import WARM
+from rayrl.cluster.fork_server import AGENT_SERVER, WARM
 from rayrl.config import from_dict
 from rayrl.errors import InfraError
 from tests.cluster.test_proxies import USUAL, behind
@@ -260,6 +260,11 @@ def test_a_local_run_behind_a_proxy_is_for_this_machine_only_and_ends_in_order(
                             folders.add(other.laddr.partition("/session_")[0])
             assert not wide
             assert folders == {session.private_folder()}
+            parents = {p.name(): p.parent() for p in processes if p.name().endswith("Agent")}
+            assert parents.keys() == {"ray::DashboardAgent", "ray::RuntimeEnvAgent"}
+            assert {p and p.name() for p in parents.values()} == {AGENT_SERVER}
+            lines = [p.cmdline() for p in processes]
+            assert [line[:2] for line in lines if "-u" in line] == [], "Ray's own way to start them"
             before = len(said.read_text())
             os.killpg(run.pid, signal.SIGTERM)  # as `timeout` does
             assert run.wait(600) == 143

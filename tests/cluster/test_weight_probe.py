@@ -52,9 +52,9 @@ def config(model: Path, engine: str = "embedded", **cluster: Any) -> Config:
     return one
 
 
-def open_engine(path: Path, version: int = 0) -> EmbeddedEngine:
+def open_engine(path: Path, version: int = 0, max_len: int = 64) -> EmbeddedEngine:
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    return EmbeddedEngine(model, max_len=64, version=version)
+    return EmbeddedEngine(model, max_len=max_len, version=version)
 
 
 class Here:
@@ -256,8 +256,7 @@ async def test_what_a_probe_asks_for_fits_every_model_and_engine(model: Path) ->
         assert max(ids) < max(1, vocabulary)
         assert {request.min_version for request in asked} == {7}
         assert len({request.session for request in asked}) == len(asked)
-    short = open_engine(model, version=7)
-    short.max_len = 12  # some have no room for all ids, some for none
+    short = open_engine(model, version=7, max_len=12)  # some have no room for all ids, or for any
     answers = [await short.generate(request) for request in probe_requests(30, 7)]
     assert [len(answer.ids) for answer in answers] == [8, 1, 0, 0]
     await short.close()
