@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import itertools
 import os
@@ -54,7 +55,6 @@ def all_imports() -> list[str]:
 
 
 def pytest_unconfigure() -> None:
-    gc.unfreeze()  # libraries count what is left at the end, and complain
     remove_own_folders()
 
 
@@ -109,6 +109,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish() -> None:
     gc.freeze()
+    atexit.register(gc.unfreeze)  # libraries count what is left at the end, and complain
 
 
 @pytest.fixture(scope="session")

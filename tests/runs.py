@@ -32,7 +32,7 @@ __all__ = [
 ROOT = Path(__file__).parent.parent
 ENVS = ROOT / "tests" / "cluster_envs.py"
 PROGRAMS = ROOT / "tests" / "program_envs.py"
-STEPS = 16  # enough that a run still goes on when a test has seen that it does
+STEPS = 18  # enough that a run still goes on when a test has seen that it does
 RANKS = ["learner.kind=deepspeed", "learner.world_size=2"]
 
 
@@ -44,7 +44,7 @@ def command(tiny: Path, folder: Path, *more: str) -> list[str]:
         "env.name": f"{ENVS}:talk",
         "model.path": tiny,
         "engine.max_len": 256,
-        "sampling.max_tokens": 16,
+        "sampling.max_tokens": 24,
         "train.steps": STEPS,
         "train.groups": 4,
         "train.group_size": 4,
