@@ -30,6 +30,23 @@ gc.set_threshold(500_000, 20, 100)
 # Before torch is imported: tests run beside each other, and threads that wait would spin.
 os.environ["OMP_NUM_THREADS"] = "1"
 ALONE = ("tests/chaos/", "tests/e2e/")  # whose tests take a minute or more each
+SLOW = (  # they start other programs, or play many runs one after the other
+    "tests/cluster/test_fork_server.py",
+    "tests/commands/test_recipe.py",
+    "tests/commands/test_replay.py",
+    "tests/commands/test_submit.py",
+    "tests/environment/schemes/test_openenv.py",
+    "tests/learner/test_export.py",
+    "tests/learner/test_learner_memory.py",
+    "tests/report/test_browser.py",
+    "tests/rollout/mcp/",
+    "tests/rollout/programs/",
+    "tests/rollout/sandbox/test_escapes.py",
+    "tests/rollout/test_subprocess_env.py",
+    "tests/run/sampling/test_difficulty.py",
+    "tests/run/test_damage.py",
+    "tests/weights/test_broadcast.py",
+)
 remove_own_folders = own_folders()
 
 
@@ -84,8 +101,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Mark what needs Ray as slow."""
-    if "session" in item.fixturenames:  # type: ignore[attr-defined]
+    """Mark what needs Ray as slow, and `SLOW`."""
+    needs_ray = "session" in item.fixturenames  # type: ignore[attr-defined]
+    if needs_ray or item.nodeid.startswith(SLOW):
         item.add_marker(pytest.mark.slow)
 
 
