@@ -215,7 +215,7 @@ def _private_ray(fork_server: ForkServer | None) -> Iterator[None]:
     import here what its agents need (ray[default], which rayrl requires) to see if it is there.
 
     Args:
-        fork_server: what its Python processes are forked from, if they are.
+        fork_server: forks its Python processes; None: each imports Ray by itself.
     """
     grouped = partial(services.ConsolePopen, process_group=0)
     with ExitStack() as stack:

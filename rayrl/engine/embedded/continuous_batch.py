@@ -1,4 +1,4 @@
-"""The requests that an engine generates for at once, step by step.
+"""The requests that an engine generates for at the same time, and their steps.
 
 Siblings: requests whose ids are the same so far share a slot. Each step computes their logits once,
 and each of them samples from these with its own seed. Those that sample another id continue in a
@@ -53,10 +53,10 @@ class ContinuousBatch:
 
     Attributes:
         version: of the weights that `model` has.
-        waiting: requests that have come.
-        running: those that have begun, by row of the decode state.
+        waiting: requests that have not begun.
+        running: those that have, by row of the decode state.
         update: weights to load as soon as nothing runs; until then nothing begins.
-        answers: results that nobody has been given yet.
+        answers: results that have not been delivered yet.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class ContinuousBatch:
         self.stats = Stats()
 
     def take(self, message: Message) -> None:
-        """Begin with what was sent to the engine."""
+        """Accept a message that was sent to the engine."""
         if isinstance(message, EngineRequest):
             self.waiting.append(message)
         elif isinstance(message, WeightUpdate):

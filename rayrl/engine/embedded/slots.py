@@ -174,7 +174,7 @@ class DecodeState:
         stop_ids: (rows, n) padded with -1. has_stop: whether the request has stop strings.
         top: alternatives per sampled id. streams: whether the reader wants deltas.
         ids, logprobs: (rows, max_len) of what has been sampled so far.
-        free: rows that none has.
+        free: rows that no generation uses.
     """
 
     rows: int
