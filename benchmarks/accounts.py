@@ -1,4 +1,7 @@
-"""CPU seconds by role of a local Ray's processes, which other load barely changes."""
+"""CPU seconds by role of a local Ray's processes, which other load barely changes.
+
+Programs are what env workers have started.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ ROLES = {  # prefix of a process's title, as Ray sets it -> role
 }
 
 
-def _role(process: psutil.Process, own: int) -> str:
+def _role(process: psutil.Process, own: int, workers: set[int]) -> str:
     if process.pid == own:
         return "driver"
     line = process.cmdline()
@@ -30,6 +33,8 @@ def _role(process: psutil.Process, own: int) -> str:
     for prefix, role in ROLES.items():
         if title.startswith(prefix):
             return role
+    if process.ppid() in workers:
+        return "programs"
     name = title.rpartition("/")[2]
     return {"raylet": "raylet", "gcs_server": "gcs"}.get(name, "other Ray processes")
 
@@ -44,16 +49,22 @@ class Accounts:
 
     def _now(self) -> dict[tuple[str, int], float]:
         now = {}
+        workers: set[int] = set()  # env workers, and what they have started
         for process in (self._own, *self._own.children(recursive=True)):
             try:
                 times = process.cpu_times()
-                now[_role(process, self._own.pid), process.pid] = times.user + times.system
+                role = _role(process, self._own.pid, workers)
+                now[role, process.pid] = times.user + times.system
+                if role in ("env worker", "programs"):
+                    workers.add(process.pid)
+                    ended = times.children_user + times.children_system
+                    now["programs", -process.pid] = ended
             except psutil.Error:  # the process has ended
                 continue
         return now
 
     def spent(self) -> Mapping[str, float]:
-        """Return CPU seconds by role, without processes that ended meanwhile."""
+        """Return CPU seconds by role, of processes that ended meanwhile only those of programs."""
         by_role: Counter[str] = Counter()
         for key, seconds in self._now().items():
             by_role[key[0]] += seconds - self._before.get(key, 0.0)

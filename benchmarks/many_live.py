@@ -20,19 +20,18 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import aclosing
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 from accounts import Accounts  # in this folder
 from fake_engine import FakeEngine, counts_of
+from local_rollouts import open_rollouts
 
 import rayrl
 from rayrl import Agent, Sampling, Scores, Task
 from rayrl.chat.renderer import Chat
 from rayrl.cluster.actors import GC_THRESHOLD
-from rayrl.engine.protocol import Engine
 from rayrl.rollout.players import PolicyPlayer
 from rayrl.rollout.rollout import GroupPlan, play_groups
 from rayrl.weights.model_dir import model_dir
@@ -101,47 +100,22 @@ def report(args: argparse.Namespace, rate: float, cpu: float) -> dict[str, Any]:
 
 async def on_ray(args: argparse.Namespace, chat: Chat) -> dict[str, Any]:
     """Measure env workers, one replica, and this process as the driver."""
-    from rayrl.cluster.rollouts import Rollouts
-    from rayrl.cluster.serving.replica import deploy
-    from rayrl.cluster.session import open_session
-    from rayrl.cluster.workers.env_worker import PlayedEnv, WorkerJob
-    from rayrl.config import from_dict
-
-    where = f"{HERE}:talk"
-    share = args.live // args.workers
-    config = from_dict(
-        {"env": {"name": where}, "cluster": {"concurrency": share, "env_workers": args.workers}}
-    )
-    make = partial(FakeEngine, chat.reply(REPLY), args.latency)
-
-    def engine() -> Engine:
-        return make()  # type: ignore[return-value]  # has all that rollouts use
-
-    with open_session(config.cluster) as session:
-        app = f"{session.name}-fake"
-        handle = await deploy(session, config, engine, app=app, store=False)
-        models, apps = {"policy": str(model_dir("embedded"))}, {"policy": app}
-        spec = rayrl.load_env(where).spec
-        rollouts = Rollouts(
-            WorkerJob({"": PlayedEnv(spec, {"agent": "policy"}, Sampling())}, config, models, apps)
+    options = {"concurrency": args.live // args.workers, "env_workers": args.workers}
+    async with open_rollouts(
+        f"{HERE}:talk", chat.reply(REPLY), latency=args.latency, **options
+    ) as (rollouts, handle):
+        size = 16
+        episodes = int(args.live / args.latency / TURNS * args.seconds * 1.3) + args.live
+        playing = asyncio.create_task(
+            rollouts.collect(list(itertools.islice(plans(size), episodes // size)))
         )
-
-        try:
-            await rollouts.ready()
-            size = 16
-            episodes = int(args.live / args.latency / TURNS * args.seconds * 1.3) + args.live
-            playing = asyncio.create_task(
-                rollouts.collect(list(itertools.islice(plans(size), episodes // size)))
-            )
-            await asyncio.sleep(args.seconds)  # env workers start slowly: wait twice as long
-            began, first, accounts = time.perf_counter(), await counts_of(handle), Accounts()
-            await asyncio.sleep(args.seconds / 2)
-            spent, last = time.perf_counter() - began, await counts_of(handle)
-            cpu, cores = accounts.spent(), accounts.cores()
-            playing.cancel()
-            await asyncio.gather(playing, return_exceptions=True)
-        finally:
-            rollouts.close()
+        await asyncio.sleep(args.seconds)  # env workers start slowly: wait twice as long
+        began, first, accounts = time.perf_counter(), await counts_of(handle), Accounts()
+        await asyncio.sleep(args.seconds / 2)
+        spent, last = time.perf_counter() - began, await counts_of(handle)
+        cpu, cores = accounts.spent(), accounts.cores()
+        playing.cancel()
+        await asyncio.gather(playing, return_exceptions=True)
     turns, calls = last[0] - first[0], last[1] - first[1]
     return report(args, turns / spent, sum(cpu.values()) / spent) | {
         "driver ms per episode": round(1000 * cpu["driver"] / turns * TURNS, 3),

@@ -18,21 +18,16 @@ import json
 import statistics
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fake_engine import FakeEngine  # in this folder
+from local_rollouts import open_rollouts  # in this folder
 from many_live import TURNS, talk
 
-from rayrl import Sampling, Task, load_env
+from rayrl import Task
 from rayrl.chat.renderer import Chat
 from rayrl.cluster.rollouts import Rollouts
-from rayrl.cluster.serving.replica import deploy
-from rayrl.cluster.session import open_session
-from rayrl.cluster.workers.env_worker import PlayedEnv, WorkerJob
 from rayrl.config import Config, from_dict
-from rayrl.engine.protocol import Engine
 from rayrl.rollout.rollout import GroupPlan
 from rayrl.run.collector import GroupCollector
 from rayrl.run.group_log import GroupLog
@@ -90,41 +85,24 @@ async def run(args: argparse.Namespace, rollouts: Rollouts, lag: int, learn: flo
 
 async def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Measure every lag on the same env workers."""
-    chat = Chat.load(str(model_dir("embedded")))
-    make = partial(FakeEngine, chat.reply("<move>4</move>"), args.latency)
-
-    def engine() -> Engine:
-        return make()  # type: ignore[return-value]  # all that playing needs of one
-
-    base = config(args, 0)
-    with open_session(base.cluster) as session:
-        app = f"{session.name}-fake"
-        await deploy(session, base, engine, app=app, store=False)
-        models, apps = {"policy": str(model_dir("embedded"))}, {"policy": app}
-        spec = load_env(WHERE).spec
-        rollouts = Rollouts(
-            WorkerJob({"": PlayedEnv(spec, {"agent": "policy"}, Sampling())}, base, models, apps)
-        )
-        try:
-            await rollouts.ready()
-            alone = statistics.median(row[0] for row in await run(args, rollouts, 0, 0.0))
-            out: dict[str, Any] = {"episodes of turns": TURNS, "rollouts alone": round(alone, 2)}
-            for lag in args.lags:
-                rows = await run(args, rollouts, lag, args.learn)
-                step = statistics.fmean(row[0] for row in rows)
-                slower = max(alone, args.learn)
-                out[f"max_lag={lag}"] = {
-                    "seconds per step": round(step, 2),
-                    "relative to the slower of the two": round(step / slower, 3),
-                    "learner idle": round(sum(row[1] for row in rows) / sum(r[0] for r in rows), 3),
-                    "env workers idle": round(
-                        (sum(row[2] for row in rows) if lag else args.learn * len(rows))
-                        / sum(row[0] for row in rows),
-                        3,
-                    ),
-                }
-        finally:
-            rollouts.close()
+    reply = Chat.load(str(model_dir("embedded"))).reply("<move>4</move>")
+    async with open_rollouts(WHERE, reply, latency=args.latency, env_workers=2) as (rollouts, _):
+        alone = statistics.median(row[0] for row in await run(args, rollouts, 0, 0.0))
+        out: dict[str, Any] = {"episodes of turns": TURNS, "rollouts alone": round(alone, 2)}
+        for lag in args.lags:
+            rows = await run(args, rollouts, lag, args.learn)
+            step = statistics.fmean(row[0] for row in rows)
+            slower = max(alone, args.learn)
+            out[f"max_lag={lag}"] = {
+                "seconds per step": round(step, 2),
+                "relative to the slower of the two": round(step / slower, 3),
+                "learner idle": round(sum(row[1] for row in rows) / sum(r[0] for r in rows), 3),
+                "env workers idle": round(
+                    (sum(row[2] for row in rows) if lag else args.learn * len(rows))
+                    / sum(row[0] for row in rows),
+                    3,
+                ),
+            }
     return out
 
 

@@ -11,13 +11,16 @@ Both sides play the same conversation with the same texts. rayrl does more per t
 conversation as ids (tokenizes new messages, decodes the reply) with a logprob each; verifiers
 passes messages as text. After a warm-up the sides alternate and the best of `--repeat` counts,
 because load on the machine only makes runs slower. On a busy machine compare turns per CPU second:
-both sides are one thread that never waits.
+both sides are one thread that never waits. Both collect garbage as seldom as env workers do: at
+Python's default that is a third of rayrl's time, more the more has been imported, whether the
+rollouts need it or not.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import subprocess
 import sys
@@ -28,11 +31,12 @@ from pathlib import Path
 
 from accounts import Accounts  # in this folder
 from fake_engine import FakeEngine
+from local_rollouts import open_rollouts
 
 import rayrl
 from rayrl import Agent, Sampling, Scores, Task
 from rayrl.chat.renderer import Chat
-from rayrl.engine.protocol import Engine
+from rayrl.cluster.actors import GC_THRESHOLD
 from rayrl.rollout.players import PolicyPlayer
 from rayrl.rollout.rollout import GroupPlan, play_groups
 from rayrl.weights.model_dir import model_dir
@@ -81,47 +85,17 @@ async def on_ray(
     Returns:
         Seconds, the best of `repeat`, and the available cores.
     """
-    from rayrl.cluster.rollouts import Rollouts
-    from rayrl.cluster.serving.replica import deploy
-    from rayrl.cluster.session import open_session
-    from rayrl.cluster.workers.env_worker import PlayedEnv, WorkerJob
-    from rayrl.config import from_dict
-
-    where = f"{HERE}:game"
-    config = from_dict(
-        {
-            "env": {"name": where},
-            "cluster": {"concurrency": concurrency},
-            "model": {"path": model},
-        }
-    )
-    reply = chat.reply(REPLY)
-
-    def make() -> Engine:
-        return FakeEngine(reply)  # type: ignore[return-value]  # has all that rollouts use
-
-    with open_session(config.cluster) as session:
-        app = f"{session.name}-instant"
-        await deploy(session, config, make, app=app, store=False)
-        models, apps = {"policy": str(model_dir(model))}, {"policy": app}
-        spec = rayrl.load_env(where).spec
-        job = WorkerJob(
-            {"": PlayedEnv(spec, {"agent": "policy"}, Sampling())}, config, models, apps
-        )
-        rollouts = Rollouts(job)
-        try:
-            await rollouts.ready()
-            await rollouts.collect(plans(64))  # warm-up
-            seconds = []
-            accounts = Accounts()
-            for _ in range(repeat):
-                began = time.perf_counter()
-                played = await rollouts.collect(plans(n))
-                seconds.append(time.perf_counter() - began)
-                assert len(played.groups) == n
-            cores = accounts.cores()
-        finally:
-            rollouts.close()
+    options = {"model": model, "concurrency": concurrency}
+    async with open_rollouts(f"{HERE}:game", chat.reply(REPLY), **options) as (rollouts, _):
+        await rollouts.collect(plans(64))  # warm-up
+        seconds = []
+        accounts = Accounts()
+        for _ in range(repeat):
+            began = time.perf_counter()
+            played = await rollouts.collect(plans(n))
+            seconds.append(time.perf_counter() - began)
+            assert len(played.groups) == n
+        cores = accounts.cores()
     return min(seconds), cores
 
 
@@ -146,6 +120,7 @@ def main() -> None:
     parser.add_argument("--ray", action="store_true", help="also through env workers and Serve")
     parser.add_argument("--peer", default="", help="a Python that has verifiers<0.4")
     options = parser.parse_args()
+    gc.set_threshold(GC_THRESHOLD, 10, 10)
     n, repeat = options.episodes, options.repeat
     chat = Chat.load(str(model_dir(options.model)))
 
