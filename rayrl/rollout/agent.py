@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import copy
 import math
-from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
@@ -18,7 +17,7 @@ from rayrl.chat.text_protocol import describe_lines, parse_lines, results_text
 from rayrl.chat.tools import ParsedCall, Toolkit, add_to_first_message, parse_calls
 from rayrl.environment.randomness import EPISODE
 from rayrl.errors import EnvError, safe_repr
-from rayrl.rollout.conversation import Conversation, Point, Throttling
+from rayrl.rollout.conversation import Conversation, ConversationNames, Point, Throttling
 from rayrl.rollout.programs.dialogue import Answer, Dialogue
 from rayrl.rollout.programs.program import Endpoint, Finished, program
 from rayrl.rollout.resume import EpisodeResume
@@ -159,18 +158,13 @@ class Agent:
         throttling: Throttling | None = None,
     ) -> None:
         self.player = player
-        self.task = task
         self.seat = seat
-        self.episode = episode
         self.seed = seed
         self.resume = resume or EpisodeResume()
         self.activity = Activity()
         self._in_turn = False
-        self._path = f"{episode}/{seat}"  # before a conversation's name, its session
-        self._name = ""  # before the names of its restarts and branches
-        self._named: Counter[str] = Counter()  # these
-        self._thinking: bool = getattr(player, "opens_thought", False)
-        self._conversation = Conversation(self._path, seat, task, throttling)
+        self._names = ConversationNames(f"{episode}/{seat}")
+        self._conversation = Conversation(self._names.path, seat, task, throttling)
         self.activity.conversations.append(self._conversation)
         self._dialogue: Dialogue | None = None
 
@@ -291,7 +285,7 @@ class Agent:
         if state is None:
             state = new[0].content if len(new) == 1 else "\n".join([m.content for m in new])
         conversation = self._conversation
-        seed = derive_seed(self.seed, self.seat + conversation.name, self.turns)
+        seed = derive_seed(self.seed, self.seat + conversation.name, conversation.turns)
         self._in_turn = True
         own = EPISODE.get()
         EPISODE.set(None)  # the player must not draw from the episode's generators
@@ -316,13 +310,13 @@ class Agent:
         conversation.messages += new
         reply = assistant(turn.text)
         if tools:
-            calls = parse_calls(turn.text, thinking=self._thinking)
+            calls = parse_calls(turn.text, thinking=self.opens_thought)
             reply = replace(reply, tool_calls=self._with_ids(calls))
         conversation.messages.append(reply)
         conversation.turns += 1
         conversation.mark()
         self.resume.add(turn)
-        if self.turns % _YIELD_EVERY == 0:
+        if conversation.turns % _YIELD_EVERY == 0:
             await asyncio.sleep(0)
         return turn
 
@@ -360,9 +354,9 @@ class Agent:
             conversation.tools |= introduced
             cut = turn.finish == "length"
             if as_text:
-                calls = parse_lines(turn.text, schemas, cut=cut, thinking=self._thinking)
+                calls = parse_lines(turn.text, schemas, cut=cut, thinking=self.opens_thought)
             else:
-                calls = parse_calls(turn.text, cut=cut, thinking=self._thinking)
+                calls = parse_calls(turn.text, cut=cut, thinking=self.opens_thought)
             if not calls or not left:
                 break
             with_ids = self._with_ids(calls) if as_text else self.messages[-1].tool_calls
@@ -392,7 +386,7 @@ class Agent:
     @property
     def opens_thought(self) -> bool:
         """Whether the model's replies begin inside a thought."""
-        return self._thinking
+        return getattr(self.player, "opens_thought", False)
 
     def endpoint(
         self, *, own_limits: bool = False, own_temperature: bool = False
@@ -455,9 +449,8 @@ class Agent:
 
     def restart(self) -> None:
         """Start an empty conversation with the model; the episode continues."""
-        name = self._new_name("")
-        old = self._conversation
-        self._conversation = old.follow(self._path + name, name, old.turns, empty=True)
+        name, old = self._names.next(), self._conversation
+        self._conversation = old.follow(self._names.path + name, name, old.turns, empty=True)
         self.activity.conversations.append(self._conversation)
 
     @property
@@ -482,47 +475,36 @@ class Agent:
         """
         if name and not (isinstance(name, str) and name.isidentifier()):
             raise EnvError(f"branch({safe_repr(name)}): a name consists of letters, digits and _")
-        new = copy.copy(self)
-        new._in_turn = False
-        new._dialogue = None
-        new._name = self._new_name(name)
-        new._named = Counter()
-        session = self._path + new._name
+        name, path, old = self._names.next(name), self._names.path, self._conversation
+        new = self._copy(ConversationNames(path, name))
         if empty:
-            throttling = self._conversation.throttling
             new._conversation = Conversation(
-                session, self.seat, self.task, throttling, name=new._name
+                path + name, self.seat, old.task, old.throttling, name=name
             )
         else:
             of, turns = at or self.point
             sessions = {one.session: one for one in self.activity.conversations}
             if of not in sessions or turns not in sessions[of].marks:
                 raise EnvError(f"branch(at={at}): {self.seat!r} was never there")
-            new._conversation = sessions[of].follow(session, new._name, turns)
+            new._conversation = sessions[of].follow(path + name, name, turns)
         self.activity.conversations.append(new._conversation)
         return new
 
     def fork(self) -> Agent:
         """Create an independent agent with a copy of the conversation, for branching checks."""
-        new = copy.copy(self)
-        new._in_turn = False
-        new._dialogue = None
+        old, path = self._conversation, self._names.next_fork(self.session)
+        new = self._copy(ConversationNames(path, self._names.prefix))
         new.activity, new.resume = Activity(), EpisodeResume()
-        self._named["+"] += 1
-        # the path contains the parent's, so forks of forks have distinct sessions too
-        new._path = f"{self.session}+{self._named['+']}"
-        new._named = Counter()
-        old = self._conversation
-        new._conversation = old.follow(new._path, old.name, old.turns)
+        new._conversation = old.follow(path, old.name, old.turns)
         new.activity.conversations.append(new._conversation)
         return new
 
-    def _new_name(self, name: str) -> str:
-        self._named[name] += 1
-        number = self._named[name]
-        if name:
-            return f"{self._name}/{name}" if number == 1 else f"{self._name}/{name}-{number}"
-        return f"{self._name}/{number}"
+    def _copy(self, names: ConversationNames) -> Agent:
+        new = copy.copy(self)
+        new._names = names
+        new._in_turn = False
+        new._dialogue = None
+        return new
 
     def close(self) -> None:
         """End the seat's conversations; calling an agent of it afterwards raises EnvError."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import replace
 from typing import NamedTuple
 
 from rayrl.types import Message, Origin, Task
 
-__all__ = ["Conversation", "Point", "Throttling"]
+__all__ = ["Conversation", "ConversationNames", "Point", "Throttling"]
 
 
 class Point(NamedTuple):
@@ -44,6 +45,39 @@ class Throttling:
         now = time.monotonic()
         self.seconds += max(0.0, now + seconds - max(now, self._until))
         self._until = max(self._until, now + seconds)
+
+
+class ConversationNames:
+    """Names of the conversations that an agent begins after its first.
+
+    Args:
+        path: what their sessions begin with, before their names.
+        prefix: what their names begin with: the name of the agent's first.
+    """
+
+    __slots__ = ("_counts", "path", "prefix")
+
+    def __init__(self, path: str, prefix: str = "") -> None:
+        self.path = path
+        self.prefix = prefix
+        self._counts: Counter[str] | None = None  # most agents never begin another
+
+    def next(self, name: str = "") -> str:
+        """Return the next name: a number, or `name`, with a number if it was there before."""
+        number = self._count(name)
+        if name:
+            return f"{self.prefix}/{name}" if number == 1 else f"{self.prefix}/{name}-{number}"
+        return f"{self.prefix}/{number}"
+
+    def next_fork(self, session: str) -> str:
+        """Return the session of the agent's next fork, while its own is `session`."""
+        # which holds the parent's, so that forks of forks have distinct sessions too
+        return f"{session}+{self._count('+')}"
+
+    def _count(self, name: str) -> int:
+        self._counts = self._counts or Counter()
+        self._counts[name] += 1
+        return self._counts[name]
 
 
 class Conversation:
@@ -100,7 +134,7 @@ class Conversation:
         self.messages: list[Message] = []
         self.ids: list[int] = []
         self.finished = True
-        self.tools: set[str] = set()
+        self.tools: frozenset[str] = frozenset()
         self.turns = self.calls = 0
         self.throttling = throttling or Throttling()
         self.marks: dict[int, _Mark] = {}
@@ -109,7 +143,7 @@ class Conversation:
     def mark(self) -> None:
         """Keep what is needed to go on from here later."""
         self.marks[self.turns] = _Mark(
-            len(self.messages), len(self.ids), self.finished, frozenset(self.tools), self.calls
+            len(self.messages), len(self.ids), self.finished, self.tools, self.calls
         )
 
     def follow(self, session: str, name: str, turns: int, *, empty: bool = False) -> Conversation:
@@ -122,7 +156,7 @@ class Conversation:
         if not empty:
             mark = self.marks[turns]
             new.messages, new.ids = self.messages[: mark.messages], self.ids[: mark.ids]
-            new.finished, new.tools, new.calls = mark.finished, set(mark.tools), mark.calls
+            new.finished, new.tools, new.calls = mark.finished, mark.tools, mark.calls
         new.marks.clear()
         new.mark()
         return new

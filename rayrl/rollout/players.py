@@ -160,15 +160,8 @@ class PolicyPlayer:
         conversation.ids += turn.prompt_ids
         conversation.ids += ids
         conversation.finished = bool(ids) and ids[-1] == self.chat.stop_ids[0]
-        conversation.tools.update(map(tool_name, turn.tools))
-
-    def _prompt(
-        self, conversation: Conversation, new: Sequence[Message], options: Options
-    ) -> tuple[int, ...]:
-        tools = new_tools(options.tools, conversation.tools)
-        if not conversation.ids:
-            return self.chat.start(new, tools)
-        return self.chat.extend(new, conversation.finished, tools)
+        if turn.tools:
+            conversation.tools = conversation.tools.union(map(tool_name, turn.tools))
 
     def end(self, conversation: Conversation) -> None:
         """Let the generator release the conversation's state."""
@@ -241,7 +234,7 @@ class HumanPlayer:
         tools = new_tools(options.tools, conversation.tools)
         if tools:
             self._show(describe_lines(tools))
-            conversation.tools.update(map(tool_name, tools))
+            conversation.tools = conversation.tools.union(map(tool_name, tools))
         line = await asyncio.to_thread(self.read, f"{conversation.seat}{conversation.name}> ")
         text = self._reply(line, options.tools)
         return Turn(conversation.seat, tuple(new), text, "stop", state=options.state)
