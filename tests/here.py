@@ -43,6 +43,11 @@ class Here:
         self.played = []
         self.winding_down = False
 
+    @property
+    def job(self) -> Mapping[str, Mapping[str, Player]]:
+        """Its players, of which tests make those of exhaustive checks."""
+        return self.players
+
     def _player(self, component: str, who: str) -> Player:
         if who == "endpoint":
             return EndpointPlayer(self.cfg.endpoint, backoff_s=0.01)

@@ -14,14 +14,14 @@ from rayrl.cluster.open import (
     model_of,
     worker_imports,
 )
-from rayrl.cluster.rollouts import Rollouts
 from rayrl.cluster.session import open_session
 from rayrl.cluster.workers.env_worker import EnvWorker, PlayedEnv, WorkerJob
 from rayrl.config import Config
 from rayrl.rollout.agent import Player
+from rayrl.rollout.players import PolicyPlayer
 from rayrl.types import Sampling
 
-__all__ = ["open_players", "players_here"]
+__all__ = ["greedy_player", "open_players"]
 
 
 @asynccontextmanager
@@ -53,10 +53,24 @@ async def open_players(
         yield EnvWorker(job).players[""]
 
 
-def players_here(rollouts: Rollouts, component: str = "") -> Mapping[str, Player]:
-    """Who plays each seat, as the workers have them; models answer from the same replicas.
+@asynccontextmanager
+async def greedy_player(
+    job: WorkerJob, component: str = "", *, min_version: int = 0
+) -> AsyncIterator[Player]:
+    """Who plays an environment's only seat, in this process; a model decodes greedily.
 
-    For exhaustive checks, whose tree grows by the answers. To be called inside an event loop, which
-    the players then belong to.
+    For exhaustive checks, whose tree grows by the answers. Models answer from the replicas that the
+    workers ask.
+
+    Args:
+        min_version: weights older than this must not answer.
     """
-    return EnvWorker(rollouts.job).players[component]
+    worker = EnvWorker(job)
+    try:
+        (player,) = worker.players[component].values()
+        if isinstance(player, PolicyPlayer):
+            player = player.at_temperature(0.0)
+            player.min_version = min_version
+        yield player
+    finally:
+        await worker.close()

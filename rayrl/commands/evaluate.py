@@ -2,29 +2,29 @@
 
 Every cell plays the same tasks whoever is evaluated, and never a training task: their seeds come
 from `run.seed` and the cell's name only. An environment's exhaustive checks follow, if the player
-is a model that decodes greedily: only then its play is a function that can be checked to the end.
+is a model that decodes greedily.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rayrl.cluster.open import make_environment, open_rollouts
-from rayrl.cluster.parts import players_here
-from rayrl.cluster.rollouts import CollectedGroups, Rollouts
+from rayrl.cluster.parts import greedy_player
+from rayrl.cluster.rollouts import CollectedGroups
 from rayrl.config import Config, validate
 from rayrl.config.mix import components, env_label
 from rayrl.environment.environment import Environment
 from rayrl.environment.tasks import task_key
-from rayrl.errors import EnvError, RayrlError, describe_error
 from rayrl.report.console import new_console
 from rayrl.report.statistics import eval_statistics
 from rayrl.report.table import Cell, Result, rich_table
-from rayrl.rollout.agent import Agent, Player
+from rayrl.run.evaluation.checks import run_checks
 from rayrl.run.folder import RunDir
 from rayrl.run.journal import Journal, JournaledRollouts
 from rayrl.run.progress_bar import ProgressBar
@@ -40,7 +40,7 @@ from rayrl.run.stage import (
 from rayrl.run.start_check import check_start
 from rayrl.types import Usage
 
-__all__ = ["cell_of", "check_args", "evaluate", "play_cells", "run"]
+__all__ = ["cell_of", "evaluate", "play_cells", "run"]
 
 FILE = "eval.json"
 
@@ -109,7 +109,7 @@ async def play_cells(config: Config, folder: RunDir | None = None) -> Result:
     total = len(journals) * config.eval.episodes
     log_template_notes(config, [who for players in seats.values() for who in players.values()])
     measured: dict[str, Cell] = {}
-    checks: dict[str, Mapping[str, float]] = {}
+    checks: Mapping[str, Mapping[str, float]] = {}
     budget = config.endpoint.max_tokens_total
     with ProgressBar(f"eval {name}", total) as bar:
         play = JournaledRollouts([*journals.values()], bar, budget)
@@ -124,10 +124,10 @@ async def play_cells(config: Config, folder: RunDir | None = None) -> Result:
                 measured[cell] = cell_of(configured[cell], args, played, journal.usage)
                 if not played.infra_failures:
                     journal.seal([*played.groups, *played.dropped])
-            if _checkable(config):
-                for component, own in components(config).items():
-                    cells = eval_cells(own, component)
-                    checks |= await run_checks(environments[component], cells, rollouts, component)
+            if config.eval.player == "model":
+                checks = await run_checks(
+                    config, environments, partial(greedy_player, rollouts.job)
+                )
     about = {"tasks": note} if (note := _about_tasks(config, environments)) else {}
     return Result(name, measured, checks, _settings(config) | about, prices(config))
 
@@ -168,64 +168,6 @@ def cell_of(
     distinct = len({task_key(episode.task) for episode in episodes})
     tasks = distinct if distinct < len(episodes) else 0
     return Cell(dict(args), len(episodes), failed, statistics, usage, unplayed, refused, tasks)
-
-
-def _checkable(config: Config) -> bool:
-    return config.eval.exhaustive and config.eval.player == "model" and config.eval.temperature == 0
-
-
-def check_args(environment: Environment, cells: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Settings a check runs with: the environment's, and what all cells agree on."""
-    args = dict(environment.args)
-    rows = list(cells.values())
-    for key in args:
-        if rows and all(key in row for row in rows) and all(r[key] == rows[0][key] for r in rows):
-            args[key] = rows[0][key]
-    return args
-
-
-async def run_checks(
-    environment: Environment,
-    cells: Mapping[str, Mapping[str, Any]],
-    rollouts: Rollouts,
-    component: str = "",
-) -> dict[str, Mapping[str, float]]:
-    """Every exhaustive check of the environment; none for several seats.
-
-    Args:
-        component: the environment's name in the mixture, which the checks are called after.
-    """
-    if len(environment.seats) > 1 or not environment.checks:
-        return {}
-    args = check_args(environment, cells)
-    (player,) = players_here(rollouts, component).values()
-    found: dict[str, Mapping[str, float]] = {}
-    for name, check in environment.checks.items():
-        new_agent, made = agents(player, environment.seats[0], name)
-        try:
-            label = f"{component}/{name}" if component else name
-            found[label] = await check(new_agent, args)
-        except RayrlError:
-            raise
-        except Exception as error:
-            what = (
-                f"check {name!r} of environment {environment.name!r} raised {describe_error(error)}"
-            )
-            raise EnvError(what) from error
-        for agent in made:
-            agent.close()
-    return found
-
-
-def agents(player: Player, seat: str, name: str) -> tuple[Callable[[], Agent], Sequence[Agent]]:
-    """A maker of fresh agents for a check, and the list of those it has made."""
-    made: list[Agent] = []
-
-    def new_agent() -> Agent:
-        made.append(Agent(player, seat=seat, episode=f"check-{name}-{len(made)}"))
-        return made[-1]
-
-    return new_agent, made
 
 
 def _model(config: Config) -> str:

@@ -113,7 +113,7 @@ CHARTS = (
         for bound in ("low", "high", "gain_low", "gain_high")
     ),
     Chart("eval/*/gain", "{}", "paired difference from the first evaluation"),
-    Chart("eval/*", "Evaluation: {}", "mean over evaluation tasks"),
+    Chart("eval/*", "Evaluation: {}", "mean over evaluation tasks, or count of a check"),
     Chart("score/*", "{}", "score, mean over the batch", unit=True),
     Chart("loss", "Loss", "minimized by the optimizer"),
     Chart("entropy", "Entropy", "of the policy, nats per token"),

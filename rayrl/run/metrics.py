@@ -304,8 +304,12 @@ def headline(metrics: Mapping[str, float]) -> dict[str, str]:
     return shown | rest
 
 
-def summary(metrics: Mapping[str, float]) -> str:
-    """An evaluation in a line: rewards of its cells with intervals, and what they have gained."""
+def summary(metrics: Mapping[str, float], checks: Mapping[str, float]) -> str:
+    """An evaluation in a line: rewards of its cells with intervals, and what they have gained.
+
+    Args:
+        checks: those of the metrics that come from exhaustive checks.
+    """
     parts = []
     for name in _evaluated_rewards(metrics):
         part = f"{name} {metrics[name]:z.3f}{_interval(metrics, name, 'low', 'high')}"
@@ -313,6 +317,7 @@ def summary(metrics: Mapping[str, float]) -> str:
             between = _interval(metrics, name, "gain_low", "gain_high")
             part += f", gain {metrics[f'{name}/gain']:+z.3f}{between}"
         parts.append(part)
+    parts += [f"{name} {value:g}" for name, value in checks.items()]
     if failed := metrics["eval/failed"]:
         parts.append(f"{failed:.0f} episodes failed")
     return f"evaluation of version {metrics['eval/version']:.0f}: {'; '.join(parts)}"

@@ -5,7 +5,6 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,12 @@ from rayrl import Agent, Scores, Task, load_env
 from rayrl.cli import compose
 from rayrl.cluster.rollouts import CollectedGroups
 from rayrl.commands import evaluate
-from rayrl.commands.evaluate import cell_of, check_args, run_checks
+from rayrl.commands.evaluate import cell_of
 from rayrl.config import Config, from_dict
 from rayrl.errors import ConfigError, DataError, RunFailed
 from rayrl.report.statistics import Share, Split
 from rayrl.report.table import Result
 from rayrl.rollout.episode_io import read_episodes
-from rayrl.rollout.players import ScriptedPlayer
 from rayrl.run.folder import RunDir
 from rayrl.run.sampling.task_sampler import UniformSampler
 from rayrl.run.stage import evaluation_plans, row_name, seats_of
@@ -136,43 +134,6 @@ def test_failed_episodes_are_counted_and_not_measured() -> None:
     assert cell.statistics["invalid %"] == Share(0, 3)
 
 
-# --- exhaustive checks ---------------------------------------------------------------------------
-
-
-def test_checks_run_with_what_all_cells_agree_on() -> None:
-    env = load_env("tictactoe").configure({"max_turns": 7, "random_min": 0.2})
-    args = check_args(env, CELLS)
-    assert args["max_turns"] == 8
-    assert args["random_min"] == 0.2  # cells differ
-    assert check_args(env, {})["max_turns"] == 7
-    assert check_args(env, {"a": {"max_turns": 8}, "b": {}})["max_turns"] == 7
-
-
-async def talk(task: Task, agent: Agent) -> Scores:
-    """Never played here."""
-    return {"s": 1.0}
-
-
-async def test_checks_get_fresh_agents_that_are_closed_afterwards(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    env = rayrl.env(tasks=[Task()], rewards={"s": 1.0})(talk)
-    made: list[Agent] = []
-
-    @env.check("says hello")
-    async def check(new_agent: Callable[[], Agent], args: Mapping[str, Any]) -> dict[str, float]:
-        made.extend([new_agent(), new_agent()])
-        said = [await agent("hi") for agent in made]
-        return {"hellos": float(sum(text == "hello" for text in said))}
-
-    player = ScriptedPlayer(lambda messages, rng: "hello")
-    monkeypatch.setattr(evaluate, "players_here", lambda rollouts, component: {"agent": player})
-    found = await run_checks(env, {}, rollouts=None)  # type: ignore[arg-type]
-    assert found == {"says hello": {"hellos": 2.0}}
-    assert [agent.episode for agent in made] == ["check-says hello-0", "check-says hello-1"]
-    assert all(agent.activity.closed for agent in made)
-
-
 # --- the program ---------------------------------------------------------------------------------
 
 
@@ -188,9 +149,12 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[Here]:
             yield here
 
     monkeypatch.setattr(evaluate, "open_rollouts", open_here)
-    monkeypatch.setattr(
-        evaluate, "players_here", lambda rollouts, component: rollouts.players[component]
-    )
+
+    @asynccontextmanager
+    async def player_here(job, component):  # type: ignore[no-untyped-def]
+        yield job[component]["agent"]
+
+    monkeypatch.setattr(evaluate, "greedy_player", player_here)
     return opened
 
 

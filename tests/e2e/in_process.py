@@ -32,6 +32,14 @@ async def test_a_run_from_a_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyP
         reply = await agent(f"Say {task.letter}")
         return {"n": reply.count(task.letter) / max(len(reply), 6)}
 
+    @count.check("all letters")
+    async def check(new_agent: Callable[[], Agent], args: Mapping[str, object]) -> dict[str, float]:
+        agents = [new_agent() for _ in "abcd"]
+        asked = zip(agents, "abcd", strict=True)
+        replies = await asyncio.gather(*(agent(f"Say {letter}") for agent, letter in asked))
+        again = await agents[0].fork()("Once more")
+        return {"length": sum(map(len, replies)), "again": sum(map(ord, again))}
+
     def truncated(inputs: LossInputs) -> LossOutputs:
         ratio = (inputs.logprobs.detach() - inputs.old_logprobs).exp().clamp(max=bound)
         return LossOutputs(-ratio * inputs.advantages * inputs.logprobs, {"ratio": ratio})
@@ -44,7 +52,7 @@ async def test_a_run_from_a_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyP
     steps, loops = list[int](), set[int]()
 
     async def on_step(control: rayrl.StepControl) -> None:
-        control.evaluate = control.step == 0
+        control.evaluate = True
         control.stop = control.step == 1
         if control.step == 1:
             assert control.evaluations.keys() == {0}
@@ -73,7 +81,6 @@ async def test_a_run_from_a_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyP
     )
     assert steps == [0, 1] == [row["step"] for row in run.metrics]
     assert 0 <= run.metrics[0]["eval/reward"] == run.metrics[0]["eval/n"] <= 1
-    assert "eval/reward" not in run.metrics[1]
     assert loops.isdisjoint({id(asyncio.get_running_loop())}), "the caller's own loop only waits"
     assert run.path == Path("runs/cell")
     again = rayrl.train(env=count, steps=9, name="cell", settings=settings, loss=truncated,
@@ -93,6 +100,8 @@ async def test_a_run_from_a_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert {episode.task for episode in found.episodes()} == {*eval_tasks}
     assert "Tasks: the environment's eval_tasks." in str(found)
     assert 0 <= found.statistics["n"].value <= 1  # type: ignore[union-attr]
+    checked = {key: run.metrics[1][f"eval/all_letters/{key}"] for key in ("length", "again")}
+    assert found.result.checks == {"all letters": checked}, "as in training: the same weights"
 
     groups: list[Group] = []
     async with rayrl.open_training(env=count, steps=2, name="own", settings=settings) as training:

@@ -199,6 +199,11 @@ class EnvWorker:
             run_temperature=config.sampling.temperature if component else None,
         )
 
+    async def close(self) -> None:
+        """Stop asking models, where the worker is no process of its own."""
+        for client in self._clients.values():
+            await client.close()
+
     @cached_property
     def _endpoint(self) -> EndpointPlayer:
         config = self._job.config

@@ -14,16 +14,21 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
 from rayrl.cluster.open import make_environment
+from rayrl.cluster.parts import greedy_player
 from rayrl.cluster.rollouts import CollectedGroups
+from rayrl.cluster.workers.env_worker import WorkerJob
 from rayrl.config import Config
 from rayrl.config.mix import components
+from rayrl.environment.environment import Environment
 from rayrl.environment.scoring import scores_of
 from rayrl.environment.tasks import task_key
 from rayrl.rollout.rollout import GroupPlan
+from rayrl.run.evaluation.checks import check_prefixes, run_checks
 from rayrl.run.evaluation.intervals import mean_interval, score_interval
 from rayrl.run.folder import RunDir
 from rayrl.run.journal import Journal
@@ -68,17 +73,19 @@ class VersionValues:
 
     Attributes:
         failed: episodes without scores.
+        checks: what exhaustive checks found, by their metrics (`eval/unbeatable/losing`, say).
     """
 
     version: int
     cells: Mapping[str, CellValues]
     failed: int = 0
+    checks: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> VersionValues:
         """Restore from `dataclasses.asdict`."""
         cells = {cell: CellValues(**values) for cell, values in data["cells"].items()}
-        return cls(data["version"], cells, data["failed"])
+        return cls(data["version"], cells, data["failed"], data.get("checks", {}))
 
     def metrics(self) -> Iterator[tuple[str, str, str]]:
         """Each metric as `eval/win`, with several cells `eval/CELL/win`; its cell and name."""
@@ -108,6 +115,11 @@ class RolloutBackend(Protocol):
         known: Mapping[str, Group],
     ) -> CollectedGroups:
         """See `cluster.Rollouts`."""
+        ...
+
+    @property
+    def job(self) -> WorkerJob:
+        """What is played."""
         ...
 
 
@@ -151,6 +163,10 @@ class Evaluations:
         """What the evaluation of a version measured of each episode: metrics that can be paired."""
         return [name for name, *_ in self._done[version].metrics()]
 
+    def checks(self, version: int) -> Mapping[str, float]:
+        """What exhaustive checks found of a version, by their metrics."""
+        return self._done[version].checks
+
     def metrics(self, version: int) -> dict[str, float]:
         """Metrics of one evaluation, with its gain over the first; see `eval_metrics`."""
         if version not in self._metrics:
@@ -171,8 +187,9 @@ class Evaluations:
         config = self._config
         plans: dict[str, list[GroupPlan]] = {}
         seats: dict[str, dict[str, str]] = {}
+        environments: dict[str, Environment] = {}
         for name, own in components(config).items():
-            environment = make_environment(own, name).evaluation(
+            environment = environments[name] = make_environment(own, name).evaluation(
                 own.env.held_out, own.env.duplicates
             )
             seats[name] = seats_of(environment, own, "model")
@@ -203,10 +220,27 @@ class Evaluations:
             )
             return False
         journal.seal(groups)
-        found = _values(version, plans, groups)
+        found = replace(
+            _values(version, plans, groups),
+            checks=await self._check(environments, rollouts, version),
+        )
         self._folder.write_json(f"{FOLDER}/{file.stem}.json", asdict(found))
         self._done[version] = found
         return True
+
+    async def _check(
+        self, environments: Mapping[str, Environment], rollouts: RolloutBackend, version: int
+    ) -> dict[str, float]:
+        prefixes = check_prefixes(self._config, environments)
+        if not prefixes:
+            return {}
+        open_player = partial(greedy_player, rollouts.job, min_version=version)
+        found = await run_checks(self._config, environments, open_player)
+        return {
+            f"{prefixes[name]}{key}": float(value)
+            for name, counts in found.items()
+            for key, value in counts.items()
+        }
 
 
 def mixes_versions(group: Group, version: int) -> bool:
@@ -261,9 +295,9 @@ def eval_metrics(
         `eval/version`, `eval/failed`, and of each metric (`eval/win`, say) its mean, the 95%
         interval `eval/win/low` and `/high`, the paired gain over `first` with its interval
         (`/gain`, `/gain_low`, `/gain_high`), and, of one that is 0 or 1 in every episode, pass@k
-        for k = 2, 4, … and `samples`.
+        for k = 2, 4, … and `samples`; and what exhaustive checks found.
     """
-    metrics = {"eval/version": float(now.version), "eval/failed": float(now.failed)}
+    metrics = {"eval/version": float(now.version), "eval/failed": float(now.failed), **now.checks}
     for metric, _, _ in now.metrics():
         tasks, values = now.of(metric)
         having = [(task, v) for task, v in zip(tasks, values, strict=True) if v is not None]

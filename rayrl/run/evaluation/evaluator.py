@@ -11,6 +11,7 @@ from rayrl.config.mix import components
 from rayrl.config.stop_rule import NoProgress, parse_stop_rule
 from rayrl.environment.environment import Environment
 from rayrl.errors import ConfigError, did_you_mean
+from rayrl.run.evaluation.checks import check_prefixes
 from rayrl.run.evaluation.evaluations import (
     RESERVED,
     Evaluations,
@@ -97,7 +98,7 @@ class Evaluator:
                 return {}
             if not await found.play(self._rollouts, version):
                 return {}
-            self._notify(summary(found.metrics(version)))
+            self._notify(summary(found.metrics(version), found.checks(version)))
         if self._rule:
             self._check_metric(self._stop_key, self._rule.metric, version)
         if best:
@@ -112,6 +113,7 @@ class Evaluator:
         names = self._found.names(version)
         paired = key == "run.keep_best" or isinstance(self._rule, NoProgress)
         if metric not in (names if paired else self._found.metrics(version)):
+            names += [] if paired else self._found.checks(version)
             raise _unknown_metric(key, metric, names)
 
     def is_over(self, version: int) -> bool:
@@ -151,8 +153,8 @@ class Evaluator:
 def check_metrics(config: Config, environments: Mapping[str, Environment], verb: str) -> None:
     """Raise ConfigError if `run.keep_best` or `stop_when` names what cannot be measured.
 
-    Called before anything is written. A score that the environment declares but does not return is
-    found by `Evaluator.evaluate`.
+    Called before anything is written. A score that the environment declares but does not return,
+    or a check does not count, is found by `Evaluator.evaluate`.
 
     Args:
         environments: by component of the mixture; without one, under an empty name.
@@ -167,15 +169,26 @@ def check_metrics(config: Config, environments: Mapping[str, Environment], verb:
     names = list(dict.fromkeys(every))
     if (best := config.run.keep_best) and best not in names:
         raise _unknown_metric("run.keep_best", best, names)
+    checks = check_prefixes(config, environments)
+    for cell, prefix in prefixes.items():
+        if f"{prefix}/" in checks.values():
+            raise ConfigError(
+                f"eval.cells.{cell}: an exhaustive check of the environment has that name, and "
+                "metrics of both would be called the same; name the cell otherwise"
+            )
     key, stop_when = _stop_when(config, verb)
     rule = parse_stop_rule(key, stop_when)
     if rule is None:
         return
     known = names
     if not isinstance(rule, NoProgress):
+        if rule.metric.startswith(tuple(checks.values())):
+            return  # what a check counts is known when it has run
         known = [*names, *(f"{name}/{suffix}" for name in names for suffix in SUFFIXES)]
         known += [f"{name}/pass@{k}" for name in names for k in powers(config.eval.samples)]
         known.append("eval/failed")
+        known += [prefix + rule.metric.rpartition("/")[2] for prefix in checks.values()]
+        names += [f"{prefix}…" for prefix in checks.values()]
     if rule.metric not in known:
         raise _unknown_metric(key, rule.metric, known, shown=names)
 

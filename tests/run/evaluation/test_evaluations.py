@@ -127,9 +127,9 @@ def test_cells_and_names() -> None:
 
 def test_its_line() -> None:
     then, now = version(0, [0, 5, 10], name="reward"), version(1, [0.1, 5.2, 10.3], name="reward")
-    line = summary(eval_metrics(now, then))
+    line = summary(eval_metrics(now, then), {"eval/every_line/lost": 2.0})
     assert line.startswith("evaluation of version 1: eval/reward 5.200 (-7.")
-    assert line.endswith(", gain +0.200 (-0.048 to 0.448)")
+    assert line.endswith(", gain +0.200 (-0.048 to 0.448); eval/every_line/lost 2")
 
 
 # --- on the disk ----------------------------------------------------------------------------------
