@@ -235,6 +235,7 @@ def main() -> None:
     scale = {"groups": 8, "group_size": 8, "steps": args.steps}
     args.settings += [f"train.max_lag={args.max_lag}"]
     args.settings += [f"recipe.{phase}.train.steps={args.steps}" for phase in ("rl1", "rl2")]
+    args.settings += ["recipe.rl2.train.stop_when=''", "recipe.rl2.eval.every=0"]
     args.folder.mkdir(parents=True, exist_ok=True)
     calm, killed = args.folder / "calm", args.folder / "killed"
     with (args.folder / "calm.log").open("a") as log:

@@ -29,12 +29,18 @@ from rayrl.run.stage import MODEL
 # Student's t, two-sided 95%, by degrees of freedom
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 PHASES = ("rl1", "rl2", "eval_rl2")
+ALL_STEPS = ("recipe.rl2.train.stop_when=''", "recipe.rl2.eval.every=0")  # however well it plays
 STATISTICS = ("win", "draw", "loss", "drawn", "losing", "lag", "stale groups", "seconds")
 
 
 def part(settings: Sequence[str], stages: Sequence[str], folder: Path, model: str = "") -> Config:
-    """Configure the main job with only `stages`, in `folder`, starting from `model`."""
-    whole = compose(["experiment=tictactoe", f"run.dir={folder}", *settings], verb="recipe")
+    """Configure the main job with only `stages`, in `folder`, starting from `model`.
+
+    It makes all its steps.
+    """
+    whole = compose(
+        ["experiment=tictactoe", f"run.dir={folder}", *ALL_STEPS, *settings], verb="recipe"
+    )
     kept = [stage for stage in whole.recipe if stage.name in stages]
     config = replace(whole, recipe=kept)
     return replace(config, model=replace(config.model, path=model)) if model else config

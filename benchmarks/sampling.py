@@ -66,6 +66,7 @@ def compare(arguments: argparse.Namespace, seed: int, settings: Sequence[str]) -
     evaluated = [
         f"run.name=phases-{seed}",  # fixes the random numbers, so all variants have the same
         f"eval.every={arguments.every}",
+        *(f"recipe.rl2.eval.{one}" for one in (f"every={arguments.every}", "episodes=400")),
     ]
     found = {}
     for variant in arguments.variants:
