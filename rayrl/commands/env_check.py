@@ -34,9 +34,9 @@ def run(config: Config) -> None:
 
 
 def _check(config: Config, environment: Environment) -> None:
-    print(
-        f"{environment.name}: seats {', '.join(environment.seats)}; rewards {environment.rewards}"
-    )
+    of_groups = {name: group.weight for name, group in environment.group_rewards.items()}
+    rewards = environment.rewards | of_groups
+    print(f"{environment.name}: seats {', '.join(environment.seats)}; rewards {rewards}")
     for key, value in environment.args.items():
         print(f"  env.args.{key}: {textwrap.shorten(repr(value), 80)}")
     print(f"  installed besides: {', '.join(_others(config.env.name)) or 'none'}")

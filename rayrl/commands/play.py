@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from typing import TextIO, cast
 
 from rich.console import Console
@@ -22,6 +21,7 @@ from rayrl.cluster.parts import open_players
 from rayrl.config import Config, validate
 from rayrl.config.mix import component_of
 from rayrl.environment.environment import Environment
+from rayrl.environment.scoring import with_group_rewards
 from rayrl.errors import ConfigError, did_you_mean
 from rayrl.report.console import message_text, new_console, reply_text, scores_text, task_text
 from rayrl.rollout.agent import Options, Player
@@ -69,8 +69,10 @@ def run(config: Config) -> None:
     validate(config, "play")
     check_start(config, "play")
     console = new_console()
-    with suppress(EOFError):
+    try:
         asyncio.run(play(config, console))
+    except EOFError:
+        console.print("\nThe input has ended.")
 
 
 async def play(
@@ -111,6 +113,7 @@ async def play(
                 seed=derive_seed(seed, number),
                 deadline_s=None if mine else config.env.deadline_s,
             )
+            (episode,) = with_group_rewards(environment, [episode])
             played.append(episode)
             if episode.failure is not None:
                 console.print(visible(episode.failure.message), style="red", markup=False)

@@ -71,7 +71,8 @@ def scores_text(scores: Mapping[str, Mapping[str, float]], rewards: Mapping[str,
         if len(scores) > 1:
             text.append(f"{seat}: ", style="bold")
         for name, value in seat_scores.items():
-            text.append(f"{name} ", style="dim")
+            label = "score/reward" if name == "reward" else name  # beside the reward itself
+            text.append(f"{label} ", style="dim")
             text.append(f"{value:.3g}  ", style="bold")
         if seat in rewards:
             text.append("reward ", style="dim")

@@ -47,7 +47,12 @@ def player_function(environment: Environment, key: str, who: str) -> PlayerFunct
     start = PLAYER if who.startswith(PLAYER) else ""
     known = {start + name: function for name, function in environment.players.items()}
     players = Registry(key, known)
-    if start and who not in known:
+    if who not in known and (start or ":" not in who):
+        if not known:
+            raise ConfigError(
+                f"{key}={who}: environment {environment.name!r} has no players of its own; name a "
+                "function as module:function or path/to/file.py:function, or a model"
+            )
         raise players.unknown(who)
     return players.resolve(who)
 

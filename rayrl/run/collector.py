@@ -11,10 +11,10 @@ from typing import Any, Protocol
 from rayrl.cluster.rollouts import CollectedGroups, none_left, sort_out
 from rayrl.cluster.workers.worker_pool import Load
 from rayrl.config import Config
-from rayrl.errors import ConfigError
+from rayrl.errors import ConfigError, RunFailed
 from rayrl.learner.advantage import has_spread
 from rayrl.rollout.rollout import GroupPlan
-from rayrl.run.group_log import Batched, Begun, GroupLog, Played
+from rayrl.run.group_log import Batched, Begun, GroupLog, Played, Undone
 from rayrl.run.rollout_buffer import GroupState, RolloutBuffer
 from rayrl.run.sampling.task_sampler import TaskSampler
 from rayrl.types import Group
@@ -142,7 +142,7 @@ class GroupCollector:
         """
         oldest = step - self._config.train.max_lag
         if (logged := self._logged.pop(step, None)) is not None:
-            found = self._sorted(logged.groups, logged.record.rejected, oldest)
+            found = self._sorted(step, logged.groups, logged.record.rejected, oldest)
             return replace(found, load=self._rollouts.load())
         while True:
             for task in [task for task in self._tasks if task.done()]:
@@ -165,7 +165,7 @@ class GroupCollector:
         self.log.add(Batched(step, *indices, batch.replaced))
         groups = batch.taken | batch.failed | batch.rejected
         return replace(
-            self._sorted(groups, batch.rejected, oldest),
+            self._sorted(step, groups, batch.rejected, oldest),
             stale_groups=batch.stale,
             waiting=self._buffer.count(GroupState.READY),
             live=len(self._running),
@@ -174,13 +174,19 @@ class GroupCollector:
         )
 
     def _sorted(
-        self, by_index: Mapping[int, Group], rejected: Collection[int], oldest: int
+        self, step: int, by_index: Mapping[int, Group], rejected: Collection[int], oldest: int
     ) -> CollectedGroups:
         groups = [group for index, group in sorted(by_index.items()) if index not in rejected]
         env = self._config.env
-        found = sort_out(groups, oldest, env.failure_budget, env.mix)
-        if groups and not found.groups:  # a server refused all of them
-            raise none_left(groups, oldest)
+        try:
+            found = sort_out(groups, oldest, env.failure_budget, env.mix)
+            if groups and not found.groups:  # a server refused all of them
+                raise none_left(groups, oldest)
+        except RunFailed as error:
+            self.log.add(Undone(step))
+            raise RunFailed(
+                f"{error}\nThe same command plays what failed again, and goes on from there."
+            ) from error
         kept = {group.id for group in found.groups}
         complete = [(i, g) for i, g in sorted(by_index.items()) if g.id in kept or i in rejected]
         first = complete[: self._config.train.groups]
@@ -217,16 +223,16 @@ class GroupCollector:
 
     def restore(self, step: int, state: Mapping[str, Any]) -> None:
         """Continue from the checkpoint of `step`, before anything has begun."""
-        ended, draws = self._read_log(step)
+        ended, draws, again = self._read_log(step)
         self._sampler.load(state.get("sampler", {}), draws)
         batches = [batch.record for batch in self._logged.values()]
-        self._buffer.load(state, step, ended, batches)
+        self._buffer.load(state, step, ended, batches, again)
         in_batches = [g for batch in self._logged.values() for g in batch.groups.values()]
         self._rollouts.discard_turns([group.id for group in (*ended.values(), *in_batches)])
 
     def rewind(self, step: int, state: Mapping[str, Any]) -> None:
         """Hand out the batches since the checkpoint of `step` again: the learner is back there."""
-        logged, draws = self._read_log(step)
+        logged, draws, _ = self._read_log(step)
         drawn, ended = self._sampler.draws(), self._buffer.ended()
         if missing := {index: drawn[index] for index in drawn if index not in draws}:
             self.log.add(Begun(missing))
@@ -235,15 +241,23 @@ class GroupCollector:
             if index not in logged:  # it ended during a checkpoint that was never finished
                 self.log.add(Played(index, group))
 
-    def _read_log(self, step: int) -> tuple[dict[int, Group], dict[int, Any]]:
+    def _read_log(self, step: int) -> tuple[dict[int, Group], dict[int, Any], list[int]]:
         """Read batches that closed since the checkpoint.
 
         Returns:
-            Groups that are in none, and all draws.
+            Groups that are in none, all draws, and groups that began anew besides those that the
+            batches name.
         """
         ended: dict[int, Group] = {}
         draws: dict[int, Any] = {}
+        again: list[int] = []
         for record in self.log.read(step):
+            if isinstance(record, Undone):
+                undone = self._logged.pop(record.step)
+                again += undone.record.restarted
+                again += [i for i, group in undone.groups.items() if not group.complete]
+                ended |= {i: group for i, group in undone.groups.items() if group.complete}
+                continue
             if isinstance(record, Begun):
                 draws |= record.draws
                 continue
@@ -254,7 +268,7 @@ class GroupCollector:
             self._logged[record.step] = _LoggedBatch(record, groups)
             for index in record.restarted:
                 ended.pop(index, None)
-        return ended, draws
+        return ended, draws, again
 
 
 class IdleClock:

@@ -17,7 +17,7 @@ from rayrl.rollout.records import Records, group_from_bytes, group_to_bytes
 from rayrl.run.files import explain_full_disk
 from rayrl.types import Group
 
-__all__ = ["Batched", "Begun", "GroupLog", "Played"]
+__all__ = ["Batched", "Begun", "GroupLog", "Played", "Record", "Undone"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +68,20 @@ class Batched:
         return *self.taken, *self.dropped, *self.rejected
 
 
+@dataclass(frozen=True, slots=True)
+class Undone:
+    """A batch that the run could not go on with: its failed groups are to be played again.
+
+    Attributes:
+        step: of the batch.
+    """
+
+    step: int
+
+
+Record = Begun | Played | Batched | Undone
+
+
 class GroupLog:
     """The log of one checkpoint; opened to append.
 
@@ -80,7 +94,7 @@ class GroupLog:
         self.turns = folder.resolve() / "turns.log"
         self._records: Records | None = None
 
-    def read(self, step: int) -> list[Begun | Played | Batched]:
+    def read(self, step: int) -> list[Record]:
         """Everything logged since the checkpoint of `step`; `add` appends after it.
 
         Raises:
@@ -94,7 +108,7 @@ class GroupLog:
                 f"{self._at(step)}: {error}; remove the file, and what it held is played again."
             ) from error
 
-    def begin(self, step: int, records: Sequence[Begun | Played | Batched]) -> None:
+    def begin(self, step: int, records: Sequence[Record]) -> None:
         """Begin the log of the checkpoint of `step`, which is about to be made, with these records.
 
         The log before it stays until `delete_others`.
@@ -116,7 +130,7 @@ class GroupLog:
         self.delete_others(step)
         self.turns.unlink(missing_ok=True)
 
-    def add(self, record: Begun | Played | Batched) -> None:
+    def add(self, record: Record) -> None:
         """Append a record; it survives the death of this process."""
         assert self._records is not None
         then = "it goes on from the last checkpoint and what was played since"
@@ -138,7 +152,9 @@ class GroupLog:
         return self._records
 
 
-def _to_data(record: Begun | Played | Batched) -> tuple[Any, ...]:
+def _to_data(record: Record) -> tuple[Any, ...]:
+    if isinstance(record, Undone):
+        return "undone", record.step
     if isinstance(record, Begun):
         return "begun", dict(record.draws)
     if isinstance(record, Played):
@@ -147,7 +163,9 @@ def _to_data(record: Begun | Played | Batched) -> tuple[Any, ...]:
     return "batched", record.step, *lists, record.replaced
 
 
-def _from_data(kind: str, *rest: Any) -> Begun | Played | Batched:
+def _from_data(kind: str, *rest: Any) -> Record:
+    if kind == "undone":
+        return Undone(*rest)
     if kind == "begun":
         return Begun(*rest)
     if kind == "played":

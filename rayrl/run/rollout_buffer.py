@@ -29,6 +29,8 @@ from rayrl.types import Group
 
 __all__ = ["ClosedBatch", "GroupState", "RolloutBuffer"]
 
+MOST_FAILED = 2  # times as many groups as a batch has
+
 
 class GroupState(Enum):
     """Where a group is; one that was trained on or reported as failed is no longer in the buffer.
@@ -159,9 +161,13 @@ class RolloutBuffer:
         return bool(stale)
 
     def is_due(self) -> bool:
-        """Whether a batch can close: it is full, or nothing is running that could join it."""
+        """Whether a batch can close: it is full, or nothing is running that could join it.
+
+        Or so many groups have failed that others would be played in their place for ever.
+        """
         ready, running = self.count(GroupState.READY), self.count(GroupState.RUNNING)
-        return ready >= self._groups or not running
+        failed = self.count(GroupState.FAILED)
+        return ready >= self._groups or failed >= MOST_FAILED * self._groups or not running
 
     def close(self) -> ClosedBatch:
         """Take the oldest groups that are ready, and report what became of others."""
@@ -211,6 +217,7 @@ class RolloutBuffer:
         step: int,
         ended: Mapping[int, Group],
         batches: Sequence[Batched],
+        again: Sequence[int] = (),
     ) -> None:
         """Continue from what `save` gave at `step`, and what was logged since.
 
@@ -218,9 +225,11 @@ class RolloutBuffer:
             state: of `save`; empty where nothing was saved.
             ended: groups that are in no batch yet.
             batches: that have closed.
+            again: groups that began anew for another reason than these batches say, as often.
         """
         consumed = {index for batch in batches for index in batch.ended}
         restarted = Counter(index for batch in batches for index in batch.restarted)
+        restarted.update(again)
         self._next = state.get("next", step * self._groups)
         pending = set(state.get("unfinished", ())) | restarted.keys()
         end = max((*ended, *consumed, *restarted), default=-1) + 1

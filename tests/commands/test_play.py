@@ -2,15 +2,18 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from rayrl import load_env
 from rayrl.cli import compose
-from rayrl.commands.play import outcome, play, seats_for
+from rayrl.commands import env_check
+from rayrl.commands.play import outcome, play, run, seats_for
 from rayrl.config import Config, from_dict
 from rayrl.errors import ConfigError
+from rayrl.rollout.players import player_function
 from rayrl.types import Episode, Task
 
 
@@ -59,6 +62,36 @@ async def test_a_person_types_a_move_and_it_is_put_into_its_form() -> None:
     assert played[0].turns[0].text == "<think></think><move>0</move>"
     assert played[0].scores["agent"]["format"] == 1.0
     assert "Your turn." in shown(screen)
+
+
+NUMBERS = """
+import rayrl
+from rayrl import Task, group_reward
+
+def first(episodes):
+    return [2.0] * len(episodes)
+
+@rayrl.env(tasks=[Task()], rewards={"reward": 0.5, "first": group_reward(first, weight=3.0)})
+async def number(task, agent):
+    return {"reward": float(await agent("A number?"))}
+"""
+
+
+def test_a_groups_rewards_and_a_score_called_reward(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And the end of the input, which ends the command."""
+    (tmp_path / "numbers.py").write_text(NUMBERS)
+    monkeypatch.setattr("sys.stdin", io.StringIO("4\n"))
+    settings = [f"env.name={tmp_path}/numbers.py", "play.seat=agent", "play.episodes=2"]
+    run(compose(settings))
+    out = capsys.readouterr().out
+    assert "score/reward 4  first 2  reward 8" in out
+    assert out.endswith("The input has ended.\n")
+    with pytest.raises(ConfigError, match=r"eval\.player=teacher: .* 'number' has no players"):
+        player_function(load_env(f"{tmp_path}/numbers.py"), "eval.player", "teacher")
+    env_check.run(compose(settings[:1]))
+    assert "rewards {'reward': 0.5, 'first': 3.0}" in capsys.readouterr().out
 
 
 async def test_another_environment_hears_what_was_typed() -> None:

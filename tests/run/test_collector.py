@@ -30,10 +30,10 @@ from rayrl.types import Episode, Failure, Group, Task, Turn, VersionSpan
 N = 2  # groups a step
 
 
-def config(lag: int, steps: int = 4, refill: float = 1) -> Config:
+def config(lag: int, steps: int = 4, refill: float = 1, budget: float = 1) -> Config:
     return from_dict(
         {
-            "env": {"name": "x", "failure_budget": 1.0},
+            "env": {"name": "x", "failure_budget": budget},
             "train": {
                 "groups": N,
                 "group_size": 1,
@@ -130,9 +130,11 @@ class Workers:
 class Run:
     """A collector with its workers."""
 
-    def __init__(self, folder: Path, lag: int, steps: int = 4, refill: float = 1) -> None:
+    def __init__(
+        self, folder: Path, lag: int, steps: int = 4, refill: float = 1, budget: float = 1
+    ) -> None:
         self.workers = Workers()
-        settings = config(lag, steps, refill)
+        settings = config(lag, steps, refill, budget)
         self.tasks = Tasks()
         self.collector = GroupCollector(self.workers, self.tasks, settings, GroupLog(folder))
 
@@ -170,9 +172,14 @@ async def start(tmp_path: Path) -> AsyncIterator[Start]:
     runs = []
 
     async def start(
-        lag: int, steps: int = 4, step: int = 0, state: Any = None, refill: float = 1
+        lag: int,
+        steps: int = 4,
+        step: int = 0,
+        state: Any = None,
+        refill: float = 1,
+        budget: float = 1,
     ) -> Run:
-        runs.append(Run(tmp_path, lag, steps, refill))
+        runs.append(Run(tmp_path, lag, steps, refill, budget))
         return await runs[-1].start(step, state)
 
     yield start
@@ -277,6 +284,45 @@ async def test_what_cannot_be_played_ends_the_run(start: Start) -> None:
     await run.at(1)
     with pytest.raises(RunFailed, match="no workers"):
         await run.batch(1)
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("kind", ["env", "infra"])
+async def test_a_run_that_failed_plays_what_failed_again(start: Start, lag: int, kind: str) -> None:
+    run = await start(lag, budget=0.2)
+    run.workers.end("0-0", "0-1")
+    await run.batch(0)
+    await run.at(1)
+    state = run.collector.begin_checkpoint(1)
+    ahead = [name for name in run.live if name not in ("1-0", "1-1")]
+    run.workers.end(*run.live, kind=kind)  # with a lag, others begin in their place
+    with pytest.raises(RunFailed, match=r"because\n(.*\n)*The same command plays"):
+        await run.batch(1)
+
+    failed = await start(lag, step=1, state=state, budget=0.2)  # the cause is still there
+    assert set(failed.live) >= {"1-0~1", "1-1~1", *(f"{name}~1" for name in ahead)}
+    failed.workers.end("1-0~1")
+    for _ in range(2):
+        failed.workers.end(*failed.live, kind="env")
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+    with pytest.raises(RunFailed, match=r"env\.failure_budget"):
+        await failed.batch(1)
+
+    again = await start(lag, step=1, state=state, budget=0.2)
+    assert again.live[0] == "1-1~2", "1-0 is there"
+    again.workers.end(*again.live)
+    await asyncio.sleep(0)
+    first = await again.batch(1)
+    assert first == ["1-0~1", "1-1~2"]
+    await again.at(2)
+    state = again.collector.begin_checkpoint(2)
+    again.workers.end(*again.live)
+    assert not set(await again.batch(2)) & set(first)
+
+    later = await start(lag, step=2, state=state)  # killed, as any other run
+    later.workers.end(*later.live)
+    assert not set(await later.batch(2)) & set(first)
 
 
 async def test_killed_it_goes_on_with_the_same_batches_and_plays_only_the_rest(

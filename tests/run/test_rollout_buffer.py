@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rayrl.run.group_log import Batched
-from rayrl.run.rollout_buffer import GroupState, RolloutBuffer
+from rayrl.run.rollout_buffer import MOST_FAILED, GroupState, RolloutBuffer
 from rayrl.types import Episode, Failure, Group, Task, Turn, VersionSpan
 
 PENDING, RUNNING, READY, FAILED, REJECTED = GroupState
@@ -82,6 +82,17 @@ def test_with_a_lag_another_group_is_played_for_one_that_failed() -> None:
         buffer.begin(0)
         end(buffer, 0, kind="env")
         assert buffer.begin(0) == more
+
+
+def test_with_a_lag_a_batch_does_not_wait_for_ever_for_groups_that_all_fail() -> None:
+    buffer = RolloutBuffer(3, 1, 9)
+    running, ended = buffer.begin(0), 0
+    while not buffer.is_due():
+        buffer.end(running.pop(0), group(ended, 0, "env"))
+        running += buffer.begin(0)
+        ended += 1
+    assert ended == 3 * MOST_FAILED
+    assert len(buffer.close().failed) == ended
 
 
 def test_saved_and_loaded_what_was_running_begins_again() -> None:
@@ -242,7 +253,8 @@ def test_every_task_is_trained_on_once_or_reported(
         assert len(batch.taken) <= groups
         assert batch.taken or batch.failed or batch.stale, "a step has something to train on"
         if max_lag:
-            assert len(batch.taken) == groups or not running
+            gave_up = len(batch.failed) >= MOST_FAILED * groups
+            assert len(batch.taken) == groups or not running or gave_up
         for one in batch.taken.values():
             for turn in one.episodes[0].turns:
                 assert turn.versions[0].version >= step - max_lag
