@@ -7,12 +7,14 @@ counts of each exhaustive check, in the order of their first appearance. A dash 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
 from rich.console import Group as RichGroup
 from rich.console import RenderableType
 from rich.table import Table
@@ -36,6 +38,7 @@ __all__ = [
 ]
 
 MISSING = "–"
+PADDING = 3  # of a column: spaces on both sides, and a place for the line between two
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,12 +225,12 @@ def entry(result: Result, column: Column) -> tuple[str, str]:
 
 
 def rich_table(results: Sequence[Result]) -> RenderableType:
-    """Render a table per cell and check for a terminal, so that 80 columns are enough."""
+    """Render a table per cell and check for a terminal, or several where one would be too wide."""
     shown = columns(results)
     parts: list[RenderableType] = []
     for group in dict.fromkeys((column.group, column.is_check) for column in shown):
         own = [column for column in shown if (column.group, column.is_check) == group]
-        parts.append(_part(results, own))
+        parts += [_part(results, those) for those in _that_fit(results, own)]
     lines = [
         "Below each value: its 95% interval.",
         *task_source_notes(results),
@@ -236,6 +239,21 @@ def rich_table(results: Sequence[Result]) -> RenderableType:
         *usage_notes(results),
     ]
     return RichGroup(*parts, Text("\n".join(lines), style="dim"))
+
+
+def _that_fit(results: Sequence[Result], shown: Sequence[Column]) -> Iterator[list[Column]]:
+    """Divide columns so that none is cut off at the terminal's width."""
+    first = max(cell_len(result.name) for result in results) + PADDING
+    taken, fit = first, list[Column]()
+    for column in shown:
+        texts = [column.name, *(text for one in results for text in entry(one, column))]
+        width = max(map(cell_len, texts)) + PADDING
+        if fit and taken + width > shutil.get_terminal_size().columns:
+            yield fit
+            taken, fit = first, []
+        taken += width
+        fit.append(column)
+    yield fit
 
 
 def _part(results: Sequence[Result], shown: Sequence[Column]) -> Table:

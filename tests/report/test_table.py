@@ -86,6 +86,21 @@ def test_repeated_tasks_are_said() -> None:
     assert "| base | 100 |" in markdown([one])
 
 
+@pytest.mark.parametrize("width", [40, 80, 100, 300])
+def test_nothing_is_cut_off_at_the_terminals_width(
+    width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    statistics = {f"{'x' * k}_score": Share(k, 9, 100.0) for k in range(1, 9)}
+    result = Result("after a while", {"tasks": Cell({}, 9, 0, statistics)})
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(rich_table([result]))
+    shown = console.export_text()
+    assert "…" not in shown
+    assert all(name in shown for name in statistics)
+    assert (shown.count("after a while") == 1) == (width == 300)
+
+
 def test_the_terminal_table_shows_all_rows() -> None:
     console = Console(width=140, record=True, file=io.StringIO())
     console.print(rich_table([BASE, RL]))
