@@ -465,7 +465,7 @@ async def test_evaluations_between_updates(tmp_path: Path, learner_here: dict[st
             run={"dir": str(tmp_path / name), "name": "same", "keep_best": "eval/win"},
             model={"path": str(model)},
             learner={"kind": "reference", "lr": 0.01},
-            eval={"every": 2, "episodes": 4},
+            eval={"every": 2, "episodes": 4, "exhaustive": False},
             sft={
                 "data": str(tmp_path / "d.jsonl"),
                 "steps": 20,
