@@ -11,9 +11,8 @@ Both sides play the same conversation with the same texts. rayrl does more per t
 conversation as ids (tokenizes new messages, decodes the reply) with a logprob each; verifiers
 passes messages as text. After a warm-up the sides alternate and the best of `--repeat` counts,
 because load on the machine only makes runs slower. On a busy machine compare turns per CPU second:
-both sides are one thread that never waits. Both collect garbage as seldom as env workers do: at
-Python's default that is a third of rayrl's time, more the more has been imported, whether the
-rollouts need it or not.
+both sides are one thread that never waits. Both collect garbage as rarely as env workers do: at
+Python's default, collection is a third of rayrl's time, and grows with what has been imported.
 """
 
 from __future__ import annotations

@@ -598,7 +598,7 @@ class EvalConfig:
         {}, "rows of the table: cell name -> env.args of that cell"
     )
     exhaustive: bool = setting(
-        True, "also run the environment's own exhaustive checks, if it is greedy"
+        True, "if greedy, also run the environment's exhaustive checks"
     )
 
 

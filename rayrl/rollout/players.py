@@ -49,9 +49,10 @@ def player_function(environment: Environment, key: str, who: str) -> PlayerFunct
     players = Registry(key, known)
     if who not in known and (start or ":" not in who):
         if not known:
+            models = "model:PATH" if key.startswith("env.seats") else "model"
             raise ConfigError(
-                f"{key}={who}: environment {environment.name!r} has no players of its own; name a "
-                "function as module:function or path/to/file.py:function, or a model"
+                f"{key}={who}: environment {environment.name!r} has no players of its own; choose "
+                f"{models}, endpoint, or a function as module:function or path/to/file.py:function"
             )
         raise players.unknown(who)
     return players.resolve(who)
