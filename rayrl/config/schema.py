@@ -597,9 +597,7 @@ class EvalConfig:
     cells: dict[str, dict[str, Any]] = setting(
         {}, "rows of the table: cell name -> env.args of that cell"
     )
-    exhaustive: bool = setting(
-        True, "if greedy, also run the environment's exhaustive checks"
-    )
+    exhaustive: bool = setting(True, "if greedy, also run the environment's exhaustive checks")
 
 
 @dataclass(frozen=True)
