@@ -23,6 +23,7 @@ import torch
 from shapes import SHAPES, config_of
 from transformers import AutoModelForCausalLM
 
+from rayrl.config import EngineConfig
 from rayrl.engine.embedded.engine import EmbeddedEngine
 from rayrl.types import Request, Sampling
 
@@ -125,11 +126,13 @@ async def compare(args: argparse.Namespace, batch: int, rate: float) -> None:
     longest = max(sum(len(new[i]) + SAMPLED for new in added) for i in range(batch))
     engine = EmbeddedEngine(
         model,
-        max_live=batch,
-        threads=args.threads,
-        max_len=longest + 1,
-        kv_cache_gb=args.kv_cache_gb,
-        dtype=dtype,
+        EngineConfig(
+            max_live=batch,
+            threads=args.threads,
+            max_len=longest + 1,
+            kv_cache_gb=args.kv_cache_gb,
+            dtype=args.dtype,
+        ),
     )
     ours, theirs = [], []
     await play_engine(engine, added, -1)  # captures graphs for all sizes

@@ -19,11 +19,12 @@ def config(stage: int, world_size: int, **algo: object) -> Config:
 
 
 def main(rank: int, port: int, folder: Path) -> None:
+    from rayrl.learner.base import RankInfo
     from rayrl.learner.deepspeed import DeepSpeedLearner
 
     def learner(stage: int, **algo: object) -> DeepSpeedLearner:
         cfg = config(stage, 2, **algo)
-        return DeepSpeedLearner(cfg, folder / "model", rank, 2, "127.0.0.1", port)
+        return DeepSpeedLearner(cfg, folder / "model", info=RankInfo(rank, 2, "127.0.0.1", port))
 
     for stage in range(4):
         one = learner(stage)

@@ -88,15 +88,13 @@ class LearnerRank:
                 config, model, total_steps=total_steps, device=device, loss=function
             )
         else:
+            from rayrl.learner.base import RankInfo
             from rayrl.learner.deepspeed import DeepSpeedLearner
 
             self._learner = DeepSpeedLearner(
                 config,
                 model,
-                rank=self._rank,
-                world_size=world,
-                master_addr=master[0],
-                master_port=master[1],
+                info=RankInfo(self._rank, world, *master),
                 total_steps=total_steps,
                 device=device,
                 loss=function,

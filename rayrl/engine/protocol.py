@@ -44,13 +44,12 @@ class Generator(Protocol):
 
 @runtime_checkable
 class Engine(Generator, Protocol):
-    """What a replica wraps.
+    """What a replica wraps."""
 
-    Attributes:
-        max_len: maximum ids per conversation, prompt and completion together.
-    """
-
-    max_len: int
+    @property
+    def max_len(self) -> int:
+        """Maximum ids per conversation, prompt and completion together."""
+        ...
 
     @property
     def version(self) -> int:
@@ -107,13 +106,12 @@ class Engine(Generator, Protocol):
 
 @runtime_checkable
 class BroadcastEngine(Engine, Protocol):
-    """An engine that can also receive weights by broadcast (`rayrl.weights.broadcast`).
+    """An engine that can also receive weights by broadcast (`rayrl.weights.broadcast`)."""
 
-    Attributes:
-        workers: number of its processes that join a broadcast group.
-    """
-
-    workers: int
+    @property
+    def workers(self) -> int:
+        """Number of its processes that join a broadcast group."""
+        ...
 
     async def join(self, rendezvous: Rendezvous, first_rank: int) -> None:
         """Join a broadcast group as ranks `first_rank` and up, after leaving any earlier group.

@@ -14,7 +14,7 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +56,7 @@ from rayrl.weights.model_dir import learning_rate, model_dir
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Learner"]
+__all__ = ["Learner", "RankInfo"]
 
 BUCKET_BYTES = 64 << 20  # of sharded weights that are gathered at once
 KEPT_FILES = (  # of the start model: everything beside its config and its weights
@@ -71,8 +71,27 @@ KEPT_FILES = (  # of the start model: everything beside its config and its weigh
 )
 
 
+@dataclass(frozen=True, slots=True)
+class RankInfo:
+    """Which of a learner's processes one is.
+
+    Attributes:
+        rank: its number, of `world_size`.
+        master_addr: host of rank 0.
+        master_port: a free port there, the same for all ranks.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    master_addr: str = "127.0.0.1"
+    master_port: int = 29500
+
+
+ALONE = RankInfo()
+
+
 class Learner(ABC):
-    """Trains one model. Rank `rank` of `world_size`; every method is called on every rank.
+    """Trains one model, on one or more ranks; every method is called on every rank.
 
     Constructing one sets this process's torch threads to `learner.threads`.
 
@@ -92,8 +111,7 @@ class Learner(ABC):
         cfg: Config,
         model_path: str | Path,
         *,
-        rank: int = 0,
-        world_size: int = 1,
+        info: RankInfo = ALONE,
         total_steps: int | None = None,
         device: str = "cpu",
         loss: Loss | None = None,
@@ -102,23 +120,28 @@ class Learner(ABC):
         self.model_path = model_dir(str(model_path))
         lr = learning_rate(cfg, self.model_path)
         self.cfg = cfg = replace(cfg, learner=replace(cfg.learner, lr=lr))
-        self.rank, self.world_size = rank, world_size
+        self.info = info
         self.total_steps = cfg.train.steps if total_steps is None else total_steps
         self.device = device
         self.steps = 0
         self.objective = Objective.of(cfg.algo, float(cfg.sampling.max_tokens), loss)
         self._reference: Any = None
-        self.dtype: torch.dtype = getattr(torch, cfg.learner.dtype)
         self.module: Any = self._load()
         self._longest = longest_row(self.module, cfg.engine.max_len)
         if cfg.lora.rank:
             self.module = with_adapters(self.module, cfg.lora, derive_seed(cfg.run.seed, "lora"))
             self.module.eval()
-        if rank == 0:
+        if info.rank == 0:
             self._try_export()
         if cfg.learner.gradient_checkpointing:
             checkpoint_layers(self.module)
         self.model: Any = self.module  # what is called; a subclass may wrap it
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Number format of the weights and of what is computed."""
+        dtype: torch.dtype = getattr(torch, self.cfg.learner.dtype)
+        return dtype
 
     # Implemented by subclasses.
 
@@ -229,11 +252,11 @@ class Learner(ABC):
             adapters: as `named_weights`.
         """
         manifest = self.manifest(adapters=adapters)
-        size = 0 if self.rank else manifest.nbytes
+        size = 0 if self.info.rank else manifest.nbytes
         flat = np.zeros(size, dtype=np.uint8) if out is None else out
         walk = self.named_weights(adapters=adapters)
         for entry, (_, tensor) in zip(manifest.entries, walk, strict=True):
-            if self.rank == 0:
+            if self.info.rank == 0:
                 put(flat, entry, tensor)
         return flat, manifest
 
@@ -242,7 +265,7 @@ class Learner(ABC):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._save_state(folder)
-        if self.rank == 0:
+        if self.info.rank == 0:
             state = {"steps": self.steps, **self._layout()}
             (folder / "learner.json").write_text(json.dumps(state))
         self._reduce(torch.zeros(1), "sum")  # a barrier: no rank returns before all have written
@@ -284,7 +307,7 @@ class Learner(ABC):
             for name, tensor in (self.named_weights(adapters=True) if self.cfg.lora.rank else ())
         }
         wrong = ""
-        if self.rank == 0:
+        if self.info.rank == 0:
             weights = unflatten(flat, manifest)
             self._write(folder, weights)
             if adapter:
@@ -334,7 +357,7 @@ class Learner(ABC):
         """Settings that must not change between saving a state and loading it, by key."""
         learner, lora = self.cfg.learner, self.cfg.lora
         return {
-            "learner.world_size": self.world_size,
+            "learner.world_size": self.info.world_size,
             "learner.kind": learner.kind,
             "learner.dtype": learner.dtype,
             "lora.rank": lora.rank,

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from rayrl.config import Config, LearnerConfig
 from rayrl.errors import ConfigError
-from rayrl.learner.base import Learner
+from rayrl.learner.base import ALONE, Learner, RankInfo
 from rayrl.learner.forward import Tally, scheduled_lr
 from rayrl.learner.lora import adapts_fused_weights
 from rayrl.learner.loss import Loss
@@ -67,36 +67,23 @@ class _GuardedAdamW(torch.optim.AdamW):
 
 
 class DeepSpeedLearner(Learner):
-    """Rank `rank` of `world_size`; all ranks construct it and call every method together.
+    """One rank; all ranks construct it and call every method together.
 
-    Args:
-        master_addr: host of rank 0.
-        master_port: a free port there, the same for all ranks.
-
-    The rest are `Learner`'s. All learners of a process share its process group.
+    Arguments as `Learner`'s. All learners of a process share its process group.
     """
 
     def __init__(
         self,
         cfg: Config,
         model_path: str | Path,
-        rank: int = 0,
-        world_size: int = 1,
-        master_addr: str = "127.0.0.1",
-        master_port: int = 29500,
         *,
+        info: RankInfo = ALONE,
         total_steps: int | None = None,
         device: str = "cpu",
         loss: Loss | None = None,
     ) -> None:
         super().__init__(
-            cfg,
-            model_path,
-            rank=rank,
-            world_size=world_size,
-            total_steps=total_steps,
-            device=device,
-            loss=loss,
+            cfg, model_path, info=info, total_steps=total_steps, device=device, loss=loss
         )
         if cfg.learner.zero_stage not in (0, 1, 2, 3):
             raise ConfigError(f"learner.zero_stage={cfg.learner.zero_stage}: choose 0, 1, 2 or 3")
@@ -107,19 +94,20 @@ class DeepSpeedLearner(Learner):
                 "set learner.zero_stage=2, or name other layers, as lora.targets=[q_proj,v_proj]."
             )
         os.environ.update(
-            RANK=str(rank),
+            RANK=str(info.rank),
             LOCAL_RANK="0",
-            WORLD_SIZE=str(world_size),
+            WORLD_SIZE=str(info.world_size),
             DS_ACCELERATOR="cpu" if device == "cpu" else "cuda",
         )
+        alone = info.world_size == 1
         if not dist.is_initialized():
             dist.init_process_group(
                 "gloo" if device == "cpu" else "nccl",
                 # One rank needs no port, so it cannot meet one that is taken.
-                store=dist.HashStore() if world_size == 1 else None,  # type: ignore[attr-defined]
-                init_method=None if world_size == 1 else f"tcp://{master_addr}:{master_port}",
-                rank=rank,
-                world_size=world_size,
+                store=dist.HashStore() if alone else None,  # type: ignore[attr-defined]
+                init_method=None if alone else f"tcp://{info.master_addr}:{info.master_port}",
+                rank=info.rank,
+                world_size=info.world_size,
                 timeout=TIMEOUT,
             )
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
@@ -173,7 +161,7 @@ class DeepSpeedLearner(Learner):
 
     def _backward(self, loss: Tensor, *, last: bool) -> None:
         self.model.set_gradient_accumulation_boundary(last)
-        self.model.backward(loss * self.world_size)
+        self.model.backward(loss * self.info.world_size)
 
     def _update(self, lr: float, *, finite: bool) -> float:
         for group in self.optimizer.param_groups:
@@ -189,16 +177,16 @@ class DeepSpeedLearner(Learner):
         return math.nan if self.optimizer.skipped or norm is None else float(norm)
 
     def _reduce(self, vector: Tensor, op: str) -> Tensor:
-        if self.world_size > 1:
+        if self.info.world_size > 1:
             vector = vector.to(self.device)
             dist.all_reduce(vector, op=dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX)
         return vector.cpu()
 
     def _gather(self, tally: Tally) -> list[Tally]:
-        if self.world_size == 1:
+        if self.info.world_size == 1:
             return [tally]
         # as objects: a loss may name metrics that another rank has not met
-        tallies: list[Any] = [None] * self.world_size
+        tallies: list[Any] = [None] * self.info.world_size
         dist.all_gather_object(tallies, tally)
         return tallies
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any, TextIO
+from typing import TextIO
 
 from rayrl.terminal import visible
 
 __all__ = ["ProgressBar"]
 
 WIDE = 110  # columns; narrower terminals get no bar and no estimate of the remaining time
+
+Metrics = Mapping[str, float | int | str]
 
 
 class ProgressBar:
@@ -32,28 +34,22 @@ class ProgressBar:
     ) -> None:
         self.title, self.total, self.done = title, total, 0
         self._stream = sys.stderr if stream is None else stream
-        self._every_s = every_s
-        self._began = time.monotonic()
-        self._last_line = float("-inf")
+        self._lines = _Lines(title, total, self._stream, every_s)
+        self._bar: _Bar | None = None
         self._metrics: dict[str, float | int | str] = {}
-        self._written = -1
-        self._columns = sys.maxsize  # available for metrics
-        self._bar: Any = None
-        self._task: Any = None
 
     def __enter__(self) -> ProgressBar:
-        self._began = time.monotonic()
         if self._stream.isatty():
-            self._start_bar()
+            self._bar = _Bar(self.title, self.total, self._stream)
         return self
 
     def __exit__(self, *error: object) -> None:
         if self._bar is not None:
             self._bar.stop()
-        elif self._written != self.done:
-            self._write_line()
+        elif self._lines.written != self.done:
+            self._lines.write(self.done, self._metrics)
 
-    def update(self, done: int, metrics: Mapping[str, float | int | str] | None = None) -> None:
+    def update(self, done: int, metrics: Metrics | None = None) -> None:
         """Show that `done` of `total` are done, and the newest metrics; earlier ones stay shown.
 
         Args:
@@ -62,19 +58,48 @@ class ProgressBar:
         self.done = done
         self._metrics.update(metrics or {})
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, metrics=self._metrics_text())
-            return
-        if time.monotonic() - self._last_line >= self._every_s or done >= self.total:
-            self._write_line()
+            self._bar.update(done, self._metrics)
+        elif self._lines.are_due or done >= self.total:
+            self._lines.write(done, self._metrics)
 
     def note(self, text: str) -> None:
         """Print a permanent line, above the bar if there is one."""
         if self._bar is not None:
-            self._bar.console.print(visible(text), highlight=False, markup=False)
+            self._bar.note(text)
         else:
             print(visible(text), file=self._stream, flush=True)
 
-    def _start_bar(self) -> None:
+
+class _Lines:
+    """Progress in plain lines.
+
+    Attributes:
+        written: what the last line said is done.
+    """
+
+    def __init__(self, title: str, total: int, stream: TextIO, every_s: float) -> None:
+        self._title, self._total, self._stream, self._every_s = title, total, stream, every_s
+        self._began = time.monotonic()
+        self._last = float("-inf")
+        self.written = -1
+
+    @property
+    def are_due(self) -> bool:
+        """Whether the last line is old enough for another one."""
+        return time.monotonic() - self._last >= self._every_s
+
+    def write(self, done: int, metrics: Metrics) -> None:
+        """Print a line."""
+        self._last, self.written = time.monotonic(), done
+        progress = f"{visible(self._title)} {done}/{self._total}  {self._last - self._began:.0f} s"
+        text = _metrics_text(metrics, sys.maxsize)
+        print(f"{progress}  {text}".rstrip(), file=self._stream, flush=True)
+
+
+class _Bar:
+    """Progress in one line of a terminal, which is drawn again and again."""
+
+    def __init__(self, title: str, total: int, stream: TextIO) -> None:
         from rich import progress
         from rich.console import Console
         from rich.table import Column
@@ -83,9 +108,9 @@ class ProgressBar:
             whole = Column(no_wrap=True, overflow="ellipsis")
             return progress.TextColumn(text, markup=False, table_column=whole)
 
-        console = Console(file=self._stream)
+        console = Console(file=stream)
         wide = console.width >= WIDE
-        self._bar = progress.Progress(
+        self._progress = progress.Progress(
             column("{task.description}"),
             *([progress.BarColumn(bar_width=24)] if wide else []),
             progress.MofNCompleteColumn(table_column=Column(no_wrap=True)),
@@ -94,29 +119,37 @@ class ProgressBar:
             column("{task.fields[metrics]}"),
             console=console,
         )
-        title, longest = visible(self.title), max(console.width // 4, 8)
+        title, longest = visible(title), max(console.width // 4, 8)
         if len(title) > longest:
             title = f"{title[: longest - 1]}…"
-        self._task = self._bar.add_task(title, total=self.total, metrics="")
+        self._task = self._progress.add_task(title, total=total, metrics="")
         # title, steps and elapsed time; in wide terminals also the bar and the remaining time
-        taken = len(title) + 2 * len(f"{self.total}") + 12
-        self._columns = console.width - taken - (37 if wide else 0)
-        self._bar.start()
+        taken = len(title) + 2 * len(f"{total}") + 12
+        self._columns = console.width - taken - (37 if wide else 0)  # left for metrics
+        self._progress.start()
 
-    def _metrics_text(self) -> str:
-        """Format as many of the first metrics as fit, none of them cut."""
-        text = ""
-        for name, value in self._metrics.items():
-            if isinstance(value, float):
-                value = f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
-            longer = f"{text}  {visible(name)} {visible(str(value))}".strip()
-            if len(longer) > self._columns:
-                break
-            text = longer
-        return text
+    def update(self, done: int, metrics: Metrics) -> None:
+        """Show what is done."""
+        text = _metrics_text(metrics, self._columns)
+        self._progress.update(self._task, completed=done, metrics=text)
 
-    def _write_line(self) -> None:
-        self._last_line, self._written = time.monotonic(), self.done
-        seconds = self._last_line - self._began
-        progress = f"{visible(self.title)} {self.done}/{self.total}  {seconds:.0f} s"
-        print(f"{progress}  {self._metrics_text()}".rstrip(), file=self._stream, flush=True)
+    def note(self, text: str) -> None:
+        """Print a permanent line above the bar."""
+        self._progress.console.print(visible(text), highlight=False, markup=False)
+
+    def stop(self) -> None:
+        """Leave the line as it is."""
+        self._progress.stop()
+
+
+def _metrics_text(metrics: Metrics, columns: int) -> str:
+    """Format as many of the first metrics as fit, none of them cut."""
+    text = ""
+    for name, value in metrics.items():
+        if isinstance(value, float):
+            value = f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+        longer = f"{text}  {visible(name)} {visible(str(value))}".strip()
+        if len(longer) > columns:
+            break
+        text = longer
+    return text

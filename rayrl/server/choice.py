@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -169,6 +169,25 @@ class Token:
     start: int  # offset of its text in the answer
 
 
+class HeldTokens:
+    """Holds sampled tokens until their text is certain to be part of the answer."""
+
+    def __init__(self) -> None:
+        self._tokens: list[Token] = []
+        self._decoded = self._certain = 0  # characters detokenized, and those past the stop cutter
+
+    def add(self, token: int, logprob: float, alternatives: Alternatives) -> None:
+        """Hold a token whose text comes next."""
+        self._tokens.append(Token(token, logprob, alternatives, self._decoded))
+
+    def release(self, decoded: str, certain: str) -> Iterator[Token]:
+        """Take note of new text, and of what is certain now; yield the tokens that begin there."""
+        self._decoded += len(decoded)
+        self._certain += len(certain)
+        while self._tokens and self._tokens[0].start < self._certain:
+            yield self._tokens.pop(0)
+
+
 @dataclass(slots=True)
 class ChoiceDelta:
     """New content of a choice. `finish` is None until the last: stop, length, tool_calls, abort."""
@@ -222,9 +241,7 @@ class Choice:
         thinking = chat.opens_thought and not prefix
         self._reader = CallReader(thinking=thinking) if calls else None
         self._single_call = single_call
-        self._logprobs = logprobs
-        self._tokens: list[Token] = []  # not sent yet
-        self._decoded = self._certain = 0  # characters detokenized, and those past the stop cutter
+        self._held = HeldTokens() if logprobs else None
         self.ids = self.cached = self._calls = 0
         self.finish: str | None = None
         if self._reader is not None and prefix:
@@ -242,8 +259,8 @@ class Choice:
             self.ids += 1
             if token in self._stop_ids:
                 break
-            if self._logprobs:
-                self._tokens.append(Token(token, logprob, others, self._decoded))
+            if self._held is not None:
+                self._held.add(token, logprob, others)
             self._add(self._detokenizer.push(token), self._cutter.push, delta)
         if part.finish is not None and self.finish is None:
             self._add(self._detokenizer.end(), self._cutter.push, delta)
@@ -253,11 +270,9 @@ class Choice:
         return delta
 
     def _add(self, text: str, cut: Callable[[str], str], delta: ChoiceDelta) -> None:
-        self._decoded += len(text)
         certain = cut(text)
-        self._certain += len(certain)
-        while self._tokens and self._tokens[0].start < self._certain:
-            delta.tokens.append(self._tokens.pop(0))
+        if self._held is not None:
+            delta.tokens += self._held.release(text, certain)
         if self._reader is None:
             delta.text += certain
         elif certain:

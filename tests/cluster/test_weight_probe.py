@@ -26,7 +26,7 @@ from rayrl.cluster.weight_sync.probe import (
 )
 from rayrl.cluster.weight_sync.push import WeightSync
 from rayrl.cluster.weight_sync.weight_store import Published
-from rayrl.config import Config, from_dict, validate
+from rayrl.config import Config, EngineConfig, from_dict, validate
 from rayrl.engine.embedded.engine import EmbeddedEngine
 from rayrl.errors import ConfigError, InfraError, NumericsError, RunFailed, StaleWeights
 from rayrl.learner.batch import Trajectory
@@ -54,7 +54,7 @@ def config(model: Path, engine: str = "embedded", **cluster: Any) -> Config:
 
 def open_engine(path: Path, version: int = 0, max_len: int = 64) -> EmbeddedEngine:
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    return EmbeddedEngine(model, max_len=max_len, version=version)
+    return EmbeddedEngine(model, EngineConfig(max_len=max_len), version=version)
 
 
 class Here:

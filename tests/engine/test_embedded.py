@@ -56,8 +56,21 @@ def llama(shape: str = "mha", seed: int = 0, **options: Any) -> LlamaForCausalLM
 
 
 @asynccontextmanager
-async def engine_of(model: Any = None, **options: Any) -> AsyncIterator[EmbeddedEngine]:
-    engine = EmbeddedEngine(llama() if model is None else model, **options)
+async def engine_of(
+    model: Any = None,
+    *,
+    version: int = 0,
+    tokenizer: Any = None,
+    raw_logprobs: bool = False,
+    **settings: Any,
+) -> AsyncIterator[EmbeddedEngine]:
+    engine = EmbeddedEngine(
+        llama() if model is None else model,
+        EngineConfig(**settings),
+        version=version,
+        tokenizer=tokenizer,
+        raw_logprobs=raw_logprobs,
+    )
     try:
         yield engine
     finally:
@@ -487,7 +500,7 @@ async def test_a_cancelled_request_frees_its_slot() -> None:
 
 
 async def test_closing_fails_requests_in_flight_and_closing_twice_is_allowed() -> None:
-    engine = EmbeddedEngine(llama())
+    engine = EmbeddedEngine(llama(), EngineConfig())
     task = asyncio.create_task(engine.generate(request("a", (9, 9), max_tokens=500)))
     await asyncio.sleep(0.01)
     await engine.close()
@@ -600,13 +613,13 @@ def test_unsupported_models_are_refused() -> None:
         )
     )
     with pytest.raises(ConfigError, match="sliding_window"):
-        EmbeddedEngine(sliding)
+        EmbeddedEngine(sliding, EngineConfig())
     with pytest.raises(ConfigError, match="float32"):
-        EmbeddedEngine(llama().to(torch.bfloat16))
+        EmbeddedEngine(llama().to(torch.bfloat16), EngineConfig())
     with pytest.raises(ConfigError, match="512 positions"):
-        EmbeddedEngine(llama(), max_len=513)
+        EmbeddedEngine(llama(), EngineConfig(max_len=513))
     with pytest.raises(ConfigError, match="kv_cache_gb"):
-        EmbeddedEngine(llama(), kv_cache_gb=1e-6)
+        EmbeddedEngine(llama(), EngineConfig(kv_cache_gb=1e-6))
 
 
 def sampling_batch(count: int, **options: Any) -> SamplingBatch:
@@ -706,7 +719,7 @@ async def test_the_attention_for_gpus_gives_a_plain_forwards_logprobs(shape: str
 async def test_bf16_weights_are_confirmed_though_fp32_was_pushed() -> None:
     new = llama(seed=1)
     flat, manifest = flatten(new.state_dict())
-    async with engine_of(llama(), dtype=torch.bfloat16) as engine:
+    async with engine_of(llama(), dtype="bfloat16") as engine:
         assert await engine.load_weights(1, flat, manifest) == checksum(flat)
         answer = await engine.generate(request("s", (7, 8, 9), max_tokens=20))
     expected = reference_logprobs(new, (7, 8, 9), answer.ids, 1.0)

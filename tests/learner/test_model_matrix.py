@@ -310,7 +310,7 @@ def test_the_learner_has_the_embedded_engines_logprobs(
     case = CASES[name]
     folder = saved(case)
     model = AutoModelForCausalLM.from_pretrained(folder)
-    rows = asyncio.run(_played(EmbeddedEngine(model, max_len=case.max_len)))
+    rows = asyncio.run(_played(EmbeddedEngine(model, EngineConfig(max_len=case.max_len))))
     config = Config(engine=EngineConfig(max_len=case.max_len))
     for row, logprobs in zip(rows, ReferenceLearner(config, folder).logprobs(rows), strict=True):
         assert np.abs(logprobs - row.rollout_logprobs).max() < TOLERANCE
@@ -356,7 +356,7 @@ def test_what_the_embedded_engine_cannot_run_is_refused(
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(saved(CASES[name]))
     with pytest.raises(ConfigError, match=r"^model\.path: "):
-        EmbeddedEngine(model, max_len=CASES[name].max_len)
+        EmbeddedEngine(model, EngineConfig(max_len=CASES[name].max_len))
 
 
 def test_the_embedded_engine_runs_longrope_short_of_its_limit_only(
@@ -365,7 +365,7 @@ def test_the_embedded_engine_runs_longrope_short_of_its_limit_only(
     model = AutoModelForCausalLM.from_pretrained(saved(REFUSED["longrope"][0]))
     for max_len in (0, LIMIT + 1):
         with pytest.raises(ConfigError, match=rf"engine\.max_len <= {LIMIT}\b"):
-            EmbeddedEngine(model, max_len=max_len)
+            EmbeddedEngine(model, EngineConfig(max_len=max_len))
 
 
 def test_learned_positions_end_where_the_table_does(saved: Callable[[Case], Path]) -> None:

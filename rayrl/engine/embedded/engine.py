@@ -71,15 +71,13 @@ class EmbeddedEngine:
     The engine owns `model` and changes its weights in place. Implements `engine.protocol.Engine`.
 
     Args:
-        max_live: conversations decoded at once.
-        max_len: maximum ids per conversation; 0: as many as the model has positions.
-        kv_cache_gb: memory for keys and values; limits how many conversations stay cached.
-        threads: torch threads of the step thread. The number affects the last bits of results; with
-            more than one and a wide model (SmolLM2), on some CPUs the requests in flight do too.
+        config: `max_live`, `max_len`, `kv_cache_gb` (which limits how many conversations stay
+            cached), `dtype` to compute in (on the CPU, float32 alone) and `threads` of the step's
+            thread. Their number affects the last bits of results; with more than one and a wide
+            model (SmolLM2), on some CPUs the requests in flight do too.
         version: version of the weights in `model`.
         tokenizer: needed only for requests with stop strings.
         raw_logprobs: see `open_engine`.
-        dtype: number format to compute in; on the CPU, float32 alone.
 
     Raises:
         ConfigError: a value is out of range, or the engine cannot run this architecture.
@@ -88,42 +86,37 @@ class EmbeddedEngine:
     def __init__(
         self,
         model: Any,
+        config: EngineConfig,
         *,
-        max_live: int = 256,
-        max_len: int = 0,
-        kv_cache_gb: float = 1.0,
-        threads: int = 1,
         version: int = 0,
         tokenizer: Any = None,
         raw_logprobs: bool = False,
-        dtype: torch.dtype = torch.float32,
     ) -> None:
-        if max_live < 1 or threads < 1:
+        dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+        self._model = FlatModel(model, config.max_len, dtype)
+        if config.max_len > self._model.max_len:
             raise ConfigError(
-                f"engine.max_live={max_live}, engine.threads={threads}: both must be at least 1"
-            )
-        self._model = FlatModel(model, max_len, dtype)
-        if not 0 <= max_len <= self._model.max_len:
-            raise ConfigError(
-                f"engine.max_len={max_len}: the model has {self._model.max_len} positions; "
+                f"engine.max_len={config.max_len}: the model has {self._model.max_len} positions; "
                 "use that or less, or 0 for all of them"
             )
-        self.max_len = max_len or self._model.max_len
-        self.max_live = max_live
+        self.max_len = config.max_len or self._model.max_len
+        self.max_live = config.max_live
         slot_bytes = self._model.geometry.slot_bytes(self.max_len, dtype.itemsize)
-        slots = slots_for(slot_bytes, self.max_len, kv_cache_gb, max_live)
+        slots = slots_for(slot_bytes, self.max_len, config.kv_cache_gb, config.max_live)
         self._has_tokenizer, self._raw_logprobs = tokenizer is not None, raw_logprobs
         self._batch = ContinuousBatch(
             self._model,
             self._model.slab(slots, self.max_len),
-            DecodeState(min(max_live, slots), self.max_len),  # each may come to need its own slot
+            DecodeState(
+                min(self.max_live, slots), self.max_len
+            ),  # each may come to need its own slot
             version=version,
             tokenizer=tokenizer,
             raw_logprobs=raw_logprobs,
         )
         self._inbox = Inbox()
         self._thread = threading.Thread(
-            target=self._run, args=(threads,), name="rayrl-engine", daemon=True
+            target=self._run, args=(config.threads,), name="rayrl-engine", daemon=True
         )
         self._thread.start()
 
@@ -149,17 +142,7 @@ class EmbeddedEngine:
             raise ConfigError(
                 f"model.path={path}: cannot load a tokenizer: {explain_load_error(error)}"
             ) from error
-        return cls(
-            model,
-            max_live=config.max_live,
-            max_len=config.max_len,
-            kv_cache_gb=config.kv_cache_gb,
-            threads=config.threads,
-            version=version,
-            tokenizer=tokenizer,
-            raw_logprobs=raw_logprobs,
-            dtype=torch.bfloat16 if config.dtype == "bfloat16" else torch.float32,
-        )
+        return cls(model, config, version=version, tokenizer=tokenizer, raw_logprobs=raw_logprobs)
 
     @property
     def version(self) -> int:

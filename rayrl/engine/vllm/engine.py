@@ -77,9 +77,6 @@ class VllmEngine:
         sleeps: whether `sleep` must free GPU memory.
         lora: adapters to be pushed over the weights in `path`; None: pushes carry whole weights.
 
-    Attributes:
-        workers: number of vLLM's worker processes.
-
     Raises:
         ConfigError: vLLM is not installed, cannot run this model (the error quotes it), or the
             weights do not match their architecture.
@@ -151,8 +148,18 @@ class VllmEngine:
                 f"model.path={path}: vLLM cannot run it: {explain_load_error(error)}"
             ) from error
         self._adapters = None if lora is None else Adapters(self._llm, lora)
-        self.max_len: int = self._llm.model_config.max_model_len
-        self.workers = self._llm.vllm_config.parallel_config.world_size
+
+    @property
+    def max_len(self) -> int:
+        """Maximum ids per conversation."""
+        longest: int = self._llm.model_config.max_model_len
+        return longest
+
+    @property
+    def workers(self) -> int:
+        """Number of vLLM's worker processes."""
+        count: int = self._llm.vllm_config.parallel_config.world_size
+        return count
 
     async def generate(self, request: Request) -> Completion:
         """Answer one request; see `engine.protocol.Engine`.

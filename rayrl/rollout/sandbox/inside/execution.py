@@ -13,12 +13,37 @@ from collections.abc import Mapping, Sequence
 from . import kernel
 from .processes import Processes
 
-__all__ = ["Bounds", "Outcome", "execute"]
+__all__ = ["Bounds", "Command", "Outcome", "execute"]
 
 _SHORTEST_S, _LONGEST_S = 0.01, 0.05  # between two looks at what the processes use
 _OPEN_FILES = 256  # per process
 _STACK = 64 << 20
 _CHUNK = 1 << 16
+
+
+class Command:
+    """A program to run once.
+
+    Args:
+        arguments: the program, and what it is given.
+        stdin: what it reads.
+        variables: all of its environment.
+        folder: where it runs.
+        timeout_s: limit of its wall time.
+        most: bytes of each of stdout and stderr.
+    """
+
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        stdin: bytes,
+        variables: Mapping[str, str],
+        folder: str,
+        timeout_s: float,
+        most: int,
+    ) -> None:
+        self.arguments, self.stdin, self.variables = arguments, stdin, variables
+        self.folder, self.timeout_s, self.most = folder, timeout_s, most
 
 
 class Bounds:
@@ -48,27 +73,10 @@ class Outcome:
         self.stdout, self.stderr = stdout, stderr
 
 
-def execute(
-    command: Sequence[str],
-    *,
-    stdin: bytes,
-    variables: Mapping[str, str],
-    folder: str,
-    timeout_s: float,
-    most: int,
-    bounds: Bounds,
-    processes: Processes,
-    parent: int,
-) -> Outcome:
+def execute(command: Command, bounds: Bounds, processes: Processes, parent: int) -> Outcome:
     """Run a program, then kill whatever it left.
 
     Args:
-        command: program and arguments.
-        stdin: what it reads.
-        variables: all of its environment.
-        folder: where it runs.
-        timeout_s: limit of its wall time.
-        most: bytes of each of stdout and stderr.
         bounds: further limits.
         processes: those of this sandbox.
         parent: file descriptor that becomes readable when nobody waits for the outcome.
@@ -77,10 +85,10 @@ def execute(
     started = time.monotonic()
     pid = os.fork()
     if not pid:
-        _become(command, [ends[0][0], ends[1][1], ends[2][1]], variables, folder, bounds)
+        _become(command, [ends[0][0], ends[1][1], ends[2][1]], bounds)
     for end in (ends[0][0], ends[1][1], ends[2][1]):
         os.close(end)
-    into = ends[0][1]
+    into, stdin = ends[0][1], command.stdin
     outputs = {ends[1][0]: bytearray(), ends[2][0]: bytearray()}
     for end in (into, *outputs):
         os.set_blocking(end, False)
@@ -100,9 +108,9 @@ def execute(
         now = time.monotonic()
         if code is not None:
             ended = "exit"
-        elif any(len(kept) > most for kept in outputs.values()):
+        elif any(len(kept) > command.most for kept in outputs.values()):
             ended = "output"
-        elif now >= started + timeout_s:
+        elif now >= started + command.timeout_s:
             ended = "timeout"
         elif now >= look_at:
             ended = processes.excess(bounds.processes, bounds.memory)
@@ -110,7 +118,7 @@ def execute(
             look_at = now + pause
         if ended:
             break
-        wait_s = min(look_at, started + timeout_s) - now
+        wait_s = min(look_at, started + command.timeout_s) - now
         for end, _ in poller.poll(max(1, 1000 * wait_s)):
             if end == parent:
                 raise EOFError("nobody waits for this program")
@@ -126,13 +134,13 @@ def execute(
     processes.kill()
     signal.set_wakeup_fd(-1)
     for end in open_ends & outputs.keys():
-        while len(outputs[end]) <= most and _fetch(end, outputs[end]) > 0:
+        while len(outputs[end]) <= command.most and _fetch(end, outputs[end]) > 0:
             pass
     for end in (woken, wake, *open_ends):
         os.close(end)
-    if any(len(kept) > most for kept in outputs.values()):
+    if any(len(kept) > command.most for kept in outputs.values()):
         ended = "output"
-    out, err = (bytes(kept[:most]) for kept in outputs.values())
+    out, err = (bytes(kept[: command.most]) for kept in outputs.values())
     return Outcome(ended, code if ended == "exit" else None, out, err, seconds)
 
 
@@ -169,15 +177,9 @@ def _fetch(end: int, kept: bytearray) -> int:
     return len(data)
 
 
-def _become(
-    command: Sequence[str],
-    streams: Sequence[int],
-    variables: Mapping[str, str],
-    folder: str,
-    bounds: Bounds,
-) -> None:
+def _become(command: Command, streams: Sequence[int], bounds: Bounds) -> None:
     """Replace this new process by the program. Does not return."""
-    status, failing = 126, command[0]
+    status, failing = 126, command.arguments[0]
     try:
         os.setsid()
         for place, stream in enumerate(streams):
@@ -204,15 +206,15 @@ def _become(
             os.setgroups([])
             os.setresgid(bounds.user, bounds.user, bounds.user)
             os.setresuid(bounds.user, bounds.user, bounds.user)
-        failing = folder
-        os.chdir(folder)
-        failing = command[0]
+        failing = command.folder
+        os.chdir(command.folder)
+        failing = command.arguments[0]
         os.umask(0o022)
         kernel.die_with_parent(signal.SIGKILL)
         kernel.forbid_new_privileges()
         if bounds.syscalls:
             kernel.install_filter(bounds.syscalls)
-        os.execvpe(command[0], list(command), variables)
+        os.execvpe(command.arguments[0], list(command.arguments), command.variables)
     except BaseException as error:
         status = 127 if isinstance(error, FileNotFoundError | NotADirectoryError) else 126
         what = error.strerror if isinstance(error, OSError) else repr(error)

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 
 from . import kernel
-from .execution import Bounds, execute
+from .execution import Bounds, Command, execute
 from .namespaces import USER, build_view, distinct_user, enter_namespaces
 from .processes import Processes, threads_of_this_user
 from .seccomp import filter_for
@@ -172,17 +172,15 @@ def _answer(
     request: Mapping[str, Any], work: str, bounds: Bounds, processes: Processes, parent: int
 ) -> dict[str, Any]:
     if request["do"] == "run":
-        outcome = execute(
+        command = Command(
             request["command"],
-            stdin=binascii.a2b_base64(request["stdin"]),
-            variables=request["variables"],
-            folder=os.path.join(work, request["folder"]),
-            timeout_s=request["timeout_s"],
-            most=request["most"],
-            bounds=bounds,
-            processes=processes,
-            parent=parent,
+            binascii.a2b_base64(request["stdin"]),
+            request["variables"],
+            os.path.join(work, request["folder"]),
+            request["timeout_s"],
+            request["most"],
         )
+        outcome = execute(command, bounds, processes, parent)
         out, err = (
             binascii.b2a_base64(data, newline=False).decode()
             for data in (outcome.stdout, outcome.stderr)
