@@ -151,7 +151,8 @@ def _details(episode: Episode, failure: Failure) -> str:
         for part in (
             f"episode {episode.id}: {failure.message}",
             f"task: {safe_repr(episode.task)}",
-            failure.traceback.rstrip(),
+            # which says nothing of a server or a machine that failed
+            failure.traceback.rstrip() if failure.kind == "env" else "",
         )
         if part
     )

@@ -143,7 +143,7 @@ def _about_tasks(config: Config, environments: Mapping[str, Environment]) -> str
 
 def _about_own_tasks(config: Config, environment: Environment) -> str:
     if environment.eval_source is not None:
-        return "the environment's eval_tasks"
+        return "the environment's own evaluation tasks"
     if not isinstance(environment.source, Sequence):
         return ""
     source = make_environment(config).source

@@ -158,10 +158,14 @@ class Environment:
     ) -> Environment:
         """Create an environment with other keywords for the task source and other reward weights.
 
+        Args:
+            args: value by keyword; with `keyword.key`, of a keyword that is a mapping, that alone
+                of it is changed.
+
         Raises:
             ConfigError: an unknown name (with the nearest known one) or a value of the wrong type.
         """
-        args, rewards = dict(args or {}), dict(rewards or {})
+        args, rewards = self._whole(args or {}), dict(rewards or {})
         new = self._copy()
         hints = self._hints()
         for key, value in args.items():
@@ -193,6 +197,19 @@ class Environment:
         old_args, old_rewards = self._configured
         new._configured = ({**old_args, **args}, {**old_rewards, **rewards})
         return new
+
+    def _whole(self, args: Mapping[str, Any]) -> dict[str, Any]:
+        """`args` with whole mappings for those of which a key was given."""
+        known, whole = self.args | self._eval_only(), dict[str, Any]()
+        for key, value in args.items():
+            name, *path = [key] if key in known else key.split(".")
+            if name not in known:
+                name, path = key, []
+            for at in reversed(range(len(path))):
+                old = functools.reduce(_inner, path[:at], whole.get(name, known[name]))
+                value = {**(old if isinstance(old, Mapping) else {}), path[at]: value}
+            whole[name] = value
+        return whole
 
     def _hints(self) -> dict[str, Any]:
         """Type hints of the settings in `args`."""
@@ -464,6 +481,11 @@ class Environment:
             return function
 
         return register
+
+
+def _inner(value: object, key: str) -> object:
+    """What a mapping has under a key; None where there is none."""
+    return value.get(key) if isinstance(value, Mapping) else None
 
 
 def stratified(seed: int, index: int, k: int, n: int) -> float:

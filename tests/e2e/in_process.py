@@ -98,7 +98,7 @@ async def test_a_run_from_a_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyP
         settings={"sampling.max_tokens": 8},
     )
     assert {episode.task for episode in found.episodes()} == {*eval_tasks}
-    assert "Tasks: the environment's eval_tasks." in str(found)
+    assert "Tasks: the environment's own evaluation tasks." in str(found)
     assert 0 <= found.statistics["n"].value <= 1  # type: ignore[union-attr]
     checked = {key: run.metrics[1][f"eval/all_letters/{key}"] for key in ("length", "again")}
     assert found.result.checks == {"all letters": checked}, "as in training: the same weights"

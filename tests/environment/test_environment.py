@@ -90,6 +90,39 @@ def test_configure_returns_a_new_environment() -> None:
 
 
 @pytest.mark.parametrize(
+    ("args", "made"),
+    [
+        ({"make.size": 3}, {"size": 3}),
+        ({"make.map.wide": 3, "make.map.deep": 4}, {"size": 1, "map": {"wide": 3, "deep": 4}}),
+        ({"make": {"a": 1}, "make.b": 2}, {"a": 1, "b": 2}),
+        ({"make.b": 2, "make": {"a": 1}}, {"a": 1}),
+        ({"more.a": 1}, {"size": 1}),
+    ],
+)
+def test_a_key_of_a_mapping_is_set_by_itself(args: Any, made: Any) -> None:
+    def source(
+        seed: int,
+        u: float,
+        make: dict[str, Any] = {"size": 1},  # noqa: B006
+        more: dict[str, Any] | None = None,
+        tries: int = 1,
+    ) -> Task:
+        return Task(seed=seed)
+
+    @rayrl.env(tasks=source, rewards={"win": 1.0})
+    async def made_of(task: Task, agent: Agent) -> Scores:
+        return {"win": 0.0}
+
+    new = made_of.configure(args)
+    assert new.args == {"make": made, "more": {"a": 1} if "more.a" in args else None, "tries": 1}
+    assert made_of.configure(new.spec.args).args == new.args
+    with pytest.raises(ConfigError, match=r"env\.args\.tries.*expected int, got \{'a': 1\}"):
+        made_of.configure({"tries.a": 1})
+    with pytest.raises(ConfigError, match=r"env\.args\.mkae\.a: .*no such setting.*'make'"):
+        made_of.configure({"mkae.a": 1})
+
+
+@pytest.mark.parametrize(
     ("args", "rewards", "said"),
     [
         ({"hrad": 1}, {}, "env.args.hrad.*Did you mean 'hard'"),
