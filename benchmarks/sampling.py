@@ -65,8 +65,8 @@ def compare(arguments: argparse.Namespace, seed: int, settings: Sequence[str]) -
     metric, score = arguments.metric, arguments.score
     evaluated = [
         f"run.name=phases-{seed}",  # fixes the random numbers, so all variants have the same
-        f"eval.every={arguments.every}",
-        *(f"recipe.rl2.eval.{one}" for one in (f"every={arguments.every}", "episodes=400")),
+        *(f"recipe.{phase}.eval.every={arguments.every}" for phase in arguments.phases),
+        *(f"recipe.{phase}.eval.episodes=400" for phase in arguments.phases),
     ]
     found = {}
     for variant in arguments.variants:
