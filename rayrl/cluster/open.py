@@ -23,12 +23,13 @@ from rayrl.cluster.weight_sync.push import WeightSync, open_store
 from rayrl.cluster.weight_sync.transports import open_transport
 from rayrl.cluster.workers.env_worker import POLICY, PlayedEnv, WorkerJob
 from rayrl.config import Config
-from rayrl.config.mix import components, named_keys
+from rayrl.config.mix import components, eval_cells, named_keys
 from rayrl.config.registry import is_object
 from rayrl.config.sync import transport_of
 from rayrl.engine import open_engine
 from rayrl.environment.environment import Environment
 from rayrl.environment.registry import load_env
+from rayrl.environment.row_env import SettingsEnvironment
 from rayrl.errors import ConfigError, did_you_mean
 from rayrl.rollout.endpoint import check_reachable
 from rayrl.types import Sampling
@@ -215,7 +216,12 @@ def _played(
         s = own.sampling
         at = s.temperature if temperature is None else temperature
         sampling = Sampling(at, s.top_p, s.top_k, s.max_tokens, tuple(s.stop))
-        played[name] = PlayedEnv(environment.spec, players, sampling, passed)
+        keys: dict[str, dict[str, Any]] = {name: {}}
+        if isinstance(environment, SettingsEnvironment) and own.eval.cells:
+            keys |= eval_cells(own, name)
+        for key, args in keys.items():
+            spec = environment.configure(args).spec
+            played[key] = PlayedEnv(spec, players, sampling, passed)
     return played
 
 

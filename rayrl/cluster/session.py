@@ -127,19 +127,51 @@ def open_session(
         ConfigError: Serve cannot listen on `http`, or the code is too large to send.
     """
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    global _connection
     with ExitStack() as stack:
         local = False
-        if not ray.is_initialized():
-            if address := cluster_address(cluster.address):
-                _join(address, envs)
-            else:
-                stack.enter_context(_start(cluster, imports))
-                local = True
-            stack.callback(_disconnect)
-            stack.enter_context(watch_cluster(directory))
+        with _connecting:
+            if not ray.is_initialized():
+                with ExitStack() as opened:
+                    if address := cluster_address(cluster.address):
+                        _join(address, envs)
+                    else:
+                        opened.enter_context(_start(cluster, imports))
+                        local = True
+                    opened.callback(_disconnect)
+                    opened.enter_context(watch_cluster(directory))
+                    _connection = _Connection(opened.pop_all())
+            if _connection is not None:
+                stack.enter_context(_connection)
         if _start_serve(http) and not local:
             stack.callback(_stop_serve_if_unused)
         yield Session(run_name(directory), local)
+
+
+class _Connection:
+    """This process's connection to Ray; the last of the sessions that use it ends it.
+
+    Args:
+        opened: what is to end with it.
+    """
+
+    def __init__(self, opened: ExitStack) -> None:
+        self._opened, self._sessions = opened, 0
+
+    def __enter__(self) -> None:
+        self._sessions += 1
+
+    def __exit__(self, *error: object) -> None:
+        global _connection
+        with _connecting:
+            self._sessions -= 1
+            if not self._sessions:
+                _connection = None if _connection is self else _connection
+                self._opened.close()
+
+
+_connecting = threading.Lock()
+_connection: _Connection | None = None  # None: whoever runs this program has connected it
 
 
 def _disconnect() -> None:

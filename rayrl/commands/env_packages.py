@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import keyword
 import re
 import sys
 import textwrap
@@ -225,6 +226,8 @@ def new_environment(name: str, folder: str = "") -> str:
         raise ConfigError(
             f"env new {name}: write a name of small letters, digits and hyphens, as word-chain"
         )
+    if keyword.iskeyword(module):
+        raise ConfigError(f"env new {name}: {module} is a word of Python; choose another name")
     if taken := [one for one in entry_points(group=ENV_GROUP) if one.name == name]:
         raise ConfigError(f"env new {name}: {taken[0].value} is installed under that name already")
     if module in sys.stdlib_module_names or find_spec(module) is not None:

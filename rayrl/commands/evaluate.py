@@ -18,7 +18,7 @@ from rayrl.cluster.open import make_environment, open_rollouts
 from rayrl.cluster.parts import greedy_player
 from rayrl.cluster.rollouts import CollectedGroups
 from rayrl.config import Config, validate
-from rayrl.config.mix import components, env_label
+from rayrl.config.mix import components, env_label, eval_cells
 from rayrl.environment.environment import Environment
 from rayrl.environment.tasks import task_key
 from rayrl.report.console import new_console
@@ -30,7 +30,6 @@ from rayrl.run.journal import Journal, JournaledRollouts
 from rayrl.run.progress_bar import ProgressBar
 from rayrl.run.stage import (
     already_finished,
-    eval_cells,
     evaluation_plans,
     log_template_notes,
     row_name,
@@ -103,6 +102,7 @@ async def play_cells(config: Config, folder: RunDir | None = None) -> Result:
         seats[component] = seats_of(environment, own, config.eval.player)
         for cell, args in eval_cells(own, component).items():
             configured[cell], cell_args[cell] = environment.configure(args), args
+            seats[cell] = seats[component]
             file = folder.episodes_file(len(journals)) if folder else None
             plans = evaluation_plans(configured[cell], own, cell, component)
             journals[cell] = Journal(file, plans, seats)

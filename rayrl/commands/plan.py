@@ -17,11 +17,11 @@ from rayrl.config import (
     stage_config,
     validate,
 )
-from rayrl.config.mix import components
+from rayrl.config.mix import components, eval_cells
 from rayrl.config.sync import transport_of
 from rayrl.errors import ConfigError, RunFailed
 from rayrl.run.sampling.mixture import component_shares
-from rayrl.run.stage import eval_cells, template_notes
+from rayrl.run.stage import template_notes
 from rayrl.run.start_check import (
     LEARNING,
     Machine,

@@ -71,10 +71,16 @@ def run(config: Config) -> None:
     """Replay what `config.replay` names, print how it differs, and write it with today's scores.
 
     Raises:
+        ConfigError: `replay.out` is among what is replayed.
         EnvError: an episode diverged or failed, or has other scores and nobody wanted them.
     """
     validate(config)
     settings = config.replay
+    read, out = Path(settings.file).resolve(), Path(settings.out)
+    if settings.out and (out.resolve() == read or read in out.resolve().parents):
+        raise ConfigError(
+            f"replay.out={settings.out}: what is replayed would be lost; name another file"
+        )
     envs = {name: make_environment(own, name) for name, own in components(config).items()}
     stored = stored_episodes(settings.file, envs)
     wanted = _wanted(stored, settings.episode, settings.file)
@@ -90,7 +96,6 @@ def run(config: Config) -> None:
     _show(found, settings.show, console)
     if settings.out:
         written = [one.episode for one in found if one.episode is not None]
-        out = Path(settings.out)
         out.parent.mkdir(parents=True, exist_ok=True)
         lines = [json.dumps(episode_to_json(e), ensure_ascii=False) + "\n" for e in written]
         write_atomic(out, "".join(lines).encode())

@@ -290,9 +290,13 @@ def has_chats(data: str) -> bool:
     if not data.endswith(".jsonl"):
         return True
     try:
-        return "messages" in next(read_data(data)).columns
+        first = next(read_data(data))
     except (StopIteration, DataError):  # reading it as episodes says what is wrong
         return False
+    if "messages" not in first.columns and not {"id", "turns"} & first.columns.keys():
+        missing = missing_column(first.place, "messages", first.columns)
+        raise DataError(f"{missing} sft.data has chats in it, or episodes, as synth writes them.")
+    return "messages" in first.columns
 
 
 def _chat_rows(data: str, chat: Chat, on_all: bool) -> Iterator[Trajectory]:

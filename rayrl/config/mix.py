@@ -13,7 +13,15 @@ from rayrl.config.schema import Config, EnvConfig
 from rayrl.config.setting import setting
 from rayrl.errors import ConfigError, did_you_mean
 
-__all__ = ["Component", "check_mix", "component_of", "components", "env_label", "named_keys"]
+__all__ = [
+    "Component",
+    "check_mix",
+    "component_of",
+    "components",
+    "env_label",
+    "eval_cells",
+    "named_keys",
+]
 
 RESERVED = ("replayed", "replay_mismatches")  # turns/NAME is another metric
 
@@ -179,3 +187,15 @@ def _check_component(config: Config, name: str, given: Mapping[str, Any]) -> Non
     with named_keys(name):  # for the types; the ranges follow
         bare = replace(config, env=replace(config.env, mix={}))
         with_settings(bare, {_KEYS[key]: value for key, value in rest.items()})
+
+
+def eval_cells(config: Config, component: str = "") -> dict[str, dict[str, Any]]:
+    """What an evaluation plays: arguments of the environment by the cell's name.
+
+    Args:
+        component: of a mixture, whose cells are called after it: `sums`, or `sums/easy`.
+    """
+    if not component:
+        return dict(config.eval.cells) or {"tasks": {}}
+    cells = {f"{component}/{cell}": args for cell, args in config.eval.cells.items()}
+    return cells or {component: {}}

@@ -15,6 +15,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
@@ -50,7 +51,9 @@ NOT_PLACES = ("player", "model")  # what else stands before a colon, in `env.sea
 PLAYER_GROUP = "rayrl.player_schemes"
 """Entry points of other libraries' players, `SCHEME:ID`: functions `(id, environment) -> player`.
 """
-_bound: dict[tuple[str, str], Any] = {}  # by setting and name
+_bound: dict[tuple[str, str], Any] = {}  # by setting and name: what was bound last in this program
+# the same of one call of the API, of which several may run at once
+_own: ContextVar[Mapping[tuple[str, str], Any]] = ContextVar("rayrl_bound", default={})  # noqa: B039
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -141,13 +144,14 @@ def bind(key: str, value: object, name: str = "") -> str:
     """Let setting `key` name an object of this program; returns the reference, `object:NAME`.
 
     An object that is bound to the same name later, as by a notebook cell that is run again,
-    replaces it.
+    replaces it; not for calls that run in other tasks or threads meanwhile.
     """
     called: Any = value
     while isinstance(called, functools.partial):
         called = called.func
     name = re.sub(r"\W+", "_", name or getattr(called, "__name__", type(called).__name__))
     _bound[key, name] = value
+    _own.set({**_own.get(), (key, name): value})
     return f"{OBJECT}:{name}"
 
 
@@ -163,7 +167,7 @@ def bound(key: str, reference: str) -> Any:
             f"{key}={reference!r} is an object that a Python program has passed; only a program "
             "that passes it again, as rayrl.train does, can use it."
         )
-    return _bound[key, name]
+    return _own.get().get((key, name), _bound[key, name])
 
 
 def load_function(key: str, reference: str) -> Any:

@@ -26,10 +26,10 @@ def _message(value: Any, where: str) -> Message:
     roles = get_args(Role)
     if not isinstance(value, dict) or value.get("role") not in roles:
         raise DataError(f"{where} must have a role ({', '.join(roles)}), got {short(value)}")
-    calls = tuple(
-        _call(call, f"{where}: tool call {k}")
-        for k, call in enumerate(value.get("tool_calls") or (), 1)
-    )
+    given = value.get("tool_calls") or []
+    if not isinstance(given, list):
+        raise DataError(f"{where}: its tool_calls must be a list, got {short(given)}")
+    calls = tuple(_call(call, f"{where}: tool call {k}") for k, call in enumerate(given, 1))
     content = value.get("content")
     if content is None and calls:
         content = ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -105,7 +106,16 @@ def parse_object(text: str, place: str) -> dict[str, Any]:
         ) from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, deep nesting
         raise DataError(f"{place}: not valid JSON: {error}") from None
-    return _object(data, place)
+    return _object(_without_nan(data), place)
+
+
+def _without_nan(value: Any) -> Any:
+    """Plain data with null for NaN, as which pandas writes what is missing."""
+    if isinstance(value, dict):
+        return {key: _without_nan(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [*map(_without_nan, value)]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _object(data: Any, place: str) -> dict[str, Any]:
@@ -135,10 +145,11 @@ def _json(source: Path, place: str) -> Iterator[DataRow]:
         raise DataError(f"{place}: expected a list of objects, got {str(data)[:40]!r}")
     for number, row in enumerate(data, 1):
         where = f"{place}: row {number}"
-        yield DataRow(where, _object(row, where))
+        yield DataRow(where, _object(_without_nan(row), where))
 
 
 def _csv(source: Path, place: str) -> Iterator[DataRow]:
+    csv.field_size_limit(max(csv.field_size_limit(), source.stat().st_size))
     with source.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, strict=True)
         header: list[str] | None = None
@@ -185,8 +196,12 @@ def _parquet(source: Path, place: str) -> Iterator[DataRow]:
 
 
 def _table_rows(table: Any, place: str) -> Iterator[DataRow]:
+    for name in table.column_names:
+        if table.column_names.count(name) > 1:
+            raise DataError(f"{place}: two columns are called {name!r}")
     for number, columns in enumerate(table.to_pylist(), 1):
-        yield DataRow(f"{place}: row {number}", _PLAIN.dump_python(columns, mode="json"))
+        plain = _PLAIN.dump_python(columns, mode="json")
+        yield DataRow(f"{place}: row {number}", _without_nan(plain))
 
 
 def _hub_rows(place: str) -> Iterator[DataRow]:
@@ -213,7 +228,8 @@ def _hub_rows(place: str) -> Iterator[DataRow]:
             "out of reach, save it elsewhere with Dataset.save_to_disk and name the folder"
         ) from error
     for number, columns in enumerate(rows, 1):
-        yield DataRow(f"{place}: row {number}", _PLAIN.dump_python(columns, mode="json"))
+        plain = _PLAIN.dump_python(columns, mode="json")
+        yield DataRow(f"{place}: row {number}", _without_nan(plain))
 
 
 def _saved_dataset(folder: Path, place: str) -> Any:

@@ -238,6 +238,21 @@ class Environment:
             new.source = disjoint(self.source, self.eval_source, duplicates)
         return new
 
+    def without(self, evaluated: Environment, duplicates: str = "refuse") -> Environment:
+        """The same environment without rows of a data file that another one's evaluation plays.
+
+        Args:
+            evaluated: the other, as `evaluation` gives it.
+            duplicates: see `training`.
+
+        Raises:
+            DataError: see `training`.
+        """
+        new = self._copy()
+        if isinstance(self.source, Rows) and isinstance(evaluated.source, Rows):
+            new.source = disjoint(self.source, evaluated.source, duplicates)
+        return new
+
     def evaluation(self, held_out: float, duplicates: str = "refuse") -> Environment:
         """The same environment with the tasks that training does not see.
 

@@ -29,6 +29,9 @@ __all__ = ["RowEnvironment", "RowSettings", "SettingsEnvironment", "Template"]
 class SettingsEnvironment(Environment):
     """An environment that is made of its `args`, the fields of a dataclass.
 
+    They decide how it is played, and not its tasks alone as in others, so that each cell of an
+    evaluation is an environment of its own (`PlayedEnv`).
+
     Args:
         settings: that dataclass.
         files: those of its fields that name the data files of tasks.
@@ -141,7 +144,7 @@ class RowSettings:
     answer: str = "answer"
     reward: str | list[str] = "exact"
     extract: str = ""
-    choices: tuple[str, ...] = ("A", "B", "C", "D", "E")
+    choices: tuple[str | bool | int | float, ...] = ("A", "B", "C", "D", "E")
     schema: dict[str, Any] | None = None
     gold: str = ""
     eval_rows: str = ""
@@ -197,7 +200,7 @@ class RowSettings:
 
     @functools.cached_property
     def _options(self) -> AnswerOptions:
-        return AnswerOptions(tuple(self.choices), self.schema)
+        return AnswerOptions(tuple(map(answer_text, self.choices)), self.schema)
 
     # --- tasks -----------------------------------------------------------------------------------
 
@@ -224,7 +227,7 @@ class RowSettings:
 
     def key(self, row: Row) -> Hashable:
         """Equal for rows that ask the same."""
-        return tuple((message.role, message.content) for message in self.messages(row))
+        return repr(self.messages(row))
 
     def messages(self, row: Row) -> list[Message]:
         """What the model is asked."""
@@ -277,10 +280,9 @@ class RowSettings:
     def _extracted(self, reply: str) -> str | None:
         if self._extract is None:
             return reply
-        found = [*self._extract.finditer(reply)]
-        if not found:
-            return None
-        return str(found[-1][1] or "") if self._extract.groups else str(found[-1][0])
+        group = min(self._extract.groups, 1)
+        found = [match[group] for match in self._extract.finditer(reply) if match[group]]
+        return str(found[-1]) if found else None
 
     def gold_reply(self, messages: Sequence[Message], rng: random.Random, task: Row) -> str:
         """The right reply: the player `gold`."""
@@ -325,9 +327,14 @@ class Template:
         for column in self.columns:
             _value(row, column, self.key)
         try:
-            return self.text.format_map(row.columns)
+            return self.text.format_map({k: _as_written(v) for k, v in row.columns.items()})
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise DataError(f"{row.place}: {self.key} does not fit: {error}") from None
+
+
+def _as_written(value: Any) -> Any:
+    """Of a column that a template names: what Python writes otherwise than data does, as data."""
+    return answer_text(value) if isinstance(value, bool | float) else value
 
 
 def _value(row: Row, column: str, key: str) -> Any:

@@ -12,8 +12,9 @@ import functools
 import importlib.util
 import json
 import logging
+import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
@@ -75,7 +76,12 @@ REWARDS: Registry[Callable[..., Any]] = Registry("env.args.reward")
 
 
 def answer_text(answer: Any) -> str:
-    """An answer as a model would write it: text as it is, other data as JSON."""
+    """An answer as a model would write it: text as it is, other data as JSON.
+
+    A number is written without an exponent, as people do.
+    """
+    if isinstance(answer, float) and math.isfinite(answer):
+        return format(Decimal(repr(answer)), "f")
     return answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False)
 
 
@@ -98,7 +104,9 @@ def _same_words(reply: str, answer: str) -> float:
 
 # --- number --------------------------------------------------------------------------------------
 
-_NUMBER = re.compile(r"(?<![\w.])[-+−]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])\.\d+")
+_NUMBER = re.compile(
+    r"(?<![\w.])[-+−]?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+−]?\d{1,3}(?!\w))?"
+)
 
 
 def _last_number(text: str) -> Decimal | None:
@@ -178,6 +186,7 @@ def _read_schema(answer: Any, options: AnswerOptions) -> Any:
 def _validator(text: str) -> Any:
     from jsonschema.exceptions import SchemaError
     from jsonschema.validators import validator_for
+    from referencing.exceptions import Unresolvable
 
     schema = json.loads(text)
     if not isinstance(schema, dict | bool):
@@ -187,16 +196,41 @@ def _validator(text: str) -> Any:
         kind.check_schema(schema)
     except SchemaError as error:
         raise ValueError(error.message) from None
-    return kind(schema)
+    validator = kind(schema)
+    for reference in _references(schema):
+        try:
+            validator.evolve(schema={"$ref": reference}).is_valid(None)
+        except (Unresolvable, RecursionError):
+            raise ValueError(f"its $ref {reference!r} leads nowhere") from None
+    return validator
+
+
+_VALUES = ("const", "default", "enum", "examples")  # keys of a schema whose values are no schemas
+
+
+def _references(schema: Any) -> Iterator[str]:
+    """What a schema refers to; not inside of values, or of parts with an `$id` of their own."""
+    if isinstance(schema, dict):
+        if isinstance(reference := schema.get("$ref"), str):
+            yield reference
+        parts = {key: part for key, part in schema.items() if key not in _VALUES}
+        schema = [p for p in parts.values() if not (isinstance(p, dict) and "$id" in p)]
+    if isinstance(schema, list):
+        for part in schema:
+            yield from _references(part)
 
 
 def _fits_schema(reply: str, validator: Any) -> float:
     fenced = _FENCE.fullmatch(reply)
     try:
-        data = json.loads(fenced[1] if fenced else reply)
-    except (ValueError, RecursionError):
+        data = json.loads(fenced[1] if fenced else reply, parse_constant=_refuse)
+        return float(validator.is_valid(data))
+    except (ValueError, RecursionError, OverflowError):  # also of what a validator computes with it
         return 0.0
-    return float(validator.is_valid(data))
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
 
 
 # --- math ----------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 import random
 from collections.abc import Callable, Hashable, Sequence
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar, overload
 
 from rayrl.environment.data_files import DataRow, read_data
-from rayrl.environment.tasks import task_from_fields
+from rayrl.environment.tasks import task_from_fields, task_key
 from rayrl.errors import DataError, did_you_mean
 from rayrl.types import Task, derive_seed
 
@@ -93,6 +94,10 @@ class Rows(Sequence[T_co], Generic[T_co]):
     def __getitem__(self, index: int | slice) -> T_co | Sequence[T_co]:
         return self._tasks[index]
 
+    def digest(self) -> str:
+        """SHA-256 of the tasks in their order."""
+        return hashlib.sha256("\n".join(map(task_key, self._tasks)).encode()).hexdigest()
+
     def select(self, places: Sequence[int]) -> Rows[T_co]:
         """The tasks at these places."""
         new = Rows(self.path, self._make, self.key)
@@ -140,7 +145,7 @@ def rows(path: str | Path, task: type[Task] = Row) -> Rows[Any]:
         path: a .jsonl, .json, .csv or .parquet file, a folder that `Dataset.save_to_disk` wrote, or
             `hf:OWNER/NAME` of the Hugging Face hub. It is read when the first task is needed.
         task: a class of tasks whose fields have the names of columns; other columns are left out,
-            and values must fit the fields' type hints.
+            and values must fit the fields' type hints. A task's seed is the number of its row.
 
     Raises:
         DataError: when the file is read: it is missing or malformed, or a row does not fit `task`;
@@ -157,6 +162,7 @@ def _row(row: DataRow, number: int) -> Row:
 
 def _own_task(kind: type[Task], row: DataRow, number: int) -> Task:
     fields = {item.name: item for item in dataclasses.fields(kind) if item.init}
+    del fields["seed"]  # the row's number, whatever a column is called
     given = {name: row.columns[name] for name in fields if name in row.columns}
     for name, item in fields.items():
         if name not in given and item.default is item.default_factory is dataclasses.MISSING:
@@ -198,7 +204,7 @@ def disjoint(training: Rows[T], evaluation: Rows[Any], duplicates: str) -> Rows[
     pairs = [(task, asked[key]) for task in training if (key := training.key(task)) in asked]
     if duplicates == "drop" and kept:
         rest = training.select(kept)
-        rest.dropped = tuple(
+        rest.dropped = training.dropped + tuple(
             f"{_place(training, ours)} repeats {_place(evaluation, theirs)}"
             for ours, theirs in pairs
         )

@@ -111,8 +111,11 @@ def make_batch(
             loss (KL to a reference) acts on them.
 
     Raises:
-        ValueError: a group has a failed episode, or a turn does not continue its conversation.
+        ValueError: a group has a failed episode, there are more or fewer advantages, or a turn does
+            not continue its conversation.
     """
+    if len(advantages) != len(groups):
+        raise ValueError(f"{len(groups)} groups, but advantages of {len(advantages)}")
     rows: list[Trajectory] = []
     zero_variance_groups = 0
     for g, (group, by_seat) in enumerate(zip(groups, advantages, strict=True)):
@@ -122,6 +125,11 @@ def make_batch(
                 f"group {group.id!r}: episode {failed.id!r} has no reward; repair or drop the group"
             )
         if not isinstance(by_seat, Mapping):
+            if len(by_seat) != len(group.episodes):
+                raise ValueError(
+                    f"group {group.id!r}: {len(group.episodes)} episodes, but advantages of "
+                    f"{len(by_seat)}"
+                )
             by_seat = {
                 (episode.index, seat): (value,) * len(episode.turns_of(seat))
                 for episode, value in zip(group.episodes, by_seat, strict=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
@@ -140,13 +141,23 @@ def episode_from_json(data: Mapping[str, Any]) -> Episode:
 
 
 def write_episodes(path: str | Path, episodes: Iterable[Episode], append: bool = False) -> int:
-    """Write one episode per line; return the number of episodes."""
-    count = 0
-    with Path(path).open("a" if append else "w", encoding="utf-8") as file:
-        for episode in episodes:
-            json.dump(episode_to_json(episode), file, ensure_ascii=False)
-            file.write("\n")
-            count += 1
+    """Write one episode per line; return the number of episodes.
+
+    A file that is replaced may be the one that `episodes` are read from; it stays as it was if one
+    of them cannot be written.
+    """
+    count, file = 0, Path(path)
+    partial = file if append else file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        with partial.open("a" if append else "w", encoding="utf-8") as out:
+            for episode in episodes:
+                out.write(json.dumps(episode_to_json(episode), ensure_ascii=False) + "\n")
+                count += 1
+        if not append:
+            partial.replace(file)
+    finally:
+        if not append:
+            partial.unlink(missing_ok=True)
     return count
 
 
@@ -221,6 +232,8 @@ def _parse_line(line: str) -> tuple[Episode, bool]:
         data = json.loads(line)
     except json.JSONDecodeError as error:
         raise DataError(f"not valid JSON: {error.msg} at column {error.colno}") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, deep nesting
+        raise DataError(f"not valid JSON: {error}") from None
     if not isinstance(data, dict):
         raise DataError(f"expected an object, got {line.strip()[:40]!r}")
     checksum = data.pop(_CHECKSUM, None)

@@ -50,7 +50,8 @@ class GroupPlan:
 
     Attributes:
         temperature: at which models sample, instead of their own; for evaluations while training.
-        component: of a mixture, the name of the environment to play.
+        component: of a mixture, the name of the environment to play; or the cell of an evaluation
+            that has an environment of its own.
     """
 
     id: str

@@ -9,12 +9,12 @@ import sys
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 from rayrl.chat.renderer import Chat
 from rayrl.chat.template_notes import describe_template
 from rayrl.config import Config
 from rayrl.environment.environment import Environment
+from rayrl.environment.row_env import SettingsEnvironment
 from rayrl.environment.rows import Rows
 from rayrl.environment.tasks import task_fields, task_from_fields
 from rayrl.errors import ConfigError, EnvError, did_you_mean
@@ -32,7 +32,6 @@ __all__ = [
     "already_finished",
     "check_tasks",
     "check_trained",
-    "eval_cells",
     "evaluation_plans",
     "is_finished",
     "log_dropped",
@@ -214,23 +213,16 @@ def check_trained(environment: Environment, config: Config) -> None:
         )
 
 
-def eval_cells(config: Config, component: str = "") -> dict[str, dict[str, Any]]:
-    """What an evaluation plays: arguments of the environment by the cell's name.
-
-    Args:
-        component: of a mixture, whose cells are called after it: `sums`, or `sums/easy`.
-    """
-    if not component:
-        return dict(config.eval.cells) or {"tasks": {}}
-    cells = {f"{component}/{cell}": args for cell, args in config.eval.cells.items()}
-    return cells or {component: {}}
-
-
 def evaluation_plans(
     environment: Environment, config: Config, cell: str, component: str = ""
 ) -> list[GroupPlan]:
-    """The episodes of a cell, each a plan of its own: `eval.samples` of each task."""
+    """The episodes of a cell, each a plan of its own: `eval.samples` of each task.
+
+    Args:
+        environment: that of the cell.
+    """
     seed, samples = derive_seed(config.run.seed, "eval", cell), config.eval.samples
+    own = isinstance(environment, SettingsEnvironment) and bool(config.eval.cells)
     tasks = environment.tasks(seed, config.eval.episodes // samples)
     check_tasks(environment, tasks)
     return [
@@ -239,7 +231,7 @@ def evaluation_plans(
             tasks[k // samples],
             1,
             derive_seed(seed, "play", k),
-            component=component,
+            component=cell if own else component,
         )
         for k in range(len(tasks) * samples)
     ]

@@ -160,11 +160,15 @@ def _players_of(config: Config, verb: str, component: str) -> list[str]:
     environment = environment.labelled(component)
     if verb in LEARNING:
         check_trained(environment, config)
-    for args in config.eval.cells.values() if verb in ("eval", "sft") else ():
-        environment.evaluation(config.env.held_out, config.env.duplicates).configure(args)
+    if verb in ("eval", "sft") or (verb == "train" and config.eval.every):
+        evaluated = environment.evaluation(config.env.held_out, config.env.duplicates)
+        for cell, args in config.eval.cells.items():
+            try:
+                evaluated.configure(args)
+            except ConfigError as error:
+                raise ConfigError(f"eval.cells.{cell}: {error}") from error
     if isinstance(environment.source, Rows):
-        evaluated = verb in ("eval", "sft")
-        part = environment.evaluation if evaluated else environment.training
+        part = environment.evaluation if verb in ("eval", "sft") else environment.training
         part(config.env.held_out, config.env.duplicates).tasks(seed=0, n=1)
     default = {"synth": config.synth.player, "eval": config.eval.player, "play": config.play.player}
     player = default.get(verb, "model")

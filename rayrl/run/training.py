@@ -16,7 +16,8 @@ from rayrl.cluster.weight_sync.push import WeightSync
 from rayrl.config import Config
 from rayrl.config.mix import components, named_keys
 from rayrl.environment.environment import Environment
-from rayrl.errors import LearnerLost, RunFailed
+from rayrl.environment.rows import Rows
+from rayrl.errors import DataError, LearnerLost, RunFailed
 from rayrl.learner.batch import Batch
 from rayrl.run.checkpoints import Checkpoint
 from rayrl.run.collector import GroupCollector
@@ -42,6 +43,8 @@ __all__ = [
     "Training",
     "open_training",
 ]
+
+ROWS = "rows.json"  # digests of what data files had in them
 
 
 @dataclass
@@ -120,7 +123,8 @@ class Training:
                 self._collector.advance(self._pushed)
                 if attempt.start == 0 and self._evaluator.is_due(0):
                     await self.evaluate(-1)
-                if attempt.start and self._evaluator.is_over(attempt.start):
+                ended = attempt.state.get("stopped_at") == self.steps
+                if attempt.start and (ended or self._evaluator.is_over(attempt.start)):
                     self.stopped_after = attempt.start  # killed before it had finished
             if attempt.lost is None:
                 yield attempt
@@ -221,6 +225,8 @@ class Training:
             RunFailed: the disk is full. The previous checkpoint is intact.
         """
         state = self._collector.begin_checkpoint(step)
+        if self.stopped_after == step:
+            state["stopped_at"] = self.steps  # more steps than that are made all the same
         with self.folder.checkpoint(step, state) as path:
             await self.learner.save(path)
         self._collector.log.delete_others(step)
@@ -333,16 +339,28 @@ async def open_training(config: Config, folder: RunDir) -> AsyncIterator[Trainin
 
     Raises:
         ConfigError: no seat is the policy's.
+        DataError: rows of a data file cannot be read, are trained on and evaluated, or are not
+            those that the run began with.
     """
     environments: dict[str, Environment] = {}
     seats: list[str] = []
+    evaluated: dict[str, Environment] = {}
     for name, own in components(config).items():
         with named_keys(name):
             environment = make_environment(own, name)
             environments[name] = environment.training(own.env.held_out, own.env.duplicates)
+            evaluated[name] = environment.evaluation(own.env.held_out, own.env.duplicates)
+    for name, own in components(config).items():
+        with named_keys(name):
+            for other in evaluated.keys() - {name}:  # what one evaluates, no other trains on
+                environments[name] = environments[name].without(
+                    evaluated[other], own.env.duplicates
+                )
             log_dropped(environments[name])
             check_trained(environments[name], own)
             seats += seats_of(environments[name], own, "model").values()
+    rows = _rows_of(environments, evaluated)
+    _check_rows(rows, folder)
     check_metrics(config, environments, "train")
     log_template_notes(config, seats)
     log = GroupLog(folder.path / "groups")
@@ -354,9 +372,34 @@ async def open_training(config: Config, folder: RunDir) -> AsyncIterator[Trainin
         folder.reopen()
     async with open_cluster(config, config.train.steps, log.turns) as (rollouts, learner, weights):
         folder.begin()
+        if rows:
+            folder.write_json(ROWS, rows)
         sampler = run_sampler(environments, config)
         async with GroupCollector(rollouts, sampler, config, log) as collector:
             collector.restore(start, state)
             training = Training(config, folder, rollouts, collector, learner, weights)
             with training._progress, training._monitor:
                 yield training
+
+
+def _rows_of(
+    trained: Mapping[str, Environment], evaluated: Mapping[str, Environment]
+) -> dict[str, list[str]]:
+    """File and digest of what each environment draws from a data file."""
+    return {
+        f"{part} {name}".strip(): [environment.source.path, environment.source.digest()]
+        for part, environments in (("train", trained), ("eval", evaluated))
+        for name, environment in environments.items()
+        if isinstance(environment.source, Rows)
+    }
+
+
+def _check_rows(rows: Mapping[str, list[str]], folder: RunDir) -> None:
+    """Raise DataError where a run that resumes would go on with other rows."""
+    before = folder.read_json(ROWS) or rows
+    for part, (path, digest) in rows.items():
+        if before.get(part, [path, digest])[1] != digest:
+            raise DataError(
+                f"{path}: its rows are not those that {folder.path} began with. Put them back, or "
+                "start anew with another run.name."
+            )

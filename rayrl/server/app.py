@@ -87,6 +87,8 @@ class Service:
         """Raise ApiError (401) unless the Authorization header has the key."""
         if not self.digest:
             return
+        # the header's bytes, which are decoded as Latin-1: clients send keys in UTF-8
+        header = header.encode("latin-1", "replace").decode(errors="replace")
         scheme, _, key = header.partition(" ")
         valid = hmac.compare_digest(key_digest(key.strip()), self.digest)
         if scheme.lower() != "bearer" or not valid:

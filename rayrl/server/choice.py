@@ -47,8 +47,13 @@ class Detokenizer:
 
     def end(self) -> str:
         """Return the rest: bytes that never became a character."""
+        rest, self._context = self.pending, len(self._ids)
+        return rest
+
+    @property
+    def pending(self) -> str:
+        """What `end` would return."""
         before, now = self._texts()
-        self._context = len(self._ids)
         return now[len(before) :]
 
     def _texts(self) -> tuple[str, str]:
@@ -176,9 +181,9 @@ class HeldTokens:
         self._tokens: list[Token] = []
         self._decoded = self._certain = 0  # characters detokenized, and those past the stop cutter
 
-    def add(self, token: int, logprob: float, alternatives: Alternatives) -> None:
-        """Hold a token whose text comes next."""
-        self._tokens.append(Token(token, logprob, alternatives, self._decoded))
+    def add(self, token: int, logprob: float, alternatives: Alternatives, after: int) -> None:
+        """Hold a token whose text begins `after` characters of what comes next."""
+        self._tokens.append(Token(token, logprob, alternatives, self._decoded + after))
 
     def release(self, decoded: str, certain: str) -> Iterator[Token]:
         """Take note of new text, and of what is certain now; yield the tokens that begin there."""
@@ -259,9 +264,13 @@ class Choice:
             self.ids += 1
             if token in self._stop_ids:
                 break
+            pending = "" if self._held is None else self._detokenizer.pending
+            text = self._detokenizer.push(token)
             if self._held is not None:
-                self._held.add(token, logprob, others)
-            self._add(self._detokenizer.push(token), self._cutter.push, delta)
+                # what the ids before it came to, unless they and this one are one character
+                after = len(pending) if len(text) > len(pending) and text.startswith(pending) else 0
+                self._held.add(token, logprob, others, after)
+            self._add(text, self._cutter.push, delta)
         if part.finish is not None and self.finish is None:
             self._add(self._detokenizer.end(), self._cutter.push, delta)
             self._add("", lambda _: self._cutter.end(), delta)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from ray.exceptions import RaySystemError
 
 from rayrl.cluster import session, watchdog
 from rayrl.cluster.fork_server import AGENT_SERVER, WARM
-from rayrl.config import from_dict
+from rayrl.config import ClusterConfig, from_dict
 from rayrl.errors import InfraError
 from tests.cluster.test_proxies import USUAL, behind
 from tests.runs import ENVS, command, rows, until
@@ -277,3 +278,27 @@ def test_a_local_run_behind_a_proxy_is_for_this_machine_only_and_ends_in_order(
             assert not alive
         finally:
             run.kill()
+
+
+def test_the_last_session_of_a_process_ends_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    running = [0]
+
+    @contextmanager
+    def start(*args: object) -> Iterator[None]:
+        running[0] += 1
+        yield
+        running[0] -= 1
+
+    monkeypatch.setattr(session, "_start", start)
+    monkeypatch.setattr(session, "_disconnect", lambda: None)
+    monkeypatch.setattr(session, "_start_serve", lambda http: False)
+    monkeypatch.setattr(session, "watch_cluster", lambda directory: nullcontext())
+    monkeypatch.setattr(session.ray, "is_initialized", lambda: running[0] > 0)
+    first, second = (ExitStack() for _ in range(2))
+    for _ in range(2):
+        assert first.enter_context(session.open_session(ClusterConfig())).local
+        assert not second.enter_context(session.open_session(ClusterConfig())).local
+        first.close()
+        assert running == [1], "the second still needs it"
+        second.close()
+        assert running == [0]

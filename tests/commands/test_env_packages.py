@@ -87,6 +87,7 @@ def test_a_new_package_passes_its_tests(
         (["new", "Word"], "a name of small letters"),
         (["new", "../up"], "a name of small letters"),
         (["new", "json"], "`import json` finds another module already"),
+        (["new", "class"], "class is a word of Python"),
         (["new", "tictactoe"], "rayrl_tictactoe:tictactoe is installed under that name"),
         (["new", "mine", "full"], "full exists already"),
         (["new", "mine", "full", "more"], "more: not understood"),

@@ -273,6 +273,8 @@ def test_what_is_wrong_with_the_command(tmp_path: Path, capsys: pytest.CaptureFi
         ("replay", str(file)): "has episodes of talk, not of 'tictactoe'",
         ("replay", str(file), "g/0", "more"): "more: not understood",
         ("replay", str(file), "replay.show=-1"): "replay.show=-1",
+        ("replay", str(file), "g/0", f"replay.out={file}"): "what is replayed would be lost",
+        ("replay", str(tmp_path), f"replay.out={tmp_path}/x/y.jsonl"): "would be lost",
         ("replay", str(file), "replay.shw=1"): "Did you mean 'replay.show'",
     }
     for words, said in wrong.items():

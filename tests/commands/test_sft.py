@@ -317,6 +317,8 @@ def test_a_chat_with_tools(tmp_path: Path) -> None:
             {"messages": [*ASKED, {"role": "assistant", "tool_calls": [{"id": "1"}]}]},
             r"message 3: tool call 1 must have a function with a name",
         ),
+        ({"messages": [{**SAID, "tool_calls": 5}]}, r"message 1: its tool_calls must be a list"),
+        ({"messages": [{**SAID, "tool_calls": {"name": "a"}}]}, "tool_calls must be a list, got"),
         (
             {"messages": [{**SAID, "tool_calls": [{"name": "a", "arguments": "{"}]}]},
             r"tool call 1: its arguments are not JSON",

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import asyncio
 import math
 import pickle
 from dataclasses import FrozenInstanceError, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from rayrl.config import (
     validate,
 )
 from rayrl.config.load import nest, with_settings
+from rayrl.config.registry import bind, bound
 from rayrl.errors import ConfigError
 
 
@@ -324,3 +327,15 @@ def test_truncated_sampling_is_fine_without_learning() -> None:
 def test_chained_stage_gets_its_data_from_the_one_before() -> None:
     config = config_of(recipe=[{"name": "a", "verb": "synth"}, {"name": "b", "verb": "sft"}])
     validate(config, "recipe")
+
+
+async def test_calls_at_once_have_objects_of_their_own() -> None:
+    """Two runs in one process pass losses of one name."""
+
+    async def call(number: int) -> object:
+        reference = bind("algo.loss", partial(print, number), "same")
+        await asyncio.sleep(0)
+        return bound("algo.loss", reference).args[0]
+
+    assert await asyncio.gather(call(1), call(2)) == [1, 2]
+    assert bound("algo.loss", "object:same").args[0] == 2, "elsewhere the last"

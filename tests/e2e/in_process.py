@@ -83,6 +83,7 @@ async def test_a_run_from_a_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert 0 <= run.metrics[0]["eval/reward"] == run.metrics[0]["eval/n"] <= 1
     assert loops.isdisjoint({id(asyncio.get_running_loop())}), "the caller's own loop only waits"
     assert run.path == Path("runs/cell")
+    (run.path / "result.json").unlink()  # killed before it could write it
     again = rayrl.train(env=count, steps=9, name="cell", settings=settings, loss=truncated,
                         advantage=centred)  # fmt: skip
     assert len(again.metrics) == 2, "it was stopped, and that is its end"

@@ -91,6 +91,13 @@ def test_a_saved_hugging_face_data_set(tmp_path: Path) -> None:
         list(read_data(tmp_path / "part"))
 
 
+def two_columns_of_one_name() -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    column = pyarrow.array([1])
+    pyarrow.parquet.write_table(pyarrow.table([column, column], names=["a", "a"]), sink)
+    return sink.getvalue().to_pybytes()
+
+
 @pytest.mark.parametrize(
     ("name", "content", "complaint"),
     [
@@ -108,6 +115,7 @@ def test_a_saved_hugging_face_data_set(tmp_path: Path) -> None:
         ("d.csv", b'a,b\n1,"2\n', "d.csv:2: not valid CSV"),
         ("d.csv", b"a\n1\n\xff\n", "d.csv: not UTF-8"),
         ("d.parquet", b"PAR1", "d.parquet: not a parquet file"),
+        ("d.parquet", two_columns_of_one_name(), "d.parquet: two columns are called 'a'"),
         ("d.txt", b"a", "d.txt: rows are read from .jsonl, .json, .csv, .parquet"),
     ],
 )
@@ -218,3 +226,10 @@ def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DataError, match=r"not installed; pip install 'rayrl\[hub\]'"):
         list(read_data("hf:me/sums"))
+
+
+def test_a_cell_may_be_long(tmp_path: Path) -> None:
+    file = tmp_path / "d.csv"
+    file.write_text(f"a,b\n{'x' * 200_000},1\n")
+    (row,) = read_data(file)
+    assert len(row.columns["a"]) == 200_000

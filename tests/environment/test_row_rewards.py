@@ -10,6 +10,7 @@ from rayrl.environment.row_rewards import REWARDS, AnswerOptions
 from rayrl.errors import ConfigError
 
 CHOICES = AnswerOptions(choices=("A", "B", "C", "yes", "no", "not sure"))
+TREE = {"type": "array", "items": {"$ref": "#"}}
 AGE = {"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"]}
 
 
@@ -38,6 +39,17 @@ AGE = {"type": "object", "properties": {"age": {"type": "integer"}}, "required":
         ("number", "7 8", 7, 0),  # the last one counts
         ("number", "9" * 10_000, 7, 0),
         ("number", "0.1", 0.1, 1),
+        ("number", "0.00001", 1e-05, 1),
+        ("number", "1e-5", 1e-05, 1),
+        ("number", "5", 1e-05, 0),
+        ("number", "100000000000000000000", 1e20, 1),
+        ("number", "20", 1e20, 0),
+        ("number", "3 E5", 300000, 0),
+        ("number", "3.5E+2", "350", 1),
+        ("number", "-.5", -0.5, 1),
+        ("number", "-.5", 0.5, 0),
+        ("number", "3e", 3, 1),
+        ("exact", "0.00001", 1e-05, 1),
         ("choice", "B", "B", 1),
         ("choice", "The answer is (B).", "B", 1),
         ("choice", "A or B? B", "B", 1),
@@ -56,6 +68,13 @@ AGE = {"type": "object", "properties": {"age": {"type": "integer"}}, "required":
         ("json", "[" * 100_000, AGE, 0),
         ("json", '{"age": 3', '{"type": "object"}', 0),  # a schema may be text
         ("json", "{}", '{"type": "object"}', 1),
+        ("json", "NaN", {"type": "number"}, 0),
+        ("json", '{"a": Infinity}', {"type": "object"}, 0),
+        ("json", "1" * 400, {"type": "number", "multipleOf": 0.01}, 0),
+        ("json", "1e400", {"type": "number", "multipleOf": 0.5}, 0),
+        ("json", "[[]]", TREE, 1),
+        ("json", "[" * 300 + "]" * 300, TREE, 0),
+        ("json", "7", {"$ref": "#/$defs/n", "$defs": {"n": {"type": "number"}}}, 1),
     ],
 )
 def test_rewards(reward: str, reply: str, answer: Any, score: int) -> None:
@@ -118,6 +137,9 @@ def test_mathematics_without_its_library(monkeypatch: pytest.MonkeyPatch) -> Non
         ("json", {"type": "objct"}, "it is not a JSON schema: 'objct' is not valid"),
         ("json", "{", "it is not a JSON schema"),
         ("json", 3, "it is not a JSON schema: expected an object"),
+        ("json", {"$ref": "#/definitions/ag"}, "its $ref '#/definitions/ag' leads nowhere"),
+        ("json", {"items": {"$ref": "x.json"}}, "its $ref 'x.json' leads nowhere"),
+        ("json", {"$ref": "#"}, "its $ref '#' leads nowhere"),
         ("math", "$9^{9^9}$", "it cannot be read as mathematics"),
     ],
 )

@@ -8,16 +8,21 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import rayrl
 from rayrl import Agent, Environment, Message, Row, Scores, ScriptedPlayer, Task, check_env
+from rayrl.cluster.open import _played, make_environment
+from rayrl.config import from_dict
 from rayrl.environment.registry import environment_of, load_env, reference_of
 from rayrl.environment.rows import Rows
 from rayrl.errors import ConfigError, DataError
 from rayrl.rollout.rollout import play_episode
+from rayrl.run.stage import evaluation_plans
+from rayrl.run.training import _check_rows, _rows_of
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +47,12 @@ def numbers(tasks: Sequence[Task]) -> list[int]:
     return [task.seed for task in tasks]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Question(Task):
+    question: str
+
+
+PARTS = ("training", "evaluation")
 NUMBER = {"prompt": "question", "reward": "number"}
 
 
@@ -269,6 +280,59 @@ async def test_several_rewards_with_weights_and_what_is_judged_of_a_reply() -> N
 
 
 @pytest.mark.parametrize(
+    ("extract", "reply", "score"),
+    [
+        ("(.*)", "2", 1.0),  # it also matches the nothing at the end
+        (r"answer: (\d+)|none", "answer: 2 or none", 1.0),
+        (r"answer: (\d+)|none", "none", 0.0),
+        (r"\d", "1 2", 1.0),
+    ],
+)
+async def test_what_is_judged_is_the_last_that_was_found(
+    extract: str, reply: str, score: float
+) -> None:
+    env = load_env(write("d.jsonl", [{"prompt": "p", "answer": "2"}]))
+    _, scores = await played(env.configure({"extract": extract}), reply)
+    assert scores == {"exact": score}
+
+
+def test_other_calls_are_another_question() -> None:
+    def asked(arguments: str) -> list[dict[str, Any]]:
+        calls = [{"function": {"name": "look", "arguments": arguments}}]
+        return [
+            {"role": "user", "content": "?"},
+            {"role": "assistant", "content": "", "tool_calls": calls},
+            {"role": "tool", "content": "found"},
+        ]
+
+    rows = [{"prompt": asked(json.dumps({"k": k})), "answer": "2"} for k in range(4)]
+    load_env(write("d.jsonl", rows)).training(0.5)
+    with pytest.raises(DataError, match="repeats"):
+        load_env(write("d.jsonl", [rows[0]] * 4)).training(0.5)
+
+
+def test_a_missing_number_is_no_number() -> None:
+    """pandas writes NaN."""
+    write_text("d.jsonl", '{"prompt": "p", "answer": 1, "more": [NaN, {"a": NaN}, 2.5]}')
+    (task,) = load_env("d.jsonl").tasks(seed=0, n=1)
+    assert task["more"] == [None, {"a": None}, 2.5]  # type: ignore[index]
+
+
+def test_one_environment_does_not_train_on_what_another_evaluates() -> None:
+    first = load_env(write("a.jsonl", sums(20))).configure(NUMBER)
+    second = load_env(write("b.jsonl", sums(20)[::-1])).configure(NUMBER)
+    evaluated = second.evaluation(0.25)
+    theirs = {task["question"] for task in evaluated.source}  # type: ignore[union-attr,index]
+    ours = {task["question"] for task in first.training(0.25).source}  # type: ignore[union-attr,index]
+    assert ours & theirs, "or this shows nothing"
+    with pytest.raises(DataError, match=r"b\.jsonl:\d+ repeats a\.jsonl:\d+"):
+        first.training(0.25).without(evaluated)
+    rest = first.training(0.25).without(evaluated, "drop")
+    assert {task["question"] for task in rest.source} == ours - theirs  # type: ignore[union-attr,index]
+    assert len(rest.source.dropped) == len(ours & theirs)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
     ("row", "args", "reply"),
     [
         ({"answer": "blue"}, {}, "blue"),
@@ -276,6 +340,10 @@ async def test_several_rewards_with_weights_and_what_is_judged_of_a_reply() -> N
         ({"answer": "1 + 1 = 2 #### 2"}, {"reward": "number"}, "1 + 1 = 2 #### 2"),
         ({"answer": 2}, {"reward": "number", "extract": "a(.)b", "gold": "a{answer}b"}, "a2b"),
         ({"answer": "B"}, {"reward": "choice"}, "B"),
+        ({"answer": 1}, {"reward": "choice", "choices": [0, 1]}, "1"),
+        ({"answer": True}, {"reward": "choice", "choices": [True, False]}, "true"),
+        ({"answer": True}, {"gold": "{answer}"}, "true"),
+        ({"answer": 1e-05}, {"gold": "{answer}", "reward": "number"}, "0.00001"),
         ({"answer": "\\frac{1}{2}"}, {"reward": "math"}, "\\frac{1}{2}"),
         ({"answer": "c.t", "word": "cat"}, {"reward": "regex", "gold": "{word}"}, "cat"),
     ],
@@ -381,3 +449,46 @@ async def test_a_player_may_take_the_task() -> None:
     players = {"agent": ScriptedPlayer(knows)}
     episode = await play_episode(env.with_play(play), task, players, id="e")
     assert episode.rewards == {"agent": 1.0}
+
+
+async def test_each_cell_of_an_evaluation_asks_and_judges_in_its_own_way() -> None:
+    cells = {
+        "plain": {},
+        "polite": {"prompt": "{question} Please!", "system": "Be nice."},
+        "words": {"reward": "exact", "gold": "It is {answer}."},
+    }
+    env = {"name": write("d.jsonl", sums(20)), "args": NUMBER}
+    config = from_dict({"env": env, "eval": {"cells": cells, "episodes": 2}})
+    evaluated = make_environment(config).evaluation(0.1)
+    envs = _played(config)
+    assert envs.keys() == {"", *cells}
+    prompts, scores = {}, {}
+    for cell, args in cells.items():
+        plan, _ = evaluation_plans(evaluated.configure(args), config, cell)
+        played_env = environment_of(envs[plan.component].env)
+        gold = {"agent": ScriptedPlayer(played_env.players["gold"])}
+        episode = await play_episode(played_env, plan.task, gold, id="e")
+        prompts[cell] = [message.content for message in episode.turns[0].prompt]
+        scores[cell] = episode.scores["agent"]
+    assert scores == {"plain": {"number": 1.0}, "polite": {"number": 1.0}, "words": {"exact": 0.0}}
+    assert prompts["polite"][0] == "Be nice."
+    assert prompts["polite"][1].endswith(" + 1? Please!")
+    assert prompts["plain"][0].endswith(" + 1?")
+
+
+def test_other_rows_are_noticed_when_a_run_resumes() -> None:
+    write("d.jsonl", sums(20))
+    parts = [{"": getattr(load_env("d.jsonl").configure(NUMBER), part)(0.1)} for part in PARTS]
+    rows = _rows_of(*parts)
+    assert rows.keys() == {"train", "eval"}
+    folder: Any = SimpleNamespace(path="runs/x", read_json=lambda name: rows)
+    _check_rows(rows, folder)
+    write("d.jsonl", sums(20, start=1))
+    parts = [{"": getattr(load_env("d.jsonl").configure(NUMBER), part)(0.1)} for part in PARTS]
+    with pytest.raises(DataError, match=r"d\.jsonl: its rows are not those that runs/x began"):
+        _check_rows(_rows_of(*parts), folder)
+
+
+async def test_a_column_called_seed_is_not_the_tasks() -> None:
+    write("d.jsonl", [{"question": "same", "seed": 7}, {"question": "same", "seed": 7}])
+    assert numbers([*rayrl.rows("d.jsonl", Question)]) == [0, 1]

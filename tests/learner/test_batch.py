@@ -120,6 +120,11 @@ def test_what_cannot_be_trained_on_is_refused():
     failed = Episode("g/1", "t", Task(), 1, (), failure=Failure("infra", "gone"))
     with pytest.raises(ValueError, match=r"'g/1' has no reward"):
         make_batch([Group("g", Task(), (two_turns(0), failed))], [{}])
+    pair = Group("g", Task(), (two_turns(0), two_turns(1)))
+    with pytest.raises(ValueError, match=r"'g': 2 episodes, but advantages of 1"):
+        make_batch([pair], [[1.0]])
+    with pytest.raises(ValueError, match=r"2 groups, but advantages of 1"):
+        make_batch([pair, pair], [[1.0, 0.0]])
     gap = episode(0, [turn([1], [2], 0), turn([3], [4], 5)])
     with pytest.raises(ValueError, match="offset 5 follows 2"):
         make_batch([Group("g", Task(), (gap,))], [{(0, "agent"): (1.0, 1.0)}])

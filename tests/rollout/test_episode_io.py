@@ -122,6 +122,7 @@ def broken(change: Any) -> str:
     ("line", "said"),
     [
         ("{", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
         ("[1]", "expected an object, got '\\[1\\]'"),
         ("{}", "needs the key 'id'"),
         (broken(lambda d: d.pop("turns")), "needs the key 'turns'"),
@@ -154,3 +155,19 @@ def test_a_malformed_line_names_file_and_line(tmp_path: Path, line: str, said: s
 def test_no_such_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no\.jsonl: cannot read episodes: No such file"):
         list(read_episodes(tmp_path / "no.jsonl"))
+
+
+def test_a_file_is_filtered_in_place_and_survives_what_cannot_be_written(tmp_path: Path) -> None:
+    file = tmp_path / "e.jsonl"
+    episodes = [replace(EDGE, id=f"e/{k}") for k in range(4)]
+    assert write_episodes(file, episodes) == 4
+    kept = (episode for episode in read_episodes(file) if episode.id != "e/1")
+    assert write_episodes(file, kept) == 3
+    left = [*read_episodes(file)]
+    assert [episode.id for episode in left] == ["e/0", "e/2", "e/3"]
+    bad = replace(EDGE, facts={"a": object()})
+    for append in (False, True):
+        with pytest.raises(TypeError):
+            write_episodes(file, [EDGE, bad], append=append)
+        assert [*read_episodes(file)] == (left if not append else [*left, EDGE])
+    assert [one.name for one in tmp_path.iterdir()] == ["e.jsonl"]

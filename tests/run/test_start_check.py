@@ -71,7 +71,12 @@ def without(monkeypatch: pytest.MonkeyPatch, *modules: str) -> None:
         ("serve", "model.path=nowhere", "model.path=nowhere: "),
         ("train", "env.name=tictacto", "env.name='tictacto': no such environment"),
         ("eval", "env.args.random_mix=1", "env.args.random_mix"),
-        ("eval", "eval.cells={a:{random_mix:1}}", "env.args.random_mix"),
+        ("eval", "eval.cells={a:{random_mix:1}}", "eval.cells.a: env.args.random_mix"),
+        (
+            "train",
+            "eval.every=2 eval.cells={a:{random_mix:1}}",
+            "eval.cells.a: env.args.random_mix",
+        ),
         ("train", "env.seats.agnt=policy", "env.seats.agnt: 'tictactoe' has no such seat. Did you"),
         ("train", "env.seats.agent=player:teacher", "no seat of 'tictactoe' is the policy"),
         ("synth", "synth.player=techer", "Did you mean 'teacher'"),

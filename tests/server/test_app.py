@@ -7,6 +7,7 @@ import itertools
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -17,12 +18,13 @@ import uvicorn
 from openai import AsyncOpenAI
 
 from rayrl.chat.renderer import Chat
+from rayrl.chat.requests import ApiError
 from rayrl.chat.tools import ParsedCall, format_call
 from rayrl.engine.embedded.engine import EmbeddedEngine
 from rayrl.engine.protocol import Engine
 from rayrl.errors import InfraError
 from rayrl.server.app import Service, key_digest, make_app
-from rayrl.server.choice import CallReader, Detokenizer, StopCutter
+from rayrl.server.choice import CallReader, Choice, Detokenizer, StopCutter
 from rayrl.types import Completion, Delta, Request, Sampling, system, tool, user
 from rayrl.weights.model_dir import EMBEDDED, model_dir
 from tests.act import HERMES, build_tokenizer
@@ -478,6 +480,37 @@ async def test_keys(chat: Chat) -> None:
         async with httpx.AsyncClient() as http:
             root = str(client.base_url).removesuffix("v1/")
             assert (await http.get(f"{root}health")).json() == {"status": "ok"}
+
+
+@pytest.mark.parametrize(
+    ("text", "stops", "starts"),
+    [
+        (b"bc\xf0l", ("l",), [0, 1, 2]),  # the byte is no character; what follows is the stop
+        (b"bc\xf0d", ("l",), [0, 1, 2, 3]),
+        ("é!".encode(), (), [0, 0, 1]),  # two bytes of one character
+        ("a€b".encode(), (), [0, 1, 1, 1, 2]),
+        (b"a\xe2\x82b", (), [0, 1, 1, 2]),
+    ],
+)
+def test_where_a_token_begins_in_the_text(
+    text: bytes, stops: tuple[str, ...], starts: list[int]
+) -> None:
+    """Tokens are bytes; those of a stop string are not listed."""
+    chat: Any = SimpleNamespace(
+        stop_ids=(), opens_thought=False, decode=lambda ids: bytes(ids).decode(errors="replace")
+    )
+    choice, found = Choice(chat, stops, logprobs=True), []
+    for place, byte in enumerate(text):
+        finish: Any = "length" if place + 1 == len(text) else None
+        found += choice.read(Delta((byte,), (0.0,), finish)).tokens
+    assert [token.start for token in found] == starts
+
+
+async def test_a_key_may_have_any_letters(chat: Chat) -> None:
+    service = Service(Scripted(chat, "x"), chat, "m", digest=key_digest("sésame"))
+    service.check_key("Bearer sésame".encode().decode("latin-1"))
+    with pytest.raises(ApiError):
+        service.check_key("Bearer sesame")
 
 
 async def test_failures_of_the_engine(chat: Chat) -> None:

@@ -74,7 +74,8 @@ class WorkerJob:
     """What a worker needs to play.
 
     Attributes:
-        envs: by component of the mixture; without one, under an empty name.
+        envs: by component of the mixture (without one, under an empty name), and by the cells of
+            an evaluation that are played otherwise, see `SettingsEnvironment`.
         config: limits, retries and deadlines.
         models: directory of each model (its tokenizer), by its name in `PlayedEnv.seats`.
         apps: name of each model's Serve app, by the same name.

@@ -11,11 +11,10 @@ from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 from rayrl.config import Config
-from rayrl.config.mix import components
+from rayrl.config.mix import components, eval_cells
 from rayrl.environment.environment import Environment
 from rayrl.errors import EnvError, RayrlError, describe_error
 from rayrl.rollout.agent import Agent, Player
-from rayrl.run.stage import eval_cells
 
 __all__ = ["check_args", "check_prefixes", "run_checks"]
 

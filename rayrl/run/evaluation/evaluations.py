@@ -23,7 +23,7 @@ from rayrl.cluster.parts import greedy_player
 from rayrl.cluster.rollouts import CollectedGroups
 from rayrl.cluster.workers.env_worker import WorkerJob
 from rayrl.config import Config
-from rayrl.config.mix import components
+from rayrl.config.mix import components, eval_cells
 from rayrl.environment.environment import Environment
 from rayrl.environment.scoring import scores_of
 from rayrl.environment.tasks import task_key
@@ -32,7 +32,7 @@ from rayrl.run.evaluation.checks import check_prefixes, run_checks
 from rayrl.run.evaluation.intervals import mean_interval, score_interval
 from rayrl.run.folder import RunDir
 from rayrl.run.journal import Journal
-from rayrl.run.stage import eval_cells, evaluation_plans, seats_of
+from rayrl.run.stage import evaluation_plans, seats_of
 from rayrl.types import Episode, Group
 
 __all__ = [
@@ -138,6 +138,7 @@ class Evaluations:
         self._config, self._folder, self._notify = config, folder, notify
         self._done: dict[int, VersionValues] = {}
         self._metrics: dict[int, dict[str, float]] = {}
+        self._environments: dict[str, Environment] = {}  # what is evaluated, by component
         for file in sorted((folder.path / FOLDER).glob("version_*.json")):
             if (data := folder.read_json(f"{FOLDER}/{file.name}")) is not None:
                 found = VersionValues.from_dict(data)
@@ -187,13 +188,15 @@ class Evaluations:
         config = self._config
         plans: dict[str, list[GroupPlan]] = {}
         seats: dict[str, dict[str, str]] = {}
-        environments: dict[str, Environment] = {}
         for name, own in components(config).items():
-            environment = environments[name] = make_environment(own, name).evaluation(
-                own.env.held_out, own.env.duplicates
-            )
+            if name not in self._environments:  # a data file may change meanwhile
+                whole = make_environment(own, name)
+                evaluated = whole.evaluation(own.env.held_out, own.env.duplicates)
+                self._environments[name] = evaluated
+            environment = self._environments[name]
             seats[name] = seats_of(environment, own, "model")
             for cell, args in eval_cells(own, name).items():
+                seats[cell] = seats[name]
                 of_cell = evaluation_plans(environment.configure(args), own, cell, name)
                 plans[cell] = [
                     replace(one, id=f"eval-{version}-{one.id}", temperature=own.eval.temperature)
@@ -222,7 +225,7 @@ class Evaluations:
         journal.seal(groups)
         found = replace(
             _values(version, plans, groups),
-            checks=await self._check(environments, rollouts, version),
+            checks=await self._check(self._environments, rollouts, version),
         )
         self._folder.write_json(f"{FOLDER}/{file.stem}.json", asdict(found))
         self._done[version] = found

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rayrl.config import Config
-from rayrl.config.mix import components
+from rayrl.config.mix import components, eval_cells
 from rayrl.config.stop_rule import NoProgress, parse_stop_rule
 from rayrl.environment.environment import Environment
 from rayrl.errors import ConfigError, did_you_mean
@@ -22,7 +22,7 @@ from rayrl.run.evaluation.evaluations import (
 )
 from rayrl.run.folder import RunDir
 from rayrl.run.metrics import summary
-from rayrl.run.stage import MODEL_BEST, eval_cells
+from rayrl.run.stage import MODEL_BEST
 
 __all__ = ["Evaluator", "check_metrics"]
 
@@ -160,9 +160,9 @@ def check_metrics(config: Config, environments: Mapping[str, Environment], verb:
         environments: by component of the mixture; without one, under an empty name.
     """
     cells = {
-        cell: _declared(environments[component])
+        cell: _declared(environments[component].configure(args))
         for component, own in components(config).items()
-        for cell in eval_cells(own, component)
+        for cell, args in eval_cells(own, component).items()
     }
     prefixes = {cell: f"eval/{cell}" if len(cells) > 1 else "eval" for cell in cells}
     every = [f"{prefixes[cell]}/{name}" for cell, declared in cells.items() for name in declared]
