@@ -379,6 +379,8 @@ def configure(
         raise ConfigError(
             f"{config!r} is no Config, as rayrl.load_config gives one; pass an environment as env=."
         )
+    if mix is not None and not isinstance(mix, Mapping):
+        raise ConfigError(f"mix={mix!r} is no mapping of names to environments")
     changes = _environment("env", env) if env is not None else {}
     if mix is not None and env is None:
         changes["env.name"] = ""

@@ -191,8 +191,10 @@ def read_tool(tool: object, where: str) -> dict[str, Any]:
     if function.get("strict"):
         what = "arguments cannot be forced to match a schema; omit it and validate them."
         raise invalid(f"{where}.function.strict", what, "unsupported_parameter")
-    if not isinstance(function.get("parameters") or {}, dict):
+    if not isinstance(function.get("parameters"), dict | None):
         raise invalid(f"{where}.function.parameters", "must be a JSON schema.")
+    if not isinstance(function.get("description"), str | None):
+        raise invalid(f"{where}.function.description", "must be a string.")
     schema = {k: value for k, value in function.items() if k != "strict" and value is not None}
     schema.setdefault("description", "")
     schema.setdefault("parameters", {"type": "object", "properties": {}})

@@ -104,6 +104,11 @@ async def play_episode(
     for seat in env.seats:
         if seat not in players:
             raise ConfigError(f"environment {env.name!r}: no player for seat {seat!r}")
+        if not hasattr(players[seat], "answer"):
+            raise ConfigError(
+                f"environment {env.name!r}: seat {seat!r} has {players[seat]!r}, which is no "
+                "player; of a function make rayrl.ScriptedPlayer(function)"
+            )
     throttling = Throttling()
     common: dict[str, Any] = {"episode": label, "seed": seed, "resume": resume, "task": task}
     agents = [

@@ -127,7 +127,8 @@ class Service:
         body = parse(ChatBody, parse_json(raw))
         self.check_model(body.model)
         if body.top_logprobs is not None and not body.logprobs:
-            raise ApiError(400, "top_logprobs needs logprobs=true.", param="top_logprobs")
+            what = "top_logprobs needs logprobs=true."
+            raise ApiError(400, what, param="top_logprobs", code="invalid_value")
         limit = body.max_completion_tokens
         top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
         job = plan(
@@ -302,11 +303,9 @@ def _prompts(chat: Chat, prompt: object, max_len: int) -> Sequence[tuple[int, ..
     Raises:
         ApiError: 400, the prompt has another type or is too long.
     """
-    if isinstance(prompt, str):
+    if isinstance(prompt, str) or _are_ids(prompt):
         prompt = [prompt]
     if isinstance(prompt, list) and prompt:
-        if _are_ids(prompt):
-            return [tuple(prompt)]
         if len(prompt) > MAX_CHOICES:
             what = f"{len(prompt)} prompts: at most {MAX_CHOICES} in all."
             raise ApiError(400, what, param="prompt", code="invalid_value")
@@ -316,6 +315,9 @@ def _prompts(chat: Chat, prompt: object, max_len: int) -> Sequence[tuple[int, ..
             prompts = [chat.document(item) for item in prompt]
         elif all(_are_ids(item) for item in prompt):
             prompts = [tuple(item) for item in prompt]
+            if (largest := max(map(max, prompts))) >= len(chat.tokenizer):
+                what = f"prompt: {largest} is not one of the model's {len(chat.tokenizer)} ids."
+                raise ApiError(400, what, param="prompt", code="invalid_value")
         else:
             prompts = [()]
         if all(prompts):

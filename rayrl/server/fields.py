@@ -131,7 +131,8 @@ def parse(kind: type[B], data: object) -> B:
     except ValidationError as error:
         raise _validation_error(error) from None
     if body.stream_options is not None and not body.stream:
-        raise ApiError(400, "stream_options needs stream=true.", param="stream_options")
+        what = "stream_options needs stream=true."
+        raise ApiError(400, what, param="stream_options", code="invalid_value")
     return body
 
 

@@ -182,6 +182,8 @@ async def test_errors_of_the_program_itself_propagate(error: Exception) -> None:
         )
     with pytest.raises(type(error), match=str(error)):
         await play_group(misbehaves, Job(), {"agent": Flaky(1, error)}, id="g", size=3)
+    with pytest.raises(ConfigError, match=r"no player; of a function make rayrl\.ScriptedPlayer"):
+        await play_episode(misbehaves, Job(), {"agent": print}, id="e")  # type: ignore[dict-item]
     with pytest.raises(ConfigError, match="no player for seat 'agent'"):
         await play_episode(misbehaves, Job(), {}, id="e")
 

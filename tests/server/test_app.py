@@ -399,6 +399,10 @@ async def test_completions_accept_every_kind_of_prompt(base: Chat) -> None:
 # ---- errors
 
 
+def calls(**fields: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "look", **fields}}
+
+
 BAD: list[tuple[str, dict[str, Any], str | None]] = [
     ("messages", {"messages": []}, "invalid_value"),
     ("temperature", {"temperature": 3}, "invalid_value"),
@@ -408,11 +412,13 @@ BAD: list[tuple[str, dict[str, Any], str | None]] = [
     ("response_format", {"response_format": {"type": "json_object"}}, "unsupported_parameter"),
     ("presence_penalty", {"presence_penalty": 0.5}, "unsupported_parameter"),
     ("stop", {"stop": ["", "x"]}, "invalid_value"),
-    ("stream_options", {"stream_options": {"include_usage": True}}, None),
+    ("stream_options", {"stream_options": {"include_usage": True}}, "invalid_value"),
     ("stream_options.usage", {"stream": True, "stream_options": {"usage": True}}, "invalid_value"),
-    ("top_logprobs", {"top_logprobs": 2}, None),
+    ("top_logprobs", {"top_logprobs": 2}, "invalid_value"),
     ("tool_choice", {"tool_choice": "required"}, "invalid_value"),
     ("tools[0].function.name", {"tools": [{"type": "function", "function": {}}]}, "invalid_value"),
+    ("tools[0].function.parameters", {"tools": [calls(parameters=[])]}, "invalid_value"),
+    ("tools[0].function.description", {"tools": [calls(description=5)]}, "invalid_value"),
     ("messages[0].role", {"messages": [{"role": "robot", "content": ""}]}, "invalid_value"),
     (
         "messages[0].content[0].type",
@@ -454,7 +460,7 @@ async def test_invalid_requests_name_the_field(chat: Chat) -> None:
             assert (broken.status_code, broken.json()["error"]["code"]) == (400, "invalid_json")
             echo = await http.post("completions", json={"model": "m", "prompt": "x", "echo": True})
             assert (echo.status_code, echo.json()["error"]["param"]) == (400, "echo")
-            for prompt in ("", [], [[]], [1, "x"], None, 7):
+            for prompt in ("", [], [[]], [1, "x"], None, 7, [1, 999_999], [[1], [999_999]]):
                 empty = await http.post("completions", json={"model": "m", "prompt": prompt})
                 assert (empty.status_code, empty.json()["error"]["param"]) == (400, "prompt")
             lost = await http.get("nothing")
