@@ -101,6 +101,32 @@ def listen_on_loopback() -> None:
         )
 
 
+class _Connection:
+    """This process's connection to Ray; the last of the sessions that use it ends it.
+
+    Args:
+        opened: what is to end with it.
+    """
+
+    def __init__(self, opened: ExitStack) -> None:
+        self._opened, self._sessions = opened, 0
+
+    def __enter__(self) -> None:
+        self._sessions += 1
+
+    def __exit__(self, *error: object) -> None:
+        global _connection
+        with _connecting:
+            self._sessions -= 1
+            if not self._sessions:
+                _connection = None if _connection is self else _connection
+                self._opened.close()
+
+
+_connecting = threading.Lock()
+_connection: _Connection | None = None  # None: whoever runs this program has connected it
+
+
 @contextmanager
 def open_session(
     cluster: ClusterConfig,
@@ -146,32 +172,6 @@ def open_session(
         if _start_serve(http) and not local:
             stack.callback(_stop_serve_if_unused)
         yield Session(run_name(directory), local)
-
-
-class _Connection:
-    """This process's connection to Ray; the last of the sessions that use it ends it.
-
-    Args:
-        opened: what is to end with it.
-    """
-
-    def __init__(self, opened: ExitStack) -> None:
-        self._opened, self._sessions = opened, 0
-
-    def __enter__(self) -> None:
-        self._sessions += 1
-
-    def __exit__(self, *error: object) -> None:
-        global _connection
-        with _connecting:
-            self._sessions -= 1
-            if not self._sessions:
-                _connection = None if _connection is self else _connection
-                self._opened.close()
-
-
-_connecting = threading.Lock()
-_connection: _Connection | None = None  # None: whoever runs this program has connected it
 
 
 def _disconnect() -> None:

@@ -327,14 +327,19 @@ class Template:
         for column in self.columns:
             _value(row, column, self.key)
         try:
-            return self.text.format_map({k: _as_written(v) for k, v in row.columns.items()})
+            return _Formatter().vformat(self.text, (), row.columns)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise DataError(f"{row.place}: {self.key} does not fit: {error}") from None
 
 
-def _as_written(value: Any) -> Any:
-    """Of a column that a template names: what Python writes otherwise than data does, as data."""
-    return answer_text(value) if isinstance(value, bool | float) else value
+class _Formatter(string.Formatter):
+    """Writes what a template names as data has it, where Python would write it otherwise."""
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        """Text for a value."""
+        if not format_spec and isinstance(value, bool | float):
+            return answer_text(value)
+        return str(super().format_field(value, format_spec))
 
 
 def _value(row: Row, column: str, key: str) -> Any:

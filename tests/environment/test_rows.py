@@ -344,6 +344,7 @@ def test_one_environment_does_not_train_on_what_another_evaluates() -> None:
         ({"answer": True}, {"reward": "choice", "choices": [True, False]}, "true"),
         ({"answer": True}, {"gold": "{answer}"}, "true"),
         ({"answer": 1e-05}, {"gold": "{answer}", "reward": "number"}, "0.00001"),
+        ({"answer": 2.5}, {"gold": "{answer:.2f}", "reward": "number"}, "2.50"),
         ({"answer": "\\frac{1}{2}"}, {"reward": "math"}, "\\frac{1}{2}"),
         ({"answer": "c.t", "word": "cat"}, {"reward": "regex", "gold": "{word}"}, "cat"),
     ],
