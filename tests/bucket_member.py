@@ -23,11 +23,14 @@ PUSHES = 2
 
 def learner(rank: int, port: int, folder: Path) -> None:
     from rayrl.learner import base
+    from rayrl.learner.base import RankInfo
     from rayrl.learner.deepspeed import DeepSpeedLearner
     from rayrl.learner.lora import lazy_weights
 
     base.BUCKET_BYTES = LIMIT  # of what is gathered at once
-    one = DeepSpeedLearner(config(3, 2), folder / "model", rank, 2, "127.0.0.1", port)
+    one = DeepSpeedLearner(
+        config(3, 2), folder / "model", info=RankInfo(rank, 2, "127.0.0.1", port)
+    )
     plan = buckets(((p.name, p.dtype, p.shape) for p in lazy_weights(one.module)), LIMIT)
     whole_at_once = 0
 
