@@ -356,7 +356,7 @@ def test_an_advantage_may_be_one_number_per_episode() -> None:
         row.advantages.tolist() for row in expected.rows
     ]
     assert [row.advantages.tolist() for row in batch.rows] == [[0, -0.5], [0, 0.5, 0, 0.5]]
-    with pytest.raises(ValueError, match="argument"):
+    with pytest.raises(ValueError, match="2 episodes, but advantages of 1"):
         make_batch([group], [[1.0]])
 
 

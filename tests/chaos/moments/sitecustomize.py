@@ -75,7 +75,7 @@ def at_update(module: Any) -> None:
     update = module.DeepSpeedLearner._update
 
     def _update(self: Any, lr: float, *, finite: bool) -> float:
-        if self.rank == 1 and self.steps == 3:
+        if self.info.rank == 1 and self.steps == 3:
             die_once("update")
         norm: float = update(self, lr, finite=finite)
         return norm
