@@ -163,7 +163,9 @@ def test_three_nodes_run_what_is_submitted_and_one_is_lost_and_another_comes(
     for who, where, _ in told:
         at.setdefault(who, set()).add(nodes[where] if where.startswith("127.0.0.") else 1)
     if sys.platform == "linux":
-        assert at == {"EnvWorker": {2, 3, 4}, "Replica": {1, 2}, "LearnerRank": {1, 3, 4}}
+        players = at.pop("EnvWorker")  # the last one may start when all has been played
+        assert {2, 3} <= players <= {2, 3, 4}
+        assert at == {"Replica": {1, 2}, "LearnerRank": {1, 3, 4}}
 
     assert weights(folder) == weights(calm_ranks), "as on one node, with none lost"
     assert turns(folder) == turns(calm_ranks)
