@@ -221,8 +221,8 @@ def _batch(config: Config) -> str:
             else []
         ),
         *(
-            [f"  {train.uniform_share:.0%} of the tasks uniformly, the others by difficulty"]
-            if train.task_sampling == "difficulty"
+            [f"  {train.uniform_share:.0%} of the tasks uniformly, the others by {by}"]
+            if (by := train.task_sampling) != "uniform"
             else []
         ),
         f"  {live} live at once, {min(live, slots)} decoded at once",

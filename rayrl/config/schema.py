@@ -423,13 +423,13 @@ class TrainConfig:
     task_sampling: str = setting(
         "uniform",
         "how tasks are drawn; difficulty: more of those whose groups recently differed in their "
-        "rewards",
-        choices=("uniform", "difficulty"),
+        "rewards; replay: those that went worse than they had gone before are played again",
+        choices=("uniform", "difficulty", "replay"),
     )
     uniform_share: float = setting(
         0.25,
-        "task_sampling=difficulty: share of the groups that are drawn uniformly all the same; they "
-        "notice what has changed, and the metrics reward and score/* are over them",
+        "task_sampling=difficulty or replay: share of the groups that are drawn uniformly all the "
+        "same; they notice what has changed, and the metrics reward and score/* are over them",
         above=0,
         most=1,
     )

@@ -235,7 +235,7 @@ def _check_train(config: Config) -> None:
             train.group_size,
             f"{algo.advantage} compares episodes of one task; use 2 or more (8 to 32 is usual).",
         )
-    if train.task_sampling == "difficulty" and train.uniform_share * train.groups < 1:
+    if train.task_sampling != "uniform" and train.uniform_share * train.groups < 1:
         raise _wrong(
             "train.uniform_share",
             train.uniform_share,

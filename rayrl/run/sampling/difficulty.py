@@ -18,10 +18,10 @@ from dataclasses import astuple, dataclass
 from typing import Any
 
 from rayrl.config import Config
-from rayrl.environment.environment import Environment, stratified
-from rayrl.environment.rows import Rows
+from rayrl.environment.environment import Environment
 from rayrl.learner.advantage import has_spread
 from rayrl.rollout.rollout import GroupPlan
+from rayrl.run.sampling.task_sampler import UniformShare
 from rayrl.run.stage import check_tasks
 from rayrl.types import Group, derive_seed
 
@@ -141,16 +141,12 @@ class Pools:
 
 
 class DifficultySampler:
-    """The `TaskSampler` of train.task_sampling=difficulty.
-
-    Which groups are uniform draws follows from their index alone, evenly spaced: they are an
-    unbiased sample of what the policy can do, and with `train.uniform_share=1` they are exactly the
-    draws of `UniformSampler`.
-    """
+    """The `TaskSampler` of train.task_sampling=difficulty."""
 
     def __init__(self, environment: Environment, config: Config) -> None:
         self._environment, self._train = environment, config.train
         self._seed = derive_seed(config.run.seed, config.run.name, "train")
+        self._uniform = UniformShare(environment, config.train, self._seed)
         source = environment.source
         self._pools = Pools(len(source) if isinstance(source, Sequence) else config.train.pools)
         self._drawn: dict[int, float] = {}  # u of groups that were not observed yet
@@ -158,7 +154,10 @@ class DifficultySampler:
     def plan(self, index: int) -> GroupPlan:
         """The plan of the index-th group."""
         if index not in self._drawn:
-            self._drawn[index] = self._draw(index)
+            uniform = self._uniform
+            self._drawn[index] = (
+                uniform.u(index) if uniform.has(index) else self._pools.u_at(uniform.other(index))
+            )
         task = self._environment.task(derive_seed(self._seed, "task", index), self._drawn[index])
         check_tasks(self._environment, [task])
         step, k = divmod(index, self._train.groups)
@@ -167,7 +166,7 @@ class DifficultySampler:
 
     def is_uniform(self, index: int) -> bool:
         """Whether the group is one of the uniform draws."""
-        return self._uniform_before(index + 1) > self._uniform_before(index)
+        return self._uniform.has(index)
 
     def draws(self) -> dict[int, float]:
         """The u of groups that were planned and not observed yet."""
@@ -191,25 +190,6 @@ class DifficultySampler:
         """Continue from what `save` gave, and from draws that were logged since."""
         self._pools.load(state.get("pools", {}))
         self._drawn = {int(index): u for index, u in state.get("drawn", {}).items()} | dict(draws)
-
-    def _uniform_before(self, index: int) -> int:
-        """Uniform draws among the groups before this one."""
-        return int(index * self._train.uniform_share)
-
-    def _draw(self, index: int) -> float:
-        """The u of a group: by difficulty if it is not one of the uniform draws.
-
-        The draws of a step, of either kind, cover what they are drawn from evenly.
-        """
-        uniform = max(round(self._train.groups * self._train.uniform_share), 1)  # per step
-        before = self._uniform_before(index)
-        if not self.is_uniform(index):
-            n = max(self._train.groups - uniform, 1)
-            return self._pools.u_at(stratified(self._seed, index, (index - before) % n, n))
-        source = self._environment.source
-        if isinstance(source, Rows):
-            return (source.place(self._seed, before) + 0.5) / len(source)
-        return stratified(self._seed, index, before % uniform, uniform)
 
     def _metrics(
         self, uniform: Sequence[float], by_difficulty: Sequence[float]

@@ -9,7 +9,7 @@ less than one group, whatever n.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
@@ -19,10 +19,17 @@ from rayrl.config.mix import components
 from rayrl.environment.environment import Environment
 from rayrl.rollout.rollout import GroupPlan
 from rayrl.run.sampling.difficulty import DifficultySampler
+from rayrl.run.sampling.replay import ReplaySampler
 from rayrl.run.sampling.task_sampler import TaskSampler, UniformSampler
 from rayrl.types import Group
 
 __all__ = ["MixtureSampler", "component_shares", "run_sampler"]
+
+SAMPLERS: dict[str, Callable[[Environment, Config], TaskSampler]] = {  # by train.task_sampling
+    "uniform": UniformSampler,
+    "difficulty": DifficultySampler,
+    "replay": ReplaySampler,
+}
 
 
 def run_sampler(environments: Mapping[str, Environment], config: Config) -> TaskSampler:
@@ -31,8 +38,7 @@ def run_sampler(environments: Mapping[str, Environment], config: Config) -> Task
     Args:
         environments: by component of the mixture; without one, under an empty name.
     """
-    by_difficulty = config.train.task_sampling == "difficulty"
-    sampler = DifficultySampler if by_difficulty else UniformSampler
+    sampler = SAMPLERS[config.train.task_sampling]
     if not config.env.mix:
         return sampler(environments[""], config)
     shares, groups = component_shares(config), config.train.groups

@@ -6,13 +6,14 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from rayrl.config import Config
-from rayrl.environment.environment import Environment
+from rayrl.config import Config, TrainConfig
+from rayrl.environment.environment import Environment, stratified
+from rayrl.environment.rows import Rows
 from rayrl.rollout.rollout import GroupPlan
 from rayrl.run.stage import check_tasks
 from rayrl.types import Group, derive_seed
 
-__all__ = ["TaskSampler", "UniformSampler"]
+__all__ = ["TaskSampler", "UniformSampler", "UniformShare"]
 
 
 class TaskSampler(Protocol):
@@ -97,3 +98,36 @@ class UniformSampler:
             GroupPlan(f"{step}-{k}", task, self._train.group_size, derive_seed(self._seed, step, k))
             for k, task in enumerate(tasks)
         ]
+
+
+class UniformShare:
+    """The groups that are uniform draws all the same where what was played decides about the rest.
+
+    Which ones they are follows from their index alone, evenly spaced: they are an unbiased sample
+    of what the policy can do, and with `train.uniform_share=1` they are exactly the draws of
+    `UniformSampler`.
+    """
+
+    def __init__(self, environment: Environment, train: TrainConfig, seed: int) -> None:
+        self._source, self._train, self._seed = environment.source, train, seed
+        self._per_step = max(round(train.groups * train.uniform_share), 1)
+
+    def has(self, index: int) -> bool:
+        """Whether the group is one of them."""
+        return self._before(index + 1) > self._before(index)
+
+    def u(self, index: int) -> float:
+        """The u of one of them: a stratum of its own in the step, or the epoch's next row."""
+        before = self._before(index)
+        if isinstance(self._source, Rows):
+            return (self._source.place(self._seed, before) + 0.5) / len(self._source)
+        return stratified(self._seed, index, before % self._per_step, self._per_step)
+
+    def other(self, index: int) -> float:
+        """A number in [0, 1) for a group that is none of them; those of a step cover it evenly."""
+        n = max(self._train.groups - self._per_step, 1)
+        return stratified(self._seed, index, (index - self._before(index)) % n, n)
+
+    def _before(self, index: int) -> int:
+        """How many there are among the groups before this one."""
+        return int(index * self._train.uniform_share)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,30 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import rayrl
-from rayrl import Agent, Scores
 from rayrl.config import Config, from_dict
-from rayrl.environment.environment import Environment, TaskSource
 from rayrl.run.sampling.difficulty import DifficultySampler, Pools, reward_spread
 from rayrl.run.sampling.mixture import run_sampler
-from rayrl.run.sampling.task_sampler import TaskSampler, UniformSampler
-from rayrl.types import Episode, Failure, Group, Task, Turn
-
-
-@dataclass(frozen=True, kw_only=True)
-class At(Task):
-    u: float = 0.0
-
-
-def source(seed: int, u: float) -> At:
-    return At(seed=seed, u=u)
-
-
-def environment(tasks: TaskSource = source) -> Environment:
-    async def play(task: Task, agent: Agent) -> Scores:
-        raise NotImplementedError
-
-    return rayrl.env(tasks=tasks, rewards={"right": 1.0}, name="x")(play)
+from rayrl.types import Episode, Group, Task
+from tests.sampled import DIFFERENT, SAME, At, environment, group, rows
 
 
 def config(groups: int = 4, share: float = 0.25, pools: int = 4, **env: Any) -> Config:
@@ -48,31 +27,6 @@ def config(groups: int = 4, share: float = 0.25, pools: int = 4, **env: Any) -> 
         "pools": pools,
     }
     return from_dict({"env": env or {"name": "x"}, "train": train})
-
-
-MIX = {"a": {"name": "x", "weight": 2}, "b": {"name": "x"}}
-
-
-def mixture(groups: int = 4, share: float = 0.25, by: str = "episodes") -> TaskSampler:
-    made = config(groups, share, mix=MIX, mix_by=by)
-    return run_sampler({"a": environment(), "b": environment()}, made)
-
-
-def group(*rewards: float, kind: str = "", task: Task | None = None, tokens: int = 1) -> Group:
-    task = task or Task()
-    turn = Turn("agent", (), "", "stop", completion_ids=(1,) * tokens)
-    failure = Failure(kind, "because") if kind else None  # type: ignore[arg-type]
-    return Group(
-        "g",
-        task,
-        tuple(
-            Episode(f"g/{k}", "x", task, k, (turn,), {}, {"agent": reward}, failure)
-            for k, reward in enumerate(rewards)
-        ),
-    )
-
-
-SAME, DIFFERENT = (1.0, 1.0), (0.0, 1.0)
 
 
 # --- pools ---------------------------------------------------------------------------------------
@@ -142,41 +96,6 @@ def test_draws_follow_the_shares_whatever_was_played(
 
 
 # --- what is drawn -------------------------------------------------------------------------------
-
-
-def rows(folder: Path, n: int) -> rayrl.Rows[Any]:
-    file = folder / "rows.jsonl"
-    file.write_text("".join(json.dumps({"k": k}) + "\n" for k in range(n)))
-    return rayrl.rows(file)
-
-
-@pytest.fixture
-def sources(tmp_path: Path) -> dict[str, TaskSource]:
-    return {
-        "function": source,
-        "list": [Task(seed=seed) for seed in range(7)],
-        "rows": rows(tmp_path, 7),
-    }
-
-
-@pytest.mark.parametrize("kind", ["function", "list", "rows"])
-def test_with_only_uniform_draws_they_are_those_of_the_uniform_sampler(
-    sources: dict[str, TaskSource], kind: str
-) -> None:
-    env, made = environment(sources[kind]), config(groups=3, share=1.0)
-    uniform, sampler = UniformSampler(env, made), DifficultySampler(env, made)
-    for step in range(6):
-        indices = range(3 * step, 3 * step + 3)
-        assert [sampler.plan(k) for k in indices] == [uniform.plan(k) for k in indices]
-        sampler.observe({k: group(*DIFFERENT) if k % 2 else group(*SAME) for k in indices})
-
-
-@settings(max_examples=50)
-@given(st.integers(1, 40), st.floats(0.01, 1), st.integers(0, 200))
-def test_uniform_draws_are_spaced_evenly(groups: int, share: float, start: int) -> None:
-    sampler = DifficultySampler(environment(), config(groups, share))
-    n = sum(sampler.is_uniform(index) for index in range(start, start + groups))
-    assert abs(n - groups * share) < 1 + 1e-9
 
 
 def test_the_uniform_draws_of_rows_are_epochs_and_the_others_go_where_rewards_differ(
@@ -250,7 +169,8 @@ def test_metrics_by_hand() -> None:
 
 def test_each_environment_of_a_mixture_has_pools_of_its_own() -> None:
     """In a, only the first quarter of u teaches anything; in b, only the last."""
-    sampler = mixture(groups=12, share=0.25)
+    mix = {"a": {"name": "x", "weight": 2}, "b": {"name": "x"}}
+    sampler = run_sampler({"a": environment(), "b": environment()}, config(groups=12, mix=mix))
     late: dict[str, Counter[int]] = {"a": Counter(), "b": Counter()}
     uniform: Counter[str] = Counter()
     for step in range(30):
@@ -270,49 +190,3 @@ def test_each_environment_of_a_mixture_has_pools_of_its_own() -> None:
     assert late["b"][3] > 0.7 * late["b"].total() > 40
     assert metrics["draws/a/spread_by_difficulty"] > metrics["draws/a/spread_uniform"]
     assert {"pools/a/unseen", "pools/b/easy", "draws/b/medium"} <= metrics.keys()
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: run_sampler({"": environment()}, config(groups=3, share=0.34)),
-        lambda: mixture(groups=3, share=0.34),
-        lambda: mixture(groups=3, share=0.34, by="tokens"),
-    ],
-    ids=["one", "mixture", "mixture by tokens"],
-)
-@settings(max_examples=50)
-@given(st.data())
-def test_saved_and_loaded_at_any_moment_it_goes_on_with_the_same_tasks(
-    make: Callable[[], TaskSampler], data: st.DataObject
-) -> None:
-    """Groups begin and are observed in any order, as with a lag; now and then it is killed."""
-    kept, killed = make(), make()
-    checkpoint, begun, since = killed.save(), dict[int, Any](), list[dict[int, Group]]()
-    waiting: dict[int, Task] = {}
-    for index in range(data.draw(st.integers(1, 24))):
-        plan = kept.plan(index)
-        assert killed.plan(index) == plan
-        begun[index] = killed.draws()[index]
-        waiting[index] = plan.task
-        chosen = data.draw(st.sets(st.sampled_from(sorted(waiting))), label="ended")
-        if chosen:
-            rewards = st.lists(st.sampled_from([0.0, 0.3, 1.0]), min_size=2, max_size=3)
-            groups = {
-                k: group(*data.draw(rewards), tokens=data.draw(st.integers(1, 9)))
-                for k in sorted(chosen, reverse=True)
-            }
-            assert killed.observe(groups) == kept.observe(dict(sorted(groups.items())))
-            since.append(groups)
-            for k in chosen:
-                del waiting[k]
-        if data.draw(st.booleans(), label="checkpoint"):
-            checkpoint, begun, since = json.loads(json.dumps(killed.save())), {}, []
-        if data.draw(st.booleans(), label="killed"):
-            killed = make()
-            killed.load(checkpoint, begun)
-            for groups in since:
-                killed.observe(groups)
-        assert {k: killed.plan(k).task for k in waiting} == waiting
-        assert all(killed.is_uniform(k) == kept.is_uniform(k) for k in waiting)
-        assert killed.save() == kept.save()
