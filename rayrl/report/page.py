@@ -94,6 +94,7 @@ class Chart:
     size: str = ""  # "wide": two columns
     main: bool = True  # otherwise under "more"
     unit: bool = False  # the axis is [0, 1]
+    smooth: bool = True  # with a running mean; otherwise each value counts by itself
 
 
 CHARTS = (
@@ -109,11 +110,18 @@ CHARTS = (
     Chart("eval/version", "Evaluated version", "of the weights", main=False),
     Chart("eval/failed", "Failed episodes", "of an evaluation", main=False),
     *(
-        Chart(f"eval/*/{bound}", "{}", "95% bound of an evaluation", main=False)
-        for bound in ("low", "high", "gain_low", "gain_high")
+        Chart(f"eval/*/{end}", f"{title}: {{}}", about, main=False, smooth=False)
+        for end, title, about in (
+            ("low", "Evaluation, low", "lower 95% bound of an evaluation"),
+            ("high", "Evaluation, high", "upper 95% bound of an evaluation"),
+            ("gain", "Gain", "paired difference from the first evaluation"),
+            ("gain_low", "Gain, low", "its lower 95% bound"),
+            ("gain_high", "Gain, high", "its upper 95% bound"),
+        )
     ),
-    Chart("eval/*/gain", "{}", "paired difference from the first evaluation"),
-    Chart("eval/*", "Evaluation: {}", "mean over evaluation tasks, or count of a check"),
+    Chart(
+        "eval/*", "Evaluation: {}", "mean over evaluation tasks, or count of a check", smooth=False
+    ),
     Chart("score/*", "{}", "score, mean over the batch", unit=True),
     Chart("loss", "Loss", "minimized by the optimizer"),
     Chart("entropy", "Entropy", "of the policy, nats per token"),
@@ -248,7 +256,8 @@ def _charts(phases: Sequence[Phase]) -> tuple[list[dict[str, Any]], dict[str, An
             continue
         rank = _rank(name)
         chart = CHARTS[rank] if rank < len(CHARTS) else Chart("*", "{}", "", main=False)
-        title = chart.title.format(name.removeprefix(chart.pattern.removesuffix("*")) or name)
+        before, _, after = chart.pattern.partition("*")
+        title = chart.title.format(name.removeprefix(before).removesuffix(after))
         key = f"m{number}"
         charts.append(
             {
@@ -259,7 +268,8 @@ def _charts(phases: Sequence[Phase]) -> tuple[list[dict[str, Any]], dict[str, An
                 "main": chart.main,
             }
         )
-        payload[key] = {"title": title, "unit": chart.unit, "lines": lines}
+        curves = {"title": title, "unit": chart.unit, "smooth": chart.smooth, "lines": lines}
+        payload[key] = curves
     return charts, payload
 
 

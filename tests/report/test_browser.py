@@ -188,6 +188,36 @@ def test_pointing_at_a_curve_says_the_step_that_is_there(page: Any) -> None:
     assert page.locator("#tip").evaluate("tip => tip.style.opacity") == "0"
 
 
+def test_evaluations_are_shown_as_they_are_and_metrics_of_parts_by_their_names(
+    browser: Any, tmp_path: Path
+) -> None:
+    """Four lost lines, then two, then none: a running mean would end with some."""
+    lost = {"eval/unbeatable/losing": (4, 2, 0), "eval/win/gain": (0.0, 0.1, 0.3)}
+    metrics = [
+        {"step": step, "groups/a/zero_variance_share": 0.5, **{k: v[step] for k, v in lost.items()}}
+        for step in range(3)
+    ]
+    file = tmp_path / "report.html"
+    file.write_text(render(Report("title", "folder", [Phase("rl", "train", Config(), metrics)])))
+    page = browser.new_page()
+    page.add_init_script(NOTE_LABELS)
+    page.goto(file.as_uri())
+    page.locator("details.more > summary").click()
+    page.wait_for_function(DRAWN)
+    shown = {
+        chart.locator("h3").inner_text(): chart.locator(".now").inner_text()
+        for chart in page.locator(".chart").all()
+    }
+    assert shown == {
+        "Zero-variance groups: a": "0.5",
+        "Evaluation: unbeatable/losing": "0",
+        "Gain: win": "0.3",
+    }
+    page.locator(".chart .u-over").nth(1).hover()
+    assert page.inner_text("#tip") == "rl · step 1 · 2"
+    page.close()
+
+
 @pytest.mark.parametrize("page", [(WIDE, "light"), (NARROW, "light")], indirect=True)
 def test_no_label_of_a_chart_is_cut(page: Any) -> None:
     open_more(page)

@@ -26,7 +26,7 @@
   };
 
   // Exponential mean without the pull of its start (the weights are normalised).
-  const smooth = (values) => {
+  const running = (values) => {
     const keep = values.length > 24 ? 0.85 : 0.4;
     let sum = 0, weight = 0;
     return values.map((value) => {
@@ -61,7 +61,7 @@
   const place = (line) => (step) => phases[line.phase].from + step - phases[line.phase].first;
 
   function plot(holder, width) {
-    const { title, unit, lines } = data[holder.dataset.chart];
+    const { title, unit, smooth, lines } = data[holder.dataset.chart];
     const own = lines.map((line) => phases[line.phase]);
     const phaseAt = (x) => own.findLastIndex((phase) => phase.from <= x);
     const label = (step) => step.toLocaleString("en");
@@ -75,7 +75,7 @@
         points: { size: 5, stroke: color, fill: color, filter: (u, i, dense) => (dense ? null : (alone[i] ??= isolated(u.data[i]))) },
       });
       series.push({ class: "mean", name, stroke: color, width: 2, points: { show: false } });
-      return [line.steps.map(place(line)), line.values, smooth(line.values)];
+      return [line.steps.map(place(line)), line.values, smooth ? running(line.values) : line.values];
     });
     const alarms = lines.flatMap((line) => line.alarms.map(place(line)));
     if (alarms.length) {
@@ -132,7 +132,7 @@
       const k = phaseAt(x), [value, mean] = [2 * k + 1, 2 * k + 2].map((i) => show(u.data[i][idx]));
       now.textContent = `step ${stepAt(x)} · ${value}`;
       if (!event) return;
-      tip.textContent = `${own[k].name} · step ${stepAt(x)} · ${value} · mean ${mean}${alarms.includes(x) ? " · alarm" : ""}`;
+      tip.textContent = `${own[k].name} · step ${stepAt(x)} · ${value}${smooth ? ` · mean ${mean}` : ""}${alarms.includes(x) ? " · alarm" : ""}`;
       tip.style.opacity = 1;
       tip.style.left = Math.min(event.clientX + 14, innerWidth - tip.offsetWidth - 8) + "px";
       tip.style.top = event.clientY + 14 + "px";
