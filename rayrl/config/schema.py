@@ -423,7 +423,7 @@ class TrainConfig:
     task_sampling: str = setting(
         "uniform",
         "how tasks are drawn; difficulty: more of those whose groups recently differed in their "
-        "rewards; replay: those that went worse than they had gone before are played again",
+        "rewards; replay: those that went worst are played again",
         choices=("uniform", "difficulty", "replay"),
     )
     uniform_share: float = setting(
