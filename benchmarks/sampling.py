@@ -38,13 +38,13 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 }
 
 
-def compare(arguments: argparse.Namespace, seed: int, settings: Sequence[str]) -> dict[str, float]:
+def compare(
+    arguments: argparse.Namespace, rule: StopRule, seed: int, settings: Sequence[str]
+) -> dict[str, float]:
     """Run every variant from the seed's start; returns each one's ratio to uniform, if known."""
     own = [f"run.seed={seed}", f"run.name=tictactoe-seed{seed}", *settings]
     start = arguments.out / f"seed{seed}"
     recipe.run(part(own, STARTS, start))
-    rule = parse_stop_rule("--until", arguments.until)
-    assert isinstance(rule, StopRule), "--until must be a bound"
     evaluated = f"train.stop_when='{arguments.until}'", f"eval.every={arguments.every}"
     played: dict[str, float] = {}
     ratios = {}
@@ -77,10 +77,13 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=4)
     parser.add_argument("--out", type=Path, default=Path("runs/sampling"))
     arguments, settings = parser.parse_known_args()
+    rule = parse_stop_rule("--until", arguments.until)
+    if not isinstance(rule, StopRule):
+        parser.error(f"--until {arguments.until!r}: write METRIC >= NUMBER or METRIC <= NUMBER")
     heads = ["steps", "episodes", "of uniform", "evaluations", "groups without spread"]
     print(row("variant, seed", heads))
     print(row("---", ["---:"] * len(heads)))
-    found = [compare(arguments, seed, settings) for seed in arguments.seeds]
+    found = [compare(arguments, rule, seed, settings) for seed in arguments.seeds]
     for variant in arguments.variants:
         if all(variant in ratios for ratios in found):  # else a run did not reach the goal
             mean = statistics.geometric_mean([ratios[variant] for ratios in found])

@@ -19,8 +19,7 @@ from rayrl.config import Config
 from rayrl.environment.environment import Environment
 from rayrl.learner.advantage import has_spread
 from rayrl.rollout.rollout import GroupPlan
-from rayrl.run.sampling.task_sampler import UniformShare
-from rayrl.run.stage import check_tasks
+from rayrl.run.sampling.task_sampler import UniformShare, group_plan
 from rayrl.types import Group, derive_seed
 
 __all__ = ["ReplaySampler"]
@@ -63,10 +62,7 @@ class ReplaySampler:
             self._drawn[index] = index if self.is_uniform(index) else self._draw(index)
         origin = self._drawn[index]
         task = self._environment.task(derive_seed(self._seed, "task", origin), self._u(origin))
-        check_tasks(self._environment, [task])
-        step, k = divmod(index, self._train.groups)
-        seed = derive_seed(self._seed, step, k)
-        return GroupPlan(f"{step}-{k}", task, self._train.group_size, seed)
+        return group_plan(self._environment, self._train, self._seed, index, task)
 
     def is_uniform(self, index: int) -> bool:
         """Whether the group is one of the uniform draws."""

@@ -11,9 +11,18 @@ from rayrl.environment.environment import Environment, stratified
 from rayrl.environment.rows import Rows
 from rayrl.rollout.rollout import GroupPlan
 from rayrl.run.stage import check_tasks
-from rayrl.types import Group, derive_seed
+from rayrl.types import Group, Task, derive_seed
 
-__all__ = ["TaskSampler", "UniformSampler", "UniformShare"]
+__all__ = ["TaskSampler", "UniformSampler", "UniformShare", "group_plan"]
+
+
+def group_plan(
+    environment: Environment, train: TrainConfig, seed: int, index: int, task: Task
+) -> GroupPlan:
+    """The plan of the index-th group of a run: its id names its step, its seed is of the run's."""
+    check_tasks(environment, [task])
+    step, k = divmod(index, train.groups)
+    return GroupPlan(f"{step}-{k}", task, train.group_size, derive_seed(seed, step, k))
 
 
 class TaskSampler(Protocol):
@@ -93,9 +102,8 @@ class UniformSampler:
     def _plans(self, step: int) -> Sequence[GroupPlan]:
         n = self._train.groups
         tasks = self._environment.tasks(self._seed, n, start=step * n)
-        check_tasks(self._environment, tasks)
         return [
-            GroupPlan(f"{step}-{k}", task, self._train.group_size, derive_seed(self._seed, step, k))
+            group_plan(self._environment, self._train, self._seed, step * n + k, task)
             for k, task in enumerate(tasks)
         ]
 

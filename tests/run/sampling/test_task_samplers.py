@@ -70,7 +70,7 @@ MIX = {"a": {"name": "x", "weight": 2}, "b": {"name": "x"}}
 
 
 def made(kind: str, sampling: str, folder: Path) -> TaskSampler:
-    if kind == "mixture" or kind == "tokens":
+    if kind in ("mixture", "tokens"):
         by = "tokens" if kind == "tokens" else "episodes"
         env = {"a": environment(), "b": environment(rows(folder, 3))}
         return run_sampler(env, config(3, 0.34, sampling, mix=MIX, mix_by=by))
