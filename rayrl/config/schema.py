@@ -177,7 +177,7 @@ class EngineConfig:
     dtype: str = setting(
         "auto",
         "number format of weights and activations; auto: float32 (embedded), or the model's own "
-        "(vLLM); embedded: bfloat16 on a GPU alone",
+        "(vLLM); the embedded engine knows float32 and bfloat16",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     gpu_memory: float = setting(

@@ -205,8 +205,8 @@ def _check_pushes(config: Config) -> None:
         raise _wrong(
             "learner.dtype",
             "bfloat16",
-            "the embedded engine computes in fp32; choose learner.dtype=float32, engine=vllm, or, "
-            "on a GPU, engine.dtype=bfloat16.",
+            "the embedded engine would compute in fp32; set engine.dtype=bfloat16 too, or choose "
+            "learner.dtype=float32 or engine=vllm.",
         )
     check_sync(config)
 

@@ -2,7 +2,7 @@
 
 Siblings: requests whose ids are the same so far share a slot. Each step computes their logits once,
 and each of them samples from these with its own seed. Those that sample another id continue in a
-slot of their own, with a copy of the keys and values.
+slot of their own, which shares the keys and values of what they have in common.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rayrl.engine.embedded.requests import (
     WeightUpdate,
 )
 from rayrl.engine.embedded.sampler import raw_logprobs, sample
-from rayrl.engine.embedded.slots import DecodeState, SlotTable
+from rayrl.engine.embedded.slots import SLOTS_PER_LIVE, DecodeState, SlotTable
 from rayrl.errors import InfraError, RayrlError, StaleWeights
 from rayrl.types import Completion, Delta, Finish, VersionSpan
 
@@ -33,12 +33,12 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from rayrl.engine.embedded.attention import Slab
+    from rayrl.engine.embedded.attention import KVPool
     from rayrl.engine.embedded.model import FlatModel
 
 __all__ = ["ContinuousBatch"]
 
-# distinct tokens per prefill step: on a CPU more exceed the core's cache
+# distinct tokens per prefill step, between which running requests wait
 PREFILL_TOKENS = {"cpu": 1024, "cuda": 16384}
 
 
@@ -46,7 +46,7 @@ class ContinuousBatch:
     """Requests join and leave between steps; used by one thread alone.
 
     Args:
-        slab: keys and values of conversations.
+        pool: keys and values.
         state: has a row for each request that runs, and a limit on their lengths.
         tokenizer: for stop strings.
         raw_logprobs: see `open_engine`.
@@ -62,7 +62,7 @@ class ContinuousBatch:
     def __init__(
         self,
         model: FlatModel,
-        slab: Slab,
+        pool: KVPool,
         state: DecodeState,
         *,
         version: int,
@@ -70,7 +70,8 @@ class ContinuousBatch:
         raw_logprobs: bool,
     ) -> None:
         self._model = model
-        self._table = SlotTable(slab)
+        self._pool = pool
+        self._table = SlotTable(SLOTS_PER_LIVE * state.rows, state.max_len, pool.tokens)
         self._state = state
         self._tokenizer = tokenizer
         self._raw_logprobs = raw_logprobs
@@ -130,7 +131,6 @@ class ContinuousBatch:
         self.waiting.clear()
         self.running.clear()
         self._state.clear()
-        self._table.running[:] = 0
         self._table.clear()
 
     def _load(self, update: WeightUpdate) -> None:
@@ -147,12 +147,18 @@ class ContinuousBatch:
         self.stats.load_seconds += time.perf_counter() - began
 
     def _admit(self) -> list[EngineRequest]:
-        """Give slots to waiting requests, up to about `PREFILL_TOKENS` new tokens."""
+        """Give slots to waiting requests, up to about `PREFILL_TOKENS` new tokens.
+
+        A request that the pool might have no room for at its full length waits for others to end.
+        """
         admitted: list[EngineRequest] = []
         tokens = 0
+        table, state = self._table, self._state
+        rows = [*self.running]
+        promised = int((state.max_new[rows] - state.sampled[rows]).sum())
         claimed: dict[bytes, tuple[int, int]] = {}  # slot and cached ids of each distinct prompt
         limit = PREFILL_TOKENS[self._model.device.type]
-        while self.waiting and tokens < limit and self._state.free:
+        while self.waiting and tokens < limit and state.free:
             candidate = self.waiting.popleft()
             request, prompt = candidate.request, candidate.prompt
             if candidate.cancelled:
@@ -162,14 +168,22 @@ class ContinuousBatch:
                 self.answers.append((candidate.reader, StaleWeights(message)))
                 continue
             key = prompt.tobytes()
+            new = 0
             if key in claimed:
-                self._table.join(request.session, claimed[key][0])
+                table.join(request.session, claimed[key][0])
             else:
-                claimed[key] = self._table.claim(request.session, prompt)
-                tokens += len(prompt) - claimed[key][1]
+                claimed[key] = table.claim(request.session, prompt)
+                new = len(prompt) - claimed[key][1]
             slot, candidate.cached = claimed[key]
+            needed = new + state.limit(request)
+            if table.pinned + promised + needed > table.tokens:
+                table.finish(np.array([slot]))
+                self.waiting.appendleft(candidate)
+                break
+            promised += needed
+            tokens += new
             streams = isinstance(candidate.reader, DeltaStream)
-            candidate.row = self._state.start(slot, request, streams)
+            candidate.row = state.start(slot, request, streams)
             self.running[candidate.row] = candidate
             admitted.append(candidate)
         return admitted
@@ -181,9 +195,8 @@ class ContinuousBatch:
         slots = np.array(sorted(of_slot))
         distinct = [(slot, of_slot[slot].prompt, of_slot[slot].cached) for slot in slots.tolist()]
         flat = flatten_prompts(distinct)
-        step = self._table.slab.prefill(flat)
-        logits = self._model.logits(step, flat.ids, flat.positions, flat.last)
-        self._table.cached[slots] = [len(prompt) for _, prompt, _ in distinct]
+        self._table.place(flat)
+        logits = self._model.prefill(self._pool, self._table.rows, flat)
         self.stats.prompt_tokens += int(self._state.prompt[rows].sum())
         self.stats.computed_tokens += len(flat.ids)
         self._sample(rows, slots, logits)
@@ -193,11 +206,12 @@ class ContinuousBatch:
 
         Requests with the same ids so far are computed once.
         """
-        slots = np.flatnonzero(self._table.running)
-        positions = self._table.cached[slots]
-        ids = self._table.ids[slots, positions]
-        logits = self._model.decode(self._table.slab, slots, positions, ids)
-        self._table.cached[slots] += 1
+        table = self._table
+        slots = np.flatnonzero(table.running)
+        positions = table.cached[slots]
+        table.extend(slots)
+        ids = table.ids[slots, positions]
+        logits = self._model.decode(self._pool, table.rows, slots, positions, ids)
         self.stats.decoded_tokens += len(slots)
         self._sample(np.array([*self.running]), slots, logits)
 

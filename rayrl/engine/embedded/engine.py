@@ -2,13 +2,13 @@
 
 One thread runs steps. A step is a *prefill* of new prompt ids (preferred when requests can be
 admitted) or a *decode* of one id per running request. Requests join and leave between steps. Keys
-and values stay in a conversation's slot between its turns; conversations with a common prefix copy
-it from each other, and requests that arrive together compute it once, as they do the ids that they
-sample alike (`continuous_batch.py`).
+and values are kept between a conversation's turns. Conversations share those of a common prefix
+(`slots.py`), and requests that arrive together compute it once, as they do the ids that they sample
+alike (`continuous_batch.py`).
 
 **Bits.** On the CPU the same request, seed and weights give the same ids and logprobs, bit for bit,
-whatever else is in flight and whether keys and values were cached, copied, shared or recomputed
-(see `attention.py`). On a GPU (`gpu.py`) logits differ in their last bits with the batch, and so,
+whatever else is in flight and whether keys and values were cached, shared or recomputed (see
+`attention.py`). On a GPU (`gpu.py`) logits differ in their last bits with the batch, and so,
 rarely, does a sampled id.
 
 **Why not transformers' own continuous batching.** Measured on one thread (transformers 5.19), it
@@ -16,9 +16,9 @@ samples fewer tokens per second from 16 or 64 conversations than `generate` does
 across the turns of a conversation, and does not guarantee that the batch leaves results unchanged.
 
 **Lower bound.** A decode step of n rows at context L reads layers * 2 * n * kv_heads * D * L * 4
-bytes of keys and values and takes 2 * parameters * n FLOP. For the embedded model (4 layers, width
-128, 0.9M parameters) at n = 256, L = 160: 168 MB, 6 ms at one core's 30 GB/s; and 0.45 GFLOP,
-4.5 ms as measured for its linear layers alone.
+bytes of keys and values, those that rows share once, and takes 2 * parameters * n FLOP. For the
+embedded model (4 layers, width 128, 0.9M parameters) at n = 256, L = 160 without sharing: 168 MB,
+17 ms at one core's 10 GB/s; and 0.45 GFLOP, 5 ms at its 90 GFLOP/s.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from rayrl.engine.embedded.requests import (
     WeightUpdate,
     deliver,
 )
-from rayrl.engine.embedded.slots import DecodeState, slots_for
+from rayrl.engine.embedded.slots import DecodeState, tokens_for
 from rayrl.errors import ConfigError, InfraError
 from rayrl.types import Completion, Delta, Request
 from rayrl.weights.loading import load_causal_lm
@@ -71,10 +71,11 @@ class EmbeddedEngine:
     The engine owns `model` and changes its weights in place. Implements `engine.protocol.Engine`.
 
     Args:
-        config: `max_live`, `max_len`, `kv_cache_gb` (which limits how many conversations stay
-            cached), `dtype` to compute in (on the CPU, float32 alone) and `threads` of the step's
-            thread. Their number affects the last bits of results; with more than one and a wide
-            model (SmolLM2), on some CPUs the requests in flight do too.
+        config: `max_live`, `max_len`, `kv_cache_gb` (which limits how many tokens stay cached, and
+            if need be how many requests run), `dtype` to compute in (on the CPU, attention is in
+            fp32 in any case) and `threads` of the step's thread. Their number affects the last bits
+            of results in fp32; with more than one and a wide model (SmolLM2), on some CPUs the
+            requests in flight do too.
         version: version of the weights in `model`.
         tokenizer: needed only for requests with stop strings.
         raw_logprobs: see `open_engine`.
@@ -101,15 +102,13 @@ class EmbeddedEngine:
             )
         self.max_len = config.max_len or self._model.max_len
         self.max_live = config.max_live
-        slot_bytes = self._model.geometry.slot_bytes(self.max_len, dtype.itemsize)
-        slots = slots_for(slot_bytes, self.max_len, config.kv_cache_gb, config.max_live)
+        token_bytes = self._model.geometry.token_bytes(self._model.kv_dtype.itemsize)
+        tokens = tokens_for(token_bytes, self.max_len, config.kv_cache_gb, config.max_live)
         self._has_tokenizer, self._raw_logprobs = tokenizer is not None, raw_logprobs
         self._batch = ContinuousBatch(
             self._model,
-            self._model.slab(slots, self.max_len),
-            DecodeState(
-                min(self.max_live, slots), self.max_len
-            ),  # each may come to need its own slot
+            self._model.pool(tokens),
+            DecodeState(self.max_live, self.max_len),
             version=version,
             tokenizer=tokenizer,
             raw_logprobs=raw_logprobs,
@@ -317,13 +316,6 @@ def _device(config: EngineConfig) -> torch.device:
             "engine.device=cuda: torch sees no GPU in this process; reserve one for each replica "
             "with cluster.replica_gpus, or set engine.device=cpu"
         )
-    if config.device == "cpu" or not gpu:
-        if config.dtype not in ("auto", "float32"):
-            raise ConfigError(
-                f"engine.dtype={config.dtype}: on a CPU the embedded engine computes in fp32; set "
-                "float32, or choose engine=vllm"
-            )
-        return torch.device("cpu")
     if config.dtype == "float16":
         raise ConfigError("engine.dtype=float16: the embedded engine knows float32 and bfloat16")
-    return torch.device("cuda")
+    return torch.device("cuda" if gpu and config.device != "cpu" else "cpu")

@@ -23,10 +23,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rayrl.engine.embedded.attention import Geometry, Step
+from rayrl.engine.embedded.attention import KVPool, Rows, Step
 from rayrl.engine.embedded.prompts import FlatPrompts, Run
 
-__all__ = ["DecodeGraphs", "GpuSlab"]
+__all__ = ["DecodeGraphs", "PaddedDecode", "PaddedPrefill"]
 
 PAD = 16  # contexts are padded to a multiple of this: masks must be aligned
 SCORES = 1 << 27  # (queries, keys) pairs in one prefill product
@@ -37,102 +37,80 @@ Ints = NDArray[np.int64]
 _log = logging.getLogger(__name__)
 
 
-class GpuSlab:
-    """Keys and values of every conversation: per layer (slots + 1, max_len, kv_heads * D).
+class _PaddedStep:
+    """Attention to contexts that are gathered from the pool and padded to the longest."""
 
-    The last slot takes what the padding of a decode graph writes.
-    """
+    def __init__(self, pool: KVPool) -> None:
+        self.pool = pool
 
-    def __init__(
-        self,
-        geometry: Geometry,
-        slots: int,
-        max_len: int,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> None:
-        self.geometry = geometry
-        self.slots = slots
-        self.max_len = -(-max_len // PAD) * PAD
-        shape = (2, geometry.layers, slots + 1, self.max_len, geometry.kv_heads * geometry.head_dim)
-        self.device = device
-        both = torch.zeros(shape, device=device, dtype=dtype)
-        self.keys, self.values = both[0], both[1]
+    def mask(self, last: Tensor, context: int) -> Tensor:
+        """Hide the keys after `last` (n, m), the last visible position of each query.
 
-    def copy_prefix(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` positions of one slot to another, in all layers."""
-        for slab in (self.keys, self.values):
-            slab[:, target, :length].copy_(slab[:, source, :length])
+        Returns:
+            (n, 1, group * m, context), as `attend_to` takes it.
+        """
+        device, dtype = self.pool.keys.device, self.pool.keys.dtype
+        visible = torch.arange(context, device=device) <= last[..., None]
+        hidden = torch.zeros(visible.shape, device=device, dtype=dtype)
+        hidden.masked_fill_(~visible, float("-inf"))
+        return hidden.repeat(1, self.pool.geometry.group, 1)[:, None]
 
-    def write(self, layer: int, rows: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Write keys and values (n, kv_heads, D) to `rows` (n,): slot * max_len + position."""
-        width = self.keys.shape[-1]
-        for slab, new in ((self.keys, keys), (self.values, values)):
-            slab[layer].view(-1, width).index_copy_(0, rows, new.reshape(-1, width))
-
-    def attend(
-        self, layer: int, query: Tensor, slots: Tensor, context: int, mask: Tensor
-    ) -> Tensor:
-        """Attend with scaled queries to the first `context` positions of `slots` (n,).
+    def attend_to(self, layer: int, query: Tensor, contexts: Tensor, mask: Tensor) -> Tensor:
+        """Attend with scaled queries.
 
         Args:
             query: (n, m, heads, D), m tokens of each conversation.
-            mask: (n, 1, group * m, context), added to the scores; the same for each query head of
-                a key head.
+            contexts: (n, L) the conversations' rows of the pool.
+            mask: (n, 1, group * m, L), added to the scores; the same for each query head of a key
+                head.
 
         Returns:
             (n, m, heads, D).
         """
-        g = self.geometry
+        g = self.pool.geometry
         n, m = query.shape[:2]
 
-        def gathered(slab: Tensor) -> Tensor:
-            rows = slab[layer, :, :context].index_select(0, slots)
-            return rows.view(n, context, g.kv_heads, g.head_dim).transpose(1, 2)
+        def gathered(pool: Tensor) -> Tensor:
+            rows = pool[layer].index_select(0, contexts.flatten())
+            return rows.view(n, -1, g.kv_heads, g.head_dim).transpose(1, 2)
 
         folded = query.view(n, m, g.kv_heads, g.group, g.head_dim).permute(0, 2, 3, 1, 4)
         out = F.scaled_dot_product_attention(
             folded.reshape(n, g.kv_heads, g.group * m, g.head_dim),
-            gathered(self.keys),
-            gathered(self.values),
+            gathered(self.pool.keys),
+            gathered(self.pool.values),
             attn_mask=mask,
             scale=1.0,
         )
         out = out.view(n, g.kv_heads, g.group, m, g.head_dim).permute(0, 3, 1, 2, 4)
         return out.reshape(n, m, g.heads, g.head_dim)
 
-    def mask(self, last: Tensor, context: int) -> Tensor:
-        """Hide the keys after `last` (n, m), the last visible position of each query.
 
-        Returns:
-            (n, 1, group * m, context), as `attend` takes it.
-        """
-        visible = torch.arange(context, device=self.device) <= last[..., None]
-        hidden = torch.zeros(visible.shape, device=self.device, dtype=self.keys.dtype)
-        hidden.masked_fill_(~visible, float("-inf"))
-        return hidden.repeat(1, self.geometry.group, 1)[:, None]
+class PaddedDecode(_PaddedStep):
+    """One token of each conversation.
 
-    def prefill(self, flat: FlatPrompts) -> _Prefill:
-        """Prepare the computation of prompts."""
-        return _Prefill(self, flat)
+    Args:
+        contexts: (n, L) the conversations' rows of the pool, on its device; of what lies after
+            `positions` (n,) anything.
+    """
 
-    def decode(self, slots: Ints, positions: Ints) -> _Decode:
-        """Prepare the computation of one token, at `positions`, for each of `slots`."""
-        context = min(-(-int(positions.max() + 1) // PAD) * PAD, self.max_len)
-        inputs = torch.from_numpy(np.stack([slots, positions])).to(self.device)
-        return _Decode(self, inputs[0], inputs[1], context)
+    def __init__(self, pool: KVPool, contexts: Tensor, positions: Tensor) -> None:
+        super().__init__(pool)
+        self._contexts = contexts
+        self._write_at = contexts.gather(1, positions[:, None])[:, 0]
+        self._mask = self.mask(positions[:, None], contexts.shape[1])
 
-
-class _Decode:
-    def __init__(self, slab: GpuSlab, slots: Tensor, positions: Tensor, context: int) -> None:
-        self.slab, self.slots, self.context = slab, slots, context
-        self.write_at = slots * slab.max_len + positions
-        self.mask = slab.mask(positions[:, None], context)
+    @classmethod
+    def of(cls, pool: KVPool, rows: Rows, positions: Ints) -> PaddedDecode:
+        """Prepare a token at `positions` (n,) of conversations with `rows` (n, max_len)."""
+        contexts = torch.from_numpy(rows[:, : _context(positions, rows)].astype(np.int64))
+        device = pool.keys.device
+        return cls(pool, contexts.to(device), torch.from_numpy(positions).to(device))
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See `attention.Step`."""
-        self.slab.write(layer, self.write_at, k, v)
-        return self.slab.attend(layer, q[:, None], self.slots, self.context, self.mask)[:, 0]
+        self.pool.write(layer, self._write_at, k, v)
+        return self.attend_to(layer, q[:, None], self._contexts, self._mask)[:, 0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,48 +120,51 @@ class _Rectangle:
     tokens: Tensor  # (n, m) flat index of each token
     unpadded: Tensor  # indices into (n * m,) that are not padding
     targets: Tensor  # their flat indices
-    slots: Tensor  # (n,)
-    context: int
+    contexts: Tensor  # (n, L)
     mask: Tensor
 
 
-class _Prefill:
-    def __init__(self, slab: GpuSlab, flat: FlatPrompts) -> None:
-        self.slab = slab
-        write_at = flat.target_slots * slab.max_len + flat.target_positions
-        self.source = torch.from_numpy(flat.source).to(slab.device)
-        self.write_at = torch.from_numpy(write_at).to(slab.device)
-        self.rectangles = [self._rectangle(part) for part in _similar(flat.runs)]
+class PaddedPrefill(_PaddedStep):
+    """New tokens of several conversations, which have `rows` (slots, max_len) of the pool."""
 
-    def _rectangle(self, runs: Sequence[Run]) -> _Rectangle:
-        slab = self.slab
+    def __init__(self, pool: KVPool, rows: Rows, flat: FlatPrompts) -> None:
+        super().__init__(pool)
+        self._write_at = self._tensor(rows[flat.slots, flat.positions])
+        self._rectangles = [self._rectangle(rows, part) for part in _similar(flat.runs)]
+
+    def _tensor(self, array: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(array.astype(np.int64)).to(self.pool.keys.device)
+
+    def _rectangle(self, rows: Rows, runs: Sequence[Run]) -> _Rectangle:
         slot, position, token, count = np.array(runs, dtype=np.int64).T
         m = int(count.max())
         step = np.minimum(np.arange(m), count[:, None] - 1)  # (n, m)
         tokens = token[:, None] + step
         unpadded = np.flatnonzero(np.arange(m) < count[:, None])
-        context = min(-(-int((position + count).max()) // PAD) * PAD, slab.max_len)
-
-        def tensor(array: Ints) -> Tensor:
-            return torch.from_numpy(array).to(slab.device)
-
+        last = position[:, None] + step
+        context = _context(last, rows)
         return _Rectangle(
-            tensor(tokens),
-            tensor(unpadded),
-            tensor(tokens.reshape(-1)[unpadded]),
-            tensor(slot),
-            context,
-            slab.mask(tensor(position[:, None] + step), context),
+            self._tensor(tokens),
+            self._tensor(unpadded),
+            self._tensor(tokens.reshape(-1)[unpadded]),
+            self._tensor(rows[slot, :context]),
+            self.mask(self._tensor(last), context),
         )
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See `attention.Step`."""
-        self.slab.write(layer, self.write_at, k[self.source], v[self.source])
+        self.pool.write(layer, self._write_at, k, v)
         out = torch.empty_like(q)
-        for r in self.rectangles:
-            mixed = self.slab.attend(layer, q[r.tokens], r.slots, r.context, r.mask)
+        for r in self._rectangles:
+            mixed = self.attend_to(layer, q[r.tokens], r.contexts, r.mask)
             out.index_copy_(0, r.targets, mixed.flatten(0, 1)[r.unpadded])
         return out
+
+
+def _context(last: Ints, rows: Rows) -> int:
+    """Return to how many positions contexts are padded of which `last` are the last ones."""
+    longest = int(last.max()) + 1
+    return min(-(-longest // PAD) * PAD, int(rows.shape[1]))
 
 
 def _similar(runs: Sequence[Run]) -> list[list[Run]]:
@@ -214,35 +195,45 @@ class DecodeGraphs:
         forward: runs a step on ids and positions (n,) on the device; logits (n, vocabulary).
     """
 
-    def __init__(self, slab: GpuSlab, forward: Callable[[Step, Tensor, Tensor], Tensor]) -> None:
-        self._slab = slab
+    def __init__(
+        self, pool: KVPool, max_len: int, forward: Callable[[Step, Tensor, Tensor], Tensor]
+    ) -> None:
+        self._pool = pool
+        self._max_len = max_len
         self._forward = forward
-        self._pool: Any = None
-        self._graphs: dict[tuple[int, int], tuple[Any, Tensor, Tensor]] = {}
+        self._memory: Any = None  # that all graphs share
+        self._graphs: dict[tuple[int, int], tuple[Any, Tensor, Tensor, Tensor]] = {}
 
-    def logits(self, slots: Ints, positions: Ints, ids: Ints) -> Tensor:
-        """Compute one token per slot; (n, vocabulary), overwritten by the next call."""
-        slab, n = self._slab, len(slots)
-        size = graph_size(n, slab.slots)
-        context = max(PAD, graph_size(int(positions.max()) + 1, slab.max_len))
+    def logits(self, rows: Rows, positions: Ints, ids: Ints) -> Tensor:
+        """Compute one token of each conversation; see `PaddedDecode.of`.
+
+        Returns:
+            (n, vocabulary), overwritten by the next call.
+        """
+        n = len(ids)
+        size = graph_size(n, self._pool.tokens)
+        context = max(PAD, graph_size(int(positions.max()) + 1, self._max_len))
         if (size, context) not in self._graphs:
             self._graphs[size, context] = self._capture(size, context)
-        graph, inputs, logits = self._graphs[size, context]
-        new = np.zeros((3, size), np.int64)
-        new[0, n:] = slab.slots  # what padding writes goes there
-        new[:, :n] = slots, positions, ids
-        inputs.copy_(torch.from_numpy(new))
+        graph, tokens, contexts, logits = self._graphs[size, context]
+        new = np.zeros((2, size), np.int64)
+        new[:, :n] = positions, ids
+        tokens.copy_(torch.from_numpy(new))
+        padded = np.full((size, context), self._pool.tokens)  # what padding writes goes there
+        padded[:n] = rows[:, :context]
+        contexts.copy_(torch.from_numpy(padded))
         graph.replay()
         return logits[:n]
 
-    def _capture(self, size: int, context: int) -> tuple[Any, Tensor, Tensor]:
-        slab = self._slab
-        inputs = torch.zeros((3, size), dtype=torch.int64, device=slab.device)
-        inputs[0] = slab.slots
+    def _capture(self, size: int, context: int) -> tuple[Any, Tensor, Tensor, Tensor]:
+        pool = self._pool
+        device = pool.keys.device
+        tokens = torch.zeros((2, size), dtype=torch.int64, device=device)
+        contexts = torch.full((size, context), pool.tokens, device=device)
 
         def run() -> Tensor:
-            step = _Decode(slab, inputs[0], inputs[1], context)
-            return self._forward(step, inputs[2], inputs[1])
+            step = PaddedDecode(pool, contexts, tokens[0])
+            return self._forward(step, tokens[1], tokens[0])
 
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
@@ -251,8 +242,8 @@ class DecodeGraphs:
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # another thread of the process may use the GPU meanwhile
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
             logits = run()
-        self._pool = self._pool or graph.pool()
+        self._memory = self._memory or graph.pool()
         _log.debug("captured a decode step of %d conversations, %d positions", size, context)
-        return graph, inputs, logits
+        return graph, tokens, contexts, logits

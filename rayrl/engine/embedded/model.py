@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rayrl.engine.embedded.attention import NAME, Geometry, KVSlab, Slab, Step, attention
-from rayrl.engine.embedded.gpu import DecodeGraphs, GpuSlab
-from rayrl.engine.embedded.prompts import flatten_prompts
+from rayrl.engine.embedded.attention import (
+    NAME,
+    Geometry,
+    KVPool,
+    RaggedStep,
+    Rows,
+    Step,
+    attention,
+)
+from rayrl.engine.embedded.gpu import DecodeGraphs, PaddedDecode, PaddedPrefill
+from rayrl.engine.embedded.prompts import FlatPrompts, flatten_prompts
 from rayrl.errors import ConfigError, DataError
 from rayrl.weights.flat import Manifest, checksum, flatten, unflatten
 
@@ -20,6 +29,8 @@ __all__ = ["FlatModel"]
 
 Ints = NDArray[np.int64]
 MIN_TOKENS = 16  # rows of every linear layer: with fewer, or fewer than 8 per thread, bits change
+PASS_TOKENS = 1024  # of a forward pass on a CPU: more exceed the core's cache
+PASS_ENTRIES = 1 << 22  # pairs of a query head and a key in it, at 24 bytes
 PROBE_TOLERANCE = 1e-3
 
 
@@ -57,28 +68,63 @@ class FlatModel:
         """Number of positions of the model: the maximum ids per conversation."""
         return int(self.config.max_position_embeddings)
 
-    def slab(self, slots: int, max_len: int) -> Slab:
-        """Allocate keys and values of `slots` conversations of `max_len` ids."""
-        if self.device.type == "cpu":
-            if self.model.dtype != torch.float32:
-                raise ConfigError("engine.dtype: on a CPU the embedded engine computes in fp32")
-            return KVSlab(self.geometry, slots, max_len)
-        return GpuSlab(self.geometry, slots, max_len, self.device, self.model.dtype)
+    @property
+    def ragged(self) -> bool:
+        """Whether to attend with `RaggedStep`: on a CPU."""
+        return self.device.type == "cpu"
 
-    def decode(self, slab: Slab, slots: Ints, positions: Ints, ids: Ints) -> Tensor:
-        """Compute one id, at `positions`, for each of ascending `slots` (n,).
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        """Number format of keys and values."""
+        dtype: torch.dtype = self.model.dtype
+        return torch.float32 if self.ragged else dtype
+
+    def pool(self, tokens: int) -> KVPool:
+        """Allocate keys and values of `tokens` tokens."""
+        return KVPool(self.geometry, tokens, self.device, self.kv_dtype)
+
+    def prefill(self, pool: KVPool, rows: Rows, flat: FlatPrompts) -> Tensor:
+        """Compute prompts, whose keys and values go to `rows` (slots, max_len) of the pool.
+
+        Returns:
+            Logits (prompts, vocabulary) at their last ids.
+        """
+        if not self.ragged:
+            padded = PaddedPrefill(pool, rows, flat)
+            return self._logits(padded, flat.ids, flat.positions, flat.last)
+        out = torch.empty(len(flat.last), self.vocab_size)
+        for part in _passes(flat.positions + 1, self.geometry.heads):
+            step = RaggedStep(pool, rows, flat.slots[part], flat.positions[part])
+            here = np.flatnonzero((part.start <= flat.last) & (flat.last < part.stop))
+            at = flat.last[here] - part.start
+            out[here] = self._logits(step, flat.ids[part], flat.positions[part], at)
+        return out
+
+    def decode(self, pool: KVPool, rows: Rows, slots: Ints, positions: Ints, ids: Ints) -> Tensor:
+        """Compute one id, at `positions`, for each of `slots` (n,).
 
         Returns:
             Logits (n, vocabulary); on a GPU the next call overwrites them.
         """
-        if not isinstance(slab, GpuSlab) or not self._captures:
-            step = slab.decode(slots, positions)
-            return self.logits(step, ids, positions, np.arange(len(slots)))
+        if self.ragged:
+            parts = [
+                self._logits(
+                    RaggedStep(pool, rows, slots[part], positions[part]),
+                    ids[part],
+                    positions[part],
+                    np.arange(part.stop - part.start),
+                )
+                for part in _passes(positions + 1, self.geometry.heads)
+            ]
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
+        if not self._captures:
+            step = PaddedDecode.of(pool, rows[slots], positions)
+            return self._logits(step, ids, positions, np.arange(len(slots)))
         if self._graphs is None:
-            self._graphs = DecodeGraphs(slab, self._forward)
-        return self._graphs.logits(slots, positions, ids)
+            self._graphs = DecodeGraphs(pool, rows.shape[1], self._forward)
+        return self._graphs.logits(rows[slots], positions, ids)
 
-    def logits(self, step: Step, ids: Ints, positions: Ints, at: Ints) -> Tensor:
+    def _logits(self, step: Step, ids: Ints, positions: Ints, at: Ints) -> Tensor:
         """Run the tokens `ids`, `positions` (T,).
 
         Returns:
@@ -149,7 +195,12 @@ class FlatModel:
         layers: set[int] = set()
         ids = np.arange(8, dtype=np.int64) % self.vocab_size
         prompts = flatten_prompts([(0, ids[:4], 0), (1, ids[4:], 0)])
-        step = self.slab(2, 16).prefill(prompts)
+        rows = np.pad(np.arange(8, dtype=np.int32).reshape(2, 4), ((0, 0), (0, 12)))
+        step: Step
+        if self.ragged:
+            step = RaggedStep(self.pool(8), rows, prompts.slots, prompts.positions)
+        else:
+            step = PaddedPrefill(self.pool(8), rows, prompts)
 
         class RecordingStep:
             def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -162,7 +213,7 @@ class FlatModel:
                 shared = torch.from_numpy(ids).to(self.device).view(2, 4)
                 theirs = self.model(input_ids=shared, use_cache=False)
             self.model.set_attn_implementation(NAME)
-            ours = self.logits(RecordingStep(), prompts.ids, prompts.positions, prompts.source)
+            ours = self._logits(RecordingStep(), prompts.ids, prompts.positions, prompts.source)
         except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
             raise _refusal(self.model, f"a probe failed: {error}") from error
         if len(layers) != self.geometry.layers:
@@ -172,6 +223,18 @@ class FlatModel:
         gap = float((ours - theirs.logits.flatten(0, 1)).abs().max())
         if not gap <= PROBE_TOLERANCE:
             raise _refusal(self.model, f"its logits differ from transformers' by {gap:.2g}")
+
+
+def _passes(lengths: Ints, heads: int) -> Iterator[slice]:
+    """Cut tokens that see `lengths` keys into forward passes."""
+    entries = lengths.cumsum() * heads
+    start = 0
+    while start < len(lengths):
+        before = entries[start - 1] if start else 0
+        fit = int(np.searchsorted(entries, before + PASS_ENTRIES, side="right"))
+        stop = max(start + 1, min(fit, start + PASS_TOKENS))
+        yield slice(start, stop)
+        start = stop
 
 
 def _refusal(model: Any, why: str) -> ConfigError:

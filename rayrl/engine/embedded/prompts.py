@@ -30,6 +30,7 @@ class FlatPrompts:
     Attributes:
         ids: (T,) token ids.
         positions: (T,) positions in their conversation.
+        slots: (T,) slot of a conversation that they belong to.
         last: (prompts,) flat index of each prompt's last id.
         runs: the tokens that no earlier prompt has, for each prompt with such tokens.
         source: (W,) flat index of the token for each slab entry.
@@ -38,6 +39,7 @@ class FlatPrompts:
 
     ids: Ints
     positions: Ints
+    slots: Ints
     last: Ints
     runs: list[Run]
     source: Ints
@@ -72,6 +74,7 @@ def flatten_prompts(prompts: Sequence[tuple[int, Ints, int]]) -> FlatPrompts:
     return FlatPrompts(
         np.array(ids),
         np.array(positions),
+        np.repeat([run.slot for run in runs], [run.length for run in runs]),
         np.array(last),
         runs,
         np.array(source),

@@ -20,6 +20,7 @@ from rayrl.types import Alternatives
 
 __all__ = ["SamplingBatch", "raw_logprobs", "sample", "uniform"]
 
+BLOCK = 64  # ids
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
@@ -143,21 +144,32 @@ def _draw(
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Invert cumulative distributions in float64: ids (n,) and their logprobs (n,).
 
+    First over blocks of `BLOCK` ids, then inside one, since few ids of a large vocabulary matter.
+
     Args:
         logprobs: (m, vocabulary).
         at: (n,) which of them each row draws from; every one is drawn from.
         u: (n,) in [0, 1).
     """
-    cumulative = logprobs.double().exp_().cumsum(-1)
-    order = np.argsort(at, kind="stable")
-    counts = np.bincount(at)
-    column = np.empty_like(at)  # of each row among those that draw from the same distribution
-    column[order] = np.arange(len(at)) - np.repeat(counts.cumsum() - counts, counts)
-    drawn = np.zeros((len(counts), counts.max()))
-    drawn[at, column] = u
-    values = torch.from_numpy(drawn).to(logprobs.device) * cumulative[:, -1:]
-    ids = torch.searchsorted(cumulative, values, right=True)
-    return ids.cpu().numpy()[at, column], logprobs.gather(1, ids).cpu().numpy()[at, column]
+    probs = logprobs.exp()
+    count = logprobs.shape[1]
+    whole = count - count % BLOCK
+    sums = probs[:, :whole].view(len(probs), whole // BLOCK, BLOCK).sum(-1, dtype=torch.float64)
+    if whole < count:
+        sums = torch.cat([sums, probs[:, whole:].sum(-1, True, dtype=torch.float64)], 1)
+    device = logprobs.device
+    row = torch.from_numpy(at).to(device)
+    before = sums.cumsum(-1)[row]  # (n, blocks)
+    value = torch.from_numpy(u).to(device)[:, None] * before[:, -1:]
+    block = torch.searchsorted(before, value, right=True)
+    value -= (before - sums[row]).gather(1, block)
+    columns = block * BLOCK + torch.arange(BLOCK, device=device)
+    inside = probs[row[:, None], columns.clamp_max(count - 1)].double()
+    inside = inside.masked_fill_(columns >= count, 0.0).cumsum(-1)
+    # rounding may leave it just outside of the block
+    value = value.clamp_min(0.0).minimum(inside[:, -1:].nextafter(inside.new_zeros(())))
+    ids = (block * BLOCK + torch.searchsorted(inside, value, right=True))[:, 0]
+    return ids.cpu().numpy(), logprobs[row, ids].cpu().numpy()
 
 
 def _truncate(logits: Tensor, top_k: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:

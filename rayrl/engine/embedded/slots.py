@@ -1,4 +1,4 @@
-"""Slots of the KV slab: the conversations in them, and the generations that run in them."""
+"""Conversations and where their keys and values are, and the generations that run in them."""
 
 from __future__ import annotations
 
@@ -8,65 +8,75 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from rayrl.engine.embedded.attention import Slab
+from rayrl.engine.embedded.prompts import FlatPrompts
 from rayrl.engine.embedded.sampler import SamplingBatch
 from rayrl.errors import ConfigError
 from rayrl.types import Request
 
-__all__ = ["DecodeState", "SlotTable", "slots_for"]
-
-SLOTS_PER_LIVE = 4  # limit on slots, per conversation that may be decoded at once
-MIN_SHARED = 8  # ids; shorter prefixes are not worth copying
+SLOTS_PER_LIVE = 4  # slots per conversation that may be decoded at once; idle ones are kept cached
+COLUMNS = 16  # the table has a multiple of them: a GPU's masks must be aligned
+MIN_SHARED = 8  # ids; shorter prefixes are not looked for
 MAX_ID = 2**62
 STOP_IDS = 8  # initial columns of the stop id table; it grows with requests that have more
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-30, 1e30
 
+__all__ = ["SLOTS_PER_LIVE", "DecodeState", "SlotTable", "tokens_for"]
 
-def slots_for(slot_bytes: int, max_len: int, kv_cache_gb: float, max_live: int) -> int:
-    """Return the number of slots that fit the budget, at most `SLOTS_PER_LIVE * max_live`.
 
-    Args:
-        slot_bytes: keys and values of a conversation of `max_len` ids.
+def tokens_for(token_bytes: int, max_len: int, kv_cache_gb: float, max_live: int) -> int:
+    """Return how many tokens' keys and values fit the budget; no more than slots could hold.
 
     Raises:
-        ConfigError: not even one conversation fits.
+        ConfigError: not even one conversation of `max_len` ids fits.
     """
-    fit = int(kv_cache_gb * 1e9 // slot_bytes)
-    if fit < 1:
+    fit = int(kv_cache_gb * 1e9 // token_bytes)
+    if fit < max_len:
         raise ConfigError(
             f"engine.kv_cache_gb={kv_cache_gb}: one conversation of {max_len} ids takes "
-            f"{slot_bytes / 1e9:.3g} GB; raise it or lower engine.max_len"
+            f"{max_len * token_bytes / 1e9:.3g} GB; raise it or lower engine.max_len"
         )
-    return min(fit, SLOTS_PER_LIVE * max_live)
+    return min(fit, SLOTS_PER_LIVE * max_live * max_len)
 
 
 class SlotTable:
-    """Slots, the sessions that continue from them, and their cached ids.
+    """A slot for each distinct conversation: its ids, and where in the pool each one's keys are.
 
-    Conversations with the same ids so far are in one slot, each distinct one once.
+    Conversations share the pool's rows of what they have in common, so together they form a trie of
+    tokens (a radix tree with one token per node). A row is free again when no slot has it.
+
+    Args:
+        tokens: rows of the pool.
 
     Attributes:
-        ids: (slots, max_len) ids of each slot's conversation.
-        cached: (slots,) number of leading ids whose keys and values are in the slab.
+        ids: (slots, columns) ids of each slot's conversation; `max_len` of the columns are used.
+        rows: (slots, columns) the row of the pool of each cached id.
+        cached: (slots,) number of leading ids whose keys and values are in the pool.
         running: (slots,) generations that run in each; meanwhile it is not reassigned.
+        pinned: rows of the pool that slots have in which something runs; others can be had.
     """
 
-    def __init__(self, slab: Slab) -> None:
-        self.slab = slab
-        self.ids: NDArray[np.int64] = np.zeros((slab.slots, slab.max_len), dtype=np.int64)
-        self.cached: NDArray[np.int64] = np.zeros(slab.slots, dtype=np.int64)
-        self.running: NDArray[np.int64] = np.zeros(slab.slots, dtype=np.int64)
-        self._sessions: list[set[str]] = [set() for _ in range(slab.slots)]
+    def __init__(self, slots: int, max_len: int, tokens: int) -> None:
+        columns = -(-max_len // COLUMNS) * COLUMNS
+        self.tokens = tokens
+        self.ids: NDArray[np.int64] = np.zeros((slots, columns), dtype=np.int64)
+        self.rows: NDArray[np.int32] = np.zeros((slots, columns), dtype=np.int32)
+        self.cached: NDArray[np.int64] = np.zeros(slots, dtype=np.int64)
+        self.running: NDArray[np.int64] = np.zeros(slots, dtype=np.int64)
+        self._sessions: list[set[str]] = [set() for _ in range(slots)]
         self._slot_of: dict[str, int] = {}
-        self._used = np.zeros(slab.slots, dtype=np.int64)  # tick of the last use; 0: free
+        self._used = np.zeros(slots, dtype=np.int64)  # tick of the last use; 0: free
         self._tick = 0
+        self._holders = np.zeros(tokens, dtype=np.int32)  # slots that have each row
+        self._pins = np.zeros(tokens, dtype=np.int32)  # of them, those in which something runs
+        self._free = np.zeros(tokens, dtype=np.int32)  # a stack, of which `_free_count` are valid
+        self.clear()
 
     def claim(self, session: str, prompt: NDArray[np.int64]) -> tuple[int, int]:
         """Begin a generation; returns its slot and the number of cached prompt ids.
 
-        They were cached by the session's earlier turns, or are copied from the slot with the
-        longest common prefix. The last prompt id never counts: its logits are needed. There must
-        be a slot in which nothing runs.
+        They were cached by the session's earlier turns, or are those of the slot with the longest
+        common prefix. The last prompt id never counts: its logits are needed. There must be a slot
+        in which nothing runs.
         """
         slot = self._slot_of.get(session)
         own = 0 if slot is None else self._common_prefix(slot, prompt)
@@ -76,31 +86,28 @@ class SlotTable:
         # others that continue from it would lose what this prompt does not have
         loses = slot is not None and own < self.cached[slot] and len(self._sessions[slot]) > 1
         if slot is None or self.running[slot] or loses:
-            slot, own = self._free(), 0
-        if donor == slot:
-            own = shared
-        elif donor is not None and shared >= own + MIN_SHARED:
-            self.slab.copy_prefix(donor, slot, shared)
-            own = shared
+            slot, own = self._idle_slot(), 0
+        if donor is not None and donor != slot and shared > own:
+            self._share(donor, slot, shared)
+        else:
+            self._forget(slot, max(own, shared) if donor == slot else own)
         self.ids[slot, : len(prompt)] = prompt
-        self.cached[slot] = own
         self.join(session, slot)
-        return slot, own
+        return slot, int(self.cached[slot])
 
     def join(self, session: str, slot: int) -> None:
         """Begin another generation in a slot, for a conversation with the same ids."""
-        self.running[slot] += 1
+        self._run(slot, 1)
         self._move(session, slot)
 
     def split(self, slot: int, sessions: Sequence[str]) -> int:
-        """Move one generation of each session to a slot of their own, with a copy of this one."""
-        new = self._free()
+        """Move one generation of each session to a slot of their own, with the same ids."""
+        new = self._idle_slot()
         length = int(self.cached[slot])
-        self.slab.copy_prefix(slot, new, length)
+        self._share(slot, new, length)
         self.ids[new, :length] = self.ids[slot, :length]
-        self.cached[new] = length
+        self._run(new, len(sessions))
         self.running[slot] -= len(sessions)
-        self.running[new] = len(sessions)
         for session in sessions:
             self._move(session, new)
         return new
@@ -113,6 +120,24 @@ class SlotTable:
         self._tick += 1
         np.subtract.at(self.running, slots, 1)
         self._used[slots] = self._tick
+        for slot in np.unique(slots[self.running[slots] == 0]).tolist():
+            rows = self.rows[slot, : self.cached[slot]]
+            self._pins[rows] -= 1
+            self.pinned -= int((self._pins[rows] == 0).sum())
+
+    def place(self, flat: FlatPrompts) -> None:
+        """Find room in the pool for the new tokens of prompts, which are cached from now on."""
+        rows = self._take(len(flat.ids))
+        self.rows[flat.target_slots, flat.target_positions] = rows[flat.source]
+        self._holders[rows] = self._pins[rows] = np.bincount(flat.source)
+        np.maximum.at(self.cached, flat.target_slots, flat.target_positions + 1)
+
+    def extend(self, slots: NDArray[np.int64]) -> None:
+        """Find room in the pool for one more token of each of the slots, cached from now on."""
+        rows = self._take(len(slots))
+        self.rows[slots, self.cached[slots]] = rows
+        self._holders[rows] = self._pins[rows] = 1
+        self.cached[slots] += 1
 
     def release(self, sessions: Iterable[str]) -> None:
         """Forget sessions that have ended; slots that no other has are reassigned first."""
@@ -124,15 +149,55 @@ class SlotTable:
                     self._used[slot] = 0
 
     def clear(self) -> None:
-        """Invalidate all keys and values, e.g. because the weights have changed."""
+        """Invalidate all keys and values, e.g. because the weights have changed; nothing runs."""
+        self.running[:] = 0
         self.cached[:] = 0
+        self._holders[:] = 0
+        self._pins[:] = 0
+        self.pinned = 0
+        self._free[:] = np.arange(self.tokens)[::-1]
+        self._free_count = self.tokens
+
+    def _take(self, count: int) -> NDArray[np.int32]:
+        """Return `count` rows of the pool, pinned; idle slots lose theirs if there are too few."""
+        while self._free_count < count:
+            idle = (self.running == 0) & (self.cached > 0)
+            oldest = np.where(idle, self._used, np.iinfo(np.int64).max).argmin()
+            self._forget(int(oldest), 0)
+        self._free_count -= count
+        self.pinned += count
+        return self._free[self._free_count : self._free_count + count][::-1].copy()
+
+    def _run(self, slot: int, generations: int) -> None:
+        if not self.running[slot]:
+            rows = self.rows[slot, : self.cached[slot]]
+            self._pins[rows] += 1
+            self.pinned += int((self._pins[rows] == 1).sum())
+        self.running[slot] += generations
+
+    def _share(self, source: int, target: int, length: int) -> None:
+        """Give `target`, in which nothing runs, the first `length` tokens of `source` alone."""
+        rows = self.rows[source, :length]
+        self._holders[rows] += 1
+        self._forget(target, 0)
+        self.rows[target, :length] = rows
+        self.cached[target] = length
+
+    def _forget(self, slot: int, length: int) -> None:
+        """Keep the first `length` tokens of a slot in which nothing runs."""
+        rows = self.rows[slot, length : self.cached[slot]]
+        self._holders[rows] -= 1
+        freed = rows[self._holders[rows] == 0]
+        self._free[self._free_count : self._free_count + len(freed)] = freed[::-1]
+        self._free_count += len(freed)
+        self.cached[slot] = min(length, self.cached[slot])
 
     def _move(self, session: str, slot: int) -> None:
         self.release([session])
         self._slot_of[session] = slot
         self._sessions[slot].add(session)
 
-    def _free(self) -> int:
+    def _idle_slot(self) -> int:
         """Return the slot that has not been used for longest, without its sessions."""
         last_used = np.where(self.running > 0, np.iinfo(np.int64).max, self._used)
         slot = int(last_used.argmin())
@@ -224,7 +289,7 @@ class DecodeState:
         self.slot[row] = slot
         self.prompt[row] = len(request.prompt_ids)
         self.sampled[row] = 0
-        self.max_new[row] = min(sampling.max_tokens, self.max_len - len(request.prompt_ids))
+        self.max_new[row] = self.limit(request)
         self.seed[row] = request.seed & 0xFFFFFFFFFFFFFFFF
         # clipped, so that logits / temperature stays finite
         warm = float(np.clip(sampling.temperature, MIN_TEMPERATURE, MAX_TEMPERATURE))
@@ -241,6 +306,10 @@ class DecodeState:
         self.top[row] = min(request.top_logprobs, np.iinfo(np.int64).max)
         self.streams[row] = streams
         return row
+
+    def limit(self, request: Request) -> int:
+        """Return how many ids may be sampled for a request."""
+        return min(request.sampling.max_tokens, self.max_len - len(request.prompt_ids))
 
     def sampling_batch(self, rows: NDArray[np.int64]) -> SamplingBatch:
         """Return the sampling parameters for the next id of each of `rows`."""
