@@ -9,14 +9,15 @@ For the peer: `python -m venv .venv-trl && .venv-trl/bin/pip install torch==2.13
 Both sides sample `--groups` x `--group-size` episodes from the same prompts, with the same token
 limit, which nearly every reply reaches, and make one update of all weights; `multi` has four turns.
 Our side is what users run: `rayrl train` with env workers, Serve, vLLM and DeepSpeed on Ray, and
-its step includes the push of the weights. The first step of each side is a warm-up and is left out.
-TRL runs in fp32 and under bf16 autocast; ours in bf16 with fp32 master weights, and with `--fp32`
-in fp32 too.
+its step includes the push of the weights. `--engines` chooses other engines than vLLM. The first
+step of each side is a warm-up and is left out. TRL runs in fp32 and under bf16 autocast; ours in
+bf16 with fp32 master weights, and with `--fp32` in fp32 too.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -43,14 +44,14 @@ class Side:
     sampled: float
 
 
-def ours(options: argparse.Namespace, mode: str, dtype: str) -> Side:
+def ours(options: argparse.Namespace, mode: str, engine: str, dtype: str) -> Side:
     """Run `rayrl train` on the same prompts."""
     longest = 512 if mode == "multi" else 128
     with tempfile.TemporaryDirectory() as folder:
         settings = [
             f"env.name={HERE / 'talk_env.py'}:{mode}",
             f"model.path={options.model}",
-            "engine=vllm",
+            f"engine={engine}",
             f"engine.dtype={dtype}",
             f"engine.threads={options.threads}",
             f"engine.max_len={longest}",
@@ -73,7 +74,7 @@ def ours(options: argparse.Namespace, mode: str, dtype: str) -> Side:
         subprocess.run([sys.executable, "-m", "rayrl", "train", *settings], check=True)
         rows = read_jsonl(Path(f"{folder}/run/metrics.jsonl"))[1:]
     return Side(
-        f"rayrl {dtype}",
+        f"rayrl {engine} {dtype}",
         statistics.median(row["time/total"] for row in rows),
         statistics.median(row["time/collect"] for row in rows),
         statistics.mean(row["tokens"] for row in rows),
@@ -113,19 +114,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--group-size", type=int, default=8)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--engines", nargs="+", choices=["vllm", "embedded"], default=["vllm"])
     parser.add_argument("--fp32", action="store_true", help="also run ours in fp32")
     options = parser.parse_args(arguments)
     for mode in options.modes:
-        sides = [ours(options, mode, "bfloat16")]
-        if options.fp32:
-            sides.append(ours(options, mode, "float32"))
+        dtypes = ["bfloat16", *(["float32"] if options.fp32 else [])]
+        sides = [ours(options, mode, *kind) for kind in itertools.product(options.engines, dtypes)]
         if options.peer:
             sides += [theirs(options, mode, bf16) for bf16 in (False, True)]
         turns = talk.TURNS[mode]
         print(f"\n{mode}: {options.groups} x {options.group_size} episodes, {turns} turn(s)")
         for side in sides:
             print(
-                f"  {side.name:<20} {side.seconds:>7.1f} s per step, of it rollouts "
+                f"  {side.name:<24} {side.seconds:>7.1f} s per step, of it rollouts "
                 f"{side.generating:>6.1f}; {side.sampled:,.0f} tokens sampled; "
                 f"ours is {side.seconds / sides[0].seconds:.2f} x as fast",
                 flush=True,

@@ -139,7 +139,7 @@ class DeepSpeedLearner(Learner):
 
     def _settings(self, learner: LearnerConfig) -> dict[str, Any]:
         numel = sum(p.numel() for p in self.module.parameters() if p.requires_grad)
-        bucket = min(500_000_000, numel + 1024)  # the default would allocate 2 GB for any model
+        bucket = min(1 << 25, numel + 1024)  # gradients; the default would take 2 GB for any model
         return {
             "train_micro_batch_size_per_gpu": 1,  # unused: rows are divided before they get here
             "gradient_accumulation_steps": 1,
