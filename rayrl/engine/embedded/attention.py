@@ -102,7 +102,7 @@ class RaggedStep:
     Its matrix has a row for each query head of a token, and an entry for each key that it sees.
 
     Args:
-        rows: (slots, max_len) where in the pool the tokens of each conversation are.
+        rows: (slots, columns) where in the pool the tokens of each conversation are.
         slots: (T,) whose conversation each token belongs to.
         positions: (T,) its place there; it attends to all up to its own.
     """

@@ -18,7 +18,7 @@ across the turns of a conversation, and does not guarantee that the batch leaves
 **Lower bound.** A decode step of n rows at context L reads layers * 2 * n * kv_heads * D * L * 4
 bytes of keys and values, those that rows share once, and takes 2 * parameters * n FLOP. For the
 embedded model (4 layers, width 128, 0.9M parameters) at n = 256, L = 160 without sharing: 168 MB,
-17 ms at one core's 10 GB/s; and 0.45 GFLOP, 5 ms at its 90 GFLOP/s.
+7 ms at the 25 GB/s of a large copy; and 0.45 GFLOP, 5 ms at a core's 90 GFLOP/s.
 """
 
 from __future__ import annotations

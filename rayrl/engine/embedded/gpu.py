@@ -1,7 +1,7 @@
 """Attention and decode graphs of the embedded engine on a GPU.
 
 A step's conversations are rectangles, padded to the longest: a product on a GPU wants few large
-kernels, where the CPU's (`attention.py`) wants blocks that fit a core's cache. Query heads that
+kernels, where the CPU's (`attention.py`) computes entry by entry. Query heads that
 share a key head are folded into the query length, so that no key is copied for them. Results depend
 on the rest of the batch in their last bits: cuBLAS chooses kernels by shape.
 
@@ -102,7 +102,7 @@ class PaddedDecode(_PaddedStep):
 
     @classmethod
     def of(cls, pool: KVPool, rows: Rows, positions: Ints) -> PaddedDecode:
-        """Prepare a token at `positions` (n,) of conversations with `rows` (n, max_len)."""
+        """Prepare a token at `positions` (n,) of conversations with `rows` (n, columns)."""
         contexts = torch.from_numpy(rows[:, : _context(positions, rows)].astype(np.int64))
         device = pool.keys.device
         return cls(pool, contexts.to(device), torch.from_numpy(positions).to(device))
@@ -125,7 +125,7 @@ class _Rectangle:
 
 
 class PaddedPrefill(_PaddedStep):
-    """New tokens of several conversations, which have `rows` (slots, max_len) of the pool."""
+    """New tokens of several conversations, which have `rows` (slots, columns) of the pool."""
 
     def __init__(self, pool: KVPool, rows: Rows, flat: FlatPrompts) -> None:
         super().__init__(pool)

@@ -75,7 +75,7 @@ class FlatModel:
 
     @property
     def kv_dtype(self) -> torch.dtype:
-        """Number format of keys and values."""
+        """Number format of keys and values; torch's sampled product on a CPU has no bf16."""
         dtype: torch.dtype = self.model.dtype
         return torch.float32 if self.ragged else dtype
 
@@ -84,7 +84,7 @@ class FlatModel:
         return KVPool(self.geometry, tokens, self.device, self.kv_dtype)
 
     def prefill(self, pool: KVPool, rows: Rows, flat: FlatPrompts) -> Tensor:
-        """Compute prompts, whose keys and values go to `rows` (slots, max_len) of the pool.
+        """Compute prompts, whose keys and values go to `rows` (slots, columns) of the pool.
 
         Returns:
             Logits (prompts, vocabulary) at their last ids.
