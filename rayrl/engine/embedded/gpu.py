@@ -1,9 +1,9 @@
 """Attention and decode graphs of the embedded engine on a GPU.
 
 A step's conversations are rectangles, padded to the longest: a product on a GPU wants few large
-kernels, where the CPU's (`attention.py`) computes entry by entry. Query heads that
-share a key head are folded into the query length, so that no key is copied for them. Results depend
-on the rest of the batch in their last bits: cuBLAS chooses kernels by shape.
+kernels, where the CPU's (`attention.py`) computes entry by entry. Query heads that share a key head
+are folded into the query length, so that no key is copied for them. Results depend on the rest of
+the batch in their last bits: cuBLAS chooses kernels by shape.
 
 A decode step of a small model is bound by the launches of its kernels, some thirty per layer, and
 not by what they do. `DecodeGraphs` therefore captures the step as a CUDA graph for each pair of
