@@ -312,10 +312,10 @@ async def test_siblings_leave_each_other_alone() -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-async def test_cached_copied_and_recomputed_keys_give_the_same_bits(shape: str) -> None:
+async def test_cached_shared_and_recomputed_keys_give_the_same_bits(shape: str) -> None:
     model = llama(shape)
     rng = random.Random(3)
-    context = ids_of(rng, 310)  # longer than one block of keys
+    context = ids_of(rng, 310)
     cached: list[tuple[tuple[int, ...], Completion]] = []
     async with engine_of(model) as engine:
         for turn in range(6):
@@ -323,17 +323,17 @@ async def test_cached_copied_and_recomputed_keys_give_the_same_bits(shape: str) 
             cached.append((context, answer))
             context += answer.ids + ids_of(rng, 13)
         assert cached[-1][1].cached > 370
-        copied = [
+        shared = [
             await engine.generate(request("b", prompt, turn, max_tokens=9))
             for turn, (prompt, _) in enumerate(cached)
         ]
-        assert copied[0].cached == 309  # all but the last, from the other conversation
+        assert shared[0].cached == 309  # all but the last, from the other conversation
     for turn, (prompt, answer) in enumerate(cached):
         async with engine_of(model) as engine:
             fresh = await engine.generate(request("c", prompt, turn, max_tokens=9))
         assert fresh.cached == 0
         assert (fresh.ids, fresh.rollout_logprobs) == (answer.ids, answer.rollout_logprobs)
-        assert (copied[turn].ids, copied[turn].rollout_logprobs) == (
+        assert (shared[turn].ids, shared[turn].rollout_logprobs) == (
             answer.ids,
             answer.rollout_logprobs,
         )
@@ -722,7 +722,7 @@ def padded(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("padded")
 async def test_the_attention_for_gpus_gives_a_plain_forwards_logprobs(shape: str) -> None:
     model = llama(shape)
-    shared = ids_of(random.Random(3), 30)  # long enough to be copied from slot to slot
+    shared = ids_of(random.Random(3), 30)  # long enough to be looked for in other slots
     async with engine_of(model, max_live=5) as engine:
         games = await asyncio.gather(*(conversation(engine, f"s{i}", i, 4) for i in range(9)))
         for turn in range(3):

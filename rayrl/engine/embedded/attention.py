@@ -33,9 +33,10 @@ from torch import Tensor
 
 from rayrl.errors import ConfigError
 
-__all__ = ["NAME", "Geometry", "KVPool", "RaggedStep", "Step", "attention"]
+__all__ = ["NAME", "PAD", "Geometry", "KVPool", "RaggedStep", "Step", "attention"]
 
 NAME = "rayrl_pool"  # under which `attention` is registered with transformers
+PAD = 16  # on a GPU contexts are padded to a multiple of this: masks must be aligned
 
 Ints = NDArray[np.int64]
 Rows = NDArray[np.int32]

@@ -23,12 +23,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rayrl.engine.embedded.attention import KVPool, Rows, Step
+from rayrl.engine.embedded.attention import PAD, KVPool, Rows, Step
 from rayrl.engine.embedded.prompts import FlatPrompts, Run
 
 __all__ = ["DecodeGraphs", "PaddedDecode", "PaddedPrefill"]
 
-PAD = 16  # contexts are padded to a multiple of this: masks must be aligned
 SCORES = 1 << 27  # (queries, keys) pairs in one prefill product
 SIZES = 64  # sizes of graphs: powers of two up to this, then its multiples
 
@@ -103,7 +102,7 @@ class PaddedDecode(_PaddedStep):
     @classmethod
     def of(cls, pool: KVPool, rows: Rows, positions: Ints) -> PaddedDecode:
         """Prepare a token at `positions` (n,) of conversations with `rows` (n, columns)."""
-        contexts = torch.from_numpy(rows[:, : _context(positions, rows)].astype(np.int64))
+        contexts = torch.from_numpy(rows[:, : _context(positions)].astype(np.int64))
         device = pool.keys.device
         return cls(pool, contexts.to(device), torch.from_numpy(positions).to(device))
 
@@ -142,7 +141,7 @@ class PaddedPrefill(_PaddedStep):
         tokens = token[:, None] + step
         unpadded = np.flatnonzero(np.arange(m) < count[:, None])
         last = position[:, None] + step
-        context = _context(last, rows)
+        context = _context(last)
         return _Rectangle(
             self._tensor(tokens),
             self._tensor(unpadded),
@@ -161,10 +160,9 @@ class PaddedPrefill(_PaddedStep):
         return out
 
 
-def _context(last: Ints, rows: Rows) -> int:
+def _context(last: Ints) -> int:
     """Return to how many positions contexts are padded of which `last` are the last ones."""
-    longest = int(last.max()) + 1
-    return min(-(-longest // PAD) * PAD, int(rows.shape[1]))
+    return -(-(int(last.max()) + 1) // PAD) * PAD
 
 
 def _similar(runs: Sequence[Run]) -> list[list[Run]]:

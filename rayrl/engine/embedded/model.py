@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rayrl.engine.embedded.attention import (
     NAME,
+    PAD,
     Geometry,
     KVPool,
     RaggedStep,
@@ -195,7 +196,8 @@ class FlatModel:
         layers: set[int] = set()
         ids = np.arange(8, dtype=np.int64) % self.vocab_size
         prompts = flatten_prompts([(0, ids[:4], 0), (1, ids[4:], 0)])
-        rows = np.pad(np.arange(8, dtype=np.int32).reshape(2, 4), ((0, 0), (0, 12)))
+        rows = np.zeros((2, PAD), np.int32)
+        rows[:, :4] = [[0, 1, 2, 3], [4, 5, 6, 7]]
         step: Step
         if self.ragged:
             step = RaggedStep(self.pool(8), rows, prompts.slots, prompts.positions)

@@ -8,19 +8,19 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from rayrl.engine.embedded.attention import PAD
 from rayrl.engine.embedded.prompts import FlatPrompts
 from rayrl.engine.embedded.sampler import SamplingBatch
 from rayrl.errors import ConfigError
 from rayrl.types import Request
 
+__all__ = ["SLOTS_PER_LIVE", "DecodeState", "SlotTable", "tokens_for"]
+
 SLOTS_PER_LIVE = 4  # slots per conversation that may be decoded at once; idle ones are kept cached
-COLUMNS = 16  # the table has a multiple of them: a GPU's masks must be aligned
 MIN_SHARED = 8  # ids; shorter prefixes are not looked for
 MAX_ID = 2**62
 STOP_IDS = 8  # initial columns of the stop id table; it grows with requests that have more
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-30, 1e30
-
-__all__ = ["SLOTS_PER_LIVE", "DecodeState", "SlotTable", "tokens_for"]
 
 
 def tokens_for(token_bytes: int, max_len: int, kv_cache_gb: float, max_live: int) -> int:
@@ -56,7 +56,7 @@ class SlotTable:
     """
 
     def __init__(self, slots: int, max_len: int, tokens: int) -> None:
-        columns = -(-max_len // COLUMNS) * COLUMNS
+        columns = -(-max_len // PAD) * PAD
         self.tokens = tokens
         self.ids: NDArray[np.int64] = np.zeros((slots, columns), dtype=np.int64)
         self.rows: NDArray[np.int32] = np.zeros((slots, columns), dtype=np.int32)
