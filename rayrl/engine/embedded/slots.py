@@ -80,17 +80,18 @@ class SlotTable:
         """
         slot = self._slot_of.get(session)
         own = 0 if slot is None else self._common_prefix(slot, prompt)
-        donor, shared = slot, own
-        if slot is None or own < min(self.cached[slot], len(prompt) - 1):
+        if slot is not None and own == min(self.cached[slot], len(prompt) - 1):
+            donor, shared = slot, own
+        else:
             donor, shared = self._longest_prefix(prompt)
         # others that continue from it would lose what this prompt does not have
         loses = slot is not None and own < self.cached[slot] and len(self._sessions[slot]) > 1
         if slot is None or self.running[slot] or loses:
             slot, own = self._idle_slot(), 0
-        if donor is not None and donor != slot and shared > own:
+        if donor != slot and shared > own:
             self._share(donor, slot, shared)
         else:
-            self._forget(slot, max(own, shared) if donor == slot else own)
+            self._forget(slot, max(own, shared))
         self.ids[slot, : len(prompt)] = prompt
         self.join(session, slot)
         return slot, int(self.cached[slot])
@@ -190,7 +191,7 @@ class SlotTable:
         freed = rows[self._holders[rows] == 0]
         self._free[self._free_count : self._free_count + len(freed)] = freed[::-1]
         self._free_count += len(freed)
-        self.cached[slot] = min(length, self.cached[slot])
+        self.cached[slot] = length
 
     def _move(self, session: str, slot: int) -> None:
         self.release([session])
