@@ -114,6 +114,8 @@ ELSEWHERE = {
     "max_model_len": "engine.max_len",
     "gpu_memory_utilization": "engine.gpu_memory",
     "vllm_gpu_memory_utilization": "engine.gpu_memory",
+    "speculative_config": "engine.speculative",
+    "num_speculative_tokens": "engine.draft_tokens",
     "beta": "algo.kl_coef",
     "kl_coeff": "algo.kl_coef",
     "kl_loss_coef": "algo.kl_coef",

@@ -189,6 +189,13 @@ class EngineConfig:
         "with the new ones, or start again",
         choices=("wait", "keep", "abort"),
     )
+    speculative: str = setting(
+        "none",
+        "vLLM: guess the next tokens from what followed the last ones before, in the conversation "
+        "(ngram) or in earlier replies too (suffix), and check the guesses in one pass",
+        choices=("none", "ngram", "suffix"),
+    )
+    draft_tokens: int = setting(4, "vLLM: tokens that engine.speculative guesses at once", least=1)
 
 
 @dataclass(frozen=True)

@@ -142,6 +142,12 @@ def _check_shared(config: Config) -> None:
     run, algo, learner = config.run, config.algo, config.learner
     if not run.name or "/" in run.name:
         raise _wrong("run.name", run.name, "must be a word without slashes: it names a folder.")
+    if config.engine.kind == "embedded" and config.engine.speculative != "none":
+        raise _wrong(
+            "engine.speculative",
+            config.engine.speculative,
+            "the embedded engine guesses no tokens; choose engine=vllm, or none.",
+        )
     if not config.model.path:
         raise _wrong("model.path", "", "name a Hugging Face directory, or model.path=embedded.")
     for verb in ("eval", "synth", "play"):

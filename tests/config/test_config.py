@@ -214,6 +214,7 @@ def test_a_replica_that_does_not_answer_is_found_out_before_the_episode_is_late(
         ("train", {"env__seats": {"x": "optimal"}}, r"x=optimal: .* mean 'player:optimal'"),
         ("train", {"env__seats": {"x": "mine.py:"}}, r"env\.seats\.x=mine\.py:: must be policy"),
         ("eval", {"eval__player": "model:a"}, r"eval\.player=model:a: set .*=model model\.path=a"),
+        ("train", {"engine__speculative": "ngram"}, r"speculative=ngram: .*choose engine=vllm"),
         ("train", {"engine__max_len": 40, "sampling__max_tokens": 40}, "no room for a prompt"),
         ("train", {"env__name": ""}, "no environment is chosen"),
         (

@@ -7,6 +7,7 @@ import gc
 import random
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,13 +46,13 @@ def changed(seed: int) -> tuple[Any, NDArray[np.uint8], Manifest]:
     return model, *flatten(model.state_dict())
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def engine() -> AsyncIterator[Engine]:
-    opened = open_engine(model_dir(EMBEDDED), CONFIG)
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=["none", "ngram"])
+async def engine(request: pytest.FixtureRequest) -> AsyncIterator[Engine]:
+    opened = open_engine(model_dir(EMBEDDED), replace(CONFIG, speculative=request.param))
     yield opened
     await opened.close()
     with pytest.raises(InfraError, match="closed"):
-        await opened.generate(request(PROMPTS[0]))
+        await opened.generate(Request("closed", PROMPTS[0], Sampling()))
     await opened.close()
     gc.collect()
 
@@ -127,6 +128,23 @@ async def test_a_seed_gives_the_same_answer_under_any_load(engine: Engine) -> No
     assert [a.ids for a in together] == [a.ids for a in alone]
     other = await engine.generate(request(PROMPTS[1], 99, temperature=2.0))
     assert other.ids != together[1].ids
+
+
+async def test_drafted_ids_are_as_frequent_as_they_are_likely(engine: Engine) -> None:
+    """Where the last ids occurred before, `engine.speculative` drafts what followed."""
+    model, prompt = load(), (*PROMPTS[1], *(327,) * 9)  # which the model goes on repeating
+    requests = [request(prompt, i, temperature=2.0, max_tokens=4) for i in range(500)]
+    drawn = [answer.ids for answer in await asyncio.gather(*map(engine.generate, requests))]
+    for n in range(1, 4):
+        so_far = (327,) * n
+        with torch.no_grad():
+            logits = model(torch.tensor([[*prompt, *so_far]])).logits[0, -1] / 2.0
+        likely = float(logits.softmax(-1)[327])
+        next_ids = [ids[n] for ids in drawn if ids[:n] == so_far and len(ids) > n]
+        expected = likely * len(next_ids)
+        assert len(next_ids) > 40
+        spread = (expected * (1 - likely)) ** 0.5
+        assert abs(next_ids.count(327) - expected) < 4 * spread
 
 
 async def test_a_prefix_is_cached_until_the_weights_change(engine: Engine) -> None:
@@ -263,6 +281,12 @@ async def test_pushed_experts_are_computed_correctly(tmp_path: Path) -> None:
         assert await engine.load_weights(version, flat, manifest) == checksum(flat)
         await assert_same_as_transformers(engine, model)
     await engine.close()
+
+
+@pytest.mark.skipif(find_spec("arctic_inference") is not None, reason="suffixes work here")
+async def test_suffix_speculation_says_what_it_needs() -> None:
+    with pytest.raises(ConfigError, match=r"engine\.speculative=suffix: .*arctic-inference"):
+        open_engine(model_dir(EMBEDDED), replace(CONFIG, speculative="suffix"))
 
 
 async def test_an_unsupported_model_is_refused(tmp_path: Path) -> None:

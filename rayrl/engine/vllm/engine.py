@@ -71,7 +71,8 @@ class VllmEngine:
 
     Args:
         path: Hugging Face directory.
-        config: `max_live`, `max_len`, `kv_cache_gb`, `gpu_memory`, `threads`, `dtype`, `on_update`.
+        config: `max_live`, `max_len`, `kv_cache_gb`, `gpu_memory`, `threads`, `dtype`, `on_update`,
+            `speculative`, `draft_tokens`.
         version: version of the weights in `path`.
         raw_logprobs: see `open_engine`.
         sleeps: whether `sleep` must free GPU memory.
@@ -132,6 +133,11 @@ class VllmEngine:
             args |= engine_args(lora)
         if config.max_len:
             args["max_model_len"] = config.max_len
+        if config.speculative != "none":
+            args["speculative_config"] = {
+                "method": config.speculative,
+                "num_speculative_tokens": config.draft_tokens,
+            }
         if current_platform.is_cpu():
             # Chunked prefill crashes vLLM 0.32 on the CPU when a request has a seed: it rewinds the
             # request's generator, which torch's CPU generators do not support.
@@ -143,6 +149,8 @@ class VllmEngine:
             args |= {"gpu_memory_utilization": config.gpu_memory, "enable_sleep_mode": sleeps}
         try:
             self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**args))
+        except ImportError as error:  # what suffix speculation needs
+            raise ConfigError(f"engine.speculative={config.speculative}: {error}") from error
         except (ValueError, RuntimeError, OSError) as error:
             raise ConfigError(
                 f"model.path={path}: vLLM cannot run it: {explain_load_error(error)}"

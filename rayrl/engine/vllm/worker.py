@@ -22,6 +22,8 @@ from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
     initialize_layerwise_reload,
 )
+from vllm.platforms import current_platform
+from vllm.v1.sample import rejection_sampler
 
 from rayrl.engine.vllm.adapters import FILE, file_names
 from rayrl.engine.vllm.convert import MISMATCH, from_wire
@@ -147,3 +149,31 @@ class Worker:
 
 
 WeightTransferEngineFactory.register_engine(BACKEND, Transfer)
+
+
+def for_each_draft(
+    x: torch.Tensor,
+    ends: torch.Tensor,
+    count: int,
+    replace_from: int = 0,
+    replace_to: int = 0,
+) -> torch.Tensor:
+    """Repeat a request's setting for each of its drafted tokens.
+
+    vLLM 0.32's own has a kernel for CPUs that takes temperatures for integers and returns memory
+    that nobody has written to: with speculation, ids would be sampled at any temperature.
+
+    Args:
+        x: (requests,).
+        ends: (requests,) drafted tokens of the requests so far.
+        count: of all drafted tokens.
+
+    Returns:
+        (count,).
+    """
+    drafted = ends.diff(prepend=ends.new_zeros(1))
+    return x.where(x != replace_from, replace_to).repeat_interleave(drafted, output_size=count)
+
+
+if current_platform.is_cpu():
+    rejection_sampler.expand_batch_to_tokens = for_each_draft
