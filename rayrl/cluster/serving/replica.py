@@ -288,7 +288,7 @@ async def deploy(
     deployment = serve.deployment(
         **deployment_settings(cluster),
         health_check_timeout_s=max(60.0, cluster.push_deadline_s),
-        graceful_shutdown_timeout_s=1.0,
+        graceful_shutdown_timeout_s=0.0,  # who waits for an answer asks another, or has gone
         request_router_config=RequestRouterConfig(request_router_class=IndexRouter),
     )(Replica)
     target = deployment.bind(
@@ -352,4 +352,7 @@ def undeploy(app: str) -> None:
     """Delete an app if it exists; other apps of the cluster stay."""
     with suppress(Exception):  # at the end of a session the cluster may be gone already
         if ray.is_initialized() and app in serve.status().applications:
-            serve.delete(app)
+            serve.delete(app, _blocking=False)  # which would look once a second whether it is gone
+            end = time.monotonic() + START_DEADLINE_S
+            while app in serve.status().applications and time.monotonic() < end:
+                time.sleep(POLL_S)
