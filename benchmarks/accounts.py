@@ -21,7 +21,7 @@ ROLES = {  # prefix of a process's title, as Ray sets it -> role
     "ray::ServeController": "controller",
     "ray::Recorder": "recorder",
     "ray::WeightStore": "store",
-    "ray::Rank": "rank",
+    "ray::LearnerRank": "learner",
 }
 
 

@@ -4,22 +4,29 @@
     python benchmarks/rl_step.py --steps 3 model.path=…   runs that many steps of the main job
 
 The second form trains with the settings of `experiment=tictactoe`, stage rl1, in a temporary
-folder; any `key=value` overrides them. The first step is a warm-up and is left out.
+folder; any `key=value` overrides them. The first step is a warm-up and is left out. It also prints
+the CPU seconds per step of each process, which `--picture FILE.png` draws (needs matplotlib).
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
+import os
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from time import perf_counter
+
+from accounts import Accounts  # in this folder
 
 from rayrl.run.files import read_jsonl
 
 PREFIX = "time/"
 WARM_UP = 1
+IDLE = "idle or others"
 
 
 def read(run: Path) -> list[dict[str, float]]:
@@ -51,11 +58,18 @@ def table(rows: Sequence[Mapping[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def train(steps: int, settings: Sequence[str], folder: Path) -> Path:
-    """Run `steps` steps of the main job's first phase and return the run's folder."""
+def train(
+    steps: int, settings: Sequence[str], folder: Path
+) -> tuple[list[dict[str, float]], dict[str, float]]:
+    """Run `steps` steps of the main job's first phase.
+
+    Returns:
+        Their metrics, and CPU seconds per step by process, those of idle cores included.
+    """
     from rayrl.cli import compose
     from rayrl.config import stage_config
-    from rayrl.loop import run
+    from rayrl.loop import train as run
+    from rayrl.run.training import StepControl
 
     config = compose(["experiment=tictactoe", *settings])
     stage = next(stage for stage in config.recipe if stage.verb == "train")
@@ -65,8 +79,40 @@ def train(steps: int, settings: Sequence[str], folder: Path) -> Path:
         run=replace(config.run, dir=str(folder / "run"), name="rl_step", checkpoint_every=10**6),
         train=replace(config.train, steps=steps + WARM_UP),
     )
-    run(config)
-    return folder / "run"
+    spent: dict[str, float] = {}
+    account: list[tuple[Accounts, float]] = []
+
+    def on_step(control: StepControl) -> None:
+        if control.step == WARM_UP - 1:
+            account.append((Accounts(), perf_counter()))
+        elif control.step == config.train.steps - 1:
+            accounts, began = account[0]
+            wall, used = perf_counter() - began, accounts.spent()
+            used |= {IDLE: wall * (os.cpu_count() or 1) - sum(used.values())}
+            spent.update({role: sum_s / steps for role, sum_s in used.items() if sum_s > 0})
+
+    asyncio.run(run(config, on_step=on_step))
+    return read(folder / "run")[WARM_UP:], spent
+
+
+def picture(path: Path, spent: Mapping[str, float]) -> None:
+    """Draw CPU seconds per step by process."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = sorted(spent, key=lambda role: (role != IDLE, spent[role]))
+    whole = sum(spent.values())
+    figure, axes = pyplot.subplots(figsize=(7, 3))
+    colors = ["lightgray" if name == IDLE else "tab:blue" for name in names]
+    bars = axes.barh(names, [spent[name] for name in names], color=colors)
+    axes.bar_label(bars, [f" {spent[name] / whole:.1%}" for name in names], fontsize=8)
+    axes.set(
+        xlabel=f"seconds of {os.cpu_count()} cores per step", xlim=(0, max(spent.values()) * 1.15)
+    )
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
 
 
 def main() -> None:
@@ -74,6 +120,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("run", nargs="?", type=Path, help="folder of a training run")
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--picture", type=Path, help="file to draw into")
     options, settings = parser.parse_known_args()
     if options.run is not None and "=" in str(options.run):
         settings, options.run = [str(options.run), *settings], None
@@ -81,7 +128,12 @@ def main() -> None:
         print(table(read(options.run)))
         return
     with tempfile.TemporaryDirectory() as folder:
-        print(table(read(train(options.steps, settings, Path(folder)))[WARM_UP:]))
+        rows, spent = train(options.steps, settings, Path(folder))
+    print(table(rows))
+    for role, seconds in sorted(spent.items(), key=lambda item: -item[1]):
+        print(f"{role:<20} {seconds:>8.2f} CPU seconds per step")
+    if options.picture is not None:
+        picture(options.picture, spent)
 
 
 if __name__ == "__main__":

@@ -505,6 +505,25 @@ def test_plan_shows_what_each_stage_reserves(capsys: pytest.CaptureFixture[str])
     assert reserved == ["0.5", "0.25", "1"]
 
 
+def test_plan_says_what_each_stage_takes_of_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["plan", "experiment=tictactoe"])
+    blocks = capsys.readouterr().out.split("\n\n")
+    lines = {
+        block.split(" on ")[0].removeprefix("Resources of "): line.strip()
+        for block in blocks
+        for line in block.splitlines()
+        if line.startswith("  memory")
+    }
+    (learning,) = (line for names, line in lines.items() if names == "rl1, rl2")
+    whole, _, parts = learning.partition(": ")
+    assert re.fullmatch(r"memory +up to about \d\.\d GiB", whole)
+    names = [re.fullmatch(r"(.+?) \d\.\d", part) for part in parts.split(", ")]
+    said = {found[1] for found in names if found}
+    assert said == {"2 learners", "2 replicas", "env worker", "Ray and the driver"}
+    assert "learner" not in lines["eval_teacher, eval_base, synth, eval_sft, eval_rl1, eval_rl2"]
+    assert "replica" not in lines["sft"]
+
+
 @pytest.mark.parametrize(("most", "said"), [(0, "2 × 0 cpu"), (5, "2 (to 5 while groups wait) × ")])
 def test_plan_says_how_many_env_workers_there_may_be(
     most: int, said: str, capsys: pytest.CaptureFixture[str]

@@ -13,6 +13,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from rayrl.cluster import by_value, cluster_address
+from rayrl.cluster.memory import DTYPE_BYTES
 from rayrl.config import Config, EndpointConfig, stage_config
 from rayrl.config.mix import components, named_keys
 from rayrl.config.registry import before_colon, from_outside, is_object, load_function
@@ -24,7 +25,7 @@ from rayrl.environment.rows import Rows
 from rayrl.errors import ConfigError, DataError, did_you_mean
 from rayrl.rollout.players import player_function
 from rayrl.run.stage import POLICY, check_trained, is_finished, seats_of, template_notes
-from rayrl.weights.model_dir import model_dir
+from rayrl.weights.model_dir import model_dir, parameter_count
 
 __all__ = [
     "LEARNING",
@@ -42,7 +43,6 @@ LEARNING = ("sft", "train")  # verbs with learners
 WRITING = ("synth", "sft", "train", "eval")  # verbs with a run folder
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 VERSIONS_STORED = 2.5  # versions of the weights in the object store during a push, with slack
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
@@ -303,13 +303,10 @@ def _existing(path: Path) -> Path:
 def _weights_gb(config: Config) -> float:
     """Size of a push of the model in GiB; 0 if unknown."""
     try:
-        folder = model_dir(config.model.path)
-        settings = json.loads((folder / "config.json").read_text("utf-8"))
-        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    except (ConfigError, ValueError, OSError):
+        size = parameter_count(model_dir(config.model.path))
+    except (ConfigError, OSError):
         return 0.0
-    stored = settings.get("dtype") or settings.get("torch_dtype") or "float32"
-    return size / DTYPE_BYTES.get(stored, 4) * DTYPE_BYTES[config.learner.dtype] / 2**30
+    return size * DTYPE_BYTES[config.learner.dtype] / 2**30
 
 
 def _stored_gb(config: Config) -> float:

@@ -1,0 +1,122 @@
+"""What the processes of a run will take of a machine's memory, as `rayrl plan` prints it.
+
+An estimate from above for architectures like Llama: a micro-batch counts as full, and so does the
+KV cache. The constants were measured on Linux with torch 2.13, Ray 2.60, DeepSpeed 0.19 and vLLM
+0.32 (`benchmarks/RESULTS.md`), as proportional set sizes, which count what processes share once.
+What is on a GPU is not in it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rayrl.config import Config
+from rayrl.weights.model_dir import model_dir, parameter_count
+
+__all__ = ["DTYPE_BYTES", "Share", "shares"]
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+GIB = 2**30
+
+# GiB of a process without a model; LIBRARIES are shared by the ranks of a machine
+DRIVER, ENV_WORKER, RAY = 0.25, 0.25, 0.8
+LIBRARIES, LEARNER, REPLICA, VLLM = 0.4, 0.2, 0.2, 1.8
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What processes of a kind take together.
+
+    Attributes:
+        name: of the kind.
+        count: of processes.
+        gb: GiB of all of them.
+    """
+
+    name: str
+    count: int
+    gb: float
+
+
+def shares(config: Config, *, learns: bool, plays: bool) -> list[Share]:
+    """The largest first.
+
+    Args:
+        learns: whether there are learners.
+        plays: whether there are env workers and replicas.
+
+    Raises:
+        ConfigError: there is no model at `model.path`.
+    """
+    return sorted(_shares(config, learns, plays), key=lambda share: -share.gb)
+
+
+def _shares(config: Config, learns: bool, plays: bool) -> Iterator[Share]:
+    cluster, folder = config.cluster, model_dir(config.model.path)
+    settings = json.loads((folder / "config.json").read_text("utf-8"))
+    shape, size = settings.get("text_config") or settings, parameter_count(folder)
+    if learns:
+        ranks = config.learner.world_size
+        each = LEARNER + (0 if cluster.learner_gpus else _of_learner(config, shape, size) / GIB)
+        yield Share("learner", ranks, LIBRARIES + ranks * each)
+    if plays:
+        vllm = config.engine.kind == "vllm"
+        each = VLLM if vllm else REPLICA
+        if not cluster.replica_gpus:
+            each += _of_engine(config, shape, size) / GIB
+        yield Share("replica", cluster.replicas, cluster.replicas * each)
+        workers = cluster.most_env_workers
+        yield Share("env worker", workers, workers * ENV_WORKER)
+    yield Share("Ray and the driver", 1, RAY + DRIVER)
+
+
+def _of_learner(config: Config, shape: Mapping[str, Any], size: int) -> float:
+    """Bytes of one rank."""
+    learner = config.learner
+    sharded = 1 / learner.world_size
+    bits16 = learner.dtype == "bfloat16"
+    trained = 0 if config.lora.rank else size  # adapters are small
+    # weights and their gradients, what a push is gathered in, and a copy in the object store
+    held = float(size * DTYPE_BYTES[learner.dtype] * (3 + bool(trained)))
+    if learner.zero_stage or bits16:  # Adam's moments, fp32 weights and sums of gradients, flat
+        held += trained * (8 + 4 + 4 + 4 * bits16) * sharded
+    else:
+        held += trained * 8
+    if config.algo.kl_coef > 0 and not config.lora.rank:
+        held += size * DTYPE_BYTES[learner.dtype]  # the reference
+    return held + learner.micro_batch_tokens * _of_token(config, shape)
+
+
+def _of_token(config: Config, shape: Mapping[str, Any]) -> int:
+    """Bytes that one token's forward pass leaves for its backward pass."""
+    hidden, layers = int(shape.get("hidden_size", 0)), int(shape.get("num_hidden_layers", 0))
+    inner = int(shape.get("intermediate_size", 4 * hidden))
+    # two norms in fp32, projections, attention and residuals; of the MLP four products
+    layer = 14 * hidden + 3 * _kv_width(shape) + 4 * inner
+    logits = 2 * int(shape.get("vocab_size", 0))  # and their gradient
+    kept = layer + layers * hidden if config.learner.gradient_checkpointing else layers * layer
+    return (kept + logits) * DTYPE_BYTES[config.learner.dtype]
+
+
+def _of_engine(config: Config, shape: Mapping[str, Any], size: int) -> float:
+    """Bytes of one replica's model and KV cache."""
+    engine = config.engine
+    cache = engine.kv_cache_gb * GIB
+    if engine.kind == "vllm":
+        # it packs the weights for oneDNN, and keeps the mapped buffer of a push
+        width = DTYPE_BYTES.get(engine.dtype, DTYPE_BYTES[config.learner.dtype])
+        return 2 * size * width + max(GIB, cache)
+    longest = engine.max_len or int(shape.get("max_position_embeddings", 0))
+    layers = int(shape.get("num_hidden_layers", 0))
+    token = 2 * layers * _kv_width(shape) * DTYPE_BYTES["float32"]  # on a CPU always
+    width = DTYPE_BYTES.get(engine.dtype, 4)
+    return 2 * size * width + min(cache, engine.max_live * longest * token)
+
+
+def _kv_width(shape: Mapping[str, Any]) -> int:
+    heads = shape.get("num_attention_heads") or 1
+    width = shape.get("head_dim") or int(shape.get("hidden_size", 0)) // heads
+    return int(width * (shape.get("num_key_value_heads") or heads))
