@@ -89,7 +89,7 @@ def train(
             accounts, began = account[0]
             wall, used = perf_counter() - began, accounts.spent()
             used |= {IDLE: wall * (os.cpu_count() or 1) - sum(used.values())}
-            spent.update({role: sum_s / steps for role, sum_s in used.items() if sum_s > 0})
+            spent.update({role: seconds / steps for role, seconds in used.items() if seconds})
 
     asyncio.run(run(config, on_step=on_step))
     return read(folder / "run")[WARM_UP:], spent

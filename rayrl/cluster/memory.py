@@ -9,11 +9,13 @@ What is on a GPU is not in it.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rayrl.config import Config
+from rayrl.errors import ConfigError
 from rayrl.weights.model_dir import model_dir, parameter_count
 
 __all__ = ["DTYPE_BYTES", "Share", "shares"]
@@ -42,22 +44,61 @@ class Share:
 
 
 def shares(config: Config, *, learns: bool, plays: bool) -> list[Share]:
-    """The largest first.
+    """The largest first; nothing if the model at `model.path` is missing or its sizes are unknown.
 
     Args:
         learns: whether there are learners.
         plays: whether there are env workers and replicas.
-
-    Raises:
-        ConfigError: there is no model at `model.path`.
     """
-    return sorted(_shares(config, learns, plays), key=lambda share: -share.gb)
+    try:
+        folder = model_dir(config.model.path)
+        shape, size = _Shape.of(folder), parameter_count(folder)
+    except (ConfigError, OSError, ValueError, TypeError, AttributeError):
+        return []
+    return sorted(_shares(config, shape, size, learns, plays), key=lambda share: -share.gb)
 
 
-def _shares(config: Config, learns: bool, plays: bool) -> Iterator[Share]:
-    cluster, folder = config.cluster, model_dir(config.model.path)
-    settings = json.loads((folder / "config.json").read_text("utf-8"))
-    shape, size = settings.get("text_config") or settings, parameter_count(folder)
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """Sizes of a model; `keys` is what a token's keys have in a layer, over all heads."""
+
+    layers: int
+    hidden: int
+    inner: int
+    keys: int
+    vocabulary: int
+    positions: int
+
+    @classmethod
+    def of(cls, folder: Path) -> _Shape:
+        """Read config.json.
+
+        Raises:
+            TypeError: a size is missing or no number.
+        """
+        settings = json.loads((folder / "config.json").read_text("utf-8"))
+        settings = settings.get("text_config") or settings
+
+        def size(*names: str, default: int | None = None) -> int:
+            found: Any = next((one for name in names if (one := settings.get(name))), default)
+            return int(found)
+
+        layers = size("num_hidden_layers", "n_layer")
+        hidden = size("hidden_size", "n_embd", "d_model")
+        heads = size("num_attention_heads", "n_head")
+        width = size("head_dim", default=hidden // heads)
+        return cls(
+            layers,
+            hidden,
+            size("intermediate_size", "n_inner", default=4 * hidden),
+            width * size("num_key_value_heads", default=heads),
+            size("vocab_size"),
+            size("max_position_embeddings", "n_positions", default=0),
+        )
+
+
+def _shares(config: Config, shape: _Shape, size: int, learns: bool, plays: bool) -> Iterator[Share]:
+    cluster = config.cluster
     if learns:
         ranks = config.learner.world_size
         each = LEARNER + (0 if cluster.learner_gpus else _of_learner(config, shape, size) / GIB)
@@ -73,7 +114,7 @@ def _shares(config: Config, learns: bool, plays: bool) -> Iterator[Share]:
     yield Share("Ray and the driver", 1, RAY + DRIVER)
 
 
-def _of_learner(config: Config, shape: Mapping[str, Any], size: int) -> float:
+def _of_learner(config: Config, shape: _Shape, size: int) -> float:
     """Bytes of one rank."""
     learner = config.learner
     sharded = 1 / learner.world_size
@@ -90,18 +131,17 @@ def _of_learner(config: Config, shape: Mapping[str, Any], size: int) -> float:
     return held + learner.micro_batch_tokens * _of_token(config, shape)
 
 
-def _of_token(config: Config, shape: Mapping[str, Any]) -> int:
+def _of_token(config: Config, shape: _Shape) -> int:
     """Bytes that one token's forward pass leaves for its backward pass."""
-    hidden, layers = int(shape.get("hidden_size", 0)), int(shape.get("num_hidden_layers", 0))
-    inner = int(shape.get("intermediate_size", 4 * hidden))
     # two norms in fp32, projections, attention and residuals; of the MLP four products
-    layer = 14 * hidden + 3 * _kv_width(shape) + 4 * inner
-    logits = 2 * int(shape.get("vocab_size", 0))  # and their gradient
-    kept = layer + layers * hidden if config.learner.gradient_checkpointing else layers * layer
+    layer = 14 * shape.hidden + 3 * shape.keys + 4 * shape.inner
+    checkpoints = layer + shape.layers * shape.hidden
+    kept = checkpoints if config.learner.gradient_checkpointing else shape.layers * layer
+    logits = 2 * shape.vocabulary  # and their gradient
     return (kept + logits) * DTYPE_BYTES[config.learner.dtype]
 
 
-def _of_engine(config: Config, shape: Mapping[str, Any], size: int) -> float:
+def _of_engine(config: Config, shape: _Shape, size: int) -> float:
     """Bytes of one replica's model and KV cache."""
     engine = config.engine
     cache = engine.kv_cache_gb * GIB
@@ -109,14 +149,7 @@ def _of_engine(config: Config, shape: Mapping[str, Any], size: int) -> float:
         # it packs the weights for oneDNN, and keeps the mapped buffer of a push
         width = DTYPE_BYTES.get(engine.dtype, DTYPE_BYTES[config.learner.dtype])
         return 2 * size * width + max(GIB, cache)
-    longest = engine.max_len or int(shape.get("max_position_embeddings", 0))
-    layers = int(shape.get("num_hidden_layers", 0))
-    token = 2 * layers * _kv_width(shape) * DTYPE_BYTES["float32"]  # on a CPU always
+    longest = engine.max_len or shape.positions
+    token = 2 * shape.layers * shape.keys * DTYPE_BYTES["float32"]  # on a CPU always
     width = DTYPE_BYTES.get(engine.dtype, 4)
     return 2 * size * width + min(cache, engine.max_live * longest * token)
-
-
-def _kv_width(shape: Mapping[str, Any]) -> int:
-    heads = shape.get("num_attention_heads") or 1
-    width = shape.get("head_dim") or int(shape.get("hidden_size", 0)) // heads
-    return int(width * (shape.get("num_key_value_heads") or heads))

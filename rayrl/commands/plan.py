@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 from rayrl.cluster import cluster_address
-from rayrl.cluster.memory import shares
+from rayrl.cluster.memory import Share, shares
 from rayrl.config import (
     ClusterConfig,
     Config,
@@ -157,15 +157,14 @@ def _processes(config: Config, verb: str) -> str:
         rows.append(f"  learning    {_rate(config)}")
     if verb in LEARNING and has_replicas(config, verb):
         rows.append(f"  weights     {_way(config)}")
-    with contextlib.suppress(ConfigError):  # `problems` says it
-        rows.append(f"  memory      {_memory(config, verb)}")
+    if found := shares(config, learns=verb in LEARNING, plays=has_replicas(config, verb)):
+        rows.append(f"  memory      {_memory(found)}")
     cpus, gpus = reserved_resources(config, verb)
     return "\n".join([*rows, f"  reserved    {cpus:g} cpus, {gpus:g} gpus"])
 
 
-def _memory(config: Config, verb: str) -> str:
-    """What the processes take at most, the largest first."""
-    found = shares(config, learns=verb in LEARNING, plays=has_replicas(config, verb))
+def _memory(found: Sequence[Share]) -> str:
+    """What the processes take at most."""
     parts = [
         f"{one.count} {one.name}s {one.gb:.1f}" if one.count > 1 else f"{one.name} {one.gb:.1f}"
         for one in found

@@ -195,7 +195,9 @@ class EngineConfig:
         "(ngram) or in earlier replies too (suffix), and check the guesses in one pass",
         choices=("none", "ngram", "suffix"),
     )
-    draft_tokens: int = setting(4, "vLLM: tokens that engine.speculative guesses at once", least=1)
+    draft_tokens: int = setting(
+        4, "vLLM: tokens that engine.speculative guesses at once", least=1, most=64
+    )
 
 
 @dataclass(frozen=True)

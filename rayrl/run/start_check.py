@@ -265,6 +265,12 @@ def _unusable_models(config: Config, verb: str, models: Collection[str]) -> Iter
     """Yield the problems of the models and of their engine."""
     if models and config.engine.kind == "vllm" and _is_local(config) and not _installed("vllm"):
         yield "engine.kind=vllm: vLLM is not installed; docs/vllm.md says how."
+    suffix = config.engine.speculative == "suffix"
+    if models and suffix and _is_local(config) and not _installed("arctic_inference"):
+        yield (
+            "engine.speculative=suffix: arctic-inference is not installed; pip install "
+            "arctic-inference==0.1.1, or choose ngram."
+        )
     longest = _positions(config.model.path) if POLICY in models else 0
     if longest and config.engine.max_len > longest:
         yield (

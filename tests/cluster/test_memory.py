@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -69,6 +71,45 @@ def test_a_replica_worked_out_by_hand() -> None:
 @pytest.mark.parametrize("base", [BASE, PRETRAINED])
 def test_what_takes_less(base: dict[str, Any], less: dict[str, Any], more: dict[str, Any]) -> None:
     assert gb(base | less) < gb(base | more)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"hidden_size": 64, "num_hidden_layers": 2}',
+        '{"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": [9]}',
+    ],
+)
+def test_a_model_of_unknown_sizes_has_no_estimate(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    for path in (tmp_path, tmp_path / "none"):
+        assert not shares(configured({"model.path": str(path)}), learns=True, plays=True)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 9, "n_inner": None},
+        {
+            "text_config": {
+                "hidden_size": 64,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "head_dim": None,
+                "vocab_size": 9,
+            }
+        },
+    ],
+)
+def test_sizes_by_other_names(settings: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    token = 4 * (2 * (14 * 64 + 3 * 64 + 4 * 256) + 2 * 9)
+    changes = {"model.path": str(tmp_path), "learner.micro_batch_tokens": 1000}
+    expected = memory.LIBRARIES + memory.LEARNER + 1000 * token / GIB
+    assert gb(changes, "learner") == pytest.approx(expected)
 
 
 def test_only_what_there_is_counts() -> None:

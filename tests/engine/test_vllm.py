@@ -7,7 +7,6 @@ import gc
 import random
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -281,12 +280,6 @@ async def test_pushed_experts_are_computed_correctly(tmp_path: Path) -> None:
         assert await engine.load_weights(version, flat, manifest) == checksum(flat)
         await assert_same_as_transformers(engine, model)
     await engine.close()
-
-
-@pytest.mark.skipif(find_spec("arctic_inference") is not None, reason="suffixes work here")
-async def test_suffix_speculation_says_what_it_needs() -> None:
-    with pytest.raises(ConfigError, match=r"engine\.speculative=suffix: .*arctic-inference"):
-        open_engine(model_dir(EMBEDDED), replace(CONFIG, speculative="suffix"))
 
 
 async def test_an_unsupported_model_is_refused(tmp_path: Path) -> None:

@@ -62,6 +62,11 @@ def without(monkeypatch: pytest.MonkeyPatch, *modules: str) -> None:
         ("train", "engine=vllm", "engine.kind=vllm: vLLM is not installed"),
         ("eval", "engine=vllm", "engine.kind=vllm: vLLM is not installed"),
         ("serve", "engine=vllm", "engine.kind=vllm: vLLM is not installed"),
+        (
+            "eval",
+            "engine=vllm engine.speculative=suffix",
+            "speculative=suffix: arctic-inference is",
+        ),
         ("eval", f"eval.player=endpoint {SERVER}", "endpoint.api_key_env=NO_SUCH_KEY: that var"),
         ("synth", f"synth.player=endpoint {SERVER}", "endpoint.api_key_env=NO_SUCH_KEY: that var"),
         ("play", f"play.player=endpoint {SERVER}", "endpoint.api_key_env=NO_SUCH_KEY: that var"),
@@ -100,7 +105,7 @@ def test_what_is_not_there_is_said_before_ray_starts(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    without(monkeypatch, "wandb", "peft", "vllm")
+    without(monkeypatch, "wandb", "peft", "vllm", "arctic_inference")
     Path("pyproject.toml").touch()
     assert cli.main([verb, *words.split()]) == 2
     assert said in capsys.readouterr().err

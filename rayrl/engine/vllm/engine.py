@@ -149,8 +149,6 @@ class VllmEngine:
             args |= {"gpu_memory_utilization": config.gpu_memory, "enable_sleep_mode": sleeps}
         try:
             self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**args))
-        except ImportError as error:  # what suffix speculation needs
-            raise ConfigError(f"engine.speculative={config.speculative}: {error}") from error
         except (ValueError, RuntimeError, OSError) as error:
             raise ConfigError(
                 f"model.path={path}: vLLM cannot run it: {explain_load_error(error)}"
