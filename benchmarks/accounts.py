@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 import psutil
 
-__all__ = ["ROLES", "Accounts"]
+__all__ = ["ROLES", "Accounts", "role_of"]
 
 ROLES = {  # prefix of a process's title, as Ray sets it -> role
     "ray::EnvWorker": "env worker",
@@ -22,10 +22,17 @@ ROLES = {  # prefix of a process's title, as Ray sets it -> role
     "ray::Recorder": "recorder",
     "ray::WeightStore": "store",
     "ray::LearnerRank": "learner",
+    "VLLM::": "engine",
 }
 
 
-def _role(process: psutil.Process, own: int, workers: set[int]) -> str:
+def role_of(process: psutil.Process, own: int, workers: set[int]) -> str:
+    """What a process is.
+
+    Args:
+        own: id of the driver.
+        workers: ids of env workers, and of what they have started.
+    """
     if process.pid == own:
         return "driver"
     line = process.cmdline()
@@ -53,7 +60,7 @@ class Accounts:
         for process in (self._own, *self._own.children(recursive=True)):
             try:
                 times = process.cpu_times()
-                role = _role(process, self._own.pid, workers)
+                role = role_of(process, self._own.pid, workers)
                 now[role, process.pid] = times.user + times.system
                 if role in ("env worker", "programs"):
                     workers.add(process.pid)

@@ -80,13 +80,13 @@ def train(
         train=replace(config.train, steps=steps + WARM_UP),
     )
     spent: dict[str, float] = {}
-    account: list[tuple[Accounts, float]] = []
+    accounts, began = Accounts(), perf_counter()
 
     def on_step(control: StepControl) -> None:
+        nonlocal accounts, began
         if control.step == WARM_UP - 1:
-            account.append((Accounts(), perf_counter()))
+            accounts, began = Accounts(), perf_counter()
         elif control.step == config.train.steps - 1:
-            accounts, began = account[0]
             wall, used = perf_counter() - began, accounts.spent()
             used |= {IDLE: wall * (os.cpu_count() or 1) - sum(used.values())}
             spent.update({role: seconds / steps for role, seconds in used.items() if seconds})

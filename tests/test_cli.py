@@ -524,6 +524,18 @@ def test_plan_says_what_each_stage_takes_of_memory(capsys: pytest.CaptureFixture
     assert "replica" not in lines["sft"]
 
 
+def test_plan_warns_of_more_memory_than_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    def warnings(*words: str) -> list[str]:
+        main(["plan", "env=copyword", *words])
+        return [line for line in capsys.readouterr().out.splitlines() if "may take" in line]
+
+    assert not warnings()
+    (said,) = warnings("learner.micro_batch_tokens=1000000000")
+    assert re.match(r"  - training may take \d+\.\d GiB of memory, and this machine has \d", said)
+    assert "lower learner.micro_batch_tokens" in said
+    assert not warnings("learner.micro_batch_tokens=1000000000", "cluster.address=10.0.0.1:6379")
+
+
 @pytest.mark.parametrize(("most", "said"), [(0, "2 × 0 cpu"), (5, "2 (to 5 while groups wait) × ")])
 def test_plan_says_how_many_env_workers_there_may_be(
     most: int, said: str, capsys: pytest.CaptureFixture[str]

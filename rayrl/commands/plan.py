@@ -70,8 +70,8 @@ def describe(config: Config, machine: Machine, *, every: bool = False) -> str:
     if config.recipe:
         parts.append(_recipe(config))
     parts += _templates(config)
-    if fast := list(_too_fast(config)):
-        parts.append("\n".join(["Warnings", *(f"  - {one}" for one in fast)]))
+    if warnings := [*_too_fast(config), *_too_large(config, machine)]:
+        parts.append("\n".join(["Warnings", *(f"  - {one}" for one in warnings)]))
     for name, verb, stage in stages_of(config):
         if verb == "train":
             parts.append(f"A step of {name}\n{_batch(stage)}")
@@ -157,10 +157,14 @@ def _processes(config: Config, verb: str) -> str:
         rows.append(f"  learning    {_rate(config)}")
     if verb in LEARNING and has_replicas(config, verb):
         rows.append(f"  weights     {_way(config)}")
-    if found := shares(config, learns=verb in LEARNING, plays=has_replicas(config, verb)):
+    if found := _shares(config, verb):
         rows.append(f"  memory      {_memory(found)}")
     cpus, gpus = reserved_resources(config, verb)
     return "\n".join([*rows, f"  reserved    {cpus:g} cpus, {gpus:g} gpus"])
+
+
+def _shares(config: Config, verb: str) -> list[Share]:
+    return shares(config, learns=verb in LEARNING, plays=has_replicas(config, verb))
 
 
 def _memory(found: Sequence[Share]) -> str:
@@ -201,6 +205,20 @@ def _too_fast(config: Config) -> Iterator[str]:
                     f"{usual:g} for {kind}: a few steps may ruin what it knows. Lower it, or leave "
                     "it out."
                 )
+
+
+def _too_large(config: Config, machine: Machine) -> Iterator[str]:
+    """Stages that may need more memory than this machine has, if they run here."""
+    if cluster_address(config.cluster.address):
+        return
+    for name, verb, stage in stages_of(config):
+        needed = sum(one.gb for one in _shares(stage, verb))
+        if needed > machine.memory_gb:
+            yield (
+                f"{name} may take {needed:.1f} GiB of memory, and this machine has "
+                f"{machine.memory_gb:.1f}: lower learner.micro_batch_tokens, engine.kv_cache_gb or "
+                "cluster.replicas."
+            )
 
 
 def _workers(cluster: ClusterConfig) -> str:

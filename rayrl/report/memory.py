@@ -7,7 +7,7 @@ import threading
 
 import psutil
 
-__all__ = ["PeakMemory", "memory_of_tree"]
+__all__ = ["PeakMemory", "memory_of", "memory_of_tree"]
 
 
 class PeakMemory:
@@ -48,12 +48,13 @@ def memory_of_tree(root: int) -> int:
     """Memory of process `root` and its descendants in bytes; 0 if there is no such process."""
     try:
         process = psutil.Process(root)
-        return sum(map(_memory, [process, *process.children(recursive=True)]))
+        return sum(map(memory_of, [process, *process.children(recursive=True)]))
     except psutil.NoSuchProcess:
         return 0
 
 
-def _memory(process: psutil.Process) -> int:
+def memory_of(process: psutil.Process) -> int:
+    """Memory of one process in bytes; 0 if it has ended."""
     try:
         full = process.memory_full_info()
         return int(getattr(full, "pss", full.rss))
