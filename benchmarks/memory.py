@@ -1,7 +1,7 @@
 """Peak memory of a run by process, beside what `rayrl plan` estimates at most.
 
     python benchmarks/memory.py recipe experiment=tictactoe
-    python benchmarks/memory.py train experiment=reverse_text_smollm2 engine=embedded train.steps=3
+    python benchmarks/memory.py train experiment=reverse_text_smollm2 train.steps=3
 
 Runs `rayrl VERB` with these settings in a temporary folder. Memory is the proportional set size,
 which counts once what processes share, at the moment of the largest sum; sampled every second.

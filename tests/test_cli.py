@@ -536,6 +536,24 @@ def test_plan_warns_of_more_memory_than_there_is(capsys: pytest.CaptureFixture[s
     assert not warnings("learner.micro_batch_tokens=1000000000", "cluster.address=10.0.0.1:6379")
 
 
+@pytest.mark.parametrize(
+    ("words", "advice"),
+    [
+        ("engine=vllm", "engine=embedded needs no vLLM"),
+        ("engine=vllm engine.speculative=ngram", None),  # the embedded engine cannot
+        ("engine=vllm cluster.replica_gpus=1", None),
+        ("engine=embedded", None),
+        ("engine=embedded cluster.replica_gpus=1", "engine=vllm is recommended on GPUs"),
+    ],
+)
+def test_plan_names_the_engine_that_is_recommended_where_another_was_chosen(
+    words: str, advice: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["plan", "env=copyword", *words.split()])
+    lines = [line for line in capsys.readouterr().out.splitlines() if "engine=" in line[:30]]
+    assert [line.strip().startswith(advice or "") for line in lines] == [True] * bool(advice)
+
+
 @pytest.mark.parametrize(("most", "said"), [(0, "2 × 0 cpu"), (5, "2 (to 5 while groups wait) × ")])
 def test_plan_says_how_many_env_workers_there_may_be(
     most: int, said: str, capsys: pytest.CaptureFixture[str]

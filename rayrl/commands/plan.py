@@ -147,6 +147,7 @@ def _processes(config: Config, verb: str) -> str:
                 f"{cluster.replica_gpus:g} gpu, {config.engine.kind}, {config.engine.threads} "
                 f"threads, {config.engine.kv_cache_gb:g} GiB of cache"
             ),
+            *_other_engine(config),
         ]
     if verb in LEARNING:
         rows.append(
@@ -161,6 +162,18 @@ def _processes(config: Config, verb: str) -> str:
         rows.append(f"  memory      {_memory(found)}")
     cpus, gpus = reserved_resources(config, verb)
     return "\n".join([*rows, f"  reserved    {cpus:g} cpus, {gpus:g} gpus"])
+
+
+def _other_engine(config: Config) -> Iterator[str]:
+    """The engine that is recommended where another was chosen."""
+    engine, gpus = config.engine, config.cluster.replica_gpus
+    if engine.kind == "vllm" and not gpus and engine.speculative == "none":
+        yield (
+            "              engine=embedded needs no vLLM and less memory, starts in seconds "
+            "and, with small models, is as fast"
+        )
+    elif engine.kind == "embedded" and gpus:
+        yield "              engine=vllm is recommended on GPUs (docs/vllm.md)"
 
 
 def _shares(config: Config, verb: str) -> list[Share]:
