@@ -10,7 +10,7 @@ On the CPU a step is a sparse matrix (`RaggedStep`): a row for each query head o
 for each key that it sees. torch has kernels for its two products, which compute nothing else and
 need no keys side by side: q kᵀ at the entries ("sampled" in SDDMM, as in Hong et al. 2019,
 https://doi.org/10.1145/3293883.3295712), and the entries times v, a weighted sum of rows as of an
-embedding table (with the bits of torch's own sparse product, in a quarter of its time). The way for
+embedding table (torch's CSR product takes two to five times as long for the same bits). The way for
 GPUs, in `gpu.py`, promises no bits.
 
 **Every token's result has the same bits, whatever else is in the step**, and whether its context
