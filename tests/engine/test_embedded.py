@@ -18,9 +18,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 from rayrl.cluster.serving.replica import replica_engine
 from rayrl.config import ClusterConfig, Config, EngineConfig
 from rayrl.engine.embedded import model as embedded_model
+from rayrl.engine.embedded import sampler
 from rayrl.engine.embedded.engine import EmbeddedEngine
 from rayrl.engine.embedded.gpu import graph_size
 from rayrl.engine.embedded.model import FlatModel
+from rayrl.engine.embedded.prompts import flatten_prompts
 from rayrl.engine.embedded.sampler import SamplingBatch, sample, uniform
 from rayrl.engine.protocol import Engine
 from rayrl.errors import ConfigError, DataError, InfraError, NumericsError, StaleWeights
@@ -684,7 +686,11 @@ def test_samples_invert_the_cumulative_distribution(vocabulary: int) -> None:
 
 
 @pytest.mark.parametrize("mixed", [True, False])
-def test_a_sample_depends_on_its_own_row_only(mixed: bool) -> None:
+@pytest.mark.parametrize("in_cache", [1, 4000, 1 << 18])  # logits of a row, of three, of all
+def test_a_sample_depends_on_its_own_row_only(
+    in_cache: int, mixed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampler, "IN_CACHE", in_cache)
     torch.manual_seed(0)
     logits = torch.randn(20, 1300) * 3
     rng = np.random.default_rng(0)
@@ -751,6 +757,35 @@ async def test_bf16_weights_are_confirmed_though_fp32_was_pushed(
         answer = await engine.generate(request("s", (7, 8, 9), max_tokens=20))
     expected = reference_logprobs(new, (7, 8, 9), answer.ids, 1.0)
     assert close_to(answer.rollout_logprobs, expected, 0.3)
+
+
+@pytest.mark.parametrize(("tokens", "of_norms"), [(20, 1), (40, 3)])
+def test_the_threads_that_few_and_many_tokens_take(
+    tokens: int, of_norms: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedded_model, "ONE_THREAD", 30 * 64)
+    seen = {"linear": set[int](), "norm": set[int]()}
+    plain = torch.nn.functional.linear
+
+    def linear(*args: Any) -> torch.Tensor:
+        seen["linear"].add(torch.get_num_threads())
+        return plain(*args)
+
+    model = FlatModel(llama())
+    model.model.model.norm.register_forward_hook(
+        lambda *_: seen["norm"].add(torch.get_num_threads())
+    )
+    monkeypatch.setattr(torch.nn.functional, "linear", linear)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        flat = flatten_prompts([(0, np.arange(tokens) % VOCAB, 0)])
+        model.prefill(model.pool(tokens), np.arange(tokens, dtype=np.int32)[None], flat)
+        after = torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)
+    assert seen == {"linear": {3}, "norm": {of_norms}}
+    assert after == 3
 
 
 def test_graph_sizes_hold_what_they_are_for_and_are_few() -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ Ints = NDArray[np.int64]
 MIN_TOKENS = 16  # rows of every linear layer: with fewer, or fewer than 8 per thread, bits change
 PASS_TOKENS = 1024  # of a forward pass on a CPU: more exceed the core's cache
 PASS_ENTRIES = 1 << 22  # pairs of a query head and a key in it, at 24 bytes
+ONE_THREAD = 1 << 17  # numbers of a hidden state up to which only linear layers use more threads
 PROBE_TOLERANCE = 1e-3
 
 
@@ -54,10 +56,16 @@ class FlatModel:
         self.config = model.config.get_text_config()
         self.geometry = _geometry(model, self.config, max_len)
         self.model = model.eval().requires_grad_(False)
-        self.vocab_size = int(model.get_input_embeddings().weight.shape[0])
+        self.vocab_size, self._width = map(int, model.get_input_embeddings().weight.shape)
         self.device: torch.device = model.device
+        self._threads = 1  # of linear layers; of the rest while there is much to do
         self._probe()
         self.model.to(dtype)
+        if self.ragged:
+            for module in self.model.modules():
+                if isinstance(module, torch.nn.Linear):
+                    run = partial(self._threaded, module.forward)
+                    module.forward = run  # type: ignore[method-assign]
         rope = getattr(self.config, "rope_parameters", None) or {}
         # the others look at the positions on the host, which a graph cannot
         fixed = rope.get("rope_type", "default") not in ("dynamic", "longrope")
@@ -152,16 +160,33 @@ class FlatModel:
         tokens: int | None = None,
     ) -> Tensor:
         """Logits at `at`, or at all ids; from `tokens` on, ids are padding."""
-        out = self.model(
-            input_ids=ids[None],
-            position_ids=positions[None],
-            use_cache=False,
-            logits_to_keep=0 if at is None else at,
-            rayrl_step=step,
-            rayrl_tokens=len(ids) if tokens is None else tokens,
-        )
+        threads = self._threads = torch.get_num_threads()
+        if self.ragged and len(ids) * self._width <= ONE_THREAD:
+            # Norms, rotations and gates are hundreds of short operations: waking a thread for each
+            # takes longer than it saves.
+            torch.set_num_threads(1)
+        try:
+            out = self.model(
+                input_ids=ids[None],
+                position_ids=positions[None],
+                use_cache=False,
+                logits_to_keep=0 if at is None else at,
+                rayrl_step=step,
+                rayrl_tokens=len(ids) if tokens is None else tokens,
+            )
+        finally:
+            torch.set_num_threads(threads)
         logits: Tensor = out.logits[0]
         return logits.float()
+
+    def _threaded(self, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Run a linear layer on all threads."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(self._threads)
+        try:
+            return forward(x)
+        finally:
+            torch.set_num_threads(threads)
 
     @torch.inference_mode()
     def load(self, flat: NDArray[np.uint8], manifest: Manifest) -> str:

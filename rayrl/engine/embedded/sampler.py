@@ -21,6 +21,7 @@ from rayrl.types import Alternatives
 __all__ = ["SamplingBatch", "raw_logprobs", "sample", "uniform"]
 
 BLOCK = 64  # ids
+IN_CACHE = 1 << 18  # logits worked on at a time on a CPU
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
@@ -72,12 +73,21 @@ def sample(
     Raises:
         NumericsError: a row's largest logit is NaN or infinite.
     """
-    best, argmax = logits.max(-1)
-    if not bool(best.isfinite().all()):
+    block = max(1, IN_CACHE // logits.shape[1])
+    if logits.device.type == "cpu" and len(logits) > block:
+        ids, logprobs = np.empty(len(at), np.int64), np.empty(len(at), np.float32)
+        for start in range(0, len(logits), block):
+            mine = np.flatnonzero((start <= at) & (at < start + block))
+            if len(mine):
+                rows = SamplingBatch(*(getattr(batch, f)[mine] for f in SamplingBatch.__slots__))
+                drawn = sample(logits[start : start + block], rows, at[mine] - start)
+                ids[mine], logprobs[mine] = drawn
+        return ids, logprobs
+    if not bool(logits.amax(-1).isfinite().all()):
         raise NumericsError("the model's logits are not finite; its weights have diverged")
     greedy = batch.temperature == 0
     if greedy.all():
-        return argmax.cpu().numpy()[at], np.zeros(len(at), dtype=np.float32)
+        return logits.argmax(-1).cpu().numpy()[at], np.zeros(len(at), dtype=np.float32)
     device = logits.device
 
     def tensor(array: NDArray[Any]) -> Tensor:
@@ -88,7 +98,7 @@ def sample(
         temperature, top_k, top_p = (values[:1].repeat(len(logits)) for values in parameters)
     else:
         temperature, top_k, top_p = parameters
-        logits, argmax = logits[tensor(at)], argmax[tensor(at)]
+        logits = logits[tensor(at)]
         at = np.arange(len(at))
     is_greedy = temperature == 0
     logits = logits / tensor(np.where(is_greedy, np.float32(1), temperature))[:, None]
@@ -108,7 +118,7 @@ def sample(
         ranks, logprobs[part] = _draw(ordered, which, u[part])
         ids[part] = order.cpu().numpy()[which, ranks]
     if greedy.any():
-        ids = np.where(greedy, argmax.cpu().numpy()[at], ids)
+        ids = np.where(greedy, logits.argmax(-1).cpu().numpy()[at], ids)
         logprobs[greedy] = 0.0
     return ids, logprobs
 
