@@ -59,7 +59,6 @@ def ours(options: argparse.Namespace, mode: str, engine: str, dtype: str) -> Sid
             f"sampling.max_tokens={talk.TOKENS[mode]}",
             f"learner.dtype={dtype}",
             "learner.zero_stage=1",
-            "learner.micro_batch_tokens=1024",  # on a CPU larger ones are slower
             f"learner.threads={options.threads}",
             "learner.lr=1e-6",
             "algo.loss=grpo",

@@ -16,7 +16,7 @@ from typing import Any
 
 from rayrl.config import Config
 from rayrl.errors import ConfigError
-from rayrl.weights.model_dir import model_dir, parameter_count
+from rayrl.weights.model_dir import micro_batch_tokens, model_dir, parameter_count
 
 __all__ = ["DTYPE_BYTES", "Share", "shares"]
 
@@ -128,7 +128,8 @@ def _of_learner(config: Config, shape: _Shape, size: int) -> float:
         held += trained * 8
     if config.algo.kl_coef > 0 and not config.lora.rank:
         held += size * DTYPE_BYTES[learner.dtype]  # the reference
-    return held + learner.micro_batch_tokens * _of_token(config, shape)
+    tokens = micro_batch_tokens(config, model_dir(config.model.path))
+    return held + tokens * _of_token(config, shape)
 
 
 def _of_token(config: Config, shape: _Shape) -> int:

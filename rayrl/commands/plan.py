@@ -33,7 +33,7 @@ from rayrl.run.start_check import (
     stages_of,
 )
 from rayrl.terminal import visible
-from rayrl.weights.model_dir import is_pretrained, learning_rate, model_dir
+from rayrl.weights.model_dir import is_pretrained, learning_rate, micro_batch_tokens, model_dir
 
 __all__ = ["describe", "run"]
 
@@ -250,6 +250,13 @@ def _way(config: Config) -> str:
     return text
 
 
+def _at_most(config: Config) -> str:
+    """The bound of a micro-batch, unless the model that decides it is missing."""
+    with contextlib.suppress(ConfigError):  # `problems` says it
+        return f" of at most {micro_batch_tokens(config, model_dir(config.model.path))} tokens"
+    return ""
+
+
 def _batch(config: Config) -> str:
     train, algo = config.train, config.algo
     episodes = train.groups * train.group_size
@@ -270,8 +277,8 @@ def _batch(config: Config) -> str:
         ),
         f"  {live} live at once, {min(live, slots)} decoded at once",
         (
-            f"  about {episodes / config.learner.world_size:g} episodes per rank, in micro-batches "
-            f"of at most {config.learner.micro_batch_tokens} tokens"
+            f"  about {episodes / config.learner.world_size:g} episodes per rank, in micro-batches"
+            f"{_at_most(config)}"
         ),
         (
             f"  {algo.epochs} × {algo.minibatches} optimizer steps (passes × minibatches) of about "

@@ -302,7 +302,12 @@ class LearnerConfig:
     eps: float = setting(1e-8, "AdamW's epsilon", above=0)
     weight_decay: float = setting(0.0, "AdamW's weight decay", least=0)
     max_grad_norm: float = setting(1.0, "norm to which gradients are clipped", above=0)
-    micro_batch_tokens: int = setting(8192, "distinct tokens per forward pass", least=1)
+    micro_batch_tokens: int | None = setting(
+        None,
+        "distinct tokens per forward pass; null: 1024 for a pretrained model on a CPU, where more "
+        "are no faster and take more memory, else 8192",
+        least=1,
+    )
     dtype: str = setting(
         "float32",
         "number format of weights, activations and pushed weights; the optimizer's copy of the "

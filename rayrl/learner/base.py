@@ -51,7 +51,7 @@ from rayrl.learner.readback import misfit, probe_rows
 from rayrl.types import derive_seed
 from rayrl.weights.flat import Manifest, layout, put, unflatten
 from rayrl.weights.loading import stored_names
-from rayrl.weights.model_dir import learning_rate, model_dir
+from rayrl.weights.model_dir import learning_rate, micro_batch_tokens, model_dir
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -119,6 +119,7 @@ class Learner(ABC):
         torch.set_num_threads(cfg.learner.threads)
         self.model_path = model_dir(str(model_path))
         lr = learning_rate(cfg, self.model_path)
+        self._micro_batch_tokens = micro_batch_tokens(cfg, self.model_path)
         self.cfg = cfg = replace(cfg, learner=replace(cfg.learner, lr=lr))
         self.info = info
         self.total_steps = cfg.train.steps if total_steps is None else total_steps
@@ -300,8 +301,8 @@ class Learner(ABC):
         folder = Path(folder)
         flat, manifest = self.flat_weights()
         rows = probe_rows(self.module.config.get_text_config().vocab_size)
-        limit, passes = self.cfg.learner.micro_batch_tokens, self._passes(rows)
-        learned = row_logprobs(self.model, rows, limit, 1.0, passes=passes)
+        passes = self._passes(rows)
+        learned = row_logprobs(self.model, rows, self._micro_batch_tokens, 1.0, passes=passes)
         adapter = {
             name: tensor.cpu().clone()
             for name, tensor in (self.named_weights(adapters=True) if self.cfg.lora.rank else ())
@@ -388,8 +389,8 @@ class Learner(ABC):
                 f"engine.max_len={self.cfg.engine.max_len}: a row has {longest} ids, but a "
                 f"conversation can have {self._longest}; raise it, or leave such rows out"
             )
-        limit = self.cfg.learner.micro_batch_tokens
-        return micro_batches(rows, limit, shared=shares_prefixes(self.module))
+        shared = shares_prefixes(self.module)
+        return micro_batches(rows, self._micro_batch_tokens, shared=shared)
 
     @property
     def _limits(self) -> tuple[int, float]:
@@ -399,7 +400,7 @@ class Learner(ABC):
             raise ConfigError(
                 f"sampling.temperature={temperature}: training needs samples; set it above 0"
             )
-        return self.cfg.learner.micro_batch_tokens, temperature
+        return self._micro_batch_tokens, temperature
 
     def _each_row(
         self, rows: Sequence[Trajectory], temperature: float | None = None

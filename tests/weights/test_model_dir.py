@@ -1,4 +1,4 @@
-"""Default learning rates, what `plan` says about them, and errors about missing models."""
+"""Defaults by the kind of model, what `plan` says about them, and errors about missing models."""
 
 from __future__ import annotations
 
@@ -16,7 +16,14 @@ from rayrl.errors import ConfigError
 from rayrl.learner.batch import batch_of
 from rayrl.learner.reference import ReferenceLearner
 from rayrl.run.start_check import Machine
-from rayrl.weights.model_dir import EMBEDDED, PRETRAINED, learning_rate, model_dir, parameter_count
+from rayrl.weights.model_dir import (
+    EMBEDDED,
+    PRETRAINED,
+    learning_rate,
+    micro_batch_tokens,
+    model_dir,
+    parameter_count,
+)
 from tests.learner_rows import make_model, make_rows
 
 MACHINE = Machine(2, 0, 8.0)
@@ -49,6 +56,25 @@ def test_the_default_learning_rate_depends_on_the_kind_of_model(
     folder = model_dir(EMBEDDED) if size == EMBEDDED else pretrained(tmp_path / "m", size)
     config = from_dict({"learner": {"lr": given}, "lora": {"rank": lora}})
     assert learning_rate(config, folder) == rate
+
+
+@pytest.mark.parametrize(
+    ("size", "settings", "tokens"),
+    [
+        (PRETRAINED - 2, {}, 8192),
+        (PRETRAINED, {}, 1024),
+        (PRETRAINED, {"cluster": {"learner_gpus": 1}}, 8192),
+        (PRETRAINED, {"learner": {"micro_batch_tokens": 3}}, 3),
+        (PRETRAINED - 2, {"learner": {"micro_batch_tokens": 3}}, 3),
+    ],
+)
+def test_the_default_micro_batch_depends_on_model_and_device(
+    size: int, settings: dict[str, Any], tokens: int, tmp_path: Path
+) -> None:
+    folder = pretrained(tmp_path / "m", size)
+    assert micro_batch_tokens(from_dict(settings), folder) == tokens
+    shown = [f"{part}.{key}={one}" for part, own in settings.items() for key, one in own.items()]
+    assert f"of at most {tokens} tokens" in planned(folder, *shown)
 
 
 def test_parameters_are_counted_in_every_file_format(tmp_path: Path) -> None:
