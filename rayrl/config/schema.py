@@ -305,7 +305,7 @@ class LearnerConfig:
     micro_batch_tokens: int | None = setting(
         None,
         "distinct tokens per forward pass; null: 1024 for a pretrained model on a CPU, where more "
-        "are no faster and take more memory, else 8192",
+        "are hardly faster and take more memory, else 8192",
         least=1,
     )
     dtype: str = setting(

@@ -114,7 +114,7 @@ def learning_rate(config: Config, folder: Path) -> float:
 def micro_batch_tokens(config: Config, folder: Path) -> int:
     """Return `learner.micro_batch_tokens`, or if it is null a default for model and device.
 
-    On a CPU SmolLM2-135M learns as fast with 1,024 as with 4,096, and takes 2.3 GiB less
+    On a CPU SmolLM2-135M learns about as fast with 1,024 as with 4,096, and takes 2.3 GiB less
     (benchmarks/RESULTS.md).
 
     Args:
