@@ -70,13 +70,13 @@ def test_every_default_is_in_its_range(key: str) -> None:
 
 
 def test_every_number_has_a_range() -> None:
-    numbers = {key for key, hint in HINTS.items() if hint in (int, float, float | None)}
+    numbers = {key for key, hint in HINTS.items() if hint in (int, float, int | None, float | None)}
     assert numbers - {*BOUNDED, *CHOSEN} == {"run.seed"}
 
 
 @pytest.mark.parametrize("key", BOUNDED)
 def test_bounds_take_what_is_just_inside(key: str) -> None:
-    one, whole = settings()[key], HINTS[key] is int
+    one, whole = settings()[key], HINTS[key] in (int, int | None)
 
     def next_to(value: float, towards: float) -> float:
         return value + math.copysign(1, towards) if whole else math.nextafter(value, towards)
