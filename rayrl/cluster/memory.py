@@ -128,7 +128,7 @@ def _of_learner(config: Config, shape: _Shape, size: int) -> float:
         held += trained * 8
     if config.algo.kl_coef > 0 and not config.lora.rank:
         held += size * DTYPE_BYTES[learner.dtype]  # the reference
-    tokens = micro_batch_tokens(config, model_dir(config.model.path))
+    tokens = micro_batch_tokens(config, model_dir(config.model.path), gpu=False)
     return held + tokens * _of_token(config, shape)
 
 

@@ -119,7 +119,7 @@ class Learner(ABC):
         torch.set_num_threads(cfg.learner.threads)
         self.model_path = model_dir(str(model_path))
         lr = learning_rate(cfg, self.model_path)
-        self._micro_batch_tokens = micro_batch_tokens(cfg, self.model_path)
+        self._micro_batch_tokens = micro_batch_tokens(cfg, self.model_path, gpu=device != "cpu")
         self.cfg = cfg = replace(cfg, learner=replace(cfg.learner, lr=lr))
         self.info = info
         self.total_steps = cfg.train.steps if total_steps is None else total_steps

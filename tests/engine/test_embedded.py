@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
 from typing import Any
@@ -13,7 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from torch.overrides import TorchFunctionMode
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from rayrl.cluster.serving.replica import replica_engine
 from rayrl.config import ClusterConfig, Config, EngineConfig
@@ -759,33 +769,76 @@ async def test_bf16_weights_are_confirmed_though_fp32_was_pushed(
     assert close_to(answer.rollout_logprobs, expected, 0.3)
 
 
-@pytest.mark.parametrize(("tokens", "of_norms"), [(20, 1), (40, 3)])
-def test_the_threads_that_few_and_many_tokens_take(
-    tokens: int, of_norms: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+class Threads(TorchFunctionMode):
+    """Notes how many threads each of torch's functions had; `fails` raises instead."""
+
+    def __init__(self, fails: str = "") -> None:
+        super().__init__()
+        self.seen: dict[str, set[int]] = {}
+        self.fails = fails
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        self.seen.setdefault(name, set()).add(torch.get_num_threads())
+        if name == self.fails:
+            raise RuntimeError(name)
+        return func(*args, **(kwargs or {}))
+
+
+def gpt2() -> GPT2LMHeadModel:
+    ends = {"bos_token_id": 0, "eos_token_id": 0}
+    shape = {"n_embd": 64, "n_layer": 1, "n_head": 2, "n_positions": 64}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, **shape, **ends))
+
+
+def experts() -> MixtralForCausalLM:
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4}
+    shape = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 1, **heads}
+    return MixtralForCausalLM(MixtralConfig(vocab_size=VOCAB, **shape))
+
+
+@pytest.fixture
+def three_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(embedded_model, "ONE_THREAD", 30 * 64)
-    seen = {"linear": set[int](), "norm": set[int]()}
-    plain = torch.nn.functional.linear
-
-    def linear(*args: Any) -> torch.Tensor:
-        seen["linear"].add(torch.get_num_threads())
-        return plain(*args)
-
-    model = FlatModel(llama())
-    model.model.model.norm.register_forward_hook(
-        lambda *_: seen["norm"].add(torch.get_num_threads())
-    )
-    monkeypatch.setattr(torch.nn.functional, "linear", linear)
     before = torch.get_num_threads()
     torch.set_num_threads(3)
-    try:
-        flat = flatten_prompts([(0, np.arange(tokens) % VOCAB, 0)])
+    yield
+    torch.set_num_threads(before)
+
+
+def prefilled(make: Callable[[], Any], tokens: int, threads: Threads) -> None:
+    model = FlatModel(make())
+    flat = flatten_prompts([(0, np.arange(tokens) % VOCAB, 0)])
+    with threads:
         model.prefill(model.pool(tokens), np.arange(tokens, dtype=np.int32)[None], flat)
-        after = torch.get_num_threads()
-    finally:
-        torch.set_num_threads(before)
-    assert seen == {"linear": {3}, "norm": {of_norms}}
-    assert after == 3
+
+
+@pytest.mark.usefixtures("three_threads")
+@pytest.mark.parametrize(("tokens", "of_norms"), [(20, 1), (40, 3)])
+@pytest.mark.parametrize(
+    ("make", "products", "norm"),
+    [
+        (llama, ["linear"], "rsqrt"),
+        (gpt2, ["linear", "addmm"], "layer_norm"),
+        (experts, ["linear", "_grouped_mm"], "rsqrt"),
+    ],
+)
+def test_the_threads_that_few_and_many_tokens_take(
+    make: Callable[[], Any], products: list[str], norm: str, tokens: int, of_norms: int
+) -> None:
+    threads = Threads()
+    prefilled(make, tokens, threads)
+    assert [threads.seen[name] for name in products] == [{3}] * len(products)
+    assert threads.seen[norm] == {of_norms}
+    assert torch.get_num_threads() == 3
+
+
+@pytest.mark.usefixtures("three_threads")
+@pytest.mark.parametrize("fails", ["linear", "rsqrt"])
+def test_a_step_that_fails_leaves_the_threads_as_they_were(fails: str) -> None:
+    with pytest.raises(RuntimeError, match=fails):
+        prefilled(llama, 20, Threads(fails))
+    assert torch.get_num_threads() == 3
 
 
 def test_graph_sizes_hold_what_they_are_for_and_are_few() -> None:

@@ -72,7 +72,9 @@ def test_the_default_micro_batch_depends_on_model_and_device(
     size: int, settings: dict[str, Any], tokens: int, tmp_path: Path
 ) -> None:
     folder = pretrained(tmp_path / "m", size)
-    assert micro_batch_tokens(from_dict(settings), folder) == tokens
+    config = from_dict(settings)
+    gpu = config.cluster.learner_gpus > 0
+    assert micro_batch_tokens(config, folder, gpu=gpu) == tokens
     shown = [f"{part}.{key}={one}" for part, own in settings.items() for key, one in own.items()]
     assert f"of at most {tokens} tokens" in planned(folder, *shown)
 

@@ -33,7 +33,7 @@ Ints = NDArray[np.int64]
 MIN_TOKENS = 16  # rows of every linear layer: with fewer, or fewer than 8 per thread, bits change
 PASS_TOKENS = 1024  # of a forward pass on a CPU: more exceed the core's cache
 PASS_ENTRIES = 1 << 22  # pairs of a query head and a key in it, at 24 bytes
-ONE_THREAD = 1 << 17  # numbers of a hidden state up to which only linear layers use more threads
+ONE_THREAD = 1 << 17  # numbers of a hidden state up to which only products use more threads
 PROBE_TOLERANCE = 1e-3
 
 
@@ -58,12 +58,12 @@ class FlatModel:
         self.model = model.eval().requires_grad_(False)
         self.vocab_size, self._width = map(int, model.get_input_embeddings().weight.shape)
         self.device: torch.device = model.device
-        self._threads = 1  # of linear layers; of the rest while there is much to do
+        self._threads = 1  # of matrix products; of the rest while there is much to do
         self._probe()
         self.model.to(dtype)
         if self.ragged:
             for module in self.model.modules():
-                if isinstance(module, torch.nn.Linear):
+                if _multiplies(module):
                     run = partial(self._threaded, module.forward)
                     module.forward = run  # type: ignore[method-assign]
         rope = getattr(self.config, "rope_parameters", None) or {}
@@ -179,12 +179,12 @@ class FlatModel:
         logits: Tensor = out.logits[0]
         return logits.float()
 
-    def _threaded(self, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """Run a linear layer on all threads."""
+    def _threaded(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a layer of matrix products on all threads."""
         threads = torch.get_num_threads()
         torch.set_num_threads(self._threads)
         try:
-            return forward(x)
+            return forward(*args, **kwargs)
         finally:
             torch.set_num_threads(threads)
 
@@ -250,6 +250,12 @@ class FlatModel:
         gap = float((ours - theirs.logits.flatten(0, 1)).abs().max())
         if not gap <= PROBE_TOLERANCE:
             raise _refusal(self.model, f"its logits differ from transformers' by {gap:.2g}")
+
+
+def _multiplies(module: torch.nn.Module) -> bool:
+    """Whether a layer's own parameters are matrices to multiply by, and no table to look up in."""
+    matrices = any(p.dim() >= 2 for p in module.parameters(recurse=False))
+    return matrices and not isinstance(module, torch.nn.Embedding)
 
 
 def _passes(lengths: Ints, heads: int) -> Iterator[slice]:
