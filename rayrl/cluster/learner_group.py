@@ -128,7 +128,8 @@ class LearnerRank:
         from rayrl.weights.flat import checksum
 
         flat, manifest = self._learner.flat_weights(self._flat, adapters=self._adapters)
-        self._flat = flat
+        if self._learner.device != "cpu":  # there the learner needs the memory for its next step
+            self._flat = flat
         if self._rank:
             return None
         with ThreadPoolExecutor(1) as pool:

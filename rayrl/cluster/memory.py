@@ -120,12 +120,15 @@ def _of_learner(config: Config, shape: _Shape, size: int) -> float:
     sharded = 1 / learner.world_size
     bits16 = learner.dtype == "bfloat16"
     trained = 0 if config.lora.rank else size  # adapters are small
-    # weights and their gradients, what a push is gathered in, and a copy in the object store
-    held = float(size * DTYPE_BYTES[learner.dtype] * (3 + bool(trained)))
-    if learner.zero_stage or bits16:  # Adam's moments, fp32 weights and sums of gradients, flat
+    # weights, and in the object store those of the last two pushes
+    held = float(size * DTYPE_BYTES[learner.dtype] * 3)
+    if learner.zero_stage == 1 and bits16:  # Adam's moments, fp32 weights and sums of gradients
+        held += trained * (8 + 4 + 4) * sharded
+    elif learner.zero_stage or bits16:  # and bf16 gradients, and a flat copy of the sums
+        held += trained * DTYPE_BYTES[learner.dtype]
         held += trained * (8 + 4 + 4 + 4 * bits16) * sharded
     else:
-        held += trained * 8
+        held += trained * (DTYPE_BYTES[learner.dtype] + 8)
     if config.algo.kl_coef > 0 and not config.lora.rank:
         held += size * DTYPE_BYTES[learner.dtype]  # the reference
     tokens = micro_batch_tokens(config, model_dir(config.model.path), gpu=False)
@@ -153,4 +156,5 @@ def _of_engine(config: Config, shape: _Shape, size: int) -> float:
     longest = engine.max_len or shape.positions
     token = 2 * shape.layers * shape.keys * DTYPE_BYTES["float32"]  # on a CPU always
     width = DTYPE_BYTES.get(engine.dtype, 4)
-    return 2 * size * width + min(cache, engine.max_live * longest * token)
+    copies = 1 if width == DTYPE_BYTES[config.learner.dtype] else 2  # a push as well
+    return copies * size * width + min(cache, engine.max_live * longest * token)

@@ -253,7 +253,8 @@ def _way(config: Config) -> str:
 def _at_most(config: Config) -> str:
     """The bound of a micro-batch, unless the model that decides it is missing."""
     with contextlib.suppress(ConfigError):  # `problems` says it
-        return f" of at most {micro_batch_tokens(config, model_dir(config.model.path))} tokens"
+        folder, gpu = model_dir(config.model.path), config.cluster.learner_gpus > 0
+        return f" of at most {micro_batch_tokens(config, folder, gpu=gpu)} tokens"
     return ""
 
 

@@ -384,7 +384,8 @@ class ClusterConfig:
     )
     bucket_mb: int = setting(256, "MiB of weights broadcast at once (sync nccl and gloo)", least=1)
     colocate: bool = setting(
-        False, "replicas share their GPUs with learner ranks and sleep while those work"
+        False,
+        "replicas share their GPUs, or memory, with learner ranks and sleep while those work",
     )
     fork_workers: bool = setting(
         True,

@@ -65,10 +65,11 @@ def _check_adapters(config: Config) -> None:
 
 def _check_colocated(config: Config) -> None:
     cluster, ranks = config.cluster, config.learner.world_size
-    if config.engine.kind != "vllm":
+    share, rest = cluster.replica_gpus, cluster.learner_gpus
+    if config.engine.kind != "vllm" and (share or rest):
         raise _wrong(
             "colocate=true",
-            f"engine.kind={config.engine.kind} does not sleep while the learner works; choose "
+            f"engine.kind={config.engine.kind} does not free a GPU while the learner works; choose "
             "engine=vllm, or share the GPU without taking turns: cluster=gpu.",
         )
     if config.train.max_lag:
@@ -77,7 +78,6 @@ def _check_colocated(config: Config) -> None:
             f"train.max_lag={config.train.max_lag} plays while the learner works, and here they "
             "take turns; set train.max_lag=0.",
         )
-    share, rest = cluster.replica_gpus, cluster.learner_gpus
     if share == rest == 0:
         return  # CPUs take turns as well
     if not (0.5 < share < 1 and 0 < rest <= 1 - share):

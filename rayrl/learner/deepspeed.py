@@ -151,7 +151,11 @@ class DeepSpeedLearner(Learner):
             "gradient_accumulation_steps": 1,
             # Without ZeRO it clips but does not tell the norm; with, it needs a bound to have one.
             "gradient_clipping": (learner.max_grad_norm or 1e30) if learner.zero_stage else 0.0,
-            "bf16": {"enabled": self.dtype == torch.bfloat16},
+            "bf16": {
+                "enabled": self.dtype == torch.bfloat16,
+                # Each gradient is added to its sum in fp32 and freed as soon as it is there.
+                "immediate_grad_update": True,
+            },
             "data_types": {"grad_accum_dtype": "fp32"},
             "steps_per_print": 1 << 62,
             "zero_allow_untested_optimizer": True,  # a subclass of AdamW

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rayrl.errors import DataError, RunFailed
-from rayrl.weights.flat import checksum
+from rayrl.weights.flat import read_checksum
 
 __all__ = [
     "Checksums",
@@ -116,7 +116,7 @@ def file_checksums(folder: Path, pattern: str = "*") -> Checksums:
     """Compute the checksums of all files in a folder and its subfolders."""
     files = sorted(path for path in folder.rglob(pattern) if path.is_file())
     with ThreadPoolExecutor(_THREADS) as pool:
-        sums = pool.map(_file_checksum, files)
+        sums = pool.map(read_checksum, files)
         return {str(file.relative_to(folder)): sum_ for file, sum_ in zip(files, sums, strict=True)}
 
 
@@ -129,7 +129,7 @@ def find_damage(folder: Path, sums: Mapping[str, Any]) -> str:
         if file.stat().st_size != size:
             return f"{file} has {file.stat().st_size:,} bytes instead of {size:,}"
     with ThreadPoolExecutor(_THREADS) as pool:
-        found = pool.map(_file_checksum, (folder / name for name in sums))
+        found = pool.map(read_checksum, (folder / name for name in sums))
         for (name, (_, expected)), (_, actual) in zip(sums.items(), found, strict=True):
             if actual != expected:
                 return f"{folder / name} holds other bytes than were written (checksum {actual})"
@@ -232,11 +232,3 @@ def read_jsonl(file: Path, data: bytes | None = None, *, growing: bool = False) 
 def checksum_of(data: bytes) -> str:
     """Compute the checksum of data in memory."""
     return hashlib.blake2b(data, digest_size=8).hexdigest()
-
-
-def _file_checksum(file: Path) -> tuple[int, str]:
-    import numpy as np
-
-    size = file.stat().st_size
-    flat = np.memmap(file, np.uint8, "r") if size else np.zeros(0, np.uint8)
-    return size, checksum(flat)

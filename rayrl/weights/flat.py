@@ -11,9 +11,10 @@ import math
 import os
 import tempfile
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rayrl.errors import DataError
@@ -33,12 +34,14 @@ __all__ = [
     "layout",
     "memory_dir",
     "put",
+    "read_checksum",
     "unflatten",
     "views",
 ]
 
 _BLOCK = 8192  # 32-bit words hashed into one sum; their keys fit a core's cache
 _ROWS = 256  # blocks a GPU widens to 64 bits at once: 16 MiB
+_READ = 4 * _BLOCK * _ROWS  # bytes of a file read at once: 8 MiB
 _ALIGN = 64  # bytes; every tensor starts on a cache line, so its view is aligned for any dtype
 
 
@@ -190,11 +193,42 @@ def checksum(flat: NDArray[np.uint8] | torch.Tensor) -> str:
         sums = torch.cat(parts).cpu().numpy() if parts else np.zeros(0, np.int64)
     else:
         rest[: count - whole] = flat[whole:]
-        words = flat[:whole].view(np.int32).reshape(-1, _BLOCK)
-        sums = np.einsum("ij,j->i", words, _keys(), dtype=np.int64)
+        sums = _block_sums(flat[:whole])
+    return _digest(count, [sums], rest)
+
+
+def read_checksum(file: Path) -> tuple[int, str]:
+    """Compute a file's size in bytes and its `checksum`, without holding or mapping all of it."""
+    import numpy as np
+
+    count, sums, rest = 0, [], np.zeros(4 * _BLOCK, np.uint8)
+    with file.open("rb") as source:
+        while data := source.read(_READ):
+            part = np.frombuffer(data, np.uint8)
+            whole = len(part) // (4 * _BLOCK) * (4 * _BLOCK)
+            sums.append(_block_sums(part[:whole]))
+            rest[: len(part) - whole] = part[whole:]
+            count += len(part)
+    return count, _digest(count, sums, rest)
+
+
+def _block_sums(flat: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Hash whole blocks."""
+    import numpy as np
+
+    words = flat.view(np.int32).reshape(-1, _BLOCK)
+    sums: NDArray[np.int64] = np.einsum("ij,j->i", words, _keys(), dtype=np.int64)
+    return sums
+
+
+def _digest(count: int, sums: Sequence[NDArray[np.int64]], rest: NDArray[np.uint8]) -> str:
+    """Combine the sums of all whole blocks with the padded rest of `count` bytes."""
+    import numpy as np
+
     last = np.einsum("j,j->", rest.view(np.int32), _keys(), dtype=np.int64)
     digest = hashlib.blake2b(count.to_bytes(8, "little"), digest_size=8)
-    digest.update(sums.astype("<i8").tobytes())
+    for part in sums:
+        digest.update(part.astype("<i8").tobytes())
     digest.update(last.astype("<i8").tobytes())
     return digest.hexdigest()
 

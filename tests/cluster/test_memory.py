@@ -35,7 +35,7 @@ def configured(settings: dict[str, Any]) -> Config:
 def test_a_learner_worked_out_by_hand() -> None:
     size = parameter_count(model_dir(EMBEDDED))
     assert size == 900_224
-    # weights, gradients, a push and its copy, and two moments, all in fp32
+    # weights, two pushes, gradients, and two moments, all in fp32
     held = size * (4 + 4 + 4 + 4 + 8)
     # 4 layers of 14 × 128 + 3 × 128 + 4 × 384, and the logits of 368 ids with their gradient
     token = 4 * (4 * (1792 + 384 + 1536) + 2 * 368)
@@ -44,8 +44,8 @@ def test_a_learner_worked_out_by_hand() -> None:
 
 
 def test_a_replica_worked_out_by_hand() -> None:
-    # 100 conversations of 200 ids, keys and values of 4 layers of 128, and the weights twice
-    held = 100 * 200 * 2 * 4 * 128 * 4 + 2 * 900_224 * 4
+    # 100 conversations of 200 ids, keys and values of 4 layers of 128, and the weights
+    held = 100 * 200 * 2 * 4 * 128 * 4 + 900_224 * 4
     settings = {"engine.max_live": 100, "engine.max_len": 200}
     assert gb(settings, "replica") == pytest.approx(memory.REPLICA + held / GIB)
 
@@ -66,6 +66,14 @@ def test_a_replica_worked_out_by_hand() -> None:
         ({"cluster.learner_gpus": 1}, {}),
         ({"cluster.replica_gpus": 1}, {}),
         ({"engine.kind": "embedded"}, {"engine.kind": "vllm"}),
+        (
+            {"engine.dtype": "bfloat16", "learner.dtype": "bfloat16"},
+            {"engine.dtype": "float32", "learner.dtype": "bfloat16"},
+        ),
+        (
+            {"learner.zero_stage": 1, "learner.dtype": "bfloat16"},
+            {"learner.zero_stage": 2, "learner.dtype": "bfloat16"},
+        ),
     ],
 )
 @pytest.mark.parametrize("base", [BASE, PRETRAINED])

@@ -85,7 +85,7 @@ def test_auto_goes_by_topology(wanted: str, settings: dict[str, Any]) -> None:
             {"rank": 8, "sync": "adapters", "on_update": "keep"},
         ),
         ("sync=shm: must be one of auto, object_store", {"sync": "shm"}),
-        ("colocate=true: engine.kind=embedded", {"kind": "embedded", "colocate": True}),
+        ("colocate=true: engine.kind=embedded", {**HALVES, "kind": "embedded"}),
         ("colocate=true: train.max_lag=1", {**HALVES, "lag": 1}),
         ("over half", {**HALVES, "replica_gpus": 0.5}),
         ("over half", {**HALVES, "learner_gpus": 0.5}),

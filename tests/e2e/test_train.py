@@ -38,6 +38,7 @@ def test_stopped_by_an_alarm_then_paused_on_other_processes_it_ends_as_if_uninte
     assert (folder / "checkpoints" / "step_000003" / "run.json").is_file()
     settings = [f"{floor}.threshold=1000", f"{floor}.patience=2", f"{floor}.action=pause"]
     settings += ["cluster.env_workers=2", "cluster.replicas=2", "cluster.concurrency=5"]
+    settings += ["cluster.colocate=true"]  # the engines sleep while the learner works
     with subprocess.Popen(
         command(tiny, folder, *settings), cwd=ROOT, stderr=subprocess.PIPE, text=True
     ) as process:

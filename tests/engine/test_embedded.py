@@ -455,6 +455,62 @@ async def test_tied_weights_and_their_checksum() -> None:
     assert close_to(answer.rollout_logprobs, reference_logprobs(newer, prompt, answer.ids, 1.0))
 
 
+@pytest.mark.parametrize(
+    ("writeable", "dtype", "in_place"),
+    [(False, "float32", True), (True, "float32", False), (False, "bfloat16", False)],
+)
+async def test_weights_that_nobody_can_change_are_used_where_they_lie(
+    writeable: bool, dtype: str, in_place: bool
+) -> None:
+    newer = [llama(seed=s, tie_word_embeddings=True) for s in (1, 2)]
+    prompt = ids_of(random.Random(8), 12)
+    async with engine_of(llama(tie_word_embeddings=True), dtype=dtype) as engine:
+        for version, model in enumerate(newer, 1):
+            flat, manifest = flatten(model.state_dict())
+            flat.flags.writeable = writeable
+            assert await engine.load_weights(version, flat, manifest) == checksum(flat)
+            held = engine._model.model.state_dict()
+            inside = [
+                flat.ctypes.data <= one.data_ptr() < flat.ctypes.data + flat.nbytes
+                for one in held.values()
+            ]
+            assert inside == [in_place] * len(held)
+            assert held["lm_head.weight"].data_ptr() == held["model.embed_tokens.weight"].data_ptr()
+            if writeable:
+                flat[:] = 0  # the pusher may use it again
+            answer = await engine.generate(request("a", prompt, max_tokens=5))
+            expected = reference_logprobs(model, prompt, answer.ids, 1.0)
+            assert close_to(answer.rollout_logprobs, expected, 0.3 if dtype == "bfloat16" else 1e-4)
+        refused, manifest = flatten(llama("gqa").state_dict())
+        refused.flags.writeable = False
+        with pytest.raises(DataError, match="other shape"):
+            await engine.load_weights(3, refused, manifest)
+        after = await engine.generate(request("b", prompt, max_tokens=5))
+        assert after.rollout_logprobs == answer.rollout_logprobs
+
+
+async def test_sleep_gives_the_cache_back_when_nothing_runs_and_changes_no_answer() -> None:
+    prompt = ids_of(random.Random(6), 40)
+    async with engine_of() as engine:
+        pool = engine._batch._pool
+        asked = request("a", prompt, max_tokens=60)
+        running = asyncio.create_task(engine.generate(asked))
+        await sampled(engine, 3)
+        assert pool.keys.any()
+        sleeping = asyncio.create_task(engine.sleep())
+        before = await running
+        await sleeping
+        assert not pool.keys.any()
+        assert not pool.values.any()
+        await engine.wake("weights")
+        await engine.wake("kv")
+        after = await engine.generate(asked)
+        assert (after.cached, after.ids) == (0, before.ids)
+        assert after.rollout_logprobs == before.rollout_logprobs
+    with pytest.raises(InfraError, match="closed"):
+        await engine.sleep()
+
+
 async def test_weights_of_another_model_are_refused_and_the_old_ones_stay() -> None:
     flat, manifest = flatten(llama("gqa").state_dict())
     partial = flatten(list(llama().state_dict().items())[:-2])

@@ -92,6 +92,21 @@ def test_deepspeed_keeps_fp32_masters_like_the_reference(model_dir: Path, stage:
     assert moved(weights(got), weights(want)) < 0.1 * distance
 
 
+def test_no_bf16_gradient_is_kept_beside_its_sum(model_dir: Path) -> None:
+    learner = make(1, model_dir, dtype="bfloat16")
+    left: list[bool] = []
+    step = learner.model.step
+
+    def look() -> None:
+        left.extend(one.grad is not None for one in learner.module.parameters())
+        step()
+
+    learner.model.step = look
+    assert train(learner, range(1))["grad_norm"] > 0
+    assert left
+    assert not any(left)
+
+
 @pytest.mark.parametrize("kind", BF16_KINDS)
 def test_a_bf16_resume_is_exact(model_dir: Path, tmp_path: Path, kind: Any) -> None:
     one = make(kind, model_dir, dtype="bfloat16", lr=1e-4)

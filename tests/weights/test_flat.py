@@ -1,13 +1,22 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from rayrl.errors import DataError
-from rayrl.weights.flat import Entry, buckets, checksum, flatten, layout, unflatten
+from rayrl.weights.flat import (
+    Entry,
+    buckets,
+    checksum,
+    flatten,
+    layout,
+    read_checksum,
+    unflatten,
+)
 
 
 def test_layout_by_hand() -> None:
@@ -72,6 +81,13 @@ def test_checksum_is_the_same_for_arrays_and_tensors_and_depends_on_every_bit(n:
         for low, high in ((0, 4), (0, 32_768)):  # swap two words, then two blocks
             flat[[low, high]] = flat[[high, low]]
             assert checksum(flat) != before
+
+
+@pytest.mark.parametrize("n", [0, 1, 32_768, 32_769, 1 << 23, (1 << 23) + 5, (1 << 24) + 32_768])
+def test_a_file_has_the_checksum_of_its_bytes(n: int, tmp_path: Path) -> None:
+    flat = np.random.default_rng(n).integers(0, 256, n, np.uint8)
+    (tmp_path / "file").write_bytes(flat.tobytes())
+    assert read_checksum(tmp_path / "file") == (n, checksum(flat))
 
 
 def test_a_buffer_of_another_length_is_refused() -> None:

@@ -85,11 +85,19 @@ class KVPool:
     ) -> None:
         self.geometry = geometry
         self.tokens = tokens
-        shape = (2, geometry.layers, tokens + 1, geometry.kv_heads * geometry.head_dim)
-        if device.type == "cpu":  # as numpy, which gets memory from the system when it is written
-            both = torch.from_numpy(np.zeros(shape, np.float32)).to(dtype)
+        self._device, self._dtype = device, dtype
+        self.keys: Tensor
+        self.values: Tensor
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything; on a CPU the system has the memory back until it is written again."""
+        g = self.geometry
+        shape = (2, g.layers, self.tokens + 1, g.kv_heads * g.head_dim)
+        if self._device.type == "cpu":  # as numpy, which takes no memory before it is written
+            both = torch.from_numpy(np.zeros(shape, np.float32)).to(self._dtype)
         else:
-            both = torch.zeros(shape, device=device, dtype=dtype)
+            both = torch.zeros(shape, device=self._device, dtype=self._dtype)
         self.keys, self.values = both[0], both[1]
 
     def write(self, layer: int, rows: Tensor, keys: Tensor, values: Tensor) -> None:

@@ -19,6 +19,7 @@ from rayrl.engine.embedded.requests import (
     DeltaStream,
     EngineRequest,
     Message,
+    Sleep,
     Stats,
     WeightUpdate,
 )
@@ -78,7 +79,7 @@ class ContinuousBatch:
         self.version = version
         self.waiting: deque[EngineRequest] = deque()
         self.running: dict[int, EngineRequest] = {}
-        self.update: WeightUpdate | None = None
+        self.update: WeightUpdate | Sleep | None = None
         self.answers: list[Answer] = []
         self.stats = Stats()
 
@@ -86,7 +87,7 @@ class ContinuousBatch:
         """Accept a message that was sent to the engine."""
         if isinstance(message, EngineRequest):
             self.waiting.append(message)
-        elif isinstance(message, WeightUpdate):
+        elif isinstance(message, WeightUpdate | Sleep):
             self.update = message
         else:
             self._table.release(message.sessions)
@@ -97,12 +98,18 @@ class ContinuousBatch:
         return bool(self.waiting or self.running or self.update)
 
     def step(self) -> None:
-        """Load the weights that wait, if they can be loaded; then one prefill or decode."""
+        """Load weights or sleep, if that waits and nothing runs; then one prefill or decode."""
         cancelled = [row for row, running in self.running.items() if running.cancelled]
         if cancelled:
             self._finish(np.array(cancelled))
         if self.update is not None and not self.running:
-            self._load(self.update)
+            update, self.update = self.update, None
+            if isinstance(update, WeightUpdate):
+                self._load(update)
+            else:
+                self._table.clear()
+                self._pool.clear()
+                self.answers.append((update.future, None))
         admitted = [] if self.update is not None else self._admit()
         began = time.perf_counter()
         if admitted:
@@ -125,7 +132,7 @@ class ContinuousBatch:
         for failed in (*unread, self.update, *self.running.values(), *self.waiting):
             if isinstance(failed, EngineRequest):
                 self.answers.append((failed.reader, error))
-            elif isinstance(failed, WeightUpdate):
+            elif isinstance(failed, WeightUpdate | Sleep):
                 self.answers.append((failed.future, error))
         self.update = None
         self.waiting.clear()
@@ -134,7 +141,6 @@ class ContinuousBatch:
         self._table.clear()
 
     def _load(self, update: WeightUpdate) -> None:
-        self.update = None
         began = time.perf_counter()
         try:
             digest = self._model.load(update.flat, update.manifest)

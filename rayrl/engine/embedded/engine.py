@@ -45,6 +45,7 @@ from rayrl.engine.embedded.requests import (
     Inbox,
     Message,
     Release,
+    Sleep,
     WeightUpdate,
     deliver,
 )
@@ -207,10 +208,17 @@ class EmbeddedEngine:
         return await update.future
 
     async def sleep(self) -> None:
-        """Do nothing: the engine uses no accelerator, and a push clears the KV cache anyway."""
+        """On a CPU, give the memory of the KV cache back once nothing runs.
+
+        What is cached is lost, which a push does as well. Requests need not wait for `wake`.
+        """
+        if self._model.device.type == "cpu":
+            sleep = Sleep(asyncio.get_running_loop().create_future())
+            self._inbox.put(sleep)
+            await sleep.future
 
     async def wake(self, part: Part) -> None:
-        """Do nothing."""
+        """Do nothing: memory is taken when it is needed."""
 
     async def check(self) -> None:
         """Raise InfraError if the step thread has ended."""

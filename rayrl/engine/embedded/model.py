@@ -65,7 +65,7 @@ class FlatModel:
             for module in self.model.modules():
                 if _multiplies(module):
                     run = partial(self._threaded, module.forward)
-                    module.forward = run  # type: ignore[method-assign]
+                    module.forward = run
         rope = getattr(self.config, "rope_parameters", None) or {}
         # the others look at the positions on the host, which a graph cannot
         fixed = rope.get("rope_type", "default") not in ("dynamic", "longrope")
@@ -190,12 +190,16 @@ class FlatModel:
 
     @torch.inference_mode()
     def load(self, flat: NDArray[np.uint8], manifest: Manifest) -> str:
-        """Copy new weights in place; returns the checksum of the parameters afterwards.
+        """Take new weights; returns the checksum of the parameters afterwards.
+
+        A buffer that nobody can write to, as those of Ray's object store, is used as it is if its
+        number formats are the model's: replicas and store then hold the weights once. Others are
+        copied.
 
         Raises:
             DataError: names or shapes are not those of this model; nothing has changed then.
         """
-        current = self.model.state_dict()
+        current = self.model.state_dict(keep_vars=True)
         new = unflatten(flat, manifest)
         unknown = [name for name in new if name not in current]
         filled = {current[name].data_ptr() for name in new if name in current}
@@ -206,6 +210,13 @@ class FlatModel:
                 f"weights do not match {type(self.model).__name__}: unknown {unknown[:3]}, "
                 f"missing {missing[:3]}, other shape {reshaped[:3]}; push the same architecture"
             )
+        if self.device.type == "cpu" and not flat.flags.writeable:
+            at = {tensor.data_ptr(): name for name, tensor in current.items() if name in new}
+            source = {name: new[at[tensor.data_ptr()]] for name, tensor in current.items()}
+            if all(_same_form(current[name], tensor) for name, tensor in source.items()):
+                for name, tensor in source.items():
+                    current[name].data = tensor
+                return checksum(flat)
         for name, tensor in new.items():
             current[name].copy_(tensor)
         held = {name: current[name].cpu() for name in new}
@@ -250,6 +261,10 @@ class FlatModel:
         gap = float((ours - theirs.logits.flatten(0, 1)).abs().max())
         if not gap <= PROBE_TOLERANCE:
             raise _refusal(self.model, f"its logits differ from transformers' by {gap:.2g}")
+
+
+def _same_form(one: Tensor, other: Tensor) -> bool:
+    return (one.dtype, one.shape, one.stride()) == (other.dtype, other.shape, other.stride())
 
 
 def _multiplies(module: torch.nn.Module) -> bool:

@@ -25,6 +25,7 @@ __all__ = [
     "Inbox",
     "Message",
     "Release",
+    "Sleep",
     "Stats",
     "WeightUpdate",
     "deliver",
@@ -93,13 +94,20 @@ class WeightUpdate:
 
 
 @dataclass(slots=True, eq=False)
+class Sleep:
+    """Give the memory of keys and values back, until there are new ones."""
+
+    future: asyncio.Future[None]
+
+
+@dataclass(slots=True, eq=False)
 class Release:
     """Sessions that have ended."""
 
     sessions: Sequence[str]
 
 
-Message = EngineRequest | WeightUpdate | Release
+Message = EngineRequest | WeightUpdate | Sleep | Release
 
 
 class Inbox:
