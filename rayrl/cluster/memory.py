@@ -120,8 +120,8 @@ def _of_learner(config: Config, shape: _Shape, size: int) -> float:
     sharded = 1 / learner.world_size
     bits16 = learner.dtype == "bfloat16"
     trained = 0 if config.lora.rank else size  # adapters are small
-    # weights, and in the object store those of the last two pushes
-    held = float(size * DTYPE_BYTES[learner.dtype] * 3)
+    # weights, and in the object store those of two pushes, and what a third may have touched
+    held = float(size * DTYPE_BYTES[learner.dtype] * 4)
     if learner.zero_stage == 1 and bits16:  # Adam's moments, fp32 weights and sums of gradients
         held += trained * (8 + 4 + 4) * sharded
     elif learner.zero_stage or bits16:  # and bf16 gradients, and a flat copy of the sums
