@@ -457,26 +457,31 @@ async def test_tied_weights_and_their_checksum() -> None:
 
 @pytest.mark.parametrize(
     ("writeable", "dtype", "in_place"),
-    [(False, "float32", True), (True, "float32", False), (False, "bfloat16", False)],
+    [
+        ([False, False], "float32", [True, True]),
+        ([True, True], "float32", [False, False]),
+        ([False, True, False], "float32", [True, False, True]),
+        ([False, False], "bfloat16", [False, False]),
+    ],
 )
 async def test_weights_that_nobody_can_change_are_used_where_they_lie(
-    writeable: bool, dtype: str, in_place: bool
+    writeable: list[bool], dtype: str, in_place: list[bool]
 ) -> None:
-    newer = [llama(seed=s, tie_word_embeddings=True) for s in (1, 2)]
     prompt = ids_of(random.Random(8), 12)
     async with engine_of(llama(tie_word_embeddings=True), dtype=dtype) as engine:
-        for version, model in enumerate(newer, 1):
+        for i in range(len(writeable)):
+            version, model = i + 1, llama(seed=i + 1, tie_word_embeddings=True)
             flat, manifest = flatten(model.state_dict())
-            flat.flags.writeable = writeable
+            flat.flags.writeable = writeable[i]
             assert await engine.load_weights(version, flat, manifest) == checksum(flat)
             held = engine._model.model.state_dict()
             inside = [
                 flat.ctypes.data <= one.data_ptr() < flat.ctypes.data + flat.nbytes
                 for one in held.values()
             ]
-            assert inside == [in_place] * len(held)
+            assert inside == [in_place[i]] * len(held)
             assert held["lm_head.weight"].data_ptr() == held["model.embed_tokens.weight"].data_ptr()
-            if writeable:
+            if writeable[i]:
                 flat[:] = 0  # the pusher may use it again
             answer = await engine.generate(request("a", prompt, max_tokens=5))
             expected = reference_logprobs(model, prompt, answer.ids, 1.0)
@@ -484,7 +489,7 @@ async def test_weights_that_nobody_can_change_are_used_where_they_lie(
         refused, manifest = flatten(llama("gqa").state_dict())
         refused.flags.writeable = False
         with pytest.raises(DataError, match="other shape"):
-            await engine.load_weights(3, refused, manifest)
+            await engine.load_weights(9, refused, manifest)
         after = await engine.generate(request("b", prompt, max_tokens=5))
         assert after.rollout_logprobs == answer.rollout_logprobs
 

@@ -59,6 +59,7 @@ class FlatModel:
         self.vocab_size, self._width = map(int, model.get_input_embeddings().weight.shape)
         self.device: torch.device = model.device
         self._threads = 1  # of matrix products; of the rest while there is much to do
+        self._borrows = False  # weights lie in a buffer that is not its own
         self._probe()
         self.model.to(dtype)
         if self.ragged:
@@ -211,21 +212,28 @@ class FlatModel:
                 f"missing {missing[:3]}, other shape {reshaped[:3]}; push the same architecture"
             )
         if self.device.type == "cpu" and not flat.flags.writeable:
-            at = {tensor.data_ptr(): name for name, tensor in current.items() if name in new}
-            source = {name: new[at[tensor.data_ptr()]] for name, tensor in current.items()}
-            if all(_same_form(current[name], tensor) for name, tensor in source.items()):
+            names = {tensor.data_ptr(): name for name, tensor in current.items() if name in new}
+            source = {name: new[names[tensor.data_ptr()]] for name, tensor in current.items()}
+            if all(_can_be(current[name], tensor) for name, tensor in source.items()):
                 for name, tensor in source.items():
                     current[name].data = tensor
+                self._borrows = True
                 return checksum(flat)
+        if self._borrows:  # what is held now cannot be written to
+            held = [(tensor, tensor.data_ptr()) for tensor in current.values()]
+            own = {at: torch.empty_like(tensor) for tensor, at in held}
+            for tensor, at in held:
+                tensor.data = own[at]
+            self._borrows = False
         for name, tensor in new.items():
             current[name].copy_(tensor)
-        held = {name: current[name].cpu() for name in new}
-        wider = [name for name in new if new[name].dtype.itemsize > held[name].dtype.itemsize]
+        loaded = {name: current[name].cpu() for name in new}
+        wider = [name for name in new if new[name].dtype.itemsize > loaded[name].dtype.itemsize]
         for name in wider:  # rounded: what has gone is in the buffer alone
-            if torch.equal(held[name], new[name].to(held[name].dtype)):
-                held[name] = new[name]
-        loaded, _ = flatten((name, held[name].to(new[name].dtype)) for name in new)
-        return checksum(loaded)
+            if torch.equal(loaded[name], new[name].to(loaded[name].dtype)):
+                loaded[name] = new[name]
+        flat, _ = flatten((name, loaded[name].to(new[name].dtype)) for name in new)
+        return checksum(flat)
 
     def _probe(self) -> None:
         """Compare logits of two short conversations with those of transformers' own attention."""
@@ -263,8 +271,11 @@ class FlatModel:
             raise _refusal(self.model, f"its logits differ from transformers' by {gap:.2g}")
 
 
-def _same_form(one: Tensor, other: Tensor) -> bool:
-    return (one.dtype, one.shape, one.stride()) == (other.dtype, other.shape, other.stride())
+def _can_be(held: Tensor, other: Tensor) -> bool:
+    """Whether `other`, which cannot be written to, can take the place of a weight."""
+    form = (other.dtype, other.shape, other.stride())
+    never_written = isinstance(held, torch.nn.Parameter)  # a forward pass may change a buffer
+    return never_written and form == (held.dtype, held.shape, held.stride())
 
 
 def _multiplies(module: torch.nn.Module) -> bool:
