@@ -169,8 +169,8 @@ def _other_engine(config: Config) -> Iterator[str]:
     engine, gpus = config.engine, config.cluster.replica_gpus
     if engine.kind == "vllm" and not gpus and engine.speculative == "none":
         yield (
-            "              engine=embedded needs no vLLM and less memory, starts in seconds "
-            "and, with small models, is as fast"
+            "              engine=embedded needs no vLLM and less memory, starts in seconds and "
+            "is as fast with small models and conversations of a few hundred ids"
         )
     elif engine.kind == "embedded" and gpus:
         yield "              engine=vllm is recommended on GPUs (docs/vllm.md)"
