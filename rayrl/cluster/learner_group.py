@@ -128,7 +128,7 @@ class LearnerRank:
         from rayrl.weights.flat import checksum
 
         flat, manifest = self._learner.flat_weights(self._flat, adapters=self._adapters)
-        if self._learner.device != "cpu":  # there the learner needs the memory for its next step
+        if self._learner.device != "cpu":  # on a CPU the next step needs the memory
             self._flat = flat
         if self._rank:
             return None

@@ -214,7 +214,7 @@ class FlatModel:
         if self.device.type == "cpu" and not flat.flags.writeable:
             names = {tensor.data_ptr(): name for name, tensor in current.items() if name in new}
             source = {name: new[names[tensor.data_ptr()]] for name, tensor in current.items()}
-            if all(_can_be(current[name], tensor) for name, tensor in source.items()):
+            if all(_may_replace(tensor, current[name]) for name, tensor in source.items()):
                 for name, tensor in source.items():
                     current[name].data = tensor
                 self._borrows = True
@@ -271,11 +271,10 @@ class FlatModel:
             raise _refusal(self.model, f"its logits differ from transformers' by {gap:.2g}")
 
 
-def _can_be(held: Tensor, other: Tensor) -> bool:
-    """Whether `other`, which cannot be written to, can take the place of a weight."""
-    form = (other.dtype, other.shape, other.stride())
-    never_written = isinstance(held, torch.nn.Parameter)  # a forward pass may change a buffer
-    return never_written and form == (held.dtype, held.shape, held.stride())
+def _may_replace(new: Tensor, held: Tensor) -> bool:
+    """Whether `new`, which cannot be written to, can take the place of what the model holds."""
+    same_form = (new.dtype, new.shape, new.stride()) == (held.dtype, held.shape, held.stride())
+    return same_form and isinstance(held, torch.nn.Parameter)  # a forward pass may change a buffer
 
 
 def _multiplies(module: torch.nn.Module) -> bool:
