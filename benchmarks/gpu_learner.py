@@ -107,7 +107,7 @@ def packed_logprobs(model: Any, rows: list[Trajectory], device: str, tokens: int
         position_ids=tensor(np.pad(positions, (0, extra)))[None],
         logits_to_keep=tensor(sources),
         use_cache=False,
-        plan=Plan(0, len(padded_ends), (), {None: block_mask(padded_ends, device)}),
+        plan=Plan(0, len(padded_ends), masks={None: block_mask(padded_ends, device)}),
     ).logits[0]
     slots = torch.arange(len(targets), device=device)
     return chosen_logprobs(logits, slots, tensor(targets), 1.0)[0]

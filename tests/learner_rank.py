@@ -12,6 +12,8 @@ from rayrl.config import AlgoConfig, Config, LearnerConfig
 from rayrl.learner.batch import Batch, batch_of, shard
 from tests.learner_rows import UPDATES, make_rows
 
+SEVERAL = {"epochs": 2, "minibatches": 2}
+
 
 def config(stage: int, world_size: int, **algo: object) -> Config:
     learner = LearnerConfig(zero_stage=stage, world_size=world_size, micro_batch_tokens=96)
@@ -64,8 +66,17 @@ def main(rank: int, port: int, folder: Path) -> None:
             np.save(folder / f"stage{stage}.npy", flat)
             np.save(folder / f"norm{stage}.npy", metrics["grad_norm"])
 
+    # The minibatches are those of one rank.
+    one = learner(1, **SEVERAL)
+    for seed in range(UPDATES):
+        mine = shard(batch_of(make_rows(seed)), rank, 2, SEVERAL["minibatches"])
+        assert one.step(mine.rows, mine.totals)["updates"] == 4
+    flat, _ = one.flat_weights()
+    if rank == 0:
+        np.save(folder / "minibatches.npy", flat)
+
     # Several updates a step: proximal log-probabilities are a collective under ZeRO 3.
-    many = learner(3, epochs=2, minibatches=2)
+    many = learner(3, **SEVERAL)
     uneven: Batch = batch_of(make_rows(0))
     rows = uneven.rows if rank == 0 else ()
     assert many.step(rows, uneven.totals)["updates"] == 4

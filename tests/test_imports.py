@@ -21,7 +21,7 @@ FLOORS = [
     "types errors terminal conversations",  # where one may use another
     "config",
     "environment",
-    "weights",
+    "weights native",
     "chat",
     "engine.protocol",
     "rollout",

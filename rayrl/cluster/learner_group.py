@@ -348,9 +348,10 @@ class LearnerGroup:
             )
 
     async def _sharded(self, method: str, batch: Batch, *args: object) -> Mapping[str, float]:
-        world = len(self._ranks)
+        world, seed = len(self._ranks), self._config.run.seed
+        parts = self._config.algo.minibatches if method == "step" else 1
         calls = [
-            getattr(rank, method).remote(shard(batch, index, world), *args)
+            getattr(rank, method).remote(shard(batch, index, world, parts, seed), *args)
             for index, rank in enumerate(self._ranks)
         ]
         metrics: Mapping[str, float] = (await _gather(calls))[0]

@@ -1,8 +1,10 @@
 """Attention over a packed trie, as an attention function of transformers.
 
-There are two ways. One gathers each row's keys into rectangles (`Bucket`). The other, for GPUs and
-long shared prefixes, which it need not copy for each row, is FlexAttention: a token sees another
-exactly if it is in that one's subtree (`Packed.ends`), and whole blocks of keys are skipped.
+There are three ways. In fp32 on a CPU with a C++ compiler, `rayrl.native` takes each token's keys
+from where they are (in bf16 torch's products, which have units of their own, are faster). For GPUs
+and long shared prefixes there is FlexAttention: a token sees another exactly if it is in that one's
+subtree (`Packed.ends`), and whole blocks of keys are skipped. Else each row's keys are gathered
+into rectangles (`Bucket`).
 
 The model runs on flat ids (1, U). Only attention knows the rows: each row's owned queries attend
 to the keys on the row's whole path. Everything else (embeddings, norms, linear layers) computes
@@ -25,6 +27,7 @@ from transformers import AttentionInterface
 
 from rayrl.errors import ConfigError
 from rayrl.learner.packing import Bucket, IntArray, Packed
+from rayrl.native import Contexts, attend_trie, missing
 
 __all__ = ["FLEX", "IMPLEMENTATION", "BeyondWindow", "Plan", "block_mask", "flex_pays", "plan"]
 
@@ -64,12 +67,15 @@ class Plan:
     Attributes:
         longest: ids of the longest row.
         tokens: ids that the model is to be given: those of the trie, padded.
-        masks: for FlexAttention, by sliding window (None: without); then there are no buckets.
+        buckets: the work as rectangles, or none, where one of the others is chosen:
+        contexts: for C++.
+        masks: for FlexAttention, by sliding window (None: without).
     """
 
     longest: int
     tokens: int
-    buckets: tuple[_BucketTensors, ...]
+    buckets: tuple[_BucketTensors, ...] = ()
+    contexts: Contexts | None = None
     masks: Mapping[int | None, BlockMask] = field(default_factory=dict)
 
 
@@ -91,6 +97,9 @@ def plan(
     longest = int(packed.lengths.max())
     outgrown = window is not None and window < longest
     if not (flex_pays(packed, device.type, width) or (outgrown and device.type in FLEX)):
+        if device.type == "cpu" and dtype == torch.float32 and missing() is None:
+            owner = np.repeat(np.arange(len(packed.starts)), packed.lengths - packed.starts)
+            return Plan(longest, tokens, contexts=Contexts.of(packed.path, owner, packed.positions))
         buckets = tuple(_to_tensors(bucket, device, dtype) for bucket in packed.buckets)
         return Plan(longest, tokens, buckets)
     step = max(FLEX_BLOCK, (1 << (tokens.bit_length() - 1)) // FLEX_SIZES)
@@ -100,7 +109,7 @@ def plan(
     if window is not None and outgrown:
         positions = np.pad(packed.positions, (0, padded - tokens))
         masks[window] = block_mask(ends, device, positions, window)
-    return Plan(longest, padded, (), masks)
+    return Plan(longest, padded, masks=masks)
 
 
 def flex_pays(packed: Packed, device: str, width: int) -> bool:
@@ -248,6 +257,9 @@ def _attend(
     if plan.masks:
         return _flex(query, key, value, plan.masks[window], scaling), None
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (U, H, D)
+    if plan.contexts is not None:
+        scale = scaling or query.shape[2] ** -0.5
+        return attend_trie(plan.contexts, query, key, value, scale)[None], None
     flat_out = query.new_empty(query.shape[0], query.shape[1] * value.shape[2])
     pieces, owners = [], []
     for r in plan.buckets:

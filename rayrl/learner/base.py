@@ -25,7 +25,7 @@ from transformers import GenerationConfig
 
 from rayrl.config import Config
 from rayrl.errors import ConfigError, DataError, RunFailed
-from rayrl.learner.batch import Totals, Trajectory, micro_batches, minibatches
+from rayrl.learner.batch import Totals, Trajectory, count_groups, micro_batches, minibatches
 from rayrl.learner.forward import (
     Tally,
     checkpoint_layers,
@@ -421,9 +421,11 @@ class Learner(ABC):
     ) -> dict[str, float]:
         lr = scheduled_lr(self.cfg.learner, self.steps, self.total_steps)
         whole, norms = Tally(), list[float]()
+        groups = count_groups(rows)
+        if parts > 1:
+            groups = int(self._reduce(torch.tensor([float(groups)]), "max"))
         for epoch in range(epochs):
-            seed = derive_seed(self.cfg.run.seed, "minibatches", self.steps, epoch)
-            for part in minibatches(rows, parts, seed):
+            for part in minibatches(rows, parts, self.cfg.run.seed, epoch, groups):
                 first = epoch == 0 and not norms
                 tally = self._accumulate(part, totals.share(parts), objective, first=first)
                 if tally is None:

@@ -20,13 +20,14 @@ from numpy.typing import NDArray
 
 from rayrl.conversations import transcripts
 from rayrl.learner.packing import common_prefixes, lexicographic
-from rayrl.types import Group, Turn
+from rayrl.types import Group, Turn, derive_seed
 
 __all__ = [
     "Batch",
     "Totals",
     "Trajectory",
     "batch_of",
+    "count_groups",
     "make_batch",
     "micro_batches",
     "minibatches",
@@ -261,21 +262,23 @@ def _distinct_loss_tokens(rows: Sequence[Trajectory]) -> int:
     return count
 
 
-def shard(batch: Batch, rank: int, world: int) -> Batch:
+def shard(batch: Batch, rank: int, world: int, parts: int = 1, seed: int = 0) -> Batch:
     """The part of `batch` that `rank` of `world` computes; its totals stay the whole batch's.
 
-    The rows in lexicographic order are cut into contiguous runs of near-equal distinct tokens:
-    siblings stay together, only the siblings at a cut are computed on two ranks. A rank may get no
-    rows. Deterministic.
+    The rows of each of its `parts` in the first epoch (see `minibatches`) are cut in lexicographic
+    order into contiguous runs of near-equal distinct tokens: siblings stay together, only the
+    siblings at a cut are computed on two ranks, and no rank waits long for another. A rank may get
+    no rows. Deterministic.
     """
-    rows = _sorted(batch.rows)
-    if not rows:
-        return batch
-    cost = np.cumsum(_distinct(rows))
-    middle = cost - _distinct(rows) / 2
-    part = np.minimum(middle * world // cost[-1], world - 1)
-    mine = tuple(row for row, p in zip(rows, part, strict=True) if p == rank)
-    return Batch(mine, batch.totals, batch.stats)
+    mine: list[Trajectory] = []
+    for one in minibatches(batch.rows, parts, seed):
+        rows = _sorted(one)
+        if rows:
+            cost = np.cumsum(_distinct(rows))
+            middle = cost - _distinct(rows) / 2
+            part = np.minimum(middle * world // cost[-1], world - 1)
+            mine += [row for row, p in zip(rows, part, strict=True) if p == rank]
+    return Batch(tuple(mine), batch.totals, batch.stats)
 
 
 def micro_batches(
@@ -316,22 +319,27 @@ def _padded_runs(rows: Sequence[Trajectory], max_tokens: int) -> list[list[Traje
     return out
 
 
-def minibatches(rows: Sequence[Trajectory], n: int, seed: int) -> list[list[Trajectory]]:
-    """`n` parts of near-equal loss tokens, whole groups together, in an order drawn from `seed`.
+def minibatches(
+    rows: Sequence[Trajectory], n: int, seed: int, epoch: int = 0, groups: int | None = None
+) -> list[list[Trajectory]]:
+    """`n` parts of whole groups, as many in each, dealt at random.
 
     Parts may be empty (fewer groups than parts): every rank still makes `n` optimizer steps.
+
+    Args:
+        seed: that of the run. Another epoch deals anew.
+        groups: `count_groups` of the whole batch, where `rows` are one rank's of it: a group is in
+            the same part on every rank.
     """
     if n == 1:
         return [list(rows)]
-    by_group: dict[int, list[Trajectory]] = {}
-    for row in rows:
-        by_group.setdefault(row.group, []).append(row)
-    names = sorted(by_group)
-    np.random.default_rng(seed).shuffle(names)
-    parts: list[list[Trajectory]] = [[] for _ in range(n)]
-    loads = [0] * n
-    for name in names:
-        lightest = loads.index(min(loads))
-        parts[lightest] += by_group[name]
-        loads[lightest] += sum(row.n_loss for row in by_group[name])
-    return parts
+    if groups is None:
+        groups = count_groups(rows)
+    rng = np.random.default_rng(derive_seed(seed, "minibatches", epoch))
+    dealt = rng.permutation(groups) % n
+    return [[row for row in rows if dealt[row.group] == part] for part in range(n)]
+
+
+def count_groups(rows: Sequence[Trajectory]) -> int:
+    """How many groups a batch has that ends with the last one of `rows`."""
+    return max((row.group for row in rows), default=-1) + 1

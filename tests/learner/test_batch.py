@@ -254,6 +254,26 @@ def test_shards_are_a_balanced_partition():
     assert shard(batch_of([]), 0, 2).rows == ()
 
 
+def test_every_minibatch_is_shared_out_among_the_ranks():
+    rng = np.random.default_rng(3)
+    rows = [
+        row([1, 2, g, *rng.integers(0, 9, int(rng.integers(3, 12)))], group=g)
+        for g in range(12)
+        for _ in range(8)
+    ]
+    whole = minibatches(rows, 4, seed=7)
+    for world in (2, 3, 8):  # more ranks than a minibatch has groups, too
+        shards = [shard(batch_of(rows), rank, world, 4, seed=7).rows for rank in range(world)]
+        assert same([r for mine in shards for r in mine], rows)
+        for mine in shards:  # a rank need not hold the last group to know where its groups belong
+            assert same(mine, [r for part in minibatches(mine, 4, 7, groups=12) for r in part])
+        for k, part in enumerate(whole):
+            on_ranks = [minibatches(mine, 4, seed=7, groups=12)[k] for mine in shards]
+            assert same([r for mine in on_ranks for r in mine], part)
+            sizes = [distinct(mine) for mine in on_ranks]
+            assert max(sizes) <= distinct(part) / world + 2 * 14
+
+
 def test_micro_batches_count_distinct_tokens():
     rows = random_rows(1, 100)
     micros = micro_batches(rows, 60)
@@ -270,13 +290,12 @@ def test_minibatches_keep_groups_whole():
     parts = minibatches(rows, 3, seed=5)
     assert same([r for part in parts for r in part], rows)
     groups = [{r.group for r in part} for part in parts]
-    assert sum(map(len, groups)) == 7
-    assert max(map(len, parts)) - min(map(len, parts)) <= 4
-    assert [[r.group for r in p] for p in minibatches(rows, 3, seed=5)] == [
-        [r.group for r in p] for p in parts
-    ]
+    assert sorted(map(len, groups)) == [2, 2, 3]
+    assert set().union(*groups) == {*range(7)}
+    assert minibatches(rows, 3, seed=5) == parts
     assert any(minibatches(rows, 3, seed=s) != parts for s in range(6))
-    assert minibatches(rows[:1], 2, seed=0)[1] == []
+    assert any(minibatches(rows, 3, seed=5, epoch=e) != parts for e in range(1, 6))
+    assert sorted(map(len, minibatches(rows[:1], 2, seed=0))) == [0, 1]
 
 
 def test_sorting_and_prefixes():

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from rayrl.config import AlgoConfig, Config, EngineConfig, LearnerConfig, SamplingConfig
 from rayrl.errors import ConfigError, DataError
+from rayrl.learner import attention
 from rayrl.learner.batch import Totals, Trajectory, batch_of, supervised_row
 from rayrl.learner.deepspeed import DeepSpeedLearner
 from rayrl.learner.forward import load_model, loss_of, scheduled_lr, token_logprobs
@@ -23,6 +24,7 @@ from rayrl.learner.packing import pack
 from rayrl.learner.reference import ReferenceLearner
 from rayrl.weights.flat import unflatten
 from tests.apart import free_port
+from tests.learner_rank import SEVERAL
 from tests.learner_rows import UPDATES, make_model, make_rows
 from tests.runs import ROOT
 
@@ -395,12 +397,20 @@ def test_a_batch_without_rows_is_no_update(model_dir):
 # DeepSpeed equals plain torch.
 
 
-def reference_weights(model_dir, updates=UPDATES):
-    learner = ReferenceLearner(config(), model_dir)
+def reference_weights(model_dir, updates=UPDATES, **algo):
+    learner = ReferenceLearner(config(**algo), model_dir)
     for seed in range(updates):
         batch = batch_of(make_rows(seed))
         metrics = learner.step(batch.rows, batch.totals)
     return learner.flat_weights()[0].view(np.float32), metrics
+
+
+def test_attention_in_cpp_and_in_torch_learn_the_same(model_dir, monkeypatch):
+    in_cpp, _ = reference_weights(model_dir, **SEVERAL)
+    monkeypatch.setattr(attention, "missing", lambda: "no compiler")
+    in_torch, _ = reference_weights(model_dir, **SEVERAL)
+    difference = np.abs(in_cpp - in_torch).max()
+    assert 0 < difference <= 1e-6  # other bits, so both were used
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -449,6 +459,9 @@ def test_two_ranks_equal_one(model_dir, tmp_path):
             metrics["grad_norm"], rel=1e-4
         )
         AutoModelForCausalLM.from_pretrained(tmp_path / f"export{stage}")
+    want, _ = reference_weights(model_dir, **SEVERAL)
+    got = np.load(tmp_path / "minibatches.npy").view(np.float32)
+    assert np.abs(got - want).max() <= 1e-6
 
 
 # Determinism, checkpoints, schedules.

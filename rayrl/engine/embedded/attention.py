@@ -6,18 +6,19 @@ transformers passes it q, k and v after the rotary embedding; it writes k and v 
 attends to rows of the pool, wherever they are. So conversations share the keys and values of what
 they have in common, and none of it is copied.
 
-On the CPU a step is a sparse matrix (`RaggedStep`): a row for each query head of a token, an entry
-for each key that it sees. torch has kernels for its two products, which compute nothing else and
-need no keys side by side: q kᵀ at the entries ("sampled" in SDDMM, as in Hong et al. 2019,
+On a CPU with a C++ compiler that is `rayrl.native` (`CompiledStep`). Without one, a step is a
+sparse matrix (`SparseStep`): a row for each query head of a token, an entry for each key that it
+sees. torch has kernels for its two products, which compute nothing else and need no keys side by
+side: q kᵀ at the entries ("sampled" in SDDMM, as in Hong et al. 2019,
 https://doi.org/10.1145/3293883.3295712), and the entries times v, a weighted sum of rows as of an
 embedding table (torch's CSR product takes two to five times as long for the same bits). The way for
 GPUs, in `gpu.py`, promises no bits.
 
 **Every token's result has the same bits, whatever else is in the step**, and whether its context
-was computed in the same step or long ago: both kernels work entry by entry and row by row, in the
-order of the context. The linear layers add a condition, as measured on torch's CPU kernels: in fp32
-(MKL) a row does not depend on the others once there are at least 16, and 8 per thread where rows
-are split across threads; hence the padding in `model.py`. In bf16 (oneDNN with AVX512-BF16) it
+was computed in the same step or long ago: both ways on the CPU work entry by entry and row by row,
+in the order of the context. The linear layers add a condition, as measured on torch's CPU kernels:
+in fp32 (MKL) a row does not depend on the others once there are at least 16, and 8 per thread where
+rows are split across threads; hence the padding in `model.py`. In bf16 (oneDNN with AVX512-BF16) it
 never did.
 """
 
@@ -33,8 +34,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rayrl.errors import ConfigError
+from rayrl.native import Contexts, attend
 
-__all__ = ["NAME", "PAD", "Geometry", "KVPool", "RaggedStep", "Step", "attention"]
+__all__ = [
+    "NAME",
+    "PAD",
+    "CompiledStep",
+    "Geometry",
+    "KVPool",
+    "SparseStep",
+    "Step",
+    "attention",
+]
 
 NAME = "rayrl_pool"  # under which `attention` is registered with transformers
 PAD = 16  # on a GPU contexts are padded to a multiple of this: masks must be aligned
@@ -95,7 +106,8 @@ class KVPool:
         g = self.geometry
         shape = (2, g.layers, self.tokens + 1, g.kv_heads * g.head_dim)
         if self._device.type == "cpu":  # as numpy, which takes no memory before it is written
-            both = torch.from_numpy(np.zeros(shape, np.float32)).to(self._dtype)
+            same_size = {4: np.float32, 2: np.int16}[self._dtype.itemsize]
+            both = torch.from_numpy(np.zeros(shape, same_size)).view(self._dtype)
         else:
             both = torch.zeros(shape, device=self._device, dtype=self._dtype)
         self.keys, self.values = both[0], both[1]
@@ -106,8 +118,34 @@ class KVPool:
             pool[layer].index_copy_(0, rows, new.flatten(1).to(pool.dtype))
 
 
-class RaggedStep:
-    """Tokens that attend to contexts of any lengths, on the CPU in fp32.
+class CompiledStep:
+    """Tokens that attend to contexts of any lengths, on the CPU in C++; the pool is fp32 or bf16.
+
+    Args:
+        rows, slots, positions: as `SparseStep`'s.
+        threads: how many to use at most.
+    """
+
+    def __init__(
+        self, pool: KVPool, rows: Rows, slots: Ints, positions: Ints, threads: int
+    ) -> None:
+        self._pool = pool
+        self._threads = threads
+        self._contexts = Contexts.of(rows, slots, positions)
+        self._write_at = torch.from_numpy(rows[slots, positions].astype(np.int64))
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See `Step.attend`."""
+        self._pool.write(layer, self._write_at, k, v)
+        keys, values = (
+            x[layer].view(-1, *k.shape[1:]) for x in (self._pool.keys, self._pool.values)
+        )
+        query = q.float().contiguous()
+        return attend(self._contexts, query, keys, values, 1.0, self._threads).to(q.dtype)
+
+
+class SparseStep:
+    """Tokens that attend to contexts of any lengths, on the CPU in torch; the pool is fp32.
 
     Its matrix has a row for each query head of a token, and an entry for each key that it sees.
 

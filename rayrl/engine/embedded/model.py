@@ -15,16 +15,18 @@ from torch import Tensor
 from rayrl.engine.embedded.attention import (
     NAME,
     PAD,
+    CompiledStep,
     Geometry,
     KVPool,
-    RaggedStep,
     Rows,
+    SparseStep,
     Step,
     attention,
 )
 from rayrl.engine.embedded.gpu import DecodeGraphs, PaddedDecode, PaddedPrefill
 from rayrl.engine.embedded.prompts import FlatPrompts, flatten_prompts
 from rayrl.errors import ConfigError, DataError
+from rayrl.native import lanes, missing
 from rayrl.weights.flat import Manifest, checksum, flatten, unflatten
 
 __all__ = ["FlatModel"]
@@ -32,7 +34,7 @@ __all__ = ["FlatModel"]
 Ints = NDArray[np.int64]
 MIN_TOKENS = 16  # rows of every linear layer: with fewer, or fewer than 8 per thread, bits change
 PASS_TOKENS = 1024  # of a forward pass on a CPU: more exceed the core's cache
-PASS_ENTRIES = 1 << 22  # pairs of a query head and a key in it, at 24 bytes
+PASS_ENTRIES = 1 << 22  # pairs of a query head and a key in it; 24 bytes each in a sparse step
 ONE_THREAD = 1 << 17  # numbers of a hidden state up to which only products use more threads
 PROBE_TOLERANCE = 1e-3
 
@@ -80,14 +82,20 @@ class FlatModel:
 
     @property
     def ragged(self) -> bool:
-        """Whether to attend with `RaggedStep`: on a CPU."""
+        """Whether contexts of any lengths are attended to as they are: on a CPU."""
         return self.device.type == "cpu"
+
+    @property
+    def compiled(self) -> bool:
+        """Whether to attend in C++: on a CPU that has it, with heads of whole vectors."""
+        return self.ragged and missing() is None and self.geometry.head_dim % lanes() == 0
 
     @property
     def kv_dtype(self) -> torch.dtype:
         """Number format of keys and values; torch's sampled product on a CPU has no bf16."""
         dtype: torch.dtype = self.model.dtype
-        return torch.float32 if self.ragged else dtype
+        known = (torch.float32, torch.bfloat16) if self.compiled else (torch.float32,)
+        return dtype if dtype in known or not self.ragged else torch.float32
 
     def pool(self, tokens: int) -> KVPool:
         """Allocate keys and values of `tokens` tokens."""
@@ -104,7 +112,7 @@ class FlatModel:
             return self._logits(padded, flat.ids, flat.positions, flat.last)
         out = torch.empty(len(flat.last), self.vocab_size)
         for part in _passes(flat.positions + 1, self.geometry.heads):
-            step = RaggedStep(pool, rows, flat.slots[part], flat.positions[part])
+            step = self._step(pool, rows, flat.slots[part], flat.positions[part])
             here = np.flatnonzero((part.start <= flat.last) & (flat.last < part.stop))
             at = flat.last[here] - part.start
             out[here] = self._logits(step, flat.ids[part], flat.positions[part], at)
@@ -119,7 +127,7 @@ class FlatModel:
         if self.ragged:
             parts = [
                 self._logits(
-                    RaggedStep(pool, rows, slots[part], positions[part]),
+                    self._step(pool, rows, slots[part], positions[part]),
                     ids[part],
                     positions[part],
                     np.arange(part.stop - part.start),
@@ -133,6 +141,12 @@ class FlatModel:
         if self._graphs is None:
             self._graphs = DecodeGraphs(pool, rows.shape[1], self._forward)
         return self._graphs.logits(rows[slots], positions, ids)
+
+    def _step(self, pool: KVPool, rows: Rows, slots: Ints, positions: Ints) -> Step:
+        """Tokens on a CPU that attend to all up to their positions."""
+        if self.compiled:
+            return CompiledStep(pool, rows, slots, positions, torch.get_num_threads())
+        return SparseStep(pool, rows, slots, positions)
 
     def _logits(self, step: Step, ids: Ints, positions: Ints, at: Ints) -> Tensor:
         """Run the tokens `ids`, `positions` (T,).
@@ -244,7 +258,7 @@ class FlatModel:
         rows[:, :4] = [[0, 1, 2, 3], [4, 5, 6, 7]]
         step: Step
         if self.ragged:
-            step = RaggedStep(self.pool(8), rows, prompts.slots, prompts.positions)
+            step = self._step(self.pool(8), rows, prompts.slots, prompts.positions)
         else:
             step = PaddedPrefill(self.pool(8), rows, prompts)
 
