@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 
 from rayrl import cli
 from rayrl.cli import compose, main
-from rayrl.commands import help_pages
+from rayrl.commands import help_pages, plan
 from rayrl.config import Config, from_dict, leaves, settings, to_dict, validate
 from rayrl.config.load import ELSEWHERE, check_keys, nest
 from rayrl.errors import ConfigError, RunFailed
@@ -552,6 +552,36 @@ def test_plan_names_the_engine_that_is_recommended_where_another_was_chosen(
     main(["plan", "env=copyword", *words.split()])
     lines = [line for line in capsys.readouterr().out.splitlines() if "engine=" in line[:30]]
     assert [line.strip().startswith(advice or "") for line in lines] == [True] * bool(advice)
+
+
+@pytest.mark.parametrize(
+    ("verb", "words", "slow"),
+    [
+        ("train", "", True),
+        ("eval", "", True),
+        ("sft", "", True),
+        ("eval", "engine=vllm", False),
+        ("train", "engine=vllm", True),  # the learner
+        ("train", "engine=vllm learner.dtype=bfloat16", False),
+        ("train", "cluster.replica_gpus=1 cluster.learner_gpus=1", False),
+    ],
+)
+def test_plan_says_where_a_compiler_would_help(
+    verb: str,
+    words: str,
+    slow: bool,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def said() -> list[str]:
+        stage = f"recipe=[{{name: one, verb: {verb}}}]"
+        main(["plan", "env=copyword", stage, *words.split()])
+        return [line for line in capsys.readouterr().out.splitlines() if "  attention " in line]
+
+    monkeypatch.setattr(plan, "missing", lambda: None)
+    assert not said()
+    monkeypatch.setattr(plan, "missing", lambda: "there is no C++ compiler (c++)")
+    assert [("there is no C++ compiler" in line) for line in said()] == [True] * slow
 
 
 @pytest.mark.parametrize(("most", "said"), [(0, "2 × 0 cpu"), (5, "2 (to 5 while groups wait) × ")])

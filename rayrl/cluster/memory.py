@@ -154,7 +154,7 @@ def _of_engine(config: Config, shape: _Shape, size: int) -> float:
         width = DTYPE_BYTES.get(engine.dtype, DTYPE_BYTES[config.learner.dtype])
         return 2 * size * width + max(GIB, cache)
     longest = engine.max_len or shape.positions
-    token = 2 * shape.layers * shape.keys * DTYPE_BYTES["float32"]  # on a CPU always
+    token = 2 * shape.layers * shape.keys * DTYPE_BYTES["float32"]  # in bf16 half, in C++
     width = DTYPE_BYTES.get(engine.dtype, 4)
     copies = 1 if width == DTYPE_BYTES[config.learner.dtype] else 2  # a push as well
     return copies * size * width + min(cache, engine.max_live * longest * token)

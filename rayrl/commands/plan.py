@@ -21,6 +21,7 @@ from rayrl.config import (
 from rayrl.config.mix import components, eval_cells
 from rayrl.config.sync import transport_of
 from rayrl.errors import ConfigError, RunFailed
+from rayrl.native import missing
 from rayrl.run.sampling.mixture import component_shares
 from rayrl.run.stage import template_notes
 from rayrl.run.start_check import (
@@ -156,6 +157,8 @@ def _processes(config: Config, verb: str) -> str:
             f"{learner.threads} threads"
         )
         rows.append(f"  learning    {_rate(config)}")
+    if why := _without_compiler(config, verb):
+        rows.append(f"  attention   {why}")
     if verb in LEARNING and has_replicas(config, verb):
         rows.append(f"  weights     {_way(config)}")
     if found := _shares(config, verb):
@@ -174,6 +177,17 @@ def _other_engine(config: Config) -> Iterator[str]:
         )
     elif engine.kind == "embedded" and gpus:
         yield "              engine=vllm is recommended on GPUs (docs/vllm.md)"
+
+
+def _without_compiler(config: Config, verb: str) -> str:
+    """What a C++ compiler would do for processes on a CPU, if this machine has none."""
+    cluster = config.cluster
+    replicas = has_replicas(config, verb) and config.engine.kind == "embedded"
+    on_cpu = (replicas and not cluster.replica_gpus) or (
+        verb in LEARNING and not cluster.learner_gpus and config.learner.dtype == "float32"
+    )
+    why = missing() if on_cpu else None
+    return f"by torch, as {why}; in C++ steps take up to a sixth less" if why else ""
 
 
 def _shares(config: Config, verb: str) -> list[Share]:

@@ -43,14 +43,19 @@ inline Vec load(const uint16_t* at) {  // bf16
 
 inline void store(float* at, Vec value) { std::memcpy(at, &value, sizeof value); }
 
-// Lanes 0, 2, 4, ... of the sums of neighbours in `a`, then in `b`.
-inline Vec add_pairs(Vec a, Vec b) {
-#if defined(__AVX512F__)
-    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
-           __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+#ifdef __clang__
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
-    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14) +
-           __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Ints{__VA_ARGS__})
+#endif
+
+// Sums of neighbours in `a`, then of those in `b`.
+inline Vec add_pairs(Vec a, Vec b) {
+#ifdef __AVX512F__
+    return SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+           SHUFFLE(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+#else
+    return SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14) + SHUFFLE(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
 #endif
 }
 
@@ -124,7 +129,8 @@ inline void add_outer(float* table, const int64_t* where, int count, const float
     for (int l = 0; l < count; l++) store(table + where[l], load(table + where[l]) + sum[l]);
 }
 
-// e^x for x <= 0, to a unit or two in the last place; 0 below -87.
+// e^x for x <= 0, to a unit or two in the last place; 0 below -87. The polynomial is that of expf in
+// Cephes (Moshier, https://www.netlib.org/cephes).
 inline Vec exponential(Vec x) {
     Ints tiny = x < -87.0f;
     x = tiny ? Vec{} - 87.0f : x;
