@@ -26,7 +26,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface
 
 from rayrl.errors import ConfigError
-from rayrl.learner.packing import Bucket, IntArray, Packed
+from rayrl.learner.packing import Bucket, IntArray, Packed, buckets
 from rayrl.native import Contexts, attend_trie, missing
 
 __all__ = ["FLEX", "IMPLEMENTATION", "BeyondWindow", "Plan", "block_mask", "flex_pays", "plan"]
@@ -100,8 +100,7 @@ def plan(
         if device.type == "cpu" and dtype == torch.float32 and missing() is None:
             owner = np.repeat(np.arange(len(packed.starts)), packed.lengths - packed.starts)
             return Plan(longest, tokens, contexts=Contexts.of(packed.path, owner, packed.positions))
-        buckets = tuple(_to_tensors(bucket, device, dtype) for bucket in packed.buckets)
-        return Plan(longest, tokens, buckets)
+        return Plan(longest, tokens, tuple(_to_tensors(b, device, dtype) for b in buckets(packed)))
     step = max(FLEX_BLOCK, (1 << (tokens.bit_length() - 1)) // FLEX_SIZES)
     padded = -(-tokens // step) * step
     ends = np.concatenate([packed.ends, np.arange(tokens, padded) + 1])
@@ -115,8 +114,9 @@ def plan(
 def flex_pays(packed: Packed, device: str, width: int) -> bool:
     """Whether FlexAttention is the faster way."""
     tokens = len(packed.ids)
-    gathered = sum(bucket.keys.size for bucket in packed.buckets)
-    return device in FLEX and tokens * width >= FLEX_WORK and gathered >= FLEX_KEYS * tokens
+    if device not in FLEX or tokens * width < FLEX_WORK:
+        return False
+    return sum(bucket.keys.size for bucket in buckets(packed)) >= FLEX_KEYS * tokens
 
 
 def block_mask(

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Bucket", "IntArray", "Packed", "common_prefixes", "lexicographic", "pack"]
+__all__ = ["Bucket", "IntArray", "Packed", "buckets", "common_prefixes", "lexicographic", "pack"]
 
 IntArray = NDArray[np.int64]
 
@@ -62,7 +62,6 @@ class Packed:
         position: (N,) position of each loss token in its row.
         ends: (U,) where the subtree of each distinct token ends: as U is in the order of the sorted
             rows, token i is on the path to token j exactly if i <= j < ends[i].
-        buckets: the attention work; together they own every token once.
     """
 
     ids: IntArray
@@ -77,7 +76,6 @@ class Packed:
     row: IntArray
     position: IntArray
     ends: IntArray
-    buckets: tuple[Bucket, ...]
 
 
 def lexicographic(rows: Sequence[NDArray[Any]]) -> list[int]:
@@ -150,7 +148,6 @@ def pack(rows: Sequence[NDArray[Any]], masks: Sequence[NDArray[np.bool_]]) -> Pa
         row=row,
         position=position,
         ends=_ends(lengths, starts, offsets),
-        buckets=_buckets(path, lengths, starts, offsets),
     )
 
 
@@ -173,11 +170,14 @@ def _padded_masks(masks: Sequence[NDArray[np.bool_]], width: int) -> NDArray[np.
     return out
 
 
-def _buckets(
-    path: IntArray, lengths: IntArray, starts: IntArray, offsets: IntArray
-) -> tuple[Bucket, ...]:
-    """Group rows by owned length (rows that own nothing need no attention)."""
+def buckets(packed: Packed) -> tuple[Bucket, ...]:
+    """The attention of a trie as rectangles, which together own every token once.
+
+    Rows are grouped by owned length; those that own nothing need no attention.
+    """
+    path, lengths, starts = packed.path, packed.lengths, packed.starts
     own = lengths - starts
+    offsets = np.cumsum(own) - own  # (B,) into U
     size = -(-own // BUCKET)
     out = []
     for wanted in np.unique(size[own > 0]):

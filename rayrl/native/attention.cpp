@@ -13,6 +13,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -233,9 +234,12 @@ template <typename T>
 void forward(const Context& c, const float* query, const T* keys, const T* values, float* out,
              float* normalizers, int64_t begin, int64_t end) {
     const int64_t stride = c.kv_heads * c.width, heads = c.kv_heads * c.group, width = c.width;
-    const int64_t most = QUERIES * c.group, room = c.columns + LANES;
+    const int64_t most = QUERIES * c.group;
+    int64_t longest = 0;
+    for (int64_t t = begin; t < end; t++) longest = std::max(longest, c.positions[t] + 1);
+    const int64_t room = (longest + LANES - 1) / LANES * LANES;  // of a query's weights
     std::vector<float> weights(room * most), scaled(width * most);
-    std::vector<int64_t> place(most), seen(most), where(room);
+    std::vector<int64_t> place(most), seen(most), where(room + LANES);
     Tile tile(width);
     for (int64_t t = begin, next; t < end; t = next) {
         next = run_end(c, t, end);
@@ -339,7 +343,13 @@ void backward(const Context& c, const float* query, const float* keys, const flo
 template <typename Work>
 void spread(int64_t parts, Work work) {
     std::vector<std::thread> others;
-    for (int64_t part = 1; part < parts; part++) others.emplace_back(work, part);
+    for (int64_t part = 1; part < parts; part++) {
+        try {
+            others.emplace_back(work, part);
+        } catch (const std::system_error&) {  // as many as the system allows run already
+            work(part);
+        }
+    }
     work(0);
     for (auto& one : others) one.join();
 }

@@ -55,10 +55,10 @@ def _find() -> ctypes.CDLL | Unavailable:
     try:
         compiler = find_compiler()
         name = f"attention-{_digest(compiler)}.so"
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rayrl"
         try:
-            return _open(cache, name, compiler)
-        except OSError:  # no room there, or not ours to write, or to run from
+            cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+            return _open(cache / "rayrl", name, compiler)
+        except (OSError, RuntimeError):  # there is no home, or no room, or it is not ours to write
             with tempfile.TemporaryDirectory() as folder:  # for this process alone
                 return _open(Path(folder), name, compiler)
     except Unavailable as error:

@@ -17,7 +17,7 @@ from rayrl.learner.batch import (
     shard,
     supervised_row,
 )
-from rayrl.learner.packing import common_prefixes, lexicographic, pack
+from rayrl.learner.packing import buckets, common_prefixes, lexicographic, pack
 from rayrl.types import Episode, Failure, Group, Origin, Task, Turn, VersionSpan
 
 
@@ -214,9 +214,9 @@ def test_trie_holds_each_prefix_once_and_every_row(seed):
         assert packed.target[mine].tolist() == rows[i].ids[rows[i].loss_mask].tolist()
         before = path[packed.position[mine] - 1]
         assert packed.sources[packed.slot[mine]].tolist() == before.tolist()
-    owned = np.concatenate([bucket.owned for bucket in packed.buckets])
+    owned = np.concatenate([bucket.owned for bucket in buckets(packed)])
     assert sorted(owned.tolist()) == list(range(len(packed.ids)))
-    for bucket in packed.buckets:  # every query sees exactly its own prefix
+    for bucket in buckets(packed):  # every query sees exactly its own prefix
         for q, k, start in zip(bucket.queries, bucket.keys, bucket.starts, strict=True):
             for j, u in enumerate(q[: np.argmax(q) + 1]):
                 assert packed.positions[k[: start + j + 1]].tolist() == list(range(start + j + 1))

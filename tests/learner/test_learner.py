@@ -22,6 +22,7 @@ from rayrl.learner.forward import load_model, loss_of, scheduled_lr, token_logpr
 from rayrl.learner.loss import LOSSES, LossOutputs, Objective
 from rayrl.learner.packing import pack
 from rayrl.learner.reference import ReferenceLearner
+from rayrl.native import missing
 from rayrl.weights.flat import unflatten
 from tests.apart import free_port
 from tests.learner_rank import SEVERAL
@@ -405,6 +406,7 @@ def reference_weights(model_dir, updates=UPDATES, **algo):
     return learner.flat_weights()[0].view(np.float32), metrics
 
 
+@pytest.mark.skipif(missing() is not None, reason=f"{missing()}")
 def test_attention_in_cpp_and_in_torch_learn_the_same(model_dir, monkeypatch):
     in_cpp, _ = reference_weights(model_dir, **SEVERAL)
     monkeypatch.setattr(attention, "missing", lambda: "no compiler")
