@@ -5,7 +5,8 @@
 // gathered, padded or masked.
 //
 // Every token's result has the same bits, whatever other tokens a call has and on how many threads:
-// a sum over a head's width and one over the context are always added up in the same order.
+// a sum over a head's width and one over the context are always added up in the same order. Gradients
+// of keys and values are sums over tokens, which each thread adds up for itself first.
 //
 // Plain C++17 with the vector extensions that GCC and Clang share.
 
@@ -287,7 +288,7 @@ void forward(const Context& c, const float* query, const T* keys, const T* value
 // output's gradient with the values: ds = p (dp - d), d the product of output and its gradient.
 void backward(const Context& c, const float* query, const float* keys, const float* values,
               const float* out, const float* normalizers, const float* of_out, float* of_query,
-              float* of_keys, float* of_values, int64_t tokens, int64_t kv) {
+              float* of_keys, float* of_values, int64_t begin, int64_t end, int64_t kv) {
     const int64_t stride = c.kv_heads * c.width, heads = c.kv_heads * c.group, width = c.width;
     const int64_t most = QUERIES * c.group;
     std::vector<float> scaled(most * width), of_scaled(most * width), grads(most * width), p(most * LANES),
@@ -295,8 +296,8 @@ void backward(const Context& c, const float* query, const float* keys, const flo
     std::vector<int64_t> place(most), where(c.columns + LANES);
     Tile key(width), value(width);
     const Ints lane = lanes();
-    for (int64_t t = 0, next; t < tokens; t = next) {
-        next = run_end(c, t, tokens);
+    for (int64_t t = begin, next; t < end; t = next) {
+        next = run_end(c, t, end);
         const int64_t queries = (next - t) * c.group, n = c.positions[next - 1] + 1;
         locate(where, c.rows + c.slots[t] * c.columns, n, stride);
         for (int64_t i = 0; i < queries; i++) {
@@ -354,6 +355,16 @@ void spread(int64_t parts, Work work) {
     for (auto& one : others) one.join();
 }
 
+// Where the tokens of each of `parts` parts begin that see as many keys together, and the last ends.
+std::vector<int64_t> divide(const Context& c, int64_t tokens, int64_t parts) {
+    std::vector<int64_t> seen(tokens + 1, 0), begins(parts + 1);  // keys that the tokens before see
+    for (int64_t t = 0; t < tokens; t++) seen[t + 1] = seen[t] + c.positions[t] + 1;
+    for (int64_t part = 0; part <= parts; part++)
+        begins[part] = std::lower_bound(seen.begin(), seen.end(), seen[tokens] * part / parts) -
+                       seen.begin();
+    return begins;
+}
+
 }  // namespace
 
 extern "C" {
@@ -362,30 +373,40 @@ int rayrl_lanes() { return LANES; }
 
 void rayrl_attend(const Context* c, const float* query, const void* keys, const void* values,
                   int bf16, float* out, float* normalizers, int64_t tokens, int64_t threads) {
-    std::vector<int64_t> work(tokens + 1, 0);  // keys that the tokens before see
-    for (int64_t t = 0; t < tokens; t++) work[t + 1] = work[t] + c->positions[t] + 1;
-    auto begin = [&](int64_t part) {
-        return std::lower_bound(work.begin(), work.end(), work[tokens] * part / threads) -
-               work.begin();
-    };
+    const auto begins = divide(*c, tokens, threads);
     spread(threads, [&](int64_t part) {
         if (bf16)
             forward(*c, query, (const uint16_t*)keys, (const uint16_t*)values, out, normalizers,
-                    begin(part), begin(part + 1));
+                    begins[part], begins[part + 1]);
         else
             forward(*c, query, (const float*)keys, (const float*)values, out, normalizers,
-                    begin(part), begin(part + 1));
+                    begins[part], begins[part + 1]);
     });
 }
 
 void rayrl_attend_backward(const Context* c, const float* query, const float* keys,
                            const float* values, const float* out, const float* normalizers,
                            const float* of_out, float* of_query, float* of_keys, float* of_values,
-                           int64_t tokens, int64_t threads) {
-    spread(std::min(threads, c->kv_heads), [&](int64_t part) {
-        for (int64_t kv = part; kv < c->kv_heads; kv += std::min(threads, c->kv_heads))
-            backward(*c, query, keys, values, out, normalizers, of_out, of_query, of_keys,
-                     of_values, tokens, kv);
+                           int64_t tokens, int64_t table, int64_t threads) {
+    const auto begins = divide(*c, tokens, threads);
+    const int64_t size = table * c->kv_heads * c->width;
+    std::vector<std::vector<float>> sums(2 * threads);  // of the keys and values by part
+    spread(threads, [&](int64_t part) {
+        float *of_k = of_keys, *of_v = of_values;
+        if (part) {
+            sums[2 * part].resize(size);
+            sums[2 * part + 1].resize(size);
+            of_k = sums[2 * part].data();
+            of_v = sums[2 * part + 1].data();
+        }
+        for (int64_t kv = 0; kv < c->kv_heads; kv++)
+            backward(*c, query, keys, values, out, normalizers, of_out, of_query, of_k, of_v,
+                     begins[part], begins[part + 1], kv);
     });
+    for (int64_t part = 1; part < threads; part++)
+        for (int64_t i = 0; i < size; i++) {
+            of_keys[i] += sums[2 * part][i];
+            of_values[i] += sums[2 * part + 1][i];
+        }
 }
 }

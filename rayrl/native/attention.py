@@ -165,6 +165,7 @@ class _AttendTrie(torch.autograd.Function):
             *(_address(x) for x in (query, key, value, out, normalizers, of_out)),
             *(_address(x) for x in (of_query, of_key, of_value)),
             ctypes.c_int64(tokens),
+            ctypes.c_int64(len(key)),
             ctypes.c_int64(contexts.threads(heads, torch.get_num_threads())),
         )
         return of_query, of_key, of_value, None, None
