@@ -173,7 +173,7 @@ def _other_engine(config: Config) -> Iterator[str]:
     if engine.kind == "vllm" and not gpus and engine.speculative == "none":
         yield (
             "              engine=embedded needs no vLLM and less memory, starts in seconds and "
-            "is as fast with small models and conversations of a few hundred ids"
+            f"is as fast with small models{' and short conversations' if missing() else ''}"
         )
     elif engine.kind == "embedded" and gpus:
         yield "              engine=vllm is recommended on GPUs (docs/vllm.md)"

@@ -5,8 +5,8 @@
 // gathered, padded or masked.
 //
 // Every token's result has the same bits, whatever other tokens a call has and on how many threads:
-// a sum over a head's width and one over the context are always added up in the same order. Gradients
-// of keys and values are sums over tokens, which each thread adds up for itself first.
+// a sum over a head's width and one over the context are always added up in the same order.
+// Gradients of keys and values are sums over tokens, which each thread adds up for itself first.
 //
 // Plain C++17 with the vector extensions that GCC and Clang share.
 
@@ -131,8 +131,8 @@ inline void add_outer(float* table, const int64_t* where, int count, const float
     for (int l = 0; l < count; l++) store(table + where[l], load(table + where[l]) + sum[l]);
 }
 
-// e^x for x <= 0, to a unit or two in the last place; 0 below -87. The polynomial is that of expf in
-// Cephes (Moshier, https://www.netlib.org/cephes).
+// e^x for x <= 0, to a unit or two in the last place; 0 below -87. The polynomial is that of expf
+// in Cephes (Moshier, https://www.netlib.org/cephes).
 inline Vec exponential(Vec x) {
     Ints tiny = x < -87.0f;
     x = tiny ? Vec{} - 87.0f : x;
@@ -291,8 +291,8 @@ void backward(const Context& c, const float* query, const float* keys, const flo
               float* of_keys, float* of_values, int64_t begin, int64_t end, int64_t kv) {
     const int64_t stride = c.kv_heads * c.width, heads = c.kv_heads * c.group, width = c.width;
     const int64_t most = QUERIES * c.group;
-    std::vector<float> scaled(most * width), of_scaled(most * width), grads(most * width), p(most * LANES),
-        ds(most * LANES), product(most);
+    std::vector<float> scaled(most * width), of_scaled(most * width), grads(most * width);
+    std::vector<float> p(most * LANES), ds(most * LANES), product(most);
     std::vector<int64_t> place(most), where(c.columns + LANES);
     Tile key(width), value(width);
     const Ints lane = lanes();
@@ -329,9 +329,9 @@ void backward(const Context& c, const float* query, const float* keys, const flo
             for (int64_t i = 0; i < queries; i++)
                 add_weighted(&of_scaled[i * width], &ds[i * LANES], key.at, count, width);
             for (int64_t d = 0; d < width; d += LANES) {
-                const int64_t column = kv * width + d;
-                add_outer(of_keys + column, &where[j], count, ds.data(), &scaled[d], width, queries);
-                add_outer(of_values + column, &where[j], count, p.data(), &grads[d], width, queries);
+                float *of_key = of_keys + kv * width + d, *of_value = of_values + kv * width + d;
+                add_outer(of_key, &where[j], count, ds.data(), &scaled[d], width, queries);
+                add_outer(of_value, &where[j], count, p.data(), &grads[d], width, queries);
             }
         }
         for (int64_t i = 0; i < queries; i++)
@@ -355,7 +355,7 @@ void spread(int64_t parts, Work work) {
     for (auto& one : others) one.join();
 }
 
-// Where the tokens of each of `parts` parts begin that see as many keys together, and the last ends.
+// Where each of `parts` parts of the tokens begins, and the last ends; each sees as many keys.
 std::vector<int64_t> divide(const Context& c, int64_t tokens, int64_t parts) {
     std::vector<int64_t> seen(tokens + 1, 0), begins(parts + 1);  // keys that the tokens before see
     for (int64_t t = 0; t < tokens; t++) seen[t + 1] = seen[t] + c.positions[t] + 1;
