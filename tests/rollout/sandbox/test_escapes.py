@@ -271,7 +271,8 @@ while True:
     ),
     "memory bomb": (
         "kept = [bytearray(1 << 20) for _ in range(1000)]",
-        lambda result: result.code == 1 and "MemoryError" in result.stderr,
+        # refused, or killed first: what it has and its interpreter count together
+        lambda result: ends("memory")(result) or "MemoryError" in result.stderr,
         {},
     ),
     "memory of several": (

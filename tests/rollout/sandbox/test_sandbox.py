@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import sys
 from collections.abc import Callable
@@ -169,7 +170,15 @@ async def test_what_cannot_be_entered_is_removed(hold_with: Choose) -> None:
 
 
 async def test_cancelled_while_it_starts(full: None) -> None:
-    before = {child.pid for child in psutil.Process().children()}
+    def running() -> dict[int, list[str]]:
+        found = {}
+        for child in psutil.Process().children():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if child.status() != psutil.STATUS_ZOMBIE:  # one that is to be waited for
+                    found[child.pid] = child.cmdline()
+        return found
+
+    before = running()
     for steps in range(0, 40, 4):
         starting = asyncio.create_task(rayrl.sandbox(["sleep", "600"], timeout_s=600))
         for _ in range(steps):
@@ -177,8 +186,9 @@ async def test_cancelled_while_it_starts(full: None) -> None:
         starting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await starting
-    for _ in range(200):  # a process that was killed is a child until it has been waited for
-        if (left := {child.pid for child in psutil.Process().children()} - before) == set():
+    for _ in range(400):
+        left = {pid: command for pid, command in running().items() if pid not in before}
+        if not left:
             break
         await asyncio.sleep(0.05)
     assert not left
