@@ -4,9 +4,8 @@
 
 The embedded engine's is beside its sparse products, for decoding and for prompts; the learner's,
 forward and backward, beside gathered rectangles. Shapes are those of the base model and of
-SmolLM2-135M, contexts those of their conversations. The floor is a vector of fp32 per cycle: four
-bytes of each product of a width, once for the scores and once for the values, at the rate of
-torch's matrix product on the same machine.
+SmolLM2-135M, contexts those of their conversations. The floor is that of the products alone, two of
+a head's width for each key that a query head sees, at the rate of torch's matrix product.
 """
 
 from __future__ import annotations
@@ -68,7 +67,7 @@ def engine(
         step = CompiledStep(kept, rows, slots, positions, args.threads)
         times.append(best(lambda step=step: step.attend(0, q, k, v), args.repeats))
     products = int((positions + 1).sum()) * shape.heads
-    floor = 4 * products * shape.head_dim / rate(args)
+    floor = 4 * products * shape.head_dim / rate()
     shown = " ".join(f"{1e3 * one:8.2f}" for one in (*times, floor, table))
     print(f"{name:32} {shown} {times[0] / times[1]:7.2f} {times[0] / times[2]:6.2f}")
 
@@ -103,7 +102,7 @@ def learner(name: str, shape: Geometry, packed: Packed, args: argparse.Namespace
     )
 
 
-def rate(args: argparse.Namespace) -> float:
+def rate() -> float:
     """Floating point operations per second of a matrix product."""
     a = torch.randn(1024, 1024)
     return 2 * 1024**3 / best(lambda: a @ a, 5)
